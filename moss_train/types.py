@@ -1,0 +1,65 @@
+"""What one room hands to another: batches of clips. B clips, C channels, T samples, L text tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TASKS = ("asr", "multi_speaker_asr", "caption")
+"""Names of the text tasks; the place of a name is its id in `Batch.task_ids`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of similar length, padded to one length, with everything random about them already drawn.
+
+    The units are uniform random numbers that depend only on the seed and the sample's position in the training stream,
+    so a clip keeps its quantizer prefix and its crop whatever the number of ranks, workers or micro-batches.
+    """
+
+    audio: Tensor  # [B, C, T] float32, zero beyond each length, T a whole number of hop_length
+    audio_lengths: Tensor  # [B] int64, samples before padding
+    text_tokens: Tensor  # [B, L] int64, padded with 0
+    text_lengths: Tensor  # [B] int64, 0 for a clip without text
+    task_ids: Tensor  # [B] int64, place in TASKS, -1 for a clip without text
+    quantizer_units: Tensor  # [B] float32 in [0, 1)
+    crop_units: Tensor  # [B] float32 in [0, 1)
+    sample_ids: tuple[str, ...]
+    domains: tuple[str, ...]
+
+    @property
+    def num_clips(self) -> int:
+        """Number of clips, B."""
+        return len(self.sample_ids)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with its tensors on `device`; copies from pinned memory do not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory; the DataLoader calls this when asked to pin."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+@dataclass(frozen=True)
+class UpdateBatch:
+    """Everything one rank needs for one generator update, and where the stream stands after it."""
+
+    micro_batches: tuple[Batch, ...]
+    update: int  # number of this update
+    next_position: int  # sample position of the stream after this update; all that a resume needs
+    dropped: tuple[tuple[str, str], ...]  # (sample id, reason) of samples that could not be read
+
+    def to(self, device: torch.device | str) -> "UpdateBatch":
+        """Return the update with every micro-batch on `device`."""
+        return replace(self, micro_batches=tuple(batch.to(device) for batch in self.micro_batches))
+
+    def pin_memory(self) -> "UpdateBatch":
+        """Return the update with every micro-batch in page-locked memory."""
+        return replace(self, micro_batches=tuple(batch.pin_memory() for batch in self.micro_batches))

@@ -1,0 +1,122 @@
+"""Checkpoint directories: complete or absent, verified by hash, the newest sound one found again.
+
+A checkpoint is a directory `update-00001000` with the payload files and a `manifest.json` of their sizes and SHA-256.
+It is written under another name on the same file system, synced, read back, and renamed last. (Lightning's own writer
+goes through $TMPDIR and destroyed the previous file in a measured kill.)
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moss_train.utils.errors import UserError
+
+CHECKPOINT_FILE = "checkpoint.ckpt"
+MANIFEST = "manifest.json"
+PREFIX = "update-"
+PARTIAL = ".partial-"
+
+
+def checkpoint_name(update: int) -> str:
+    """Directory name of the checkpoint after `update` generator updates; sorts by update."""
+    return f"{PREFIX}{update:08d}"
+
+
+def write_checkpoint(directory: Path, write: Callable[[Path], None], info: Mapping[str, Any]) -> Path:
+    """Write a checkpoint directory so that it is there whole or not at all.
+
+    Args:
+        directory: final path; must not exist.
+        write: called with the directory to put the payload files into.
+        info: plain data to store in the manifest, beside the file list.
+
+    Raises:
+        OSError: the disk is full, read-only or returned other bytes than were written; nothing is left behind.
+    """
+    directory = Path(directory)
+    partial = directory.parent / f"{PARTIAL}{directory.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        files = {path.name: describe_file(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps({"info": dict(info), "files": files}, indent=1))
+        for path in partial.iterdir():
+            sync(path)
+        sync(partial)
+        if problem := find_damage(partial):
+            raise OSError(f"the checkpoint {directory} could not be read back: {problem}")
+        partial.rename(directory)
+        sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return directory
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The `info` of a checkpoint's manifest."""
+    return json.loads((directory / MANIFEST).read_text())["info"]
+
+
+def find_damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint directory, None when every file has its recorded size and hash."""
+    try:
+        files = json.loads((directory / MANIFEST).read_text())["files"]
+        for name, recorded in files.items():
+            if describe_file(directory / name) != recorded:
+                return f"{name} differs from its manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoint directories in a run's checkpoint folder, oldest first, sound or not."""
+    return sorted(path for path in Path(directory).glob(f"{PREFIX}*") if path.is_dir())
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest sound checkpoint, with a warning for each damaged one that is passed over; None when there is none.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged. Training never silently starts from scratch beside them.
+    """
+    checkpoints = list_checkpoints(directory)
+    for path in reversed(checkpoints):
+        problem = find_damage(path)
+        if problem is None:
+            return path
+        warnings.warn(f"checkpoint {path} is damaged ({problem}), trying the one before it", stacklevel=2)
+    if checkpoints:
+        raise UserError(
+            f"all {len(checkpoints)} checkpoints in {directory} are damaged; restore one, or move the run directory "
+            "away to start from scratch"
+        )
+    return None
+
+
+def prune_checkpoints(directory: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints, and what interrupted writes left."""
+    for path in [*list_checkpoints(directory)[:-keep], *Path(directory).glob(f"{PARTIAL}*")]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,92 @@
+"""How much memory this process may use, in a container as well as on a machine of its own."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory in bytes: what can still be used and what there is in all, within the limits of the process."""
+
+    available: int
+    total: int
+
+
+def available_memory_bytes() -> int:
+    """Return how many bytes this process can still take before it is swapped or killed."""
+    return memory().available
+
+
+def memory(proc: Path = PROC, cgroup_root: Path = CGROUP_ROOT) -> Memory:
+    """Return the machine's memory, narrowed by the control groups (version 2) that this process is in.
+
+    Args:
+        proc: the proc file system.
+        cgroup_root: the root of the unified control group hierarchy.
+    """
+    result = _machine_memory(proc)
+    for group in _control_groups(proc, cgroup_root):
+        limit = _limit(group)
+        if limit is not None:
+            left = max(0, limit - _used(group))
+            result = Memory(min(result.available, left), min(result.total, limit))
+    return result
+
+
+def cuda_memory(device: int) -> Memory:
+    """Return the free and total memory of a CUDA device, other processes' use included.
+
+    Raises:
+        RuntimeError: the device cannot be used.
+    """
+    import torch
+
+    return Memory(*torch.cuda.mem_get_info(device))
+
+
+def _machine_memory(proc: Path) -> Memory:
+    """Return MemAvailable and MemTotal, or what sysconf knows where there is no /proc/meminfo."""
+    try:
+        lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
+        kibibytes = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
+        return Memory(kibibytes["MemAvailable"] * 1024, kibibytes["MemTotal"] * 1024)
+    except (OSError, KeyError, ValueError, IndexError):
+        page = os.sysconf("SC_PAGE_SIZE")
+        return Memory(os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page)
+
+
+def _control_groups(proc: Path, cgroup_root: Path) -> list[Path]:
+    """Return the process's own control group and all groups above it, as each of them may set a limit."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
+    if path is None:
+        return []
+    group = cgroup_root / path.lstrip("/")
+    return [group, *(parent for parent in group.parents if parent.is_relative_to(cgroup_root))]
+
+
+def _limit(group: Path) -> int | None:
+    """Return the group's memory limit in bytes, None when it has none."""
+    try:
+        text = (group / "memory.max").read_text(encoding="ascii").strip()
+        return None if text == "max" else int(text)
+    except (OSError, ValueError):
+        return None
+
+
+def _used(group: Path) -> int:
+    """Return the bytes that count against the limit, without the file cache that the kernel drops under pressure."""
+    try:
+        current = int((group / "memory.current").read_text(encoding="ascii"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        inactive = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+        return max(0, current - inactive)
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -1,0 +1,74 @@
+"""The progress bar of every verb that takes longer than a few seconds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+@dataclass
+class ProgressTask:
+    """One running bar. `note` appears behind it, such as the hours of audio done so far."""
+
+    progress: Progress
+    task_id: TaskID
+    unit: str
+
+    def advance(self, count: float = 1, note: str | None = None, total: float | None = None) -> None:
+        """Move the bar by `count` units; replace the note and the total where they are given."""
+        self.progress.update(self.task_id, advance=count, total=total)
+        if note is not None:
+            self.progress.update(self.task_id, note=note)
+
+    def describe(self) -> str:
+        """Return the state in one plain line: description, count, unit, seconds."""
+        task = self.progress.tasks[self.task_id]
+        total = "" if task.total is None else f"/{task.total:g}"
+        note = f", {task.fields['note']}" if task.fields["note"] else ""
+        return f"{task.description}: {task.completed:g}{total} {self.unit} in {task.elapsed or 0:.1f} s{note}"
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s", style="progress.data.speed")
+
+
+@contextmanager
+def progress(description: str, total: float | None = None, unit: str = "clips") -> Iterator[ProgressTask]:
+    """Show a bar with count, rate and remaining time on stderr; without a terminal print one plain line at the end.
+
+    Args:
+        description: what is being done, as in "encoding".
+        total: number of units, None when it is not known.
+        unit: plural noun of what is counted.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    task = ProgressTask(bar, bar.add_task(description, total=total, unit=unit, note=""), unit)
+    try:
+        with bar:
+            yield task
+    finally:
+        if not console.is_terminal:
+            console.print(task.describe(), markup=False, highlight=False, soft_wrap=True)
