@@ -1,0 +1,211 @@
+"""Configuration of the Cat audio tokenizer, in the keys of the released `config.json`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+STAGE_KEYS = {"patch_size", "output_dimension", "d_model", "num_heads", "num_layers"}
+OPTIONAL_STAGE_KEYS = {"dim_feedforward", "context_duration"}
+
+
+class MossAudioTokenizerConfig(PretrainedConfig):
+    """Architecture as data: two lists of modules and the quantizer's sizes.
+
+    The released class has defaults that disagree with its own `config.json`, so there are none here for the lists: an
+    empty configuration (which transformers builds internally) has no stages and is refused by the model.
+
+    Args:
+        sampling_rate: of the waveform, in Hz.
+        downsample_rate: samples of one channel per frame of codes; must equal the product of the patch sizes, divided
+            by `number_channels` when channels are interleaved.
+        causal_transformer_context_duration: attention window in seconds, for entries without `context_duration`.
+        encoder_kwargs, decoder_kwargs: lists of `{"module_type": "PatchedPretransform", "patch_size"}` and
+            `{"module_type": "Transformer", "input_dimension", "output_dimension", "d_model", "num_heads", ...}`.
+        quantizer_kwargs: `input_dim`, `rvq_dim`, `output_dim`, `num_quantizers`, `codebook_size`, `codebook_dim`.
+
+    Raises:
+        ValueError: an illegal combination, with the offending values.
+    """
+
+    model_type = "speech_tokenizer"
+
+    def __init__(
+        self,
+        sampling_rate: int = 24000,
+        downsample_rate: int = 1920,
+        causal_transformer_context_duration: float = 10.0,
+        encoder_kwargs: Sequence[Mapping[str, Any]] = (),
+        decoder_kwargs: Sequence[Mapping[str, Any]] = (),
+        quantizer_kwargs: Mapping[str, Any] | None = None,
+        number_channels: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        self.sampling_rate = kwargs["sample_rate"] = int(sampling_rate)
+        self.downsample_rate = int(downsample_rate)
+        self.causal_transformer_context_duration = float(causal_transformer_context_duration)
+        self.encoder_kwargs = [dict(entry) for entry in encoder_kwargs]
+        self.decoder_kwargs = [dict(entry) for entry in decoder_kwargs]
+        self.quantizer_kwargs = dict(quantizer_kwargs or {})
+        self.number_channels = int(number_channels)
+        kwargs.setdefault("enable_channel_interleave", self.number_channels > 1)
+        kwargs.setdefault("quantizer_type", self.quantizer_kwargs.get("quantizer_type", "rlfq"))
+        kwargs.setdefault("reversed_decoder_kwargs", None)
+        super().__init__(**kwargs)
+        if self.encoder_kwargs:
+            self.check_architecture()
+
+    @classmethod
+    def from_stages(
+        cls,
+        sampling_rate: int,
+        stages: Sequence[Mapping[str, Any]],
+        quantizer: Mapping[str, Any],
+        context_seconds: float = 10.0,
+        layer_scale: float = 0.01,
+        number_channels: int = 1,
+    ) -> "MossAudioTokenizerConfig":
+        """Expand five numbers per encoder stage to the released lists; the decoder mirrors the encoder.
+
+        Args:
+            stages: one mapping per stage with `patch_size`, `output_dimension`, `d_model`, `num_heads`, `num_layers`;
+                `dim_feedforward` (4 x d_model) and `context_duration` (seconds) may be given.
+            quantizer: `rvq_dim`, `num_quantizers`, `codebook_size`, `codebook_dim`.
+            context_seconds: attention window of every stage.
+
+        Raises:
+            ValueError: a missing or unknown key of a stage, or an illegal combination.
+        """
+        encoder: list[dict[str, Any]] = []
+        decoder: list[dict[str, Any]] = []
+        width = 1
+        for number, stage in enumerate(stages):
+            check_stage_keys(number, stage)
+            width *= stage["patch_size"]
+            patch = {"module_type": "PatchedPretransform", "patch_size": stage["patch_size"]}
+            transformer = expand_stage(stage, layer_scale)
+            sizes = {"input_dimension": width, "output_dimension": stage["output_dimension"]}
+            mirrored = {"input_dimension": stage["output_dimension"], "output_dimension": width}
+            encoder += [patch, transformer | sizes]
+            decoder = [transformer | mirrored, dict(patch), *decoder]
+            width = stage["output_dimension"]
+        hop = math.prod(stage["patch_size"] for stage in stages)
+        if hop % number_channels:
+            raise ValueError(f"the patch sizes multiply to {hop}, not a multiple of number_channels={number_channels}")
+        return cls(
+            sampling_rate=sampling_rate,
+            downsample_rate=hop // number_channels,
+            causal_transformer_context_duration=context_seconds,
+            encoder_kwargs=encoder,
+            decoder_kwargs=decoder,
+            quantizer_kwargs={"input_dim": width, "output_dim": width, "quantizer_type": "rlfq", **quantizer},
+            number_channels=number_channels,
+        )
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames of codes per second."""
+        return self.sampling_rate / self.downsample_rate
+
+    @property
+    def num_quantizers(self) -> int:
+        """Number of residual levels."""
+        return self.quantizer_kwargs["num_quantizers"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with `auto_map` as class references.
+
+        transformers takes any class with "Tokenizer" in its name for a text tokenizer and stores a (slow, fast) pair,
+        which its own loader then cannot read for a model.
+        """
+        output = super().to_dict()
+        if auto_map := output.get("auto_map"):
+            pairs = {name: value for name, value in auto_map.items() if not isinstance(value, str)}
+            output["auto_map"] = {**auto_map, **{name: value[0] for name, value in pairs.items()}}
+        return output
+
+    def check_architecture(self) -> None:
+        """Refuse combinations that cannot work, with the reason."""
+        self._check_sizes()
+        self._check_channel_flow("encoder_kwargs", self.encoder_kwargs, 1, self.quantizer_kwargs["input_dim"])
+        self._check_channel_flow("decoder_kwargs", self.decoder_kwargs, self.quantizer_kwargs["output_dim"], 1)
+        for entry in (*self.encoder_kwargs, *self.decoder_kwargs):
+            if entry["module_type"] == "Transformer":
+                check_transformer(entry)
+
+    def _check_sizes(self) -> None:
+        missing = {"input_dim", "rvq_dim", "output_dim", "num_quantizers", "codebook_size", "codebook_dim"}
+        missing -= self.quantizer_kwargs.keys()
+        if missing:
+            raise ValueError(f"quantizer_kwargs lacks {', '.join(sorted(missing))}")
+        kind = self.quantizer_kwargs.get("quantizer_type", "rlfq")
+        if kind != "rlfq":
+            raise ValueError(f"quantizer_type={kind!r} is not known; Cat has 'rlfq'")
+        if self.number_channels > 1 and not self.enable_channel_interleave:
+            raise ValueError(f"number_channels={self.number_channels} needs enable_channel_interleave=true")
+        for name in ("encoder_kwargs", "decoder_kwargs"):
+            entries = getattr(self, name)
+            patches = [entry["patch_size"] for entry in entries if entry["module_type"] == "PatchedPretransform"]
+            if math.prod(patches) != self.downsample_rate * self.number_channels:
+                raise ValueError(
+                    f"{name}: patch sizes {patches} multiply to {math.prod(patches)}, but downsample_rate "
+                    f"{self.downsample_rate} x {self.number_channels} channel(s) is needed"
+                )
+
+    def _check_channel_flow(self, name: str, entries: Sequence[Mapping[str, Any]], width: int, wanted: int) -> None:
+        for number, entry in enumerate(entries):
+            if entry["module_type"] == "PatchedPretransform":
+                grows = name == "encoder_kwargs"
+                if not grows and width % entry["patch_size"]:
+                    raise ValueError(f"{name}[{number}]: {width} channels cannot be split into {entry['patch_size']}")
+                width = width * entry["patch_size"] if grows else width // entry["patch_size"]
+            elif entry["module_type"] != "Transformer":
+                raise ValueError(f"{name}[{number}]: module_type {entry['module_type']!r} is not known")
+            elif entry["input_dimension"] != width:
+                raise ValueError(
+                    f"{name}[{number}]: input_dimension {entry['input_dimension']} receives {width} channels"
+                )
+            else:
+                width = entry["output_dimension"]
+        if width != wanted:
+            raise ValueError(f"{name} ends with {width} channels, {wanted} are needed")
+
+
+def check_stage_keys(number: int, stage: Mapping[str, Any]) -> None:
+    """Raise ValueError for a missing or unknown key of a run config's stage."""
+    missing = STAGE_KEYS - stage.keys()
+    unknown = stage.keys() - STAGE_KEYS - OPTIONAL_STAGE_KEYS
+    if missing or unknown:
+        raise ValueError(f"stages[{number}]: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+
+
+def expand_stage(stage: Mapping[str, Any], layer_scale: float) -> dict[str, Any]:
+    """The released Transformer entry of one stage, without its input and output dimension."""
+    entry: dict[str, Any] = {
+        "module_type": "Transformer",
+        "d_model": stage["d_model"],
+        "num_heads": stage["num_heads"],
+        "num_layers": stage["num_layers"],
+        "dim_feedforward": stage.get("dim_feedforward", 4 * stage["d_model"]),
+        "causal": True,
+        "norm": "layer_norm",
+        "positional_embedding": "rope",
+        "max_period": 10000,
+        "gating": "none",
+        "layer_scale": layer_scale,
+        "conv_layout": True,
+    }
+    if "context_duration" in stage:
+        entry["context_duration"] = stage["context_duration"]
+    return entry
+
+
+def check_transformer(entry: Mapping[str, Any]) -> None:
+    """Raise ValueError for variants of the block that Cat does not have."""
+    if entry["d_model"] % entry["num_heads"] or (entry["d_model"] // entry["num_heads"]) % 2:
+        raise ValueError(f"d_model {entry['d_model']} must be an even multiple of num_heads {entry['num_heads']}")
+    fixed = {"causal": True, "norm": "layer_norm", "positional_embedding": "rope", "gating": "none"}
+    for key, value in fixed.items():
+        if entry.get(key, value) != value:
+            raise ValueError(f"{key}={entry[key]!r} is not supported, Cat has {value!r}")

@@ -1,0 +1,144 @@
+"""Residual quantizer with factorised codes: cosine search in a few dimensions, raw rows passed on, trained by gradient.
+
+The scheme is that of the improved RVQGAN (arXiv 2306.06546) with weight-normalised projections around every level.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+@dataclass(frozen=True)
+class QuantizerOutput:
+    """What the quantizer knows about a batch.
+
+    Attributes:
+        quantized: [B, T, D] float32, sum of the used levels, projected back; gradients pass straight through.
+        codes: [N, B, T] int64.
+        latents: [N, B, T, d] what each level searched with.
+        rows: [N, B, T, d] codebook rows it found.
+        level_mask: [N, B] bool, levels that contribute.
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    latents: Tensor
+    rows: Tensor
+    level_mask: Tensor
+
+
+class LFQ(nn.Module):
+    """One level: project down, find the row with the highest cosine, pass on the raw row, project up."""
+
+    def __init__(self, dimension: int, codebook_size: int, codebook_dim: int) -> None:
+        super().__init__()
+        self.in_proj = pointwise(dimension, codebook_dim)
+        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+        self.out_proj = pointwise(codebook_dim, dimension)
+
+    def search(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual [B, T, D] -> latent [B, T, d], codes [B, T]."""
+        latent = apply_pointwise(self.in_proj, residual)
+        codebook = F.normalize(self.codebook.weight, dim=-1)
+        # The nearest of unit vectors has the greatest inner product.
+        return latent, (F.normalize(latent.detach(), dim=-1) @ codebook.detach().T).argmax(dim=-1)
+
+    def forward(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Residual [B, T, D] -> contribution [B, T, D], codes [B, T], latent and row [B, T, d]."""
+        latent, codes = self.search(residual)
+        row = self.codebook(codes)
+        straight_through = latent + (row - latent).detach()
+        return apply_pointwise(self.out_proj, straight_through), codes, latent, row
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, T] -> contribution [B, T, D]."""
+        return apply_pointwise(self.out_proj, self.codebook(codes))
+
+
+class ResidualLFQ(nn.Module):
+    """Levels that quantize one after the other what the previous ones left over; float32 throughout.
+
+    Quantizer dropout is a mask over all levels, so that the graph is static and every parameter takes part in every
+    step.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        rvq_dim: int,
+        output_dim: int,
+        num_quantizers: int,
+        codebook_size: int,
+        codebook_dim: int,
+        quantizer_type: str = "rlfq",
+    ) -> None:
+        super().__init__()
+        assert quantizer_type == "rlfq"
+        self.input_proj = pointwise(input_dim, rvq_dim) if input_dim != rvq_dim else nn.Identity()
+        self.quantizers = nn.ModuleList([LFQ(rvq_dim, codebook_size, codebook_dim) for _ in range(num_quantizers)])
+        self.output_proj = pointwise(rvq_dim, output_dim) if rvq_dim != output_dim else nn.Identity()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ResidualLFQ":
+        """Move with the model but stay in float32: `model.to(bfloat16)` must not round the codebooks."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or moved.is_meta:
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def forward(self, latent: Tensor, num_quantizers: Tensor | None = None) -> QuantizerOutput:
+        """Quantize [B, T, D] with every level, of which item b uses the first `num_quantizers[b]` ([B] int64)."""
+        batch = latent.shape[0]
+        levels = torch.arange(len(self.quantizers), device=latent.device)[:, None]
+        level_mask = (levels < num_quantizers) if num_quantizers is not None else (levels >= 0).expand(-1, batch)
+        with torch.autocast(latent.device.type, enabled=False):
+            residual = apply_pointwise(self.input_proj, latent.float())
+            total = torch.zeros_like(residual)
+            codes, latents, rows = [], [], []
+            for quantizer, used in zip(self.quantizers, level_mask, strict=True):
+                contribution, level_codes, level_latent, row = quantizer(residual)
+                residual = residual - contribution
+                total = total + contribution * used[:, None, None]
+                codes.append(level_codes)
+                latents.append(level_latent)
+                rows.append(row)
+            quantized = apply_pointwise(self.output_proj, total)
+        return QuantizerOutput(quantized, torch.stack(codes), torch.stack(latents), torch.stack(rows), level_mask)
+
+    def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
+        """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
+        with torch.autocast(latent.device.type, enabled=False):
+            residual = apply_pointwise(self.input_proj, latent.float())
+            codes = []
+            for quantizer in self.quantizers[:num_quantizers]:
+                _, level_codes = quantizer.search(residual)
+                residual = residual - quantizer.decode(level_codes)
+                codes.append(level_codes)
+        return torch.stack(codes)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [n, B, T] of the first n levels -> [B, T, D] float32."""
+        with torch.autocast(codes.device.type, enabled=False):
+            total = self.quantizers[0].decode(codes[0])
+            for quantizer, level_codes in zip(self.quantizers[1:], codes[1:], strict=False):
+                total = total + quantizer.decode(level_codes)
+            return apply_pointwise(self.output_proj, total)
+
+
+def pointwise(input_dim: int, output_dim: int) -> nn.Conv1d:
+    """Weight-normalised 1x1 convolution, kept as such for its parameter names."""
+    return weight_norm(nn.Conv1d(input_dim, output_dim, kernel_size=1))
+
+
+def apply_pointwise(module: nn.Module, x: Tensor) -> Tensor:
+    """Apply a 1x1 convolution (or identity) to [B, T, C] without changing the layout."""
+    if isinstance(module, nn.Identity):
+        return x
+    return F.linear(x, module.weight[..., 0], module.bias)

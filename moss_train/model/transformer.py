@@ -1,0 +1,116 @@
+"""Pre-norm transformer stage between two linear projections."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import MultiheadAttention, StreamStep
+from .cache import StageState
+from .rope import rotation
+
+
+class LayerScale(nn.Module):
+    """Learned per-channel gain of a residual branch (CaiT, arXiv 2103.17239)."""
+
+    def __init__(self, channels: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.scale = nn.Parameter(torch.full((channels,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class TransformerLayer(nn.Module):
+    """LayerNorm -> attention -> LayerScale -> residual, then the same around a GELU feed-forward; no biases."""
+
+    def __init__(self, d_model: int, num_heads: int, dim_feedforward: int, window: int, layer_scale: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d_model, eps=1e-5)
+        self.self_attn = MultiheadAttention(d_model, num_heads, window)
+        self.layer_scale_1 = LayerScale(d_model, layer_scale)
+        self.norm2 = nn.LayerNorm(d_model, eps=1e-5)
+        self.linear1 = nn.Linear(d_model, dim_feedforward, bias=False)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, bias=False)
+        self.layer_scale_2 = LayerScale(d_model, layer_scale)
+
+    def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor], step: StreamStep | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = x + self.layer_scale_1(self.self_attn(self.norm1(x), rotations, step))
+        return x + self.layer_scale_2(self.linear2(F.gelu(self.linear1(self.norm2(x)))))
+
+
+class Transformer(nn.Module):
+    """A stack of layers that share their rotation angles; no final norm."""
+
+    def __init__(self, layers: list[TransformerLayer], max_period: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.max_period = max_period
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `state` continues streams, `num_frames` [B] are the valid frames of its chunk."""
+        attention = self.layers[0].self_attn
+        frames = x.shape[1]
+        positions = torch.arange(frames, device=x.device)[None] if state is None else state.positions(frames)
+        rotations = rotation(positions, x.shape[2] // attention.num_heads, self.max_period)
+        step = None if state is None else StreamStep(state, frames, num_frames)
+        for number, layer in enumerate(self.layers):
+            if step is not None:
+                step.layer = number
+            if self.gradient_checkpointing and self.training and step is None:
+                x = checkpoint(layer, x, rotations, use_reentrant=False)
+            else:
+                x = layer(x, rotations, step)
+        if step is not None:
+            step.finish()
+        return x
+
+
+class ProjectedTransformer(nn.Module):
+    """One stage: bias-free linear in, N layers, bias-free linear out; a projection between equal sizes is left out.
+
+    Args:
+        window: frames each query may look back on, itself included.
+    """
+
+    def __init__(
+        self,
+        input_dimension: int,
+        output_dimension: int,
+        d_model: int,
+        num_heads: int,
+        num_layers: int,
+        dim_feedforward: int,
+        window: int,
+        **options: float,
+    ) -> None:
+        super().__init__()
+        scale = options.get("layer_scale", 0.01)
+        layers = [TransformerLayer(d_model, num_heads, dim_feedforward, window, scale) for _ in range(num_layers)]
+        self.window = window
+        self.input_proj = projection(input_dimension, d_model)
+        self.transformer = Transformer(layers, options.get("max_period", 10000))
+        self.output_proj = projection(d_model, output_dimension)
+
+    def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
+        """[B, T, input_dimension] -> [B, T, output_dimension]."""
+        return self.output_proj(self.transformer(self.input_proj(x), state, num_frames))
+
+    def new_state(self, batch_size: int) -> StageState:
+        """Empty streaming state for `batch_size` streams, in the weights' dtype and on their device."""
+        layers = self.transformer.layers
+        weight = layers[0].linear1.weight
+        heads = layers[0].self_attn.num_heads
+        shape = (batch_size, heads, self.window - 1, weight.shape[1] // heads)
+        keys, values = ([weight.new_zeros(shape) for _ in layers] for _ in range(2))
+        return StageState(torch.zeros(batch_size, dtype=torch.int64, device=weight.device), keys, values)
+
+
+def projection(input_dimension: int, output_dimension: int) -> nn.Module:
+    """Bias-free linear map, or identity where the sizes agree (as in the released model)."""
+    if input_dimension == output_dimension:
+        return nn.Identity()
+    return nn.Linear(input_dimension, output_dimension, bias=False)
