@@ -1,0 +1,15 @@
+"""Discriminators: functions of one waveform that return logits and features."""
+
+from moss_train.discriminators.base import Discriminator, DiscriminatorOutput, DiscriminatorSet
+from moss_train.discriminators.complex_stft import ComplexSTFTDiscriminator, MultiResolutionSTFTDiscriminator
+from moss_train.discriminators.multi_period import MultiPeriodDiscriminator, PeriodDiscriminator
+
+__all__ = [
+    "ComplexSTFTDiscriminator",
+    "Discriminator",
+    "DiscriminatorOutput",
+    "DiscriminatorSet",
+    "MultiPeriodDiscriminator",
+    "MultiResolutionSTFTDiscriminator",
+    "PeriodDiscriminator",
+]

@@ -1,0 +1,25 @@
+"""Measures and figures; they are given iterators of clips and know nothing of models and data sets."""
+
+from moss_train.evaluation.figures import save_spectrograms
+from moss_train.evaluation.mel import (
+    BASELINES,
+    ClipDistances,
+    MelReport,
+    Reconstructions,
+    low_pass,
+    mean_power_spectrum,
+    mel_report,
+    shaped_noise,
+)
+
+__all__ = [
+    "BASELINES",
+    "ClipDistances",
+    "MelReport",
+    "Reconstructions",
+    "low_pass",
+    "mean_power_spectrum",
+    "mel_report",
+    "save_spectrograms",
+    "shaped_noise",
+]

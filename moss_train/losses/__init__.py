@@ -1,0 +1,18 @@
+"""Losses of the joint training, each a sum over clips divided by a count of the whole update."""
+
+from moss_train.losses.adversarial import discriminator_loss, feature_matching_loss, generator_loss
+from moss_train.losses.mel import MultiScaleMelLoss, log_mel_spectrogram, multi_scale_mel_distance
+from moss_train.losses.quantization import codebook_loss, commitment_loss
+from moss_train.losses.stereo import MidSideLoss
+
+__all__ = [
+    "MidSideLoss",
+    "MultiScaleMelLoss",
+    "codebook_loss",
+    "commitment_loss",
+    "discriminator_loss",
+    "feature_matching_loss",
+    "generator_loss",
+    "log_mel_spectrogram",
+    "multi_scale_mel_distance",
+]

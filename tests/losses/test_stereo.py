@@ -1,0 +1,55 @@
+"""The mid/side loss sees what losses of single channels cannot."""
+
+import pytest
+import torch
+
+from moss_train.losses import MidSideLoss, MultiScaleMelLoss
+
+
+def stereo(num_clips: int = 1, length: int = 6000, seed: int = 0) -> torch.Tensor:
+    return 0.1 * torch.randn(num_clips, 2, length, generator=torch.Generator().manual_seed(seed))
+
+
+def test_opposite_polarity_is_seen_here_and_not_by_the_mel_loss():
+    reference = stereo()
+    flipped = reference * torch.tensor([1.0, -1.0])[:, None]
+    lengths = torch.tensor([6000])
+    assert MultiScaleMelLoss(24_000)(reference, flipped, lengths).item() == pytest.approx(0, abs=1e-5)
+    assert MidSideLoss()(reference, flipped, lengths).item() > 0.3
+    assert MidSideLoss()(reference, reference, lengths).item() == 0
+
+
+def test_halves_with_the_global_count_add_up_and_padding_is_ignored():
+    reference, degraded = stereo(3), stereo(3, seed=1)
+    lengths = torch.tensor([6000, 3000, 500])
+    loss = MidSideLoss()
+    whole = loss(reference, degraded, lengths)
+    parts = [loss(reference[p], degraded[p], lengths[p], num_samples=3) for p in (slice(0, 1), slice(1, 3))]
+    torch.testing.assert_close(sum(parts), whole)
+    short = loss(reference[1:2, :, :3000], degraded[1:2, :, :3000], lengths[1:2])
+    torch.testing.assert_close(loss(reference[1:2], degraded[1:2], lengths[1:2]), short)
+
+
+def test_equal_channels_do_not_explode():
+    """The difference signal of the reference is silence; a ratio to its norm would be in the thousands."""
+    reference = stereo()[:, :1].expand(1, 2, 6000)
+    degraded = stereo(seed=1).requires_grad_()
+    loss = MidSideLoss()(reference, degraded, torch.tensor([6000]))
+    loss.backward()
+    assert loss.item() < 20
+    assert degraded.grad.isfinite().all()
+
+
+def test_first_use_in_inference_mode_does_not_spoil_training():
+    loss = MidSideLoss(window_lengths=(128, 600))  # used in no other test: its windows are made here
+    with torch.inference_mode():
+        loss(stereo(), stereo(seed=1), torch.tensor([6000]))
+    degraded = stereo(seed=1).requires_grad_()
+    loss(stereo(), degraded, torch.tensor([6000])).backward()
+    assert degraded.grad.abs().max() > 0
+    assert not loss.state_dict()
+
+
+def test_mono_is_refused():
+    with pytest.raises(ValueError, match=r"\[B, 2, T\].*\[1, 1, 6000\].*mono"):
+        MidSideLoss()(torch.zeros(1, 1, 6000), torch.zeros(1, 1, 6000), torch.tensor([6000]))
