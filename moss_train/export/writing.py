@@ -1,0 +1,92 @@
+"""Write a Hugging Face model folder that loads where `moss_train` is not installed."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from moss_train.export.loading import load_tokenizer
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.utils.errors import UserError
+
+MODEL_CARD = """---
+library_name: transformers
+tags: [audio, audio-tokenizer, neural-codec]
+---
+
+# {name}
+
+A Cat audio tokenizer (causal audio tokenizer with transformer, arXiv 2602.10934) trained with moss_train.
+
+| | |
+|---|---|
+| sampling rate | {sampling_rate} Hz, {channels} channel(s) |
+| frame rate | {frame_rate:g} frames per second |
+| levels | {levels} x {codebook_size} codes |
+| bitrate | {bitrate:g} bit/s per level, {total:g} bit/s in all |
+| parameters | {parameters:,} |
+
+```python
+import soundfile
+import torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
+samples, rate = soundfile.read("speech.wav", dtype="float32", always_2d=True)  # at {sampling_rate} Hz
+audio = torch.from_numpy(samples.T.copy())[None]  # [batch, channels, samples]
+codes = model.encode(audio).audio_codes  # [levels, batch, frames]
+restored = model.decode(codes).audio  # any prefix codes[:n] decodes too
+streamed = model.encode(audio, chunk_duration={chunk:g}).audio_codes  # the same codes, chunk by chunk
+```
+"""
+
+
+def export(source: str | Path, out: str | Path, dtype: str = "float32") -> Path:
+    """Write the tokenizer of a run, checkpoint or folder as configuration, weights, model code and model card.
+
+    Args:
+        out: a folder that does not exist yet.
+        dtype: of the stored weights: float32, bfloat16 or float16; the quantizer stays float32.
+
+    Raises:
+        UserError: `out` exists, or there is no model at `source`.
+    """
+    target = Path(out)
+    if target.exists():
+        raise UserError(f"out={out} exists already: give another folder, or remove it first")
+    dtypes = ("float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(dtypes)}")
+    model = load_tokenizer(source).to(dtype=getattr(torch, dtype))
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_folder(model, partial, target.name)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def write_folder(model: MossAudioTokenizerModel, folder: Path, name: str) -> None:
+    """Save weights, configuration, the flat copy of `moss_train.model` and the card."""
+    MossAudioTokenizerConfig.register_for_auto_class("AutoConfig")
+    MossAudioTokenizerModel.register_for_auto_class("AutoModel")
+    model.save_pretrained(folder)
+    config = model.config
+    size = config.quantizer_kwargs["codebook_size"]
+    bitrate = config.frame_rate * (size - 1).bit_length()
+    card = MODEL_CARD.format(
+        name=name,
+        sampling_rate=config.sampling_rate,
+        channels=config.number_channels,
+        frame_rate=config.frame_rate,
+        levels=config.num_quantizers,
+        codebook_size=size,
+        bitrate=bitrate,
+        total=bitrate * config.num_quantizers,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        chunk=1 / config.frame_rate,
+    )
+    (folder / "README.md").write_text(card)

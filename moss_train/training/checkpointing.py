@@ -1,0 +1,80 @@
+"""Checkpoints of a run: what Lightning assembles, written through `moss_train.utils.checkpoints`."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moss_train.utils.checkpoints import (
+    CHECKPOINT_FILE,
+    checkpoint_name,
+    list_checkpoints,
+    prune_checkpoints,
+    read_manifest,
+    write_checkpoint,
+)
+from moss_train.utils.errors import UserError
+
+
+class DirectoryCheckpointIO(CheckpointIO):
+    """Lightning's plugin point: a checkpoint is a verified directory, read without unpickling objects."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_checkpoint(
+            Path(path),
+            lambda directory: torch.save(checkpoint, directory / CHECKPOINT_FILE),
+            info=checkpoint["progress"],
+        )
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable | None = None,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        return torch.load(Path(path) / CHECKPOINT_FILE, map_location=map_location or "cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        raise UserError(f"{path}: checkpoints are removed by their retention, not through Lightning")
+
+
+class CheckpointWriter(Callback):
+    """Saves at the start, every `every_updates` updates and at the end, and keeps the `keep` newest.
+
+    The one at the start shows that the disk takes a checkpoint before hours are spent.
+    """
+
+    def __init__(self, directory: Path, every_updates: int, keep: int) -> None:
+        if every_updates < 1 or keep < 2:
+            raise UserError(
+                f"checkpoint.every_updates={every_updates} must be at least 1 and checkpoint.keep={keep} at least 2 "
+                "(the newest may turn out damaged)"
+            )
+        self.directory = directory
+        self.every_updates = every_updates
+        self.keep = keep
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not list_checkpoints(self.directory):
+            self._save(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if pl_module.update % self.every_updates == 0:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = self.directory / checkpoint_name(pl_module.update)
+        if not path.exists():
+            trainer.save_checkpoint(path)
+            prune_checkpoints(self.directory, self.keep)
+
+
+def read_progress(checkpoint: Path | None) -> Mapping[str, int]:
+    """Update and stream position of a checkpoint; zeros for None."""
+    return {"update": 0, "position": 0} if checkpoint is None else read_manifest(checkpoint)

@@ -1,0 +1,180 @@
+"""What a run says about itself: a CSV with every update, a progress bar, and Weights & Biases when asked for."""
+
+import csv
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moss_train.training.objective import WEIGHTS
+from moss_train.types import UpdateBatch
+from moss_train.utils.progress import progress
+
+COLUMNS = (
+    "update",
+    "stage",
+    *(f"loss/{name}" for name in WEIGHTS),
+    "loss/generator",
+    "loss/discriminators",
+    "text_accuracy",
+    "gradient_norm/generator",
+    "gradient_norm/discriminators",
+    "learning_rate/generator",
+    "learning_rate/discriminators",
+    "clips",
+    "clips_with_text",
+    "dropped_clips",
+    "audio_seconds",
+    "update_seconds",
+    "data_wait_seconds",
+)
+
+
+class UpdateMetrics(Callback):
+    """Collects one row per update and hands it to the writers."""
+
+    def __init__(self, writers: Sequence["CsvWriter | WandbWriter | ProgressWriter"]) -> None:
+        self.writers = writers
+        self.batch_start = self.last_end = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last_end = time.perf_counter()
+        for writer in self.writers:
+            writer.start(pl_module.update)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
+    ) -> None:
+        self.batch_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
+    ) -> None:
+        end = time.perf_counter()
+        rate = pl_module.tokenizer.sampling_rate
+        row = {
+            "update": pl_module.update,
+            "stage": pl_module.schedule.at(pl_module.update - 1).stage.name,
+            **pl_module.metrics,
+            "clips": sum(micro.num_clips for micro in batch.micro_batches),
+            "clips_with_text": sum(int((micro.text_lengths > 0).sum()) for micro in batch.micro_batches),
+            "dropped_clips": len(batch.dropped),
+            "audio_seconds": sum(int(micro.audio_lengths.sum()) for micro in batch.micro_batches) / rate,
+            "update_seconds": end - self.last_end,
+            "data_wait_seconds": self.batch_start - self.last_end,
+        }
+        self.last_end = end
+        for writer in self.writers:
+            writer.write(row)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+class CsvWriter:
+    """`metrics.csv` with all COLUMNS and floats to the last bit; a resumed run goes on below its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, update: int) -> None:
+        """Open the file, without rows of updates that are about to be done again."""
+        kept = [row for row in read_metrics(self.path) if int(row["update"]) <= update]
+        self.file = self.path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, COLUMNS, restval="")
+        self.writer.writeheader()
+        self.writer.writerows(kept)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append and flush: a kill loses nothing."""
+        self.writer.writerow(row)
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file; it may be called again."""
+        if hasattr(self, "file"):
+            self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics file; none when there is no file, and no row that a kill cut short."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["data_wait_seconds"] and row["update"].isdigit()]
+
+
+class ProgressWriter:
+    """A progress bar over updates, with the losses that matter most."""
+
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
+        self.stack = ExitStack()
+
+    def start(self, update: int) -> None:
+        """Show the bar."""
+        self.task = self.stack.enter_context(progress("training", total=self.updates, unit="updates"))
+        self.task.advance(update)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Advance, with stage, losses and speed."""
+        note = f"{row['stage']}: rec {row.get('loss/reconstruction', float('nan')):.3f}"
+        if "loss/semantic" in row:
+            note += f", sem {row['loss/semantic']:.2f}"
+        if "loss/discriminators" in row:
+            note += f", D {row['loss/discriminators']:.2f}"
+        self.task.advance(1, note=f"{note}, {row['audio_seconds'] / row['update_seconds']:.0f} audio-s/s")
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.stack.close()
+
+
+class WandbWriter:
+    """Weights & Biases; trouble with it is a warning, never the end of a run.
+
+    Args:
+        directory: run directory; its name and parent name the run and the group.
+        mode: "online" or "offline".
+    """
+
+    def __init__(self, directory: Path, mode: str) -> None:
+        self.directory = directory
+        self.mode = mode
+        self.run: Any = None
+
+    def start(self, update: int) -> None:
+        """Open or continue the run of this directory."""
+        name = f"{self.directory.parent.name}-{self.directory.name}"
+        try:
+            self.run = wandb.init(
+                project="moss_train", name=name, id=name, resume="allow", mode=self.mode, dir=str(self.directory)
+            )
+        except Exception as error:
+            warnings.warn(f"wandb is off: {error}", stacklevel=2)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Log one row."""
+        if self.run is not None:
+            try:
+                self.run.log(row, step=row["update"])
+            except Exception as error:
+                self.run = None
+                warnings.warn(f"wandb is off: {error}", stacklevel=2)
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self.run is not None:
+            self.run.finish()
+            self.run = None
+
+
+def column(rows: Iterable[dict[str, str]], name: str) -> list[float]:
+    """One column as numbers, without rows in which it does not apply."""
+    return [float(row[name]) for row in rows if row[name]]

@@ -1,0 +1,62 @@
+"""Optimizers and what happens between gradients and an update."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moss_train.model.transformer import LayerScale
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and clipping of one side (arXiv 1711.05101); the learning rate belongs to the stage."""
+
+    betas: Sequence[float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: matrices decay; norms, biases, LayerScale, codebooks and embeddings do not."""
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for root in modules:
+        for module in root.modules():
+            is_exempt = isinstance(module, nn.LayerNorm | nn.Embedding | LayerScale)
+            for parameter in module.parameters(recurse=False):
+                (exempt if is_exempt or parameter.squeeze().ndim < 2 else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+def build_adamw(modules: Iterable[nn.Module], settings: Mapping[str, Any]) -> torch.optim.AdamW:
+    """AdamW over the modules' parameters; each parameter once, also when modules share it."""
+    chosen = OptimizerSettings(**settings)
+    seen: set[nn.Parameter] = set()
+    groups = parameter_groups(modules, chosen.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if not (p in seen or seen.add(p))]
+    on_cuda = any(p.is_cuda for p in seen)
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(chosen.betas), eps=chosen.eps, fused=on_cuda or None)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Rates are a function of the update number, so there is no scheduler state to save."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Euclidean norm of all gradients together (scalar; zero when there are none)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
+    """Scale gradients of known norm down to at most `clip_norm`, in place."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))

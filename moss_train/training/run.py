@@ -1,0 +1,223 @@
+"""One run: configuration in, run directory out; the same call again resumes it exactly."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+
+from moss_train.data.loader import make_loader
+from moss_train.data.stream import AudioStream, ClipFormat
+from moss_train.export.loading import load_tokenizer
+from moss_train.training.checkpointing import CheckpointWriter, DirectoryCheckpointIO, read_progress
+from moss_train.training.metrics import CsvWriter, ProgressWriter, UpdateMetrics, WandbWriter
+from moss_train.training.module import CatModule, tokenizer_config
+from moss_train.training.resources import StateSize, check_memory, count_parameters
+from moss_train.training.stages import Schedule
+from moss_train.utils.build import build
+from moss_train.utils.checkpoints import newest_checkpoint
+from moss_train.utils.errors import UserError
+
+Node = Mapping[str, Any]
+CONFIG_FILE = "config.yaml"
+# What may differ between the parts of one run: it does not change what is learned.
+FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "wandb", "allow_changes"}
+FREE_DATA_KEYS = {"num_workers"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run stands when `fit` returns."""
+
+    directory: Path
+    update: int
+    updates: int
+
+
+def fit(config: Node) -> RunResult:
+    """Train, or go on training, the run that a resolved `fit` configuration describes.
+
+    Raises:
+        UserError: what the user has to change; nothing has been allocated or written then.
+    """
+    schedule = build_schedule(config)
+    arguments = module_arguments(config)
+    accelerator = choose_accelerator(config["trainer"]["accelerator"])
+    check_memory(measure(arguments), accelerator)
+    stream = open_stream(config, tokenizer_config(arguments["tokenizer"]))
+    directory = Path(config["run_dir"])
+    checkpoint = newest_checkpoint(directory / "checkpoints")
+    progress = read_progress(checkpoint)
+    store_config(config, directory, is_new=checkpoint is None)
+    last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
+    if checkpoint is not None and progress["update"] >= last:
+        return RunResult(directory, progress["update"], schedule.updates)
+    module = CatModule(**arguments)
+    if checkpoint is None and config["init"] is not None:
+        module.tokenizer.load_state_dict(load_tokenizer(config["init"]).state_dict())
+    loader = make_loader(
+        stream,
+        text_encoder=None if module.semantic is None else module.semantic.text,
+        position=progress["position"],
+        updates=[(update, schedule.at(update).stage.batch_seconds) for update in range(progress["update"], last)],
+        micro_batch_seconds=config["data"]["micro_batch_seconds"],
+        num_workers=config["data"]["num_workers"],
+    )
+    trainer = build_trainer(config, accelerator, callbacks(config, directory, last))
+    trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
+    return RunResult(directory, module.update, schedule.updates)
+
+
+def build_schedule(config: Node) -> Schedule:
+    """The stages, with errors that name the configuration path."""
+    try:
+        return Schedule.from_config(config["stages"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"stages: {error}") from error
+
+
+def module_arguments(config: Node) -> dict[str, Any]:
+    """Arguments of `CatModule`, plain data throughout; with `init` the architecture is that of the given model."""
+    names = ("stages", "semantic", "discriminators", "objective", "optimizers", "seed", "max_skipped_updates")
+    arguments = {name: config[name] for name in names}
+    if config["init"] is not None:
+        if config["tokenizer"] is not None:
+            raise UserError("tokenizer and init are both set: the architecture comes with init, leave tokenizer null")
+        arguments["tokenizer"] = plain(load_tokenizer(config["init"]).config.to_dict())
+    elif config["tokenizer"] is None:
+        raise UserError("tokenizer is null and init too: choose an experiment, or give init=<model to start from>")
+    else:
+        arguments["tokenizer"] = config["tokenizer"]
+    try:
+        tokenizer_config(arguments["tokenizer"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"tokenizer: {error}") from error
+    return arguments
+
+
+def plain(node: Any) -> Any:
+    """Containers and scalars only, as a checkpoint stores them; other values (a dtype, say) as text."""
+    if isinstance(node, Mapping):
+        return {str(key): plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [plain(value) for value in node]
+    return node if node is None or isinstance(node, str | int | float | bool) else str(node).removeprefix("torch.")
+
+
+def measure(arguments: dict[str, Any]) -> StateSize:
+    """Count a run's parameters on the meta device, where nothing is allocated."""
+    semantic = arguments["semantic"]
+    try:
+        with torch.device("meta"):
+            module = CatModule(**arguments | {"semantic": None})
+            latent_dim = module.tokenizer.config.quantizer_kwargs["output_dim"]
+            is_small = semantic is not None and semantic.get("pretrained") is None
+            text_lm = build(semantic, path="semantic", latent_dim=latent_dim) if is_small else None
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return StateSize(*(count_parameters(part) for part in (module.tokenizer, text_lm, module.discriminators)))
+
+
+def open_stream(config: Node, tokenizer: Any) -> AudioStream:
+    """The training stream in the tokenizer's format."""
+    data = config["data"]
+    if not data["train"]:
+        raise UserError("data.train is empty: give the folders that `moss_train pack` made, as data.train=/my/shards")
+    clip_format = ClipFormat(
+        tokenizer.sampling_rate, tokenizer.number_channels, tokenizer.downsample_rate, peak=data["peak"]
+    )
+    sources = [data["train"]] if isinstance(data["train"], str) else data["train"]
+    return AudioStream(
+        sources,
+        clip_format,
+        crop_seconds=data["crop_seconds"],
+        max_seconds=data["max_seconds"],
+        weights=data["weights"],
+        seed=config["seed"],
+    )
+
+
+def store_config(config: Node, directory: Path, is_new: bool) -> None:
+    """Write the resolved configuration, or compare it with the one that the run was started with.
+
+    Raises:
+        UserError: it differs in something that changes what is learned, and `allow_changes` is not set.
+    """
+    path = directory / CONFIG_FILE
+    if not is_new and path.exists() and not config["allow_changes"]:
+        changes = differences(governing(yaml.safe_load(path.read_text())), governing(config))
+        if changes:
+            raise UserError(
+                f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
+                "allow_changes=true to go on with the new values"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def governing(config: Node) -> dict[str, Any]:
+    """The part of a configuration that decides what is learned."""
+    kept = {key: value for key, value in config.items() if key not in FREE_KEYS}
+    return {**kept, "data": {key: value for key, value in kept["data"].items() if key not in FREE_DATA_KEYS}}
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Every leaf in which two configurations differ, as `path: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def choose_accelerator(wanted: str) -> str:
+    """`auto` becomes cuda where there is one."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"trainer.accelerator={wanted!r} is not one of auto, cpu, cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator=cuda, but torch sees no GPU; `python -m moss_train doctor` says more")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def callbacks(config: Node, directory: Path, last: int) -> list[Callback]:
+    """Metrics first, so that a checkpoint never lies behind an update that was not logged."""
+    writers: list[CsvWriter | ProgressWriter | WandbWriter]
+    writers = [CsvWriter(directory / "metrics.csv"), ProgressWriter(last)]
+    if config["wandb"] is not None:
+        writers.append(WandbWriter(directory, config["wandb"]))
+    return [UpdateMetrics(writers), CheckpointWriter(directory / "checkpoints", **config["checkpoint"])]
+
+
+def build_trainer(config: Node, accelerator: str, trainer_callbacks: list[Callback]) -> Trainer:
+    """Lightning's Trainer without its own clocks, loggers, bars and checkpoints; one pass over the run's loader."""
+    settings = config["trainer"]
+    if settings["num_threads"] is not None:
+        torch.set_num_threads(settings["num_threads"])
+    torch.set_float32_matmul_precision(settings["matmul_precision"])
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    return lightning.Trainer(
+        accelerator=accelerator,
+        devices=settings["devices"],
+        precision=settings["precision"],
+        max_epochs=1,
+        callbacks=trainer_callbacks,
+        plugins=[DirectoryCheckpointIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )

@@ -1,0 +1,108 @@
+"""Stages are data: what is trained, with which terms and rates, on how much audio, for how many updates."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PARTS = ("encoder", "quantizer", "decoder", "semantic")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of the training.
+
+    Attributes:
+        name: for logs.
+        updates: generator updates in this stage.
+        batch_seconds: audio per update over all ranks, in seconds.
+        adversarial: whether discriminators are trained and judge the generator.
+        learning_rate, final_learning_rate: of the generator side; warm-up, then a cosine between them.
+        discriminator_learning_rate: peak; it follows the same curve.
+        warmup_updates: linear warm-up at the start of the stage.
+        discriminator_warmup_updates: the discriminators' head start, in which they do not yet judge the generator.
+        train: parts that learn, of PARTS.
+        weights: loss weights that differ in this stage.
+
+    Raises:
+        ValueError: a value that cannot work, by name.
+    """
+
+    name: str
+    updates: int
+    batch_seconds: float
+    adversarial: bool = False
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-5
+    discriminator_learning_rate: float = 1e-4
+    warmup_updates: int = 2000
+    discriminator_warmup_updates: int = 0
+    train: Sequence[str] = PARTS
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        positive = ("batch_seconds", "learning_rate", "discriminator_learning_rate")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"stage {self.name}: {name} must be above 0, got {getattr(self, name)}")
+        for name in ("updates", "warmup_updates", "discriminator_warmup_updates"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"stage {self.name}: {name} must be a whole number from 0, got {getattr(self, name)}")
+        if unknown := set(self.train) - set(PARTS):
+            raise ValueError(f"stage {self.name}: train={list(self.train)} has {sorted(unknown)}, not of {PARTS}")
+        if not set(self.train) & {"encoder", "quantizer", "decoder"}:
+            raise ValueError(f"stage {self.name}: train={list(self.train)} leaves nothing of the tokenizer to learn")
+
+    def rate_factor(self, update: int) -> float:
+        """Learning rate of an update of this stage (from 0) as a share of the peak."""
+        if update < self.warmup_updates:
+            return (update + 1) / self.warmup_updates
+        decaying = max(self.updates - self.warmup_updates, 1)
+        progress = min((update - self.warmup_updates) / decaying, 1.0)
+        floor = self.final_learning_rate / self.learning_rate
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class StageMoment:
+    """A stage and how many of its updates have been done."""
+
+    stage: Stage
+    update: int
+
+    @property
+    def judged(self) -> bool:
+        """Whether the discriminators take part in the generator's loss."""
+        return self.stage.adversarial and self.update >= self.stage.discriminator_warmup_updates
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of a run in order, addressed by the one clock: the number of generator updates done."""
+
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def from_config(cls, stages: Sequence[Mapping[str, Any]]) -> "Schedule":
+        """Build from plain mappings; ValueError for an empty list, TypeError for an unknown key."""
+        if not stages:
+            raise ValueError("stages is empty: a run needs at least one")
+        return cls(tuple(Stage(**stage) for stage in stages))
+
+    @property
+    def updates(self) -> int:
+        """Updates of all stages together."""
+        return sum(stage.updates for stage in self.stages)
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether any stage needs discriminators."""
+        return any(stage.adversarial for stage in self.stages)
+
+    def at(self, update: int) -> StageMoment:
+        """The stage in which update number `update` (from 0) happens; the end of the run belongs to the last one."""
+        for stage in self.stages[:-1]:
+            if update < stage.updates:
+                return StageMoment(stage, update)
+            update -= stage.updates
+        return StageMoment(self.stages[-1], update)
