@@ -1,0 +1,118 @@
+"""The command line: one verb, its configuration, one clear line when something has to be changed."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moss_train.commands import _help as help_texts
+from moss_train.utils.errors import UserError
+
+PROGRAM = "moss_train"
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What stands on the command line, before any configuration is read."""
+
+    verb: str | None
+    overrides: tuple[str, ...]
+    show_help: bool
+    show_config: bool
+    config_directory: Path | None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see python -m {PROGRAM} --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0 done, 1 the verb's own report of failure, 2 wrong input, 130 Ctrl-C.
+
+    Any other exception is a bug of ours and passes through with its traceback.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    verb = next((argument for argument in argv if argument in help_texts.find_verbs()), "")
+    try:
+        return _run(parse_arguments(argv))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (UserError, OSError) as error:
+        return _fail(verb, _one_line(error), EXIT_USER_ERROR, argv)
+    except KeyboardInterrupt:
+        return _fail(verb, "interrupted", EXIT_INTERRUPTED, argv)
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Split the command line into verb, flags and Hydra overrides. Raises UserError for an unknown flag."""
+    parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--cfg", choices=["job"])
+    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("--traceback", action="store_true")
+    found = parser.parse_intermixed_args(argv)
+    return Arguments(
+        verb=found.words[0] if found.words else None,
+        overrides=tuple(found.words[1:]),
+        show_help=found.help,
+        show_config=found.cfg is not None,
+        config_directory=_existing_directory(found.config_dir),
+    )
+
+
+def _run(arguments: Arguments) -> int:
+    verbs = help_texts.find_verbs()
+    if arguments.verb is None:
+        text = help_texts.program_help(verbs)
+        print(text, file=sys.stdout if arguments.show_help else sys.stderr)
+        return 0 if arguments.show_help else EXIT_USER_ERROR
+    if arguments.verb not in verbs:
+        raise UserError(help_texts.unknown("verb", arguments.verb, list(verbs)))
+    if arguments.show_help:
+        print(help_texts.verb_help(arguments.verb, arguments.config_directory))
+        return 0
+    return _run_verb(arguments.verb, arguments)
+
+
+def _run_verb(verb: str, arguments: Arguments) -> int:
+    from moss_train.commands import _compose as composition
+
+    config = composition.compose(verb, arguments.overrides, arguments.config_directory)
+    if arguments.show_config:
+        print(composition.to_yaml(config), end="")
+        return 0
+    run: Callable[[dict[str, Any]], int | None] = importlib.import_module(f"moss_train.commands.{verb}").run
+    return run(composition.to_plain(config, verb)) or 0
+
+
+def _existing_directory(path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    path = path.expanduser().absolute()
+    if not path.is_dir():
+        raise UserError(f"--config-dir {path} is not a folder")
+    return path
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(verb: str, message: str, status: int, argv: list[str]) -> int:
+    if "--traceback" in argv:
+        import traceback
+
+        traceback.print_exc()
+    print(f"{PROGRAM} {verb}: {message}" if verb else f"{PROGRAM}: {message}", file=sys.stderr)
+    return status

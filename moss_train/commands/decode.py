@@ -1,0 +1,31 @@
+"""`decode`: codes to audio files."""
+
+from pathlib import Path
+from typing import Any
+
+from moss_train.audio import WRITABLE_FORMATS
+from moss_train.commands._report import as_list, positive, print_report
+from moss_train.export.loading import load_tokenizer
+from moss_train.inference.corpus import find_codes
+from moss_train.inference.decoding import Decoder, decode_files
+from moss_train.inference.device import choose_device
+from moss_train.utils.errors import UserError
+
+SUMMARY = "Turn codes back into audio files."
+EXAMPLES = (
+    "python -m moss_train decode model=my-tokenizer input=/my/codes out=/my/decoded",
+    "python -m moss_train decode model=runs/x input=codes out=decoded format=flac num_quantizers=4",
+)
+
+
+def run(config: dict[str, Any]) -> int:
+    """Decode a folder of codes; the exit status is 1 when some files could not be used."""
+    batch_seconds = positive(config, "batch_seconds")
+    if config["format"] not in WRITABLE_FORMATS:
+        raise UserError(f"format={config['format']} has to be one of {', '.join(WRITABLE_FORMATS)}")
+    out = Path(config["out"]).expanduser()
+    works = find_codes(as_list(config["input"]), out, f".{config['format']}")
+    device = choose_device(config["device"])
+    model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
+    decoder = Decoder(model, config["num_quantizers"], config["chunk_duration"])
+    return print_report(decode_files(decoder, works, batch_seconds), out, "decode")

@@ -1,0 +1,267 @@
+"""`doctor`: check the machine and the installation before a long run does, and say what to do about each problem."""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moss_train.utils.memory import cuda_memory, memory
+
+SUMMARY = "check the environment: versions, devices, memory, disk, audio formats"
+
+# Distribution -> module to import. All of them are needed; the order is that of the table.
+CORE_PACKAGES = {
+    "torch": "torch",
+    "torchaudio": "torchaudio",
+    "lightning": "lightning",
+    "pytorch-lightning": "pytorch_lightning",
+    "transformers": "transformers",
+    "hydra-core": "hydra",
+    "omegaconf": "omegaconf",
+    "webdataset": "webdataset",
+    "auraloss": "auraloss",
+    "safetensors": "safetensors",
+    "soundfile": "soundfile",
+    "wandb": "wandb",
+    "numpy": "numpy",
+    "rich": "rich",
+}
+EVALUATION_PACKAGES = {"matplotlib": "matplotlib", "pystoi": "pystoi"}
+INSTALL_LOCK = "install the versions of requirements.lock (in a checkout: bash tools/setup.sh)"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the report; `advice` is one sentence of what to do, `broken` means that nothing works without it."""
+
+    subject: str
+    found: str
+    advice: str | None = None
+    broken: bool = False
+
+
+def run(config: dict[str, Any]) -> int:
+    """Print the report and return the exit status: 0 when everything that is needed works, 1 otherwise.
+
+    Args:
+        config: `run_directory` (path, need not exist) and `min_free_disk_gb` (10^9 bytes).
+    """
+    findings = list(examine(Path(config["run_directory"]), float(config["min_free_disk_gb"]) * 1e9))
+    show(findings, Console())
+    return int(any(finding.broken for finding in findings))
+
+
+def examine(run_directory: Path, min_free_disk_bytes: float) -> Iterator[Finding]:
+    """Yield every finding; a package that cannot be imported is a finding, not an error."""
+    yield Finding("Python", f"{platform.python_version()} ({sys.executable})")
+    yield Finding("platform", platform.platform())
+    for distribution, module in CORE_PACKAGES.items():
+        yield package_finding(distribution, module)
+    yield from device_findings()
+    yield Finding("CPU cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}")
+    ram = memory()
+    yield Finding("memory", f"{ram.available / GIB:.1f} GiB available of {ram.total / GIB:.1f} GiB")
+    yield from disk_findings(run_directory, min_free_disk_bytes)
+    yield audio_format_finding()
+    yield flash_attention_finding()
+    for distribution, module in EVALUATION_PACKAGES.items():
+        yield extra_finding(distribution, module)
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """Print the findings as a table and below it one line for each problem and what to do."""
+    table = Table("", "subject", "found", box=None, pad_edge=False)
+    for finding in findings:
+        mark = "[red]broken[/]" if finding.broken else "[yellow]advice[/]" if finding.advice else "[green]ok[/]"
+        table.add_row(mark, escape(finding.subject), escape(finding.found))
+    console.print(table)
+    for finding in findings:
+        if finding.advice is not None:
+            console.print(f"{finding.subject}: {finding.advice}", markup=False, highlight=False, soft_wrap=True)
+    if not any(finding.broken for finding in findings):
+        console.print("Everything that is needed works.")
+
+
+def try_import(module: str) -> ModuleType | Exception:
+    """Import a module; return what it raised, of whatever kind, when it cannot be imported.
+
+    A binary package can fail with OSError (a missing library) or RuntimeError (built for another torch) as well as
+    with ImportError, and none of them must end the examination.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        return error
+
+
+def package_finding(distribution: str, module: str) -> Finding:
+    """Check that a core package can be imported and that its version is one that moss_train declares."""
+    imported = try_import(module)
+    version = installed_version(distribution)
+    if isinstance(imported, ModuleNotFoundError) and version is None:
+        return Finding(distribution, "not installed", INSTALL_LOCK, broken=True)
+    if isinstance(imported, Exception):
+        return Finding(distribution, f"{version}: {first_line(imported)}", import_advice(distribution), broken=True)
+    wanted = declared_versions(distribution)
+    if wanted is not None and version is not None and not wanted.contains(version, prereleases=True):
+        return Finding(distribution, version, f"moss_train needs {distribution}{wanted}: {INSTALL_LOCK}", broken=True)
+    return Finding(distribution, version or "unknown version")
+
+
+def import_advice(distribution: str) -> str:
+    """Say what to do about a package that is installed and cannot be imported."""
+    if distribution == "torchaudio":
+        return (
+            f"torch {installed_version('torch')} and torchaudio {installed_version('torchaudio')} do not fit together, "
+            f"most likely because they are built for different CUDA releases: {INSTALL_LOCK}"
+        )
+    if distribution == "soundfile":
+        return f"libsndfile cannot be loaded; the soundfile wheel brings it: {INSTALL_LOCK}"
+    return INSTALL_LOCK
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version that the installed package declares, None when it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def declared_versions(distribution: str) -> Any:
+    """Return the versions (a SpecifierSet) that moss_train's own metadata allows, None where it does not say."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = importlib.metadata.requires("moss_train") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    requirements = (Requirement(text) for text in declared)
+    return next((r.specifier for r in requirements if r.name == distribution and r.marker is None), None)
+
+
+def first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message."""
+    message = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {message}"
+
+
+def device_findings() -> Iterator[Finding]:
+    """Report the CUDA release that torch is built for and the memory of each device it can use."""
+    torch = try_import("torch")
+    if isinstance(torch, Exception):
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    if torch.cuda.is_available():
+        yield Finding("torch build", build)
+        for device in range(torch.cuda.device_count()):
+            yield device_finding(torch, device)
+        return
+    yield Finding(
+        "torch build", f"{build}; no CUDA device, so everything runs on the CPU", missing_device_advice(torch)
+    )
+
+
+def missing_device_advice(torch: ModuleType) -> str | None:
+    """Say what to do when there is an NVIDIA driver and torch cannot use it; None when there is no driver either."""
+    if not Path("/proc/driver/nvidia/version").exists():
+        return None
+    if torch.version.cuda is None:
+        return (
+            "this machine has an NVIDIA driver and this torch is built without CUDA: install the torch build for CUDA"
+        )
+    return f"torch cannot use the NVIDIA driver: update it to one for CUDA {torch.version.cuda}, or see nvidia-smi"
+
+
+def device_finding(torch: ModuleType, device: int) -> Finding:
+    """Report name, compute capability and memory of one CUDA device."""
+    subject = f"cuda:{device}"
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        free = cuda_memory(device)
+    except RuntimeError as error:
+        return Finding(subject, first_line(error), "the device does not answer: look at nvidia-smi", broken=True)
+    sizes = f"{free.available / GIB:.1f} GiB free of {free.total / GIB:.1f} GiB"
+    return Finding(subject, f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, {sizes}")
+
+
+def disk_findings(run_directory: Path, min_free_bytes: float) -> Iterator[Finding]:
+    """Report the free disk for runs and for temporary files, and whether these are on one file system."""
+    run_directory = nearest_directory(run_directory)
+    temporary = Path(tempfile.gettempdir())
+    if not os.access(run_directory, os.W_OK | os.X_OK):
+        advice = "no permission to write there: name another one, run_directory=PATH"
+        yield Finding("run directory", str(run_directory), advice, broken=True)
+    else:
+        yield free_disk_finding(
+            "run directory", run_directory, min_free_bytes, "name a larger disk, run_directory=PATH"
+        )
+    same = os.stat(run_directory).st_dev == os.stat(temporary).st_dev
+    note = f"{'the same' if same else 'another'} file system as the run directory"
+    yield free_disk_finding("temporary files", temporary, min_free_bytes, "set TMPDIR to a larger disk", note)
+
+
+def free_disk_finding(subject: str, directory: Path, min_free_bytes: float, remedy: str, note: str = "") -> Finding:
+    """Report the free disk at a directory, with advice when it is less than wanted."""
+    free = shutil.disk_usage(directory).free
+    found = f"{directory}: {free / 1e9:.0f} GB free" + (f", {note}" if note else "")
+    if free < min_free_bytes:
+        return Finding(subject, found, f"less than {min_free_bytes / 1e9:.0f} GB free: {remedy}")
+    return Finding(subject, found)
+
+
+def nearest_directory(path: Path) -> Path:
+    """Return the path itself or the closest directory above it that exists."""
+    path = path.absolute()
+    return next(directory for directory in (path, *path.parents) if directory.is_dir())
+
+
+def audio_format_finding() -> Finding:
+    """Report libsndfile's version and whether it reads FLAC, Opus and MP3."""
+    soundfile = try_import("soundfile")
+    if isinstance(soundfile, Exception):
+        return Finding("audio formats", "unknown, as soundfile cannot be imported")
+    formats = soundfile.available_formats()
+    supported = {
+        "FLAC": "FLAC" in formats,
+        "Opus": "OGG" in formats and "OPUS" in soundfile.available_subtypes("OGG"),
+        "MP3": "MP3" in formats,
+    }
+    found = f"libsndfile {soundfile.__libsndfile_version__}: WAV, " + ", ".join(
+        n for n, there in supported.items() if there
+    )
+    missing = [name for name, there in supported.items() if not there]
+    if missing:
+        return Finding("audio formats", found, f"no {' and '.join(missing)}: install libsndfile 1.1 or newer")
+    return Finding("audio formats", found)
+
+
+def flash_attention_finding() -> Finding:
+    """Report which FlashAttention can be used: the flash_attn package or the one built into torch."""
+    ways = []
+    if not isinstance(try_import("flash_attn"), Exception):
+        ways.append(f"flash_attn {installed_version('flash-attn')}")
+    if hasattr(try_import("torch.nn.attention.varlen"), "varlen_attn"):
+        ways.append("built into torch")
+    return Finding("FlashAttention", ", ".join(ways) or "none: attention runs through torch's other kernels")
+
+
+def extra_finding(distribution: str, module: str) -> Finding:
+    """Report a package of the `eval` extra; only `evaluate` and its report need it."""
+    imported = try_import(module)
+    if not isinstance(imported, Exception):
+        return Finding(f"{distribution} (eval)", installed_version(distribution) or "unknown version")
+    return Finding(f"{distribution} (eval)", first_line(imported), "install the extra: pip install 'moss_train[eval]'")

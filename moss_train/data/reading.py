@@ -1,0 +1,203 @@
+"""Read samples out of shards by seek, and check everything about them: a bad sample is reported, never let through."""
+
+import io
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moss_train.audio import read_audio
+from moss_train.data.corpus import Corpus
+from moss_train.data.index import ClipLocation
+from moss_train.data.stream import ClipFormat, SampleRef
+from moss_train.types import TASKS
+from moss_train.utils.errors import UserError
+
+TextEncoder = Callable[[str], Sequence[int]]
+
+_READ_BYTES = 2**18  # at once, so that a clip is read in one go and a crop of a long file costs no more than this
+_MAX_JSON_BYTES = 2**20
+
+
+class SampleError(ValueError):
+    """One sample cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class TrainingClip:
+    """One sample of the stream as it was read."""
+
+    ref: SampleRef
+    sample_id: str
+    audio: Tensor  # [C, T] float32
+    tokens: tuple[int, ...]  # empty for a clip without text
+    task_id: int  # -1 for a clip without text
+
+
+class OpenFiles:
+    """Keeps the last few shards open; reads by offset, so processes may share the descriptors after a fork."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+
+    def descriptor(self, path: str) -> int:
+        """Return an open descriptor of the file. Raises OSError."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._descriptors) > self._capacity:
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors.move_to_end(path)
+        return self._descriptors[path]
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __getstate__(self) -> dict:
+        return {"_capacity": self._capacity, "_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Member(io.RawIOBase):
+    """One member of a tar as a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, size: int, name: str) -> None:
+        self._descriptor, self._offset, self._size, self._position = descriptor, offset, size, 0
+        self.name = name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, origin + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._size - self._position)]
+        count = os.preadv(self._descriptor, [view], self._offset + self._position)
+        self._position += count
+        return count
+
+
+class ClipReader:
+    """Reads and checks clips of shards that have one sampling rate and number of channels."""
+
+    def __init__(self, sampling_rate: int, num_channels: int) -> None:
+        self._sampling_rate = sampling_rate
+        self._num_channels = num_channels
+        self._files = OpenFiles()
+
+    def read_labels(self, location: ClipLocation) -> dict:
+        """Read and check a clip's JSON. Raises SampleError."""
+        if location.json_size > _MAX_JSON_BYTES:
+            raise SampleError(f"JSON has {location.json_size} bytes, more than {_MAX_JSON_BYTES}")
+        try:
+            content = os.pread(self._files.descriptor(location.shard), location.json_size, location.json_offset)
+            labels = json.loads(content)
+        except OSError as error:
+            raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise SampleError(f"damaged JSON ({error})") from error
+        self._check_labels(labels, location)
+        return labels
+
+    def read_audio(self, location: ClipLocation, start: int, num_frames: int) -> Tensor:
+        """Read a part of a clip as float32 [C, T]. Raises SampleError."""
+        try:
+            descriptor = self._files.descriptor(location.shard)
+            name = f"{location.shard} at byte {location.audio_offset}"
+            member = _Member(descriptor, location.audio_offset, location.audio_size, name)
+            to_end = start + num_frames == location.num_samples  # then a file longer than its index is noticed too
+            file = io.BufferedReader(member, _READ_BYTES)
+            audio, rate = read_audio(file, start=start, num_frames=None if to_end else num_frames)
+        except OSError as error:
+            raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
+        except UserError as error:
+            raise SampleError(str(error)) from error
+        found, wanted = (rate, *audio.shape), (self._sampling_rate, self._num_channels, num_frames)
+        if found != wanted:
+            raise SampleError(f"rate, channels and length are {found}, the index says {wanted}")
+        return audio
+
+    def _check_labels(self, labels: object, location: ClipLocation) -> None:
+        if not isinstance(labels, dict) or not isinstance(labels.get("id"), str):
+            raise SampleError("JSON without an id")
+        found = (labels.get("sampling_rate"), labels.get("num_samples"), "text" in labels)
+        wanted = (self._sampling_rate, location.num_samples, location.has_text)
+        if found != wanted:
+            raise SampleError(f"JSON says rate, length and text {found}, the index says {wanted}")
+        if location.has_text and (not isinstance(labels["text"], str) or labels.get("task") not in TASKS):
+            raise SampleError(f"text without a known task: {labels.get('task')!r}")
+
+
+class SampleReader:
+    """Turns references into clips that are ready for training."""
+
+    def __init__(self, clip_format: ClipFormat, text_encoder: TextEncoder | None) -> None:
+        self._clips = ClipReader(clip_format.sampling_rate, clip_format.num_channels)
+        self._peak = clip_format.peak
+        self._text_encoder = text_encoder
+
+    def read(self, ref: SampleRef) -> TrainingClip:
+        """Read one sample. Raises SampleError, its first argument the reason, its second the sample's id."""
+        sample_id = f"{Path(ref.location.shard).name}@{ref.location.audio_offset}"
+        try:
+            labels = self._clips.read_labels(ref.location)
+            sample_id = labels["id"]
+            audio = self._clips.read_audio(ref.location, ref.start, ref.num_frames)
+            tokens = self._encode(labels["text"]) if ref.with_text else ()
+        except SampleError as error:
+            raise SampleError(str(error), sample_id) from error
+        task_id = TASKS.index(labels["task"]) if tokens else -1
+        return TrainingClip(ref, sample_id, scale_to_peak(audio, self._peak), tokens, task_id)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if self._text_encoder is None:
+            return ()
+        try:
+            tokens = tuple(self._text_encoder(text))
+        except Exception as error:  # whatever a tokenizer raises for odd text must not stop the run
+            raise SampleError(f"the text encoder raised {type(error).__name__}: {error}") from error
+        if not tokens:
+            raise SampleError("the text encoder gives no tokens")
+        return tokens
+
+
+def scale_to_peak(audio: Tensor, peak: float | None) -> Tensor:
+    """Scale audio to a highest absolute sample; silence stays silent, None changes nothing."""
+    if peak is None or audio.numel() == 0:
+        return audio
+    highest = audio.abs().max()
+    return audio * (peak / highest) if highest > 0 else audio
+
+
+def iterate_clips(
+    sources: Sequence[str | Path], *, sampling_rate: int, num_channels: int, peak: float | None = None
+) -> Iterator[tuple[str, Tensor, dict]]:
+    """Yield the id, the whole audio [C, T] and the JSON of every clip, in the order of the index.
+
+    Raises UserError, naming shard and clip, for a clip that cannot be read: an evaluation must not lose any.
+    """
+    corpus = Corpus.load(sources, sampling_rate=sampling_rate, num_channels=num_channels)
+    reader = ClipReader(sampling_rate, num_channels)
+    for row in range(len(corpus)):
+        location = corpus.locate(row)
+        try:
+            labels = reader.read_labels(location)
+            audio = reader.read_audio(location, 0, location.num_samples)
+        except SampleError as error:
+            raise UserError(f"{location.shard}, clip at byte {location.audio_offset}: {error}") from error
+        yield labels["id"], scale_to_peak(audio, peak), labels

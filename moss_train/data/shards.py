@@ -1,0 +1,105 @@
+"""Shards: ordinary webdataset tar files of `<key>.flac` and `<key>.json`, and what an index has to know about one.
+
+The index is always made by reading a finished tar, never from what the writer believes it wrote.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from webdataset import TarWriter
+
+from moss_train.audio import write_audio
+from moss_train.utils.errors import UserError
+
+FORMAT_VERSION = 1
+
+SAMPLE_ARRAYS = {
+    "num_samples": np.dtype(np.int64),  # length of the clip, per channel
+    "has_text": np.dtype(np.bool_),
+    "audio_offset": np.dtype(np.int64),  # bytes from the start of the tar
+    "audio_size": np.dtype(np.int64),
+    "json_offset": np.dtype(np.int64),
+    "json_size": np.dtype(np.int64),
+}
+"""What the index stores per sample of a shard, in the order of the tar."""
+
+
+@dataclass(frozen=True)
+class ShardContents:
+    """What one finished shard holds."""
+
+    arrays: dict[str, np.ndarray]  # as SAMPLE_ARRAYS, each [samples]
+    labels: tuple[dict, ...]  # the JSON of every sample
+    num_bytes: int
+    sha256: str
+
+
+class ShardWriter:
+    """Writes one shard; the same samples give the same bytes."""
+
+    def __init__(self, path: Path, sampling_rate: int) -> None:
+        self.path = path
+        self._sampling_rate = sampling_rate
+        self._file = path.open("xb")
+        self._tar = TarWriter(self._file, compress=False, encoder=False, mtime=0, user="", group="")
+        self.num_bytes = 0
+        self.num_clips = 0
+
+    def write(self, key: str, audio: Tensor, labels: dict) -> None:
+        """Append one clip, float [C, T], with the labels that go into its JSON beside length and rate."""
+        flac = io.BytesIO()
+        write_audio(flac, audio, self._sampling_rate, format="flac")
+        labels = labels | {"num_samples": audio.shape[-1], "sampling_rate": self._sampling_rate}
+        text = json.dumps(labels, ensure_ascii=False, sort_keys=True).encode()
+        self.num_bytes += self._tar.write({"__key__": key, "flac": flac.getvalue(), "json": text})
+        self.num_clips += 1
+
+    def close(self) -> None:
+        """Finish the tar and put it on the disk for good."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Let go of a shard that will not be finished."""
+        self._tar.close()
+        self._file.close()
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_shard(path: Path, sampling_rate: int) -> ShardContents:
+    """Read a finished shard's headers and JSON. Raises UserError for members that do not pair up as clips."""
+    rows, labels = [], []
+    with tarfile.open(path, "r:") as tar:
+        members = iter(tar)
+        for audio in members:
+            text = next(members, None)
+            key = audio.name.removesuffix(".flac")
+            if text is None or audio.name != f"{key}.flac" or text.name != f"{key}.json":
+                raise UserError(f"{path}: {audio.name} is not a <key>.flac followed by its <key>.json")
+            file = tar.extractfile(text)
+            assert file is not None, text.name
+            content = json.loads(file.read())
+            if content["sampling_rate"] != sampling_rate:
+                raise UserError(f"{path}: {audio.name} is at {content['sampling_rate']} Hz, not {sampling_rate}")
+            offsets = (audio.offset_data, audio.size, text.offset_data, text.size)
+            rows.append((content["num_samples"], "text" in content, *offsets))
+            labels.append(content)
+    columns = list(zip(*rows, strict=True)) or [()] * len(SAMPLE_ARRAYS)
+    arrays = {
+        name: np.array(column, dtype) for (name, dtype), column in zip(SAMPLE_ARRAYS.items(), columns, strict=True)
+    }
+    return ShardContents(arrays, tuple(labels), path.stat().st_size, sha256_of(path))

@@ -1,0 +1,1 @@
+"""Files and corpora to codes and back."""

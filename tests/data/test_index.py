@@ -1,0 +1,85 @@
+"""The index finds every kind of damage that a tar reader would pass over, and never leaves its folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moss_train.data.index import ShardIndex
+from moss_train.utils.errors import UserError
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+def edit_index(folder: Path, **changes: object) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | changes))
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 0x40
+    path.write_bytes(content)
+
+
+def test_an_intact_copy_passes(copy: Path) -> None:
+    ShardIndex.load(copy).verify(full=True)
+
+
+def test_a_shard_that_was_cut_or_is_gone_is_found_at_once(copy: Path) -> None:
+    shard = copy / ShardIndex.load(copy).shards[1].file
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(UserError, match=rf"{shard.name} has \d+ bytes, its index says \d+"):
+        ShardIndex.load(copy)
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{shard.name} is in the index but cannot be read: No such file"):
+        ShardIndex.load(copy)
+
+
+@pytest.mark.parametrize("place", ["header", "data"])
+def test_full_verification_finds_one_flipped_bit(copy: Path, place: str) -> None:
+    index = ShardIndex.load(copy)
+    location = index.locate(3)
+    flip_byte(Path(location.shard), location.audio_offset + (-512 if place == "header" else 1000))
+    with pytest.raises(UserError, match=r"\.tar is damaged: its hash differs"):
+        ShardIndex.load(copy).verify(full=True)
+
+
+def test_damaged_arrays_are_found(copy: Path) -> None:
+    arrays = copy / "index.safetensors"
+    flip_byte(arrays, arrays.stat().st_size - 1)
+    with pytest.raises(UserError, match=r"does not fit|hash differs"):
+        ShardIndex.load(copy).verify(full=True)
+    arrays.write_bytes(arrays.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"the index of .* is damaged"):
+        ShardIndex.load(copy)
+    arrays.unlink()
+    with pytest.raises(UserError, match=r"the index of .* is damaged"):
+        ShardIndex.load(copy)
+
+
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/passwd", "sub/x.tar", ".."])
+def test_shard_names_cannot_leave_the_folder(copy: Path, name: str) -> None:
+    shards = json.loads((copy / "index.json").read_text())["shards"]
+    shards[0]["file"] = name
+    edit_index(copy, shards=shards)
+    with pytest.raises(UserError, match="is not the plain name"):
+        ShardIndex.load(copy)
+
+
+def test_other_folders_and_formats_are_refused(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a folder of packed shards"):
+        ShardIndex.load(tmp_path)
+    edit_index(copy, version=99)
+    with pytest.raises(UserError, match="format version 99, this version reads 1"):
+        ShardIndex.load(copy)
+    (copy / "index.json").write_text("{}")
+    with pytest.raises(UserError, match="not an index of moss_train shards"):
+        ShardIndex.load(copy)
+    (copy / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        ShardIndex.load(copy)

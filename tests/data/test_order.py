@@ -1,0 +1,102 @@
+"""The order of clips and domains: shares, passes and seeking, over tables far longer than any recording here."""
+
+import numpy as np
+import pytest
+
+from moss_train.data.corpus import DomainOrder
+from moss_train.data.mixing import DomainMixture, domain_shares
+from moss_train.data.randomness import permutation, units
+from moss_train.data.stream import deal, split_by_length
+from moss_train.utils.errors import UserError
+
+
+def order_of(counts: list[int], window_shards: int = 3, seed: int = 0) -> DomainOrder:
+    firsts = np.cumsum([0, *counts[:-1]])
+    return DomainOrder("speech", np.stack([firsts, counts], axis=1), seed=seed, window_shards=window_shards)
+
+
+def test_units_are_below_one_in_float32_and_depend_on_everything() -> None:
+    numbers = units(1, "crop", 5, count=200_000)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert numbers.astype(np.float32).max() < np.float32(1)
+    assert abs(numbers.mean() - 0.5) < 0.003
+    assert np.array_equal(numbers, units(1, "crop", 5, count=200_000))
+    for other in (units(2, "crop", 5, count=9), units(1, "start", 5, count=9), units(1, "crop", 6, count=9)):
+        assert not np.array_equal(other, numbers[:9])
+
+
+def test_random_numbers_never_change() -> None:
+    """A run resumed with another NumPy has to find the same stream."""
+    assert permutation(3, "clips", 1, count=8).tolist() == [7, 6, 2, 3, 5, 1, 4, 0]
+    assert (units(3, "crop", 1, count=3) * 2**24).tolist() == [9770868, 2591362, 9085583]
+
+
+def test_every_pass_visits_every_clip_once_in_another_order() -> None:
+    order = order_of([5, 1, 7, 3, 9, 2, 4])
+    passes = [order.rows(number * 31, 31).tolist() for number in range(3)]
+    assert all(sorted(rows) == list(range(31)) for rows in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert order_of([5, 1, 7, 3, 9, 2, 4], seed=1).rows(0, 31).tolist() != passes[0]
+
+
+def test_any_element_can_be_computed_alone() -> None:
+    whole = order_of([5, 1, 7, 3, 9, 2, 4]).rows(0, 100)
+    for first, count in ((0, 1), (30, 2), (61, 39), (99, 1)):
+        assert np.array_equal(order_of([5, 1, 7, 3, 9, 2, 4]).rows(first, count), whole[first : first + count])
+    assert order_of([5, 1, 7]).rows(13 * 10**9 + 4, 1)[0] in range(13)
+
+
+def test_reading_stays_within_a_window_of_shards() -> None:
+    rows = order_of([10] * 20, window_shards=4).rows(0, 200)
+    for window in rows.reshape(5, 40):
+        assert len(set(window // 10)) == 4
+        assert not np.array_equal(window, np.sort(window))
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.5, 0.3, 0.2], [0.98, 0.01, 0.01], [1 / 40] * 40, [0.9999, 0.0001, 0.0]])
+def test_counts_follow_the_shares_at_every_depth(shares: list[float]) -> None:
+    mixture = DomainMixture(shares, seed=0)
+    for block in (0, 1, 2, 1000, 10**9):
+        labels, firsts, counts = mixture.block(block)
+        assert np.bincount(labels, minlength=len(shares)).tolist() == counts
+        assert min(counts) >= 0
+        assert [first + count for first, count in zip(firsts, counts, strict=True)] == mixture.counts_before(block + 1)
+        positions = (block + 1) * mixture.block_size
+        error = np.array(mixture.counts_before(block + 1)) - np.array(shares) * positions
+        assert np.abs(error).max() < len(shares) * (1 + positions * 2.0**-40)
+
+
+def test_weights_are_shares_of_audio_seconds() -> None:
+    lengths = {"music": 10.0, "sound": 2.0, "speech": 5.0}
+    weights = {"music": 0.2, "sound": 0.3, "speech": 0.5}
+    shares = domain_shares(list(lengths), list(lengths.values()), [1.0, 1.0, 1.0], weights)
+    seconds = np.array(shares) * np.array(list(lengths.values()))
+    assert np.allclose(seconds / seconds.sum(), list(weights.values()))
+    available = domain_shares(["a", "b"], [4.0, 4.0], [300.0, 100.0], None)
+    assert available == pytest.approx([0.75, 0.25])
+
+
+def test_weights_have_to_fit_the_domains() -> None:
+    for weights, message in (
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, "name the domain 'c', which no shard has; there are a, b"),
+        ({"a": 1.0}, "do not name the domain 'b'"),
+        ({"a": -1.0, "b": 2.0}, "0 or more"),
+        ({"a": 0.0, "b": 0.0}, "not all 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            domain_shares(["a", "b"], [1.0, 1.0], [1.0, 1.0], weights)
+
+
+def test_dealing_gives_every_rank_as_much() -> None:
+    lengths = np.array([5, 1, 9, 7, 3, 8, 2, 6])
+    shares = [deal(lengths, rank, 3) for rank in range(3)]
+    assert sorted(np.concatenate(shares)) == list(range(8))
+    assert [lengths[share].tolist() for share in shares] == [[9, 3, 2], [8, 5, 1], [7, 6]]
+
+
+def test_micro_batches_bound_size_and_padding() -> None:
+    lengths = np.array([30, 10, 10, 9, 8, 6, 6, 2])
+    groups = [lengths[group].tolist() for group in split_by_length(lengths, 20, 0.7)]
+    assert groups == [[30], [10, 10], [9, 8], [6, 6], [2]]
+    assert split_by_length(np.array([], int), 20, 0.7) == []

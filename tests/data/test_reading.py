@@ -1,0 +1,98 @@
+"""Reading single samples: crops by seek, and labels that do not fit the index."""
+
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moss_train.data.index import ClipLocation, ShardIndex
+from moss_train.data.reading import ClipReader, OpenFiles, SampleError, iterate_clips, scale_to_peak
+
+
+@pytest.fixture
+def location(packed: Path) -> ClipLocation:
+    index = ShardIndex.load(packed)
+    return next(index.locate(row) for row in range(len(index)) if index.arrays["num_samples"][row] > 50_000)
+
+
+def test_a_crop_equals_the_part_of_the_whole_clip(location: ClipLocation) -> None:
+    reader = ClipReader(24000, 1)
+    whole = reader.read_audio(location, 0, location.num_samples)
+    for start, count in ((0, 100), (12345, 20_000), (location.num_samples - 7, 7)):
+        assert torch.equal(reader.read_audio(location, start, count), whole[:, start : start + count])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 60_001}, r"asked for|the index says \(24000, 1, 60001\)"),
+        ({"audio_size": 3000}, "not audio|damaged"),
+        ({"audio_offset": 0}, "not audio"),
+        ({"shard": "/nowhere/x.tar"}, "cannot read /nowhere/x.tar: No such file"),
+    ],
+)
+def test_audio_that_does_not_fit_the_index_is_an_error(location: ClipLocation, change: dict, message: str) -> None:
+    wrong = replace(location, **change)
+    with pytest.raises(SampleError, match=message):
+        ClipReader(24000, 1).read_audio(wrong, 0, wrong.num_samples)
+
+
+def test_another_format_than_expected_is_an_error(location: ClipLocation) -> None:
+    with pytest.raises(SampleError, match=r"are \(24000, 1, 100\), the index says \(48000, 1, 100\)"):
+        ClipReader(48000, 1).read_audio(location, 0, 100)
+
+
+GOOD_LABELS = {"id": "x", "num_samples": 100, "sampling_rate": 24000, "text": "hello", "task": "asr"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "damaged JSON"),
+        (b"\xff\xfe", "damaged JSON"),
+        (b"[" * 100_000, "damaged JSON"),
+        (b"[]", "without an id"),
+        (json.dumps(GOOD_LABELS | {"num_samples": 99}).encode(), "the index says"),
+        (json.dumps({k: v for k, v in GOOD_LABELS.items() if k != "text"}).encode(), "the index says"),
+        (json.dumps(GOOD_LABELS | {"task": "tts"}).encode(), "text without a known task: 'tts'"),
+        (b" " * (2**20 + 1), "JSON has 1048577 bytes"),
+    ],
+)
+def test_labels_that_do_not_fit_are_an_error(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(content)
+    location = ClipLocation(str(path), 0, 0, 0, len(content), num_samples=100, has_text=True)
+    with pytest.raises(SampleError, match=message):
+        ClipReader(24000, 1).read_labels(location)
+    path.write_text(json.dumps(GOOD_LABELS))
+    location = replace(location, json_size=path.stat().st_size)
+    assert ClipReader(24000, 1).read_labels(location) == GOOD_LABELS
+
+
+def test_only_a_few_files_stay_open(tmp_path: Path) -> None:
+    files = OpenFiles(capacity=2)
+    for name in "abca":
+        (tmp_path / name).write_text(name)
+        assert os.pread(files.descriptor(str(tmp_path / name)), 9, 0) == name.encode()
+    before = len(os.listdir("/proc/self/fd"))
+    assert pickle.loads(pickle.dumps(files)).descriptor(str(tmp_path / "a")) >= 0
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 2
+
+
+def test_evaluation_reads_every_clip_in_the_order_of_the_index(packed: Path) -> None:
+    index = ShardIndex.load(packed)
+    clips = list(iterate_clips([packed], sampling_rate=24000, num_channels=1, peak=0.5))
+    assert [audio.shape[1] for _, audio, _ in clips] == index.arrays["num_samples"].tolist()
+    assert all(audio.abs().max().item() == pytest.approx(0.5) or not audio.any() for _, audio, _ in clips)
+
+
+def test_scaling_keeps_silence_and_shape() -> None:
+    assert scale_to_peak(torch.tensor([[0.1, -0.2]]), 0.5)[0].tolist() == pytest.approx([0.25, -0.5])
+    assert scale_to_peak(torch.zeros(1, 4), 0.5).tolist() == [[0.0] * 4]
+    assert scale_to_peak(torch.zeros(1, 0), 0.5).shape == (1, 0)
+    assert scale_to_peak(torch.tensor([[0.1]]), None).item() == pytest.approx(0.1)

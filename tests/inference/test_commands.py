@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from moss_train.audio import read_audio, write_audio
+from moss_train.cli import main
+from moss_train.inference.codes import read_codes
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+
+RECORDING = sorted((Path(__file__).parents[2] / "recipes/quickstart/audio/speech").rglob("*.flac"))[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved stereo model and three clips of a real recording, one of them damaged."""
+    folder = tmp_path_factory.mktemp("inference")
+    torch.manual_seed(0)
+    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
+    quantizer = {"rvq_dim": 16, "num_quantizers": 3, "codebook_size": 32, "codebook_dim": 4}
+    config = MossAudioTokenizerConfig.from_stages(16000, stages, quantizer, context_seconds=1.0, number_channels=2)
+    MossAudioTokenizerModel(config).save_pretrained(folder / "model")
+    audio, rate = read_audio(RECORDING, num_channels=2)
+    (folder / "in put/a").mkdir(parents=True)
+    write_audio(folder / "in put/a/one.wav", audio, rate)
+    write_audio(folder / "in put/two.flac", audio[:, :20001], rate)
+    (folder / "in put/bad.wav").write_bytes(b"RIFF nothing")
+    return folder
+
+
+def test_encode_and_decode_a_folder(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["encode", "model=model", "input=in put", "out=codes", "device=cpu", "batch_seconds=5"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "encode: 2 written to codes, 0 were there, 1 failed\n"
+    assert "moss_train encode: passed over: in put/bad.wav is not audio" in captured.err
+    codes, info = read_codes(Path("codes/a/one.safetensors"))
+    samples, _ = read_audio("in put/a/one.wav", sampling_rate=16000)
+    assert (info.num_channels, info.num_samples) == (2, samples.shape[1])
+    assert codes.shape == (3, -(-samples.shape[1] // 240))
+
+    assert main(["decode", "model=model", "input=codes", "out=audio", "format=flac", "device=cpu"]) == 0
+    assert capsys.readouterr().out == "decode: 2 written to audio, 0 were there, 0 failed\n"
+    decoded, rate = read_audio("audio/a/one.flac")
+    assert (decoded.shape, rate) == (samples.shape, 16000)
+    assert sorted(path.name for path in Path("audio").rglob("*") if path.is_file()) == ["one.flac", "two.flac"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "input=in put", "out=o", "num_quantizers=9"], "num_quantizers must be between 1 and 3, got 9"),
+        (["encode", "input=in put", "out=o", "device=warp"], "device=warp is not a device"),
+        (["encode", "input=model", "out=o"], "input=model has no audio files"),
+        (["decode", "input=in put", "out=o"], "input=in put has no .safetensors files"),
+        (["decode", "input=model", "out=o", "format=mp3"], "format=mp3 has to be one of wav, flac"),
+    ],
+)
+def test_wrong_options_are_one_line(folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    assert main([*arguments, "model=model"]) == 2
+    text = capsys.readouterr().err
+    assert text.splitlines()[-1].startswith(f"moss_train {arguments[0]}: {message}")
+    assert "Traceback" not in text
+    assert not Path("o").exists()

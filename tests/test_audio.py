@@ -1,0 +1,98 @@
+"""Files in and out: exact round trips, conversions, and every kind of damage reported with the file's name."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from moss_train.audio import audio_info, read_audio, resample, to_pcm16, write_audio
+from moss_train.utils.errors import UserError
+
+RECORDINGS = Path(__file__).parents[1] / "recipes" / "quickstart" / "audio"
+
+
+@pytest.fixture(scope="module")
+def recording() -> Path:
+    return sorted((RECORDINGS / "speech").glob("*.flac"))[0]
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_every_16_bit_value_survives_a_round_trip(tmp_path: Path, suffix: str) -> None:
+    audio = (torch.arange(-32768, 32768) / 32768).reshape(2, -1)
+    write_audio(tmp_path / f"x.{suffix}", audio, 24000)
+    back, rate = read_audio(tmp_path / f"x.{suffix}")
+    assert rate == 24000
+    assert torch.equal(back, audio)
+
+
+def test_overs_are_clipped_and_do_not_wrap() -> None:
+    assert to_pcm16(torch.tensor([[1.5, 1.0, -1.0, -3.0]])).tolist() == [[32767, 32767, -32768, -32768]]
+
+
+def test_a_part_equals_the_same_part_of_the_whole(recording: Path) -> None:
+    whole, rate = read_audio(recording)
+    info = audio_info(recording)
+    assert whole.shape == (info.num_channels, info.num_samples)
+    assert rate == info.sampling_rate == 24000
+    part, _ = read_audio(recording, start=5000, num_frames=777)
+    assert torch.equal(part, whole[:, 5000:5777])
+    tail, _ = read_audio(io.BytesIO(recording.read_bytes()), start=info.num_samples - 3)
+    assert torch.equal(tail, whole[:, -3:])
+
+
+@pytest.mark.parametrize(("length", "to_rate", "expected"), [(24000, 48000, 48000), (1001, 16000, 668), (1, 8000, 1)])
+def test_resampled_length_is_rounded_up(length: int, to_rate: int, expected: int) -> None:
+    assert resample(torch.zeros(2, length), 24000, to_rate).shape == (2, expected)
+
+
+def test_resampling_there_and_back_keeps_speech(recording: Path) -> None:
+    audio, _ = read_audio(recording)
+    back = resample(resample(audio, 24000, 48000), 48000, 24000)[:, : audio.shape[1]]
+    assert (back - audio).square().mean() < 1e-3 * audio.square().mean()
+
+
+def test_channels_convert_by_mean_and_repetition(tmp_path: Path) -> None:
+    write_audio(tmp_path / "stereo.wav", torch.tensor([[0.5, 0.25], [0.25, -0.25]]), 24000)
+    mono, _ = read_audio(tmp_path / "stereo.wav", num_channels=1)
+    assert mono.tolist() == [[0.375, 0.0]]
+    write_audio(tmp_path / "mono.wav", mono, 24000)
+    assert read_audio(tmp_path / "mono.wav", num_channels=2)[0].tolist() == [[0.375, 0.0]] * 2
+    write_audio(tmp_path / "three.wav", torch.zeros(3, 8), 24000)
+    with pytest.raises(UserError, match=r"three.wav has 3 channels, which do not convert to 2"):
+        read_audio(tmp_path / "three.wav", num_channels=2)
+
+
+@pytest.mark.parametrize("format", ["wav", "aiff", "flac", "ogg", "mp3"])
+def test_a_file_that_was_cut_off_is_an_error(tmp_path: Path, recording: Path, format: str) -> None:
+    audio, rate = read_audio(recording)
+    soundfile.write(tmp_path / f"whole.{format}", audio.T.numpy(), rate)
+    content = (tmp_path / f"whole.{format}").read_bytes()
+    assert read_audio(tmp_path / f"whole.{format}")[0].shape[1] >= audio.shape[1]
+    (tmp_path / f"cut.{format}").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=rf"cut\.{format}"):
+        read_audio(tmp_path / f"cut.{format}")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_an_error(tmp_path: Path, value: float) -> None:
+    soundfile.write(tmp_path / "bad.wav", np.array([0.0, value, 0.5], np.float32), 24000, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"bad\.wav contains NaN or infinite samples"):
+        read_audio(tmp_path / "bad.wav")
+
+
+def test_errors_name_the_file(tmp_path: Path, recording: Path) -> None:
+    (tmp_path / "text.wav").write_text("not audio")
+    (tmp_path / "empty.flac").touch()
+    with pytest.raises(UserError, match=r"text\.wav is not audio"):
+        audio_info(tmp_path / "text.wav")
+    with pytest.raises(UserError, match=r"empty\.flac is not audio"):
+        read_audio(tmp_path / "empty.flac")
+    with pytest.raises(UserError, match=r"gone\.wav: No such file"):
+        read_audio(tmp_path / "gone.wav")
+    with pytest.raises(UserError, match=r"asked for 10 to"):
+        read_audio(recording, start=10, num_frames=10**9)
+    with pytest.raises(UserError, match=r"x\.mp3: the suffix has to be one of wav, flac"):
+        write_audio(tmp_path / "x.mp3", torch.zeros(1, 10), 24000)

@@ -1,0 +1,276 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moss_train.cli import main
+from moss_train.commands._compose import compose, prepare_overrides, to_plain
+from moss_train.commands._help import find_verbs
+from moss_train.utils.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+PACK = ["pack", "input=in", "out=out"]
+
+
+def run_program(*arguments, cwd):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "moss_train", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def error_line(capsys, arguments, status=2):
+    """Run in process, check the exit status, and return the one line on stderr."""
+    assert main(arguments) == status
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err.strip()
+
+
+# Help
+
+
+def test_help_lists_every_verb_with_its_summary(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    verbs = find_verbs()
+    assert {"pack", "doctor", "encode", "decode"} <= verbs.keys()
+    for verb, summary in verbs.items():
+        assert summary
+        assert f"{verb}" in text
+        assert summary in text
+
+
+def test_no_verb_prints_the_help_to_stderr_with_status_2(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Usage: python -m moss_train <verb>" in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["encode", "--help"], ["--help", "encode"], ["encode", "input=x", "-h"]])
+def test_help_of_a_verb_shows_its_commented_yaml_and_examples(capsys, arguments):
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(find_verbs()["encode"])
+    assert "batch_seconds: 120     # padded audio per batch; lower it when memory runs out" in text
+    assert "python -m moss_train encode model=my-tokenizer input=/my/audio" in text
+    assert "data.train=/shards/{speech,music}" in text
+
+
+def test_examples_name_the_mandatory_values(capsys):
+    assert main(["pack", "--help"]) == 0
+    assert "python -m moss_train pack input=<input> out=<out>" in capsys.readouterr().out
+
+
+def test_help_of_fit_lists_the_experiments(capsys):
+    assert main(["fit", "--help"]) == 0
+    text = capsys.readouterr().out
+    for path in (ROOT / "configs/experiment").glob("*.yaml"):
+        assert f"\n  {path.stem}" in text
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys; from moss_train.cli import main; main(['--help']); main(['pack', '--help']);"
+        "print('HEAVY', sorted({'torch', 'hydra', 'numpy', 'transformers', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+# Composition
+
+
+def test_cfg_job_prints_the_composed_configuration_without_running(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pack", "out=shards", "min_seconds=0.5", "--cfg", "job"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["min_seconds"] == 0.5
+    assert config["out"] == "shards"
+    assert config["input"] == "???"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_configuration_reaches_the_verb_again_and_again():
+    for rate in (16000, 48000):
+        config = to_plain(compose("pack", ["input=a", "out=b", f"sampling_rate={rate}"]), "pack")
+        assert type(config) is dict
+        assert config["sampling_rate"] == rate
+
+
+def test_a_file_of_config_dir_that_would_have_no_effect_is_refused(capsys, tmp_path):
+    (tmp_path / "pack.yaml").write_text("sampling_rate: 1\n")
+    line = error_line(capsys, [*PACK, "--config-dir", str(tmp_path)])
+    assert line.startswith(f"moss_train pack: {tmp_path}/pack.yaml has the name of a shipped configuration")
+
+
+def test_own_experiment_of_a_config_dir(capsys, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\n# Mine.\nmine: 7\n")
+    assert main(["fit", "--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["mine"] == 7
+    assert main(["fit", "--config-dir", str(tmp_path), "--help"]) == 0
+    assert "\n  mine" in capsys.readouterr().out
+
+
+# Paths
+
+
+def test_repeated_path_keys_become_a_list():
+    given = ["data.train=/shards/speech", "seed=1", "data.train=/shards/music (live)", "data.train=/s/it's"]
+    assert prepare_overrides(given) == [r"data.train=['/shards/speech','/shards/music (live)','/s/it\'s']", "seed=1"]
+
+
+def test_repetition_elsewhere_stays_as_it_is():
+    assert prepare_overrides(["out=a", "out=b"]) == ["out=a", "out=b"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a b (1)", "x=y", "one,two", "ünï 音", "it's", 'say "x"', "[list]", "${seed}", "50%", "a:b"]
+)
+def test_existing_paths_with_special_characters_arrive_as_they_are(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for path in (folder, folder / "new out"):
+        config = to_plain(compose("pack", [f"input={path}", "out=o"]), "pack")
+        assert config["input"] == str(path)
+    config = to_plain(compose("encode", ["model=m", "out=o", f"input={folder}", f"input={tmp_path}"]), "encode")
+    assert config["input"] == [str(folder), str(tmp_path)]
+
+
+def test_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone else")
+    config = to_plain(compose("pack", ["input=~/audio", "out=~"]), "pack")
+    assert (config["input"], config["out"]) == ("/home/someone else/audio", "/home/someone else")
+
+
+def test_numbers_and_lists_keep_their_types(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "16000").mkdir()
+    config = compose("encode", ["model=m", "input=[a,b]", "out=o", "batch_seconds=16000", "device=null"])
+    assert (config.batch_seconds, list(config.input), config.device) == (16000, ["a", "b"], None)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pakc"], "moss_train: unknown verb 'pakc': did you mean pack?"),
+        ([*PACK, "sampling_rat=3"], "moss_train pack: unknown key 'sampling_rat': did you mean sampling_rate?"),
+        ([*PACK, "pack.overwrite=3"], "moss_train pack: unknown key 'pack.overwrite': did you mean overwrite?"),
+        ([*PACK, "~nothing"], "moss_train pack: unknown key 'nothing': the keys are"),
+        ([*PACK, "overwrite"], "moss_train pack: cannot read 'overwrite': write overwrite=<value>"),
+        ([*PACK, "domain=a(b"], "moss_train pack: cannot read 'domain=a(b': special characters need quotes"),
+        ([*PACK, "=3"], "moss_train pack: cannot read '=3'"),
+        ([*PACK, "domain=a,b"], "moss_train pack: 'domain=a,b' gives several values: write a list as domain=[a,b]"),
+        ([*PACK, "hydra.run.dir=x"], "moss_train pack: 'hydra.run.dir=x': Hydra's own settings have no effect"),
+        (["pack"], "moss_train pack: input, out are required: add input=<input> out=<out> (see"),
+        (["pack", "out=x"], "moss_train pack: input is required: add input=<input> (see"),
+        ([*PACK, "domain=${nope.x}"], "moss_train pack: domain: Interpolation key 'nope.x' not found"),
+        ([*PACK, "domain=${oc.env:NOT_SET_X}"], "moss_train pack: domain: KeyError raised while resolving"),
+        ([*PACK, "--verbose"], "moss_train pack: unrecognized arguments: --verbose"),
+        ([*PACK, "--cfg", "all"], "moss_train pack: argument --cfg: invalid choice: 'all'"),
+        ([*PACK, "--config-dir", "/no/folder"], "moss_train pack: --config-dir /no/folder is not a folder"),
+        (["fit", "experiment=nope_nope"], "moss_train fit: unknown experiment 'nope_nope': there are "),
+        (["fit"], "moss_train fit: experiment is required: add experiment=<name>; there are cat_1b6, "),
+        (
+            ["fit", "experimnt=x", "experiment=cat_1b6"],
+            "moss_train fit: unknown key 'experimnt': did you mean experiment?",
+        ),
+        (
+            ["fit", "experiment=cat_1b6", "data.trian=x"],
+            "moss_train fit: unknown key 'data.trian': did you mean data.train?",
+        ),
+        (
+            ["fit", "experiment=cat_1b6", "experiment=cat_tiny"],
+            "moss_train fit: experiment is given several times: choose",
+        ),
+        (["fit", "experiment=3"], "moss_train fit: unknown experiment 3: there are cat_1b6, "),
+        (
+            ["fit", "experiment=cat_1b6", "objetive.weights.semantic=3"],
+            "moss_train fit: unknown key 'objetive.weights.semantic': did you mean objective.weights.semantic?",
+        ),
+        (["fit", "experiment=cat_1b6", "stages=3"], "moss_train fit: stages is a list: write stages=[3]"),
+        (["fit", "experiment=cat_1b6", "seed=1", "stages.99.updates=3"], "moss_train fit: cannot apply 'stages.99.upd"),
+        (
+            ["fit", "experiment=cat_1b6", "trainer.nope=3"],
+            "moss_train fit: unknown key 'trainer.nope': the keys of tra",
+        ),
+        (["fit", "experiment=cat_1b6", "data=3"], "moss_train fit: data holds several values, not one: set data."),
+    ],
+)
+def test_wrong_input_is_one_line_with_status_2(capsys, arguments, message):
+    assert error_line(capsys, arguments).startswith(message)
+
+
+def test_unknown_experiment_lists_those_there_are(capsys):
+    line = error_line(capsys, ["fit", "experiment=nope_nope"])
+    for path in (ROOT / "configs/experiment").glob("*.yaml"):
+        assert path.stem in line
+
+
+def test_user_errors_of_a_verb(capsys, tmp_path):
+    line = error_line(capsys, ["pack", f"input={tmp_path}/nowhere", f"out={tmp_path}/out"])
+    assert line.startswith(f"moss_train pack: input={tmp_path}/nowhere does not exist")
+    line = error_line(capsys, ["encode", "model=m", "input=i", "out=o", "batch_seconds=0"])
+    assert line == "moss_train encode: batch_seconds=0 has to be a number above 0"
+
+
+def test_traceback_on_request(capsys):
+    assert main([*PACK, "sampling_rat=3", "--traceback"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback")
+    assert text.endswith("moss_train pack: unknown key 'sampling_rat': did you mean sampling_rate?\n")
+
+
+def test_program_exits_with_status_2_and_no_traceback(tmp_path):
+    done = run_program("pack", "input=nowhere", "out=out", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("moss_train pack: input=nowhere does not exist")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_program_help_and_config(tmp_path):
+    done = run_program("decode", "--cfg", "job", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert yaml.safe_load(done.stdout)["format"] == "wav"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "moss_train doctor: interrupted"),
+        (FileNotFoundError(2, "No such file or directory", "/x/y"), 2, "moss_train doctor: /x/y: No such file or dir"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "moss_train doctor: /x: Permission denied"),
+        (OSError("two\nlines"), 2, "moss_train doctor: two lines"),
+        (UserError("change\n  this"), 2, "moss_train doctor: change this"),
+    ],
+)
+def test_errors_while_a_verb_runs(capsys, monkeypatch, error, status, message):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr("moss_train.commands.doctor.run", fail)
+    assert error_line(capsys, ["doctor"], status).startswith(message)
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def fail(config):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("moss_train.commands.doctor.run", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (1, 1)])
+def test_the_verb_decides_the_exit_status(monkeypatch, returned, status):
+    monkeypatch.setattr("moss_train.commands.doctor.run", lambda config: returned)
+    assert main(["doctor"]) == status

@@ -1,0 +1,186 @@
+"""The layers and fences of the package, read from the import statements of every file."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "moss_train"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+LAYERS = {
+    0: {"types", "audio", "utils"},
+    1: {"model", "discriminators", "losses", "semantic"},
+    2: {"data", "evaluation", "export"},
+    3: {"training", "inference"},
+    4: {"cli", "__main__", "commands"},
+}
+LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
+
+FENCES = {
+    "hydra": {"cli", "commands", "utils/build.py"},
+    "lightning": {"training"},
+    "pytorch_lightning": {"training"},
+    "wandb": {"training"},
+    "transformers": {"model", "semantic"},
+    "webdataset": {"data"},
+    "soundfile": {"audio", "data"},
+    "auraloss": {"losses", "evaluation"},
+    "pesq": {"evaluation"},
+    "pystoi": {"evaluation"},
+    "matplotlib": {"evaluation"},
+}
+# Asks only whether, and in which version, a package can be imported.
+ENVIRONMENT_CHECK = "commands/doctor.py"
+MODEL_IMPORTS = {"torch", "transformers"} | set(sys.stdlib_module_names)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, and whether it is imported as the file is."""
+
+    module: str
+    line: int
+    at_import: bool
+    relative: bool
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    tree = ast.parse(path.read_text("utf-8"))
+    later = (block for block in ast.walk(tree) if isinstance(block, ast.FunctionDef) or is_for_type_checking(block))
+    inner = {id(node) for block in later for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, id(node) not in inner, False) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                module = f"{absolute(path, node)}.{alias.name}"
+                yield Import(module, node.lineno, id(node) not in inner, node.level > 0)
+
+
+def is_for_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def absolute(path: Path, node: ast.ImportFrom) -> str:
+    if node.level == 0:
+        return node.module or ""
+    package = ["moss_train", *path.relative_to(PACKAGE).parts[: -node.level]]
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_go_down_or_stay_in_the_room(path):
+    room = room_of(path)
+    if room == "__init__":
+        pytest.skip("the package's own face")
+    assert room in LAYER_OF, f"{name(path)} stands outside the layout"
+    for entry in imports_of(path):
+        parts = entry.module.split(".")
+        if parts[0] != "moss_train" or len(parts) < 2 or parts[1] == room or parts[1] not in LAYER_OF:
+            continue
+        same_top = LAYER_OF[room] == LAYER_OF[parts[1]] in (0, 4)
+        assert LAYER_OF[parts[1]] < LAYER_OF[room] or same_top, f"{name(path)}:{entry.line} imports {entry.module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_third_party_packages_stay_behind_their_fences(path):
+    if name(path) == ENVIRONMENT_CHECK:
+        pytest.skip("reports on every package")
+    for entry in imports_of(path):
+        allowed = FENCES.get(entry.module.split(".")[0])
+        assert allowed is None or {room_of(path), name(path)} & allowed, f"{name(path)}:{entry.line} {entry.module}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").rglob("*.py")), ids=name)
+def test_the_model_runs_where_the_package_is_not_installed(path):
+    for entry in imports_of(path):
+        top = entry.module.split(".")[0]
+        if entry.relative:
+            assert entry.module.startswith("moss_train.model."), f"{name(path)}:{entry.line} leaves the folder"
+        else:
+            assert top in MODEL_IMPORTS, f"{name(path)}:{entry.line} imports {entry.module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_extras_are_imported_only_when_used(path):
+    for entry in imports_of(path):
+        extra = entry.module.split(".")[0] in {"matplotlib", "pystoi", "pesq"}
+        assert not (extra and entry.at_import), f"{name(path)}:{entry.line} imports {entry.module} at the top"
+
+
+def test_the_fence_reader_sees_every_form(tmp_path):
+    file = PACKAGE / "model" / "example.py"
+    node = ast.parse("from ..losses import mel").body[0]
+    assert isinstance(node, ast.ImportFrom)
+    assert absolute(file, node) == "moss_train.losses"
+    source = tmp_path / "source.py"
+    source.write_text("import a.b\nfrom c import d\ndef f():\n    import e\n")
+    assert [(entry.module, entry.at_import) for entry in imports_of(source)] == [
+        ("a.b", True),
+        ("c.d", True),
+        ("e", False),
+    ]
+
+
+SIDE_EFFECTS = """
+import importlib, json, logging, os, random, sys, threading, warnings
+import numpy, torch, torch.utils.data, torchaudio.functional, transformers
+import hydra, lightning, rich.console, soundfile, webdataset
+def state():
+    return {
+        "threads": [torch.get_num_threads(), threading.active_count()],
+        "handlers": len(logging.getLogger().handlers),
+        "level": logging.getLogger().level,
+        "torch random": torch.get_rng_state().sum().item(),
+        "random": hash(random.getstate()),
+        "numpy random": int(numpy.random.get_state()[1].sum()),
+        "environment": sorted(os.environ.items()),
+        "folder": os.getcwd(),
+        "dtype": str(torch.get_default_dtype()),
+        "matmul": torch.get_float32_matmul_precision(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cuda": torch.cuda.is_initialized(),
+        "hook": sys.excepthook is sys.__excepthook__,
+    }
+before, failed = state(), {}
+for module in json.loads(sys.argv[1]):
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        failed[module] = repr(error)
+after = state()
+print(json.dumps({"changed": {k: [before[k], after[k]] for k in before if before[k] != after[k]}, "failed": failed}))
+"""
+
+
+def module_name(path: Path) -> str:
+    parts = ("moss_train", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def test_importing_every_module_changes_nothing(tmp_path):
+    modules = [module_name(path) for path in FILES if path.name != "__main__.py"]
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    command = [sys.executable, "-c", SIDE_EFFECTS, json.dumps(modules)]
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "PATH": "", "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"changed": {}, "failed": {}}
+    assert list(work.iterdir()) == []

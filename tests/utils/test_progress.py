@@ -1,0 +1,37 @@
+import pytest
+
+from moss_train.utils.progress import progress
+
+
+def test_without_a_terminal_one_plain_line_says_what_was_done(capsys):
+    with progress("encoding", total=3) as task:
+        for count in range(3):
+            task.advance(note=f"{count} h")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("encoding: 3/3 clips in ")
+    assert captured.err.endswith("s, 2 h\n")
+    assert captured.err.count("\n") == 1
+
+
+def test_unknown_total_and_units(capsys):
+    with progress("reading", unit="files") as task:
+        task.advance(2)
+    assert capsys.readouterr().err.startswith("reading: 2 files in ")
+
+
+def test_a_total_may_become_known_on_the_way(capsys):
+    with progress("packing") as task:
+        task.advance(2, total=8)
+    assert capsys.readouterr().err.startswith("packing: 2/8 clips in ")
+
+
+def test_an_error_passes_through_and_the_line_says_how_far_it_came(capsys):
+    def pack():
+        with progress("packing", total=9) as task:
+            task.advance(4)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        pack()
+    assert capsys.readouterr().err.startswith("packing: 4/9 clips")
