@@ -1,9 +1,10 @@
 """What one room hands to another: batches of clips. B clips, C channels, T samples, L text tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +44,29 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        values: dict[str, Any] = {
+            name: function(value) if isinstance(value, Tensor) else value for name, value in vars(self).items()
+        }
+        return Batch(**values)
+
+    def __reduce__(self) -> tuple:
+        """Travel between processes as arrays in the pipe.
+
+        Tensors would go through shared memory, which containers limit to 64 MB and which holds an open file for each.
+        """
+        arrays = {name: value.numpy() if _is_on_cpu(value) else value for name, value in vars(self).items()}
+        return _batch_from_arrays, (arrays,)
+
+
+def _is_on_cpu(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu"
+
+
+def _batch_from_arrays(arrays: dict[str, Any]) -> Batch:
+    values: dict[str, Any] = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in arrays.items()
+    }
+    return Batch(**values)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def test_own_experiment_of_a_config_dir(capsys, tmp_path):
     assert main(["fit", "--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["mine"] == 7
     assert main(["fit", "--config-dir", str(tmp_path), "--help"]) == 0
-    assert "\n  mine" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert ["mine", "Mine."] in [line.split() for line in lines]
 
 
 # Paths

@@ -77,8 +77,9 @@ def group_options(group: str, directories: list[Path]) -> dict[str, str]:
     options = {}
     for directory in directories:
         for path in sorted((directory / group).glob("*.yaml")):
-            comment = next((line for line in path.read_text("utf-8").splitlines() if line.startswith("#")), "")
-            options[path.stem] = "" if comment.startswith("# @package") else comment.lstrip("# ").rstrip()
+            lines = path.read_text("utf-8").splitlines()
+            comments = (line for line in lines if line.startswith("#") and not line.startswith("# @package"))
+            options[path.stem] = next(comments, "").lstrip("# ").rstrip()
     return options
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moss_train.data.manifest import list_clips
-from moss_train.data.packing import PackOptions, PackReport, pack
+from moss_train.data.packing import PackOptions, PackReport, check_target, pack
 from moss_train.utils.progress import progress
 
 SUMMARY = "Pack a folder of audio or a JSONL manifest into shards for training and evaluation"
@@ -18,6 +18,8 @@ def run(config: dict) -> int:
     """Pack `input` into `out`, show progress and print what was packed."""
     names = ("sampling_rate", "num_channels", "min_seconds", "shard_bytes", "max_bad_share")
     options = PackOptions(**{name: config[name] for name in names})
+    target = Path(config["out"]).expanduser()
+    check_target(target, config["overwrite"])
     sources = list_clips(Path(config["input"]).expanduser(), config["domain"])
     seconds_done = 0.0
     with progress("packing", total=len(sources.clips)) as bar:
@@ -27,7 +29,6 @@ def run(config: dict) -> int:
             seconds_done += seconds
             bar.advance(note=f"{seconds_done / 3600:.2f} h of audio")
 
-        target = Path(config["out"]).expanduser()
         report = pack(sources, target, options, overwrite=config["overwrite"], on_clip=on_clip)
     _print_report(report, config["out"])
     return 0

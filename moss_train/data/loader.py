@@ -1,5 +1,8 @@
 """The training loader: plans are made in the main process, workers only read, so their number changes nothing."""
 
+import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +17,8 @@ from moss_train.utils.errors import UserError
 
 WORKER_TIMEOUT_SECONDS = 600
 """A worker that delivers nothing for so long hangs, say on a dead network file system: the run stops with an error."""
+
+ORPHAN_CHECK_SECONDS = 1.0
 
 PlannedUpdate = tuple[int, UpdatePlan]
 
@@ -112,7 +117,7 @@ def make_loader(
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=num_workers,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_start_worker,
         timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
@@ -148,6 +153,16 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _use_one_thread(worker: int) -> None:
-    """Workers are many; more threads in each only get in each other's way."""
+def _start_worker(worker: int) -> None:
+    """One thread per worker (more only get in each other's way), and none that outlives a killed training process.
+
+    torch's own watchdog ends the worker's loop but then waits for its results to be read, which nobody does any more.
+    """
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK_SECONDS)
+    os._exit(1)

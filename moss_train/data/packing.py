@@ -65,7 +65,7 @@ def pack(
     `on_clip` hears the seconds of every clip, 0 when it was left out. The folder appears under its name when it is
     complete, and not at all otherwise. Raises UserError, naming the file or line, for input that cannot be packed.
     """
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     with _finished_or_removed(target) as folder:
         packer = _Packer(folder, options)
         try:
@@ -158,7 +158,7 @@ def load_clip(clip: SourceClip, options: PackOptions) -> Tensor:
     return audio if rate == options.sampling_rate else resample(audio, rate, options.sampling_rate)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Refuse to touch anything but an empty or missing folder or, with `overwrite`, an earlier result."""
     if not target.exists() and not target.is_symlink():
         return

@@ -4,85 +4,103 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import StageState
+from .cache import StreamChunk
 from .rope import rotate
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch without it computes the same in blocks
+    varlen_attn = None
+
+LARGEST_BLOCK = 256  # queries per call beyond the window; all see window - 1 + 256 keys, so more would waste work
 
 
 class MultiheadAttention(nn.Module):
     """Self-attention in which query i sees keys j with `0 <= i - j < window`; fused qkv, no biases.
 
     Parameter names (`in_projs.0.weight`, `out_projs.0.weight`) are those of the released weights.
+
+    Args:
+        flash: use the windowed FlashAttention kernel where device and dtype have it.
     """
 
-    def __init__(self, d_model: int, num_heads: int, window: int) -> None:
+    def __init__(self, d_model: int, num_heads: int, window: int, flash: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window = window
+        self.flash = flash
         self.in_projs = nn.ModuleList([nn.Linear(d_model, 3 * d_model, bias=False)])
         self.out_projs = nn.ModuleList([nn.Linear(d_model, d_model, bias=False)])
 
-    def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor], step: "StreamStep | None" = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; with a `step`, T frames of streams whose past is in its state."""
+    def forward(
+        self, x: Tensor, rotations: tuple[Tensor, Tensor], layer: int = 0, chunk: StreamChunk | None = None
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]; with a `chunk`, T frames of streams whose past is in the rings of `layer`."""
         batch, frames, width = x.shape
-        qkv = self.in_projs[0](x).view(batch, frames, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        query, key = rotate(query, *rotations), rotate(key, *rotations)
-        if step is None:
-            attended = windowed_attention(query, key, value, self.window)
+        heads = self.num_heads
+        qkv = self.in_projs[0](x).view(batch, frames, 3 * heads, width // heads)
+        rotated = rotate(qkv[:, :, : 2 * heads], *rotations)
+        query, key, value = rotated[:, :, :heads], rotated[:, :, heads:], qkv[:, :, 2 * heads :]
+        if chunk is not None:
+            attended = streaming_attention(query, key, value, layer, chunk)
+        elif frames > self.window and self.flash and has_window_kernel(query):
+            attended = flash_attention(query, key, value, self.window)
         else:
-            key, value = step.append(key, value)
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=step.mask)
-        return self.out_projs[0](attended.transpose(1, 2).reshape(batch, frames, width))
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            attended = windowed_attention(query, key, value, self.window).transpose(1, 2)
+        return self.out_projs[0](attended.reshape(batch, frames, width))
 
 
-class StreamStep:
-    """What the layers of a stage share while one chunk passes through it.
-
-    Args:
-        state: the stage's buffers, updated in place.
-        frames: length of the chunk, padding included.
-        num_frames: [B] valid frames of each item (at the front of the chunk), None when all are valid.
-    """
-
-    def __init__(self, state: StageState, frames: int, num_frames: Tensor | None) -> None:
-        self.state = state
-        self.mask = state.attention_mask(frames)
-        self.kept = None if num_frames is None else state.kept_frames(num_frames)
-        self.advance = frames if num_frames is None else num_frames
-        self.layer = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Buffered and new keys and values of the current layer, see `StageState.append`."""
-        return self.state.append(self.layer, keys, values, self.kept)
-
-    def finish(self) -> None:
-        """Move every stream on by the frames it brought."""
-        self.state.position += self.advance
+def streaming_attention(query: Tensor, key: Tensor, value: Tensor, layer: int, chunk: StreamChunk) -> Tensor:
+    """Attention of a chunk over the streams' past and itself; all tensors [B, T, H, D]. Writes the rings of `layer`."""
+    parts = []
+    for step in chunk.steps:
+        keys = step.write(chunk.state.keys[layer], key)
+        values = step.write(chunk.state.values[layer], value)
+        queries = query[:, step.start : step.stop].transpose(1, 2).to(keys.dtype)
+        parts.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=step.mask))
+    attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return attended.transpose(1, 2)
 
 
 def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """Causal attention over the last `window` keys without a T x T mask; all tensors [B, H, T, D].
 
-    A clip that fits the window is plain causal attention. A longer one is cut into blocks of `window` queries, each of
-    which sees its own and the previous block under one [window, 2 * window] mask: memory grows linearly with T.
+    A clip that fits the window is plain causal attention, and so are the first `window` frames of a longer one. The
+    rest goes in blocks of queries that share one mask: time and memory grow linearly with T.
     """
     frames = query.shape[2]
-    if frames <= window:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    blocks = -(-frames // window)
-    padding = (0, 0, 0, blocks * window - frames)
-    query, key, value = (F.pad(x, padding).unflatten(2, (blocks, window)) for x in (query, key, value))
-    first = F.scaled_dot_product_attention(query[:, :, 0], key[:, :, 0], value[:, :, 0], is_causal=True)
-    # [B, H, blocks - 1, W, D] -> [B * (blocks - 1), H, W, D], so that one mask serves all blocks.
-    rest = query[:, :, 1:].transpose(1, 2).flatten(0, 1)
-    keys, values = (torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3).transpose(1, 2).flatten(0, 1) for x in (key, value))
-    attended = F.scaled_dot_product_attention(rest, keys, values, attn_mask=block_mask(window, query.device))
-    attended = attended.unflatten(0, (-1, blocks - 1)).transpose(1, 2).flatten(2, 3)
-    return torch.cat((first, attended), dim=2)[:, :, :frames]
+    head = slice(0, min(frames, window))
+    parts = [F.scaled_dot_product_attention(query[:, :, head], key[:, :, head], value[:, :, head], is_causal=True)]
+    block = max(1, min(LARGEST_BLOCK, window // 2))
+    mask = block_mask(block, window, query.device) if frames > window else None
+    for start in range(window, frames, block):
+        stop = min(start + block, frames)
+        past = slice(start - window + 1, stop)
+        visible = mask[: stop - start, : window - 1 + stop - start]
+        parts.append(
+            F.scaled_dot_product_attention(query[:, :, start:stop], key[:, :, past], value[:, :, past], visible)
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def block_mask(window: int, device: torch.device) -> Tensor:
-    """[window, 2 * window] bool: which keys of the previous and the own block each query of a block sees."""
-    query = torch.arange(window, device=device)[:, None]
-    key = torch.arange(-window, window, device=device)[None, :]
+def block_mask(block: int, window: int, device: torch.device) -> Tensor:
+    """[block, window - 1 + block] bool: which of the preceding and own keys each query of a block sees."""
+    query = torch.arange(block, device=device)[:, None]
+    key = torch.arange(1 - window, block, device=device)[None, :]
     return (key <= query) & (query - key < window)
+
+
+def has_window_kernel(query: Tensor) -> bool:
+    """Whether torch has windowed FlashAttention for such tensors: half precision on CUDA."""
+    return varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """`windowed_attention` by one kernel; all tensors [B, T, H, D]."""
+    batch, frames = query.shape[:2]
+    starts = torch.arange(0, (batch + 1) * frames, frames, dtype=torch.int32, device=query.device)
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    # The kernel counts the keys before the query, we count the query too.
+    attended = varlen_attn(query, key, value, starts, starts, frames, frames, window_size=(window - 1, 0))
+    return attended.unflatten(0, (batch, frames))

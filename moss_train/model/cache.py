@@ -1,8 +1,8 @@
-"""Streaming state of a transformer stage: fixed-size buffers that are passed in and updated in place.
+"""Streaming state of a transformer stage: rings of keys and values that are passed in and written in place.
 
-Each layer keeps the keys and values of the `window - 1` most recent frames. A chunk attends to them and to itself, and
-only then are the oldest dropped, which is exact for every chunk size. (A ring of exactly `window` entries overwrites
-keys that the first queries of a chunk of two or more frames still need.)
+Frame p of a stream lies in slot `p % capacity`. The capacity is `window - 1` plus the longest step, so that a step never
+overwrites keys that its own first queries still need. (A ring of exactly `window` slots does, for every step of two or
+more frames.) Which slots a query sees follows from positions alone, so nothing is ever moved or cleared.
 """
 
 from dataclasses import dataclass
@@ -16,55 +16,84 @@ class StageState:
     """State of one transformer stage for a batch of streams.
 
     Attributes:
-        position: [B] int64, frames seen so far by each stream; zero makes the item's buffers invisible.
-        keys, values: per layer [B, H, window - 1, D].
+        position: [B] int64, frames seen so far by each stream; zero makes the item's slots invisible.
+        keys, values: per layer [B, capacity + 1, H, D]; the last slot takes frames that are padding.
+        window: frames a query may look back on, itself included.
     """
 
     position: Tensor
     keys: list[Tensor]
     values: list[Tensor]
+    window: int
 
     @property
-    def window(self) -> int:
-        return self.keys[0].shape[2] + 1
+    def capacity(self) -> int:
+        """Slots of the ring."""
+        return self.keys[0].shape[1] - 1
 
-    def positions(self, frames: int) -> Tensor:
-        """Absolute positions [B, frames] of a new chunk."""
-        return self.position[:, None] + torch.arange(frames, device=self.position.device)
-
-    def attention_mask(self, frames: int) -> Tensor:
-        """Which of the `window - 1 + frames` keys each query of a chunk sees: [B, 1, frames, window - 1 + frames]."""
-        device = self.position.device
-        query = torch.arange(frames, device=device)[:, None]
-        key = torch.arange(1 - self.window, frames, device=device)[None, :]
-        in_window = (key <= query) & (query - key < self.window)
-        is_past_start = key >= -self.position[:, None, None]
-        return (in_window & is_past_start)[:, None]
-
-    def append(self, layer: int, keys: Tensor, values: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Add a chunk to a layer's buffers and return what its queries attend to.
-
-        Args:
-            keys, values: [B, H, T, D] of the chunk.
-            kept: [B, window - 1] index into the joined frames of those to keep, None for the last `window - 1`.
-
-        Returns:
-            keys, values: [B, H, window - 1 + T, D].
-        """
-        joined_keys = torch.cat((self.keys[layer], keys), dim=2)
-        joined_values = torch.cat((self.values[layer], values), dim=2)
-        for buffer, joined in ((self.keys[layer], joined_keys), (self.values[layer], joined_values)):
-            if kept is None:
-                buffer.copy_(joined[:, :, keys.shape[2] :])
-            else:
-                index = kept[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
-                torch.gather(joined, 2, index, out=buffer)
-        return joined_keys, joined_values
-
-    def kept_frames(self, num_frames: Tensor) -> Tensor:
-        """Index for `append` when item b brings only `num_frames[b]` valid frames at the front of the chunk."""
-        return num_frames[:, None] + torch.arange(self.window - 1, device=num_frames.device)
+    @property
+    def longest_step(self) -> int:
+        """Frames that may be written before the next queries look back."""
+        return self.capacity - self.window + 1
 
     def reset(self, items: Tensor) -> None:
-        """Start the streams of the given batch items (bool [B]) anew; buffers need no clearing, the mask hides them."""
+        """Start the streams of the given batch items (bool [B]) anew."""
         self.position.masked_fill_(items, 0)
+
+
+@dataclass(frozen=True)
+class StreamStep:
+    """Frames `start ... stop` of a chunk: where they are written and what they see. Shared by the layers of a stage.
+
+    Attributes:
+        slots: [B * frames] index into the flattened [B * (capacity + 1)] slots.
+        mask: [B, 1, frames, capacity], zero for visible keys and very negative for the others. It is finite, so that
+            padding frames that see nothing do not become NaN.
+    """
+
+    start: int
+    stop: int
+    slots: Tensor
+    mask: Tensor
+
+    def write(self, ring: Tensor, frames: Tensor) -> Tensor:
+        """Write the step's part of a chunk [B, T, H, D] into a ring; returns all its slots [B, H, capacity, D]."""
+        ring.flatten(0, 1).index_copy_(0, self.slots, frames[:, self.start : self.stop].flatten(0, 1).to(ring.dtype))
+        return ring[:, :-1].transpose(1, 2)
+
+
+class StreamChunk:
+    """A chunk on its way through the layers of a stage.
+
+    Args:
+        state: the stage's rings, written in place.
+        frames: length of the chunk, padding included.
+        num_frames: [B] valid frames of each item (at the front of the chunk), None when all are valid.
+    """
+
+    def __init__(self, state: StageState, frames: int, num_frames: Tensor | None) -> None:
+        self.state = state
+        self.num_frames = torch.full_like(state.position, frames) if num_frames is None else num_frames
+        self.positions = state.position[:, None] + torch.arange(frames, device=state.position.device)
+        starts = range(0, frames, state.longest_step)
+        self.steps = [self._step(start, min(start + state.longest_step, frames)) for start in starts]
+
+    def _step(self, start: int, stop: int) -> StreamStep:
+        state, device = self.state, self.positions.device
+        positions = self.positions[:, start:stop]
+        slot = torch.arange(state.capacity, device=device)
+        newest = state.position + self.num_frames.clamp(max=stop) - 1
+        content = newest[:, None] - (newest[:, None] - slot) % state.capacity  # position of the frame in each slot
+        distance = positions[:, :, None] - content[:, None]
+        visible = (distance >= 0) & (distance < state.window) & (content >= 0)[:, None]
+        dtype = state.keys[0].dtype
+        hidden = torch.full((), torch.finfo(dtype).min / 2, dtype=dtype, device=device)
+        mask = torch.where(visible, torch.zeros_like(hidden), hidden)[:, None]
+        is_valid = torch.arange(start, stop, device=device) < self.num_frames[:, None]
+        slots = torch.where(is_valid, positions % state.capacity, state.capacity)
+        items = torch.arange(len(slots), device=device)[:, None]
+        return StreamStep(start, stop, (slots + items * (state.capacity + 1)).flatten(), mask)
+
+    def finish(self) -> None:
+        """Move every stream on by the frames it brought."""
+        self.state.position += self.num_frames

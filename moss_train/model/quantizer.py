@@ -5,6 +5,7 @@ The scheme is that of the improved RVQGAN (arXiv 2306.06546) with weight-normali
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +45,8 @@ class LFQ(nn.Module):
         """Residual [B, T, D] -> latent [B, T, d], codes [B, T]."""
         latent = apply_pointwise(self.in_proj, residual)
         codebook = F.normalize(self.codebook.weight, dim=-1)
-        # The nearest of unit vectors has the greatest inner product.
-        return latent, (F.normalize(latent.detach(), dim=-1) @ codebook.detach().T).argmax(dim=-1)
+        # The nearest of unit vectors has the greatest inner product; the latent's own length changes nothing.
+        return latent, (latent.detach() @ codebook.detach().T).argmax(dim=-1)
 
     def forward(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Residual [B, T, D] -> contribution [B, T, D], codes [B, T], latent and row [B, T, d]."""
@@ -114,22 +115,75 @@ class ResidualLFQ(nn.Module):
 
     def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
         """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
+        return FoldedQuantizer(self).encode(latent, num_quantizers)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [n, B, T] of the first n levels -> [B, T, D] float32."""
+        return FoldedQuantizer(self).decode(codes)
+
+
+class FoldedQuantizer:
+    """The quantizer with its weights as they are now, weight norms multiplied out, for many calls.
+
+    Level l searches with `in_l(r - sum of out_j(row_j) over j < l)`. These maps are linear: the latents of all levels
+    come from one product with the residual r, and each chosen row changes the later ones by a small matrix.
+    """
+
+    def __init__(self, quantizer: ResidualLFQ) -> None:
+        levels = quantizer.quantizers
+        with torch.autocast(levels[0].codebook.weight.device.type, enabled=False):
+            self.project_in, self.project_out = folded(quantizer.input_proj), folded(quantizer.output_proj)
+            in_weight, in_bias = map(torch.stack, zip(*(folded(level.in_proj) for level in levels), strict=True))
+            out_weight, out_bias = map(torch.stack, zip(*(folded(level.out_proj) for level in levels), strict=True))
+            self.rows = torch.stack([level.codebook.weight for level in levels])  # [N, V, d]
+            self.directions = F.normalize(self.rows, dim=-1)
+            self.in_weight = in_weight.flatten(0, 1)  # [N * d, D]
+            subtracted = out_bias.cumsum(dim=0) - out_bias  # biases of the earlier levels
+            self.in_bias = (in_bias - (in_weight @ subtracted[..., None])[..., 0]).flatten()
+            self.out_weight = out_weight.transpose(1, 2)  # [N, d, D]
+            self.out_bias = out_bias
+            # What a row of level l adds to the latents of all levels, of which only the later ones are used.
+            self.coupling = self.out_weight @ self.in_weight.T  # [N, d, N * d]
+
+    @torch.no_grad()
+    def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
+        """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
+        dim = self.rows.shape[2]
+        codes = []
         with torch.autocast(latent.device.type, enabled=False):
-            residual = apply_pointwise(self.input_proj, latent.float())
-            codes = []
-            for quantizer in self.quantizers[:num_quantizers]:
-                _, level_codes = quantizer.search(residual)
-                residual = residual - quantizer.decode(level_codes)
-                codes.append(level_codes)
+            latents = F.linear(self.project_in(latent.float()), self.in_weight, self.in_bias)
+            for level in range(num_quantizers):
+                own, later = slice(level * dim, (level + 1) * dim), slice((level + 1) * dim, num_quantizers * dim)
+                codes.append((latents[..., own] @ self.directions[level].T).argmax(dim=-1))
+                rows = F.embedding(codes[-1], self.rows[level])
+                latents[..., later] -= rows @ self.coupling[level, :, later]
         return torch.stack(codes)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [n, B, T] of the first n levels -> [B, T, D] float32."""
+        count, size = len(codes), self.rows.shape[1]
         with torch.autocast(codes.device.type, enabled=False):
-            total = self.quantizers[0].decode(codes[0])
-            for quantizer, level_codes in zip(self.quantizers[1:], codes[1:], strict=False):
-                total = total + quantizer.decode(level_codes)
-            return apply_pointwise(self.output_proj, total)
+            offsets = torch.arange(0, count * size, size, device=codes.device)
+            rows = F.embedding(codes.permute(1, 2, 0) + offsets, self.rows.flatten(0, 1))  # [B, T, n, d]
+            total = rows.flatten(2) @ self.out_weight[:count].flatten(0, 1) + self.out_bias[:count].sum(dim=0)
+            return self.project_out(total)
+
+
+def folded(module: nn.Module) -> "FoldedProjection":
+    """A 1x1 convolution (or identity) with its weight norm multiplied out."""
+    if isinstance(module, nn.Identity):
+        return FoldedProjection(None, None)
+    return FoldedProjection(module.weight[..., 0], module.bias)
+
+
+class FoldedProjection(NamedTuple):
+    """A linear map [.., C] -> [.., D], or identity without a weight."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.weight is None else F.linear(x, self.weight, self.bias)
 
 
 def pointwise(input_dim: int, output_dim: int) -> nn.Conv1d:

@@ -15,16 +15,21 @@ def rotation(positions: Tensor, head_dim: int, max_period: float) -> tuple[Tenso
         positions: [B, T] int64 absolute frame numbers (B may be 1).
 
     Returns:
-        cosine, sine: [B, 1, T, head_dim / 2] float32.
+        cosine, sine: [B, T, 1, head_dim / 2] float32.
     """
     dtype = torch.float32 if positions.device.type == "mps" else torch.float64
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
-    angles = positions.to(dtype)[:, None, :, None] * max_period**-exponent
+    angles = positions.to(dtype)[:, :, None, None] * max_period**-exponent
     return torch.cos(angles).float(), torch.sin(angles).float()
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate each pair (x[2i], x[2i + 1]) of [B, H, T, D] by its angle, in float32, in the dtype of `x` again."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
+    """Rotate each pair (x[2i], x[2i + 1]) of [B, T, H, D] by its angle, in float32, in the dtype of `x` again."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
+        # One pass over the data instead of seven.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cosine, sine))
+    else:
+        even, odd = pairs.unbind(-1)
+        rotated = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
     return rotated.flatten(-2).to(x.dtype)

@@ -1,12 +1,14 @@
 """Pre-norm transformer stage between two linear projections."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import MultiheadAttention, StreamStep
-from .cache import StageState
+from .attention import MultiheadAttention
+from .cache import StageState, StreamChunk
 from .rope import rotation
 
 
@@ -18,27 +20,32 @@ class LayerScale(nn.Module):
         self.init = init
         self.scale = nn.Parameter(torch.full((channels,), init))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        """Add a branch [B, T, D] with this gain to the residual stream [B, T, D]."""
+        return torch.addcmul(residual, branch, self.scale)
 
 
 class TransformerLayer(nn.Module):
     """LayerNorm -> attention -> LayerScale -> residual, then the same around a GELU feed-forward; no biases."""
 
-    def __init__(self, d_model: int, num_heads: int, dim_feedforward: int, window: int, layer_scale: float) -> None:
+    def __init__(
+        self, d_model: int, num_heads: int, dim_feedforward: int, window: int, layer_scale: float, flash: bool = True
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model, eps=1e-5)
-        self.self_attn = MultiheadAttention(d_model, num_heads, window)
+        self.self_attn = MultiheadAttention(d_model, num_heads, window, flash)
         self.layer_scale_1 = LayerScale(d_model, layer_scale)
         self.norm2 = nn.LayerNorm(d_model, eps=1e-5)
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias=False)
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias=False)
         self.layer_scale_2 = LayerScale(d_model, layer_scale)
 
-    def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor], step: StreamStep | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x = x + self.layer_scale_1(self.self_attn(self.norm1(x), rotations, step))
-        return x + self.layer_scale_2(self.linear2(F.gelu(self.linear1(self.norm2(x)))))
+    def forward(
+        self, x: Tensor, rotations: tuple[Tensor, Tensor], layer: int = 0, chunk: StreamChunk | None = None
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `layer` is its place in the stage, whose streams a `chunk` continues."""
+        x = self.layer_scale_1(x, self.self_attn(self.norm1(x), rotations, layer, chunk))
+        return self.layer_scale_2(x, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
 
 
 class Transformer(nn.Module):
@@ -52,20 +59,17 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `state` continues streams, `num_frames` [B] are the valid frames of its chunk."""
-        attention = self.layers[0].self_attn
         frames = x.shape[1]
-        positions = torch.arange(frames, device=x.device)[None] if state is None else state.positions(frames)
-        rotations = rotation(positions, x.shape[2] // attention.num_heads, self.max_period)
-        step = None if state is None else StreamStep(state, frames, num_frames)
+        chunk = None if state is None else StreamChunk(state, frames, num_frames)
+        positions = torch.arange(frames, device=x.device)[None] if chunk is None else chunk.positions
+        rotations = rotation(positions, x.shape[2] // self.layers[0].self_attn.num_heads, self.max_period)
         for number, layer in enumerate(self.layers):
-            if step is not None:
-                step.layer = number
-            if self.gradient_checkpointing and self.training and step is None:
+            if self.gradient_checkpointing and self.training and chunk is None:
                 x = checkpoint(layer, x, rotations, use_reentrant=False)
             else:
-                x = layer(x, rotations, step)
-        if step is not None:
-            step.finish()
+                x = layer(x, rotations, number, chunk)
+        if chunk is not None:
+            chunk.finish()
         return x
 
 
@@ -74,6 +78,8 @@ class ProjectedTransformer(nn.Module):
 
     Args:
         window: frames each query may look back on, itself included.
+        options: `layer_scale` (initial gain), `max_period` (of the rotary embedding), `flash` (see
+            `MultiheadAttention`); the other keys of a released entry are fixed in Cat.
     """
 
     def __init__(
@@ -85,11 +91,12 @@ class ProjectedTransformer(nn.Module):
         num_layers: int,
         dim_feedforward: int,
         window: int,
-        **options: float,
+        **options: Any,
     ) -> None:
         super().__init__()
-        scale = options.get("layer_scale", 0.01)
-        layers = [TransformerLayer(d_model, num_heads, dim_feedforward, window, scale) for _ in range(num_layers)]
+        sizes = (d_model, num_heads, dim_feedforward, window)
+        variant = (options.get("layer_scale", 0.01), options.get("flash", True))
+        layers = [TransformerLayer(*sizes, *variant) for _ in range(num_layers)]
         self.window = window
         self.input_proj = projection(input_dimension, d_model)
         self.transformer = Transformer(layers, options.get("max_period", 10000))
@@ -99,14 +106,20 @@ class ProjectedTransformer(nn.Module):
         """[B, T, input_dimension] -> [B, T, output_dimension]."""
         return self.output_proj(self.transformer(self.input_proj(x), state, num_frames))
 
-    def new_state(self, batch_size: int) -> StageState:
-        """Empty streaming state for `batch_size` streams, in the weights' dtype and on their device."""
+    def new_state(self, batch_size: int, longest_step: int, dtype: torch.dtype | None = None) -> StageState:
+        """Empty streaming state for `batch_size` streams on the weights' device.
+
+        Args:
+            longest_step: frames that one attention call takes; longer chunks take several calls.
+            dtype: of keys and values, by default that of the weights.
+        """
         layers = self.transformer.layers
         weight = layers[0].linear1.weight
         heads = layers[0].self_attn.num_heads
-        shape = (batch_size, heads, self.window - 1, weight.shape[1] // heads)
-        keys, values = ([weight.new_zeros(shape) for _ in layers] for _ in range(2))
-        return StageState(torch.zeros(batch_size, dtype=torch.int64, device=weight.device), keys, values)
+        shape = (batch_size, self.window + longest_step, heads, weight.shape[1] // heads)
+        keys, values = ([weight.new_zeros(shape, dtype=dtype) for _ in layers] for _ in range(2))
+        position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        return StageState(position, keys, values, self.window)
 
 
 def projection(input_dimension: int, output_dimension: int) -> nn.Module:

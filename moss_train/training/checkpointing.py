@@ -57,7 +57,8 @@ class CheckpointWriter(Callback):
         self.every_updates = every_updates
         self.keep = keep
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not on_train_start, which a run without a single update never reaches.
         if not list_checkpoints(self.directory):
             self._save(trainer, pl_module)
 

@@ -222,6 +222,7 @@ class CatModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store our clock and the stream's position; Lightning's loop counters belong to one process only."""
         checkpoint.pop("loops", None)
+        checkpoint["global_step"] = self.update
         checkpoint["progress"] = {"update": self.update, "position": self.position}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

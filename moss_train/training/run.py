@@ -74,18 +74,23 @@ def fit(config: Node) -> RunResult:
     return RunResult(directory, module.update, schedule.updates)
 
 
+def stage_nodes(config: Node) -> list[dict[str, Any]]:
+    """The stages as configured; `train` of the run holds for those that do not name their own parts."""
+    return [{"train": config["train"], **stage} for stage in config["stages"]]
+
+
 def build_schedule(config: Node) -> Schedule:
     """The stages, with errors that name the configuration path."""
     try:
-        return Schedule.from_config(config["stages"])
+        return Schedule.from_config(stage_nodes(config))
     except (TypeError, ValueError) as error:
         raise UserError(f"stages: {error}") from error
 
 
 def module_arguments(config: Node) -> dict[str, Any]:
     """Arguments of `CatModule`, plain data throughout; with `init` the architecture is that of the given model."""
-    names = ("stages", "semantic", "discriminators", "objective", "optimizers", "seed", "max_skipped_updates")
-    arguments = {name: config[name] for name in names}
+    names = ("semantic", "discriminators", "objective", "optimizers", "seed", "max_skipped_updates")
+    arguments = {"stages": stage_nodes(config), **{name: config[name] for name in names}}
     if config["init"] is not None:
         if config["tokenizer"] is not None:
             raise UserError("tokenizer and init are both set: the architecture comes with init, leave tokenizer null")
@@ -140,6 +145,7 @@ def open_stream(config: Node, tokenizer: Any) -> AudioStream:
         max_seconds=data["max_seconds"],
         weights=data["weights"],
         seed=config["seed"],
+        min_length_ratio=data["min_length_ratio"],
     )
 
 

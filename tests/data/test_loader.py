@@ -2,6 +2,9 @@
 
 import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -196,3 +199,26 @@ def test_large_updates_need_few_open_files(packed: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(update.micro_batches) > 30
     assert_equal(update, load(packed, updates=[(0, 150.0)])[0])
+
+
+def test_workers_end_when_the_training_process_is_killed(packed):
+    """Their results are larger than a pipe holds, so a worker that waited for a reader would wait for ever."""
+    script = f"""
+import sys, time
+from moss_train.data.loader import make_loader
+from moss_train.data.stream import AudioStream, ClipFormat
+stream = AudioStream([{str(packed)!r}], ClipFormat(24000, 1, 1920), crop_seconds=5.0, max_seconds=10.0)
+updates = [(i, 60.0) for i in range(100)]
+batches = iter(make_loader(stream, text_encoder=None, position=0, updates=updates, micro_batch_seconds=60, num_workers=1))
+next(batches)
+print(batches._workers[0].pid, flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 15
+    while Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes():
+        assert time.monotonic() < deadline, f"worker {worker} outlives its parent"
+        time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Real recordings of the quick start, packed once for all tests of the data engine."""
+"""Real recordings of the quick start, packed once for all tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import yaml
 
 from moss_train.commands import pack as pack_command
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 RECORDINGS = ROOT / "recipes" / "quickstart" / "audio"
 
 

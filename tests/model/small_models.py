@@ -1,0 +1,67 @@
+"""Small random models whose every branch matters, and comparisons for them."""
+
+import torch
+from torch import Tensor
+
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+
+RATE = 160  # Hz; with patches 4, 2, 2 the stages run at 40, 20 and 10 Hz
+STAGES = (
+    {"patch_size": 4, "output_dimension": 12, "d_model": 16, "num_heads": 2, "num_layers": 2},
+    {"patch_size": 2, "output_dimension": 16, "d_model": 16, "num_heads": 2, "num_layers": 1},
+    {"patch_size": 2, "output_dimension": 24, "d_model": 32, "num_heads": 4, "num_layers": 2},
+)
+QUANTIZER = {"rvq_dim": 20, "num_quantizers": 4, "codebook_size": 32, "codebook_dim": 6}
+
+
+def small_config(context_seconds: float = 0.8, number_channels: int = 1, **options) -> MossAudioTokenizerConfig:
+    """Hop 16 (8 per channel for stereo); the windows are 32, 16 and 8 frames at 0.8 s of mono."""
+    arguments = {"sampling_rate": RATE, "stages": STAGES, "quantizer": QUANTIZER, **options}
+    return MossAudioTokenizerConfig.from_stages(
+        **arguments, context_seconds=context_seconds, number_channels=number_channels
+    )
+
+
+def small_model(seed: int = 0, **options) -> MossAudioTokenizerModel:
+    """A model whose norms, gains and biases are random too, so that no branch is nearly silent."""
+    torch.manual_seed(seed)
+    model = MossAudioTokenizerModel(small_config(**options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "layer_scale" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Greatest difference over greatest magnitude."""
+    assert actual.shape == expected.shape
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def num_real_differences(model: MossAudioTokenizerModel, hidden: Tensor, codes: Tensor, expected: Tensor) -> int:
+    """Frames whose first differing level is no tie: the scores of the two choices differ by more than 1e-5.
+
+    Levels after a differing one search in another residual and are not compared.
+
+    Args:
+        hidden: [B, D, frames] that `expected` was computed from.
+    """
+    assert codes.shape == expected.shape
+    quantizer = model.quantizer
+    differs = (codes != expected).cumsum(dim=0) == 1
+    count = 0
+    with torch.no_grad():
+        residual = torch.nn.functional.linear(
+            hidden.transpose(1, 2), quantizer.input_proj.weight[..., 0], quantizer.input_proj.bias
+        )
+        for level, ours, theirs, first in zip(quantizer.quantizers, codes, expected, differs, strict=False):
+            latent, _ = level.search(residual)
+            directions = torch.nn.functional.normalize(level.codebook.weight, dim=-1)
+            scores = torch.nn.functional.normalize(latent, dim=-1) @ directions.T
+            margin = scores.gather(-1, theirs[..., None]) - scores.gather(-1, ours[..., None])
+            count += int((first & (ours != theirs) & (margin[..., 0].abs() > 1e-5)).sum())
+            residual = residual - level.decode(theirs)
+    return count

@@ -1,0 +1,146 @@
+"""Folders in the released layout: strict loading, older names, shards, precision, and use without the package."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from .small_models import relative_error, small_model
+
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+
+TINY = Path(__file__).parents[1] / "data" / "parity" / "tiny24k"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a released-layout folder that a test may change."""
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def older_name(name):
+    name = name.replace("self_attn.in_projs.0.weight", "self_attn.in_proj_weight")
+    return name.replace("self_attn.out_projs.0.weight", "self_attn.out_proj.weight")
+
+
+def test_names_and_shapes_are_the_released_ones():
+    released = load_file(TINY / "model.safetensors")
+    ours = MossAudioTokenizerModel.from_pretrained(TINY).state_dict()
+    assert {name: value.shape for name, value in ours.items()} == {name: v.shape for name, v in released.items()}
+    assert all(torch.equal(ours[name], released[name]) for name in released)
+
+
+@pytest.mark.parametrize(
+    "lost", ["encoder.1.transformer.layers.0.norm1.bias", "quantizer.quantizers.3.codebook.weight"]
+)
+def test_missing_weight_is_refused(folder, lost):
+    change_weights(folder, lambda weights: {name: value for name, value in weights.items() if name != lost})
+    with pytest.raises(ValueError, match=f"missing_keys: {lost}"):
+        MossAudioTokenizerModel.from_pretrained(folder)
+
+
+def test_left_over_weight_is_refused(folder):
+    change_weights(folder, lambda weights: {**weights, "encoder.1.extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"unexpected_keys: encoder\.1\.extra"):
+        MossAudioTokenizerModel.from_pretrained(folder)
+
+
+def test_weight_of_another_shape_is_refused(folder):
+    name = "encoder.1.input_proj.weight"
+    change_weights(folder, lambda weights: {**weights, name: weights[name][:-1].clone()})
+    with pytest.raises((ValueError, RuntimeError), match="input_proj|mismatch"):
+        MossAudioTokenizerModel.from_pretrained(folder)
+
+
+def test_older_names_load_and_are_saved_under_the_new_ones(folder, tmp_path):
+    released = load_file(TINY / "model.safetensors")
+    change_weights(folder, lambda weights: {older_name(name): value for name, value in weights.items()})
+    assert "encoder.1.transformer.layers.0.self_attn.in_proj_weight" in load_file(folder / "model.safetensors")
+    model = MossAudioTokenizerModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == released.keys()
+    assert all(torch.equal(saved[name], released[name]) for name in released)
+
+
+def test_several_weight_files(tmp_path):
+    model = MossAudioTokenizerModel.from_pretrained(TINY)
+    model.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    loaded = MossAudioTokenizerModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_saved_configuration_keeps_the_released_keys(tmp_path):
+    model = MossAudioTokenizerModel.from_pretrained(TINY)
+    model.save_pretrained(tmp_path)
+    released, saved = (json.loads((path / "config.json").read_text()) for path in (TINY, tmp_path))
+    changed = {key for key in released if saved.get(key) != released[key]}
+    assert changed <= {"version", "dtype"}
+    assert saved["sample_rate"] == saved["sampling_rate"] == 24000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantizer_stays_in_float32(dtype):
+    exact = MossAudioTokenizerModel.from_pretrained(TINY)
+    for model in (MossAudioTokenizerModel.from_pretrained(TINY, dtype=dtype), exact.to(dtype)):
+        stages = {p.dtype for part in (model.encoder, model.decoder) for p in part.parameters()}
+        assert stages == {dtype}
+        assert {p.dtype for p in model.quantizer.parameters()} == {torch.float32}
+    stored = load_file(TINY / "model.safetensors")
+    assert all(torch.equal(v, stored[f"quantizer.{name}"]) for name, v in model.quantizer.state_dict().items())
+
+
+def test_bfloat16_model_runs_and_stays_near_float32():
+    exact = MossAudioTokenizerModel.from_pretrained(TINY).eval()
+    rounded = MossAudioTokenizerModel.from_pretrained(TINY, dtype=torch.bfloat16).eval()
+    audio = torch.randn(2, 1, 9600, generator=torch.Generator().manual_seed(1)) * 0.1
+    hidden = exact.encode(audio).encoder_hidden_states
+    assert relative_error(rounded.encode(audio).encoder_hidden_states.float(), hidden) < 0.05
+    codes = exact.encode(audio).audio_codes
+    assert relative_error(rounded.decode(codes).audio.float(), exact.decode(codes).audio) < 0.05
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["moss_train"] = None  # any import of it fails
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+audio = load_file(sys.argv[2])["audio"]
+encoded = model.encode(audio, return_dict=True, chunk_duration=1 / 10)
+decoded = model.decode(encoded.audio_codes, return_dict=True)
+stream = model.stream(batch_size=audio.shape[0])
+streamed, _ = stream.encode(audio)
+save_file({"codes": encoded.audio_codes, "audio": decoded.audio, "streamed": streamed}, sys.argv[3])
+"""
+
+
+def test_saved_folder_runs_where_the_package_is_missing(tmp_path):
+    model = small_model(3)
+    MossAudioTokenizerConfig.register_for_auto_class("AutoConfig")
+    MossAudioTokenizerModel.register_for_auto_class("AutoModel")
+    model.save_pretrained(tmp_path / "model")
+    audio = torch.randn(2, 1, 16 * 20, generator=torch.Generator().manual_seed(2))
+    save_file({"audio": audio}, tmp_path / "audio.safetensors")
+    arguments = [str(tmp_path / name) for name in ("model", "audio.safetensors", "result.safetensors")]
+    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = load_file(arguments[2])
+    codes = model.encode(audio).audio_codes
+    assert torch.equal(result["codes"], codes)
+    assert torch.equal(result["streamed"], codes)
+    assert relative_error(result["audio"], model.decode(codes).audio) < 1e-5

@@ -1,0 +1,214 @@
+"""Streaming equals offline for streams many windows long, in any chunks, for items that come and go."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from .small_models import num_real_differences, relative_error, small_model
+
+HOP = 16
+FRAMES = 100  # the longest window lasts 8 code frames
+MIXED = [1, 2, 3, 7, 25, 1, 13, 30, 18]
+TOLERANCE = 1e-5
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", params=[(0, 1), (1, 1), (2, 2)], ids=["mono0", "mono1", "stereo"])
+def case(request):
+    """A model, two long clips, and their offline encoding and decoding."""
+    seed, channels = request.param
+    model = small_model(seed, number_channels=channels)
+    audio = noise(2, channels, FRAMES * model.config.downsample_rate, seed=seed)
+    encoded = model.encode(audio)
+    return model, audio, encoded, model.decode(encoded.audio_codes).audio
+
+
+def chunk_sizes(chunk):
+    return MIXED if chunk == "mixed" else [chunk] * (FRAMES // chunk) + ([FRAMES % chunk] if FRAMES % chunk else [])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 25, "mixed"])
+def test_chunks_equal_the_whole(case, chunk):
+    model, audio, encoded, decoded = case
+    sizes = chunk_sizes(chunk)
+    assert sum(sizes) == FRAMES
+    stream = model.stream(batch_size=2)
+    pieces = audio.split([size * model.config.downsample_rate for size in sizes], dim=2)
+    codes = torch.cat([stream.encode(piece)[0] for piece in pieces], dim=2)
+    assert num_real_differences(model, encoded.encoder_hidden_states, codes, encoded.audio_codes) == 0
+    parts = [stream.decode(part)[0] for part in encoded.audio_codes.split(sizes, dim=2)]
+    assert relative_error(torch.cat(parts, dim=2), decoded) < TOLERANCE
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 7])
+def test_chunk_duration_equals_the_whole(case, frames):
+    model, audio, encoded, decoded = case
+    seconds = frames / model.config.frame_rate
+    streamed = model.encode(audio[..., :-3], chunk_duration=seconds)
+    whole = model.encode(audio[..., :-3])
+    assert relative_error(streamed.encoder_hidden_states, whole.encoder_hidden_states) < TOLERANCE
+    assert num_real_differences(model, whole.encoder_hidden_states, streamed.audio_codes, whole.audio_codes) == 0
+    streamed = model.decode(encoded.audio_codes, chunk_duration=seconds)
+    assert relative_error(streamed.audio, decoded) < TOLERANCE
+
+
+def test_masked_batch_in_chunks():
+    model = small_model(4)
+    audio, mask = noise(2, 1, 700), torch.arange(700) < torch.tensor([[700], [333]])
+    whole = model.encode(audio, padding_mask=mask)
+    streamed = model.encode(audio, padding_mask=mask, chunk_duration=0.3)
+    assert torch.equal(whole.audio_codes_lengths, streamed.audio_codes_lengths)
+    assert num_real_differences(model, whole.encoder_hidden_states, streamed.audio_codes, whole.audio_codes) == 0
+
+
+def test_started_frame_of_a_streamed_clip_is_kept():
+    stages = [
+        {"patch_size": 240, "output_dimension": 16, "d_model": 16, "num_heads": 2, "num_layers": 1},
+        {"patch_size": 8, "output_dimension": 16, "d_model": 16, "num_heads": 2, "num_layers": 1},
+    ]
+    model = small_model(stages=stages, sampling_rate=24000, context_seconds=10.0)
+    assert model.encode(noise(1, 1, 3200), chunk_duration=0.08).audio_codes.shape == (4, 1, 2)
+
+
+def test_arbitrary_sample_counts(case):
+    model, audio, encoded, _ = case
+    stream = model.stream(batch_size=2)
+    audio = audio[..., :-5]
+    sizes = [1, 2, 40, 0, 7, 200]
+    sizes.append(audio.shape[2] - sum(sizes))
+    parts = [stream.encode(piece) for piece in audio.split(sizes, dim=2)]
+    parts.append(stream.flush())
+    codes = torch.cat([part for part, _ in parts], dim=2)
+    whole = model.encode(audio)
+    assert sum(lengths for _, lengths in parts).tolist() == [FRAMES, FRAMES]
+    assert num_real_differences(model, whole.encoder_hidden_states, codes, whole.audio_codes) == 0
+
+
+class Item:
+    """One stream of a batch: what it has been given since its last reset, and what came back."""
+
+    def __init__(self, channels):
+        self.samples = torch.zeros(channels, 0)
+        self.codes, self.audio = [], []
+
+
+def play(model, batch_size, actions, seed):
+    """Run random calls on one stream object and return every finished item (ended by a reset or by the end)."""
+    hop, channels = model.config.downsample_rate, model.config.number_channels
+    generator = torch.Generator().manual_seed(seed)
+    stream = model.stream(batch_size)
+    items, finished = [Item(channels) for _ in range(batch_size)], []
+    for resets, counts in actions:
+        if any(resets):
+            stream.reset(torch.tensor(resets))
+            finished += [item for item, again in zip(items, resets, strict=True) if again]
+            items = [Item(channels) if again else item for item, again in zip(items, resets, strict=True)]
+        chunk = torch.randn(batch_size, channels, max(counts), generator=generator)
+        codes, lengths = stream.encode(chunk, torch.tensor(counts))
+        audio, sample_counts = stream.decode(codes, lengths)
+        for index, item in enumerate(items):
+            item.samples = torch.cat((item.samples, chunk[index, :, : counts[index]]), dim=1)
+            item.codes.append(codes[:, index : index + 1, : lengths[index]])
+            item.audio.append(audio[index : index + 1, :, : sample_counts[index]])
+            assert sample_counts[index] == lengths[index] * hop
+    return finished + items
+
+
+def check_against_isolated_runs(model, items):
+    hop = model.config.downsample_rate
+    for item in items:
+        codes = torch.cat(item.codes, dim=2) if item.codes else None
+        frames = item.samples.shape[1] // hop
+        assert (0 if codes is None else codes.shape[2]) == frames
+        if frames == 0:
+            continue
+        alone = model.encode(item.samples[None, :, : frames * hop])
+        assert num_real_differences(model, alone.encoder_hidden_states, codes, alone.audio_codes) == 0
+        assert relative_error(torch.cat(item.audio, dim=2), model.decode(codes).audio) < TOLERANCE
+
+
+def test_items_join_leave_and_start_anew_without_touching_the_others():
+    model = small_model(5)
+    actions = [
+        ([False] * 3, [3 * HOP, 0, 40 * HOP]),
+        ([False] * 3, [7, 20 * HOP, 0]),
+        ([False, True, False], [60 * HOP, 5 * HOP + 3, 0]),
+        ([False] * 3, [HOP, 30 * HOP, HOP - 1]),
+        ([True, False, False], [25 * HOP, 1, 1]),
+        ([False] * 3, [9, 45 * HOP, 50 * HOP]),
+    ]
+    items = play(model, 3, actions, seed=1)
+    assert len(items) == 5
+    check_against_isolated_runs(model, items)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_calls_equal_isolated_runs(data):
+    batch_size = data.draw(st.integers(1, 3))
+    action = st.tuples(
+        st.lists(st.booleans(), min_size=batch_size, max_size=batch_size),
+        st.lists(st.integers(0, 30 * HOP), min_size=batch_size, max_size=batch_size),
+    )
+    model = small_model(data.draw(st.integers(0, 20)))
+    check_against_isolated_runs(model, play(model, batch_size, data.draw(st.lists(action, max_size=8)), seed=2))
+
+
+def test_decode_takes_prefixes_of_levels_and_fewer_levels_are_encoded(case):
+    model, audio, encoded, _ = case
+    stream = model.stream(batch_size=2, num_quantizers=2)
+    codes, _ = stream.encode(audio)
+    assert num_real_differences(model, encoded.encoder_hidden_states, codes, encoded.audio_codes[:2]) == 0
+    expected = model.decode(encoded.audio_codes[:2]).audio
+    assert relative_error(stream.decode(encoded.audio_codes[:2])[0], expected) < TOLERANCE
+
+
+def test_flush_ends_a_stream_and_reset_starts_it_anew():
+    model = small_model(6)
+    stream = model.stream()
+    audio = noise(1, 1, 5 * HOP + 1)
+    first, _ = stream.encode(audio)
+    last, lengths = stream.flush()
+    assert (first.shape[2], last.shape[2], lengths.tolist()) == (5, 1, [1])
+    assert stream.flush()[1].tolist() == [0]
+    stream.reset()
+    assert torch.equal(stream.encode(audio)[0], first)
+
+
+def test_illegal_calls_are_refused():
+    model = small_model(6)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        model.stream(0)
+    stream = model.stream(2)
+    with pytest.raises(ValueError, match="2 items"):
+        stream.encode(noise(1, 1, 16))
+    with pytest.raises(ValueError, match="2 items"):
+        stream.decode(torch.zeros(4, 3, 1, dtype=torch.int64))
+    for lengths in ([17, 0], [-1, 0], [1]):
+        with pytest.raises(ValueError, match="lengths"):
+            stream.encode(noise(2, 1, 16), torch.tensor(lengths))
+        with pytest.raises(ValueError, match="lengths"):
+            stream.decode(torch.zeros(4, 2, 16, dtype=torch.int64), torch.tensor(lengths))
+    with pytest.raises(ValueError, match="reset"):
+        stream.reset(torch.tensor([True]))
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_buffers_never_move(frames):
+    model = small_model(7)
+    stream = model.stream(2)
+    states = [*stream.encoder_states, *stream.decoder_states]
+
+    def addresses():
+        return [x.data_ptr() for state in states for x in (state.position, *state.keys, *state.values)]
+
+    before = addresses()
+    for seed in range(12):
+        codes, lengths = stream.encode(noise(2, 1, frames * HOP, seed=seed))
+        stream.decode(codes, lengths)
+    stream.reset(torch.tensor([True, False]))
+    assert addresses() == before
+    assert all(state.position[1] > 0 and state.position[0] == 0 for state in states)

@@ -1,0 +1,57 @@
+"""Small configurations of the real recipe."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moss_train.commands._compose import compose, to_plain
+
+SMALL = [
+    "tokenizer.stages.0={patch_size: 240, output_dimension: 16, d_model: 32, num_heads: 2, num_layers: 1}",
+    "tokenizer.stages.1={patch_size: 2, output_dimension: 16, d_model: 32, num_heads: 2, num_layers: 1}",
+    "tokenizer.stages.2={patch_size: 2, output_dimension: 16, d_model: 32, num_heads: 2, num_layers: 1}",
+    "tokenizer.stages.3={patch_size: 2, output_dimension: 24, d_model: 32, num_heads: 2, num_layers: 1}",
+    "tokenizer.quantizer={rvq_dim: 16, num_quantizers: 4, codebook_size: 32, codebook_dim: 8}",
+    "semantic.config.hidden_size=32",
+    "semantic.config.intermediate_size=64",
+    "semantic.config.num_hidden_layers=1",
+    "semantic.config.num_attention_heads=2",
+    "semantic.config.num_key_value_heads=1",
+    "discriminators.0.channels=[2, 4]",
+    "discriminators.1.channels=2",
+    "discriminators.1.window_lengths=[512]",
+    "objective.crop_seconds=0.12",
+    "data.crop_seconds=0.4",
+    "data.max_seconds=6",
+    "data.micro_batch_seconds=8",
+    "data.num_workers=0",
+    "stages.0.updates=4",
+    "stages.0.batch_seconds=4",
+    "stages.0.warmup_updates=2",
+    "stages.1.updates=4",
+    "stages.1.batch_seconds=2",
+    "stages.1.warmup_updates=1",
+    "stages.1.discriminator_warmup_updates=1",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "trainer.num_threads=1",
+    "checkpoint.every_updates=2",
+]
+
+
+@pytest.fixture(scope="session")
+def small_overrides(packed: Path) -> list[str]:
+    """`fit` overrides that shrink `cat_1b6` in widths, depths, batch and updates only."""
+    return ["experiment=cat_1b6", f"data.train={packed}", *SMALL]
+
+
+@pytest.fixture
+def small_config(small_overrides: list[str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Resolved `fit` configuration of the shrunk recipe, with further overrides."""
+
+    def make(*overrides: str) -> dict[str, Any]:
+        return to_plain(compose("fit", [*small_overrides, f"run_dir={tmp_path / 'run'}", *overrides]), "fit")
+
+    return make

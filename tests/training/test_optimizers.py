@@ -1,0 +1,40 @@
+import torch
+from torch import nn
+
+from moss_train.model.transformer import TransformerLayer
+from moss_train.training.optimizers import build_adamw, gradient_norm, parameter_groups, scale_gradients
+
+
+def test_only_matrices_decay():
+    layer = TransformerLayer(8, 2, 16, window=4, layer_scale=0.01)
+    modules = [layer, nn.Embedding(3, 4), nn.Conv1d(2, 3, 1)]
+    decayed, exempt = parameter_groups(modules, 0.1)
+    assert decayed["weight_decay"] == 0.1 and exempt["weight_decay"] == 0.0
+    names = {id(p): name for module in modules for name, p in module.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "self_attn.in_projs.0.weight",
+        "self_attn.out_projs.0.weight",
+        "linear1.weight",
+        "linear2.weight",
+        "weight",  # of the convolution
+    }
+    assert len(decayed["params"]) + len(exempt["params"]) == sum(1 for m in modules for _ in m.parameters())
+
+
+def test_a_shared_parameter_is_optimised_once():
+    head, tied = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    tied.weight = head.weight
+    optimizer = build_adamw([head, tied], {"betas": [0.8, 0.9]})
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 1
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+
+
+def test_gradients_are_scaled_to_the_norm():
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    norm = gradient_norm(parameters)
+    assert norm.item() == 5.0
+    scale_gradients(parameters, norm, clip_norm=10.0)
+    assert parameters[1].grad.item() == 4.0
+    scale_gradients(parameters, norm, clip_norm=1.0)
+    torch.testing.assert_close(torch.stack([p.grad for p in parameters[:2]]), torch.tensor([[0.6], [0.8]]))

@@ -1,0 +1,200 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moss_train.cli import main
+from moss_train.export.loading import load_tokenizer
+from moss_train.training import CatModule
+from moss_train.training import resources as resource_room
+from moss_train.training.metrics import CsvWriter, column, read_metrics
+from moss_train.training.run import differences, fit
+from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
+from moss_train.utils.errors import UserError
+
+TIMES = ("update_seconds", "data_wait_seconds")
+
+
+def values(directory: Path) -> list[dict[str, str]]:
+    """Metrics of a run to the last bit, without what a clock measured."""
+    rows = read_metrics(directory / "metrics.csv")
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def state(directory: Path) -> dict:
+    path = list_checkpoints(directory / "checkpoints")[-1] / CHECKPOINT_FILE
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal(a: object, b: object, where: str = "") -> None:
+    """Equal to the last bit, through containers."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def whole(small_overrides, tmp_path_factory) -> Path:
+    """An uninterrupted run of the shrunk published recipe through both stages, from the command line."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["fit", *small_overrides, f"run_dir={directory}"]) == 0
+    return directory
+
+
+def test_the_published_recipe_runs_through_both_stages(whole):
+    rows = read_metrics(whole / "metrics.csv")
+    assert [row["stage"] for row in rows] == ["reconstruction"] * 4 + ["adversarial"] * 4
+    assert [row["loss/discriminators"] != "" for row in rows] == [False] * 4 + [True] * 4
+    assert [row["loss/adversarial"] != "" for row in rows] == [False] * 5 + [True] * 3
+    for name in ("reconstruction", "commitment", "codebook"):
+        assert len(column(rows, f"loss/{name}")) == 8
+    assert column(rows, "loss/semantic")
+    expected = [0.5e-4, 1e-4, 1e-4]
+    assert column(rows, "learning_rate/generator")[:3] == pytest.approx(expected)
+    assert [path.name for path in list_checkpoints(whole / "checkpoints")] == ["update-00000006", "update-00000008"]
+
+
+def test_a_killed_run_resumes_to_the_last_bit(whole, small_overrides, tmp_path):
+    """SIGKILL in either stage, then once more with a data worker: losses, weights and optimizers are the same."""
+    directory = tmp_path / "killed"
+    command = [sys.executable, "-m", "moss_train", "fit", *small_overrides, f"run_dir={directory}"]
+    for rows_before_kill in (3, 6):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        wait_for_rows(directory, rows_before_kill, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main(["fit", *small_overrides, f"run_dir={directory}", "data.num_workers=1"]) == 0
+    assert values(directory) == values(whole)
+    assert_equal(state(directory), state(whole))
+
+
+def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(directory / "metrics.csv")) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_finished_run_is_left_alone(whole, small_overrides, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "config.yaml"}
+    assert main(["fit", *small_overrides, f"run_dir={whole}"]) == 0
+    assert "finished at update 8 of 8" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "config.yaml"} == before
+
+
+def test_a_changed_configuration_is_refused_with_its_path_and_values(whole, small_overrides, capsys):
+    assert main(["fit", *small_overrides, f"run_dir={whole}", "objective.weights.semantic=3"]) == 2
+    assert "objective.weights.semantic: 20.0 -> 3" in capsys.readouterr().err
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(whole, small_overrides, tmp_path):
+    directory = tmp_path / "damaged"
+    overrides = [*small_overrides, f"run_dir={directory}"]
+    assert main(["fit", *overrides, "stop_at_update=4"]) == 0
+    newest = list_checkpoints(directory / "checkpoints")[-1] / CHECKPOINT_FILE
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="update-00000004 is damaged"):
+        assert main(["fit", *overrides]) == 0
+    assert values(directory) == values(whole)
+
+
+def test_all_checkpoints_damaged_is_no_silent_start_from_scratch(small_config):
+    config = small_config("stop_at_update=2")
+    directory = fit(config).directory
+    for path in list_checkpoints(directory / "checkpoints"):
+        (path / CHECKPOINT_FILE).write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="all 2 checkpoints .* are damaged"):
+        fit(config)
+
+
+def test_the_module_loads_from_its_checkpoint_alone_and_encodes_like_the_tokenizer(whole):
+    path = list_checkpoints(whole / "checkpoints")[-1] / CHECKPOINT_FILE
+    module = CatModule.load_from_checkpoint(path, map_location="cpu").eval()
+    assert (module.update, module.position) == (8, state(whole)["progress"]["position"])
+    audio = torch.randn(1, 1, 24000, generator=torch.Generator().manual_seed(0))
+    codes = module.encode(audio).audio_codes
+    tokenizer = load_tokenizer(whole)
+    assert torch.equal(codes, tokenizer.encode(audio).audio_codes)
+    assert torch.equal(module.decode(codes).audio, tokenizer.decode(codes).audio)
+
+
+def test_fine_tuning_starts_from_the_given_weights(whole, small_config):
+    config = small_config(f"init={whole}", "tokenizer=null", "stop_at_update=0")
+    tuned = load_tokenizer(fit(config).directory)
+    source = load_tokenizer(whole)
+    assert all(torch.equal(a, b) for a, b in zip(tuned.parameters(), source.parameters(), strict=True))
+
+
+def test_fine_tuning_the_decoder_leaves_the_codes_as_they_are(whole, small_config):
+    config = small_config(f"init={whole}", "tokenizer=null", "train=[decoder]", "semantic=null")
+    tuned, source = load_tokenizer(fit(config).directory), load_tokenizer(whole)
+    audio = torch.randn(1, 1, 48000, generator=torch.Generator().manual_seed(0))
+    codes = source.encode(audio).audio_codes
+    assert torch.equal(tuned.encode(audio).audio_codes, codes)
+    assert not torch.allclose(tuned.decode(codes).audio, source.decode(codes).audio, rtol=1e-3)
+
+
+def test_a_machine_that_is_too_small_is_told_so_before_anything_is_written(packed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resource_room, "available_memory_bytes", lambda: 8 * 2**30)
+    run = tmp_path / "run"
+    assert main(["fit", "experiment=cat_1b6", f"data.train={packed}", f"run_dir={run}", "trainer.accelerator=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "needs at least 32.4 GiB" in error and "tokenizer 1774.6M" in error and "8.0 GiB of memory" in error
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=[]", "data.train is empty"),
+        ("tokenizer.stages.0.d_model=33", "tokenizer: d_model 33 must be an even multiple"),
+        ("tokenizer.sampling_rate=16000", "24000"),
+        ("stages.0.updates=-1", "updates must be a whole number"),
+        ("+stages.0.learn_rate=1", "learn_rate"),
+        ("tokenizer=null", "choose an experiment"),
+        ("semantic.config=null", "either config"),
+        ("objective.weights.semantics=1", "semantics"),
+        ("checkpoint.keep=1", "at least 2"),
+        ("trainer.accelerator=tpu", "not one of auto, cpu, cuda"),
+    ],
+)
+def test_impossible_configurations_are_one_line_and_leave_nothing(small_overrides, tmp_path, capsys, override, message):
+    run = tmp_path / "run"
+    assert main(["fit", *small_overrides, f"run_dir={run}", override]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+    assert not list(run.glob("checkpoints"))
+
+
+def test_differences_name_every_leaf():
+    old = {"a": 1, "b": {"c": [1, {"d": 2}]}, "gone": 3}
+    new = {"a": 1, "b": {"c": [1, {"d": 4}]}, "new": 5}
+    assert differences(old, new) == ["b.c[1].d: 2 -> 4", "gone: 3 -> None", "new: None -> 5"]
+
+
+def test_metrics_after_the_checkpoint_are_done_again(tmp_path):
+    path = tmp_path / "metrics.csv"
+    writer = CsvWriter(path)
+    writer.start(0)
+    for update in (1, 2, 3):
+        writer.write({"update": update, "loss/generator": update / 3, "data_wait_seconds": 0.1})
+    writer.close()
+    path.write_text(path.read_text() + "4,reconstruction,0.1")  # a row that a kill cut short
+    writer = CsvWriter(path)
+    writer.start(2)
+    writer.close()
+    assert column(read_metrics(path), "loss/generator") == [1 / 3, 2 / 3]

@@ -1,0 +1,53 @@
+import math
+
+import pytest
+
+from moss_train.training.stages import Schedule, Stage
+
+STAGES = [
+    {"name": "one", "updates": 10, "batch_seconds": 8.0, "warmup_updates": 4, "learning_rate": 1e-3},
+    {
+        "name": "two",
+        "updates": 6,
+        "batch_seconds": 4.0,
+        "adversarial": True,
+        "warmup_updates": 0,
+        "discriminator_warmup_updates": 2,
+    },
+]
+
+
+def test_the_clock_walks_through_the_stages():
+    schedule = Schedule.from_config(STAGES)
+    moments = [schedule.at(update) for update in range(schedule.updates + 1)]
+    assert schedule.updates == 16 and schedule.adversarial
+    assert [moment.stage.name for moment in moments] == ["one"] * 10 + ["two"] * 7
+    assert [moment.update for moment in moments] == [*range(10), *range(7)]
+    assert [moment.judged for moment in moments] == [False] * 12 + [True] * 5
+
+
+def test_rates_warm_up_and_follow_a_cosine():
+    stage = Stage("s", updates=12, batch_seconds=1.0, warmup_updates=4, learning_rate=1e-3, final_learning_rate=1e-4)
+    assert [stage.rate_factor(update) for update in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert stage.rate_factor(8) == pytest.approx(0.1 + 0.9 * 0.5)  # half-way through the cosine
+    assert stage.rate_factor(6) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert stage.rate_factor(12) == stage.rate_factor(1000) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_seconds": 0}, "batch_seconds must be above 0, got 0"),
+        ({"updates": -1}, "updates must be a whole number from 0, got -1"),
+        ({"train": ["decoder", "vocoder"]}, "vocoder"),
+        ({"train": ["semantic"]}, "leaves nothing of the tokenizer"),
+    ],
+)
+def test_impossible_stages_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(**{"name": "s", "updates": 1, "batch_seconds": 1.0, **change})
+
+
+def test_a_schedule_needs_a_stage():
+    with pytest.raises(ValueError, match="at least one"):
+        Schedule.from_config([])

@@ -1,0 +1,74 @@
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from moss_train.utils.checkpoints import (
+    checkpoint_name,
+    find_damage,
+    list_checkpoints,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_manifest,
+    write_checkpoint,
+)
+from moss_train.utils.errors import UserError
+
+
+def save(directory: Path, update: int) -> Path:
+    path = directory / checkpoint_name(update)
+    return write_checkpoint(path, lambda folder: (folder / "weights").write_bytes(b"w" * update), {"update": update})
+
+
+def test_a_checkpoint_is_read_back_and_found(tmp_path):
+    save(tmp_path, 9), save(tmp_path, 10)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["update-00000009", "update-00000010"]
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and read_manifest(newest) == {"update": 10}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing file", "missing manifest", "garbage manifest"])
+def test_every_damage_is_seen_and_the_previous_one_used(tmp_path, damage):
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    weights, manifest = newer / "weights", newer / "manifest.json"
+    match damage:
+        case "cut":
+            weights.write_bytes(b"w")
+        case "flip":
+            weights.write_bytes(b"wv")
+        case "missing file":
+            weights.unlink()
+        case "missing manifest":
+            manifest.unlink()
+        case "garbage manifest":
+            manifest.write_text(json.dumps([1]))
+    assert find_damage(newer) is not None and find_damage(older) is None
+    with pytest.warns(UserWarning, match="update-00000002 is damaged"):
+        assert newest_checkpoint(tmp_path) == older
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    (save(tmp_path, 1) / "weights").unlink()
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="all 1 checkpoints"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_failed_write_leaves_the_earlier_ones_alone(tmp_path):
+    save(tmp_path, 1)
+
+    def full(folder: Path) -> None:
+        (folder / "weights").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(tmp_path / checkpoint_name(2), full, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["update-00000001"]
+
+
+def test_pruning_keeps_the_newest_and_removes_interrupted_writes(tmp_path):
+    for update in (1, 2, 3):
+        save(tmp_path, update)
+    (tmp_path / ".partial-update-00000004").mkdir()
+    prune_checkpoints(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-00000002", "update-00000003"]
