@@ -1,37 +1,78 @@
 """`pack`: audio files into shards."""
 
+import sys
+import time
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from moss_train.data.manifest import list_clips
-from moss_train.data.packing import PackOptions, PackReport, check_target, pack
+from moss_train.data.clips import PackOptions
+from moss_train.data.journal import JOURNAL_FILE, unfinished_folder
+from moss_train.data.manifest import list_clips, read_drop_list
+from moss_train.data.packing import PackReport, check_target, pack
 from moss_train.utils.progress import progress
 
-SUMMARY = "Pack a folder of audio or a JSONL manifest into shards for training and evaluation"
+SUMMARY = (
+    "Pack a folder of audio, a manifest, a Kaldi folder or a saved dataset into shards for training and evaluation"
+)
+EXAMPLES = (
+    "python -m moss_train pack input=/data/speech.jsonl out=/shards/speech",
+    "python -m moss_train pack input=/data/music domain=music out=/shards/music num_workers=8",
+    "python -m moss_train pack input=/data/speech.jsonl out=/shards/clean drop=report/drop.jsonl",
+)
 
 _NUM_BAD_SHOWN = 5
+_REASONS = {
+    "too short": "shorter than min_seconds",
+    "too long": "longer than max_seconds",
+    "silent": "quieter than min_level_db",
+    "dropped": "named in the drop list",
+}
 
 
 def run(config: dict) -> int:
     """Pack `input` into `out`, show progress and print what was packed."""
-    names = ("sampling_rate", "num_channels", "min_seconds", "shard_bytes", "max_bad_share")
-    options = PackOptions(**{name: config[name] for name in names})
+    options = PackOptions(**{field.name: config[field.name] for field in fields(PackOptions)})
     target = Path(config["out"]).expanduser()
     check_target(target, config["overwrite"])
+    drop = read_drop_list(Path(config["drop"]).expanduser()) if config["drop"] else {}
     sources = list_clips(Path(config["input"]).expanduser(), config["domain"])
-    seconds_done = 0.0
-    with progress("packing", total=len(sources.clips)) as bar:
+    seconds_done, begin = 0.0, time.monotonic()
+    try:
+        with progress("packing", total=len(sources.clips)) as bar:
 
-        def on_clip(seconds: float) -> None:
-            nonlocal seconds_done
-            seconds_done += seconds
-            bar.advance(note=f"{seconds_done / 3600:.2f} h of audio")
+            def on_clip(seconds: float) -> None:
+                nonlocal seconds_done
+                seconds_done += seconds
+                speed = seconds_done / max(time.monotonic() - begin, 1e-3)
+                bar.advance(note=f"{seconds_done / 3600:.2f} h of audio, {speed / 3600:.3f} h/s")
 
-        report = pack(sources, target, options, overwrite=config["overwrite"], on_clip=on_clip)
+            report = pack(
+                sources,
+                target,
+                options,
+                overwrite=config["overwrite"],
+                num_workers=config["num_workers"],
+                drop=frozenset(drop),
+                on_clip=on_clip,
+            )
+    except BaseException:
+        _say_what_is_kept(target)
+        raise
     _print_report(report, config["out"])
+    if report.left_out.get("dropped", 0) < len(drop):
+        print(
+            f"drop={config['drop']}: {len(drop) - report.left_out.get('dropped', 0)} ids are not in {config['input']}"
+        )
     return 0
+
+
+def _say_what_is_kept(target: Path) -> None:
+    folder = unfinished_folder(target)
+    if (folder / JOURNAL_FILE).exists():
+        print(f"finished shards are kept in {folder}; the same command goes on after them", file=sys.stderr)
 
 
 def _print_report(report: PackReport, out: str) -> None:
@@ -39,8 +80,9 @@ def _print_report(report: PackReport, out: str) -> None:
     console.print(_totals_table(report.index["totals"]))
     num_bytes = sum(shard["bytes"] for shard in report.index["shards"])
     notes = [f"{out}: {report.index['num_samples']} clips in {len(report.index['shards'])} shards, {num_bytes:,} bytes"]
-    if report.too_short:
-        notes.append(f"left out: {report.too_short} clips shorter than min_seconds")
+    if report.num_resumed:
+        notes.append(f"taken over from an earlier attempt: {report.num_resumed} shards")
+    notes += [f"left out: {count} clips {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())]
     if report.bad:
         notes.append(f"left out: {len(report.bad)} files that could not be read, among them:")
         notes += [f"  {reason}" for _, reason in report.bad[:_NUM_BAD_SHOWN]]

@@ -1,8 +1,5 @@
 """The training loader: plans are made in the main process, workers only read, so their number changes nothing."""
 
-import os
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moss_train.data.processes import start_worker
 from moss_train.data.reading import SampleError, SampleReader, TextEncoder, TrainingClip
 from moss_train.data.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan
 from moss_train.types import Batch, UpdateBatch
@@ -17,8 +15,6 @@ from moss_train.utils.errors import UserError
 
 WORKER_TIMEOUT_SECONDS = 600
 """A worker that delivers nothing for so long hangs, say on a dead network file system: the run stops with an error."""
-
-ORPHAN_CHECK_SECONDS = 1.0
 
 PlannedUpdate = tuple[int, UpdatePlan]
 
@@ -154,15 +150,4 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread per worker (more only get in each other's way), and none that outlives a killed training process.
-
-    torch's own watchdog ends the worker's loop but then waits for its results to be read, which nobody does any more.
-    """
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(ORPHAN_CHECK_SECONDS)
-    os._exit(1)
+    start_worker()  # torch's own watchdog waits until a worker's results are read, which nobody does after a kill

@@ -1,12 +1,17 @@
-"""The list of clips to pack: every audio file of a folder tree, or the lines of a JSONL manifest."""
+"""The list of clips to pack: a folder tree, a JSONL or CSV manifest, a Kaldi folder or a saved dataset."""
 
+import csv
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from moss_train.data.kaldi import is_kaldi, iterate_utterances
+from moss_train.data.saved_dataset import is_saved_dataset, iterate_rows
 from moss_train.types import TASKS
 from moss_train.utils.errors import UserError
 
@@ -19,6 +24,11 @@ AUDIO_SUFFIXES = frozenset(
 DOMAIN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 _KEYS = ("path", "id", "domain", "text", "task", "language", "speaker")
+_TIMES = ("start_seconds", "end_seconds")
+_JSON_SUFFIXES = (".jsonl", ".ndjson")
+_TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+
+Entries = Iterator[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,9 @@ class SourceClip:
     task: str | None = None  # one of TASKS, set exactly where there is text
     language: str | None = None
     speaker: str | None = None
+    start_seconds: float = 0.0  # part of the file that is the clip
+    end_seconds: float | None = None
+    row: int | None = None  # of the saved dataset that `path` belongs to
 
     def labels(self) -> dict[str, str]:
         """What is stored beside the audio: the labels that are there."""
@@ -50,18 +63,41 @@ class SourceList:
 
 
 def list_clips(source: Path, domain: str) -> SourceList:
-    """List the clips of a folder or a JSONL manifest; `domain` is for clips that do not say one.
+    """List the clips of a source; `domain` is for clips that do not say one.
 
     Raises UserError, with the line of a manifest, for whatever cannot be packed as written.
     """
     check_domain(domain, "domain")
-    if source.is_dir():
-        return _list_folder(source, domain)
+    suffix = source.suffix.lower()
     if not source.exists():
         raise UserError(f"input={source} does not exist; give a folder of audio files or a .jsonl manifest")
-    if source.suffix.lower() not in (".jsonl", ".ndjson"):
-        raise UserError(f"input={source} is neither a folder nor a .jsonl manifest")
-    return _list_manifest(source, domain)
+    if is_kaldi(source):
+        return _list_entries(source, iterate_utterances(source), domain)
+    if source.is_dir():
+        saved = is_saved_dataset(source)
+        return _list_entries(source, iterate_rows(source), domain) if saved else _list_folder(source, domain)
+    if suffix in _JSON_SUFFIXES:
+        return _list_entries(source, _iterate_json(source), domain)
+    if suffix in _TABLE_SUFFIXES:
+        return _list_entries(source, _iterate_table(source, _TABLE_SUFFIXES[suffix]), domain)
+    raise UserError(f"input={source} is neither a folder nor a .jsonl, .csv, .tsv or .scp manifest")
+
+
+def read_drop_list(path: Path) -> dict[str, str]:
+    """Read a drop list, one JSON object with `id` and maybe `reason` per line, as id -> reason. Raises UserError."""
+    dropped = {}
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"drop={path} cannot be read ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line or "{}")
+            if line.strip():
+                dropped[str(entry["id"])] = str(entry.get("reason", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}:{number}: not a JSON object with an 'id' ({line!r})") from error
+    return dropped
 
 
 def check_domain(domain: str, where: str) -> str:
@@ -105,27 +141,55 @@ def _readable(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
-def _list_manifest(manifest: Path, domain: str) -> SourceList:
+def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
     clips: list[SourceClip] = []
     ignored: dict[str, int] = {}
-    lines: dict[str, int] = {}
+    places: dict[str, str] = {}
+    folder = source if source.is_dir() else source.parent
+    for where, entry in entries:
+        clip = _clip_from_entry(entry, folder, domain, where)
+        if clip.id in places:
+            raise UserError(f"{where}: {clip.id!r} is already on {places[clip.id]}; give every clip its own 'id'")
+        places[clip.id] = f"line {where.rpartition(':')[2]}" if ":" in where else where
+        clips.append(clip)
+        for key in entry.keys() - {*_KEYS, *_TIMES, "row"}:
+            ignored[key] = ignored.get(key, 0) + 1
+    if not clips:
+        raise UserError(f"{source} has no lines; write one JSON object with a 'path' per clip")
+    return SourceList(source, tuple(clips), ignored)
+
+
+def _iterate_json(manifest: Path) -> Entries:
     with manifest.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{manifest}:{number}"
-            entry = _parse_line(line, where)
-            clip = _clip_from_entry(entry, manifest.parent, domain, where)
-            if clip.id in lines:
-                first = lines[clip.id]
-                raise UserError(f"{where}: {clip.id!r} is already on line {first}; give every clip its own 'id'")
-            lines[clip.id] = number
-            clips.append(clip)
-            for key in entry.keys() - set(_KEYS):
-                ignored[key] = ignored.get(key, 0) + 1
-    if not clips:
-        raise UserError(f"{manifest} has no lines; write one JSON object with a 'path' per clip")
-    return SourceList(manifest, tuple(clips), ignored)
+            if line.strip():
+                where = f"{manifest}:{number}"
+                yield where, _parse_line(line, where)
+
+
+def _iterate_table(manifest: Path, delimiter: str) -> Entries:
+    """Rows of a table with a header; empty cells are left out."""
+    with manifest.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            for row in rows:
+                where = f"{manifest}:{rows.line_num}"
+                entry: dict[str, Any] = {key: value for key, value in row.items() if key and value}
+                if None in row or not entry.get("path"):
+                    raise UserError(f"{where}: every row needs a 'path' and no more cells than the header has")
+                yield where, entry | {key: _number(entry[key], where) for key in _TIMES if key in entry}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{manifest}:{rows.line_num + 1}: not a line of UTF-8 CSV ({error})") from error
+
+
+def _number(value: object, where: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UserError(f"{where}: a time has to be a number of seconds, 0 or more, got {value!r}")
+    return number
 
 
 def _parse_line(line: bytes, where: str) -> dict:
@@ -138,7 +202,8 @@ def _parse_line(line: bytes, where: str) -> dict:
     for key in _KEYS:
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise UserError(f"{where}: {key!r} has to be a string, got {entry[key]!r}")
-    return entry
+    entry.pop("row", None)
+    return entry | {key: _number(entry[key], where) for key in _TIMES if entry.get(key) is not None}
 
 
 def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> SourceClip:
@@ -158,4 +223,7 @@ def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> Sour
         task=task if text else None,
         language=entry.get("language") or None,
         speaker=entry.get("speaker") or None,
+        start_seconds=entry.get("start_seconds") or 0.0,
+        end_seconds=entry.get("end_seconds"),
+        row=entry.get("row"),
     )

@@ -1,45 +1,29 @@
-"""Pack a folder or a manifest into shards: a FLAC and a JSON per clip, a domain per shard, nothing half-written."""
+"""Pack clips into shards: a FLAC and a JSON per clip, a domain per shard, the same bytes for the same input.
 
-import os
-import shutil
+Processes read and encode, this one writes, in the order of the list. A shard ends at the first clip that brings it to
+its size, so what is in it depends neither on the number of processes nor on where an earlier attempt was killed.
+"""
+
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from moss_train.audio import read_audio, resample
+from moss_train.audio import RESAMPLER
+from moss_train.data.clips import LeftOut, LongClip, PackOptions, ReadyClip, prepare, prepare_segment
 from moss_train.data.index import INDEX_FILE, IndexBuilder
+from moss_train.data.journal import Journal, ShardInputs, finished_or_resumable, take_over
 from moss_train.data.manifest import SourceClip, SourceList
-from moss_train.data.shards import ShardWriter, read_shard
+from moss_train.data.processes import TASKS_PER_PROCESS, Submit, num_cores, ordered, worker_pool
+from moss_train.data.shards import FORMAT_VERSION, ShardWriter, read_shard
 from moss_train.utils.errors import UserError
 
-RATE_LIMITS = (2000, 768_000)
-"""Sampling rates in Hz that are believed; anything else is a damaged header."""
+CLIPS_PER_PROCESS = 200
+"""So many clips are worth starting a process for, when the number of processes is not given."""
 
-PEAK_LIMIT = 8.0
-"""Highest believed absolute sample: more is not audio in [-1, 1] with overs but, say, integers in a float file."""
+_NOT_CONTENT = ("max_bad_share",)  # options that do not change what is in a shard
 
-
-@dataclass(frozen=True)
-class PackOptions:
-    """How clips are stored and which are left out."""
-
-    sampling_rate: int = 24000
-    num_channels: int = 1
-    min_seconds: float = 0.1  # shorter clips are left out
-    shard_bytes: int = 256 * 2**20  # a shard is closed once it has this size
-    max_bad_share: float = 0.0  # share of unreadable files beyond which packing stops
-
-    def __post_init__(self) -> None:
-        if not RATE_LIMITS[0] <= self.sampling_rate <= RATE_LIMITS[1]:
-            raise UserError(f"sampling_rate={self.sampling_rate} is outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]} Hz")
-        if self.num_channels < 1 or self.min_seconds < 0 or self.shard_bytes < 1:
-            raise UserError("num_channels and shard_bytes have to be at least 1, min_seconds at least 0")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share={self.max_bad_share} has to be between 0 and 1")
+Outcome = ReadyClip | LeftOut
 
 
 @dataclass(frozen=True)
@@ -47,9 +31,15 @@ class PackReport:
     """What was packed and what was not."""
 
     index: dict  # content of index.json
-    too_short: int
+    left_out: dict[str, int]  # clips by kind: too short, too long, silent, dropped
     bad: tuple[tuple[str, str], ...]  # (clip id, reason) of unreadable files
     ignored: dict[str, int]  # suffixes or manifest keys without effect
+    num_resumed: int  # shards that an earlier attempt had finished
+
+    @property
+    def too_short(self) -> int:
+        """Clips shorter than `min_seconds`."""
+        return self.left_out.get("too short", 0)
 
 
 def pack(
@@ -58,65 +48,106 @@ def pack(
     options: PackOptions,
     *,
     overwrite: bool = False,
+    num_workers: int | None = None,
+    drop: frozenset[str] = frozenset(),
     on_clip: Callable[[float], None] = lambda seconds: None,
 ) -> PackReport:
     """Pack every clip of a list into a new folder of shards with an index.
 
-    `on_clip` hears the seconds of every clip, 0 when it was left out. The folder appears under its name when it is
-    complete, and not at all otherwise. Raises UserError, naming the file or line, for input that cannot be packed.
+    `on_clip` hears the seconds of every clip, 0 when it was left out. `drop` are ids of clips, or of parts of long
+    ones, to leave out. The folder appears under its name when it is complete, and not at all otherwise; the shards that
+    were finished before an error or a kill are taken over by the next call. Raises UserError, naming the file or line,
+    for input that cannot be packed.
     """
     check_target(target, overwrite)
-    with _finished_or_removed(target) as folder:
-        packer = _Packer(folder, options)
+    if num_workers is None:
+        num_workers = min(num_cores(), 1 + len(sources.clips) // CLIPS_PER_PROCESS)
+    with finished_or_resumable(target) as folder, worker_pool(num_workers, "moss_train.data.clips") as submit:
+        packer = _Packer(folder, sources, options, drop)
+        todo, num_resumed = packer.resume()
+        for _ in range(len(sources.clips) - len(todo)):
+            on_clip(0.0)
         try:
-            for number, clip in enumerate(sources.clips):
-                on_clip(packer.add(clip, key=f"{number:09d}", num_clips=len(sources.clips)))
-            index = packer.finish(sources.source)
+            ahead = 1 if num_workers <= 1 else TASKS_PER_PROCESS * num_workers
+            for number, outcomes in _prepared(submit, sources, todo, options, ahead):
+                on_clip(packer.add(number, outcomes))
+            index = packer.finish()
         finally:
             packer.abandon()
-    return PackReport(index, packer.too_short, tuple(packer.bad), sources.ignored)
+        return PackReport(index, dict(packer.left_out), tuple(packer.bad), sources.ignored, num_resumed)
+
+
+def _prepared(
+    submit: Submit, sources: SourceList, todo: list[int], options: PackOptions, ahead: int
+) -> Iterator[tuple[int, Iterator[Outcome]]]:
+    """Yield the number of every clip with what becomes of it: one outcome, or one for each part of a long clip."""
+    clips = (sources.clips[number] for number in todo)
+    for number, (clip, result) in zip(todo, ordered(submit, prepare, clips, options, ahead=ahead), strict=True):
+        if isinstance(result, LongClip):
+            parts = ordered(submit, prepare_segment, result.segments, clip, options, ahead=ahead)
+            yield number, (outcome for _, outcome in parts)
+        else:
+            yield number, iter([result])
 
 
 class _Packer:
-    """Sorts clips into one open shard per domain and indexes every shard as it is closed."""
+    """Sorts clips into one open shard per domain, and indexes and records every shard as it is closed."""
 
-    def __init__(self, folder: Path, options: PackOptions) -> None:
-        self.too_short = 0
+    def __init__(self, folder: Path, sources: SourceList, options: PackOptions, drop: frozenset[str]) -> None:
+        self.left_out: Counter[str] = Counter()
         self.bad: list[tuple[str, str]] = []
-        self._folder = folder
-        self._options = options
+        self._folder, self._sources, self._options, self._drop = folder, sources, options, drop
+        content = {name: value for name, value in asdict(options).items() if name not in _NOT_CONTENT}
+        self._settings = content | {"resampler": RESAMPLER, "drop": sorted(drop), "format": FORMAT_VERSION}
+        self._journal = Journal(folder)
         self._open: dict[str, ShardWriter] = {}
+        self._inputs: dict[str, ShardInputs] = {}
         self._num_shards: Counter[str] = Counter()
         self._index = IndexBuilder(options.sampling_rate, options.num_channels)
 
-    def add(self, clip: SourceClip, key: str, num_clips: int) -> float:
-        """Pack one clip and return its seconds, 0 when it is left out."""
-        try:
-            audio = load_clip(clip, self._options)
-        except UserError as error:
-            self.bad.append((clip.id, str(error)))
-            if len(self.bad) > self._options.max_bad_share * num_clips:
-                raise UserError(self._too_many_bad(str(error))) from error
-            return 0.0
-        seconds = audio.shape[-1] / self._options.sampling_rate
-        if seconds < self._options.min_seconds or seconds == 0:
-            self.too_short += 1
-            return 0.0
-        writer = self._writer(clip.domain)
-        writer.write(key, audio, {"id": clip.id, **clip.labels()})
-        if writer.num_bytes >= self._options.shard_bytes:
-            self._close(clip.domain)
-        return seconds
+    def resume(self) -> tuple[list[int], int]:
+        """Take over finished shards; return the numbers of the clips still to do and how many shards there are."""
+        kept = take_over(self._folder, self._sources.clips, self._settings, self._options.sampling_rate)
+        done: dict[str, int] = {}
+        for shard, contents in kept:
+            self._index.add(shard.file, shard.domain, contents)
+            self._num_shards[shard.domain] += 1
+            self.left_out.update(shard.left_out)
+            self.bad += [(clip_id, reason) for clip_id, reason in shard.bad]
+            done[shard.domain] = shard.last
+        clips = enumerate(self._sources.clips)
+        return [number for number, clip in clips if number > done.get(clip.domain, -1)], len(kept)
 
-    def finish(self, source: Path) -> dict:
+    def add(self, number: int, outcomes: Iterator[Outcome]) -> float:
+        """Store what becomes of one clip and return its seconds, 0 when it is left out."""
+        clip = self._sources.clips[number]
+        if clip.domain not in self._inputs:
+            self._inputs[clip.domain] = ShardInputs(self._settings)
+        self._inputs[clip.domain].add(number, clip)
+        num_samples = 0
+        for part, outcome in enumerate(outcomes):
+            if isinstance(outcome, LeftOut):
+                self._leave_out(clip, outcome)
+            elif {outcome.id, clip.id} & self._drop:
+                self._leave_out(clip, LeftOut("dropped"))
+            else:
+                key = f"{number:09d}" if outcome.id == clip.id else f"{number:09d}-{part:06d}"
+                self._writer(clip.domain).write(key, outcome, clip.labels())
+                num_samples += outcome.num_samples
+        if clip.domain in self._open and self._open[clip.domain].num_bytes >= self._options.shard_bytes:
+            self._close(clip.domain)
+        return num_samples / self._options.sampling_rate
+
+    def finish(self) -> dict:
         """Close the last shards, write the index and return its content."""
         for domain in list(self._open):
             self._close(domain)
         if not self._num_shards:
             minimum = f"min_seconds={self._options.min_seconds}"
+            others = "".join(f", {count} {kind}" for kind, count in self.left_out.items() if kind != "too short")
             raise UserError(
-                f"input={source}: nothing to pack, {self.too_short} clips are shorter than {minimum} "
-                f"and {len(self.bad)} could not be read"
+                f"input={self._sources.source}: nothing to pack, {self.left_out['too short']} clips are shorter than "
+                f"{minimum}{others} and {len(self.bad)} could not be read"
             )
         return self._index.write(self._folder)
 
@@ -124,6 +155,17 @@ class _Packer:
         """Let go of shards that are still open after an error."""
         while self._open:
             self._open.popitem()[1].abandon()
+
+    def _leave_out(self, clip: SourceClip, outcome: LeftOut) -> None:
+        inputs = self._inputs[clip.domain]
+        if outcome.kind != "unreadable":
+            self.left_out[outcome.kind] += 1
+            inputs.left_out[outcome.kind] += 1
+            return
+        self.bad.append((clip.id, outcome.reason))
+        inputs.bad.append([clip.id, outcome.reason])
+        if len(self.bad) > self._options.max_bad_share * len(self._sources.clips):
+            raise UserError(self._too_many_bad(outcome.reason))
 
     def _too_many_bad(self, last: str) -> str:
         share = self._options.max_bad_share
@@ -139,23 +181,13 @@ class _Packer:
         return self._open[domain]
 
     def _close(self, domain: str) -> None:
-        writer = self._open.pop(domain)
+        writer, inputs = self._open.pop(domain), self._inputs.pop(domain)
         writer.close()
         contents = read_shard(writer.path, self._options.sampling_rate)
         if len(contents.labels) != writer.num_clips:
             raise OSError(f"{writer.path}: {len(contents.labels)} of {writer.num_clips} clips came back after writing")
         self._index.add(writer.path.name, domain, contents)
-
-
-def load_clip(clip: SourceClip, options: PackOptions) -> Tensor:
-    """Read one clip as it will be stored, float32 [C, T]. Raises UserError, naming the file, for implausible audio."""
-    audio, rate = read_audio(clip.path, num_channels=options.num_channels)
-    if not RATE_LIMITS[0] <= rate <= RATE_LIMITS[1]:
-        raise UserError(f"{clip.path} has a sampling rate of {rate} Hz, outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]}")
-    peak = audio.abs().max().item() if audio.numel() else 0.0
-    if peak > PEAK_LIMIT:
-        raise UserError(f"{clip.path} has samples up to {peak:.3g}; audio has to lie in [-1, 1]")
-    return audio if rate == options.sampling_rate else resample(audio, rate, options.sampling_rate)
+        self._journal.add(inputs.finished(writer.path.name, domain, contents.sha256))
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -170,23 +202,3 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"out={target} exists and is not empty; give another folder or overwrite=true")
     if not (target / INDEX_FILE).is_file():
         raise UserError(f"out={target} is not a folder of packed shards; overwrite=true does not replace it")
-
-
-@contextmanager
-def _finished_or_removed(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `target`, which gets its name at the end or is removed on any error or Ctrl-C."""
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.partial-{os.getpid()}"
-    replaced = target.parent / f".{target.name}.replaced-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            target.rename(replaced)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,25 @@ class ClipReader:
         self._num_channels = num_channels
         self._files = OpenFiles()
 
+    def check_headers(self, location: ClipLocation) -> None:
+        """Compare the tar headers in front of a clip's two members with the index. Raises SampleError."""
+        members = (
+            (location.audio_offset, location.audio_size, ".flac"),
+            (location.json_offset, location.json_size, ".json"),
+        )
+        for offset, size, suffix in members:
+            try:
+                block = os.pread(self._files.descriptor(location.shard), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except OSError as error:
+                raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
+            except tarfile.HeaderError as error:
+                raise SampleError(f"damaged tar header in front of byte {offset} ({error})") from error
+            if header.size != size or not header.name.endswith(suffix):
+                raise SampleError(
+                    f"tar header says {header.name} with {header.size} bytes, the index {suffix} with {size}"
+                )
+
     def read_labels(self, location: ClipLocation) -> dict:
         """Read and check a clip's JSON. Raises SampleError."""
         if location.json_size > _MAX_JSON_BYTES:
@@ -155,6 +175,7 @@ class SampleReader:
         """Read one sample. Raises SampleError, its first argument the reason, its second the sample's id."""
         sample_id = f"{Path(ref.location.shard).name}@{ref.location.audio_offset}"
         try:
+            self._clips.check_headers(ref.location)
             labels = self._clips.read_labels(ref.location)
             sample_id = labels["id"]
             audio = self._clips.read_audio(ref.location, ref.start, ref.num_frames)
@@ -196,6 +217,7 @@ def iterate_clips(
     for row in range(len(corpus)):
         location = corpus.locate(row)
         try:
+            reader.check_headers(location)
             labels = reader.read_labels(location)
             audio = reader.read_audio(location, 0, location.num_samples)
         except SampleError as error:

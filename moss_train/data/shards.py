@@ -4,7 +4,6 @@ The index is always made by reading a finished tar, never from what the writer b
 """
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -12,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 from webdataset import TarWriter
 
-from moss_train.audio import write_audio
+from moss_train.data.clips import ReadyClip
 from moss_train.utils.errors import UserError
 
 FORMAT_VERSION = 1
@@ -52,13 +50,11 @@ class ShardWriter:
         self.num_bytes = 0
         self.num_clips = 0
 
-    def write(self, key: str, audio: Tensor, labels: dict) -> None:
-        """Append one clip, float [C, T], with the labels that go into its JSON beside length and rate."""
-        flac = io.BytesIO()
-        write_audio(flac, audio, self._sampling_rate, format="flac")
-        labels = labels | {"num_samples": audio.shape[-1], "sampling_rate": self._sampling_rate}
-        text = json.dumps(labels, ensure_ascii=False, sort_keys=True).encode()
-        self.num_bytes += self._tar.write({"__key__": key, "flac": flac.getvalue(), "json": text})
+    def write(self, key: str, clip: ReadyClip, labels: dict) -> None:
+        """Append one clip with the labels that go into its JSON beside id, length and rate."""
+        facts = {"id": clip.id, "num_samples": clip.num_samples, "sampling_rate": self._sampling_rate}
+        text = json.dumps(labels | facts, ensure_ascii=False, sort_keys=True).encode()
+        self.num_bytes += self._tar.write({"__key__": key, "flac": clip.flac, "json": text})
         self.num_clips += 1
 
     def close(self) -> None:

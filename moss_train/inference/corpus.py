@@ -40,7 +40,10 @@ def find_audio(inputs: Sequence[str], out: Path) -> list[Work]:
             pairs.append((path, path.name))
         else:
             prefix = f"{path.name}/" if len(inputs) > 1 and path.is_dir() else ""
-            pairs += [(clip.path, prefix + clip.id) for clip in list_clips(path, domain="audio").clips]
+            clips = list_clips(path, domain="audio").clips
+            if any(clip.start_seconds or clip.end_seconds is not None or clip.row is not None for clip in clips):
+                raise UserError(f"input={path} names parts of files; pack it and give shards= instead")
+            pairs += [(clip.path, prefix + clip.id) for clip in clips]
     return _with_targets(pairs, out, CODES_SUFFIX)
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import StreamChunk
+from .cache import StreamChunk, apply_module
 from .rope import rotate
 
 try:
@@ -38,7 +38,8 @@ class MultiheadAttention(nn.Module):
         """[B, T, D] -> [B, T, D]; with a `chunk`, T frames of streams whose past is in the rings of `layer`."""
         batch, frames, width = x.shape
         heads = self.num_heads
-        qkv = self.in_projs[0](x).view(batch, frames, 3 * heads, width // heads)
+        linear = apply_module if chunk is None else chunk.state.linear
+        qkv = linear(self.in_projs[0], x).view(batch, frames, 3 * heads, width // heads)
         rotated = rotate(qkv[:, :, : 2 * heads], *rotations)
         query, key, value = rotated[:, :, :heads], rotated[:, :, heads:], qkv[:, :, 2 * heads :]
         if chunk is not None:
@@ -48,7 +49,7 @@ class MultiheadAttention(nn.Module):
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             attended = windowed_attention(query, key, value, self.window).transpose(1, 2)
-        return self.out_projs[0](attended.reshape(batch, frames, width))
+        return linear(self.out_projs[0], attended.reshape(batch, frames, width))
 
 
 def streaming_attention(query: Tensor, key: Tensor, value: Tensor, layer: int, chunk: StreamChunk) -> Tensor:

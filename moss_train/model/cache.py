@@ -1,14 +1,20 @@
 """Streaming state of a transformer stage: rings of keys and values that are passed in and written in place.
 
-Frame p of a stream lies in slot `p % capacity`. The capacity is `window - 1` plus the longest step, so that a step never
-overwrites keys that its own first queries still need. (A ring of exactly `window` slots does, for every step of two or
-more frames.) Which slots a query sees follows from positions alone, so nothing is ever moved or cleared.
+Frame p of a stream lies in slot `p % capacity`. The capacity is `window - 1` plus the longest step, so that a step
+never overwrites keys that its own first queries still need. (A ring of exactly `window` slots does, for every step of
+two or more frames.) Which slots a query sees follows from positions alone, so nothing is ever moved or cleared.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def apply_module(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`."""
+    return module(x)
 
 
 @dataclass
@@ -19,12 +25,14 @@ class StageState:
         position: [B] int64, frames seen so far by each stream; zero makes the item's slots invisible.
         keys, values: per layer [B, capacity + 1, H, D]; the last slot takes frames that are padding.
         window: frames a query may look back on, itself included.
+        linear: applies the stage's linear layers.
     """
 
     position: Tensor
     keys: list[Tensor]
     values: list[Tensor]
     window: int
+    linear: Callable[[nn.Module, Tensor], Tensor] = apply_module
 
     @property
     def capacity(self) -> int:

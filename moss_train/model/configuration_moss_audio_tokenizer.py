@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-STAGE_KEYS = {"patch_size", "output_dimension", "d_model", "num_heads", "num_layers"}
-OPTIONAL_STAGE_KEYS = {"dim_feedforward", "context_duration"}
+from .architecture import check_architecture, check_positive, check_stages
 
 
 class MossAudioTokenizerConfig(PretrainedConfig):
@@ -24,6 +23,10 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         encoder_kwargs, decoder_kwargs: lists of `{"module_type": "PatchedPretransform", "patch_size"}` and
             `{"module_type": "Transformer", "input_dimension", "output_dimension", "d_model", "num_heads", ...}`.
         quantizer_kwargs: `input_dim`, `rvq_dim`, `output_dim`, `num_quantizers`, `codebook_size`, `codebook_dim`.
+        number_channels: of the waveform; several are interleaved in time.
+        kwargs: also `attention_implementation` ("sdpa": torch's general kernels; "flash_attention_2" or not given: the
+            windowed kernel where device and dtype have it) and `compute_dtype` ("bf16" or "fp16": automatic mixed
+            precision in encoder and decoder; "fp32" or not given: the weights' own dtype).
 
     Raises:
         ValueError: an illegal combination, with the offending values.
@@ -54,7 +57,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         kwargs.setdefault("reversed_decoder_kwargs", None)
         super().__init__(**kwargs)
         if self.encoder_kwargs:
-            self.check_architecture()
+            check_architecture(self)
 
     @classmethod
     def from_stages(
@@ -80,8 +83,9 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         encoder: list[dict[str, Any]] = []
         decoder: list[dict[str, Any]] = []
         width = 1
-        for number, stage in enumerate(stages):
-            check_stage_keys(number, stage)
+        check_stages(stages)
+        check_positive("tokenizer", {"number_channels": number_channels}, ("number_channels",))
+        for stage in stages:
             width *= stage["patch_size"]
             patch = {"module_type": "PatchedPretransform", "patch_size": stage["patch_size"]}
             transformer = expand_stage(stage, layer_scale)
@@ -125,60 +129,6 @@ class MossAudioTokenizerConfig(PretrainedConfig):
             output["auto_map"] = {**auto_map, **{name: value[0] for name, value in pairs.items()}}
         return output
 
-    def check_architecture(self) -> None:
-        """Refuse combinations that cannot work, with the reason."""
-        self._check_sizes()
-        self._check_channel_flow("encoder_kwargs", self.encoder_kwargs, 1, self.quantizer_kwargs["input_dim"])
-        self._check_channel_flow("decoder_kwargs", self.decoder_kwargs, self.quantizer_kwargs["output_dim"], 1)
-        for entry in (*self.encoder_kwargs, *self.decoder_kwargs):
-            if entry["module_type"] == "Transformer":
-                check_transformer(entry)
-
-    def _check_sizes(self) -> None:
-        missing = {"input_dim", "rvq_dim", "output_dim", "num_quantizers", "codebook_size", "codebook_dim"}
-        missing -= self.quantizer_kwargs.keys()
-        if missing:
-            raise ValueError(f"quantizer_kwargs lacks {', '.join(sorted(missing))}")
-        kind = self.quantizer_kwargs.get("quantizer_type", "rlfq")
-        if kind != "rlfq":
-            raise ValueError(f"quantizer_type={kind!r} is not known; Cat has 'rlfq'")
-        if self.number_channels > 1 and not self.enable_channel_interleave:
-            raise ValueError(f"number_channels={self.number_channels} needs enable_channel_interleave=true")
-        for name in ("encoder_kwargs", "decoder_kwargs"):
-            entries = getattr(self, name)
-            patches = [entry["patch_size"] for entry in entries if entry["module_type"] == "PatchedPretransform"]
-            if math.prod(patches) != self.downsample_rate * self.number_channels:
-                raise ValueError(
-                    f"{name}: patch sizes {patches} multiply to {math.prod(patches)}, but downsample_rate "
-                    f"{self.downsample_rate} x {self.number_channels} channel(s) is needed"
-                )
-
-    def _check_channel_flow(self, name: str, entries: Sequence[Mapping[str, Any]], width: int, wanted: int) -> None:
-        for number, entry in enumerate(entries):
-            if entry["module_type"] == "PatchedPretransform":
-                grows = name == "encoder_kwargs"
-                if not grows and width % entry["patch_size"]:
-                    raise ValueError(f"{name}[{number}]: {width} channels cannot be split into {entry['patch_size']}")
-                width = width * entry["patch_size"] if grows else width // entry["patch_size"]
-            elif entry["module_type"] != "Transformer":
-                raise ValueError(f"{name}[{number}]: module_type {entry['module_type']!r} is not known")
-            elif entry["input_dimension"] != width:
-                raise ValueError(
-                    f"{name}[{number}]: input_dimension {entry['input_dimension']} receives {width} channels"
-                )
-            else:
-                width = entry["output_dimension"]
-        if width != wanted:
-            raise ValueError(f"{name} ends with {width} channels, {wanted} are needed")
-
-
-def check_stage_keys(number: int, stage: Mapping[str, Any]) -> None:
-    """Raise ValueError for a missing or unknown key of a run config's stage."""
-    missing = STAGE_KEYS - stage.keys()
-    unknown = stage.keys() - STAGE_KEYS - OPTIONAL_STAGE_KEYS
-    if missing or unknown:
-        raise ValueError(f"stages[{number}]: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
-
 
 def expand_stage(stage: Mapping[str, Any], layer_scale: float) -> dict[str, Any]:
     """The released Transformer entry of one stage, without its input and output dimension."""
@@ -199,13 +149,3 @@ def expand_stage(stage: Mapping[str, Any], layer_scale: float) -> dict[str, Any]
     if "context_duration" in stage:
         entry["context_duration"] = stage["context_duration"]
     return entry
-
-
-def check_transformer(entry: Mapping[str, Any]) -> None:
-    """Raise ValueError for variants of the block that Cat does not have."""
-    if entry["d_model"] % entry["num_heads"] or (entry["d_model"] // entry["num_heads"]) % 2:
-        raise ValueError(f"d_model {entry['d_model']} must be an even multiple of num_heads {entry['num_heads']}")
-    fixed = {"causal": True, "norm": "layer_norm", "positional_embedding": "rope", "gating": "none"}
-    for key, value in fixed.items():
-        if entry.get(key, value) != value:
-            raise ValueError(f"{key}={entry[key]!r} is not supported, Cat has {value!r}")

@@ -1,62 +1,31 @@
 """Cat: causal audio tokenizer with transformer (arXiv 2602.10934), the public model."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
+from .architecture import frames_per_code_frame, stage_windows
 from .cache import StageState
 from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
+from .continuous import ContinuousDecoder
 from .initialization import initialize_weights
+from .inputs import check_audio, check_codes, chunk_frames, pad_together, valid_lengths
+from .outputs import MossAudioTokenizerDecoderOutput, MossAudioTokenizerEncoderOutput, MossAudioTokenizerOutput
+from .passes import decode_each, decode_in_blocks, encode_each, encode_in_blocks, run_stages, whole_frames
 from .patching import PatchedPretransform
 from .quantizer import ResidualLFQ
-from .streaming import MossAudioTokenizerStream, run_stages
+from .streaming import MossAudioTokenizerStream
 from .transformer import ProjectedTransformer
 
 OLDER_WEIGHT_NAMES = {
     r"self_attn\.in_proj_weight$": "self_attn.in_projs.0.weight",
     r"self_attn\.out_proj\.weight$": "self_attn.out_projs.0.weight",
 }
-BLOCK_SECONDS = 30.0
-
-
-@dataclass
-class MossAudioTokenizerEncoderOutput(ModelOutput):
-    """Result of `encode`.
-
-    Attributes:
-        audio_codes: [N, B, frames] int64, zero beyond an item's length.
-        audio_codes_lengths: [B] int64, frames of each item; a started frame counts.
-        encoder_hidden_states: [B, D, frames] latent before the quantizer.
-    """
-
-    audio_codes: Tensor | None = None
-    audio_codes_lengths: Tensor | None = None
-    encoder_hidden_states: Tensor | None = None
-
-
-@dataclass
-class MossAudioTokenizerDecoderOutput(ModelOutput):
-    """Result of `decode`: audio [B, C, frames * downsample_rate] and audio_lengths [B] in samples."""
-
-    audio: Tensor | None = None
-    audio_lengths: Tensor | None = None
-
-
-@dataclass
-class MossAudioTokenizerOutput(ModelOutput):
-    """Result of `forward`: reconstruction [B, C, T], its lengths [B], codes [N, B, frames] and their lengths [B]."""
-
-    audio: Tensor | None = None
-    audio_lengths: Tensor | None = None
-    audio_codes: Tensor | None = None
-    audio_codes_lengths: Tensor | None = None
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MossAudioTokenizerModel(PreTrainedModel):
@@ -70,16 +39,17 @@ class MossAudioTokenizerModel(PreTrainedModel):
     base_model_prefix = "moss_audio_tokenizer"
     main_input_name = "input_values"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerLayer"]
-    _keep_in_fp32_modules_strict = ["quantizer"]
+    _no_split_modules: ClassVar = ["TransformerLayer"]
+    _keep_in_fp32_modules_strict: ClassVar = ["quantizer"]
 
     def __init__(self, config: MossAudioTokenizerConfig) -> None:
         super().__init__(config)
         if not config.encoder_kwargs:
             raise ValueError("the configuration has no encoder_kwargs; build it from a config.json or from_stages()")
-        self.encoder = build_modules(config, config.encoder_kwargs, is_encoder=True)
+        self.encoder = build_modules(config, "encoder_kwargs")
         self.quantizer = ResidualLFQ(**config.quantizer_kwargs)
-        self.decoder = build_modules(config, config.decoder_kwargs, is_encoder=False)
+        self.decoder = build_modules(config, "decoder_kwargs")
+        self._continuous_decoder: ContinuousDecoder | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -90,6 +60,15 @@ class MossAudioTokenizerModel(PreTrainedModel):
         """Of the waveform, in Hz."""
         return self.config.sampling_rate
 
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """What encoder and decoder compute in by configuration; None for the weights' own dtype."""
+        return COMPUTE_DTYPES.get(getattr(self.config, "compute_dtype", None))
+
+    def _precision(self) -> AbstractContextManager:
+        dtype = self.compute_dtype
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
     # Pieces that training puts together, differentiable.
 
     def encode_latent(
@@ -99,13 +78,15 @@ class MossAudioTokenizerModel(PreTrainedModel):
         frames = audio.shape[2] // self.config.downsample_rate
         # Channels are interleaved in time: L0 R0 L1 R1 ...
         x = audio.to(self.dtype).transpose(1, 2).reshape(audio.shape[0], -1, 1)
-        return run_stages(self.encoder, x, states, num_frames, frames)
+        with self._precision():
+            return run_stages(self.encoder, x, states, num_frames, frames)
 
     def decode_latent(
         self, latent: Tensor, states: list[StageState] | None = None, num_frames: Tensor | None = None
     ) -> Tensor:
         """Quantized latent [B, F, D] -> audio [B, C, F * hop]."""
-        x = run_stages(self.decoder, latent.to(self.dtype), states, num_frames, latent.shape[1])
+        with self._precision():
+            x = run_stages(self.decoder, latent.to(self.dtype), states, num_frames, latent.shape[1])
         return x.reshape(x.shape[0], -1, self.config.number_channels).transpose(1, 2)
 
     def forward(
@@ -116,14 +97,16 @@ class MossAudioTokenizerModel(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> MossAudioTokenizerOutput | tuple[Tensor, ...]:
         """Encode, quantize with the first `num_quantizers` levels and decode, with gradients; see `encode`."""
+        levels = self.check_num_quantizers(num_quantizers)
         audio, lengths = self._prepare_audio(input_values, padding_mask)
-        levels = torch.full((audio.shape[0],), self.check_num_quantizers(num_quantizers), device=audio.device)
-        quantizer_output = self.quantizer(self.encode_latent(audio), levels)
+        audio = whole_frames(audio, lengths, slice(0, self.num_frames(audio.shape[2])), self.config.downsample_rate)
+        used = torch.full((audio.shape[0],), levels, device=audio.device)
+        quantizer_output = self.quantizer(self.encode_latent(audio), used)
         reconstruction = self.decode_latent(quantizer_output.quantized)
         output = MossAudioTokenizerOutput(
             audio=reconstruction[..., : input_values.shape[-1]],
             audio_lengths=lengths,
-            audio_codes=quantizer_output.codes[: int(levels[0])],
+            audio_codes=quantizer_output.codes[:levels],
             audio_codes_lengths=self.num_frames(lengths),
         )
         return output if return_dict is not False else output.to_tuple()
@@ -136,6 +119,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
         num_quantizers: int | None = None,
         return_dict: bool | None = None,
         chunk_duration: float | None = None,
+        batch_invariant: bool = False,
     ) -> MossAudioTokenizerEncoderOutput | tuple[Tensor, ...]:
         """Codes of a batch of waveforms.
 
@@ -144,20 +128,24 @@ class MossAudioTokenizerModel(PreTrainedModel):
             padding_mask: [B, T], true for real samples; padding stands at the end.
             num_quantizers: levels to compute, all by default.
             chunk_duration: seconds per chunk, a whole number of frames; the result is that of the whole clip.
+            batch_invariant: codes do not depend, to the last bit, on what a clip is batched with or padded to: each
+                clip passes alone and unpadded, which costs the speed-up of batching.
 
         Raises:
             ValueError: an illegal shape, `num_quantizers` or `chunk_duration`.
         """
         levels = self.check_num_quantizers(num_quantizers)
-        chunk_frames = self._chunk_frames(chunk_duration)
+        chunk = chunk_frames(self.config, chunk_duration)
         audio, lengths = self._prepare_audio(input_values, padding_mask)
-        latent = self._encode_in_blocks(audio, chunk_frames)
         frames = self.num_frames(lengths)
-        valid = torch.arange(latent.shape[1], device=latent.device) < frames[:, None]
+        if batch_invariant:
+            clips = [clip[None, :, :length] for clip, length in zip(audio, lengths.tolist(), strict=True)]
+            codes, latent = encode_each(self, clips, levels, chunk)
+        else:
+            codes, latent = encode_in_blocks(self, audio, lengths, levels, chunk)
+        codes *= torch.arange(codes.shape[2], device=codes.device) < frames[:, None]
         output = MossAudioTokenizerEncoderOutput(
-            audio_codes=self.quantizer.encode(latent, levels) * valid,
-            audio_codes_lengths=frames,
-            encoder_hidden_states=latent.transpose(1, 2),
+            audio_codes=codes, audio_codes_lengths=frames, encoder_hidden_states=latent.transpose(1, 2)
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -169,46 +157,83 @@ class MossAudioTokenizerModel(PreTrainedModel):
         return_dict: bool | None = None,
         chunk_duration: float | None = None,
         num_quantizers: int | None = None,
+        batch_invariant: bool = False,
     ) -> MossAudioTokenizerDecoderOutput | tuple[Tensor, ...]:
         """Waveforms of codes [n, B, frames] of the first n levels (or [n, frames] of one clip).
 
         Args:
             padding_mask: [B, frames], true for real frames; gives `audio_lengths`.
-            chunk_duration: as in `encode`.
+            chunk_duration, batch_invariant: as in `encode`.
             num_quantizers: use only so many of the given levels.
 
         Raises:
             ValueError: codes out of range, too many levels, or an illegal `chunk_duration`.
         """
-        chunk_frames = self._chunk_frames(chunk_duration)
+        chunk = chunk_frames(self.config, chunk_duration)
         codes = audio_codes[:, None] if audio_codes.ndim == 2 else audio_codes
-        codes = codes[:num_quantizers].to(self.device)
-        self.check_codes(codes)
-        frames = codes.new_full(codes.shape[1:2], codes.shape[2]) if padding_mask is None else padding_mask.sum(-1)
-        output = MossAudioTokenizerDecoderOutput(
-            audio=self._decode_in_blocks(codes, chunk_frames),
-            audio_lengths=frames * self.config.downsample_rate,
-        )
+        check_codes(self.config, codes)
+        codes = codes[: self.check_num_quantizers(num_quantizers)].to(self.device, torch.int64)
+        frames = valid_lengths(padding_mask, codes.shape[1], codes.shape[2], codes.device)
+        if batch_invariant:
+            clips = [codes[:, item : item + 1, :count] for item, count in enumerate(frames.tolist())]
+            audio = decode_each(self, clips, chunk)
+        else:
+            audio = decode_in_blocks(self, codes, chunk)
+        output = MossAudioTokenizerDecoderOutput(audio=audio, audio_lengths=frames * self.config.downsample_rate)
         return output if return_dict is not False else output.to_tuple()
 
     def batch_encode(self, waveforms: Sequence[Tensor], **options: Any) -> MossAudioTokenizerEncoderOutput:
         """`encode` for a list of waveforms [C, T] or [T] of different lengths."""
-        clips = [clip if clip.ndim == 2 else clip[None] for clip in waveforms]
-        longest = max(clip.shape[-1] for clip in clips)
-        audio = torch.stack([F.pad(clip, (0, longest - clip.shape[-1])) for clip in clips])
-        lengths = torch.tensor([clip.shape[-1] for clip in clips])
-        return self.encode(audio, torch.arange(longest) < lengths[:, None], **options)
+        return self.encode(*pad_together([clip if clip.ndim == 2 else clip[None] for clip in waveforms]), **options)
 
-    def batch_decode(self, codes: Sequence[Tensor], **options: Any) -> MossAudioTokenizerDecoderOutput:
-        """`decode` for a list of codes [n, frames] of different lengths."""
-        longest = max(item.shape[-1] for item in codes)
-        padded = torch.stack([F.pad(item, (0, longest - item.shape[-1])) for item in codes], dim=1)
-        lengths = torch.tensor([item.shape[-1] for item in codes], device=padded.device)
-        return self.decode(padded, torch.arange(longest, device=padded.device) < lengths[:, None], **options)
+    def batch_decode(
+        self,
+        codes: Sequence[Tensor],
+        streaming: bool = False,
+        max_batch_size: int | None = None,
+        reset_stream: bool = False,
+        finalize_indices: Sequence[int] | None = None,
+        **options: Any,
+    ) -> MossAudioTokenizerDecoderOutput:
+        """`decode` for a list of codes [n, frames] of different lengths.
 
-    def stream(self, batch_size: int = 1, num_quantizers: int | None = None) -> MossAudioTokenizerStream:
-        """State for `batch_size` streams that are encoded or decoded chunk by chunk."""
-        return MossAudioTokenizerStream(self, batch_size, num_quantizers)
+        Args:
+            streaming: the list holds the next frames of streams that earlier calls began, in their order; further items
+                begin new ones (see `ContinuousDecoder`). A model has one such list of streams.
+            max_batch_size: most streams at a time, fixed by the first call; by default as many as it brings.
+            reset_stream: drop all streams and begin anew.
+            finalize_indices: streams that end with this call; the later ones move up.
+
+        Raises:
+            ValueError: as `decode`, or options that do not go together.
+        """
+        if not streaming:
+            if max_batch_size is not None or reset_stream or finalize_indices is not None:
+                raise ValueError("max_batch_size, reset_stream and finalize_indices need streaming=True")
+            padded, mask = pad_together(codes)
+            return self.decode(padded.transpose(0, 1), mask, **options)
+        if unknown := options.keys() - {"return_dict"}:
+            raise ValueError(f"{', '.join(sorted(unknown))} cannot be combined with streaming=True")
+        decoder = None if reset_stream else self._continuous_decoder
+        if decoder is None:
+            decoder = ContinuousDecoder(self, max_batch_size or len(codes))
+        elif max_batch_size not in (None, decoder.max_batch_size):
+            raise ValueError(
+                f"max_batch_size is {decoder.max_batch_size} until reset_stream=True, got {max_batch_size}"
+            )
+        output = decoder.decode(codes, finalize_indices or ())
+        self._continuous_decoder = decoder
+        return output if options.get("return_dict") is not False else output.to_tuple()
+
+    def stream(self, batch_size: int = 1, **options: Any) -> MossAudioTokenizerStream:
+        """State for `batch_size` streams that are encoded or decoded chunk by chunk; see `MossAudioTokenizerStream`."""
+        return MossAudioTokenizerStream(self, batch_size, **options)
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile every transformer layer in place with `torch.compile(**options)`; parameter names stay."""
+        for stage in (*self.stages(self.encoder), *self.stages(self.decoder)):
+            for layer in stage.transformer.layers:
+                layer.compile(**options)
 
     @staticmethod
     def stages(modules: nn.ModuleList) -> list[ProjectedTransformer]:
@@ -228,71 +253,12 @@ class MossAudioTokenizerModel(PreTrainedModel):
             raise ValueError(f"num_quantizers must be between 1 and {available}, got {num_quantizers}")
         return num_quantizers
 
-    def check_audio(self, audio: Tensor) -> Tensor:
-        """Bring [B, T] (mono) or [B, C, T] to [B, C, T]; ValueError for anything else."""
-        channels = self.config.number_channels
-        if audio.ndim == 2 and channels == 1:
-            audio = audio[:, None]
-        if audio.ndim != 3 or audio.shape[1] != channels:
-            raise ValueError(f"expected audio [B, {channels}, T], got shape {tuple(audio.shape)}")
-        return audio
-
-    def check_codes(self, codes: Tensor) -> None:
-        """Raise ValueError unless codes are [n, B, frames] integers of this model."""
-        levels, size = self.config.num_quantizers, self.config.quantizer_kwargs["codebook_size"]
-        if codes.ndim != 3 or not 1 <= codes.shape[0] <= levels or codes.is_floating_point():
-            raise ValueError(f"expected integer codes [1..{levels}, B, frames], got {codes.dtype} {tuple(codes.shape)}")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise ValueError(f"codes must lie in 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
-
     def _prepare_audio(self, audio: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Audio padded to whole frames [B, C, F * hop], silent beyond each length, and lengths [B] in samples."""
-        audio = self.check_audio(audio).to(self.device)
+        """Checked audio [B, C, T] on the model's device, and how many samples of each item are real."""
+        audio = check_audio(self.config, audio).to(self.device)
         if audio.shape[2] == 0:
             raise ValueError("the audio has no samples")
-        lengths = torch.full(audio.shape[:1], audio.shape[2], device=audio.device)
-        if padding_mask is not None:
-            mask = padding_mask.reshape(audio.shape[0], -1).to(audio.device, torch.bool)
-            lengths = mask.sum(dim=-1)
-            audio = audio * mask[:, None]
-        return F.pad(audio, (0, -audio.shape[2] % self.config.downsample_rate)), lengths
-
-    def _chunk_frames(self, chunk_duration: float | None) -> int | None:
-        if chunk_duration is None:
-            return None
-        longest = self.config.causal_transformer_context_duration
-        frames = chunk_duration * self.config.frame_rate
-        if not 0 < chunk_duration <= longest:
-            raise ValueError(f"chunk_duration must be above 0 and at most {longest} s, got {chunk_duration}")
-        if round(frames) < 1 or not math.isclose(frames, round(frames), rel_tol=0, abs_tol=1e-6):
-            raise ValueError(
-                f"chunk_duration must be a whole number of frames of {1 / self.config.frame_rate:g} s, "
-                f"got {chunk_duration}"
-            )
-        return round(frames)
-
-    def _block_frames(self, chunk_frames: int | None, frames: int) -> int | None:
-        """Frames per block: the wanted chunk, or bounded blocks for long audio, or None for one pass."""
-        longest = round(BLOCK_SECONDS * self.config.frame_rate)
-        if chunk_frames is None and frames <= 2 * longest:
-            return None
-        return chunk_frames or longest
-
-    def _encode_in_blocks(self, audio: Tensor, chunk_frames: int | None) -> Tensor:
-        hop = self.config.downsample_rate
-        block = self._block_frames(chunk_frames, audio.shape[2] // hop)
-        if block is None:
-            return self.encode_latent(audio)
-        states = [stage.new_state(audio.shape[0]) for stage in self.stages(self.encoder)]
-        return torch.cat([self.encode_latent(part, states) for part in audio.split(block * hop, dim=2)], dim=1)
-
-    def _decode_in_blocks(self, codes: Tensor, chunk_frames: int | None) -> Tensor:
-        block = self._block_frames(chunk_frames, codes.shape[2])
-        if block is None:
-            return self.decode_latent(self.quantizer.decode(codes))
-        states = [stage.new_state(codes.shape[1]) for stage in self.stages(self.decoder)]
-        parts = codes.split(block, dim=2)
-        return torch.cat([self.decode_latent(self.quantizer.decode(part), states) for part in parts], dim=2)
+        return audio, valid_lengths(padding_mask, audio.shape[0], audio.shape[2], audio.device)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -308,19 +274,16 @@ class MossAudioTokenizerModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
-def build_modules(
-    config: MossAudioTokenizerConfig, entries: Sequence[Mapping[str, Any]], is_encoder: bool
-) -> nn.ModuleList:
-    """Modules of an encoder or decoder, indexed as in the released weights (patch modules count)."""
-    rate = config.sampling_rate * config.number_channels if is_encoder else config.frame_rate
+def build_modules(config: MossAudioTokenizerConfig, name: str) -> nn.ModuleList:
+    """Modules of `encoder_kwargs` or `decoder_kwargs`, indexed as in the released weights (patch modules count)."""
+    frames, windows = frames_per_code_frame(config, name), stage_windows(config, name)
+    flash = getattr(config, "attention_implementation", None) != "sdpa"
     modules: list[nn.Module] = []
-    for entry in entries:
-        options = {key: value for key, value in entry.items() if key != "module_type"}
-        if entry["module_type"] == "PatchedPretransform":
-            rate = rate / entry["patch_size"] if is_encoder else rate * entry["patch_size"]
-            modules.append(PatchedPretransform(entry["patch_size"], is_downsample=is_encoder))
+    for number, entry in enumerate(getattr(config, name)):
+        options = {key: value for key, value in entry.items() if key not in ("module_type", "context_duration")}
+        if number in frames:
+            modules.append(ProjectedTransformer(window=windows[number], flash=flash, **options))
+            modules[-1].frames_per_code_frame = frames[number]
         else:
-            seconds = options.pop("context_duration", config.causal_transformer_context_duration)
-            # The small constant keeps 12.5 x 10 from becoming 124 through float rounding of the rate.
-            modules.append(ProjectedTransformer(window=int(rate * seconds + 1e-6), **options))
+            modules.append(PatchedPretransform(entry["patch_size"], is_downsample=name == "encoder_kwargs"))
     return nn.ModuleList(modules)

@@ -1,35 +1,64 @@
 """Streams: audio in, codes out (and back) in chunks of any size, equal to the offline result."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import StageState
+from .graphs import StepRunner
+from .inputs import check_audio, check_codes
+from .passes import block_frames, new_states
+from .quantizer import FoldedQuantizer
 
 if TYPE_CHECKING:
     from .modeling_moss_audio_tokenizer import MossAudioTokenizerModel
 
 
 class MossAudioTokenizerStream:
-    """State of `batch_size` independent streams through one model.
+    """State of `batch_size` independent streams through one model; make it with `model.stream(batch_size)`.
 
     Items may bring different numbers of samples or frames per call, join after `reset` and leave at any time; none
-    touches the others. Make it with `model.stream(batch_size)`.
+    touches the others. A stream belongs to the weights that the model had when it was made.
+
+    Args:
+        num_quantizers: levels to encode, all by default.
+        chunk_frames: code frames per call that the buffers are sized for; others are exact too, only slower.
+        cuda_graphs: on CUDA, replay captured graphs, one per shape of the input (see `StepRunner`).
     """
 
-    def __init__(self, model: "MossAudioTokenizerModel", batch_size: int, num_quantizers: int | None = None) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    def __init__(
+        self,
+        model: "MossAudioTokenizerModel",
+        batch_size: int = 1,
+        num_quantizers: int | None = None,
+        chunk_frames: int = 4,
+        cuda_graphs: bool = True,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("chunk_frames", chunk_frames)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.model = model
         self.batch_size = batch_size
         self.num_quantizers = model.check_num_quantizers(num_quantizers)
-        self.encoder_states = [stage.new_state(batch_size) for stage in model.stages(model.encoder)]
-        self.decoder_states = [stage.new_state(batch_size) for stage in model.stages(model.decoder)]
+        self.chunk_frames = chunk_frames
+        self.encode_step = StepRunner(self._encode_step, cuda_graphs)
+        self.decode_step = StepRunner(self._decode_step, cuda_graphs)
         self._pending = [self._no_samples() for _ in range(batch_size)]
+        with torch.no_grad():
+            self._quantizer = FoldedQuantizer(model.quantizer)
 
-    def _no_samples(self) -> Tensor:
-        return torch.zeros(self.model.config.number_channels, 0, device=self.model.device)
+    @cached_property
+    def encoder_states(self) -> list[StageState]:
+        """Buffers of the encoder's stages, made when the first audio comes."""
+        return new_states(self.model, "encoder", self.batch_size, self.chunk_frames)
+
+    @cached_property
+    def decoder_states(self) -> list[StageState]:
+        """Buffers of the decoder's stages, made when the first codes come."""
+        return new_states(self.model, "decoder", self.batch_size, self.chunk_frames)
 
     @torch.no_grad()
     def encode(self, chunk: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -40,43 +69,27 @@ class MossAudioTokenizerStream:
             lengths: [B] how many of the T samples each item brings, None for all.
 
         Returns:
-            codes [N, B, frames] and, as [B] int64, how many of the frames are each item's own.
+            codes [N, B, frames], zero beyond each item's own, and, as [B] int64, how many of the frames are its own.
         """
-        chunk = self.model.check_audio(chunk)
-        if chunk.shape[0] != self.batch_size:
-            raise ValueError(f"this stream has {self.batch_size} items, the chunk has {chunk.shape[0]}")
+        chunk = check_audio(self.model.config, chunk).to(self.model.device)
+        counts = self._counts(chunk.shape[0], chunk.shape[2], lengths)
         hop = self.model.config.downsample_rate
-        counts = [chunk.shape[2]] * self.batch_size if lengths is None else lengths.tolist()
         arrived = [
-            torch.cat((pending, samples[:, :count].to(pending)), dim=1)
+            torch.cat((pending, samples[:, :count].to(pending)), dim=1) if pending.shape[1] else samples[:, :count]
             for pending, samples, count in zip(self._pending, chunk, counts, strict=True)
         ]
         frames = [samples.shape[1] // hop for samples in arrived]
-        self._pending = [samples[:, count * hop :] for samples, count in zip(arrived, frames, strict=True)]
-        ready = [samples[:, : count * hop] for samples, count in zip(arrived, frames, strict=True)]
-        return self._encode_frames(ready, frames)
+        # Copies, so that the caller may use the memory of the chunk again.
+        self._pending = [samples[:, n * hop :].clone() for samples, n in zip(arrived, frames, strict=True)]
+        return self._encode_frames([samples[:, : n * hop] for samples, n in zip(arrived, frames, strict=True)])
 
     @torch.no_grad()
     def flush(self) -> tuple[Tensor, Tensor]:
         """Encode what is left of a started frame, zero-padded, as `encode` does. The streams can then be reset."""
         hop = self.model.config.downsample_rate
-        ready = [torch.nn.functional.pad(x, (0, -x.shape[1] % hop)) for x in self._pending]
+        ready = [F.pad(x, (0, -x.shape[1] % hop)) for x in self._pending]
         self._pending = [self._no_samples() for _ in ready]
-        return self._encode_frames(ready, [samples.shape[1] // hop for samples in ready])
-
-    def _encode_frames(self, ready: list[Tensor], frames: list[int]) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor(frames, device=self.model.device)
-        if max(frames) == 0:
-            return lengths.new_zeros(self.num_quantizers, self.batch_size, 0), lengths
-        samples = max(frames) * self.model.config.downsample_rate
-        audio = torch.stack([torch.nn.functional.pad(x, (0, samples - x.shape[1])) for x in ready])
-        ragged = None if min(frames) == max(frames) else lengths
-        latent = self.encode_latent(audio, ragged)
-        return self.model.quantizer.encode(latent, self.num_quantizers), lengths
-
-    def encode_latent(self, audio: Tensor, num_frames: Tensor | None = None) -> Tensor:
-        """Whole frames of audio [B, C, F * hop] -> latent [B, F, D]; `num_frames` [B] are the valid ones, None all."""
-        return self.model.encode_latent(audio, self.encoder_states, num_frames)
+        return self._encode_frames(ready)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -89,38 +102,59 @@ class MossAudioTokenizerStream:
         Returns:
             audio [B, C, F * hop] and, as [B] int64, how many samples of it are each item's own.
         """
-        self.model.check_codes(codes)
-        if codes.shape[1] != self.batch_size:
-            raise ValueError(f"this stream has {self.batch_size} items, the codes have {codes.shape[1]}")
-        frames = codes.new_full((self.batch_size,), codes.shape[2]) if lengths is None else lengths.to(codes.device)
-        audio = self.model.decode_latent(self.model.quantizer.decode(codes), self.decoder_states, lengths)
-        return audio, frames * self.model.config.downsample_rate
+        check_codes(self.model.config, codes)
+        codes = codes.to(self.model.device, torch.int64)
+        counts = self._counts(codes.shape[1], codes.shape[2], lengths)
+        num_frames = torch.tensor(counts, device=codes.device)
+        shape = (self.batch_size, self.model.config.number_channels, 0)
+        parts = [torch.zeros(shape, dtype=self.model.dtype, device=codes.device)]
+        for start, part in self._blocks(codes):
+            parts.append(self.decode_step(part, (num_frames - start).clamp(0, part.shape[2])))
+        return torch.cat(parts, dim=2), num_frames * self.model.config.downsample_rate
 
     def reset(self, items: Tensor | None = None) -> None:
         """Start the given items' streams (bool [B], None for all) anew; their unfinished frames are dropped."""
-        device = self.model.device
-        chosen = torch.ones(self.batch_size, dtype=torch.bool) if items is None else items.cpu()
-        for state in (*self.encoder_states, *self.decoder_states):
-            state.reset(chosen.to(device))
+        chosen = torch.ones(self.batch_size, dtype=torch.bool) if items is None else items.cpu().bool()
+        if chosen.shape != (self.batch_size,):
+            raise ValueError(f"reset takes one bool for each of the {self.batch_size} items, got {tuple(chosen.shape)}")
+        used = [self.__dict__.get(name, []) for name in ("encoder_states", "decoder_states")]
+        for state in (*used[0], *used[1]):
+            state.reset(chosen.to(self.model.device))
         self._pending = [self._no_samples() if c else p for c, p in zip(chosen.tolist(), self._pending, strict=True)]
 
+    def _no_samples(self) -> Tensor:
+        return torch.zeros(self.model.config.number_channels, 0, device=self.model.device)
 
-def run_stages(
-    modules: torch.nn.ModuleList, x: Tensor, states: list[StageState] | None, num_frames: Tensor | None, frames: int
-) -> Tensor:
-    """Pass [B, T, C] through patch modules and transformer stages, with streaming states when given.
+    def _counts(self, batch: int, longest: int, lengths: Tensor | None) -> list[int]:
+        """Samples or frames that each item brings, checked."""
+        if batch != self.batch_size:
+            raise ValueError(f"this stream has {self.batch_size} items, the chunk has {batch}")
+        counts = [longest] * batch if lengths is None else lengths.tolist()
+        if len(counts) != batch or not all(0 <= count <= longest for count in counts):
+            raise ValueError(f"lengths must be {batch} numbers from 0 to {longest}, got {counts}")
+        return counts
 
-    Args:
-        num_frames: [B] valid code frames of each item, None when all `frames` are valid.
-        frames: code frames in `x`, from which each stage's own rate follows.
-    """
-    remaining = iter(states or ())
-    for module in modules:
-        if not hasattr(module, "transformer"):
-            x = module(x)
-        elif states is None:
-            x = module(x)
-        else:
-            valid = None if num_frames is None else num_frames * (x.shape[1] // frames)
-            x = module(x, next(remaining), valid)
-    return x
+    def _blocks(self, codes_or_audio: Tensor, hop: int = 1) -> list[tuple[int, Tensor]]:
+        """Cut the last dimension into parts of bounded length, each with the frame it starts at."""
+        frames = codes_or_audio.shape[2] // hop
+        block = block_frames(self.model, None, frames)
+        return [(s, codes_or_audio[..., s * hop : (s + block) * hop]) for s in range(0, frames, block)]
+
+    def _encode_frames(self, ready: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Codes of every item's whole frames [C, F * hop]."""
+        hop = self.model.config.downsample_rate
+        longest = max(samples.shape[1] for samples in ready)
+        audio = torch.stack([F.pad(samples, (0, longest - samples.shape[1])) for samples in ready])
+        num_frames = torch.tensor([samples.shape[1] // hop for samples in ready], device=audio.device)
+        parts = [torch.zeros(self.num_quantizers, self.batch_size, 0, dtype=torch.int64, device=audio.device)]
+        for start, part in self._blocks(audio, hop):
+            parts.append(self.encode_step(part, (num_frames - start).clamp(0, part.shape[2] // hop)))
+        return torch.cat(parts, dim=2), num_frames
+
+    def _encode_step(self, audio: Tensor, num_frames: Tensor) -> Tensor:
+        latent = self.model.encode_latent(audio, self.encoder_states, num_frames)
+        is_valid = torch.arange(latent.shape[1], device=latent.device) < num_frames[:, None]
+        return self._quantizer.encode(latent, self.num_quantizers) * is_valid
+
+    def _decode_step(self, codes: Tensor, num_frames: Tensor) -> Tensor:
+        return self.model.decode_latent(self._quantizer.decode(codes), self.decoder_states, num_frames)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiheadAttention
-from .cache import StageState, StreamChunk
+from .cache import StageState, StreamChunk, apply_module
+from .packing import PackedLinears
 from .rope import rotation
 
 
@@ -44,8 +45,9 @@ class TransformerLayer(nn.Module):
         self, x: Tensor, rotations: tuple[Tensor, Tensor], layer: int = 0, chunk: StreamChunk | None = None
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]; `layer` is its place in the stage, whose streams a `chunk` continues."""
+        linear = apply_module if chunk is None else chunk.state.linear
         x = self.layer_scale_1(x, self.self_attn(self.norm1(x), rotations, layer, chunk))
-        return self.layer_scale_2(x, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
+        return self.layer_scale_2(x, linear(self.linear2, F.gelu(linear(self.linear1, self.norm2(x)))))
 
 
 class Transformer(nn.Module):
@@ -104,14 +106,18 @@ class ProjectedTransformer(nn.Module):
 
     def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
         """[B, T, input_dimension] -> [B, T, output_dimension]."""
-        return self.output_proj(self.transformer(self.input_proj(x), state, num_frames))
+        linear = apply_module if state is None else state.linear
+        return linear(self.output_proj, self.transformer(linear(self.input_proj, x), state, num_frames))
 
-    def new_state(self, batch_size: int, longest_step: int, dtype: torch.dtype | None = None) -> StageState:
+    def new_state(
+        self, batch_size: int, longest_step: int, dtype: torch.dtype | None = None, pack: bool = False
+    ) -> StageState:
         """Empty streaming state for `batch_size` streams on the weights' device.
 
         Args:
             longest_step: frames that one attention call takes; longer chunks take several calls.
             dtype: of keys and values, by default that of the weights.
+            pack: reorder the linear weights, as they are now, for many short chunks (see `PackedLinears`).
         """
         layers = self.transformer.layers
         weight = layers[0].linear1.weight
@@ -119,7 +125,7 @@ class ProjectedTransformer(nn.Module):
         shape = (batch_size, self.window + longest_step, heads, weight.shape[1] // heads)
         keys, values = ([weight.new_zeros(shape, dtype=dtype) for _ in layers] for _ in range(2))
         position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        return StageState(position, keys, values, self.window)
+        return StageState(position, keys, values, self.window, PackedLinears(self) if pack else apply_module)
 
 
 def projection(input_dimension: int, output_dimension: int) -> nn.Module:

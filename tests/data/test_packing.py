@@ -15,6 +15,7 @@ from moss_train.audio import read_audio, write_audio
 from moss_train.commands import pack as pack_command
 from moss_train.data import packing
 from moss_train.data.index import ShardIndex
+from moss_train.data.manifest import SourceClip, SourceList
 from moss_train.data.reading import iterate_clips
 from moss_train.utils.errors import UserError
 
@@ -146,13 +147,13 @@ def test_bad_folders_are_refused(tmp_path: Path, pack_config: Callable) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.m4a").touch()
-    (tmp_path / "list.csv").touch()
+    (tmp_path / "list.txt").touch()
     (tmp_path / "m.jsonl").touch()
     out = tmp_path / "out"
     check_refused(tmp_path, pack_config(input=tmp_path / "gone", out=out), "input=.*gone does not exist")
     check_refused(tmp_path, pack_config(input=tmp_path / "empty", out=out), "no audio files .found no files")
     check_refused(tmp_path, pack_config(input=tmp_path / "texts", out=out), r"no audio files .found 1 \.m4a")
-    check_refused(tmp_path, pack_config(input=tmp_path / "list.csv", out=out), "neither a folder nor a .jsonl")
+    check_refused(tmp_path, pack_config(input=tmp_path / "list.txt", out=out), "neither a folder nor a .jsonl")
     check_refused(tmp_path, pack_config(input=tmp_path / "m.jsonl", out=out), "has no lines")
     check_refused(tmp_path, pack_config(input=tmp_path / "texts", out=out, domain="a/b"), "domain: domain 'a/b'")
     check_refused(tmp_path, pack_config(input=tmp_path, out=out, sampling_rate=0), "sampling_rate=0 is outside")
@@ -220,11 +221,9 @@ def test_out_is_replaced_only_when_asked_and_only_if_it_is_packed(
 def test_an_interruption_leaves_nothing_and_keeps_the_earlier_result(
     tmp_path: Path, recordings: Path, error: type[BaseException]
 ) -> None:
-    clips = packing.SourceList(
+    clips = SourceList(
         recordings,
-        tuple(
-            packing.SourceClip(path, path.name, "speech") for path in sorted((recordings / "speech").glob("*.flac"))[:2]
-        ),
+        tuple(SourceClip(path, path.name, "speech") for path in sorted((recordings / "speech").glob("*.flac"))[:2]),
     )
     packing.pack(clips, tmp_path / "out", packing.PackOptions())
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}

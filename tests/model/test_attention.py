@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from moss_train.model.attention import windowed_attention
-from moss_train.model.cache import StageState
 
 WINDOW = 8
 
@@ -31,16 +30,3 @@ def test_equals_a_dense_mask(frames):
 def test_window_of_one_frame_sees_only_itself():
     query, key, value = torch.randn(3, 1, 2, 5, 4)
     torch.testing.assert_close(windowed_attention(query, key, value, 1), value)
-
-
-@pytest.mark.parametrize("frames", [1, 2, 7, 8, 20])
-def test_mask_of_a_chunk_follows_the_stream(frames):
-    """Item 0 starts, item 1 has seen 3 frames, item 2 more than a window."""
-    buffers = [torch.zeros(3, 1, WINDOW - 1, 2)]
-    state = StageState(torch.tensor([0, 3, 50]), buffers, [buffers[0].clone()])
-    mask = state.attention_mask(frames)
-    for item, seen in enumerate((0, 3, 50)):
-        for query in range(frames):
-            visible = mask[item, 0, query].nonzero()[:, 0] - (WINDOW - 1)
-            first = max(query - WINDOW + 1, -seen)
-            assert visible.tolist() == list(range(first, query + 1))

@@ -1,9 +1,10 @@
 """An untrained model is audible, and its first layer learns."""
 
 import torch
-from .small_models import small_config
 
 from moss_train.model import MossAudioTokenizerModel
+
+from .small_models import small_config
 
 STAGES = (
     {"patch_size": 240, "output_dimension": 64, "d_model": 64, "num_heads": 2, "num_layers": 2},

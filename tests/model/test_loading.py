@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from .small_models import relative_error, small_model
 
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+
+from .small_models import relative_error, small_model
 
 TINY = Path(__file__).parents[1] / "data" / "parity" / "tiny24k"
 
@@ -57,7 +58,7 @@ def test_left_over_weight_is_refused(folder):
 def test_weight_of_another_shape_is_refused(folder):
     name = "encoder.1.input_proj.weight"
     change_weights(folder, lambda weights: {**weights, name: weights[name][:-1].clone()})
-    with pytest.raises((ValueError, RuntimeError), match="input_proj|mismatch"):
+    with pytest.raises((ValueError, RuntimeError), match=r"input_proj|mismatch"):
         MossAudioTokenizerModel.from_pretrained(folder)
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from .small_models import QUANTIZER, RATE, STAGES, small_config, small_model
 
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+
+from .small_models import QUANTIZER, RATE, STAGES, small_config, small_model
 
 EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiment"
 
@@ -15,11 +16,11 @@ EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiment"
 def tokenizer_settings(name):
     """The tokenizer of an experiment, with what it takes from the experiments it names as defaults."""
     content = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text("utf-8"))
-    settings = {}
+    settings, own = {}, content.get("tokenizer", {})
     for base in content.get("defaults", []):
         if base != "_self_":
             settings |= tokenizer_settings(base)
-    return settings | content.get("tokenizer", {})
+    return {**settings, **own, "quantizer": {**settings.get("quantizer", {}), **own.get("quantizer", {})}}
 
 
 def counts(name):
@@ -117,7 +118,7 @@ def changed_entry(name, index, **changes):
     ("arguments", "message"),
     [
         (small_config().to_dict() | {"downsample_rate": 32}, "multiply to 16, but downsample_rate 32"),
-        (small_config().to_dict() | {"number_channels": 2}, "multiply to 16, but downsample_rate 16 x 2"),
+        (small_config(number_channels=2).to_dict() | {"downsample_rate": 16}, "to 16, but downsample_rate 16 x 2"),
         (changed_entry("encoder_kwargs", 1, input_dimension=5), "input_dimension 5 receives 4 channels"),
         (changed_entry("encoder_kwargs", 5, output_dimension=10), "ends with 10 channels, 24 are needed"),
         (changed_entry("decoder_kwargs", 0, output_dimension=33), "33 channels cannot be split into 2"),

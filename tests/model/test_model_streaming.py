@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from .small_models import num_real_differences, relative_error, small_model
 
 HOP = 16
@@ -74,7 +75,7 @@ def test_started_frame_of_a_streamed_clip_is_kept():
 
 
 def test_arbitrary_sample_counts(case):
-    model, audio, encoded, _ = case
+    model, audio, _, _ = case
     stream = model.stream(batch_size=2)
     audio = audio[..., :-5]
     sizes = [1, 2, 40, 0, 7, 200]
@@ -145,7 +146,7 @@ def test_items_join_leave_and_start_anew_without_touching_the_others():
     check_against_isolated_runs(model, items)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_calls_equal_isolated_runs(data):
     batch_size = data.draw(st.integers(1, 3))
@@ -154,7 +155,7 @@ def test_random_calls_equal_isolated_runs(data):
         st.lists(st.integers(0, 30 * HOP), min_size=batch_size, max_size=batch_size),
     )
     model = small_model(data.draw(st.integers(0, 20)))
-    check_against_isolated_runs(model, play(model, batch_size, data.draw(st.lists(action, max_size=8)), seed=2))
+    check_against_isolated_runs(model, play(model, batch_size, data.draw(st.lists(action, max_size=6)), seed=2))
 
 
 def test_decode_takes_prefixes_of_levels_and_fewer_levels_are_encoded(case):

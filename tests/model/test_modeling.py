@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from .small_models import num_real_differences, relative_error, small_model
 
 HOP = 16

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from .small_models import relative_error
 
 from moss_train.model import MossAudioTokenizerModel
+
+from .small_models import relative_error
 
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 TOLERANCE = 1e-4

@@ -12,9 +12,7 @@ LEVELS = 5
 @pytest.fixture
 def quantizer():
     torch.manual_seed(0)
-    return ResidualLFQ(
-        input_dim=12, rvq_dim=10, output_dim=12, num_quantizers=LEVELS, codebook_size=16, codebook_dim=4
-    )
+    return ResidualLFQ(input_dim=12, rvq_dim=10, output_dim=12, num_quantizers=LEVELS, codebook_size=16, codebook_dim=4)
 
 
 @pytest.fixture
@@ -50,7 +48,9 @@ def test_every_item_has_its_own_prefix(quantizer, latent):
 
 def test_every_parameter_takes_part_whatever_is_dropped(quantizer, latent):
     output = quantizer(latent, torch.ones(3, dtype=torch.int64))
-    terms = (output.latents - output.rows.detach()).square().mean() + (output.rows - output.latents.detach()).abs().mean()
+    terms = (output.latents - output.rows.detach()).square().mean() + (
+        output.rows - output.latents.detach()
+    ).abs().mean()
     gradients = torch.autograd.grad(output.quantized.square().mean() + terms, list(quantizer.parameters()))
     assert all(gradient.isfinite().all() for gradient in gradients)
 

@@ -1,0 +1,89 @@
+"""What has come out of the training stream: hours by domain, and bad samples by kind with a ceiling on their share."""
+
+import re
+from collections import Counter
+from typing import Any
+
+from moss_train.types import UpdateBatch
+from moss_train.utils.errors import UserError
+
+BAD_KINDS = {
+    "tar header": r"tar header",
+    "file": r"^cannot read",
+    "JSON": r"JSON (?:has|without)|damaged JSON",
+    "text": r"^text without|^the text encoder",
+    "values": r"NaN or infinite",
+    "index": r"the index says",
+    "audio": r"is damaged|not audio|cut off|asked for",
+}
+"""Kinds of bad samples, each with a pattern of the reasons that `SampleReader` gives; the first that fits counts."""
+
+MIN_SAMPLES = 1000
+"""The share of bad samples is taken of at least so many, so that the first bad one does not end a run."""
+
+
+def kind_of(reason: str) -> str:
+    """Return the kind of a bad sample, "other" when none fits."""
+    return next((kind for kind, pattern in BAD_KINDS.items() if re.search(pattern, reason)), "other")
+
+
+class StreamCounter:
+    """Counts what one rank has used and lost. `max_bad_share` is the share of samples that may be lost."""
+
+    def __init__(self, sampling_rate: int, *, max_bad_share: float = 0.01) -> None:
+        if not 0 <= max_bad_share <= 1:
+            raise UserError(f"max_bad_share={max_bad_share} has to be between 0 and 1")
+        self._sampling_rate = sampling_rate
+        self._max_bad_share = max_bad_share
+        self._samples: Counter[str] = Counter()  # audio samples by domain
+        self._kinds: Counter[str] = Counter()
+        self._num_clips = 0
+        self._named: set[str] = set()
+
+    @property
+    def hours(self) -> dict[str, float]:
+        """Hours of audio used so far, by domain."""
+        return {domain: count / self._sampling_rate / 3600 for domain, count in sorted(self._samples.items())}
+
+    @property
+    def bad(self) -> dict[str, int]:
+        """Samples lost so far, by kind."""
+        return dict(sorted(self._kinds.items()))
+
+    def add(self, batch: UpdateBatch) -> list[str]:
+        """Count one update; return a line for every bad sample that has not been named before.
+
+        Raises UserError when too large a share of all samples was lost, with the kinds and the last reason.
+        """
+        for micro_batch in batch.micro_batches:
+            self._num_clips += micro_batch.num_clips
+            for domain, length in zip(micro_batch.domains, micro_batch.audio_lengths.tolist(), strict=True):
+                self._samples[domain] += length
+        lines = []
+        for sample_id, reason in batch.dropped:
+            self._kinds[kind_of(reason)] += 1
+            if sample_id not in self._named:
+                self._named.add(sample_id)
+                lines.append(f"left out {sample_id}: {reason}")
+        self._check_share(lines[-1] if lines else "")
+        return lines
+
+    def _check_share(self, last: str) -> None:
+        num_bad = sum(self._kinds.values())
+        num_samples = self._num_clips + num_bad
+        if num_bad <= self._max_bad_share * max(num_samples, MIN_SAMPLES):
+            return
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
+        raise UserError(
+            f"{num_bad} of {num_samples} samples could not be used ({kinds}), more than max_bad_share="
+            f"{self._max_bad_share} allows; find them with `moss_train inspect`. {last}".rstrip()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts as plain data, for a checkpoint."""
+        return {"samples": dict(self._samples), "kinds": dict(self._kinds), "num_clips": self._num_clips}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from an earlier `state_dict`."""
+        self._samples, self._kinds = Counter(state["samples"]), Counter(state["kinds"])
+        self._num_clips = state["num_clips"]

@@ -1,0 +1,171 @@
+"""The folder of an evaluation: rows that are kept as they come, codes, times, audio for the report."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moss_train.audio import write_audio
+from moss_train.evaluation.rendering import Condition, EvaluationClip, Rendered, Rendition
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import written_whole
+
+ROWS_FILE = "per_clip.jsonl"
+SETTINGS_FILE = "settings.json"
+TIMES_FILE = "times.json"
+CODES_FOLDER = "codes"
+AUDIO_FOLDER = "audio"
+
+
+@dataclass(frozen=True)
+class ConditionRow:
+    """Values of one clip under one condition."""
+
+    condition: Condition
+    values: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)  # by metric: why it has no value
+    official: dict[str, float] = field(default_factory=dict)  # what the released code counts instead
+    failure: str | None = None  # why there is no reconstruction
+
+
+@dataclass(frozen=True)
+class ClipRow:
+    """All values of one clip."""
+
+    clip: str
+    domain: str
+    key: str  # hash of its audio, its id and its labels
+    seconds: float
+    conditions: tuple[ConditionRow, ...]
+    failure: str | None = None  # why the clip could not be used at all
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "ClipRow":
+        """Read the line back. ValueError, KeyError or TypeError when it is torn."""
+        entry = json.loads(line)
+        rows = (item | {"condition": Condition(**item["condition"])} for item in entry["conditions"])
+        return cls(**entry | {"conditions": tuple(ConditionRow(**row) for row in rows)})
+
+
+@dataclass
+class Times:
+    """Seconds of computing and of audio, of the clips that this process rendered."""
+
+    audio: float = 0.0
+    encode: float = 0.0
+    decode: dict[int, float] = field(default_factory=dict)  # by number of levels
+
+    def add(self, rendered: Rendered) -> None:
+        """Count one clip that was encoded."""
+        if rendered.codes is not None:
+            self.audio += rendered.seconds
+            self.encode += rendered.encode_seconds
+            for levels, seconds in rendered.decode_seconds.items():
+                self.decode[levels] = self.decode.get(levels, 0.0) + seconds
+
+
+class Results:
+    """The folder of an evaluation: settings, rows, codes, the audio of the report."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Open a new folder or one with the same settings. Raises UserError for other settings, with the difference."""
+        self.folder = folder
+        self.times = _read_times(folder / TIMES_FILE)
+        _check_settings(folder / SETTINGS_FILE, dict(settings))
+        _end_torn_line(folder / ROWS_FILE)
+        self.rows = {row.key: row for row in read_rows(folder / ROWS_FILE)}
+
+    def add(self, row: ClipRow) -> None:
+        """Keep a row at once."""
+        self.rows[row.key] = row
+        with (self.folder / ROWS_FILE).open("a", encoding="utf-8") as file:
+            file.write(row.to_json() + "\n")
+
+    def keep_codes(self, key: str, codes: Tensor) -> None:
+        """Keep the codes [N, frames] of a clip, for the statistics of the codebooks."""
+        with written_whole(self.folder / CODES_FOLDER / f"{key}.npy") as path:
+            np.save(path, codes.numpy().astype(np.int32))
+
+    def codes(self, row: ClipRow) -> Tensor | None:
+        """The codes [N, frames] of a clip, None where there are none."""
+        path = self.folder / CODES_FOLDER / f"{row.key}.npy"
+        return torch.from_numpy(np.load(path)).long() if path.is_file() else None
+
+    def keep_audio(self, key: str, renditions: Sequence[Rendition]) -> None:
+        """Keep reference and reconstructions of a clip as FLAC for the report."""
+        for rendition in renditions:
+            stem = self.folder / AUDIO_FOLDER / key
+            original = stem / "original.flac"
+            paths = {stem / f"{file_name(rendition.condition)}.flac": rendition.degraded}
+            if rendition.condition.num_quantizers is not None or not original.exists():
+                paths[original] = rendition.reference
+            for path, audio in paths.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_audio(path, audio.nan_to_num(), rendition.sampling_rate)
+
+    def finish(self, order: Sequence[ClipRow]) -> None:
+        """Write the rows once more, in the order of the evaluation set and nothing else, and the times."""
+        with written_whole(self.folder / ROWS_FILE) as path:
+            path.write_text("".join(row.to_json() + "\n" for row in order), encoding="utf-8")
+        with written_whole(self.folder / TIMES_FILE) as path:
+            path.write_text(json.dumps(asdict(self.times), indent=1) + "\n", encoding="utf-8")
+
+
+def clip_key(clip: EvaluationClip, audio: Tensor, rate: int) -> str:
+    """Hash of everything about a clip that its row depends on, for a given folder of results."""
+    digest = hashlib.sha256(json.dumps([clip.id, clip.domain, clip.labels, rate], sort_keys=True).encode())
+    digest.update(audio.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def file_name(condition: Condition) -> str:
+    """A condition as a file name."""
+    return "".join(char if char.isalnum() or char in "-." else "_" for char in condition.label)
+
+
+def read_rows(path: Path) -> list[ClipRow]:
+    """All whole rows of a file; the torn last line of an interrupted run is passed over."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(ClipRow.from_json(line))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return rows
+
+
+def _end_torn_line(path: Path) -> None:
+    """A row that follows the torn line of a killed run would be lost with it."""
+    if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    wanted = json.loads(json.dumps(settings))
+    if path.is_file():
+        found = json.loads(path.read_text("utf-8"))
+        keys = [key for key in wanted | found if wanted.get(key) != found.get(key)]
+        if keys:
+            first = f"{keys[0]} was {found.get(keys[0])} and is {wanted.get(keys[0])}"
+            raise UserError(f"out={path.parent} holds results of other settings ({first}): give another out")
+        return
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_times(path: Path) -> Times:
+    if not path.is_file():
+        return Times()
+    entry = json.loads(path.read_text("utf-8"))
+    return Times(entry["audio"], entry["encode"], {int(key): value for key, value in entry["decode"].items()})

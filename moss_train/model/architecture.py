@@ -1,0 +1,141 @@
+"""What an architecture may look like: every combination that cannot work is refused with the reason."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
+
+STAGE_KEYS = {"patch_size", "output_dimension", "d_model", "num_heads", "num_layers"}
+OPTIONAL_STAGE_KEYS = {"dim_feedforward", "context_duration"}
+ENTRY_SIZES = ("input_dimension", "output_dimension", "d_model", "num_heads", "num_layers", "dim_feedforward")
+QUANTIZER_SIZES = {"input_dim", "rvq_dim", "output_dim", "num_quantizers", "codebook_size", "codebook_dim"}
+CHOICES = {
+    "attention_implementation": (None, "sdpa", "flash_attention_2"),
+    "compute_dtype": (None, "fp32", "bf16", "fp16"),
+}
+
+
+def check_architecture(config: "MossAudioTokenizerConfig") -> None:
+    """Raise ValueError, with the offending values, for a configuration that no model can be built from."""
+    check_positive("config", vars(config), ("sampling_rate", "downsample_rate", "number_channels"))
+    check_positive("config", vars(config), ("causal_transformer_context_duration",), float)
+    check_quantizer(config.quantizer_kwargs)
+    for key, choices in CHOICES.items():
+        if getattr(config, key, None) not in choices:
+            raise ValueError(f"{key}={getattr(config, key)!r} is not one of {', '.join(map(str, choices[1:]))}")
+    if config.number_channels > 1 and not config.enable_channel_interleave:
+        raise ValueError(f"number_channels={config.number_channels} needs enable_channel_interleave=true")
+    check_modules(config, "encoder_kwargs", 1, config.quantizer_kwargs["input_dim"])
+    check_modules(config, "decoder_kwargs", config.quantizer_kwargs["output_dim"], 1)
+
+
+def check_modules(config: "MossAudioTokenizerConfig", name: str, width: int, wanted: int) -> None:
+    """Check the entries of an encoder or decoder: kinds, patch sizes, sizes that fit, windows of a frame or more."""
+    entries = getattr(config, name)
+    for number, entry in enumerate(entries):
+        where = f"{name}[{number}]"
+        if entry.get("module_type") == "PatchedPretransform":
+            check_positive(where, entry, ("patch_size",))
+        elif entry.get("module_type") == "Transformer":
+            check_transformer(where, entry)
+        else:
+            raise ValueError(f"{where}: module_type {entry.get('module_type')!r} is not known")
+    patches = [entry["patch_size"] for entry in entries if "patch_size" in entry]
+    if math.prod(patches) != config.downsample_rate * config.number_channels:
+        raise ValueError(
+            f"{name}: patch sizes {patches} multiply to {math.prod(patches)}, but downsample_rate "
+            f"{config.downsample_rate} x {config.number_channels} channel(s) is needed"
+        )
+    check_widths(name, entries, width, wanted)
+    for number, window in stage_windows(config, name).items():
+        if window < 1:
+            raise ValueError(f"{name}[{number}]: the attention window is shorter than a frame; raise context_duration")
+
+
+def check_widths(name: str, entries: Sequence[Mapping[str, Any]], width: int, wanted: int) -> None:
+    """Raise ValueError unless each entry takes what the one before gives, from `width` to `wanted` channels."""
+    for number, entry in enumerate(entries):
+        patch = entry.get("patch_size")
+        if patch is None and entry["input_dimension"] != width:
+            raise ValueError(f"{name}[{number}]: input_dimension {entry['input_dimension']} receives {width} channels")
+        if patch is None:
+            width = entry["output_dimension"]
+        elif name == "encoder_kwargs":
+            width *= patch
+        elif width % patch:
+            raise ValueError(f"{name}[{number}]: {width} channels cannot be split into {patch}")
+        else:
+            width //= patch
+    if width != wanted:
+        raise ValueError(f"{name} ends with {width} channels, {wanted} are needed")
+
+
+def check_transformer(where: str, entry: Mapping[str, Any]) -> None:
+    """Raise ValueError for sizes that do not divide and for variants of the block that Cat does not have."""
+    check_positive(where, entry, ENTRY_SIZES)
+    if entry["d_model"] % (2 * entry["num_heads"]):
+        raise ValueError(
+            f"{where}: d_model {entry['d_model']} must be an even multiple of num_heads {entry['num_heads']}"
+        )
+    fixed = {"causal": True, "norm": "layer_norm", "positional_embedding": "rope", "gating": "none"}
+    for key, value in fixed.items():
+        if entry.get(key, value) != value:
+            raise ValueError(f"{where}: {key}={entry[key]!r} is not supported, Cat has {value!r}")
+
+
+def check_quantizer(sizes: Mapping[str, Any]) -> None:
+    """Raise ValueError for missing, unknown or non-positive sizes and for other kinds of quantizer."""
+    if missing := QUANTIZER_SIZES - sizes.keys():
+        raise ValueError(f"quantizer_kwargs lacks {', '.join(sorted(missing))}")
+    if unknown := sizes.keys() - QUANTIZER_SIZES - {"quantizer_type"}:
+        raise ValueError(f"quantizer_kwargs has unknown keys: {', '.join(sorted(unknown))}")
+    kind = sizes.get("quantizer_type", "rlfq")
+    if kind != "rlfq":
+        raise ValueError(f"quantizer_type={kind!r} is not known; Cat has 'rlfq'")
+    check_positive("quantizer_kwargs", sizes, sorted(QUANTIZER_SIZES))
+
+
+def check_stages(stages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless every stage of a run configuration has the known keys."""
+    if not stages:
+        raise ValueError("stages is empty, a tokenizer needs one stage or more")
+    for number, stage in enumerate(stages):
+        missing = STAGE_KEYS - stage.keys()
+        unknown = stage.keys() - STAGE_KEYS - OPTIONAL_STAGE_KEYS
+        if missing or unknown:
+            raise ValueError(f"stages[{number}]: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+        check_positive(f"stages[{number}]", stage, sorted(STAGE_KEYS))
+
+
+def check_positive(where: str, values: Mapping[str, Any], keys: Sequence[str], kind: type = int) -> None:
+    """Raise ValueError unless each key is there with a positive number of the given kind."""
+    for key in keys:
+        value = values.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{where}: {key} must be a positive {kind.__name__}, got {value!r}")
+
+
+def frames_per_code_frame(config: "MossAudioTokenizerConfig", name: str) -> dict[int, int]:
+    """Frames that each Transformer entry of the named list handles per frame of codes, by index."""
+    encodes = name == "encoder_kwargs"
+    frames = config.downsample_rate * config.number_channels if encodes else 1
+    result = {}
+    for number, entry in enumerate(getattr(config, name)):
+        if "patch_size" not in entry:
+            result[number] = frames
+        else:
+            frames = frames // entry["patch_size"] if encodes else frames * entry["patch_size"]
+    return result
+
+
+def stage_windows(config: "MossAudioTokenizerConfig", name: str) -> dict[int, int]:
+    """Attention window in frames of each Transformer entry, by index."""
+    entries = getattr(config, name)
+    windows = {}
+    for number, frames in frames_per_code_frame(config, name).items():
+        seconds = entries[number].get("context_duration") or config.causal_transformer_context_duration
+        # The small constant keeps 12.5 x 10 from becoming 124 through float rounding of the rate.
+        windows[number] = int(config.frame_rate * frames * seconds + 1e-6)
+    return windows

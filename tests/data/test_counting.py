@@ -1,0 +1,92 @@
+"""Bad samples of every kind, made in real shards and read by the loader: named once, counted by kind, with a ceiling."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moss_train.data import counting
+from moss_train.data.counting import StreamCounter, kind_of
+from moss_train.data.index import ClipLocation, ShardIndex
+from moss_train.data.loader import make_loader
+from moss_train.data.stream import AudioStream, ClipFormat
+from moss_train.types import UpdateBatch
+from moss_train.utils.errors import UserError
+
+CLIP_FORMAT = ClipFormat(24000, 1, 1920)
+
+
+def overwrite(location: ClipLocation, offset: int, content: bytes) -> None:
+    with Path(location.shard).open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+DAMAGES: dict[str, Callable[[ClipLocation], None]] = {
+    "tar header": lambda clip: overwrite(clip, clip.audio_offset - 400, b"\xff" * 16),
+    "JSON": lambda clip: overwrite(clip, clip.json_offset, b"}"),
+    "index": lambda clip: overwrite(clip, clip.json_offset, b'{"id": "x"}' + b" " * (clip.json_size - 11)),
+    "audio": lambda clip: overwrite(clip, clip.audio_offset + clip.audio_size // 2, b"\x00\xff" * 8),
+    "file": lambda clip: os.unlink(clip.shard),
+}
+
+
+def updates_of(
+    folder: Path, damage: Callable[[ClipLocation], None] | None = None, text_encoder=None
+) -> list[UpdateBatch]:
+    stream = AudioStream([folder], CLIP_FORMAT, crop_seconds=0.9, max_seconds=8.0)
+    index = ShardIndex.load(folder)
+    for row in range(0, len(index), 7):
+        if damage and Path(index.locate(row).shard).exists():
+            damage(index.locate(row))
+    updates = [(number, 20.0) for number in range(4)]
+    return list(make_loader(stream, text_encoder=text_encoder, position=0, updates=updates, micro_batch_seconds=10.0))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_counted_by_kind_and_named_once(packed: Path, tmp_path: Path, kind: str) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    updates = updates_of(copy, DAMAGES[kind])
+    counter = StreamCounter(24000, max_bad_share=1.0)
+    lines = [line for update in updates * 2 for line in counter.add(update)]
+    lost = [sample_id for update in updates for sample_id, _ in update.dropped]
+    assert counter.bad == {kind: 2 * len(lost)}
+    assert lost
+    assert len(lines) == len(set(lost))
+    assert all(line.startswith("left out ") for line in lines)
+
+
+def test_other_reasons_have_a_kind_too(packed: Path) -> None:
+    counter = StreamCounter(24000, max_bad_share=1.0)
+    for update in updates_of(packed, text_encoder=lambda text: []):
+        counter.add(update)
+    assert list(counter.bad) == ["text"]
+    assert kind_of("x.wav contains NaN or infinite samples") == "values"
+    assert kind_of("what nobody thought of") == "other"
+
+
+def test_hours_are_those_of_the_clips(packed: Path) -> None:
+    updates = updates_of(packed)
+    counter = StreamCounter(24000)
+    assert [line for update in updates for line in counter.add(update)] == []
+    batches = [batch for update in updates for batch in update.micro_batches]
+    assert sum(counter.hours.values()) * 3600 == pytest.approx(sum(int(b.audio_lengths.sum()) for b in batches) / 24000)
+    assert set(counter.hours) == {domain for batch in batches for domain in batch.domains}
+    other = StreamCounter(24000)
+    other.load_state_dict(counter.state_dict())
+    other.add(updates[0])
+    assert other.hours["speech"] > counter.hours["speech"]
+
+
+def test_a_share_above_the_ceiling_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "MIN_SAMPLES", 100)
+    bad = UpdateBatch((), 0, 0, (("clip-7", "damaged JSON (x)"),))
+    counter = StreamCounter(24000, max_bad_share=0.02)
+    counter.add(bad)
+    counter.add(bad)
+    with pytest.raises(UserError, match=r"3 of 3 samples could not be used \(3 JSON\), more than max_bad_share=0\.02"):
+        counter.add(bad)
+    with pytest.raises(UserError, match="max_bad_share=2 has to be"):
+        StreamCounter(24000, max_bad_share=2)

@@ -1,0 +1,98 @@
+"""What capturing a streaming step in a CUDA graph relies on, checked without one."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moss_train.model.graphs import StepRunner
+
+from .small_models import small_model
+
+HOP = 16
+# A host that reads a value of the device, or a shape that depends on values, cannot be captured.
+FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "is_pinned")
+
+
+class RefuseHostReads(TorchDispatchMode):
+    """Raises for every operation that makes the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not any(name.startswith(refused) for refused in FORBIDDEN), f"{name} makes the host wait"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def stream():
+    return small_model(12).stream(2)
+
+
+def inputs(frames, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 1, frames * HOP, generator=generator), torch.tensor([frames, frames // 2])
+
+
+def buffers(stream):
+    states = [*stream.encoder_states, *stream.decoder_states]
+    return [x for state in states for x in (state.position, *state.keys, *state.values)]
+
+
+@pytest.mark.parametrize("frames", [1, 4, 9])
+def test_a_step_never_reads_from_the_device(stream, frames):
+    audio, num_frames = inputs(frames)
+    with torch.no_grad(), RefuseHostReads():
+        codes = stream.encode_step(audio, num_frames)
+        stream.decode_step(codes, num_frames)
+    with pytest.raises(AssertionError, match="makes the host wait"), RefuseHostReads():
+        num_frames.sum().item()
+
+
+@pytest.mark.parametrize("frames", [1, 4, 9])
+def test_state_stays_where_it_is(stream, frames):
+    before = [buffer.data_ptr() for buffer in buffers(stream)]
+    with torch.no_grad():
+        for seed in range(20):
+            audio, num_frames = inputs(frames, seed)
+            stream.decode_step(stream.encode_step(audio, num_frames), num_frames)
+    assert [buffer.data_ptr() for buffer in buffers(stream)] == before
+
+
+def test_warming_up_leaves_the_state_as_it_is(stream):
+    """Steps without valid frames, as capture runs them, between others change no result."""
+    undisturbed = stream.model.stream(2)
+    with torch.no_grad():
+        for seed in range(20):
+            audio, num_frames = inputs(1 + seed % 4, seed)
+            stream.encode_step(torch.randn(2, 1, 7 * HOP), torch.zeros_like(num_frames))
+            stream.decode_step(torch.ones(4, 2, 5, dtype=torch.int64), torch.zeros_like(num_frames))
+            codes = stream.encode_step(audio, num_frames)
+            assert torch.equal(codes, undisturbed.encode_step(audio, num_frames))
+            decoded = [s.decode_step(codes, num_frames)[0] for s in (stream, undisturbed)]
+            assert torch.equal(*decoded)
+
+
+def test_steps_without_a_graph_are_counted():
+    runner = StepRunner(lambda value, num_frames: value + num_frames, enabled=True)
+    assert runner(torch.ones(1), torch.ones(1)).item() == 2
+    assert (runner.num_eager, runner.num_replays) == (1, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_replayed_graphs_equal_eager_steps():
+    model = small_model(12).cuda()
+    graphed, eager = model.stream(2), model.stream(2, cuda_graphs=False)
+    for seed in range(60):
+        audio = inputs(1 + seed % 3, seed)[0].cuda()
+        codes = [stream.encode(audio)[0] for stream in (graphed, eager)]
+        assert torch.equal(*codes)
+        torch.testing.assert_close(*(stream.decode(codes[0])[0] for stream in (graphed, eager)))
+    assert graphed.encode_step.num_eager == 0
+    assert graphed.encode_step.num_replays == 60
+
+
+def test_compiled_layers_give_the_same_codes():
+    model, compiled = small_model(13), small_model(13)
+    compiled.compile_layers(backend="eager")
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    audio = torch.randn(1, 1, 50 * HOP, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(compiled.encode(audio).encoder_hidden_states, model.encode(audio).encoder_hidden_states)
