@@ -48,14 +48,14 @@ def find_checkpoint(path: Path) -> Path | None:
 def tokenizer_of_checkpoint(path: Path) -> MossAudioTokenizerModel:
     """Build the tokenizer that a training checkpoint describes and load its weights, strictly."""
     checkpoint = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True, mmap=True)
-    model = MossAudioTokenizerModel(config_of_hyperparameters(checkpoint["hyper_parameters"]["tokenizer"]))
+    model = MossAudioTokenizerModel(tokenizer_config(checkpoint["hyper_parameters"]["tokenizer"]))
     weights = checkpoint["state_dict"]
     model.load_state_dict({name.removeprefix(PREFIX): weights[name] for name in weights if name.startswith(PREFIX)})
     return model
 
 
-def config_of_hyperparameters(node: Mapping[str, Any]) -> MossAudioTokenizerConfig:
-    """Configuration from the released keys or from five numbers per stage, as a run stores it."""
+def tokenizer_config(node: Mapping[str, Any]) -> MossAudioTokenizerConfig:
+    """Configuration from the released keys or from five numbers per stage, as runs store it."""
     if "stages" in node:
         return MossAudioTokenizerConfig.from_stages(**node)
     return MossAudioTokenizerConfig(**node)

@@ -57,7 +57,8 @@ def export(source: str | Path, out: str | Path, dtype: str = "float32") -> Path:
     dtypes = ("float32", "bfloat16", "float16")
     if dtype not in dtypes:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(dtypes)}")
-    model = load_tokenizer(source).to(dtype=getattr(torch, dtype))
+    model = load_tokenizer(source)
+    torch.nn.Module.to(model, dtype=getattr(torch, dtype))
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -1,6 +1,18 @@
 """Text as token ids. An encoder is called in data workers, so it is small and picklable."""
 
+from typing import Protocol
+
 from transformers import AutoTokenizer
+
+
+class TextEncoder(Protocol):
+    """Text to token ids, the end token last, and back."""
+
+    vocab_size: int
+
+    def __call__(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int]) -> str: ...
 
 
 class ByteText:
@@ -42,4 +54,4 @@ class PretrainedText:
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -1,6 +1,6 @@
 """The text language model of the semantic loss (arXiv 2602.10934); dropped at inference."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from moss_train.semantic.text import TextEncoder
 from moss_train.types import TASKS
 
 
@@ -38,7 +39,7 @@ class TextLM(nn.Module):
     def __init__(
         self,
         latent_dim: int,
-        text: Callable[[str], list[int]],
+        text: TextEncoder,
         config: Mapping[str, Any] | None = None,
         pretrained: str | None = None,
     ) -> None:
@@ -46,10 +47,7 @@ class TextLM(nn.Module):
         if (config is None) == (pretrained is None):
             raise ValueError("give either config (a model from scratch) or pretrained (a path or repository)")
         self.text = text
-        if pretrained is not None:
-            self.language_model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
-        else:
-            self.language_model = Qwen2ForCausalLM(Qwen2Config(**{"vocab_size": text.vocab_size, **config}))
+        self.language_model = self._language_model(config, pretrained)
         vocab_size = self.language_model.config.vocab_size
         if vocab_size < text.vocab_size:
             raise ValueError(f"the LM has {vocab_size} tokens, the text encoder needs {text.vocab_size}")
@@ -57,6 +55,11 @@ class TextLM(nn.Module):
         self.projection = nn.Linear(latent_dim, hidden_size)
         self.task_tags = nn.Embedding(len(TASKS), hidden_size)
         nn.init.normal_(self.task_tags.weight, std=self.language_model.config.initializer_range)
+
+    def _language_model(self, config: Mapping[str, Any] | None, pretrained: str | None) -> Any:
+        if pretrained is not None:
+            return AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+        return Qwen2ForCausalLM(Qwen2Config(**{"vocab_size": self.text.vocab_size, **(config or {})}))
 
     def forward(
         self, states: Tensor, num_frames: Tensor, text_tokens: Tensor, text_lengths: Tensor, task_ids: Tensor

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moss_train.training.module import cat_module
 from moss_train.utils.checkpoints import (
     CHECKPOINT_FILE,
     checkpoint_name,
@@ -63,14 +64,14 @@ class CheckpointWriter(Callback):
             self._save(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if pl_module.update % self.every_updates == 0:
+        if cat_module(pl_module).update % self.every_updates == 0:
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = self.directory / checkpoint_name(pl_module.update)
+        path = self.directory / checkpoint_name(cat_module(pl_module).update)
         if not path.exists():
             trainer.save_checkpoint(path)
             prune_checkpoints(self.directory, self.keep)

@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moss_train.training.module import cat_module
 from moss_train.training.objective import WEIGHTS
 from moss_train.types import UpdateBatch
 from moss_train.utils.progress import progress
@@ -45,7 +46,7 @@ class UpdateMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_end = time.perf_counter()
         for writer in self.writers:
-            writer.start(pl_module.update)
+            writer.start(cat_module(pl_module).update)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
@@ -56,11 +57,12 @@ class UpdateMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
     ) -> None:
         end = time.perf_counter()
-        rate = pl_module.tokenizer.sampling_rate
+        module = cat_module(pl_module)
+        rate = module.tokenizer.sampling_rate
         row = {
-            "update": pl_module.update,
-            "stage": pl_module.schedule.at(pl_module.update - 1).stage.name,
-            **pl_module.metrics,
+            "update": module.update,
+            "stage": module.schedule.at(module.update - 1).stage.name,
+            **module.metrics,
             "clips": sum(micro.num_clips for micro in batch.micro_batches),
             "clips_with_text": sum(int((micro.text_lengths > 0).sum()) for micro in batch.micro_batches),
             "dropped_clips": len(batch.dropped),
@@ -141,10 +143,10 @@ class WandbWriter:
 
     Args:
         directory: run directory; its name and parent name the run and the group.
-        mode: "online" or "offline".
+        mode: whether to upload, or to keep what `wandb sync` uploads later.
     """
 
-    def __init__(self, directory: Path, mode: str) -> None:
+    def __init__(self, directory: Path, mode: Literal["online", "offline"]) -> None:
         self.directory = directory
         self.mode = mode
         self.run: Any = None

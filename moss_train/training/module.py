@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moss_train.discriminators import DiscriminatorSet
-from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.export.loading import tokenizer_config
+from moss_train.model import MossAudioTokenizerModel
 from moss_train.training.objective import Objective, UpdateCounts
 from moss_train.training.optimizers import (
     build_adamw,
@@ -56,6 +57,8 @@ class CatModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.optimizer_settings = dict(optimizers or {})
+        self.max_skipped_updates = max_skipped_updates
         self.automatic_optimization = False
         self.schedule = Schedule.from_config(stages)
         if self.schedule.adversarial and not discriminators:
@@ -82,9 +85,9 @@ class CatModule(lightning.LightningModule):
         return self.tokenizer.decode(*args, **kwargs)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        settings = self.hparams.optimizers or {}
+        settings = self.optimizer_settings
         generator = [self.tokenizer] if self.semantic is None else [self.tokenizer, self.semantic]
-        optimizers = [build_adamw(generator, settings.get("generator", {}))]
+        optimizers: list[torch.optim.Optimizer] = [build_adamw(generator, settings.get("generator", {}))]
         if self.discriminators is not None:
             defaults = {"betas": (0.8, 0.99), "weight_decay": 0.0}
             optimizers.append(build_adamw([self.discriminators], {**defaults, **settings.get("discriminators", {})}))
@@ -155,6 +158,7 @@ class CatModule(lightning.LightningModule):
         batch: Batch,
         counts: UpdateCounts,
     ) -> None:
+        assert self.semantic is not None
         with_text = (batch.text_lengths > 0).nonzero()[:, 0]
         if len(with_text) == 0:
             return
@@ -173,6 +177,7 @@ class CatModule(lightning.LightningModule):
         moment: StageMoment,
     ) -> None:
         """One forward of the discriminators serves both sides: each takes the gradient of its own inputs."""
+        assert self.discriminators is not None
         real = self.discriminators(self.objective.crop(batch.audio, batch))
         generated = self.discriminators(self.objective.crop(reconstruction, batch))
         loss = self.objective.discriminator_term(real, generated, counts)
@@ -185,9 +190,7 @@ class CatModule(lightning.LightningModule):
         """Clip and step both optimizers, or skip the update when anything is not finite."""
         sides = [("generator", moment.stage.learning_rate, self.generator_parameters())]
         if moment.stage.adversarial:
-            sides.append(
-                ("discriminators", moment.stage.discriminator_learning_rate, self.discriminator_parameters())
-            )
+            sides.append(("discriminators", moment.stage.discriminator_learning_rate, self.discriminator_parameters()))
         norms = {name: gradient_norm(parameters) for name, _, parameters in sides}
         values = terms | {f"gradient_norm/{name}": norm.to(self.device) for name, norm in norms.items()}
         # The one host synchronisation of an update.
@@ -200,7 +203,7 @@ class CatModule(lightning.LightningModule):
         for (name, peak, parameters), optimizer in zip(sides, optimizers, strict=False):
             self.metrics[f"learning_rate/{name}"] = peak * factor
             if is_finite:
-                settings = (self.hparams.optimizers or {}).get(name, {})
+                settings = self.optimizer_settings.get(name, {})
                 scale_gradients(parameters, norms[name], settings.get("clip_norm", 1.0))
                 set_learning_rate(optimizer.optimizer, peak * factor)
                 optimizer.step()
@@ -215,7 +218,7 @@ class CatModule(lightning.LightningModule):
         bad = [name for name, value in self.metrics.items() if not torch.isfinite(torch.tensor(value))]
         message = f"update {self.update} skipped: {', '.join(bad)} not finite; samples {', '.join(ids[:8])}"
         self.trainer.strategy.barrier()
-        if self.skipped_in_a_row >= self.hparams.max_skipped_updates:
+        if self.skipped_in_a_row >= self.max_skipped_updates:
             raise FloatingPointError(f"{message}; {self.skipped_in_a_row} in a row, stopping. Try a lower rate.")
         lightning.pytorch.utilities.rank_zero_warn(message)
 
@@ -230,9 +233,7 @@ class CatModule(lightning.LightningModule):
         self.update, self.position = progress["update"], progress["position"]
 
 
-def tokenizer_config(node: Node) -> MossAudioTokenizerConfig:
-    """Configuration from the released keys or from five numbers per stage."""
-    node = {key: value for key, value in node.items() if key != "_target_"}
-    if "stages" in node:
-        return MossAudioTokenizerConfig.from_stages(**node)
-    return MossAudioTokenizerConfig(**node)
+def cat_module(module: lightning.LightningModule) -> CatModule:
+    """The module that Lightning hands to callbacks, as what it is."""
+    assert isinstance(module, CatModule)
+    return module

@@ -76,7 +76,9 @@ class Objective(nn.Module):
         """Counts of one rank's micro-batches."""
         lengths = torch.cat([batch.audio_lengths for batch in batches])
         text = torch.cat([batch.text_lengths for batch in batches])
-        return UpdateCounts(torch.tensor(len(lengths), device=lengths.device), self.mel.frame_counts(lengths), text.sum())
+        return UpdateCounts(
+            torch.tensor(len(lengths), device=lengths.device), self.mel.frame_counts(lengths), text.sum()
+        )
 
     def codec_terms(
         self,
@@ -106,18 +108,19 @@ class Objective(nn.Module):
         self, real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], counts: UpdateCounts
     ) -> dict[str, Tensor]:
         """The generator's adversarial and feature matching terms."""
-        features = ([output.features for output in outputs] for outputs in (real, generated))
+        features, wanted = [output.features for output in generated], [output.features for output in real]
         return {
             "adversarial": generator_loss([output.logits for output in generated], counts.clips),
-            "feature": feature_matching_loss(*features, counts.clips),
+            "feature": feature_matching_loss(wanted, features, counts.clips),
         }
 
     def discriminator_term(
         self, real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], counts: UpdateCounts
     ) -> Tensor:
         """The discriminators' own loss. Its gradient is taken for their parameters only."""
-        logits = ([output.logits for output in outputs] for outputs in (real, generated))
-        return discriminator_loss(*logits, counts.clips)
+        return discriminator_loss(
+            [output.logits for output in real], [output.logits for output in generated], counts.clips
+        )
 
     def total(self, terms: Mapping[str, Tensor], changes: Mapping[str, float]) -> Tensor:
         """Weighted sum of the generator's terms; `changes` are the stage's own weights."""

@@ -35,12 +35,12 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 def build_adamw(modules: Iterable[nn.Module], settings: Mapping[str, Any]) -> torch.optim.AdamW:
     """AdamW over the modules' parameters; each parameter once, also when modules share it."""
     chosen = OptimizerSettings(**settings)
-    seen: set[nn.Parameter] = set()
     groups = parameter_groups(modules, chosen.weight_decay)
     for group in groups:
-        group["params"] = [p for p in group["params"] if not (p in seen or seen.add(p))]
-    on_cuda = any(p.is_cuda for p in seen)
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(chosen.betas), eps=chosen.eps, fused=on_cuda or None)
+        group["params"] = list(dict.fromkeys(group["params"]))
+    on_cuda = any(p.is_cuda for group in groups for p in group["params"])
+    first, second = chosen.betas
+    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=chosen.eps, fused=on_cuda or None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, Trainer
 
 from moss_train.data.loader import make_loader
 from moss_train.data.stream import AudioStream, ClipFormat
-from moss_train.export.loading import load_tokenizer
+from moss_train.export.loading import load_tokenizer, tokenizer_config
 from moss_train.training.checkpointing import CheckpointWriter, DirectoryCheckpointIO, read_progress
 from moss_train.training.metrics import CsvWriter, ProgressWriter, UpdateMetrics, WandbWriter
-from moss_train.training.module import CatModule, tokenizer_config
+from moss_train.training.module import CatModule
 from moss_train.training.resources import StateSize, check_memory, count_parameters
 from moss_train.training.stages import Schedule
 from moss_train.utils.build import build
@@ -183,7 +183,9 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")]
+        return [
+            line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")
+        ]
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 

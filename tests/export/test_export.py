@@ -63,7 +63,8 @@ def test_an_export_works_where_moss_train_cannot_be_imported(model_folder, tmp_p
 def test_the_model_card_states_the_bitrate(model_folder, tmp_path):
     assert main(["export", f"checkpoint={model_folder}", f"out={tmp_path / 'out'}"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "50 frames per second" in card and "350 bit/s per level, 1400 bit/s in all" in card
+    assert "50 frames per second" in card
+    assert "350 bit/s per level, 1400 bit/s in all" in card
 
 
 def test_half_precision_weights_keep_the_quantizer(model_folder, tmp_path):
@@ -86,10 +87,13 @@ def test_bad_requests_are_one_line_and_write_nothing(model_folder, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
-    arguments = arguments if len(arguments) > 1 and "checkpoint" in arguments[1] else [*arguments, f"checkpoint={model_folder}"]
+    arguments = (
+        arguments if len(arguments) > 1 and "checkpoint" in arguments[1] else [*arguments, f"checkpoint={model_folder}"]
+    )
     assert main(["export", *arguments]) == 2
     error = capsys.readouterr().err.strip()
-    assert message in error and len(error.splitlines()) == 1
+    assert message in error
+    assert len(error.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 

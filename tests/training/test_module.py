@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moss_train.data.loader import make_loader
+from moss_train.export.loading import tokenizer_config
 from moss_train.training import CatModule
-from moss_train.training.module import tokenizer_config
 from moss_train.training.run import module_arguments, open_stream
 from moss_train.types import Batch, UpdateBatch
 from moss_train.utils.errors import UserError
@@ -48,9 +48,7 @@ def with_text(batch: UpdateBatch) -> Batch:
 
 
 def pick(batch: Batch, index: int) -> Batch:
-    tensors = {
-        name: value[index : index + 1] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
-    }
+    tensors = {name: value[index : index + 1] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     return replace(batch, **tensors, sample_ids=batch.sample_ids[index : index + 1], domains=batch.domains[:1])
 
 
@@ -85,7 +83,8 @@ def test_micro_batches_add_up_to_one_batch(module, update):
         names = [name for name in together if name.startswith(part)]
         norm = torch.stack([together[name].norm() for name in names]).norm()
         error = torch.stack([(together[name] - apart[name]).norm() for name in names]).norm()
-        assert norm > 0 and error / norm < 1e-5, part
+        assert norm > 0, part
+        assert error / norm < 1e-5, part
 
 
 def test_neither_side_leaks_into_the_other(module, update):
@@ -107,7 +106,8 @@ def test_stages_choose_what_learns(small_config, update):
     module = CatModule(**module_arguments(config))
     module._choose_parts(module.schedule.at(0))
     gradients = accumulate(module, update.micro_batches, 0)
-    assert gradients and all(name.startswith("tokenizer.decoder.") for name in gradients)
+    assert gradients
+    assert all(name.startswith("tokenizer.decoder.") for name in gradients)
 
 
 def test_quantizer_dropout_reaches_every_level_count(module, update):

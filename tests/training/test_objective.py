@@ -43,7 +43,8 @@ def test_counts_are_those_of_the_whole_update():
     expected = [sum(-(-length // hop) for length in (2400, 1200, 4800)) for hop in hops]
     assert (counts.clips.item(), counts.mel_frames.tolist(), counts.text_tokens.item()) == (3, expected, 6)
     again = UpdateCounts.from_vector(counts.vector())
-    assert again.mel_frames.tolist() == expected and again.text_tokens.item() == 6
+    assert again.mel_frames.tolist() == expected
+    assert again.text_tokens.item() == 6
 
 
 def test_codec_terms_of_known_values():
@@ -83,4 +84,5 @@ def test_crops_start_where_the_clip_says_and_stay_inside_it():
     assert crop.shape == (3, 1, 1200)
     assert crop[0, 0, 0].item() == 1 + int(0.999 * 3601)
     assert crop[1, 0, 0].item() == 1 + int(0.5 * 1201)
-    assert crop[2, 0, 599].item() == 600 and crop[2, 0, 600:].abs().max() == 0
+    assert crop[2, 0, 599].item() == 600
+    assert crop[2, 0, 600:].abs().max() == 0

@@ -9,7 +9,8 @@ def test_only_matrices_decay():
     layer = TransformerLayer(8, 2, 16, window=4, layer_scale=0.01)
     modules = [layer, nn.Embedding(3, 4), nn.Conv1d(2, 3, 1)]
     decayed, exempt = parameter_groups(modules, 0.1)
-    assert decayed["weight_decay"] == 0.1 and exempt["weight_decay"] == 0.0
+    assert decayed["weight_decay"] == 0.1
+    assert exempt["weight_decay"] == 0.0
     names = {id(p): name for module in modules for name, p in module.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {
         "self_attn.in_projs.0.weight",

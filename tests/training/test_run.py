@@ -85,7 +85,8 @@ def test_a_killed_run_resumes_to_the_last_bit(whole, small_overrides, tmp_path):
 def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while len(read_metrics(directory / "metrics.csv")) < count:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -117,7 +118,10 @@ def test_all_checkpoints_damaged_is_no_silent_start_from_scratch(small_config):
     directory = fit(config).directory
     for path in list_checkpoints(directory / "checkpoints"):
         (path / CHECKPOINT_FILE).write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="all 2 checkpoints .* are damaged"):
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(UserError, match=r"all 2 checkpoints .* are damaged"),
+    ):
         fit(config)
 
 
@@ -153,7 +157,9 @@ def test_a_machine_that_is_too_small_is_told_so_before_anything_is_written(packe
     run = tmp_path / "run"
     assert main(["fit", "experiment=cat_1b6", f"data.train={packed}", f"run_dir={run}", "trainer.accelerator=cpu"]) == 2
     error = capsys.readouterr().err
-    assert "needs at least 32.4 GiB" in error and "tokenizer 1774.6M" in error and "8.0 GiB of memory" in error
+    assert "needs at least 32.4 GiB" in error
+    assert "tokenizer 1774.6M" in error
+    assert "8.0 GiB of memory" in error
     assert not run.exists()
 
 
@@ -176,7 +182,8 @@ def test_impossible_configurations_are_one_line_and_leave_nothing(small_override
     run = tmp_path / "run"
     assert main(["fit", *small_overrides, f"run_dir={run}", override]) == 2
     error = capsys.readouterr().err.strip()
-    assert message in error and len(error.splitlines()) == 1
+    assert message in error
+    assert len(error.splitlines()) == 1
     assert not list(run.glob("checkpoints"))
 
 

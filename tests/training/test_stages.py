@@ -20,7 +20,8 @@ STAGES = [
 def test_the_clock_walks_through_the_stages():
     schedule = Schedule.from_config(STAGES)
     moments = [schedule.at(update) for update in range(schedule.updates + 1)]
-    assert schedule.updates == 16 and schedule.adversarial
+    assert schedule.updates == 16
+    assert schedule.adversarial
     assert [moment.stage.name for moment in moments] == ["one"] * 10 + ["two"] * 7
     assert [moment.update for moment in moments] == [*range(10), *range(7)]
     assert [moment.judged for moment in moments] == [False] * 12 + [True] * 5

@@ -25,7 +25,8 @@ def test_a_checkpoint_is_read_back_and_found(tmp_path):
     save(tmp_path, 9), save(tmp_path, 10)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["update-00000009", "update-00000010"]
     newest = newest_checkpoint(tmp_path)
-    assert newest is not None and read_manifest(newest) == {"update": 10}
+    assert newest is not None
+    assert read_manifest(newest) == {"update": 10}
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing file", "missing manifest", "garbage manifest"])
@@ -43,14 +44,15 @@ def test_every_damage_is_seen_and_the_previous_one_used(tmp_path, damage):
             manifest.unlink()
         case "garbage manifest":
             manifest.write_text(json.dumps([1]))
-    assert find_damage(newer) is not None and find_damage(older) is None
+    assert find_damage(newer) is not None
+    assert find_damage(older) is None
     with pytest.warns(UserWarning, match="update-00000002 is damaged"):
         assert newest_checkpoint(tmp_path) == older
 
 
 def test_all_damaged_is_an_error(tmp_path):
     (save(tmp_path, 1) / "weights").unlink()
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="all 1 checkpoints"):
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(UserError, match="all 1 checkpoints"):
         newest_checkpoint(tmp_path)
 
 
