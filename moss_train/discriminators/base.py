@@ -18,10 +18,10 @@ class DiscriminatorOutput:
 
 
 class Discriminator(nn.Module):
-    """A function of one waveform [B, C, T]: it does not know whether the waveform is real, the losses do."""
+    """A function of one waveform [B, C, T] -> DiscriminatorOutput.
 
-    def forward(self, waveform: Tensor) -> DiscriminatorOutput:
-        raise NotImplementedError
+    It does not know whether the waveform is real, the losses do.
+    """
 
 
 class DiscriminatorSet(nn.Module):

@@ -25,6 +25,9 @@ def load_tokenizer(path: str | Path) -> MossAudioTokenizerModel:
     directory = Path(path)
     if (checkpoint := find_checkpoint(directory)) is not None:
         return tokenizer_of_checkpoint(checkpoint).eval()
+    looks_local = str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
+    if looks_local and not directory.exists():
+        raise UserError(f"{path} does not exist: give a run, a checkpoint or a model folder, or a repository name")
     if directory.exists() and not (directory / "config.json").exists():
         raise UserError(f"{path} is neither a run, a checkpoint nor a model folder: it has no config.json")
     try:

@@ -215,6 +215,8 @@ def build_trainer(config: Node, accelerator: str, trainer_callbacks: list[Callba
     torch.set_float32_matmul_precision(settings["matmul_precision"])
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of Lightning about itself
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run that stops where it stands
     return lightning.Trainer(
         accelerator=accelerator,
         devices=settings["devices"],

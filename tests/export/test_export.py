@@ -80,6 +80,7 @@ def test_half_precision_weights_keep_the_quantizer(model_folder, tmp_path):
         (["out=."], "out=. exists already"),
         (["out=new", "dtype=int4"], "dtype='int4' is not one of"),
         (["out=new", "checkpoint=nowhere"], "cannot load a tokenizer from nowhere"),
+        (["out=new", "checkpoint=./nowhere"], "./nowhere does not exist"),
         (["out=new", "checkpoint=empty"], "neither a run, a checkpoint nor a model folder"),
     ],
 )
