@@ -21,23 +21,26 @@ class OptimizerSettings:
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices decay; norms, biases, LayerScale, codebooks and embeddings do not."""
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
-    for root in modules:
-        for module in root.modules():
-            is_exempt = isinstance(module, nn.LayerNorm | nn.Embedding | LayerScale)
-            for parameter in module.parameters(recurse=False):
-                (exempt if is_exempt or parameter.squeeze().ndim < 2 else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    """Two AdamW groups: matrices decay; norms, biases, LayerScale, codebooks and embeddings do not.
+
+    A parameter that modules share is there once; an output layer tied to an embedding counts as embedding.
+    """
+    decayed: dict[nn.Parameter, None] = {}
+    exempt: dict[nn.Parameter, None] = {}
+    for module in (module for root in modules for module in root.modules()):
+        is_exempt = isinstance(module, nn.LayerNorm | nn.Embedding | LayerScale)
+        for parameter in module.parameters(recurse=False):
+            (exempt if is_exempt or parameter.squeeze().ndim < 2 else decayed)[parameter] = None
+    return [
+        {"params": [p for p in decayed if p not in exempt], "weight_decay": weight_decay},
+        {"params": list(exempt), "weight_decay": 0.0},
+    ]
 
 
 def build_adamw(modules: Iterable[nn.Module], settings: Mapping[str, Any]) -> torch.optim.AdamW:
-    """AdamW over the modules' parameters; each parameter once, also when modules share it."""
+    """AdamW over the modules' parameters, see `parameter_groups`."""
     chosen = OptimizerSettings(**settings)
     groups = parameter_groups(modules, chosen.weight_decay)
-    for group in groups:
-        group["params"] = list(dict.fromkeys(group["params"]))
     on_cuda = any(p.is_cuda for group in groups for p in group["params"])
     first, second = chosen.betas
     return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=chosen.eps, fused=on_cuda or None)

@@ -23,10 +23,13 @@ def test_only_matrices_decay():
 
 
 def test_a_shared_parameter_is_optimised_once():
-    head, tied = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    head, tied, embedding = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Embedding(4, 4)
     tied.weight = head.weight
     optimizer = build_adamw([head, tied], {"betas": [0.8, 0.9]})
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 1
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0]
+    tied.weight = embedding.weight
+    groups = parameter_groups([tied, embedding], 0.1)
+    assert [len(group["params"]) for group in groups] == [0, 1]
     assert optimizer.defaults["betas"] == (0.8, 0.9)
 
 
