@@ -5,10 +5,12 @@ from typing import Any
 
 from moss_train.audio import WRITABLE_FORMATS
 from moss_train.commands._report import as_list, positive, print_report
+from moss_train.data.code_shards import is_code_folder
 from moss_train.export.loading import load_tokenizer
 from moss_train.inference.corpus import find_codes
 from moss_train.inference.decoding import Decoder, decode_files
 from moss_train.inference.device import choose_device
+from moss_train.inference.shards import decode_shards
 from moss_train.utils.errors import UserError
 
 SUMMARY = "Turn codes back into audio files."
@@ -24,8 +26,13 @@ def run(config: dict[str, Any]) -> int:
     if config["format"] not in WRITABLE_FORMATS:
         raise UserError(f"format={config['format']} has to be one of {', '.join(WRITABLE_FORMATS)}")
     out = Path(config["out"]).expanduser()
-    works = find_codes(as_list(config["input"]), out, f".{config['format']}")
+    inputs, suffix = as_list(config["input"]), f".{config['format']}"
+    shards = len(inputs) == 1 and is_code_folder(Path(inputs[0]).expanduser())
+    works = [] if shards else find_codes(inputs, out, suffix)
     device = choose_device(config["device"])
     model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
     decoder = Decoder(model, config["num_quantizers"], config["chunk_duration"])
+    if shards:
+        report = decode_shards(decoder, Path(inputs[0]).expanduser(), out, suffix, batch_seconds)
+        return print_report(report, out, "decode")
     return print_report(decode_files(decoder, works, batch_seconds), out, "decode")

@@ -1,4 +1,4 @@
-"""`encode`: audio files to codes."""
+"""`encode`: audio files, or packed shards, to codes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,14 @@ from moss_train.export.loading import load_tokenizer
 from moss_train.inference.corpus import find_audio
 from moss_train.inference.device import choose_device
 from moss_train.inference.encoding import Encoder, encode_files
+from moss_train.inference.shards import EncodeJob, encode_shards
+from moss_train.utils.errors import UserError
 
-SUMMARY = "Turn audio files into codes, one .safetensors file per clip."
+SUMMARY = "Turn audio files into codes, one .safetensors file per clip, or packed shards into shards of codes."
 EXAMPLES = (
     "python -m moss_train encode model=my-tokenizer input=/my/audio out=/my/codes",
     "python -m moss_train encode model=runs/x input=clips.jsonl out=codes num_quantizers=8",
+    "python -m moss_train encode model=my-tokenizer shards=/shards/speech out=/codes/speech 'device=[cuda:0,cuda:1]'",
 )
 
 
@@ -20,8 +23,19 @@ def run(config: dict[str, Any]) -> int:
     """Encode a corpus; the exit status is 1 when some clips could not be read."""
     batch_seconds = positive(config, "batch_seconds")
     out = Path(config["out"]).expanduser()
+    if (config["input"] is None) == (config["shards"] is None):
+        raise UserError("give either input= (audio files) or shards= (a packed folder)")
+    if config["shards"] is not None:
+        return _run_shards(config, batch_seconds, out)
     works = find_audio(as_list(config["input"]), out)
     device = choose_device(config["device"])
     model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
     encoder = Encoder(model, str(config["model"]), config["num_quantizers"], config["chunk_duration"])
     return print_report(encode_files(encoder, works, batch_seconds), out, "encode")
+
+
+def _run_shards(config: dict[str, Any], batch_seconds: float, out: Path) -> int:
+    devices = [choose_device(name) for name in as_list(config["device"])]
+    audio = Path(config["shards"]).expanduser()
+    job = EncodeJob(str(config["model"]), audio, config["num_quantizers"], config["chunk_duration"], batch_seconds)
+    return print_report(encode_shards(job, out, devices), out, "encode")

@@ -13,6 +13,7 @@ from safetensors.torch import save
 
 from moss_train.audio import RESAMPLER
 from moss_train.data.manifest import DOMAIN_PATTERN
+from moss_train.data.remote import fetch_index, fetch_shard, is_remote
 from moss_train.data.shards import FORMAT_VERSION, SAMPLE_ARRAYS, ShardContents, sha256_of
 from moss_train.utils.errors import UserError
 
@@ -111,6 +112,7 @@ class ShardIndex:
         self.num_channels: int = index["num_channels"]
         self.shards = tuple(ShardRecord(**record) for record in index["shards"])
         self.arrays = arrays
+        self.url: str | None = None  # where the shards lie, when they are not in `folder`
         self._arrays_sha256 = index["arrays_sha256"]
 
     @classmethod
@@ -119,7 +121,8 @@ class ShardIndex:
 
         Raises UserError when the folder is not packed, the index is damaged or does not fit the shards' sizes.
         """
-        folder = Path(folder)
+        url = str(folder) if is_remote(folder) else None
+        folder = fetch_index(url, (INDEX_FILE, ARRAYS_FILE)) if url else Path(folder)
         index = _read_json(folder)
         try:
             with safe_open(folder / ARRAYS_FILE, "pt") as file:
@@ -127,6 +130,7 @@ class ShardIndex:
             loaded = cls(folder, index, arrays)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise UserError(f"the index of {folder} is damaged ({error}); pack it again") from error
+        loaded.url = url
         loaded.verify(full=False)
         return loaded
 
@@ -143,14 +147,17 @@ class ShardIndex:
         if full and sha256_of(self.folder / ARRAYS_FILE) != self._arrays_sha256:
             raise UserError(f"{self.folder / ARRAYS_FILE} is damaged: its hash differs from the index")
         for shard in self.shards:
-            self._verify_shard(shard, full)
+            self.verify_shard(shard, full=full)
 
-    def _verify_shard(self, shard: ShardRecord, full: bool) -> None:
-        path = self.folder / shard.file
+    def verify_shard(self, shard: ShardRecord, *, full: bool = True) -> None:
+        """Compare one shard on disk with its record, as `verify` does."""
         if not _SHARD_NAME.fullmatch(shard.file) or not DOMAIN_PATTERN.fullmatch(shard.domain):
             raise UserError(
                 f"{self.folder / INDEX_FILE}: shard {shard.file!r} is not the plain name of a .tar file of a domain"
             )
+        if self.url is not None and not full:
+            return  # compared when it is fetched
+        path = self.folder / shard.file if self.url is None else fetch_shard(self._place(shard))
         try:
             num_bytes = path.stat().st_size
         except OSError as error:
@@ -163,7 +170,10 @@ class ShardIndex:
     def locate(self, row: int) -> ClipLocation:
         """Where the clip of one row lies."""
         values = {name: self.arrays[name][row].item() for name in SAMPLE_ARRAYS}
-        return ClipLocation(shard=str(self.folder / self.shards[self.arrays["shard"][row]].file), **values)
+        return ClipLocation(shard=self._place(self.shards[self.arrays["shard"][row]]), **values)
+
+    def _place(self, shard: ShardRecord) -> str:
+        return str(self.folder / shard.file) if self.url is None else f"{self.url.rstrip('/')}/{shard.file}"
 
 
 def _read_json(folder: Path) -> dict:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,3 +227,15 @@ def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> Sour
         end_seconds=entry.get("end_seconds"),
         row=entry.get("row"),
     )
+
+
+def write_manifest(path: Path, entries: Iterable[dict[str, Any]]) -> int:
+    """Write a JSONL manifest, values that are None left out, and return the number of its lines."""
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for entry in entries:
+            values = {key: value for key, value in entry.items() if value is not None}
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            count += 1
+    return count

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import tarfile
 from collections import OrderedDict
@@ -15,6 +16,8 @@ from torch import Tensor
 from moss_train.audio import read_audio
 from moss_train.data.corpus import Corpus
 from moss_train.data.index import ClipLocation
+from moss_train.data.loudness import loudness, power_spectrum
+from moss_train.data.remote import is_remote, open_shard
 from moss_train.data.stream import ClipFormat, SampleRef
 from moss_train.types import TASKS
 from moss_train.utils.errors import UserError
@@ -23,6 +26,10 @@ TextEncoder = Callable[[str], Sequence[int]]
 
 _READ_BYTES = 2**18  # at once, so that a clip is read in one go and a crop of a long file costs no more than this
 _MAX_JSON_BYTES = 2**20
+MAX_GAIN_DB = 30.0
+"""Most that loudness normalisation changes a clip: what is quieter is not what it should be."""
+
+_OPEN_REMOTE = 8  # an open file takes space after the cache has deleted it
 
 
 class SampleError(ValueError):
@@ -50,8 +57,9 @@ class OpenFiles:
     def descriptor(self, path: str) -> int:
         """Return an open descriptor of the file. Raises OSError."""
         if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._descriptors) > self._capacity:
+            remote = is_remote(path)
+            self._descriptors[path] = open_shard(path) if remote else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._descriptors) > (min(self._capacity, _OPEN_REMOTE) if remote else self._capacity):
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(path)
         return self._descriptors[path]
@@ -168,7 +176,7 @@ class SampleReader:
 
     def __init__(self, clip_format: ClipFormat, text_encoder: TextEncoder | None) -> None:
         self._clips = ClipReader(clip_format.sampling_rate, clip_format.num_channels)
-        self._peak = clip_format.peak
+        self._format = clip_format
         self._text_encoder = text_encoder
 
     def read(self, ref: SampleRef) -> TrainingClip:
@@ -183,7 +191,7 @@ class SampleReader:
         except SampleError as error:
             raise SampleError(str(error), sample_id) from error
         task_id = TASKS.index(labels["task"]) if tokens else -1
-        return TrainingClip(ref, sample_id, scale_to_peak(audio, self._peak), tokens, task_id)
+        return TrainingClip(ref, sample_id, adjust_level(audio, self._format, ref.gain_unit), tokens, task_id)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         if self._text_encoder is None:
@@ -195,6 +203,21 @@ class SampleReader:
         if not tokens:
             raise SampleError("the text encoder gives no tokens")
         return tokens
+
+
+def adjust_level(audio: Tensor, clip_format: ClipFormat, gain_unit: float) -> Tensor:
+    """Bring audio [C, T] to the level that a format asks for; silence stays silent, nothing exceeds full scale."""
+    audio = scale_to_peak(audio, clip_format.peak)
+    gain_db = 0.0
+    if clip_format.loudness_lufs is not None:
+        wanted = clip_format.loudness_lufs - loudness(power_spectrum(audio), clip_format.sampling_rate)
+        gain_db = min(max(wanted, -MAX_GAIN_DB), MAX_GAIN_DB) if math.isfinite(wanted) else 0.0
+    if clip_format.gain_db is not None:
+        lowest, highest = clip_format.gain_db
+        gain_db += lowest + (highest - lowest) * gain_unit
+    if gain_db == 0 or not (peak := audio.abs().max().item()):
+        return audio
+    return audio * min(10 ** (gain_db / 20), max(1.0, 1 / peak) if gain_db > 0 else 1.0)
 
 
 def scale_to_peak(audio: Tensor, peak: float | None) -> Tensor:

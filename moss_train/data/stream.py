@@ -26,6 +26,8 @@ class ClipFormat:
     num_channels: int
     hop_length: int  # samples per frame; batches are padded to whole frames
     peak: float | None = None  # used audio is scaled to this highest absolute sample; silence stays silent
+    loudness_lufs: float | None = None  # or to this loudness, as far as full scale allows
+    gain_db: tuple[float, float] | None = None  # then by a random gain between these, as far as full scale allows
 
     def __post_init__(self) -> None:
         for name in ("sampling_rate", "num_channels", "hop_length"):
@@ -33,6 +35,12 @@ class ClipFormat:
                 raise UserError(f"{name}={getattr(self, name)} has to be at least 1")
         if self.peak is not None and not 0 < self.peak <= 1:
             raise UserError(f"peak={self.peak} has to be above 0 and at most 1, or null")
+        if self.peak is not None and self.loudness_lufs is not None:
+            raise UserError(f"peak={self.peak} and loudness_lufs={self.loudness_lufs} exclude each other")
+        if self.loudness_lufs is not None and not -70 <= self.loudness_lufs <= 0:
+            raise UserError(f"loudness_lufs={self.loudness_lufs} has to be between -70 and 0, or null")
+        if self.gain_db is not None and not -60 <= self.gain_db[0] <= self.gain_db[1] <= 60:
+            raise UserError(f"gain_db={list(self.gain_db)} has to be [lowest, highest] between -60 and 60, or null")
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class SampleRef:
     with_text: bool
     quantizer_unit: float
     crop_unit: float
+    gain_unit: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class _Block:
     with_text: np.ndarray
     quantizer_units: np.ndarray
     crop_units: np.ndarray
+    gain_units: np.ndarray
 
 
 class AudioStream:
@@ -139,6 +149,7 @@ class AudioStream:
             with_text=bool(block.with_text[place]),
             quantizer_unit=float(block.quantizer_units[place]),
             crop_unit=float(block.crop_units[place]),
+            gain_unit=float(block.gain_units[place]),
         )
 
     def _lengths_until(self, position: int, total: int, at_least: int) -> np.ndarray:
@@ -162,10 +173,11 @@ class AudioStream:
         lengths, with_text = self._used(rows)
         room = self._corpus.column("num_samples", rows) - lengths + 1
         draw = {
-            purpose: units(self.seed, purpose, number, count=len(rows)) for purpose in ("start", "quantizer", "crop")
+            purpose: units(self.seed, purpose, number, count=len(rows))
+            for purpose in ("start", "quantizer", "crop", "gain")
         }
         starts = (draw["start"] * room).astype(np.int64)
-        return _Block(domains, rows, starts, lengths, with_text, draw["quantizer"], draw["crop"])
+        return _Block(domains, rows, starts, lengths, with_text, draw["quantizer"], draw["crop"], draw["gain"])
 
     def _used(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Used length of clips, and whether their text is used."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from torch import Tensor
 
@@ -19,7 +19,9 @@ RANGE_DB = 80.0
 PANEL_INCHES = (9.0, 1.75)
 
 
-def save_spectrograms(waveforms: Mapping[str, Tensor], sampling_rate: int, path: str | Path, title: str = "") -> None:
+def save_spectrograms(
+    waveforms: Mapping[str, Tensor], sampling_rate: int, path: str | Path | BinaryIO, title: str = ""
+) -> None:
     """Log-mel spectrograms of several versions of one clip, one below the other, as a PNG.
 
     waveforms: name -> [C, T], the original first; channels are averaged. All panels share time, frequency and a colour

@@ -43,6 +43,7 @@ class Column:
     denominator: str | None = None  # key of the second sum, such as the words behind a number of errors
     is_speech_only: bool = False  # says nothing about music and sounds, and is not computed for them
     decimals: int = 2
+    is_plotted: bool = True  # false for values of the original, which no bitrate changes
 
 
 class Pair:

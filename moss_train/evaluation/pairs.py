@@ -1,5 +1,6 @@
 """Folders of references and reconstructions, made by any codec, as an evaluation set."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ def find_pairs(root: Path, domain: str, bits_per_level: float | None) -> list[Pa
     """
     if not root.is_dir():
         raise UserError(f"pairs={root} is not a folder")
-    found = []
+    found: list[PairFolder] = []
     for reference_name, degraded_name in LAYOUTS:
         for reference in sorted(path for path in (root / reference_name, *root.rglob(reference_name)) if path.is_dir()):
             degraded = reference.with_name(degraded_name)
@@ -81,6 +82,15 @@ class PairRenderer:
             raise UserError(f"{self._folders[0].reference} has no audio files")
         return [clips[key] for key in sorted(clips)]
 
+    def depends_on(self, clip: EvaluationClip) -> str:
+        """The bytes of the reconstructions."""
+        digest = hashlib.sha256()
+        for folder in self._folders:
+            name = clip.id.removeprefix(f"{clip.domain}/")
+            if folder.domain == clip.domain and (path := _path(folder.degraded, name)) is not None:
+                digest.update(str(folder.condition).encode() + path.read_bytes())
+        return digest.hexdigest()
+
     def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> Rendered:
         """Pair a reference [C, T] with its reconstructions; missing or unreadable ones are failures."""
         check_audio(audio, clip.id)
@@ -114,7 +124,11 @@ def audio_files(folder: Path) -> list[Path]:
 
 
 def _find(folder: Path, name: str) -> Path:
-    for suffix in (".flac", ".wav"):
-        if (path := folder / f"{name}{suffix}").is_file():
-            return path
-    raise UserError(f"{folder} has no {name}.flac or {name}.wav")
+    path = _path(folder, name)
+    if path is None:
+        raise UserError(f"{folder} has no {name}.flac or {name}.wav")
+    return path
+
+
+def _path(folder: Path, name: str) -> Path | None:
+    return next((path for suffix in (".flac", ".wav") if (path := folder / f"{name}{suffix}").is_file()), None)

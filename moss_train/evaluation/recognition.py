@@ -23,7 +23,7 @@ _WITHOUT_SPACES = ("zh", "ja", "th", "yue")
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """WER and CER against the transcript, with the original's WER, and the WER against the original's own transcript.
+    """WER and CER against the transcript, the original's WER beside it, and dWER: against the original's transcription.
 
     All are sums of errors over sums of words or characters. Applies to speech in the recogniser's languages; clips
     without a transcript have the last one only.
@@ -38,11 +38,14 @@ class ErrorRates:
         short = {"faster_whisper": "Whisper", "whisper": "Whisper", "pocketsphinx": "Sphinx"}[self.backend]
         rates = (
             ("wer", f"WER[{short}]", "wer_words"),
-            ("wer_original", "WER of the original", "wer_words"),
-            ("cer", "CER", "cer_characters"),
-            ("dwer", "WER against the original's transcript", "dwer_words"),
+            ("wer_original", f"WER orig.[{short}]", "wer_words"),
+            ("cer", f"CER[{short}]", "cer_characters"),
+            ("dwer", f"dWER[{short}]", "dwer_words"),
         )
-        columns = (Column(f"{key}_errors", title, False, below, True, 3) for key, title, below in rates)
+        columns = (
+            Column(f"{key}_errors", title, False, below, True, 3, is_plotted=key != "wer_original")
+            for key, title, below in rates
+        )
         object.__setattr__(self, "columns", tuple(columns))
 
     @property
@@ -141,7 +144,8 @@ def _whisper(model: str | None) -> Callable[[Tensor, str], str]:
 
     def transcribe(audio: Tensor, language: str) -> str:
         features = processor(audio.numpy(), sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
-        options = {"language": language, "task": "transcribe"} if recogniser.generation_config.is_multilingual else {}
+        is_multilingual = getattr(recogniser.generation_config, "is_multilingual", False)
+        options = {"language": language, "task": "transcribe"} if is_multilingual else {}
         with torch.inference_mode():
             tokens = recogniser.generate(features, num_beams=1, do_sample=False, **options)
         return processor.batch_decode(tokens, skip_special_tokens=True)[0]

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,19 +62,29 @@ class Rendered:
     codes: Tensor | None = None  # [N, frames]
     encode_seconds: float = 0.0  # of computing
     decode_seconds: dict[int, float] = field(default_factory=dict)  # by number of levels
+    values: dict[Condition, dict[str, float]] = field(default_factory=dict)  # measured on the codes
     failures: dict[Condition, str] = field(default_factory=dict)  # conditions without reconstruction, with the reason
 
 
 class CodecRenderer:
-    """Encodes a clip once and decodes every wanted prefix of its levels; adds the two anchors."""
+    """Encodes a clip once and decodes every wanted prefix of its levels; adds the two anchors.
+
+    measure: what is computed from the codes [n, frames] and the labels of a clip instead of from audio.
+    """
 
     def __init__(
-        self, codec: Codec, num_quantizers: Sequence[int], clips: Sequence[EvaluationClip], with_anchors: bool = True
+        self,
+        codec: Codec,
+        num_quantizers: Sequence[int],
+        clips: Sequence[EvaluationClip],
+        with_anchors: bool = True,
+        measure: Callable[[Tensor, Mapping[str, str]], dict[str, float]] | None = None,
     ) -> None:
         self.codec = codec
         self._levels = tuple(num_quantizers)
         self._others = impostors(clips) if with_anchors else {}
         self._with_anchors = with_anchors
+        self._measure = measure
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -82,6 +92,10 @@ class CodecRenderer:
         codec = self.codec
         depths = tuple(Condition(codec.name, count, bitrate(codec, count)) for count in self._levels)
         return depths + (tuple(map(Condition, ANCHORS)) if self._with_anchors else ())
+
+    def depends_on(self, clip: EvaluationClip) -> str:
+        """The clip that stands for a mismatch, which is another one when the evaluation set changes."""
+        return self._others[clip.id].id if clip.id in self._others else ""
 
     def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> Rendered:
         """Render a clip [C, T] at `rate` Hz. Raises UserError for audio that is empty or not finite."""
@@ -103,7 +117,10 @@ class CodecRenderer:
             degraded = pcm16(fit_length(output, reference.shape[-1]))
             renditions.append(Rendition(condition, reference, degraded, self.codec.sampling_rate))
         times = dict(zip(self._levels, (spent for _, spent in decoded), strict=True))
-        return Rendered(tuple(renditions), seconds, codes, encode_seconds, times, failures)
+        values = (
+            {item: self._measure(codes[: item.num_quantizers], clip.labels) for item in depths} if self._measure else {}
+        )
+        return Rendered(tuple(renditions), seconds, codes, encode_seconds, times, values, failures)
 
     def _prepare(self, audio: Tensor, rate: int) -> Tensor:
         return resample(convert_channels(audio, self.codec.num_channels), rate, self.codec.sampling_rate)

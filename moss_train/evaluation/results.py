@@ -121,10 +121,11 @@ class Results:
             path.write_text(json.dumps(asdict(self.times), indent=1) + "\n", encoding="utf-8")
 
 
-def clip_key(clip: EvaluationClip, audio: Tensor, rate: int) -> str:
+def clip_key(clip: EvaluationClip, audio: Tensor | None = None, rate: int = 0, other: str = "") -> str:
     """Hash of everything about a clip that its row depends on, for a given folder of results."""
-    digest = hashlib.sha256(json.dumps([clip.id, clip.domain, clip.labels, rate], sort_keys=True).encode())
-    digest.update(audio.contiguous().numpy().tobytes())
+    digest = hashlib.sha256(json.dumps([clip.id, clip.domain, clip.labels, rate, other], sort_keys=True).encode())
+    if audio is not None:
+        digest.update(audio.contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]
 
 

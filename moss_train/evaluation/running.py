@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moss_train.evaluation.metrics import Metric, Pair, PairScores, score_pair
+from moss_train.evaluation.metrics import Metric, Pair, score_pair
 from moss_train.evaluation.rendering import Condition, EvaluationClip, Rendered
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
@@ -24,6 +24,10 @@ class Renderer(Protocol):
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """All conditions in the order of the table."""
+        ...
+
+    def depends_on(self, clip: EvaluationClip) -> str:
+        """What the pairs of a clip depend on besides the clip and the settings."""
         ...
 
     def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> Rendered:
@@ -71,13 +75,13 @@ def _render(
     """Key of a clip, what was made of it unless its row is there, and why it cannot be used."""
     try:
         audio, rate = clip.read()
-        key = clip_key(clip, audio, rate)
+        key = clip_key(clip, audio, rate, renderer.depends_on(clip))
         wants_audio = clip.id in keep_audio_of and not (results.folder / AUDIO_FOLDER / key).is_dir()
         if key in results.rows and results.rows[key].failure is None and not wants_audio:
             return key, None, None
         rendered = renderer.render(clip, audio, rate)
     except (UserError, OSError) as error:
-        return clip_key(clip, torch.zeros(0), 0), None, str(error)
+        return clip_key(clip), None, str(error)
     results.times.add(rendered)
     if rendered.codes is not None:
         results.keep_codes(key, rendered.codes)
@@ -96,6 +100,7 @@ class _Task:
     seconds: float
     labels: dict[str, str]
     pairs: tuple[tuple[Condition, np.ndarray, np.ndarray, int], ...]
+    values: dict[Condition, dict[str, float]]
     failures: dict[Condition, str]
 
 
@@ -115,12 +120,10 @@ def _score(task: _Task, metrics: Mapping[str, Metric]) -> ClipRow:
     rows = [ConditionRow(condition, failure=reason) for condition, reason in task.failures.items()]
     for condition, reference, degraded, rate in task.pairs:
         pair = Pair(torch.from_numpy(reference), torch.from_numpy(degraded), rate, task.labels)
-        rows.append(_row(condition, score_pair(metrics, pair)))
+        scores = score_pair(metrics, pair)
+        values = task.values.get(condition, {}) | scores.values
+        rows.append(ConditionRow(condition, values, scores.errors, scores.official))
     return ClipRow(task.clip, task.domain, task.key, task.seconds, tuple(rows))
-
-
-def _row(condition: Condition, scores: PairScores) -> ConditionRow:
-    return ConditionRow(condition, scores.values, scores.errors, scores.official)
 
 
 @contextmanager
@@ -133,7 +136,7 @@ def _scorer(metrics: Mapping[str, Metric], num_workers: int) -> Iterator[Any]:
             for item in rendered.renditions
         )
         labels = {"domain": clip.domain} | clip.labels
-        return _Task(clip.id, clip.domain, key, rendered.seconds, labels, pairs, rendered.failures)
+        return _Task(clip.id, clip.domain, key, rendered.seconds, labels, pairs, rendered.values, rendered.failures)
 
     def score_here(clip: EvaluationClip, key: str, rendered: Rendered) -> Future[ClipRow]:
         future: Future[ClipRow] = Future()

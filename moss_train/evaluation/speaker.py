@@ -56,7 +56,7 @@ class Ge2eSimilarity:
             raise MetricError(f"less than {SMALLEST_SECONDS} seconds")
         if not wanted.any() or not got.any():
             raise MetricError("reference or reconstruction is silent")
-        return {"sim_ge2e": F.cosine_similarity(encoder.embed(wanted), encoder.embed(got), dim=0).item()}
+        return {"sim_ge2e": min(1.0, F.cosine_similarity(encoder.embed(wanted), encoder.embed(got), dim=0).item())}
 
     def _path(self) -> Path | None:
         if self.weights is not None:

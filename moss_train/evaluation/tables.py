@@ -26,7 +26,7 @@ class Table:
 
 def markdown(table: Table) -> str:
     """The table for reading: an arrow says which way is better, intervals are in the CSV."""
-    cells = [_header(table, "↑", "↓"), *(_cells(table, row) for row in table.rows)]
+    cells = table_cells(table)
     lines = [_markdown_line(cells[0]), "|---" * len(cells[0]) + "|", *map(_markdown_line, cells[1:])]
     notes = [f"- {note}" for note in table.footnotes]
     return "\n".join([f"# {table.title}", "", *lines, "", *notes, ""])
@@ -79,6 +79,11 @@ def codebook_csv(levels: Sequence[LevelUse]) -> str:
             writer.writerow(entry)
         writer.writerow(entry.values())
     return output.getvalue()
+
+
+def table_cells(table: Table) -> list[list[str]]:
+    """The table as texts, the header first."""
+    return [_header(table, "↑", "↓"), *(_cells(table, row) for row in table.rows)]
 
 
 def _header(table: Table, up: str, down: str) -> list[str]:

@@ -75,14 +75,19 @@ def check_widths(name: str, entries: Sequence[Mapping[str, Any]], width: int, wa
 def check_transformer(where: str, entry: Mapping[str, Any]) -> None:
     """Raise ValueError for sizes that do not divide and for variants of the block that Cat does not have."""
     check_positive(where, entry, ENTRY_SIZES)
-    if entry["d_model"] % (2 * entry["num_heads"]):
-        raise ValueError(
-            f"{where}: d_model {entry['d_model']} must be an even multiple of num_heads {entry['num_heads']}"
-        )
+    check_heads(where, entry)
     fixed = {"causal": True, "norm": "layer_norm", "positional_embedding": "rope", "gating": "none"}
     for key, value in fixed.items():
         if entry.get(key, value) != value:
             raise ValueError(f"{where}: {key}={entry[key]!r} is not supported, Cat has {value!r}")
+
+
+def check_heads(where: str, sizes: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the width divides into heads of an even width, as rotary embedding needs."""
+    if sizes["d_model"] % (2 * sizes["num_heads"]):
+        raise ValueError(
+            f"d_model {sizes['d_model']} must be an even multiple of num_heads {sizes['num_heads']} ({where})"
+        )
 
 
 def check_quantizer(sizes: Mapping[str, Any]) -> None:
@@ -107,13 +112,15 @@ def check_stages(stages: Sequence[Mapping[str, Any]]) -> None:
         if missing or unknown:
             raise ValueError(f"stages[{number}]: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
         check_positive(f"stages[{number}]", stage, sorted(STAGE_KEYS))
+        check_heads(f"stages[{number}]", stage)
 
 
 def check_positive(where: str, values: Mapping[str, Any], keys: Sequence[str], kind: type = int) -> None:
     """Raise ValueError unless each key is there with a positive number of the given kind."""
     for key in keys:
         value = values.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if value is None or not is_number or not value > 0:
             raise ValueError(f"{where}: {key} must be a positive {kind.__name__}, got {value!r}")
 
 

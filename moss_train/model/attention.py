@@ -1,5 +1,7 @@
 """Causal sliding-window self-attention, offline and streaming."""
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,8 +11,10 @@ from .rope import rotate
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch without it computes the same in blocks
-    varlen_attn = None
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
+
+HAS_WINDOW_KERNEL = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
 
 LARGEST_BLOCK = 256  # queries per call beyond the window; all see window - 1 + 256 keys, so more would waste work
 
@@ -73,8 +77,10 @@ def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -
     frames = query.shape[2]
     head = slice(0, min(frames, window))
     parts = [F.scaled_dot_product_attention(query[:, :, head], key[:, :, head], value[:, :, head], is_causal=True)]
+    if frames <= window:
+        return parts[0]
     block = max(1, min(LARGEST_BLOCK, window // 2))
-    mask = block_mask(block, window, query.device) if frames > window else None
+    mask = block_mask(block, window, query.device)
     for start in range(window, frames, block):
         stop = min(start + block, frames)
         past = slice(start - window + 1, stop)
@@ -82,7 +88,7 @@ def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -
         parts.append(
             F.scaled_dot_product_attention(query[:, :, start:stop], key[:, :, past], value[:, :, past], visible)
         )
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=2)
 
 
 def block_mask(block: int, window: int, device: torch.device) -> Tensor:
@@ -94,7 +100,9 @@ def block_mask(block: int, window: int, device: torch.device) -> Tensor:
 
 def has_window_kernel(query: Tensor) -> bool:
     """Whether torch has windowed FlashAttention for such tensors: half precision on CUDA."""
-    return varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if not HAS_WINDOW_KERNEL or not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
@@ -104,4 +112,5 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> T
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
     # The kernel counts the keys before the query, we count the query too.
     attended = varlen_attn(query, key, value, starts, starts, frames, frames, window_size=(window - 1, 0))
+    assert isinstance(attended, Tensor)
     return attended.unflatten(0, (batch, frames))

@@ -4,6 +4,8 @@ With it every mel value lies under the log floor of the reconstruction loss, its
 ever moves.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,7 +27,12 @@ def initialize_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight)
     elif isinstance(module, nn.Conv1d):
-        direction = module.parametrizations.weight.original1
-        nn.init.xavier_normal_(direction)
-        module.parametrizations.weight.original0.copy_(direction.flatten(1).norm(dim=1)[:, None, None])
-        nn.init.zeros_(module.bias)
+        initialize_weight_norm(module)
+
+
+def initialize_weight_norm(module: Any) -> None:
+    """Xavier directions, gains equal to their norms, zero bias."""
+    weight = module.parametrizations.weight
+    nn.init.xavier_normal_(weight.original1)
+    weight.original0.copy_(weight.original1.flatten(1).norm(dim=1)[:, None, None])
+    nn.init.zeros_(module.bias)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ OLDER_WEIGHT_NAMES = {
     r"self_attn\.in_proj_weight$": "self_attn.in_projs.0.weight",
     r"self_attn\.out_proj\.weight$": "self_attn.out_projs.0.weight",
 }
+Number = TypeVar("Number", int, Tensor)
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,8 +40,9 @@ class MossAudioTokenizerModel(PreTrainedModel):
     base_model_prefix = "moss_audio_tokenizer"
     main_input_name = "input_values"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["TransformerLayer"]
-    _keep_in_fp32_modules_strict: ClassVar = ["quantizer"]
+    _no_split_modules = ["TransformerLayer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["quantizer"]  # noqa: RUF012
+    config: MossAudioTokenizerConfig
 
     def __init__(self, config: MossAudioTokenizerConfig) -> None:
         super().__init__(config)
@@ -63,7 +65,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """What encoder and decoder compute in by configuration; None for the weights' own dtype."""
-        return COMPUTE_DTYPES.get(getattr(self.config, "compute_dtype", None))
+        return COMPUTE_DTYPES.get(getattr(self.config, "compute_dtype", None) or "fp32")
 
     def _precision(self) -> AbstractContextManager:
         dtype = self.compute_dtype
@@ -182,7 +184,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
         output = MossAudioTokenizerDecoderOutput(audio=audio, audio_lengths=frames * self.config.downsample_rate)
         return output if return_dict is not False else output.to_tuple()
 
-    def batch_encode(self, waveforms: Sequence[Tensor], **options: Any) -> MossAudioTokenizerEncoderOutput:
+    def batch_encode(self, waveforms: Sequence[Tensor], **options: Any) -> Any:
         """`encode` for a list of waveforms [C, T] or [T] of different lengths."""
         return self.encode(*pad_together([clip if clip.ndim == 2 else clip[None] for clip in waveforms]), **options)
 
@@ -194,7 +196,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
         reset_stream: bool = False,
         finalize_indices: Sequence[int] | None = None,
         **options: Any,
-    ) -> MossAudioTokenizerDecoderOutput:
+    ) -> Any:
         """`decode` for a list of codes [n, frames] of different lengths.
 
         Args:
@@ -240,7 +242,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
         """The transformer stages of an encoder or decoder."""
         return [module for module in modules if isinstance(module, ProjectedTransformer)]
 
-    def num_frames(self, lengths: Tensor | int) -> Tensor | int:
+    def num_frames(self, lengths: Number) -> Number:
         """Frames of codes for a number of samples per channel; a started frame counts."""
         return -(-lengths // self.config.downsample_rate)
 
@@ -253,6 +255,10 @@ class MossAudioTokenizerModel(PreTrainedModel):
             raise ValueError(f"num_quantizers must be between 1 and {available}, got {num_quantizers}")
         return num_quantizers
 
+    def check_codes(self, codes: Tensor) -> None:
+        """Raise ValueError unless codes are [n, B, frames] integers of this model."""
+        check_codes(self.config, codes)
+
     def _prepare_audio(self, audio: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Checked audio [B, C, T] on the model's device, and how many samples of each item are real."""
         audio = check_audio(self.config, audio).to(self.device)
@@ -264,7 +270,8 @@ class MossAudioTokenizerModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load a folder or repository in the released layout; a missing or left-over weight is a ValueError."""
         kwargs.setdefault("key_mapping", OLDER_WEIGHT_NAMES)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         problems = {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}
         if problems:
             details = "; ".join(f"{kind}: {', '.join(names[:5])} ({len(names)})" for kind, names in problems.items())
@@ -282,8 +289,8 @@ def build_modules(config: MossAudioTokenizerConfig, name: str) -> nn.ModuleList:
     for number, entry in enumerate(getattr(config, name)):
         options = {key: value for key, value in entry.items() if key not in ("module_type", "context_duration")}
         if number in frames:
-            modules.append(ProjectedTransformer(window=windows[number], flash=flash, **options))
-            modules[-1].frames_per_code_frame = frames[number]
+            options |= {"window": windows[number], "frames_per_code_frame": frames[number], "flash": flash}
+            modules.append(ProjectedTransformer(**options))
         else:
             modules.append(PatchedPretransform(entry["patch_size"], is_downsample=name == "encoder_kwargs"))
     return nn.ModuleList(modules)

@@ -16,12 +16,13 @@ class PackedLinears:
 
     def __init__(self, module: nn.Module) -> None:
         linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
-        self.weights = {linear: pack(linear.weight) for linear in linears if can_pack(linear)}
+        self.weights: dict[nn.Module, Tensor] = {linear: pack(linear.weight) for linear in linears if can_pack(linear)}
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
         """`linear(x)` for [B, T, C]."""
         weight = self.weights.get(linear)
-        if weight is None or x.shape[0] * x.shape[1] > LARGEST_ROWS or x.dtype != torch.float32:
+        few = x.shape[0] * x.shape[1] <= LARGEST_ROWS
+        if weight is None or not few or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return linear(x)
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 

@@ -5,7 +5,7 @@ The scheme is that of the improved RVQGAN (arXiv 2306.06546) with weight-normali
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,7 @@ class FoldedQuantizer:
     """
 
     def __init__(self, quantizer: ResidualLFQ) -> None:
-        levels = quantizer.quantizers
+        levels = cast(list[LFQ], list(quantizer.quantizers))
         with torch.autocast(levels[0].codebook.weight.device.type, enabled=False):
             self.project_in, self.project_out = folded(quantizer.input_proj), folded(quantizer.output_proj)
             in_weight, in_bias = map(torch.stack, zip(*(folded(level.in_proj) for level in levels), strict=True))
@@ -169,7 +169,7 @@ class FoldedQuantizer:
             return self.project_out(total)
 
 
-def folded(module: nn.Module) -> "FoldedProjection":
+def folded(module: Any) -> "FoldedProjection":
     """A 1x1 convolution (or identity) with its weight norm multiplied out."""
     if isinstance(module, nn.Identity):
         return FoldedProjection(None, None)
@@ -191,7 +191,7 @@ def pointwise(input_dim: int, output_dim: int) -> nn.Conv1d:
     return weight_norm(nn.Conv1d(input_dim, output_dim, kernel_size=1))
 
 
-def apply_pointwise(module: nn.Module, x: Tensor) -> Tensor:
+def apply_pointwise(module: Any, x: Tensor) -> Tensor:
     """Apply a 1x1 convolution (or identity) to [B, T, C] without changing the layout."""
     if isinstance(module, nn.Identity):
         return x

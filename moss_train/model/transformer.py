@@ -56,6 +56,7 @@ class Transformer(nn.Module):
     def __init__(self, layers: list[TransformerLayer], max_period: float) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.num_heads = layers[0].self_attn.num_heads
         self.max_period = max_period
         self.gradient_checkpointing = False
 
@@ -64,7 +65,7 @@ class Transformer(nn.Module):
         frames = x.shape[1]
         chunk = None if state is None else StreamChunk(state, frames, num_frames)
         positions = torch.arange(frames, device=x.device)[None] if chunk is None else chunk.positions
-        rotations = rotation(positions, x.shape[2] // self.layers[0].self_attn.num_heads, self.max_period)
+        rotations = rotation(positions, x.shape[2] // self.num_heads, self.max_period)
         for number, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and chunk is None:
                 x = checkpoint(layer, x, rotations, use_reentrant=False)
@@ -81,7 +82,7 @@ class ProjectedTransformer(nn.Module):
     Args:
         window: frames each query may look back on, itself included.
         options: `layer_scale` (initial gain), `max_period` (of the rotary embedding), `flash` (see
-            `MultiheadAttention`); the other keys of a released entry are fixed in Cat.
+            `MultiheadAttention`), `frames_per_code_frame`; the other keys of a released entry are fixed in Cat.
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class ProjectedTransformer(nn.Module):
         variant = (options.get("layer_scale", 0.01), options.get("flash", True))
         layers = [TransformerLayer(*sizes, *variant) for _ in range(num_layers)]
         self.window = window
+        self.d_model = d_model
+        self.frames_per_code_frame = options.get("frames_per_code_frame", 1)
         self.input_proj = projection(input_dimension, d_model)
         self.transformer = Transformer(layers, options.get("max_period", 10000))
         self.output_proj = projection(d_model, output_dimension)
@@ -119,10 +122,9 @@ class ProjectedTransformer(nn.Module):
             dtype: of keys and values, by default that of the weights.
             pack: reorder the linear weights, as they are now, for many short chunks (see `PackedLinears`).
         """
-        layers = self.transformer.layers
-        weight = layers[0].linear1.weight
-        heads = layers[0].self_attn.num_heads
-        shape = (batch_size, self.window + longest_step, heads, weight.shape[1] // heads)
+        layers, heads = self.transformer.layers, self.transformer.num_heads
+        weight = next(layers.parameters())
+        shape = (batch_size, self.window + longest_step, heads, self.d_model // heads)
         keys, values = ([weight.new_zeros(shape, dtype=dtype) for _ in layers] for _ in range(2))
         position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
         return StageState(position, keys, values, self.window, PackedLinears(self) if pack else apply_module)

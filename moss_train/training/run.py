@@ -23,9 +23,11 @@ from moss_train.training.stages import Schedule
 from moss_train.utils.build import build
 from moss_train.utils.checkpoints import newest_checkpoint
 from moss_train.utils.errors import UserError
+from moss_train.utils.locks import exclusive
 
 Node = Mapping[str, Any]
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
 # What may differ between the parts of one run: it does not change what is learned.
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "wandb", "allow_changes"}
 FREE_DATA_KEYS = {"num_workers"}
@@ -52,6 +54,20 @@ def fit(config: Node) -> RunResult:
     check_memory(measure(arguments), accelerator)
     stream = open_stream(config, tokenizer_config(arguments["tokenizer"]))
     directory = Path(config["run_dir"])
+    directory.mkdir(parents=True, exist_ok=True)
+    with exclusive(directory / LOCK_FILE, str(directory)):
+        return continue_run(config, directory, schedule, arguments, stream, accelerator)
+
+
+def continue_run(
+    config: Node,
+    directory: Path,
+    schedule: Schedule,
+    arguments: dict[str, Any],
+    stream: AudioStream,
+    accelerator: str,
+) -> RunResult:
+    """Train from the newest sound checkpoint of a run directory, or from the start when it has none."""
     checkpoint = newest_checkpoint(directory / "checkpoints")
     progress = read_progress(checkpoint)
     store_config(config, directory, is_new=checkpoint is None)
@@ -163,7 +179,6 @@ def store_config(config: Node, directory: Path, is_new: bool) -> None:
                 f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
                 "allow_changes=true to go on with the new values"
             )
-    directory.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
 
 

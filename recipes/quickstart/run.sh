@@ -28,7 +28,7 @@ export HF_HOME="$PWD/$out/huggingface" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
 say() { printf '\n== %s\n' "$*"; }
 moss_train() { "$python" -m moss_train "$@"; }
-fit() { moss_train fit experiment=cat_tiny data.train="$out/shards" run_dir="$out/$1" "${schedule[@]}" "${@:2}"; }
+training=("$python" -m moss_train fit experiment=cat_tiny data.train="$out/shards" "${schedule[@]}")
 
 say "1. Pack the embedded recordings"
 [ -e "$out/shards" ] || moss_train pack input="$here/audio/train.jsonl" out="$out/shards"
@@ -37,19 +37,19 @@ say "2. Train, and kill the process half-way"
 metrics="$out/trained/metrics.csv"
 rows() { if [ -e "$metrics" ]; then wc -l <"$metrics"; else echo 0; fi; }
 if [ "$(rows)" -lt "$half" ]; then
-    fit trained &
+    "${training[@]}" run_dir="$out/trained" &
     trainer=$!
     trap 'kill -9 "$trainer" 2>/dev/null || true' EXIT
     while kill -0 "$trainer" 2>/dev/null && [ "$(rows)" -le "$half" ]; do sleep 0.5; done
     kill -9 "$trainer" 2>/dev/null || { wait "$trainer"; exit 1; }
-    wait "$trainer" 2>/dev/null || true
+    wait "$trainer" 2>/dev/null || [ $? -eq 137 ] # 128 + SIGKILL
     trap - EXIT
     echo "killed with SIGKILL after $(($(rows) - 1)) updates; newest checkpoint: $(ls "$out/trained/checkpoints" | tail -n 1)"
 fi
 
 say "3. The same command again resumes"
-fit trained
-fit untrained stop_at_update=0
+"${training[@]}" run_dir="$out/trained"
+"${training[@]}" run_dir="$out/untrained" stop_at_update=0
 
 say "4. Export"
 for name in trained untrained; do

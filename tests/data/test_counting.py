@@ -1,4 +1,4 @@
-"""Bad samples of every kind, made in real shards and read by the loader: named once, counted by kind, with a ceiling."""
+"""Bad samples of every kind, made in real shards and read by the loader: named once, counted, with a ceiling."""
 
 import os
 import shutil

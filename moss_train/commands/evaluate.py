@@ -1,0 +1,184 @@
+"""`evaluate`: how well a codec reconstructs, at every bitrate."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moss_train.audio import RESAMPLER
+from moss_train.commands._evaluation_data import choose_clips, cut_clips, find_clips
+from moss_train.commands._report import as_list
+from moss_train.evaluation.codecs import CatCodec, Codec, check_levels
+from moss_train.evaluation.distances import PROFILES, Profile
+from moss_train.evaluation.metrics import Metric, native_metrics, split_available
+from moss_train.evaluation.naturalness import Dnsmos
+from moss_train.evaluation.other_codecs import load_codec
+from moss_train.evaluation.outputs import Evaluation, write_outputs
+from moss_train.evaluation.pairs import PairRenderer, find_pairs
+from moss_train.evaluation.recognition import BACKENDS, choose_backend
+from moss_train.evaluation.rendering import CodecRenderer, EvaluationClip
+from moss_train.evaluation.results import Results
+from moss_train.evaluation.running import Renderer, evaluate
+from moss_train.evaluation.speaker import Ge2eSimilarity
+from moss_train.evaluation.speaker_wavlm import WavLMSimilarity
+from moss_train.evaluation.summary import POLICIES
+from moss_train.evaluation.text_model import TextCrossEntropy, text_lm_of_checkpoint
+from moss_train.export.loading import find_checkpoint, load_tokenizer
+from moss_train.inference.device import choose_device
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.utils.checkpoints import CHECKPOINT_FILE
+from moss_train.utils.errors import UserError
+
+SUMMARY = "Measure a codec at every bitrate: the published table's columns, with a report."
+EXAMPLES = (
+    "python -m moss_train evaluate model=runs/x data=heldout.jsonl out=evaluation",
+    "python -m moss_train evaluate model=my-tokenizer data=/shards/test num_quantizers=[8,32] out=evaluation workers=4",
+    "python -m moss_train evaluate codec=mimi weights=/models/mimi data=heldout.jsonl out=mimi compare=[evaluation]",
+    "python -m moss_train evaluate pairs=/other/codec out=scores",
+)
+
+METRICS = ("text_model", "stoi", "pesq", "spectral", "si_sdr", "speaker", "recognition", "dnsmos")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured on which clips, and what identifies it."""
+
+    renderer: Renderer
+    clips: Sequence[EvaluationClip]
+    codec: Codec | None
+    identity: dict[str, Any]
+    of_codes: dict[str, Metric]  # measured where the codes are made
+
+
+def run(config: dict[str, Any]) -> int:
+    """Evaluate and write tables and report; the exit status is 1 when no clip could be scored."""
+    _check(config)
+    metrics, missing = split_available(_metrics(config))
+    if missing and config["strict"]:
+        raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
+    subject = _pairs(config) if config["pairs"] is not None else _codec(config)
+    out = Path(config["out"]).expanduser()
+    all_metrics = subject.of_codes | metrics
+    results = Results(out, _settings(config, subject, all_metrics))
+    rows = evaluate(
+        subject.clips,
+        subject.renderer,
+        metrics,
+        results,
+        num_workers=config["workers"],
+        keep_audio_of=_first_of_domains(subject.clips, config["report_clips"]),
+    )
+    evaluation = Evaluation(
+        tuple(rows),
+        subject.renderer.conditions,
+        all_metrics,
+        missing,
+        results,
+        PROFILES[config["profile"]],
+        subject.codec,
+    )
+    table = write_outputs(evaluation, config["failures"], config["seed"], as_list(config["compare"]), config["blind"])
+    print(table)
+    failed = [row for row in rows if row.failure is not None]
+    for row in failed[:20]:
+        print(f"moss_train evaluate: passed over: {row.failure}", file=sys.stderr)
+    print(f"evaluate: {len(rows) - len(failed)} of {len(rows)} clips; {out / 'report.html'}")
+    return 1 if len(failed) == len(rows) else 0
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Raise UserError for values that do not exist or do not go together."""
+    given = [key for key in ("model", "codec", "pairs") if config[key] is not None]
+    if len(given) != 1:
+        raise UserError(f"give one of model=, codec= and pairs=, got {' and '.join(given) or 'none'}")
+    if (config["data"] is None) == (given != ["pairs"]):
+        raise UserError("data= is required" if config["data"] is None else "data= has no effect with pairs=")
+    for key, known in (("profile", tuple(PROFILES)), ("failures", POLICIES), ("speaker", ("auto", "ge2e", "wavlm"))):
+        _one_of(key, config[key], known)
+    _one_of("recognition", config["recognition"], ("auto", *BACKENDS))
+    for name in config["metrics"]:
+        _one_of("metrics", name, METRICS)
+    for key, smallest in (("workers", 0), ("report_clips", 0), ("max_clips", 1), ("clip_seconds", 0.1)):
+        value = config[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < smallest):
+            raise UserError(f"{key}={value} has to be at least {smallest}")
+
+
+def _one_of(key: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{key}={value} has to be one of {', '.join(known)}")
+
+
+def _metrics(config: dict[str, Any]) -> dict[str, Metric]:
+    """The wanted metrics in the order of the published table."""
+    profile: Profile = PROFILES[config["profile"]]
+    published = config["speaker"] == "wavlm" or (config["speaker"] == "auto" and config["speaker_model"] is not None)
+    similarity: type[Ge2eSimilarity] | type[WavLMSimilarity] = WavLMSimilarity if published else Ge2eSimilarity
+    known: dict[str, Metric] = {
+        "speaker": similarity(config["speaker_model"]),
+        **native_metrics(profile),
+        "recognition": choose_backend(config["recognition"], config["recognition_model"]),
+        "dnsmos": Dnsmos(),
+    }
+    return {name: metric for name, metric in known.items() if name in config["metrics"]}
+
+
+def _codec(config: dict[str, Any]) -> Subject:
+    device = choose_device(config["device"])
+    codec: Codec
+    text_model: TextCrossEntropy | None = None
+    if config["model"] is not None:
+        model = load_tokenizer(config["model"])
+        codec = CatCodec(model.to(device), Path(str(config["model"])).name)  # type: ignore[arg-type]
+        text_model = _text_model(config, model, device)
+    else:
+        codec = load_codec(config["codec"], config["weights"], device)
+    levels = check_levels(codec, config["num_quantizers"])
+    clips = cut_clips(find_clips(as_list(config["data"]), config["domain"]), config["clip_seconds"])
+    clips = choose_clips(clips, config["max_clips"], config["seed"])
+    if not clips:
+        raise UserError(f"no clip of data={config['data']} is clip_seconds={config['clip_seconds']} long")
+    measure = text_model.measure if text_model is not None else None
+    renderer = CodecRenderer(codec, levels, clips, config["anchors"], measure)
+    identity = {"codec": codec.name, "fingerprint": codec.fingerprint, "num_quantizers": list(levels)}
+    return Subject(renderer, clips, codec, identity, {"text_model": text_model} if text_model is not None else {})
+
+
+def _text_model(
+    config: dict[str, Any], tokenizer: MossAudioTokenizerModel, device: torch.device
+) -> TextCrossEntropy | None:
+    """The text LM that was trained with the tokenizer, when the model is a run or a checkpoint that has one."""
+    path = find_checkpoint(Path(config["model"])) if "text_model" in config["metrics"] else None
+    if path is None:
+        return None
+    checkpoint = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True, mmap=True)
+    text_lm = text_lm_of_checkpoint(checkpoint, tokenizer.config.quantizer_kwargs["output_dim"])
+    return TextCrossEntropy(tokenizer, text_lm.to(device)) if text_lm is not None else None
+
+
+def _pairs(config: dict[str, Any]) -> Subject:
+    root = Path(config["pairs"]).expanduser()
+    renderer = PairRenderer(find_pairs(root, config["domain"], config["bits_per_level"]), config["domain"])
+    clips = choose_clips(renderer.clips(), config["max_clips"], config["seed"])
+    return Subject(
+        renderer, clips, None, {"pairs": str(root.resolve()), "bits_per_level": config["bits_per_level"]}, {}
+    )
+
+
+def _settings(config: dict[str, Any], subject: Subject, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Everything that a row depends on besides the clip."""
+    descriptions = {name: metric.description for name, metric in metrics.items()}
+    anchors = {"anchors": config["anchors"]} if subject.codec is not None else {}
+    return {**subject.identity, **anchors, "metrics": descriptions, "resampler": RESAMPLER}
+
+
+def _first_of_domains(clips: Sequence[EvaluationClip], count: int) -> frozenset[str]:
+    """Ids of the clips that the report lets one hear."""
+    chosen: list[str] = []
+    for domain in sorted({clip.domain for clip in clips}):
+        chosen += sorted(clip.id for clip in clips if clip.domain == domain)[:count]
+    return frozenset(chosen)

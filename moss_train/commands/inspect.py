@@ -1,0 +1,113 @@
+"""`inspect`: what is in packed folders, and what should not be."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moss_train.audio import write_audio
+from moss_train.commands._report import as_list
+from moss_train.data.inspection import ClipFacts, DropLimits, Inspection, find_bad, inspect_folder
+from moss_train.data.processes import num_cores
+from moss_train.data.randomness import permutation
+from moss_train.data.reading import ClipReader
+from moss_train.data.report_page import render_page
+from moss_train.evaluation.histograms import Histogram, Scatter, save_histograms
+from moss_train.utils.errors import UserError
+from moss_train.utils.progress import progress
+
+SUMMARY = "Verify packed shards and report what is in them; writes a list of clips to drop."
+EXAMPLES = (
+    "python -m moss_train inspect shards=/shards/speech out=report",
+    "python -m moss_train pack input=/data/speech.jsonl out=/shards/clean drop=report/drop.jsonl",
+)
+
+NUM_PLAYERS = 10
+PLAYER_SECONDS = 30
+
+
+def run(config: dict) -> int:
+    """Inspect every folder and write the report; the exit status is 1 when bytes differ from the index."""
+    limits = DropLimits(config["silent_db"], config["clipped_share"], config["max_characters_per_second"])
+    folders, out = as_list(config["shards"]), Path(config["out"]).expanduser()
+    if (out / "index.json").exists():
+        raise UserError(f"out={out} is a folder of shards; give another one for the report")
+    num_workers = config["num_workers"] or num_cores()
+    with progress("inspecting") as bar:
+        inspections = [inspect_folder(os.path.expanduser(folder), num_workers, bar.advance) for folder in folders]
+    out.mkdir(parents=True, exist_ok=True)
+    bad = find_bad([clip for inspection in inspections for clip in inspection.clips], limits)
+    _write_lists(out, inspections, bad)
+    save_histograms(_panels([clip for inspection in inspections for clip in inspection.clips]), out / "report.png")
+    players = _write_players(out, inspections, bad)
+    (out / "report.html").write_text(render_page(inspections, bad, players, "report.png"), encoding="utf-8")
+    problems = [problem for inspection in inspections for problem in inspection.problems]
+    for problem in problems:
+        print(problem)
+    print(f"inspect: {sum(len(i.clips) for i in inspections)} clips, {len(bad)} to drop, see {out / 'report.html'}")
+    return 1 if problems else 0
+
+
+def _write_lists(out: Path, inspections: Sequence[Inspection], bad: dict[str, str]) -> None:
+    with (out / "drop.jsonl").open("w", encoding="utf-8") as file:
+        for name, reason in bad.items():
+            file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
+    with (out / "clips.jsonl").open("w", encoding="utf-8") as file:
+        for inspection in inspections:
+            for clip in inspection.clips:
+                values = {key: None if value in (np.inf, -np.inf) else value for key, value in vars(clip).items()}
+                file.write(json.dumps({"folder": str(inspection.index.folder)} | values, ensure_ascii=False) + "\n")
+
+
+def _panels(clips: Sequence[ClipFacts]) -> list[Histogram | Scatter]:
+    clips = [clip for clip in clips if not clip.error]
+    domains = sorted({clip.domain for clip in clips})
+
+    def by_domain(name: str) -> dict[str, np.ndarray]:
+        return {domain: np.array([getattr(c, name) for c in clips if c.domain == domain]) for domain in domains}
+
+    with_text = [clip for clip in clips if clip.num_characters]
+    pairs = {
+        domain: (
+            np.array([clip.seconds for clip in with_text if clip.domain == domain]),
+            np.array([clip.num_characters for clip in with_text if clip.domain == domain]),
+        )
+        for domain in domains
+    }
+    return [
+        Histogram("duration (s)", by_domain("seconds"), logarithmic=True),
+        Histogram("loudness (LUFS)", by_domain("loudness_lufs")),
+        Histogram("peak", by_domain("peak")),
+        Histogram("bandwidth (Hz)", by_domain("bandwidth_hz")),
+        Histogram("samples at full scale (share)", by_domain("clipped_share"), logarithmic=True),
+        Scatter("duration (s)", "text (characters)", pairs),
+    ]
+
+
+def _write_players(
+    out: Path, inspections: Sequence[Inspection], bad: dict[str, str]
+) -> list[tuple[str, ClipFacts, str]]:
+    """Write ten clips, the domains in turn, and return (file, clip, text) of each."""
+    players = []
+    for number, (inspection, clip) in enumerate(_choose(inspections, bad)):
+        index = inspection.index
+        reader, location = ClipReader(index.sampling_rate, index.num_channels), index.locate(clip.row)
+        length = min(location.num_samples, PLAYER_SECONDS * index.sampling_rate)
+        name = f"players/{number}.flac"
+        (out / "players").mkdir(exist_ok=True)
+        write_audio(out / name, reader.read_audio(location, 0, length), index.sampling_rate)
+        players.append((name, clip, reader.read_labels(location).get("text", "")))
+    return players
+
+
+def _choose(inspections: Sequence[Inspection], bad: dict[str, str]) -> list[tuple[Inspection, ClipFacts]]:
+    turns: dict[str, list[tuple[Inspection, ClipFacts]]] = {}
+    for inspection in inspections:
+        for clip in inspection.clips:
+            if clip.id not in bad:
+                turns.setdefault(clip.domain, []).append((inspection, clip))
+    shuffled = [[clips[i] for i in permutation(0, domain, count=len(clips))] for domain, clips in sorted(turns.items())]
+    rounds = [clips[turn] for turn in range(NUM_PLAYERS) for clips in shuffled if turn < len(clips)]
+    return rounds[:NUM_PLAYERS]

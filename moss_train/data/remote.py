@@ -1,0 +1,193 @@
+"""Packed folders behind a URL (`https://`, `s3://`, `hf://`, whatever fsspec opens), through a bounded local cache.
+
+A shard is fetched whole when its first clip is read, checked against the index, and the one that has not been used for
+longest goes when the cache is full. Processes share the cache.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from moss_train.utils.errors import UserError
+
+CACHE_VARIABLE = "MOSS_TRAIN_CACHE"
+"""Environment variable with the folder of the cache; `~/.cache/moss_train` without it."""
+
+CACHE_GB_VARIABLE = "MOSS_TRAIN_CACHE_GB"
+"""Environment variable with the most gigabytes that fetched shards may take, 50 without it."""
+
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 1.0  # doubled after every attempt
+SILENCE_SECONDS = 60.0  # a connection that delivers nothing for so long is given up
+
+_CHUNK_BYTES = 2**20
+_SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
+
+
+def is_remote(place: str | Path) -> bool:
+    """Whether a place is a URL."""
+    return isinstance(place, str) and _SCHEME.match(place) is not None
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/moss_train").expanduser()
+
+
+def cache_bytes() -> int:
+    """How much fetched shards may take. Raises UserError for a value that is no number above 0."""
+    text = os.environ.get(CACHE_GB_VARIABLE, "50")
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = 0.0
+    if not gigabytes > 0:
+        raise UserError(f"{CACHE_GB_VARIABLE}={text} has to be a number of gigabytes above 0")
+    return int(gigabytes * 1e9)
+
+
+def fetch_index(url: str, names: Sequence[str]) -> Path:
+    """Fetch the small files of a remote folder anew and return the local folder with them. Raises UserError."""
+    folder = _folder_of(url)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        for name in names:
+            try:
+                _fetch(f"{url.rstrip('/')}/{name}", folder / name)
+            except OSError as error:
+                raise UserError(f"{url} is not a folder of packed shards that can be read: {error}") from error
+    return folder
+
+
+def fetch_shard(url: str) -> Path:
+    """Return the local copy of a remote shard, fetched and checked first where there is none. Raises OSError."""
+    path = _local_path(url)
+    with _locked(path):
+        _fetch_missing(url, path)
+    return path
+
+
+def open_shard(url: str) -> int:
+    """Return an open descriptor of the local copy, which stays readable when the copy is deleted. Raises OSError."""
+    path = _local_path(url)
+    with _locked(path):  # held until it is open, because nobody deletes a locked copy
+        _fetch_missing(url, path)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _local_path(url: str) -> Path:
+    parent, _, name = url.rpartition("/")
+    return _folder_of(parent) / name
+
+
+def _fetch_missing(url: str, path: Path) -> None:
+    if not path.exists():
+        size, sha256 = _expected(path.parent, path.name)
+        _make_room(size)
+        _fetch(url, path, size, sha256)
+    os.utime(path)
+
+
+def _folder_of(url: str) -> Path:
+    return cache_folder() / "shards" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Let one process at a time fetch or delete a file. Raises BlockingIOError when it is not to wait."""
+    with path.with_name(f".{path.name}.lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def _expected(folder: Path, name: str) -> tuple[int, str]:
+    shards = _records(str(folder), (folder / "index.json").stat().st_mtime_ns)
+    if name not in shards:
+        raise OSError(errno.ENOENT, f"the index has no shard {name}")
+    return shards[name]
+
+
+@lru_cache(maxsize=16)
+def _records(folder: str, mtime: int) -> dict[str, tuple[int, str]]:
+    index = json.loads(Path(folder, "index.json").read_text("utf-8"))
+    return {shard["file"]: (shard["bytes"], shard["sha256"]) for shard in index["shards"]}
+
+
+def _make_room(size: int) -> None:
+    """Delete the shards that have not been used for longest until another one fits."""
+    limit = cache_bytes()
+    if size > limit:
+        raise OSError(errno.ENOSPC, f"a shard has {size:,} bytes, more than {CACHE_GB_VARIABLE} allows ({limit:,})")
+    files = []
+    for path in (cache_folder() / "shards").glob("*/*.tar"):
+        try:
+            status = path.stat()
+        except OSError:
+            continue  # another process was faster
+        files.append((status.st_mtime_ns, status.st_size, path))
+    total = sum(length for _, length, _ in files)
+    for _, length, path in sorted(files):
+        if total + size <= limit:
+            return
+        with suppress(BlockingIOError), _locked(path, wait=False):
+            path.unlink(missing_ok=True)
+            total -= length
+
+
+def _fetch(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
+    """Fetch a file, complete and checked or not at all, with a few attempts. Raises OSError naming the URL."""
+    temporary = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        _with_attempts(url, lambda: _download(url, temporary, size, sha256))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _with_attempts(url: str, action: Callable[[], None]) -> None:
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, f"{url} does not exist") from error
+        except ImportError as error:
+            raise OSError(errno.ENOPKG, f"{url} needs another package: {error}") from error
+        except Exception as error:  # every file system of fsspec has exceptions of its own
+            if attempt == ATTEMPTS - 1:
+                reason = str(error) or type(error).__name__
+                raise OSError(errno.EIO, f"{url} after {ATTEMPTS} attempts: {reason}") from error
+            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
+    return None
+
+
+def _download(url: str, path: Path, size: int | None, sha256: str | None) -> None:
+    import fsspec
+
+    digest, count = hashlib.sha256(), 0
+    with fsspec.open(url, "rb", **_options(url)) as source, path.open("wb") as target:
+        while chunk := source.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            target.write(chunk)
+            count += len(chunk)
+    if size is not None and count != size:
+        raise OSError(errno.EIO, f"{count} bytes came, the index says {size}")
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise OSError(errno.EIO, "the hash differs from the index")
+
+
+def _options(url: str) -> dict[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+    return {"client_kwargs": {"timeout": timeout}, "block_size": 0}  # 0: read as a stream, not by ranges

@@ -1,0 +1,130 @@
+"""The report of an evaluation: one HTML page without anything outside it."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from moss_train.audio import read_audio
+from moss_train.evaluation.codebooks import LevelUse
+from moss_train.evaluation.comparison import Comparison
+from moss_train.evaluation.figures import save_spectrograms
+from moss_train.evaluation.metrics import missing_package
+from moss_train.evaluation.plots import bitrate_plot, usage_plot
+from moss_train.evaluation.rendering import ANCHORS, Condition
+from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, file_name
+from moss_train.evaluation.tables import Table, table_cells
+from moss_train.utils.files import written_whole
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows."""
+
+    table: Table
+    rows: Sequence[ClipRow]
+    levels: Sequence[LevelUse]
+    comparisons: Sequence[Comparison]
+    folder: Path  # of the evaluation, with the audio that was kept
+    is_blind: bool
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the page; without matplotlib it has no plots and says so."""
+    without_plots = missing_package("matplotlib")
+    parts = {
+        "title": html.escape(report.table.title),
+        "table": _table(report.table),
+        "footnotes": "".join(f"<li>{html.escape(note)}</li>" for note in report.table.footnotes),
+        "plots": f"<p>{without_plots}</p>" if without_plots else "".join(_plots(report)),
+        "comparisons": "".join(map(_comparison, report.comparisons)),
+        "clips": "".join(_clips(report, draw=without_plots is None)),
+        "blind": json.dumps(report.is_blind),
+    }
+    with written_whole(path) as temporary:
+        temporary.write_text(Template(TEMPLATE.read_text("utf-8")).substitute(parts), encoding="utf-8")
+
+
+def _table(table: Table) -> str:
+    header, *lines = table_cells(table)
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = []
+    for line, row in zip(lines, table.rows, strict=True):
+        kind = ' class="anchor"' if row.condition.system in ANCHORS else ""
+        body.append(f"<tr{kind}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _plots(report: Report) -> Iterator[str]:
+    others = [(comparison.other, comparison.summary) for comparison in report.comparisons]
+    for column in report.table.columns:
+        plot = bitrate_plot(column, report.table.rows, others)
+        if plot is not None:
+            yield f'<figure class="plot" aria-label="{html.escape(column.title)}">{plot}</figure>'
+    if report.levels:
+        yield f'<figure class="plot" aria-label="Use of the codebooks">{usage_plot(report.levels)}</figure>'
+
+
+def _comparison(comparison: Comparison) -> str:
+    lines = []
+    for item in comparison.differences:
+        value = item.estimate
+        is_better = value.mean > 0 if item.is_higher_better else value.mean < 0
+        sure = value.low > 0 or value.high < 0
+        kind = ("better" if is_better else "worse") if sure else "open"
+        cells = [item.first.label, item.second.label, item.column, f"{value.mean:+.3f}"]
+        cells += [f"{value.low:+.3f} to {value.high:+.3f}", str(value.num_clips)]
+        lines.append(f'<tr class="{kind}">{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>')
+    head = "".join(f"<th>{name}</th>" for name in ("this", "other", "measure", "difference", "95 %", "clips"))
+    notes = "".join(f"<li>{html.escape(f'{name}: {reason}')}</li>" for name, reason in comparison.skipped.items())
+    skipped = f"<p>Not compared:</p><ul>{notes}</ul>" if notes else ""
+    table = f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+    return f"<h2>Against {html.escape(comparison.other)}</h2>{table}{skipped}"
+
+
+def _clips(report: Report, draw: bool) -> Iterator[str]:
+    """Players and spectrograms of every clip whose audio was kept."""
+    for row in report.rows:
+        folder = report.folder / AUDIO_FOLDER / row.key
+        if not (folder / "original.flac").is_file():
+            continue
+        depths = [entry.condition for entry in row.conditions if entry.condition.system not in ANCHORS]
+        depths.sort(key=lambda condition: (condition.system, condition.num_quantizers or 0))
+        players = [_player("original", folder / "original.flac")]
+        players += [_player(depth.label, folder / f"{file_name(depth)}.flac") for depth in depths]
+        picture = _spectrograms(folder, depths) if draw else ""
+        name = html.escape(f"{row.domain}: {row.clip}")
+        inner = f"<h3>{name}</h3>{''.join(players)}{picture}"
+        yield f'<section class="clip" data-clip="{html.escape(row.clip)}">{inner}</section>'
+
+
+def _player(label: str, path: Path) -> str:
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    name = html.escape(label)
+    audio = f'<audio controls preload="metadata" src="data:audio/flac;base64,{data}"></audio>'
+    return f'<div class="player" data-name="{name}"><span class="name">{name}</span>{audio}</div>'
+
+
+def _spectrograms(folder: Path, depths: Sequence[Condition]) -> str:
+    """Original, fewest and most levels, one below the other."""
+    paths = {"original": folder / "original.flac"}
+    paths |= {depth.label: folder / f"{file_name(depth)}.flac" for depth in (*depths[:1], *depths[-1:])}
+    audio = {label: read_audio(path) for label, path in paths.items() if path.is_file()}
+    rate = audio["original"][1]
+    same = {
+        label: waveform for label, (waveform, its_rate) in audio.items() if its_rate == rate and waveform.shape[-1] > 1
+    }
+    if len(same) < 2:
+        return ""
+    buffer = io.BytesIO()
+    save_spectrograms(same, rate, buffer)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="spectrogram" alt="Spectrograms" src="data:image/png;base64,{data}">'

@@ -1,0 +1,219 @@
+"""Packed shards to shards of codes, and back to audio files: what a trained tokenizer is used for most."""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moss_train.audio import write_audio
+from moss_train.data.code_shards import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
+from moss_train.data.index import ARRAYS_FILE, ClipLocation, ShardIndex
+from moss_train.data.journal import JOURNAL_FILE, finished_or_resumable
+from moss_train.data.packing import check_target
+from moss_train.data.reading import ClipReader
+from moss_train.data.shards import sha256_of
+from moss_train.export.loading import load_tokenizer
+from moss_train.inference.batching import group_by_length, read_ahead
+from moss_train.inference.corpus import Report, relative_target
+from moss_train.inference.decoding import Decoder
+from moss_train.inference.encoding import Encoder
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import written_whole
+from moss_train.utils.progress import progress
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What every process of `encode shards=` is told."""
+
+    model: str
+    audio: Path
+    num_quantizers: int | None
+    chunk_duration: float | None
+    batch_seconds: float
+
+
+def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device]) -> Report:
+    """Encode a packed folder into a folder of codes of the same shards, one process per device.
+
+    The folder appears when it is complete; after a kill the next call goes on after the shards that are finished.
+    Clips that cannot be read are reported and left out. Raises UserError when `target` is something else or was begun
+    with other weights or options, or the model does not fit the audio.
+    """
+    check_target(target, overwrite=False)
+    index = ShardIndex.load(job.audio)
+    encoder = make_encoder(job, devices[0] if len(devices) == 1 else torch.device("cpu"))
+    source = describe(job, encoder, index)
+    with finished_or_resumable(target) as folder:
+        _check_same_source(folder, source)
+        todo = [number for number, shard in enumerate(index.shards) if not (folder / shard.file).exists()]
+        report = Report(0, len(index.shards) - len(todo), [])
+        with progress("encoding", total=sum(index.shards[number].num_samples for number in todo)) as bar:
+            if len(devices) == 1:
+                for number in todo:
+                    report.failures += encode_shard(encoder, job, index, number, folder, bar.advance)
+            else:
+                for number, failures in _on_devices(job, todo, devices, folder):
+                    report.failures += failures
+                    bar.advance(index.shards[number].num_samples)
+        report.num_written = len(todo)
+        write_code_index(folder, [(shard.file, shard.domain) for shard in index.shards], source)
+    return report
+
+
+def make_encoder(job: EncodeJob, device: torch.device) -> Encoder:
+    """Load the model onto a device."""
+    model = load_tokenizer(job.model).to(device)  # type: ignore[arg-type]
+    return Encoder(model, job.model, job.num_quantizers, job.chunk_duration)
+
+
+def describe(job: EncodeJob, encoder: Encoder, index: ShardIndex) -> CodesSource:
+    """What decides the codes. Raises UserError when the audio is not in the model's format."""
+    config = encoder.model.config
+    found, wanted = (index.sampling_rate, index.num_channels), (config.sampling_rate, config.number_channels)
+    if found != wanted:
+        raise UserError(
+            f"shards={job.audio} have {found[0]} Hz and {found[1]} channels, the model takes {wanted[0]} Hz and "
+            f"{wanted[1]}; pack the audio again with sampling_rate={wanted[0]} num_channels={wanted[1]}"
+        )
+    return CodesSource(
+        model=job.model,
+        fingerprint=encoder.fingerprint,
+        num_levels=encoder.num_levels,
+        sampling_rate=config.sampling_rate,
+        frame_rate=config.frame_rate,
+        num_channels=config.number_channels,
+        audio_sha256=sha256_of(job.audio / ARRAYS_FILE),
+    )
+
+
+def _check_same_source(folder: Path, source: CodesSource) -> None:
+    journal, content = folder / JOURNAL_FILE, json.dumps(asdict(source), sort_keys=True)
+    if not journal.exists():
+        journal.write_text(content, encoding="utf-8")
+    elif journal.read_text("utf-8") != content:
+        raise UserError(f"{folder} was begun with another model, other options or other audio; remove it to begin anew")
+
+
+def encode_shard(
+    encoder: Encoder,
+    job: EncodeJob,
+    index: ShardIndex,
+    number: int,
+    folder: Path,
+    on_clips: Callable[[int], None] = lambda count: None,
+) -> list[tuple[Path, str]]:
+    """Encode one shard, clips of similar length together, and return (shard, reason) of clips that were left out."""
+    shard = index.shards[number]
+    first = sum(record.num_samples for record in index.shards[:number])
+    rows = range(first, first + shard.num_samples)
+    reader = ClipReader(index.sampling_rate, index.num_channels)
+    seconds = [int(index.arrays["num_samples"][row]) / index.sampling_rate for row in rows]
+    clips: dict[int, CodedClip] = {}
+    failures: list[tuple[Path, str]] = []
+    for outcomes in read_ahead(group_by_length(rows, seconds, job.batch_seconds), _reading(index, reader)):
+        failures += [
+            (index.folder / shard.file, str(result)) for _, result in outcomes if isinstance(result, Exception)
+        ]
+        good = [(row, result) for row, result in outcomes if not isinstance(result, Exception)]
+        if good:
+            codes = encoder.codes([audio for _, (audio, _) in good])
+            for (row, (_, labels)), clip_codes in zip(good, codes, strict=True):
+                clips[row] = CodedClip(f"{row - first:09d}", clip_codes, labels)
+        on_clips(len(outcomes))
+    write_code_shard(folder / shard.file, [clips[row] for row in sorted(clips)])
+    return failures
+
+
+def _reading(index: ShardIndex, reader: ClipReader) -> Callable[[int], tuple[Tensor, dict]]:
+    def read(row: int) -> tuple[Tensor, dict]:
+        location: ClipLocation = index.locate(row)
+        reader.check_headers(location)
+        return reader.read_audio(location, 0, location.num_samples), reader.read_labels(location)
+
+    return read
+
+
+def _on_devices(job: EncodeJob, todo: list[int], devices: Sequence[torch.device], folder: Path):
+    """Encode shards in one process per device; yield their numbers and failures as they are done."""
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    names = [str(device) for device in devices]
+    with ProcessPoolExecutor(
+        len(devices), mp_context=context, initializer=_start_process, initargs=(job, names, counter)
+    ) as pool:
+        futures = [(number, pool.submit(_encode_in_process, number, str(folder))) for number in todo]
+        for number, future in futures:
+            yield number, future.result()
+
+
+_PROCESS: dict = {}
+
+
+def _start_process(job: EncodeJob, devices: list[str], counter) -> None:
+    with counter.get_lock():
+        place = counter.value
+        counter.value += 1
+    torch.set_num_threads(max(1, torch.get_num_threads() // len(devices)))
+    encoder = make_encoder(job, torch.device(devices[place]))
+    _PROCESS.update(job=job, encoder=encoder, index=ShardIndex.load(job.audio))
+
+
+def _encode_in_process(number: int, folder: str) -> list[tuple[Path, str]]:
+    return encode_shard(_PROCESS["encoder"], _PROCESS["job"], _PROCESS["index"], number, Path(folder))
+
+
+def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_seconds: float) -> Report:
+    """Decode a folder of code shards into audio files named by the clips' ids; files that are there stay.
+
+    Raises UserError when the codes do not fit the model or two ids make the same file name.
+    """
+    shards = CodeShards(folder)
+    _check_model(decoder, shards.source, folder)
+    report = Report(0, 0, [])
+    rows = range(len(shards))
+    seconds = [int(shards.arrays["num_frames"][row]) / shards.source.frame_rate for row in rows]
+    written: set[Path] = set()
+    with progress("decoding", total=len(rows)) as bar:
+        for outcomes in read_ahead(group_by_length(rows, seconds, batch_seconds), shards.read):
+            report.failures += [(folder, str(result)) for _, result in outcomes if isinstance(result, Exception)]
+            todo = []
+            for codes, labels in (result for _, result in outcomes if not isinstance(result, Exception)):
+                target = out / relative_target(labels["id"], suffix)
+                if target in written:
+                    raise UserError(f"{folder}: two clips would become {target}")
+                written.add(target)
+                if target.exists():
+                    report.num_present += 1
+                else:
+                    todo.append((target, codes, labels))
+            _decode_group(decoder, todo, report)
+            bar.advance(len(outcomes))
+    return report
+
+
+def _check_model(decoder: Decoder, source: CodesSource, folder: Path) -> None:
+    config = decoder.model.config
+    if (source.sampling_rate, source.num_channels) != (config.sampling_rate, config.number_channels):
+        raise UserError(
+            f"{folder} holds codes of {source.sampling_rate} Hz with {source.num_channels} channels, the model makes "
+            f"{config.sampling_rate} Hz with {config.number_channels}"
+        )
+    if (decoder.num_quantizers or 0) > source.num_levels:
+        raise UserError(f"{folder} has {source.num_levels} levels, fewer than num_quantizers={decoder.num_quantizers}")
+
+
+def _decode_group(decoder: Decoder, todo: list[tuple[Path, Tensor, dict]], report: Report) -> None:
+    if not todo:
+        return
+    for (target, _, labels), audio in zip(
+        todo, decoder.audio([codes[: decoder.num_quantizers] for _, codes, _ in todo]), strict=True
+    ):
+        with written_whole(target) as temporary:
+            write_audio(temporary, audio[:, : labels["num_samples"]], labels["sampling_rate"])
+        report.num_written += 1

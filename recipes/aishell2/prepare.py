@@ -1,0 +1,25 @@
+"""Manifest of one part of AISHELL-2 (aishelltech.com/aishell_2, on application, for research only).
+
+    python recipes/aishell2/prepare.py data/AISHELL-2/iOS/data data/manifests/aishell2/train.jsonl
+    python recipes/aishell2/prepare.py data/AISHELL-DEV-TEST-SET/iOS/test data/manifests/aishell2/test.jsonl
+
+A part is a folder with `wav.scp`, `trans.txt` and `wav/C0001/IC0001W0001.wav`.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from moss_train.data.manifest import list_clips, write_manifest
+
+
+def clips(folder: Path) -> Iterator[dict]:
+    """Yield every utterance; the folder of a recording names its speaker."""
+    for clip in list_clips(folder, "speech").clips:
+        labels = {"domain": "speech", "language": "zh", "speaker": f"aishell2-{clip.path.parent.name}"}
+        yield {"path": str(clip.path.resolve()), "id": clip.id, "text": clip.text} | labels
+
+
+if __name__ == "__main__":
+    manifest = Path(sys.argv[2])
+    print(f"{manifest}: {write_manifest(manifest, clips(Path(sys.argv[1])))} clips")

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# AISHELL-2, which you have to apply for: prepare and pack one part, `iOS/data` or a part of the test set.
+#   bash recipes/aishell2/run.sh /data/AISHELL-2/iOS/data train
+set -euo pipefail
+[ $# -eq 2 ] || { sed -n '2,/^set/p' "$0" | grep '^#' >&2; exit 2; }
+source=$(realpath "$1") part=$2
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+folder=${DATA:-data}
+python=${PYTHON:-.venv/bin/python}
+manifest="$folder/manifests/aishell2/$part.jsonl"
+"$python" recipes/aishell2/prepare.py "$source" "$manifest"
+"$python" -m moss_train pack input="$manifest" out="$folder/shards/aishell2-$part" max_bad_share=0.001

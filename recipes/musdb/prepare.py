@@ -1,0 +1,48 @@
+"""Manifests of MUSDB18-HQ (zenodo.org/records/3338373, for research only): mixtures, whole and in parts of 5 s.
+
+    python recipes/musdb/prepare.py data/musdb18hq data/manifests/musdb
+
+The first argument holds `train/<track>/mixture.wav` and `test/<track>/mixture.wav`. Training gets whole tracks, which
+`pack` cuts; the evaluation set is the test part in chunks of 5 s, the rest at the end of a track left out.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from moss_train.audio import audio_info
+from moss_train.data.manifest import write_manifest
+
+CHUNK_SECONDS = 5
+
+
+def tracks(folder: Path) -> list[Path]:
+    """Every mixture of a part, in order. Ends the program when there is none."""
+    found = sorted(folder.glob("*/mixture.wav"))
+    if not found:
+        sys.exit(f"{folder} has no <track>/mixture.wav; give the folder of MUSDB18-HQ that holds train and test")
+    return found
+
+
+def whole(folder: Path) -> Iterator[dict]:
+    """Yield a clip per track."""
+    for path in tracks(folder):
+        yield {"path": str(path.resolve()), "id": path.parent.name, "domain": "music"}
+
+
+def chunks(folder: Path) -> Iterator[dict]:
+    """Yield the chunks of every track."""
+    for path in tracks(folder):
+        for start in range(0, int(audio_info(path).seconds) // CHUNK_SECONDS * CHUNK_SECONDS, CHUNK_SECONDS):
+            times = {"start_seconds": start, "end_seconds": start + CHUNK_SECONDS}
+            yield {"path": str(path.resolve()), "id": f"{path.parent.name}@{start}", "domain": "music"} | times
+
+
+def main(root: Path, out: Path) -> None:
+    """Write both manifests."""
+    print(f"{out / 'train.jsonl'}: {write_manifest(out / 'train.jsonl', whole(root / 'train'))} tracks")
+    print(f"{out / 'test.jsonl'}: {write_manifest(out / 'test.jsonl', chunks(root / 'test'))} chunks")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

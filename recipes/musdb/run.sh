@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# MUSDB18-HQ, whose licence you have to accept on Zenodo: prepare and pack, the test part in chunks of 5 s.
+#   bash recipes/musdb/run.sh /data/musdb18hq
+set -euo pipefail
+[ $# -eq 1 ] || { sed -n '2,/^set/p' "$0" | grep '^#' >&2; exit 2; }
+source=$(realpath "$1")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+folder=${DATA:-data}
+python=${PYTHON:-.venv/bin/python}
+"$python" recipes/musdb/prepare.py "$source" "$folder/manifests/musdb"
+for part in train test; do
+    "$python" -m moss_train pack input="$folder/manifests/musdb/$part.jsonl" out="$folder/shards/musdb-$part"
+done

@@ -1,0 +1,148 @@
+"""`evaluate` from the command line, with a small model and real recordings."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moss_train.audio import read_audio, write_audio
+from moss_train.cli import main
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+
+PAIRS = Path(__file__).parents[1] / "data" / "metrics"
+FAST = ["metrics=[stoi,spectral,si_sdr]", "report_clips=1", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, recordings) -> Path:
+    """A small model, and a manifest of real clips with one that is damaged."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
+    quantizer = {"rvq_dim": 16, "num_quantizers": 4, "codebook_size": 32, "codebook_dim": 4}
+    config = MossAudioTokenizerConfig.from_stages(24000, stages, quantizer, context_seconds=1.0)
+    MossAudioTokenizerModel(config).save_pretrained(folder / "small")
+    speech = sorted(recordings.glob("speech/*.flac"))[:2]
+    sound = sorted(recordings.glob("sound/*.flac"))[0]
+    lines = [{"path": str(path), "id": path.stem, "domain": "speech", "text": "hello"} for path in speech]
+    lines.append({"path": str(sound), "id": "sound", "domain": "sound"})
+    (folder / "bad.wav").write_bytes(b"RIFF nothing")
+    (folder / "good.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines.append({"path": "bad.wav", "domain": "sound"})
+    (folder / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "table.csv").read_text().splitlines()))
+
+
+def test_a_model_is_measured_at_every_depth_and_domain(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ["evaluate", "model=small", "data=all.jsonl", "num_quantizers=[1,4]", "out=out", *FAST]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "3 of 4 clips" in captured.out
+    assert "passed over: " in captured.err
+    assert "bad.wav is not audio" in captured.err
+    rows = rows_of(folder / "out")
+    assert [row["domain"] for row in rows[::4]] == ["sound", "speech", "all"]
+    assert [row["system"] for row in rows[:4]] == ["small", "small", "resample-only", "mismatched"]
+    assert [row["bps"] for row in rows[:2]] == ["250.0", "1000.0"]
+    assert 0 < float(rows[1]["effective_bps"]) <= 1000
+    assert rows[0]["stoi"] == ""  # sounds are not speech
+    assert float(rows[6]["stoi"]) == pytest.approx(1.0)
+    assert float(rows[6]["mel_loss"]) == 0.0
+    assert (rows[0]["clips"], rows[0]["failed"]) == ("2", "1")
+    names = {path.name for path in (folder / "out").iterdir()}
+    assert {"per_clip.jsonl", "table.md", "table.tex", "codebook.csv", "results.json", "report.html"} <= names
+    assert (
+        len(list((folder / "out" / "audio").glob("*/*.flac"))) == 9
+    )  # two clips that can be heard, one without a floor
+
+
+def test_the_rows_of_a_depth_are_those_of_a_run_at_that_depth(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for name, levels in (("deep", "[1,2,4]"), ("two", "[2]")):
+        assert (
+            main(["evaluate", "model=small", "data=good.jsonl", f"num_quantizers={levels}", f"out={name}", *FAST]) == 0
+        )
+    deep, two = ([row for row in rows_of(folder / name) if row["num_quantizers"] == "2"] for name in ("deep", "two"))
+    for first, second in zip(deep, two, strict=True):
+        assert first | {"real_time_factor": ""} == second | {"real_time_factor": ""}
+
+
+def test_pieces_and_subsets(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    arguments = ["evaluate", "model=small", "data=good.jsonl", "out=pieces", "clip_seconds=0.5", "max_clips=2", *FAST]
+    assert main([*arguments, "num_quantizers=[4]", "anchors=false"]) == 0
+    assert [(row["domain"], row["clips"]) for row in rows_of(folder / "pieces")][1] == ("speech", "2")
+    assert all("@" in json.loads(line)["clip"] for line in (folder / "pieces/per_clip.jsonl").read_text().splitlines())
+
+
+def test_shards_give_the_same_numbers_as_their_files(packed, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    arguments = ["evaluate", "model=small", f"data={packed}", "out=shards", "max_clips=1", "num_quantizers=[4]"]
+    assert main([*arguments, "anchors=false", *FAST]) == 0
+    lines = [json.loads(line) for line in (folder / "shards/per_clip.jsonl").read_text().splitlines()]
+    assert {line["domain"] for line in lines} == {"speech", "music", "sound"}
+    assert all(line["failure"] is None for line in lines)
+
+
+def test_pairs_of_files_and_a_comparison(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for side in ("gt_audios", "syn_audios"):
+        (tmp_path / "first" / side).mkdir(parents=True)
+        (tmp_path / "second" / side).mkdir(parents=True)
+        for path in sorted((PAIRS / side).glob("pocketsphinx_963*.flac")):
+            audio, rate = read_audio(path)
+            write_audio(tmp_path / "first" / side / path.name, audio, rate)
+            write_audio(tmp_path / "second" / side / path.name, audio * (0.9 if side == "syn_audios" else 1), rate)
+    assert main(["evaluate", "pairs=second", "out=out2", *FAST]) == 0
+    assert main(["evaluate", "pairs=first", "out=out1", "compare=[out2]", *FAST]) == 0
+    output = capsys.readouterr().out
+    assert "## Against out2" in output
+    expected = json.loads((PAIRS / "expected.json").read_text())["per_file"]
+    values = [expected[path.name]["stoi"] for path in (tmp_path / "first" / "gt_audios").iterdir()]
+    assert float(rows_of(tmp_path / "out1")[0]["stoi"]) == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=good.jsonl"], "give one of model=, codec= and pairs=, got none"),
+        (["model=small", "pairs=x", "data=good.jsonl"], "give one of model=, codec= and pairs=, got model and pairs"),
+        (["model=small"], "data= is required"),
+        (["pairs=x"], "pairs=x is not a folder"),
+        (["pairs=x", "data=good.jsonl"], "data= has no effect with pairs="),
+        (["model=small", "data=good.jsonl", "profile=44k"], "profile=44k has to be one of official, dac24k"),
+        (["model=small", "data=good.jsonl", "metrics=[mos]"], "metrics=mos has to be one of stoi, pesq"),
+        (
+            ["model=small", "data=good.jsonl", "num_quantizers=[5]"],
+            "num_quantizers=[5]: small has levels 1 to 4, got 5",
+        ),
+        (["model=small", "data=good.jsonl", "workers=-1"], "workers=-1 has to be at least 0"),
+        (["model=small", "data=good.jsonl", "clip_seconds=900"], "no clip of data=good.jsonl is clip_seconds=900 long"),
+        (["codec=bigcodec", "data=good.jsonl"], "codec=bigcodec cannot run here"),
+        (
+            ["model=small", "data=good.jsonl", "metrics=[speaker]", "speaker=wavlm", "strict=true"],
+            "metric speaker: no weights: give speaker_model=",
+        ),
+    ],
+)
+def test_wrong_options_are_one_line(folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    assert main(["evaluate", "out=nothing", *arguments]) == 2
+    text = capsys.readouterr().err
+    assert text.splitlines()[-1].startswith(f"moss_train evaluate: {message}")
+    assert "Traceback" not in text
+    assert not Path("nothing").exists()
+
+
+def test_a_metric_that_is_missing_is_a_footnote(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ["evaluate", "model=small", "data=good.jsonl", "out=footnote", "max_clips=1", "num_quantizers=[4]"]
+    assert main([*arguments, "metrics=[spectral,speaker]", "speaker=wavlm", "report_clips=0", "device=cpu"]) == 0
+    assert "Not available: speaker: no weights: give speaker_model=" in capsys.readouterr().out

@@ -1,0 +1,134 @@
+"""The recipes' manifests, made from small trees in the published layouts with real audio, and packed."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moss_train.audio import read_audio, write_audio
+from moss_train.commands import pack as pack_command
+from moss_train.data.reading import iterate_clips
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def place(recordings: Path) -> Callable[[Path, int], Path]:
+    """Put a real sentence where a layout wants one, in the format of the suffix."""
+    speech = sorted((recordings / "speech").glob("librivox*"))
+
+    def put(path: Path, number: int = 0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        audio, rate = read_audio(speech[number])
+        write_audio(path, audio, rate)
+        return path
+
+    return put
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Run a recipe's script as the command line does; return what it printed, or why it ended."""
+
+    def run(recipe: str, *arguments: object) -> str:
+        script = str(RECIPES / recipe / "prepare.py")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            return str(end.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+def packed_labels(manifest: Path, tmp_path: Path, pack_config: Callable) -> dict[str, dict]:
+    assert pack_command.run(pack_config(input=manifest, out=tmp_path / "shards")) == 0
+    clips = iterate_clips([tmp_path / "shards"], sampling_rate=24000, num_channels=1)
+    return {name: labels for name, _, labels in clips}
+
+
+def test_librispeech(tmp_path: Path, place: Callable, prepare: Callable, pack_config: Callable) -> None:
+    chapter = tmp_path / "LibriSpeech" / "test-clean" / "1089" / "134686"
+    for number in range(2):
+        place(chapter / f"1089-134686-000{number}.flac", number)
+    (chapter / "1089-134686.trans.txt").write_text("1089-134686-0000 HE HOPED\n1089-134686-0001 THERE WOULD BE\n")
+    assert "2 clips" in prepare("librispeech", tmp_path / "LibriSpeech", tmp_path / "out")
+    labels = packed_labels(tmp_path / "out" / "test-clean.jsonl", tmp_path, pack_config)
+    first = labels["test-clean/1089-134686-0000"]
+    assert (first["text"], first["speaker"], first["task"]) == ("he hoped", "librispeech-1089", "asr")
+    assert "no subset of LibriSpeech" in prepare("librispeech", tmp_path / "out", tmp_path / "x")
+
+
+def test_libritts(tmp_path: Path, place: Callable, prepare: Callable, pack_config: Callable) -> None:
+    chapter = tmp_path / "LibriTTS" / "dev-clean" / "84" / "121123"
+    for number in range(2):
+        place(chapter / f"84_121123_00000{number}_000000.wav", number)
+    (chapter / "84_121123_000000_000000.normalized.txt").write_text("Maximilian.\n")
+    assert "2 clips" in prepare("libritts", tmp_path / "LibriTTS", tmp_path / "out")
+    labels = packed_labels(tmp_path / "out" / "dev-clean.jsonl", tmp_path, pack_config)
+    assert labels["dev-clean/84_121123_000000_000000"]["text"] == "Maximilian."
+    assert "text" not in labels["dev-clean/84_121123_000001_000000"]
+
+
+def test_aishell2(tmp_path: Path, place: Callable, prepare: Callable, pack_config: Callable) -> None:
+    part = tmp_path / "iOS" / "data"
+    place(part / "wav" / "C0001" / "IC0001W0001.wav")
+    (part / "wav.scp").write_text("IC0001W0001\twav/C0001/IC0001W0001.wav\n")
+    (part / "trans.txt").write_text("IC0001W0001\t厨房用品\n", encoding="utf-8")
+    assert "1 clips" in prepare("aishell2", part, tmp_path / "train.jsonl")
+    (labels,) = packed_labels(tmp_path / "train.jsonl", tmp_path, pack_config).values()
+    assert (labels["text"], labels["language"], labels["speaker"]) == ("厨房用品", "zh", "aishell2-C0001")
+
+
+def test_audioset(tmp_path: Path, place: Callable, prepare: Callable, pack_config: Callable) -> None:
+    (tmp_path / "eval_segments.csv").write_text(
+        "# Segments csv created Sun Mar  5 10:54:25 2017\n# YTID, start_seconds, end_seconds, positive_labels\n"
+        '--4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/07q6cd_"\n--BfvyPmVMo, 20.000, 30.000, "/m/03l9g"\nno, 1, 2, "/m/x"\n'
+    )
+    (tmp_path / "labels.csv").write_text(
+        'index,mid,display_name\n0,/m/068hy,"Domestic animals, pets"\n1,/m/07q6cd_,Squeak\n2,/m/03l9g,Hammer\n'
+    )
+    place(tmp_path / "audio" / "Y--4gqARaEJE.wav")
+    place(tmp_path / "audio" / "--BfvyPmVMo_20.000.flac", 1)
+    lists = (tmp_path / "eval_segments.csv", tmp_path / "labels.csv")
+    done = prepare("audioset", *lists, tmp_path / "audio", tmp_path / "eval.jsonl")
+    assert "2 clips, 1 segments without a file" in done
+    labels = packed_labels(tmp_path / "eval.jsonl", tmp_path, pack_config)
+    assert labels["--4gqARaEJE"]["text"] == "Domestic animals, pets, Squeak"
+    assert labels["--BfvyPmVMo"]["task"] == "caption"
+
+
+def test_musdb(tmp_path: Path, place: Callable, prepare: Callable, pack_config: Callable) -> None:
+    track = place(tmp_path / "in" / "test" / "Artist - Song" / "mixture.wav")
+    place(tmp_path / "in" / "train" / "A - B" / "mixture.wav", 1)
+    place(track.with_name("vocals.wav"))
+    assert "1 chunks" in prepare("musdb", tmp_path / "in", tmp_path / "out")
+    labels = packed_labels(tmp_path / "out" / "test.jsonl", tmp_path, pack_config)
+    assert {name: value["num_samples"] for name, value in labels.items()} == {"Artist - Song@0": 5 * 24000}
+    assert json.loads((tmp_path / "out" / "train.jsonl").read_text())["id"] == "A - B"
+
+
+def test_debian_audio(tmp_path: Path, place: Callable, prepare: Callable, pack_config: Callable) -> None:
+    share = tmp_path / "unpacked" / "usr" / "share"
+    stamp = place(share / "tuxpaint" / "stamps" / "cat_desc_fr.ogg.wav")
+    stamp.rename(stamp.with_suffix(""))  # libsndfile goes by the content
+    (stamp.parent / "cat.txt").write_text("A cat.\nfr.utf8=Un chat.\n", encoding="utf-8")
+    place(share / "klettres" / "lt" / "alpha" / "a.wav", 1)
+    (share / "klettres" / "lt" / "sounds.xml").write_text(
+        '<klettres><sound name="Ą" file="lt/alpha/a.wav"/></klettres>'
+    )
+    librivox = share / "pocketsphinx" / "test" / "data" / "librivox"
+    place(librivox / "austen-0870.wav", 2)
+    (librivox / "transcription").write_text("<s> and mister john dashwood </s> (austen-0870)\n")
+    done = prepare("debian_audio", tmp_path / "unpacked", tmp_path / "out")
+    assert "heldout: 1 clips" in done
+    found = [json.loads(line) for name in ("train", "heldout") for line in (tmp_path / "out" / f"{name}.jsonl").open()]
+    texts = {entry["speaker"]: entry["text"] for entry in found}
+    assert texts == {"tuxpaint-fr": "Un chat.", "klettres-lt": "Ą", "pocketsphinx-librivox": "and mister john dashwood"}
+    assert [entry["speaker"] for entry in map(json.loads, (tmp_path / "out" / "heldout.jsonl").open())] == [
+        "pocketsphinx-librivox"
+    ]

@@ -1,0 +1,57 @@
+"""A codec of a few lines, so that tests of the evaluation do not wait for a model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moss_train.evaluation.rendering import EvaluationClip
+from moss_train.utils.errors import UserError
+
+RATE = 24_000
+
+
+class BitCodec:
+    """Level n adds the n-th bit of the amplitude: 24 kHz, eight levels with two codes each."""
+
+    name = "bits"
+    sampling_rate = RATE
+    num_channels = 1
+    frame_rate = float(RATE)
+    codebook_sizes = (2,) * 8
+    fingerprint = "1"
+
+    def __init__(self) -> None:
+        self.num_encoded = 0
+
+    def encode(self, audio: Tensor) -> Tensor:
+        self.num_encoded += 1
+        level = ((audio[0].clamp(-1, 0.999) + 1) * 128).long()
+        return torch.stack([(level >> shift) & 1 for shift in range(7, -1, -1)])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        weights = 2.0 ** -torch.arange(len(codes))[:, None]
+        return ((codes * weights).sum(0) - 1 + 0.5 * weights[-1])[None]
+
+
+def clip_of(audio: Tensor, name: str, domain: str = "speech", **labels: str) -> EvaluationClip:
+    """A clip [C, T] at 24 kHz that is in memory."""
+    return EvaluationClip(name, domain, lambda: (audio, RATE), labels)
+
+
+def unreadable(name: str) -> EvaluationClip:
+    """A clip that cannot be read."""
+
+    def read() -> tuple[Tensor, int]:
+        raise UserError(f"{name} is damaged")
+
+    return EvaluationClip(name, "speech", read)
+
+
+def tones(count: int) -> Sequence[EvaluationClip]:
+    """Clips of one second, each of other tones."""
+    time = torch.arange(RATE) / RATE
+    waves = [
+        0.4 * torch.sin(2 * torch.pi * (200 + 70 * i) * time) * torch.sin(2 * torch.pi * time) for i in range(count)
+    ]
+    return [clip_of(wave[None], f"tone {index}") for index, wave in enumerate(waves)]

@@ -1,0 +1,367 @@
+"""Rendering, resuming, workers, pairs of files, comparison, report."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from moss_train.audio import read_audio, write_audio
+from moss_train.evaluation.comparison import compare, load_evaluation
+from moss_train.evaluation.distances import PROFILES
+from moss_train.evaluation.metrics import Pair, SiSdr, SpectralDistances
+from moss_train.evaluation.outputs import Evaluation, make_table, write_outputs
+from moss_train.evaluation.pairs import PairRenderer, find_pairs
+from moss_train.evaluation.rendering import CodecRenderer, Condition, fit_length, impostors, pcm16
+from moss_train.evaluation.results import ROWS_FILE, TIMES_FILE, Results
+from moss_train.evaluation.running import evaluate
+from moss_train.evaluation.summary import summarize
+from moss_train.evaluation.tables import comma_separated
+from moss_train.evaluation.validation import validation_scores
+from moss_train.utils.errors import UserError
+
+PAIRS = Path(__file__).parents[1] / "data" / "metrics"
+METRICS = {"spectral": SpectralDistances(PROFILES["official"]), "si_sdr": SiSdr()}
+SETTINGS = {"codec": "bits"}
+
+_path = Path(__file__).with_name("small_codec.py")
+_spec = importlib.util.spec_from_file_location("small_codec", _path)
+assert _spec is not None
+assert _spec.loader is not None
+small = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(small)
+
+
+def run(folder: Path, clips, levels=(1, 4, 8), **options):
+    codec = small.BitCodec()
+    renderer = CodecRenderer(codec, levels, clips)
+    results = Results(folder, SETTINGS)
+    rows = evaluate(clips, renderer, METRICS, results, **options)
+    evaluation = Evaluation(tuple(rows), renderer.conditions, METRICS, {}, results, PROFILES["official"], codec)
+    return evaluation, codec
+
+
+def test_a_clip_is_encoded_once_and_every_prefix_is_that_of_a_direct_decode():
+    clips = small.tones(2)
+    codec = small.BitCodec()
+    renderer = CodecRenderer(codec, (2, 8), clips)
+    audio, rate = clips[0].read()
+    rendered = renderer.render(clips[0], audio, rate)
+    assert codec.num_encoded == 1
+    conditions = [item.condition for item in rendered.renditions]
+    assert set(conditions) == set(renderer.conditions)
+    by_condition = {item.condition: item for item in rendered.renditions}
+    for levels in (2, 8):
+        item = by_condition[Condition("bits", levels, 24_000.0 * levels)]
+        assert torch.equal(item.degraded, pcm16(codec.decode(codec.encode(audio)[:levels])))
+        assert torch.equal(item.reference, pcm16(audio))
+    ceiling = by_condition[Condition("resample-only")]
+    assert torch.equal(ceiling.degraded, ceiling.reference)
+    floor = by_condition[Condition("mismatched")]
+    assert torch.equal(floor.degraded, pcm16(clips[1].read()[0]))
+
+
+def test_more_levels_are_nearer_and_the_anchors_lie_beyond(tmp_path):
+    evaluation, _ = run(tmp_path, small.tones(3))
+    for row in evaluation.rows:
+        values = {entry.condition: entry.values for entry in row.conditions}
+        one, four, eight, ceiling, floor = (values[condition] for condition in evaluation.conditions)
+        assert one["mel_loss"] > four["mel_loss"] > eight["mel_loss"] > ceiling["mel_loss"] == 0.0
+        assert floor["si_sdr"] < one["si_sdr"] < four["si_sdr"] < eight["si_sdr"] < ceiling["si_sdr"]
+
+
+def test_pcm16_is_what_a_file_gives_back(tmp_path):
+    audio = torch.tensor([[0.5, -1.0, 1.5, 1e-6, -0.25]])
+    write_audio(tmp_path / "x.wav", audio, 24_000)
+    assert torch.equal(pcm16(audio), read_audio(tmp_path / "x.wav")[0])
+    assert pcm16(torch.tensor([torch.nan])).isnan().all()
+    assert fit_length(torch.ones(1, 3), 5).tolist() == [[1, 1, 1, 0, 0]]
+    assert fit_length(torch.ones(1, 3), 2).shape == (1, 2)
+
+
+def test_impostors_are_of_the_domain_and_of_other_speakers_in_any_order():
+    audio = torch.ones(1, 10)
+    clips = [small.clip_of(audio, str(i), "speech", speaker=f"s{i % 2}") for i in range(6)]
+    clips += [small.clip_of(audio, f"m{i}", "music") for i in range(3)] + [small.clip_of(audio, "alone", "sound")]
+    chosen = impostors(clips)
+    domains = {clip.id: clip for clip in clips}
+    for name, other in chosen.items():
+        assert other.id != name
+        assert other.domain == domains[name].domain
+        if other.domain == "speech":
+            assert other.labels["speaker"] != domains[name].labels["speaker"]
+    assert "alone" not in chosen
+    assert {name: clip.id for name, clip in impostors(clips[::-1]).items()} == {k: v.id for k, v in chosen.items()}
+
+
+def awkward_clips():
+    nan = torch.full((1, 24_000), torch.nan)
+    odd = [
+        small.clip_of(torch.zeros(1, 24_000), "silent"),
+        small.clip_of(0.1 * torch.ones(1, 2400).cumsum(1).sin(), "short"),
+        small.clip_of(nan, "nan"),
+        small.clip_of(torch.zeros(1, 0), "empty"),
+        small.unreadable("broken"),
+    ]
+    return [*small.tones(2), *odd]
+
+
+def test_failures_are_counted_and_never_a_crash(tmp_path):
+    evaluation, _ = run(tmp_path, awkward_clips())
+    failures = {row.clip: row.failure for row in evaluation.rows if row.failure}
+    assert failures == {
+        "nan": "nan contains NaN or infinite samples",
+        "empty": "empty has no samples",
+        "broken": "broken is damaged",
+    }
+    silent = next(row for row in evaluation.rows if row.clip == "silent")
+    assert all(entry.errors == {"si_sdr": "the reference is silent"} for entry in silent.conditions
+               if entry.condition.system != "mismatched")  # fmt: skip
+    text = write_outputs(evaluation, "exclude", 0, [], False)
+    (line,) = [line for line in text.splitlines() if line.startswith("| speech | bits | 8")]
+    assert line.endswith("| 3/7 |")
+    assert "3 clips not read" in text
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the times."""
+    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TIMES_FILE]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in names}
+
+
+def table_without_times(evaluation: Evaluation) -> str:
+    evaluation.results.times.audio = 0.0
+    return comma_separated(make_table(evaluation, evaluation.level_use(), "exclude", 0))
+
+
+@pytest.mark.slow
+def test_two_runs_and_workers_give_the_same_bytes(tmp_path):
+    clips = awkward_clips()[:4]
+    tables = []
+    for name, options in (("one", {}), ("two", {}), ("workers", {"num_workers": 2})):
+        evaluation, _ = run(tmp_path / name, clips, **options)
+        tables.append(table_without_times(evaluation))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "workers")
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_the_order_of_the_clips_changes_no_mean(tmp_path):
+    clips = small.tones(4)
+    tables = []
+    for name, order in (("forwards", clips), ("backwards", clips[::-1])):
+        evaluation, _ = run(tmp_path / name, order)
+        tables.append(table_without_times(evaluation))
+    assert tables[0] == tables[1]
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_rows(tmp_path):
+    clips = small.tones(4)
+    run(tmp_path / "whole", clips)
+    run(tmp_path / "cut", clips)
+    rows = tmp_path / "cut" / ROWS_FILE
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:2]) + lines[2][:100])
+    _, codec = run(tmp_path / "cut", clips)
+    assert codec.num_encoded == 2
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    _, codec = run(tmp_path / "cut", clips)
+    assert codec.num_encoded == 0
+
+
+def test_other_settings_need_another_folder(tmp_path):
+    Results(tmp_path, {"codec": "a", "levels": [1]})
+    with pytest.raises(UserError, match=r"codec was a and is b.*give another out"):
+        Results(tmp_path, {"codec": "b", "levels": [1]})
+
+
+def test_validation_gives_the_means_of_the_table(tmp_path):
+    clips = [*small.tones(2), small.clip_of(small.tones(3)[2].read()[0], "s", "sound")]
+    scores = validation_scores(small.BitCodec(), clips, (1, 8), METRICS)
+    evaluation, _ = run(tmp_path, clips)
+    rows = summarize(evaluation.rows, evaluation.conditions, evaluation.columns)
+    for row in rows:
+        if row.condition.num_quantizers in (1, 8):
+            for key, estimate in row.estimates.items():
+                assert scores.pop(f"{row.domain}/{key}/{row.condition.num_quantizers}") == estimate.mean
+    assert scores == {}
+
+
+def test_a_codec_that_fails_on_a_clip_is_a_failure_of_that_clip():
+    class Fragile(small.BitCodec):
+        def encode(self, audio):
+            raise RuntimeError("kernel larger than input\nmore")
+
+    clips = small.tones(1)
+    rendered = CodecRenderer(Fragile(), (1,), clips).render(clips[0], *clips[0].read())
+    assert rendered.failures[Condition("bits", 1, 24_000.0)] == "bits failed: kernel larger than input"
+
+
+def test_the_official_layout_is_scored_as_it_was_released(tmp_path):
+    for depth in (1, 32):
+        target = tmp_path / "MOSS" / f"rvq{depth}" / "clips"
+        target.mkdir(parents=True)
+        for side in ("gt_audios", "syn_audios"):
+            (target / side).symlink_to(PAIRS / side)
+    renderer = PairRenderer(find_pairs(tmp_path, "speech", 125.0), "speech")
+    assert renderer.conditions == (Condition("MOSS", 1, 125.0), Condition("MOSS", 32, 4000.0))
+    clips = renderer.clips()[:2]
+    rows = evaluate(clips, renderer, METRICS, Results(tmp_path / "out", {}))
+    expected = json.loads((PAIRS / "expected.json").read_text())["per_file"]
+    for row in rows:
+        assert row.domain == "clips"
+        for entry in row.conditions:
+            values = expected[f"{row.clip.removeprefix('clips/')}.flac"]
+            assert entry.values["mel_loss"] == pytest.approx(values["mel_loss"], abs=1e-5)
+
+
+def test_pairs_that_lack_a_side_are_failures_of_that_pair(tmp_path):
+    for side in ("reference", "reconstruction"):
+        (tmp_path / side).mkdir()
+        write_audio(tmp_path / side / "a.wav", torch.ones(1, 8000).cumsum(1).sin(), 16_000)
+    write_audio(tmp_path / "reference" / "b.flac", torch.ones(1, 8000).cumsum(1).sin(), 16_000)
+    renderer = PairRenderer(find_pairs(tmp_path, "sound", None), "sound")
+    rows = evaluate(renderer.clips(), renderer, METRICS, Results(tmp_path / "out", {}))
+    assert rows[0].conditions[0].values["mel_loss"] == 0.0
+    assert "has no b.flac or b.wav" in rows[1].conditions[0].failure
+    with pytest.raises(UserError, match="has no folders gt_audios/ and syn_audios/"):
+        find_pairs(tmp_path / "out", "sound", None)
+
+
+def test_a_changed_reconstruction_is_scored_again(tmp_path):
+    audio = torch.ones(1, 8000).cumsum(1).sin()
+    for side in ("reference", "reconstruction"):
+        (tmp_path / side).mkdir()
+        write_audio(tmp_path / side / "a.wav", audio, 16_000)
+    distances = []
+    for gain in (1.0, 0.5):
+        write_audio(tmp_path / "reconstruction" / "a.wav", gain * audio, 16_000)
+        renderer = PairRenderer(find_pairs(tmp_path, "sound", None), "sound")
+        (row,) = evaluate(renderer.clips(), renderer, METRICS, Results(tmp_path / "out", {}))
+        distances.append(row.conditions[0].values["mel_loss"])
+    assert distances[0] == 0 < distances[1]
+
+
+def test_stereo_is_averaged_and_each_rate_computed_once():
+    pair = Pair(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.ones(1, 3), 16_000)
+    reference, degraded = pair.at(16_000)
+    assert reference.tolist() == [0.5, 0.5]
+    assert degraded.shape == (2,)
+    assert pair.at(16_000)[0] is reference
+
+
+@pytest.fixture(scope="module")
+def two_evaluations(tmp_path_factory) -> Path:
+    """Folders `first` and `second`, the second with fewer levels, and a report of the first against it."""
+    folder = tmp_path_factory.mktemp("evaluations")
+    clips = small.tones(3)
+    second, _ = run(folder / "second", clips, levels=(1, 4))
+    write_outputs(second, "exclude", 0, [], False)
+    first, _ = run(folder / "first", clips, levels=(1, 8), keep_audio_of=frozenset({"tone 0"}))
+    write_outputs(first, "exclude", 0, [str(folder / "second")], True)
+    return folder
+
+
+def test_comparison_pairs_the_nearest_bitrates(two_evaluations):
+    other = load_evaluation(two_evaluations / "second")
+    clips = small.tones(3)
+    evaluation, _ = run(two_evaluations / "first", clips, levels=(1, 8))
+    comparison = compare(evaluation.rows, evaluation.conditions, METRICS, other)
+    pairs = {(item.first.num_quantizers, item.second.num_quantizers) for item in comparison.differences}
+    assert pairs == {(1, 1), (8, 4)}
+    same = [item.estimate for item in comparison.differences if item.first.num_quantizers == 1]
+    assert all(value.low == value.mean == value.high == 0 for value in same)
+    deeper = next(
+        item for item in comparison.differences if (item.column, item.first.num_quantizers) == ("Mel-Loss", 8)
+    )
+    assert deeper.estimate.high < 0
+    assert comparison.skipped == {}
+
+
+def test_metrics_of_other_definitions_are_not_compared(two_evaluations):
+    other = load_evaluation(two_evaluations / "second")
+    evaluation, _ = run(two_evaluations / "first", small.tones(3), levels=(1, 8))
+    metrics = {"spectral": SpectralDistances(PROFILES["dac24k"])}
+    comparison = compare(evaluation.rows, evaluation.conditions, metrics, other)
+    assert comparison.differences == ()
+    assert "24000 Hz" in comparison.skipped["spectral"]
+    with pytest.raises(UserError, match="no finished evaluation"):
+        load_evaluation(two_evaluations)
+
+
+def test_the_report_is_one_page_with_everything_inside(two_evaluations):
+    pytest.importorskip("matplotlib")
+    page = (two_evaluations / "first" / "report.html").read_text()
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert page.count("<audio") == 3  # the original and two depths
+    assert page.count("<svg") == 4
+    assert page.count('class="spectrogram"') == 1
+    assert "Against second" in page
+    assert "published" in page
+    assert "const isBlind = true;" in page
+    results = json.loads((two_evaluations / "first" / "results.json").read_text())
+    assert results["schema_version"] == 1
+    assert [level["level"] for level in results["codebooks"]] == list(range(1, 9))
+
+
+CHECK = """
+<script>
+addEventListener("load", async () => {
+  const players = [...document.querySelectorAll("audio")];
+  const loaded = player => new Promise(done => {
+    if (player.readyState > 0) return done();
+    player.onloadedmetadata = player.onerror = done;
+  });
+  await Promise.all(players.map(loaded));
+  const plots = [...document.querySelectorAll("figure svg")].map(plot => plot.getBoundingClientRect());
+  const names = [...document.querySelectorAll(".player .name")].map(name => name.textContent);
+  document.getElementById("reveal").click();
+  const result = {
+    seconds: players.map(player => player.duration),
+    plots: plots.map(box => [box.width, box.height]),
+    width: [document.documentElement.scrollWidth, innerWidth],
+    hidden: names,
+    shown: [...document.querySelectorAll(".player .name")].map(name => name.textContent),
+  };
+  const output = document.createElement("pre");
+  output.id = "check";
+  output.textContent = JSON.stringify(result);
+  document.body.append(output);
+});
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_report_in_a_browser(two_evaluations, tmp_path, width):
+    """Players load, plots have a size, nothing is wider than the window, the console stays empty."""
+    pytest.importorskip("matplotlib")
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("chromium is not installed")
+    page = (two_evaluations / "first" / "report.html").read_text()
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{CHECK}</body>"))
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--window-size={width},900",
+        "--enable-logging=stderr",
+    ]
+    options += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=10000", "--dump-dom"]
+    command = [browser, *options, (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    found = re.search(r'<pre id="check">(.*?)</pre>', done.stdout)
+    assert found is not None
+    result = json.loads(found[1])
+    assert result["seconds"] == [1.0, 1.0, 1.0]
+    assert len(result["plots"]) == 4
+    assert all(box[0] > 200 and box[1] > 100 for box in result["plots"])
+    assert result["width"][0] <= result["width"][1]
+    assert sorted(result["hidden"]) == ["A", "B", "C"]
+    assert sorted(result["shown"]) == ["bits 1", "bits 8", "original"]

@@ -1,0 +1,147 @@
+"""Corpora to codes and back: the codes of a single clip, kills, damage, several processes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from moss_train.audio import read_audio
+from moss_train.cli import main
+from moss_train.data.code_shards import CodeShards, is_code_folder
+from moss_train.data.index import ShardIndex
+from moss_train.data.journal import unfinished_folder
+from moss_train.data.reading import iterate_clips
+from moss_train.inference import shards as shards_module
+from moss_train.inference.decoding import Decoder
+from moss_train.inference.shards import EncodeJob, decode_shards, encode_shards
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
+    quantizer = {"rvq_dim": 16, "num_quantizers": 3, "codebook_size": 32, "codebook_dim": 4}
+    config = MossAudioTokenizerConfig.from_stages(24000, stages, quantizer, context_seconds=1.0)
+    MossAudioTokenizerModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codes(packed: Path, model: Path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("codes") / "train"
+    report = encode_shards(job(model, packed), out, [CPU])
+    assert (report.num_written, report.failures) == (len(ShardIndex.load(packed).shards), [])
+    return out
+
+
+def job(model: Path, packed: Path) -> EncodeJob:
+    return EncodeJob(str(model), packed, None, None, batch_seconds=20.0)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_codes_are_those_of_single_clips_with_their_labels(packed: Path, model: Path, codes: Path) -> None:
+    tokenizer = MossAudioTokenizerModel.from_pretrained(model).eval()
+    found = CodeShards(codes)
+    found.verify()
+    audio_clips = iterate_clips([packed], sampling_rate=24000, num_channels=1)
+    for (name, clip_codes, labels), (audio_name, audio, audio_labels) in zip(found, audio_clips, strict=True):
+        assert (name, labels) == (audio_name, audio_labels)
+        alone = tokenizer.encode(audio[None], return_dict=True).audio_codes[:, 0]
+        assert torch.equal(clip_codes, alone)
+    assert found.arrays["has_text"].sum() == ShardIndex.load(packed).arrays["has_text"].sum()
+    assert found.source.num_levels == 3
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_bytes(packed: Path, model: Path, codes: Path, tmp_path: Path) -> None:
+    encode_shards(job(model, packed), tmp_path / "out", [CPU, CPU])
+    assert bytes_of(tmp_path / "out") == bytes_of(codes)
+
+
+def test_a_stopped_job_goes_on_after_its_shards(
+    packed: Path, model: Path, codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = shards_module.write_code_shard, []
+
+    def stop_at_third(path: Path, clips: list) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        original(path, clips)
+
+    monkeypatch.setattr(shards_module, "write_code_shard", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        encode_shards(job(model, packed), tmp_path / "out", [CPU])
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"was begun with another model, other options"):
+        encode_shards(EncodeJob(str(model), packed, 2, None, 20.0), tmp_path / "out", [CPU])
+    report = encode_shards(job(model, packed), tmp_path / "out", [CPU])
+    assert report.num_present == 2
+    assert bytes_of(tmp_path / "out") == bytes_of(codes)
+    assert not unfinished_folder(tmp_path / "out").exists()
+
+
+def test_decode_gives_back_every_clip(packed: Path, model: Path, codes: Path, tmp_path: Path) -> None:
+    assert is_code_folder(codes)
+    assert not is_code_folder(packed)
+    arguments = [f"model={model}", f"input={codes}", f"out={tmp_path / 'audio'}", "device=cpu", "num_quantizers=2"]
+    assert main(["decode", *arguments]) == 0
+    tokenizer = MossAudioTokenizerModel.from_pretrained(model).eval()
+    for name, clip_codes, labels in list(CodeShards(codes))[::20]:
+        audio, _ = read_audio((tmp_path / "audio" / name).with_suffix(".wav"))
+        alone = tokenizer.decode(clip_codes[:2, None], return_dict=True).audio[0, :, : labels["num_samples"]]
+        assert audio.shape == alone.shape
+        assert (audio - alone.clamp(-1, 1)).abs().max() < 2e-4
+    decoder = Decoder(tokenizer, 2)
+    again = decode_shards(decoder, codes, tmp_path / "audio", ".wav", 20.0)
+    assert (again.num_written, again.num_present) == (0, len(CodeShards(codes)))
+
+
+def test_bad_clips_are_named_and_left_out(packed: Path, model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    location = ShardIndex.load(copy).locate(5)
+    with Path(location.shard).open("r+b") as file:
+        file.seek(location.audio_offset + location.audio_size // 2)
+        file.write(b"\x00\xff" * 8)
+    report = encode_shards(job(model, copy), tmp_path / "out", [CPU])
+    assert len(report.failures) == 1
+    assert "damaged" in report.failures[0][1]
+    assert len(CodeShards(tmp_path / "out")) == len(ShardIndex.load(copy)) - 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["out=o"], "give either input= .audio files. or shards="),
+        (["out=o", "shards=s", "input=i"], "give either input="),
+        (["out=o", "shards=nowhere"], "nowhere is not a folder of packed shards"),
+    ],
+)
+def test_wrong_options_are_one_line(model: Path, capsys, arguments: list[str], message: str) -> None:
+    import re
+
+    assert main(["encode", f"model={model}", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_damaged_codes_are_refused(codes: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(codes, tmp_path / "copy"))
+    shard = copy / CodeShards(copy).shards[0].file
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="its hash differs"):
+        CodeShards(copy).verify()
+    shard.write_bytes(content[:-512])
+    with pytest.raises(UserError, match="is missing or has not the"):
+        CodeShards(copy)

@@ -1,0 +1,174 @@
+"""Time and memory of encode and decode, offline and streaming, beside another implementation with the same weights.
+
+    python tools/bench_inference.py --model FOLDER                    # a released or exported folder
+    python tools/bench_inference.py --experiment cat_nano             # random weights of a configuration
+    python tools/bench_inference.py --reference FOLDER                # also its own remote code, ours over it
+
+The two take turns and the best of `--repeats` runs counts, so that other load on the machine hits both alike. Memory on
+a CPU is the growth of the process, which does not show what the allocator had kept from an earlier case.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from moss_train.commands._compose import compose, to_plain
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Case = tuple[str, int, float, int]  # task, batch size, seconds, frames per chunk (0 offline)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="folder with config.json and weights")
+    source.add_argument("--experiment", help="configuration to build with random weights")
+    source.add_argument("--reference", help="folder with weights and remote code to compare with")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--offline-seconds", type=float, nargs="*", default=[1, 10, 30, 120])
+    parser.add_argument("--offline-batch", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--chunk-frames", type=int, nargs="*", default=[1, 4, 25])
+    parser.add_argument("--stream-batch", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--stream-seconds", type=float, default=20.0, help="length of a streamed clip")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    return parser.parse_args()
+
+
+def load(options: argparse.Namespace) -> dict[str, Any]:
+    """The models to compare, by name; ours first."""
+    dtype = DTYPES[options.dtype]
+    if options.experiment:
+        settings = to_plain(compose("fit", [f"experiment={options.experiment}"]), "fit")["tokenizer"]
+        torch.manual_seed(0)
+        models: dict[str, Any] = {"ours": MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(**settings))}
+    else:
+        models = {"ours": MossAudioTokenizerModel.from_pretrained(options.model or options.reference, dtype=dtype)}
+    if options.reference:
+        models["reference"] = AutoModel.from_pretrained(options.reference, trust_remote_code=True, dtype=dtype)
+    return {name: model.to(options.device, dtype).eval() for name, model in models.items()}
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for task in ("encode", "decode"):
+        for batch in options.offline_batch:
+            for seconds in options.offline_seconds:
+                yield task, batch, seconds, 0
+        for batch in options.stream_batch:
+            for frames in options.chunk_frames:
+                yield task, batch, options.stream_seconds, frames
+
+
+def prepare(model: Any, config: MossAudioTokenizerConfig, case: Case) -> Callable[[], Any]:
+    """The call that a case measures."""
+    task, batch, seconds, chunk = case
+    generator = torch.Generator().manual_seed(0)
+    frames = max(1, round(seconds * config.frame_rate))
+    options = {"chunk_duration": chunk / config.frame_rate} if chunk else {}
+    if task == "encode":
+        shape = (batch, config.number_channels, frames * config.downsample_rate)
+        audio = (torch.randn(shape, generator=generator) * 0.1).to(model.device)
+        return lambda: model.encode(audio, return_dict=True, **options)
+    size = config.quantizer_kwargs["codebook_size"]
+    codes = torch.randint(0, size, (config.num_quantizers, batch, frames), generator=generator).to(model.device)
+    return lambda: model.decode(codes, return_dict=True, **options)
+
+
+def measure(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds that a call takes, and MiB of memory that it adds at its peak (NaN where that is unknown)."""
+    gc.collect()
+    before = reset_peak(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return seconds, (peak(device) - before) / 2**20
+
+
+def reset_peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return process_status("VmRSS")
+    except OSError:
+        return float("nan")
+
+
+def peak(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else process_status("VmHWM")
+
+
+def process_status(name: str) -> float:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def run(models: dict[str, Any], case: Case, repeats: int) -> dict[str, Any]:
+    """One row: the best time and the memory of every model; a refused case has the reason instead."""
+    config = models["ours"].config
+    row: dict[str, Any] = dict(zip(("task", "batch", "seconds", "chunk_frames"), case, strict=True))
+    calls = {name: prepare(model, config, case) for name, model in models.items()}
+    for repeat in range(repeats + 1):  # the first one warms up
+        for name, call in list(calls.items()):
+            try:
+                seconds, memory = measure(call, models[name].device)
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                row[f"{name}_refused"] = str(error).splitlines()[0]
+                del calls[name]
+                continue
+            row[f"{name}_mib"] = round(max(memory, row.get(f"{name}_mib", memory)), 1)
+            if repeat > 0:
+                row[f"{name}_seconds"] = min(seconds, row.get(f"{name}_seconds", seconds))
+    return row
+
+
+def table_line(row: dict[str, Any]) -> str:
+    mode = f"chunks of {row['chunk_frames']}" if row["chunk_frames"] else "offline"
+    parts = [f"{row['task']:6} batch {row['batch']:2} {row['seconds']:6g} s {mode:13}"]
+    for name in ("ours", "reference"):
+        if f"{name}_seconds" in row:
+            seconds = row[f"{name}_seconds"]
+            speed = row["batch"] * row["seconds"] / seconds
+            parts.append(f"{name} {seconds * 1e3:9.1f} ms {speed:8.1f} x real time {row[f'{name}_mib']:8.1f} MiB")
+        elif f"{name}_refused" in row:
+            parts.append(f"{name} refuses: {row[f'{name}_refused']}")
+    if "ours_seconds" in row and "reference_seconds" in row:
+        parts.append(f"{row['reference_seconds'] / row['ours_seconds']:.2f} times as fast")
+    return " | ".join(parts)
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    models = load(options)
+    parameters = sum(parameter.numel() for parameter in models["ours"].parameters())
+    print(
+        f"{parameters:,} parameters, {options.dtype}, {options.device}, {options.threads} threads, {torch.__version__}"
+    )
+    rows = []
+    for case in cases(options):
+        rows.append(run(models, case, options.repeats))
+        print(table_line(rows[-1]), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
