@@ -38,4 +38,4 @@ def _run_shards(config: dict[str, Any], batch_seconds: float, out: Path) -> int:
     devices = [choose_device(name) for name in as_list(config["device"])]
     audio = Path(config["shards"]).expanduser()
     job = EncodeJob(str(config["model"]), audio, config["num_quantizers"], config["chunk_duration"], batch_seconds)
-    return print_report(encode_shards(job, out, devices), out, "encode")
+    return print_report(encode_shards(job, out, devices, executor=config["executor"]), out, "encode")

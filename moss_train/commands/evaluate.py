@@ -11,16 +11,19 @@ import torch
 from moss_train.audio import RESAMPLER
 from moss_train.commands._evaluation_data import choose_clips, cut_clips, find_clips
 from moss_train.commands._report import as_list
-from moss_train.evaluation.codecs import CatCodec, Codec, check_levels
+from moss_train.evaluation.cat_codec import CatCodec
+from moss_train.evaluation.codecs import Codec, check_levels
+from moss_train.evaluation.comparison import load_evaluation
 from moss_train.evaluation.distances import PROFILES, Profile
-from moss_train.evaluation.metrics import Metric, native_metrics, split_available
+from moss_train.evaluation.metrics import Metric, split_available
+from moss_train.evaluation.native import native_metrics
 from moss_train.evaluation.naturalness import Dnsmos
 from moss_train.evaluation.other_codecs import load_codec
 from moss_train.evaluation.outputs import Evaluation, write_outputs
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
 from moss_train.evaluation.recognition import BACKENDS, choose_backend
 from moss_train.evaluation.rendering import CodecRenderer, EvaluationClip
-from moss_train.evaluation.results import Results
+from moss_train.evaluation.results import ClipRow, Results
 from moss_train.evaluation.running import Renderer, evaluate
 from moss_train.evaluation.speaker import Ge2eSimilarity
 from moss_train.evaluation.speaker_wavlm import WavLMSimilarity
@@ -57,12 +60,16 @@ class Subject:
 def run(config: dict[str, Any]) -> int:
     """Evaluate and write tables and report; the exit status is 1 when no clip could be scored."""
     _check(config)
+    for other in as_list(config["compare"]):
+        load_evaluation(Path(other).expanduser())  # before hours of work, not after
     metrics, missing = split_available(_metrics(config))
     if missing and config["strict"]:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
     subject = _pairs(config) if config["pairs"] is not None else _codec(config)
     out = Path(config["out"]).expanduser()
     all_metrics = subject.of_codes | metrics
+    if config["model"] is not None and "text_model" in config["metrics"] and not subject.of_codes:
+        missing["text_model"] = "the model is no run or checkpoint with a text LM"
     results = Results(out, _settings(config, subject, all_metrics))
     rows = evaluate(
         subject.clips,
@@ -83,6 +90,11 @@ def run(config: dict[str, Any]) -> int:
     )
     table = write_outputs(evaluation, config["failures"], config["seed"], as_list(config["compare"]), config["blind"])
     print(table)
+    return _print_counts(rows, out)
+
+
+def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
+    """Print what failed to stderr and the counts to stdout; returns the exit status."""
     failed = [row for row in rows if row.failure is not None]
     for row in failed[:20]:
         print(f"moss_train evaluate: passed over: {row.failure}", file=sys.stderr)

@@ -17,11 +17,6 @@ from moss_train.utils.progress import progress
 SUMMARY = (
     "Pack a folder of audio, a manifest, a Kaldi folder or a saved dataset into shards for training and evaluation"
 )
-EXAMPLES = (
-    "python -m moss_train pack input=/data/speech.jsonl out=/shards/speech",
-    "python -m moss_train pack input=/data/music domain=music out=/shards/music num_workers=8",
-    "python -m moss_train pack input=/data/speech.jsonl out=/shards/clean drop=report/drop.jsonl",
-)
 
 _NUM_BAD_SHOWN = 5
 _REASONS = {
@@ -55,6 +50,7 @@ def run(config: dict) -> int:
                 options,
                 overwrite=config["overwrite"],
                 num_workers=config["num_workers"],
+                executor=config["executor"],
                 drop=frozenset(drop),
                 on_clip=on_clip,
             )

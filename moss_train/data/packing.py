@@ -6,11 +6,13 @@ its size, so what is in it depends neither on the number of processes nor on whe
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moss_train.audio import RESAMPLER
 from moss_train.data.clips import LeftOut, LongClip, PackOptions, ReadyClip, prepare, prepare_segment
+from moss_train.data.cluster import EXECUTORS, ray_pool
 from moss_train.data.index import INDEX_FILE, IndexBuilder
 from moss_train.data.journal import Journal, ShardInputs, finished_or_resumable, take_over
 from moss_train.data.manifest import SourceClip, SourceList
@@ -49,6 +51,7 @@ def pack(
     *,
     overwrite: bool = False,
     num_workers: int | None = None,
+    executor: str = "local",
     drop: frozenset[str] = frozenset(),
     on_clip: Callable[[float], None] = lambda seconds: None,
 ) -> PackReport:
@@ -60,21 +63,32 @@ def pack(
     for input that cannot be packed.
     """
     check_target(target, overwrite)
-    if num_workers is None:
-        num_workers = min(num_cores(), 1 + len(sources.clips) // CLIPS_PER_PROCESS)
-    with finished_or_resumable(target) as folder, worker_pool(num_workers, "moss_train.data.clips") as submit:
+    with finished_or_resumable(target) as folder, _pool(executor, num_workers, len(sources.clips)) as (submit, ahead):
         packer = _Packer(folder, sources, options, drop)
         todo, num_resumed = packer.resume()
         for _ in range(len(sources.clips) - len(todo)):
             on_clip(0.0)
         try:
-            ahead = 1 if num_workers <= 1 else TASKS_PER_PROCESS * num_workers
             for number, outcomes in _prepared(submit, sources, todo, options, ahead):
                 on_clip(packer.add(number, outcomes))
             index = packer.finish()
         finally:
             packer.abandon()
         return PackReport(index, dict(packer.left_out), tuple(packer.bad), sources.ignored, num_resumed)
+
+
+@contextmanager
+def _pool(executor: str, num_workers: int | None, num_clips: int) -> Iterator[tuple[Submit, int]]:
+    """Give a `submit` and how many tasks to begin ahead."""
+    if executor not in EXECUTORS:
+        raise UserError(f"executor={executor} has to be one of {', '.join(EXECUTORS)}")
+    if executor == "ray":
+        with ray_pool() as (submit, cores):
+            yield submit, TASKS_PER_PROCESS * (num_workers or cores)
+        return
+    count = num_workers or min(num_cores(), 1 + num_clips // CLIPS_PER_PROCESS)
+    with worker_pool(count, "moss_train.data.clips") as submit:
+        yield submit, 1 if count == 1 else TASKS_PER_PROCESS * count
 
 
 def _prepared(

@@ -1,13 +1,11 @@
-"""What evaluation asks of a codec, and our own model seen that way."""
+"""What evaluation asks of a codec."""
 
 import hashlib
 import math
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 
 
@@ -55,27 +53,3 @@ def weights_fingerprint(model: nn.Module) -> str:
         first = tensor.flatten()[:64].float().cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + first.tobytes())
     return digest.hexdigest()[:16]
-
-
-class CatCodec:
-    """A tokenizer of this package as a codec."""
-
-    def __init__(self, model: MossAudioTokenizerModel, name: str) -> None:
-        config = model.config
-        self.name = name
-        self.sampling_rate: int = config.sampling_rate
-        self.num_channels: int = config.number_channels
-        self.frame_rate: float = config.frame_rate
-        self.codebook_sizes = (config.quantizer_kwargs["codebook_size"],) * config.num_quantizers
-        self.fingerprint = weights_fingerprint(model)
-        self._model = model.eval()
-
-    def encode(self, audio: Tensor) -> Tensor:
-        """See `Codec`."""
-        codes = self._model.encode(audio[None], return_dict=True).audio_codes
-        return codes[:, 0].cpu()
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """See `Codec`."""
-        with torch.inference_mode():
-            return self._model.decode(codes[:, None], return_dict=True).audio[0].float().cpu()

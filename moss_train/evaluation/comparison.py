@@ -101,6 +101,8 @@ def compare(
         nearest = _nearest(condition, other.conditions)
         if nearest is not None:
             differences += _differences(rows, other.rows, condition, nearest, columns)
+    if columns and not differences:
+        skipped["every metric"] = "the two have no clips in common"
     return Comparison(other.name, tuple(differences), skipped, other.summary)
 
 

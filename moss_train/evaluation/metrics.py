@@ -13,14 +13,11 @@ from importlib.util import find_spec
 from typing import Protocol
 
 import torch
-from auraloss.time import SISDRLoss
 from torch import Tensor
 
 from moss_train.audio import resample
-from moss_train.evaluation.distances import Profile, mel_distance, stft_distance
 
 SPEECH = "speech"
-_SPEECH_RATE = 16_000
 NAN_IS_ZERO = ("stoi", "mel_loss", "stft_distance")
 """Values that the released code counts as 0 when they are not finite; PESQ fails instead and is dropped."""
 
@@ -108,130 +105,6 @@ class Metric(Protocol):
 
 
 @dataclass(frozen=True)
-class Stoi:
-    """Short-time objective intelligibility (Taal et al. 2011) by pystoi, at 16 kHz."""
-
-    columns = (Column("stoi", "STOI", True, is_speech_only=True, decimals=3),)
-
-    @property
-    def description(self) -> str:
-        """See `Metric`."""
-        return f"pystoi {package_version('pystoi')}, 16 kHz"
-
-    def missing(self) -> str | None:
-        """See `Metric`."""
-        return missing_package("pystoi")
-
-    def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError where pystoi finds too few frames that are not silent."""
-        import warnings
-
-        from pystoi import stoi
-
-        wanted, got = pair.at(_SPEECH_RATE)
-        if not wanted.any():
-            raise MetricError("the reference is silent", {"stoi": 0.0})
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                value = float(stoi(wanted.double().numpy(), got.double().numpy(), _SPEECH_RATE, extended=False))
-            except ValueError as error:
-                raise MetricError(f"too short for STOI ({error})") from error
-        if any("Not enough STFT frames" in str(warning.message) for warning in caught):
-            raise MetricError("less than 0.4 seconds that are not silent", {"stoi": 1e-5})
-        return {"stoi": value}
-
-
-@dataclass(frozen=True)
-class Pesq:
-    """Perceptual evaluation of speech quality, ITU-T P.862 narrow band and P.862.2 wide band, both at 16 kHz."""
-
-    columns = (
-        Column("pesq_nb", "PESQ-NB", True, is_speech_only=True),
-        Column("pesq_wb", "PESQ-WB", True, is_speech_only=True),
-    )
-
-    @property
-    def description(self) -> str:
-        """See `Metric`."""
-        return f"pesq {package_version('pesq')}, 16 kHz"
-
-    def missing(self) -> str | None:
-        """See `Metric`."""
-        return missing_package("pesq", "it compiles: gcc and the Python headers are needed")
-
-    def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError where P.862 finds no utterance or less than a quarter of a second."""
-        from pesq import PesqError, pesq
-
-        wanted, got = pair.at(_SPEECH_RATE)
-        if not got.any():
-            raise MetricError("the reconstruction is silent")
-        try:
-            values = [float(pesq(_SPEECH_RATE, wanted.numpy(), got.numpy(), mode)) for mode in ("nb", "wb")]
-        except (PesqError, ValueError) as error:
-            reason = error.args[0] if error.args else error
-            text = reason.decode() if isinstance(reason, bytes) else str(reason)
-            raise MetricError(f"PESQ: {text}") from error
-        return {"pesq_nb": values[0], "pesq_wb": values[1]}
-
-
-@dataclass(frozen=True)
-class SpectralDistances:
-    """Mel-Loss and STFT-Dist. of one profile; lower is better."""
-
-    profile: Profile
-    columns = (
-        Column("mel_loss", "Mel-Loss", False, decimals=3),
-        Column("stft_distance", "STFT-Dist.", False, decimals=3),
-    )
-
-    @property
-    def description(self) -> str:
-        """See `Metric`."""
-        window = "sqrt-Hann" if self.profile.is_root_window else "Hann"
-        return f"profile {self.profile.name}: {self.profile.sampling_rate} Hz, {window}, windows 2048 and 512"
-
-    def missing(self) -> str | None:
-        """Nothing is ever missing."""
-        return None
-
-    def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError for audio shorter than half a window."""
-        wanted, got = pair.at(self.profile.sampling_rate)
-        try:
-            return {
-                "mel_loss": mel_distance(wanted, got, self.profile),
-                "stft_distance": stft_distance(wanted, got, self.profile),
-            }
-        except ValueError as error:
-            raise MetricError(str(error)) from error
-
-
-@dataclass(frozen=True)
-class SiSdr:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2018), at 16 kHz without removing the mean."""
-
-    columns = (Column("si_sdr", "SI-SDR", True),)
-
-    @property
-    def description(self) -> str:
-        """See `Metric`."""
-        return f"auraloss {package_version('auraloss')}, 16 kHz"
-
-    def missing(self) -> str | None:
-        """Nothing is ever missing."""
-        return None
-
-    def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError for a silent reference, of which there is no ratio."""
-        wanted, got = (audio.double()[None] for audio in pair.at(_SPEECH_RATE))
-        if not wanted.any():
-            raise MetricError("the reference is silent")
-        return {"si_sdr": -SISDRLoss(zero_mean=False, eps=1e-12)(got, wanted).item()}
-
-
-@dataclass(frozen=True)
 class PairScores:
     """Values of one pair by key, and the reasons why metrics have none, by metric name."""
 
@@ -276,11 +149,6 @@ def split_available(metrics: Mapping[str, Metric]) -> tuple[dict[str, Metric], d
     """The metrics that can be used here, and what the others miss, by name."""
     missing = {name: reason for name, metric in metrics.items() if (reason := metric.missing()) is not None}
     return {name: metric for name, metric in metrics.items() if name not in missing}, missing
-
-
-def native_metrics(profile: Profile) -> dict[str, Metric]:
-    """The metrics that need no model: STOI, PESQ, the spectral distances and SI-SDR."""
-    return {"stoi": Stoi(), "pesq": Pesq(), "spectral": SpectralDistances(profile), "si_sdr": SiSdr()}
 
 
 def columns_of(metrics: Mapping[str, Metric]) -> tuple[Column, ...]:

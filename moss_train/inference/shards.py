@@ -5,16 +5,19 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moss_train.audio import write_audio
+from moss_train.data.cluster import EXECUTORS, ray_pool
 from moss_train.data.code_shards import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
 from moss_train.data.index import ARRAYS_FILE, ClipLocation, ShardIndex
 from moss_train.data.journal import JOURNAL_FILE, finished_or_resumable
 from moss_train.data.packing import check_target
+from moss_train.data.processes import ordered
 from moss_train.data.reading import ClipReader
 from moss_train.data.shards import sha256_of
 from moss_train.export.loading import load_tokenizer
@@ -38,13 +41,15 @@ class EncodeJob:
     batch_seconds: float
 
 
-def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device]) -> Report:
-    """Encode a packed folder into a folder of codes of the same shards, one process per device.
+def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device], *, executor: str = "local") -> Report:
+    """Encode a packed folder into a folder of codes of the same shards, one process per device, or on a Ray cluster.
 
     The folder appears when it is complete; after a kill the next call goes on after the shards that are finished.
     Clips that cannot be read are reported and left out. Raises UserError when `target` is something else or was begun
     with other weights or options, or the model does not fit the audio.
     """
+    if executor not in EXECUTORS:
+        raise UserError(f"executor={executor} has to be one of {', '.join(EXECUTORS)}")
     check_target(target, overwrite=False)
     index = ShardIndex.load(job.audio)
     encoder = make_encoder(job, devices[0] if len(devices) == 1 else torch.device("cpu"))
@@ -54,11 +59,12 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device])
         todo = [number for number, shard in enumerate(index.shards) if not (folder / shard.file).exists()]
         report = Report(0, len(index.shards) - len(todo), [])
         with progress("encoding", total=sum(index.shards[number].num_samples for number in todo)) as bar:
-            if len(devices) == 1:
+            if executor == "local" and len(devices) == 1:
                 for number in todo:
                     report.failures += encode_shard(encoder, job, index, number, folder, bar.advance)
             else:
-                for number, failures in _on_devices(job, todo, devices, folder):
+                parts = _on_ray if executor == "ray" else _on_devices
+                for number, failures in parts(job, todo, devices, folder):
                     report.failures += failures
                     bar.advance(index.shards[number].num_samples)
         report.num_written = len(todo)
@@ -150,6 +156,22 @@ def _on_devices(job: EncodeJob, todo: list[int], devices: Sequence[torch.device]
         futures = [(number, pool.submit(_encode_in_process, number, str(folder))) for number in todo]
         for number, future in futures:
             yield number, future.result()
+
+
+def _on_ray(job: EncodeJob, todo: list[int], devices: Sequence[torch.device], folder: Path):
+    """As above on a cluster, where a task has a GPU when the first device is one."""
+    with ray_pool(num_gpus=int(devices[0].type == "cuda")) as (submit, at_once):
+        yield from ordered(submit, _encode_anywhere, todo, job, devices[0].type, str(folder), ahead=2 * at_once)
+
+
+def _encode_anywhere(number: int, job: EncodeJob, device: str, folder: str) -> list[tuple[Path, str]]:
+    encoder, index = _loaded(job, device)
+    return encode_shard(encoder, job, index, number, Path(folder))
+
+
+@lru_cache(maxsize=1)
+def _loaded(job: EncodeJob, device: str) -> tuple[Encoder, ShardIndex]:
+    return make_encoder(job, torch.device(device)), ShardIndex.load(job.audio)
 
 
 _PROCESS: dict = {}

@@ -48,6 +48,10 @@ def fit(config: Node) -> RunResult:
     Raises:
         UserError: what the user has to change; nothing has been allocated or written then.
     """
+    if config["trainer"]["devices"] != 1:
+        raise UserError(
+            f"trainer.devices={config['trainer']['devices']}: training runs on one device at present, use 1"
+        )
     schedule = build_schedule(config)
     arguments = module_arguments(config)
     accelerator = choose_accelerator(config["trainer"]["accelerator"])
@@ -86,7 +90,13 @@ def continue_run(
         num_workers=config["data"]["num_workers"],
     )
     trainer = build_trainer(config, accelerator, callbacks(config, directory, last))
-    trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
+    except SystemExit:
+        # Lightning turns Ctrl-C into an exit without a word.
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
     return RunResult(directory, module.update, schedule.updates)
 
 
@@ -234,7 +244,7 @@ def build_trainer(config: Node, accelerator: str, trainer_callbacks: list[Callba
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run that stops where it stands
     return lightning.Trainer(
         accelerator=accelerator,
-        devices=settings["devices"],
+        devices=1,
         precision=settings["precision"],
         max_epochs=1,
         callbacks=trainer_callbacks,

@@ -198,7 +198,7 @@ def music(root: Path) -> Iterator[Clip]:
                 continue
             count = min(TRACK_PARTS, int(seconds // PART_SECONDS))
             for number in range(count):
-                start = round((seconds - PART_SECONDS) * number / max(1, count - 1), 3)
+                start = int(1000 * (seconds - PART_SECONDS) * number / max(1, count - 1)) / 1000
                 times = {"start_seconds": start, "end_seconds": round(start + PART_SECONDS, 3)}
                 name = f"{path.relative_to(root).as_posix()}#{number}"
                 labels = {"domain": "music", "text": f"music: {style}, {words(path)}", "group": path.stem}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moss_train.audio import read_audio
-from moss_train.evaluation.codecs import CatCodec
+from moss_train.evaluation.cat_codec import CatCodec
 from moss_train.evaluation.metrics import MetricError, Pair
 from moss_train.evaluation.naturalness import Dnsmos
 from moss_train.evaluation.recognition import ErrorRates, choose_backend, words

@@ -13,7 +13,8 @@ import torch
 from moss_train.audio import read_audio, write_audio
 from moss_train.evaluation.comparison import compare, load_evaluation
 from moss_train.evaluation.distances import PROFILES
-from moss_train.evaluation.metrics import Pair, SiSdr, SpectralDistances
+from moss_train.evaluation.metrics import Pair
+from moss_train.evaluation.native import SiSdr, SpectralDistances
 from moss_train.evaluation.outputs import Evaluation, make_table, write_outputs
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
 from moss_train.evaluation.rendering import CodecRenderer, Condition, fit_length, impostors, pcm16
@@ -288,6 +289,8 @@ def test_metrics_of_other_definitions_are_not_compared(two_evaluations):
     comparison = compare(evaluation.rows, evaluation.conditions, metrics, other)
     assert comparison.differences == ()
     assert "24000 Hz" in comparison.skipped["spectral"]
+    nothing = compare([], evaluation.conditions, METRICS, other)
+    assert nothing.skipped == {"every metric": "the two have no clips in common"}
     with pytest.raises(UserError, match="no finished evaluation"):
         load_evaluation(two_evaluations)
 

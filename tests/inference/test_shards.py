@@ -1,5 +1,6 @@
 """Corpora to codes and back: the codes of a single clip, kills, damage, several processes."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def test_codes_are_those_of_single_clips_with_their_labels(packed: Path, model: 
 @pytest.mark.slow
 def test_two_processes_make_the_same_bytes(packed: Path, model: Path, codes: Path, tmp_path: Path) -> None:
     encode_shards(job(model, packed), tmp_path / "out", [CPU, CPU])
+    assert bytes_of(tmp_path / "out") == bytes_of(codes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_ray_makes_the_same_bytes(packed: Path, model: Path, codes: Path, tmp_path: Path) -> None:
+    encode_shards(job(model, packed), tmp_path / "out", [CPU], executor="ray")
     assert bytes_of(tmp_path / "out") == bytes_of(codes)
 
 

@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from moss_train.semantic import ByteText, PretrainedText, TextLM
 from moss_train.utils.build import build
@@ -83,11 +82,9 @@ def test_it_is_either_new_or_pretrained(arguments):
 
 
 def test_it_starts_from_pretrained_weights_with_their_tokenizer(tmp_path):
-    vocabulary = {word: i for i, word in enumerate(["<end>", "ten", "of", "clubs"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(tmp_path)
-    released = Qwen2ForCausalLM(Qwen2Config(vocab_size=8, **CONFIG))
+    letters = {letter: i for i, letter in enumerate(["<|endoftext|>", *"tenofclubs\u0120"])}  # \u0120 is a space in it
+    Qwen2Tokenizer(vocab=letters, merges=[]).save_pretrained(tmp_path)
+    released = Qwen2ForCausalLM(Qwen2Config(vocab_size=16, **CONFIG))
     released.save_pretrained(tmp_path)
     lm = build(
         {
@@ -97,9 +94,10 @@ def test_it_starts_from_pretrained_weights_with_their_tokenizer(tmp_path):
         },
         latent_dim=6,
     )
-    assert lm.text("ten of clubs") == [1, 2, 3, 0]
-    assert lm.text.decode([1, 2, 3, 0]) == "ten of clubs"
     assert isinstance(lm.text, PretrainedText)
+    tokens = [letters[letter] for letter in "ten\u0120of"]
+    assert lm.text("ten of") == [*tokens, letters["<|endoftext|>"]]
+    assert lm.text.decode([*tokens, letters["<|endoftext|>"]]) == "ten of"
     assert all(torch.equal(a, b) for a, b in zip(lm.language_model.parameters(), released.parameters(), strict=True))
     with pytest.raises(ValueError, match="needs 257"):
         TextLM(latent_dim=6, text=ByteText(), pretrained=str(tmp_path))
