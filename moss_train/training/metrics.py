@@ -1,6 +1,7 @@
 """What a run says about itself: a CSV with every update, a progress bar, and Weights & Biases when asked for."""
 
 import csv
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moss_train.data.counting import StreamCounter
 from moss_train.training.module import cat_module
 from moss_train.training.objective import WEIGHTS
 from moss_train.types import UpdateBatch
@@ -77,6 +79,28 @@ class UpdateMetrics(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for writer in self.writers:
             writer.close()
+
+
+class StreamWatch(Callback):
+    """Names samples that could not be read, counts the hours of every domain, and stops when too many are lost.
+
+    The counts are part of the checkpoint; `hours` are those of this rank.
+    """
+
+    def __init__(self, counter: StreamCounter) -> None:
+        self.counter = counter
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
+    ) -> None:
+        for line in self.counter.add(batch):
+            print(line, file=sys.stderr)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.counter.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counter.load_state_dict(state_dict)
 
 
 class CsvWriter:

@@ -12,11 +12,12 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 
+from moss_train.data.counting import StreamCounter
 from moss_train.data.loader import make_loader
 from moss_train.data.stream import AudioStream, ClipFormat
 from moss_train.export.loading import load_tokenizer, tokenizer_config
 from moss_train.training.checkpointing import CheckpointWriter, DirectoryCheckpointIO, read_progress
-from moss_train.training.metrics import CsvWriter, ProgressWriter, UpdateMetrics, WandbWriter
+from moss_train.training.metrics import CsvWriter, ProgressWriter, StreamWatch, UpdateMetrics, WandbWriter
 from moss_train.training.module import CatModule
 from moss_train.training.resources import StateSize, check_memory, count_parameters
 from moss_train.training.stages import Schedule
@@ -30,7 +31,7 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 # What may differ between the parts of one run: it does not change what is learned.
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "wandb", "allow_changes"}
-FREE_DATA_KEYS = {"num_workers"}
+FREE_DATA_KEYS = {"num_workers", "max_bad_share"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def continue_run(
         micro_batch_seconds=config["data"]["micro_batch_seconds"],
         num_workers=config["data"]["num_workers"],
     )
-    trainer = build_trainer(config, accelerator, callbacks(config, directory, last))
+    counter = StreamCounter(module.tokenizer.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
+    trainer = build_trainer(config, accelerator, [StreamWatch(counter), *callbacks(config, directory, last)])
     try:
         trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     except SystemExit:
@@ -161,7 +163,12 @@ def open_stream(config: Node, tokenizer: Any) -> AudioStream:
     if not data["train"]:
         raise UserError("data.train is empty: give the folders that `moss_train pack` made, as data.train=/my/shards")
     clip_format = ClipFormat(
-        tokenizer.sampling_rate, tokenizer.number_channels, tokenizer.downsample_rate, peak=data["peak"]
+        tokenizer.sampling_rate,
+        tokenizer.number_channels,
+        tokenizer.downsample_rate,
+        peak=data["peak"],
+        loudness_lufs=data["loudness_lufs"],
+        gain_db=None if data["gain_db"] is None else tuple(data["gain_db"]),
     )
     sources = [data["train"]] if isinstance(data["train"], str) else data["train"]
     return AudioStream(

@@ -209,7 +209,8 @@ from moss_train.data.loader import make_loader
 from moss_train.data.stream import AudioStream, ClipFormat
 stream = AudioStream([{str(packed)!r}], ClipFormat(24000, 1, 1920), crop_seconds=5.0, max_seconds=10.0)
 updates = [(i, 60.0) for i in range(100)]
-batches = iter(make_loader(stream, text_encoder=None, position=0, updates=updates, micro_batch_seconds=60, num_workers=1))
+loader = make_loader(stream, text_encoder=None, position=0, updates=updates, micro_batch_seconds=60, num_workers=1)
+batches = iter(loader)
 next(batches)
 print(batches._workers[0].pid, flush=True)
 time.sleep(60)

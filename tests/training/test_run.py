@@ -1,4 +1,6 @@
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,3 +208,19 @@ def test_metrics_after_the_checkpoint_are_done_again(tmp_path):
     writer.start(2)
     writer.close()
     assert column(read_metrics(path), "loss/generator") == [1 / 3, 2 / 3]
+
+
+def test_unreadable_samples_are_named_and_stop_the_run_past_the_ceiling(packed, small_overrides, tmp_path, capsys):
+    damaged = tmp_path / "shards"
+    shutil.copytree(packed, damaged)
+    for tar in damaged.glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        for start in [match.start() for match in re.finditer(b"fLaC", content)]:
+            content[start : start + 4] = b"nope"
+        tar.write_bytes(content)
+    overrides = [*small_overrides, f"data.train={damaged}", f"run_dir={tmp_path / 'run'}"]
+    assert main(["fit", *overrides, "data.max_bad_share=0"]) == 2
+    error = capsys.readouterr().err
+    assert "left out" in error
+    assert "more than max_bad_share=0.0 allows" in error.splitlines()[-1]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["update-00000000"]
