@@ -19,7 +19,7 @@ if [ "${QUICKSTART_UPDATES:-full}" = short ]; then
 else
     out=out/quickstart
     schedule=()
-    half=460
+    half=400
     gate=0.60
 fi
 mkdir -p "$out"
