@@ -1,11 +1,14 @@
 """Real recordings of the quick start, packed once for all tests."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
 
 from moss_train.commands import pack as pack_command
 
