@@ -11,7 +11,6 @@ from moss_train.evaluation.other_codecs import (
     EncodecCodec,
     HiggsCodec,
     MimiCodec,
-    SpeechTokenizerCodec,
     Xcodec2Codec,
     load_codec,
 )
@@ -128,32 +127,6 @@ def test_published_bitrates_follow_from_the_facts_of_the_codecs():
     codec = small_encodec()
     assert bitrate(codec, 2) == 1500
     assert bitrate(codec, 6) == 4500
-
-
-class PackageModel(torch.nn.Module):
-    """The interface of the speechtokenizer package, whose dependencies are not installed here."""
-
-    sample_rate, downsample_rate = 16000, 320
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3))
-        self.quantizer = torch.nn.Identity()
-        self.quantizer.bins, self.quantizer.n_q = 1024, 8
-
-    def encode(self, audio):
-        return torch.arange(8)[:, None, None].expand(8, audio.shape[0], audio.shape[-1] // 320)
-
-    def decode(self, codes):
-        return codes.sum(0).float().repeat_interleave(320, -1)[:, None]
-
-
-def test_speechtokenizer_turns_its_layout_around():
-    codec = SpeechTokenizerCodec(PackageModel())
-    codes = codec.encode(torch.zeros(1, 3200))
-    assert codes.shape == (8, 10)
-    assert codec.decode(codes[:3]).shape == (1, 3200)
-    assert bitrate(codec, 2) == 1000
 
 
 @pytest.mark.parametrize("name", ["bigcodec", "qwen3_tts", "mimo", "xy_tokenizer"])
