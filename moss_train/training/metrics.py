@@ -96,6 +96,10 @@ class StreamWatch(Callback):
         for line in self.counter.add(batch):
             print(line, file=sys.stderr)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        hours = ", ".join(f"{domain} {count:.2f} h" for domain, count in self.counter.hours.items())
+        print(f"audio used: {hours}", file=sys.stderr)
+
     def state_dict(self) -> dict[str, Any]:
         return self.counter.state_dict()
 

@@ -92,6 +92,13 @@ def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> Non
         time.sleep(0.01)
 
 
+def test_the_hours_of_every_domain_are_those_of_the_whole_run(whole):
+    counts = state(whole)["callbacks"]["StreamWatch"]
+    assert set(counts["samples"]) <= {"speech", "music", "sound"}
+    seconds = sum(column(read_metrics(whole / "metrics.csv"), "audio_seconds"))
+    assert sum(counts["samples"].values()) / 24000 == pytest.approx(seconds)
+
+
 def test_a_finished_run_is_left_alone(whole, small_overrides, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "config.yaml"}
     assert main(["fit", *small_overrides, f"run_dir={whole}"]) == 0
