@@ -104,7 +104,7 @@ def _quote_path(override: str) -> str:
         if plain or not (parsed.is_sweep_override() or isinstance(parsed.value(), str)):
             return f"{key}={value}"
     except HydraException:
-        pass
+        pass  # not Hydra's grammar: quoted below when it names a path, else Hydra's own message stands
     return f"{key}={_quoted(value)}" if named and value[0] not in "'\"[{" else f"{key}={value}"
 
 
