@@ -126,11 +126,12 @@ class AudioStream:
     ) -> UpdatePlan:
         """Plan one update of one rank: its micro-batches, and the stream's position afterwards.
 
-        Consecutive samples are taken until their used audio reaches `batch_seconds`, at least one per rank. They are
-        dealt to the ranks by length, and split so that count times longest stays within `micro_batch_seconds`.
+        Consecutive samples are taken until their used audio reaches `batch_seconds`, whatever the number of ranks. They
+        are dealt to the ranks by length, so that each gets as many seconds, and split so that count times longest stays
+        within `micro_batch_seconds`. With fewer samples than ranks some ranks have no micro-batches.
         """
         rate = self.clip_format.sampling_rate
-        lengths = self._lengths_until(position, round(batch_seconds * rate), world_size)
+        lengths = self._lengths_until(position, round(batch_seconds * rate))
         mine = deal(lengths, rank, world_size)
         groups = split_by_length(lengths[mine], round(micro_batch_seconds * rate), self.min_length_ratio)
         refs = tuple(tuple(self.sample(position + int(mine[i])) for i in group) for group in groups)
@@ -152,16 +153,16 @@ class AudioStream:
             gain_unit=float(block.gain_units[place]),
         )
 
-    def _lengths_until(self, position: int, total: int, at_least: int) -> np.ndarray:
-        """Used lengths of consecutive samples from `position` until their sum reaches `total`."""
-        parts, samples, count = [], 0, 0
-        while samples < total or count < at_least:
-            number, place = divmod(position + count, self._mixture.block_size)
+    def _lengths_until(self, position: int, total: int) -> np.ndarray:
+        """Used lengths of consecutive samples from `position` until their sum reaches `total`, at least one."""
+        parts: list[np.ndarray] = []
+        samples = 0
+        while samples < total or not parts:
+            number, place = divmod(position, self._mixture.block_size)
             lengths = self._block(number).lengths[place:]
             sums = samples + np.cumsum(lengths)
-            enough = max(int(np.searchsorted(sums, total)) + 1, at_least - count)
-            parts.append(lengths[:enough])
-            count += len(parts[-1])
+            parts.append(lengths[: int(np.searchsorted(sums, total)) + 1])
+            position += len(parts[-1])
             samples = int(sums[len(parts[-1]) - 1])
         return np.concatenate(parts)
 

@@ -86,7 +86,6 @@ def positions_of(stream: AudioStream, world_size: int, batch_seconds: float) -> 
     for _ in range(3):
         plans = [stream.plan_update(position, batch_seconds, 6.0, rank, world_size) for rank in range(world_size)]
         assert len({plan.next_position for plan in plans}) == 1
-        assert all(plan.micro_batches for plan in plans)
         refs: list[SampleRef] = [ref for plan in plans for group in plan.micro_batches for ref in group]
         updates.append(sorted(ref.position for ref in refs))
         position = plans[0].next_position
@@ -100,9 +99,27 @@ def test_every_world_size_reads_the_same_sequence(packed: Path) -> None:
     assert [position for positions in expected for position in positions] == list(range(1000, expected[-1][-1] + 1))
 
 
-def test_every_rank_gets_a_sample_of_the_smallest_batch(packed: Path) -> None:
-    updates = positions_of(make_stream(packed), 8, batch_seconds=0.01)
-    assert [len(positions) for positions in updates] == [8, 8, 8]
+def test_more_ranks_than_samples_leave_the_sequence_as_it_is(packed: Path) -> None:
+    stream = make_stream(packed)
+    expected = positions_of(stream, 1, batch_seconds=1.6)
+    assert all(1 <= len(positions) < 7 for positions in expected)
+    assert positions_of(stream, 7, batch_seconds=1.6) == expected
+    plans = [stream.plan_update(1000, 1.6, 6.0, rank, 7) for rank in range(7)]
+    assert sum(not plan.micro_batches for plan in plans) == 7 - len(expected[0])
+    assert positions_of(stream, 1, batch_seconds=0.0001) == [[1000], [1001], [1002]]
+
+
+@pytest.mark.parametrize("world_size", [2, 5, 8])
+def test_ranks_get_equal_seconds(packed: Path, world_size: int) -> None:
+    stream = make_stream(packed)
+    for position in (0, 777, 12_345):
+        plans = [stream.plan_update(position, 120.0, 6.0, rank, world_size) for rank in range(world_size)]
+        refs = [[ref for group in plan.micro_batches for ref in group] for plan in plans]
+        counts = [len(part) for part in refs]
+        seconds = [sum(ref.num_frames for ref in part) / 24000 for part in refs]
+        used = [ref.num_frames / 24000 for part in refs for ref in part]
+        assert max(counts) - min(counts) <= 1
+        assert max(seconds) - min(seconds) <= max(used) - min(used)
 
 
 def test_folders_are_read_together(packed: Path) -> None:
