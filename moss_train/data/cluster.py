@@ -1,5 +1,6 @@
 """The same work on a Ray cluster (extra `cluster`): every machine needs the input under the same path."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def ray_pool(num_gpus: int = 0) -> Iterator[tuple[Submit, int]]:
             address=os.environ.get("RAY_ADDRESS"),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster there ({error})") from error
