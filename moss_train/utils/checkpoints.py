@@ -11,13 +11,16 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import written_whole
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 MANIFEST = "manifest.json"
+BEST_FILE = "best.json"
 PREFIX = "update-"
 PARTIAL = ".partial-"
 
@@ -116,7 +119,49 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The checkpoint of the best validation so far, as `best.json` beside the checkpoints records it."""
+
+    name: str  # of its directory
+    update: int
+    metric: str
+    value: float
+
+
+def record_best(directory: Path, best: BestCheckpoint) -> None:
+    """Write `best.json` of a checkpoint folder; from then on the checkpoint is not pruned."""
+    with written_whole(Path(directory) / BEST_FILE) as path:
+        path.write_text(json.dumps(asdict(best), indent=1) + "\n")
+
+
+def read_best(directory: Path) -> BestCheckpoint | None:
+    """The record in a checkpoint folder; None when there is none, or none whose checkpoint is still there."""
+    try:
+        best = BestCheckpoint(**json.loads((Path(directory) / BEST_FILE).read_text()))
+        return best if (Path(directory) / best.name).is_dir() else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def best_checkpoint(directory: Path) -> Path | None:
+    """The sound checkpoint of the best validation of a checkpoint folder; None when no validation chose one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    best = read_best(directory)
+    if best is None:
+        return None
+    path = Path(directory) / best.name
+    if problem := find_damage(path):
+        raise UserError(f"the best checkpoint {path} is damaged ({problem}); the newest one may still be sound")
+    return path
+
+
 def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what interrupted writes left."""
-    for path in [*list_checkpoints(directory)[:-keep], *Path(directory).glob(f"{PARTIAL}*")]:
+    """Delete all but the best and the `keep` newest checkpoints, and what interrupted writes left."""
+    best = read_best(directory)
+    old = [path for path in list_checkpoints(directory)[:-keep] if best is None or path.name != best.name]
+    for path in [*old, *Path(directory).glob(f"{PARTIAL}*")]:
         shutil.rmtree(path, ignore_errors=True)

@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 
 from moss_train.utils.checkpoints import (
+    BestCheckpoint,
+    best_checkpoint,
     checkpoint_name,
     find_damage,
     list_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
+    read_best,
     read_manifest,
+    record_best,
     write_checkpoint,
 )
 from moss_train.utils.errors import UserError
@@ -74,3 +78,28 @@ def test_pruning_keeps_the_newest_and_removes_interrupted_writes(tmp_path):
     (tmp_path / ".partial-update-00000004").mkdir()
     prune_checkpoints(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["update-00000002", "update-00000003"]
+
+
+def test_the_best_checkpoint_survives_pruning_until_a_better_one(tmp_path):
+    for update in (1, 2, 3, 4):
+        save(tmp_path, update)
+    assert best_checkpoint(tmp_path) is None
+    record_best(tmp_path, BestCheckpoint(checkpoint_name(1), 1, "mel_distance/32", 2.5))
+    prune_checkpoints(tmp_path, keep=2)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "3", "4"]
+    assert best_checkpoint(tmp_path) == tmp_path / "update-00000001"
+    record_best(tmp_path, BestCheckpoint(checkpoint_name(4), 4, "mel_distance/32", 2.0))
+    prune_checkpoints(tmp_path, keep=2)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "4"]
+
+
+def test_a_damaged_best_checkpoint_is_an_error_and_a_missing_one_is_none(tmp_path):
+    best = save(tmp_path, 7)
+    record_best(tmp_path, BestCheckpoint(best.name, 7, "mel_distance/32", 2.5))
+    (best / "weights").write_bytes(b"w")
+    with pytest.raises(UserError, match="update-00000007 is damaged"):
+        best_checkpoint(tmp_path)
+    (tmp_path / "best.json").write_text('{"name": "update-00000009", "update": 9, "metric": "m", "value": 1.0}')
+    assert read_best(tmp_path) is None
+    (tmp_path / "best.json").write_text('{"name"')
+    assert best_checkpoint(tmp_path) is None
