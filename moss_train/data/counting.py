@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moss_train.types import UpdateBatch
@@ -28,7 +29,7 @@ def kind_of(reason: str) -> str:
 
 
 class StreamCounter:
-    """Counts what one rank has used and lost. `max_bad_share` is the share of samples that may be lost."""
+    """Counts what a run has used and lost. `max_bad_share` is the share of samples that may be lost."""
 
     def __init__(self, sampling_rate: int, *, max_bad_share: float = 0.01) -> None:
         if not 0 <= max_bad_share <= 1:
@@ -39,6 +40,7 @@ class StreamCounter:
         self._kinds: Counter[str] = Counter()
         self._num_clips = 0
         self._named: set[str] = set()
+        self._last_line = ""
 
     @property
     def hours(self) -> dict[str, float]:
@@ -51,22 +53,44 @@ class StreamCounter:
         return dict(sorted(self._kinds.items()))
 
     def add(self, batch: UpdateBatch) -> list[str]:
-        """Count one update; return a line for every bad sample that has not been named before.
+        """Count one update of the only rank: `name_lost` and `add_counts` in one."""
+        lines = self.name_lost(batch)
+        self.add_counts(self.counts(batch, {name for micro in batch.micro_batches for name in micro.domains}))
+        return lines
 
-        Raises UserError when too large a share of all samples was lost, with the kinds and the last reason.
-        """
-        for micro_batch in batch.micro_batches:
-            self._num_clips += micro_batch.num_clips
-            for domain, length in zip(micro_batch.domains, micro_batch.audio_lengths.tolist(), strict=True):
-                self._samples[domain] += length
+    def name_lost(self, batch: UpdateBatch) -> list[str]:
+        """Return a line for every bad sample of this rank that has not been named before."""
         lines = []
         for sample_id, reason in batch.dropped:
-            self._kinds[kind_of(reason)] += 1
             if sample_id not in self._named:
                 self._named.add(sample_id)
                 lines.append(f"left out {sample_id}: {reason}")
-        self._check_share(lines[-1] if lines else "")
+        self._last_line = lines[-1] if lines else ""
         return lines
+
+    def counts(self, batch: UpdateBatch, domains: Iterable[str]) -> dict[str, float]:
+        """Numbers of one update by name, which may be summed over ranks: the same names for the same domains."""
+        counts = {f"samples/{domain}": 0.0 for domain in sorted(domains)}
+        counts |= {f"bad/{kind}": 0.0 for kind in (*BAD_KINDS, "other")} | {"used_clips": 0.0}
+        for micro_batch in batch.micro_batches:
+            counts["used_clips"] += micro_batch.num_clips
+            for domain, length in zip(micro_batch.domains, micro_batch.audio_lengths.tolist(), strict=True):
+                counts[f"samples/{domain}"] += length
+        for _, reason in batch.dropped:
+            counts[f"bad/{kind_of(reason)}"] += 1
+        return counts
+
+    def add_counts(self, counts: Mapping[str, float]) -> None:
+        """Add the numbers of one update, summed over ranks; other names than those of `counts` are left alone.
+
+        Raises UserError when too large a share of all samples was lost, with the kinds and the last reason.
+        """
+        self._num_clips += int(counts["used_clips"])
+        for name, value in counts.items():
+            group, _, key = name.partition("/")
+            if value and group in ("samples", "bad"):
+                (self._samples if group == "samples" else self._kinds)[key] += int(value)
+        self._check_share(self._last_line)
 
     def _check_share(self, last: str) -> None:
         num_bad = sum(self._kinds.values())

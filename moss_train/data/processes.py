@@ -30,10 +30,11 @@ def num_cores() -> int:
 def start_worker() -> None:
     """One thread per forked worker (more only get in each other's way), and none that outlives a killed parent."""
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
+    """Wait, in a thread, until the process `parent` is gone, and end this one at once."""
     while os.getppid() == parent:
         time.sleep(ORPHAN_CHECK_SECONDS)
     os._exit(1)

@@ -1,5 +1,6 @@
 """Checkpoints of a run: what Lightning assembles, written through `moss_train.utils.checkpoints`."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from moss_train.training.module import cat_module
 from moss_train.utils.checkpoints import (
     CHECKPOINT_FILE,
     checkpoint_name,
-    list_checkpoints,
     prune_checkpoints,
     read_manifest,
     write_checkpoint,
@@ -36,7 +36,11 @@ class DirectoryCheckpointIO(CheckpointIO):
         map_location: Callable | None = None,
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        return torch.load(Path(path) / CHECKPOINT_FILE, map_location=map_location or "cpu", weights_only=True)
+        # Mapped, the ranks of a machine share one copy. On a CPU the optimizer would keep the mapping of a file that
+        # is deleted later.
+        mmap = torch.cuda.is_available()
+        file = Path(path) / CHECKPOINT_FILE
+        return torch.load(file, map_location=map_location or "cpu", weights_only=True, mmap=mmap)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         raise UserError(f"{path}: checkpoints are removed by their retention, not through Lightning")
@@ -57,10 +61,12 @@ class CheckpointWriter(Callback):
         self.directory = directory
         self.every_updates = every_updates
         self.keep = keep
+        self.saved_update: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not on_train_start, which a run without a single update never reaches.
-        if not list_checkpoints(self.directory):
+        self.saved_update = None if trainer.ckpt_path is None else read_manifest(Path(trainer.ckpt_path))["update"]
+        if self.saved_update is None:
             self._save(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -71,9 +77,16 @@ class CheckpointWriter(Callback):
         self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = self.directory / checkpoint_name(cat_module(pl_module).update)
-        if not path.exists():
-            trainer.save_checkpoint(path)
+        """Save what has not been saved; all ranks take part, the first one writes."""
+        update = cat_module(pl_module).update
+        if update == self.saved_update:
+            return
+        self.saved_update = update
+        path = self.directory / checkpoint_name(update)
+        if trainer.is_global_zero and path.exists():
+            shutil.rmtree(path)  # damaged, or the run would have started from it
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
             prune_checkpoints(self.directory, self.keep)
 
 

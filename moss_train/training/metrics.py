@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moss_train.data.counting import StreamCounter
 from moss_train.training.module import cat_module
 from moss_train.training.objective import WEIGHTS
+from moss_train.training.stages import PARTS
 from moss_train.types import UpdateBatch
 from moss_train.utils.progress import progress
 
@@ -25,8 +26,8 @@ COLUMNS = (
     "loss/generator",
     "loss/discriminators",
     "text_accuracy",
-    "gradient_norm/generator",
-    "gradient_norm/discriminators",
+    *(f"gradient_norm/{name}" for name in ("generator", *PARTS, "discriminators")),
+    *(f"clip_factor/{name}" for name in ("generator", "discriminators")),
     "learning_rate/generator",
     "learning_rate/discriminators",
     "clips",
@@ -47,6 +48,7 @@ class UpdateMetrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_end = time.perf_counter()
+        self.writers = self.writers if trainer.is_global_zero else []
         for writer in self.writers:
             writer.start(cat_module(pl_module).update)
 
@@ -54,6 +56,12 @@ class UpdateMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
     ) -> None:
         self.batch_start = time.perf_counter()
+        cat_module(pl_module).contributions |= {
+            "clips": sum(micro.num_clips for micro in batch.micro_batches),
+            "clips_with_text": sum(int((micro.text_lengths > 0).sum()) for micro in batch.micro_batches),
+            "dropped_clips": len(batch.dropped),
+            "audio_samples": sum(int(micro.audio_lengths.sum()) for micro in batch.micro_batches),
+        }
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
@@ -65,10 +73,8 @@ class UpdateMetrics(Callback):
             "update": module.update,
             "stage": module.schedule.at(module.update - 1).stage.name,
             **module.metrics,
-            "clips": sum(micro.num_clips for micro in batch.micro_batches),
-            "clips_with_text": sum(int((micro.text_lengths > 0).sum()) for micro in batch.micro_batches),
-            "dropped_clips": len(batch.dropped),
-            "audio_seconds": sum(int(micro.audio_lengths.sum()) for micro in batch.micro_batches) / rate,
+            **{name: round(module.sums[name]) for name in ("clips", "clips_with_text", "dropped_clips")},
+            "audio_seconds": module.sums["audio_samples"] / rate,
             "update_seconds": end - self.last_end,
             "data_wait_seconds": self.batch_start - self.last_end,
         }
@@ -84,21 +90,27 @@ class UpdateMetrics(Callback):
 class StreamWatch(Callback):
     """Names samples that could not be read, counts the hours of every domain, and stops when too many are lost.
 
-    The counts are part of the checkpoint; `hours` are those of this rank.
+    The counts are those of all ranks and part of the checkpoint; each rank names its own lost samples.
     """
 
-    def __init__(self, counter: StreamCounter) -> None:
+    def __init__(self, counter: StreamCounter, domains: Sequence[str]) -> None:
         self.counter = counter
+        self.domains = domains
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
     ) -> None:
-        for line in self.counter.add(batch):
+        for line in self.counter.name_lost(batch):
             print(line, file=sys.stderr)
+        cat_module(pl_module).contributions |= self.counter.counts(batch, self.domains)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.counter.add_counts(cat_module(pl_module).sums)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hours = ", ".join(f"{domain} {count:.2f} h" for domain, count in self.counter.hours.items())
-        print(f"audio used: {hours}", file=sys.stderr)
+        if trainer.is_global_zero:
+            print(f"audio used: {hours}", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
         return self.counter.state_dict()

@@ -72,13 +72,12 @@ class Objective(nn.Module):
         self.mid_side = MidSideLoss()
         self.crop_length = round(crop_seconds * sampling_rate)
 
-    def count(self, batches: Sequence[Batch]) -> UpdateCounts:
-        """Counts of one rank's micro-batches."""
-        lengths = torch.cat([batch.audio_lengths for batch in batches])
-        text = torch.cat([batch.text_lengths for batch in batches])
-        return UpdateCounts(
-            torch.tensor(len(lengths), device=lengths.device), self.mel.frame_counts(lengths), text.sum()
-        )
+    def count(self, batches: Sequence[Batch], device: torch.device | str = "cpu") -> UpdateCounts:
+        """Counts of one rank's micro-batches, which may be none."""
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        lengths = torch.cat([none, *(batch.audio_lengths for batch in batches)])
+        text = torch.cat([none, *(batch.text_lengths for batch in batches)])
+        return UpdateCounts(torch.ones_like(lengths).sum(), self.mel.frame_counts(lengths), text.sum())
 
     def codec_terms(
         self,

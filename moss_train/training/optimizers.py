@@ -52,14 +52,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Euclidean norm of all gradients together (scalar; zero when there are none)."""
+def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Sum of the squares of all gradients (scalar, float64; zero when there are none)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
 
-def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
-    """Scale gradients of known norm down to at most `clip_norm`, in place."""
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients, in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)

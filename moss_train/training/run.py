@@ -1,13 +1,11 @@
 """One run: configuration in, run directory out; the same call again resumes it exactly."""
 
-import logging
-import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
@@ -16,11 +14,12 @@ from moss_train.data.counting import StreamCounter
 from moss_train.data.loader import make_loader
 from moss_train.data.stream import AudioStream, ClipFormat
 from moss_train.export.loading import load_tokenizer, tokenizer_config
-from moss_train.training.checkpointing import CheckpointWriter, DirectoryCheckpointIO, read_progress
+from moss_train.training.checkpointing import CheckpointWriter, read_progress
 from moss_train.training.metrics import CsvWriter, ProgressWriter, StreamWatch, UpdateMetrics, WandbWriter
 from moss_train.training.module import CatModule
 from moss_train.training.resources import StateSize, check_memory, count_parameters
 from moss_train.training.stages import Schedule
+from moss_train.training.trainer import REDUCE_DTYPES, build_trainer, choose_accelerator, start_processes
 from moss_train.utils.build import build
 from moss_train.utils.checkpoints import newest_checkpoint
 from moss_train.utils.errors import UserError
@@ -49,49 +48,58 @@ def fit(config: Node) -> RunResult:
     Raises:
         UserError: what the user has to change; nothing has been allocated or written then.
     """
-    if config["trainer"]["devices"] != 1:
-        raise UserError(
-            f"trainer.devices={config['trainer']['devices']}: training runs on one device at present, use 1"
-        )
     schedule = build_schedule(config)
     arguments = module_arguments(config)
     accelerator = choose_accelerator(config["trainer"]["accelerator"])
     check_memory(measure(arguments), accelerator)
     stream = open_stream(config, tokenizer_config(arguments["tokenizer"]))
     directory = Path(config["run_dir"])
+    last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
+    counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
+    watch = StreamWatch(counter, stream.domains)
+    trainer = build_trainer(config["trainer"], accelerator, [watch, *callbacks(config, directory, last)])
     directory.mkdir(parents=True, exist_ok=True)
-    with exclusive(directory / LOCK_FILE, str(directory)):
-        return continue_run(config, directory, schedule, arguments, stream, accelerator)
+    with exclusive(directory / LOCK_FILE, str(directory)) if trainer.is_global_zero else nullcontext():
+        checkpoint = find_start(config, directory, trainer)
+        update = read_progress(checkpoint)["update"]
+        if checkpoint is None or update < last:
+            update = train(config, checkpoint, arguments, stream, trainer, range(update, last))
+    return RunResult(directory, update, schedule.updates)
 
 
-def continue_run(
+def find_start(config: Node, directory: Path, trainer: Trainer) -> Path | None:
+    """The newest sound checkpoint, None for a new run. Rank 0 looks, before it starts the others; all of them learn."""
+    checkpoint = None
+    if trainer.is_global_zero:
+        checkpoint = newest_checkpoint(directory / "checkpoints")
+        store_config(config, directory, is_new=checkpoint is None)
+    start_processes(trainer)
+    return trainer.strategy.broadcast(checkpoint)
+
+
+def train(
     config: Node,
-    directory: Path,
-    schedule: Schedule,
+    checkpoint: Path | None,
     arguments: dict[str, Any],
     stream: AudioStream,
-    accelerator: str,
-) -> RunResult:
-    """Train from the newest sound checkpoint of a run directory, or from the start when it has none."""
-    checkpoint = newest_checkpoint(directory / "checkpoints")
-    progress = read_progress(checkpoint)
-    store_config(config, directory, is_new=checkpoint is None)
-    last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
-    if checkpoint is not None and progress["update"] >= last:
-        return RunResult(directory, progress["update"], schedule.updates)
+    trainer: Trainer,
+    updates: range,
+) -> int:
+    """Do the given updates from a checkpoint, or from the start without one; returns the update reached."""
     module = CatModule(**arguments)
+    module.reduce_dtype = REDUCE_DTYPES[config["trainer"]["reduce_dtype"]]
     if checkpoint is None and config["init"] is not None:
         module.tokenizer.load_state_dict(load_tokenizer(config["init"]).state_dict())
     loader = make_loader(
         stream,
         text_encoder=None if module.semantic is None else module.semantic.text,
-        position=progress["position"],
-        updates=[(update, schedule.at(update).stage.batch_seconds) for update in range(progress["update"], last)],
+        position=read_progress(checkpoint)["position"],
+        updates=[(update, module.schedule.at(update).stage.batch_seconds) for update in updates],
         micro_batch_seconds=config["data"]["micro_batch_seconds"],
         num_workers=config["data"]["num_workers"],
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
     )
-    counter = StreamCounter(module.tokenizer.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
-    trainer = build_trainer(config, accelerator, [StreamWatch(counter), *callbacks(config, directory, last)])
     try:
         trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     except SystemExit:
@@ -99,7 +107,7 @@ def continue_run(
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
-    return RunResult(directory, module.update, schedule.updates)
+    return module.update
 
 
 def stage_nodes(config: Node) -> list[dict[str, Any]]:
@@ -221,15 +229,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
-def choose_accelerator(wanted: str) -> str:
-    """`auto` becomes cuda where there is one."""
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise UserError(f"trainer.accelerator={wanted!r} is not one of auto, cpu, cuda")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("trainer.accelerator=cuda, but torch sees no GPU; `python -m moss_train doctor` says more")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
 def callbacks(config: Node, directory: Path, last: int) -> list[Callback]:
     """Metrics first, so that a checkpoint never lies behind an update that was not logged."""
     writers: list[CsvWriter | ProgressWriter | WandbWriter]
@@ -237,29 +236,3 @@ def callbacks(config: Node, directory: Path, last: int) -> list[Callback]:
     if config["wandb"] is not None:
         writers.append(WandbWriter(directory, config["wandb"]))
     return [UpdateMetrics(writers), CheckpointWriter(directory / "checkpoints", **config["checkpoint"])]
-
-
-def build_trainer(config: Node, accelerator: str, trainer_callbacks: list[Callback]) -> Trainer:
-    """Lightning's Trainer without its own clocks, loggers, bars and checkpoints; one pass over the run's loader."""
-    settings = config["trainer"]
-    if settings["num_threads"] is not None:
-        torch.set_num_threads(settings["num_threads"])
-    torch.set_float32_matmul_precision(settings["matmul_precision"])
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of Lightning about itself
-    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run that stops where it stands
-    return lightning.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        precision=settings["precision"],
-        max_epochs=1,
-        callbacks=trainer_callbacks,
-        plugins=[DirectoryCheckpointIO()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )

@@ -5,7 +5,7 @@ import torch
 
 from moss_train.data.loader import make_loader
 from moss_train.export.loading import tokenizer_config
-from moss_train.training import CatModule
+from moss_train.training import CatModule, micro_batches
 from moss_train.training.run import module_arguments, open_stream
 from moss_train.types import Batch, UpdateBatch
 from moss_train.utils.errors import UserError
@@ -37,7 +37,7 @@ def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> di
     module.zero_grad()
     counts = module.objective.count(batches)
     for batch in batches:
-        module._accumulate(batch, counts, module.schedule.at(number))
+        micro_batches.accumulate(module, batch, counts, module.schedule.at(number))
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 

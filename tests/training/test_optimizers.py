@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from moss_train.model.transformer import TransformerLayer
-from moss_train.training.optimizers import build_adamw, gradient_norm, parameter_groups, scale_gradients
+from moss_train.training.optimizers import build_adamw, parameter_groups, scale_gradients, squared_norm
 
 
 def test_only_matrices_decay():
@@ -36,9 +36,9 @@ def test_a_shared_parameter_is_optimised_once():
 def test_gradients_are_scaled_to_the_norm():
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
-    norm = gradient_norm(parameters)
-    assert norm.item() == 5.0
-    scale_gradients(parameters, norm, clip_norm=10.0)
+    assert squared_norm(parameters).item() == 25.0
+    scale_gradients(parameters, 1.0)
     assert parameters[1].grad.item() == 4.0
-    scale_gradients(parameters, norm, clip_norm=1.0)
+    scale_gradients(parameters, 0.2)
     torch.testing.assert_close(torch.stack([p.grad for p in parameters[:2]]), torch.tensor([[0.6], [0.8]]))
+    assert squared_norm(parameters[2:]).item() == 0.0

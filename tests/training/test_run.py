@@ -185,7 +185,8 @@ def test_a_machine_that_is_too_small_is_told_so_before_anything_is_written(packe
         ("objective.weights.semantics=1", "semantics"),
         ("checkpoint.keep=1", "at least 2"),
         ("trainer.accelerator=tpu", "not one of auto, cpu, cuda"),
-        ("trainer.devices=2", "trainer.devices=2: training runs on one device"),
+        ("trainer.devices=0", "trainer.devices=0 must be auto or a whole number from 1"),
+        ("trainer.precision=16-mixed", "not one of 32-true, bf16-mixed"),
     ],
 )
 def test_impossible_configurations_are_one_line_and_leave_nothing(small_overrides, tmp_path, capsys, override, message):

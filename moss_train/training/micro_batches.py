@@ -1,0 +1,110 @@
+"""Forward and backward of one micro-batch: the terms of the generator, and the judgement of the discriminators."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moss_train.training.objective import UpdateCounts
+from moss_train.training.stages import StageMoment
+from moss_train.types import Batch
+
+if TYPE_CHECKING:
+    from moss_train.training.module import CatModule
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the discriminators add to a micro-batch.
+
+    Attributes:
+        terms: the generator's adversarial terms; empty in the head start.
+        weighted: their weighted sum, detached.
+        surrogate: scalar whose gradient in the reconstruction is that of `weighted`.
+        loss: of the discriminators; None when they do not learn in this update.
+    """
+
+    terms: dict[str, Tensor]
+    weighted: Tensor
+    surrogate: Tensor
+    loss: Tensor | None
+
+
+def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: StageMoment) -> dict[str, Tensor]:
+    """Add the gradients of one micro-batch on both sides; returns its share of every term, detached."""
+    tokenizer = module.tokenizer
+    latent = tokenizer.encode_latent(batch.audio)
+    quantized = tokenizer.quantizer(latent, module.num_quantizers(batch))
+    reconstruction = tokenizer.decode_latent(quantized.quantized)
+    num_frames = tokenizer.num_frames(batch.audio_lengths)
+    frame_mask = torch.arange(latent.shape[1], device=latent.device) < num_frames[:, None]
+    terms = module.objective.codec_terms(batch, reconstruction, quantized, frame_mask, counts)
+    reported: dict[str, Tensor] = {}
+    if module.semantic is not None:
+        add_semantic(module, terms, reported, quantized.quantized, num_frames, batch, counts)
+    total = module.objective.total(terms, moment.stage.weights)
+    generator_loss = total.detach()
+    if moment.judged or moment.discriminators_learn:
+        judgement = judge(module, reconstruction, batch, counts, moment)
+        total = total + judgement.surrogate
+        generator_loss = generator_loss + judgement.weighted
+        terms |= judgement.terms
+        if judgement.loss is not None:
+            reported["loss/discriminators"] = judgement.loss
+    module.manual_backward(total)
+    reported |= {f"loss/{name}": value for name, value in terms.items()} | {"loss/generator": generator_loss}
+    return {name: value.detach() for name, value in reported.items()}
+
+
+def add_semantic(
+    module: "CatModule",
+    terms: dict[str, Tensor],
+    reported: dict[str, Tensor],
+    states: Tensor,
+    num_frames: Tensor,
+    batch: Batch,
+    counts: UpdateCounts,
+) -> None:
+    """Cross entropy of the texts of those clips that have one, given the states [B, F, D] after the quantizer."""
+    assert module.semantic is not None
+    with_text = (batch.text_lengths > 0).nonzero()[:, 0]
+    if len(with_text) == 0:
+        return
+    tensors = (states, num_frames, batch.text_tokens, batch.text_lengths, batch.task_ids)
+    prediction = module.semantic(*(tensor[with_text] for tensor in tensors))
+    terms["semantic"] = prediction.loss_sum / counts.text_tokens.clamp(min=1)
+    reported["text_accuracy"] = prediction.num_correct / counts.text_tokens.clamp(min=1)
+
+
+def judge(
+    module: "CatModule", reconstruction: Tensor, batch: Batch, counts: UpdateCounts, moment: StageMoment
+) -> Judgement:
+    """One forward of the discriminators serves both sides, and neither side's backward enters the other's graph.
+
+    The discriminators see a detached copy of the reconstruction's crop. Their own loss goes back to their weights, the
+    generator's terms to the copy, and that gradient continues from the crop in the generator's one backward.
+
+    Cost in units of one forward of all discriminators, a backward of weights or of inputs counted as one each:
+    2 forward, 4 for their own loss, 1 for the generator's terms = 7 (10 with a pass per loss); 6 in their head start;
+    3 in an update in which they do not learn.
+    """
+    assert module.discriminators is not None
+    objective = module.objective
+    crop = objective.crop(reconstruction, batch)
+    copy = crop.detach().requires_grad_(moment.judged)
+    module.discriminators.requires_grad_(moment.discriminators_learn)
+    with torch.set_grad_enabled(moment.discriminators_learn):
+        real = module.discriminators(objective.crop(batch.audio, batch))
+    generated = module.discriminators(copy)
+    loss = None
+    if moment.discriminators_learn:
+        loss = objective.discriminator_term(real, generated, counts)
+        module.manual_backward(loss, inputs=module.discriminator_parameters(), retain_graph=moment.judged)
+    if not moment.judged:
+        zero = torch.zeros((), device=crop.device)
+        return Judgement({}, zero, zero, loss)
+    terms = objective.judge_terms(real, generated, counts)
+    weighted = moment.ramp * objective.total(terms, moment.stage.weights)
+    (gradient,) = torch.autograd.grad(weighted, copy)
+    return Judgement(terms, weighted.detach(), (crop * gradient).sum(), loss)
