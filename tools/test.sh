@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that has to pass before a change is taken: format, lint, types, tests. Arguments go to pytest.
+# Everything that has to pass before a change is taken: format, lint, types, tests. Arguments go to pytest; TEST_WORKERS
+# processes share the test files, by default one for every core, at most four.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,4 +10,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the tensors of the tests are sm
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
-"$bin/python" -m pytest -q "$@"
+cores="$(nproc)"
+"$bin/python" -m pytest -q --numprocesses "${TEST_WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadfile "$@"
