@@ -109,6 +109,10 @@ def _check(config: dict[str, Any]) -> None:
         raise UserError(f"give one of model=, codec= and pairs=, got {' and '.join(given) or 'none'}")
     if (config["data"] is None) == (given != ["pairs"]):
         raise UserError("data= is required" if config["data"] is None else "data= has no effect with pairs=")
+    if config["codec"] is None and (
+        unused := next((key for key in ("weights", "code") if config[key] is not None), None)
+    ):
+        raise UserError(f"{unused}={config[unused]} has no effect without codec=")
     for key, known in (("profile", tuple(PROFILES)), ("failures", POLICIES), ("speaker", ("auto", "ge2e", "wavlm"))):
         _one_of(key, config[key], known)
     _one_of("recognition", config["recognition"], ("auto", *BACKENDS))
@@ -148,7 +152,7 @@ def _codec(config: dict[str, Any]) -> Subject:
         codec = CatCodec(model.to(device), Path(str(config["model"])).name)  # type: ignore[arg-type]
         text_model = _text_model(config, model, device)
     else:
-        codec = load_codec(config["codec"], config["weights"], device)
+        codec = load_codec(config["codec"], config["weights"], device, config["code"])
     levels = check_levels(codec, config["num_quantizers"])
     clips = cut_clips(find_clips(as_list(config["data"]), config["domain"]), config["clip_seconds"])
     clips = choose_clips(clips, config["max_clips"], config["seed"])

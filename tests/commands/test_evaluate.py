@@ -123,7 +123,8 @@ def test_pairs_of_files_and_a_comparison(folder, tmp_path, monkeypatch, capsys):
         ),
         (["model=small", "data=good.jsonl", "workers=-1"], "workers=-1 has to be at least 0"),
         (["model=small", "data=good.jsonl", "clip_seconds=900"], "no clip of data=good.jsonl is clip_seconds=900 long"),
-        (["codec=bigcodec", "data=good.jsonl"], "codec=bigcodec cannot run here"),
+        (["codec=bigcodec", "data=good.jsonl"], "codec=bigcodec needs weights="),
+        (["model=small", "data=good.jsonl", "weights=x"], "weights=x has no effect without codec="),
         (
             ["model=small", "data=good.jsonl", "metrics=[speaker]", "speaker=wavlm", "strict=true"],
             "metric speaker: no weights: give speaker_model=",

@@ -1,19 +1,30 @@
-"""Every adapter with a small random model of the real class, and what the others say."""
+"""Every adapter with a small random model of the real class; what is not installed is skipped and says what it needs.
+
+XY-Tokenizer is not among them: its code lies beside its weights only.
+"""
+
+import importlib.util
+import json
+import os
+import sys
 
 import pytest
 import torch
 import transformers
 
-from moss_train.evaluation.codecs import bitrate, check_levels
-from moss_train.evaluation.other_codecs import (
-    CODECS,
+from moss_train.evaluation.codec_adapters import (
+    BigCodec,
     DacCodec,
     EncodecCodec,
     HiggsCodec,
     MimiCodec,
+    MimoCodec,
+    Qwen3TtsCodec,
+    SpeechTokenizerCodec,
     Xcodec2Codec,
-    load_codec,
 )
+from moss_train.evaluation.codecs import bitrate, check_levels
+from moss_train.evaluation.other_codecs import CODECS, load_codec
 from moss_train.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -29,21 +40,23 @@ def small_dac():
     return DacCodec(transformers.DacModel(config))
 
 
+MIMI = {
+    "hidden_size": 32,
+    "num_filters": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "codebook_dim": 16,
+    "vector_quantization_hidden_dimension": 16,
+    "num_quantizers": 6,
+    "upsample_groups": 32,
+}
+
+
 def small_mimi():
-    config = transformers.MimiConfig(
-        hidden_size=32,
-        num_filters=4,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=32,
-        codebook_dim=16,
-        vector_quantization_hidden_dimension=16,
-        num_quantizers=6,
-        upsample_groups=32,
-    )
-    return MimiCodec(transformers.MimiModel(config))
+    return MimiCodec(transformers.MimiModel(transformers.MimiConfig(**MIMI)))
 
 
 def small_higgs():
@@ -76,13 +89,81 @@ def small_xcodec2():
     return Xcodec2Codec(transformers.Xcodec2Model(config), transformers.Xcodec2FeatureExtractor())
 
 
-NEEDED = {
-    small_encodec: "EncodecModel",
-    small_dac: "DacModel",
-    small_mimi: "MimiModel",
-    small_higgs: "HiggsAudioV2TokenizerModel",
-    small_xcodec2: "Xcodec2Model",
+SPEECHTOKENIZER = {
+    "n_filters": 4,
+    "dimension": 16,
+    "strides": [8, 5, 4, 2],
+    "lstm_layers": 1,
+    "bidirectional": True,
+    "dilation_base": 2,
+    "residual_kernel_size": 3,
+    "n_residual_layers": 1,
+    "activation": "ELU",
+    "sample_rate": 16_000,
+    "n_q": 4,
+    "semantic_dimension": 16,
+    "codebook_size": 32,
 }
+
+
+def small_speechtokenizer():
+    return SpeechTokenizerCodec(pytest.importorskip("speechtokenizer").SpeechTokenizer(SPEECHTOKENIZER))
+
+
+BIGCODEC = {
+    "ngf": 4,
+    "use_rnn": True,
+    "rnn_bidirectional": False,
+    "rnn_num_layers": 1,
+    "up_ratios": (2, 2, 2, 5, 5),
+    "dilations": (1, 3, 9),
+    "out_channels": 32,
+    "codebook_size": 64,
+    "vq_num_quantizers": 1,
+    "codebook_dim": 4,
+}
+
+
+def small_bigcodec():
+    return BigCodec(pytest.importorskip("bigcodec").BigCodec(**BIGCODEC))
+
+
+def small_qwen3_tts():
+    if importlib.util.find_spec("qwen_tts") is None:
+        pytest.skip("qwen-tts is not installed: it pins an older transformers")
+    from qwen_tts.core import Qwen3TTSTokenizerV2Config, Qwen3TTSTokenizerV2Model
+
+    decoder = {"codebook_size": 32, "num_quantizers": 4, "hidden_size": 32, "latent_dim": 32, "codebook_dim": 32}
+    decoder |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 32}
+    decoder |= {"num_hidden_layers": 1, "decoder_dim": 32}
+    config = Qwen3TTSTokenizerV2Config(MIMI | {"codebook_size": 32}, decoder, encoder_valid_num_quantizers=4)
+    return Qwen3TtsCodec(Qwen3TTSTokenizerV2Model(config))
+
+
+MIMO_CODE = "MIMO_AUDIO_TOKENIZER_CODE"
+
+
+def small_mimo_model():
+    folder = os.environ.get(MIMO_CODE)
+    if folder is None:
+        pytest.skip(f"set {MIMO_CODE} to the folder in which its package mimo_audio_tokenizer lies")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module = importlib.import_module("mimo_audio_tokenizer.modeling_audio_tokenizer")
+    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    sizes |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    sizes |= {"vocoder_dim": 16, "vocoder_intermediate_dim": 16, "vocoder_num_layers": 1, "vocoder_attention_heads": 2}
+    config = module.MiMoAudioTokenizerConfig(
+        avg_pooler=2, nfft=960, window_size=960, num_quantizers=5, codebook_size=[64, 64, 16], **sizes
+    )
+    return module.MiMoAudioTokenizer(config)
+
+
+def small_mimo():
+    return MimoCodec(small_mimo_model())
+
+
+NEEDED = {small_higgs: "HiggsAudioV2TokenizerModel", small_xcodec2: "Xcodec2Model"}
 
 
 @pytest.mark.parametrize(
@@ -93,10 +174,14 @@ NEEDED = {
         (small_mimi, 24000, 6, 137.5),
         (small_higgs, 24000, 16, 250.0),
         (small_xcodec2, 16000, 1, 800.0),
+        (small_speechtokenizer, 16000, 4, 250.0),
+        (small_bigcodec, 16000, 1, 480.0),
+        (small_qwen3_tts, 24000, 4, 62.5),
+        (small_mimo, 24000, 5, 150.0),
     ],
 )
 def test_adapter_encodes_once_and_decodes_prefixes(build, rate, levels, bits):
-    if not hasattr(transformers, NEEDED[build]):
+    if build in NEEDED and not hasattr(transformers, NEEDED[build]):
         pytest.skip(f"this transformers has no {NEEDED[build]}")
     torch.manual_seed(0)
     codec = build()
@@ -121,6 +206,9 @@ def fill_codebooks(model: torch.nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name.rsplit(".", 1)[-1] in ("embed", "embed_sum"):
             buffer.normal_(generator=torch.Generator().manual_seed(1))
+    for name, parameter in model.named_parameters():
+        if name.endswith("embedding_sum"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
 
 
 def test_published_bitrates_follow_from_the_facts_of_the_codecs():
@@ -129,10 +217,42 @@ def test_published_bitrates_follow_from_the_facts_of_the_codecs():
     assert bitrate(codec, 6) == 4500
 
 
-@pytest.mark.parametrize("name", ["bigcodec", "qwen3_tts", "mimo", "xy_tokenizer"])
-def test_codecs_without_a_usable_package_say_how_to_measure_them(name):
-    with pytest.raises(UserError, match="pairs=<folder>"):
+@pytest.mark.parametrize(
+    ("name", "package", "way_out"),
+    [
+        ("bigcodec", "bigcodec", "pairs=<folder>"),
+        ("speechtokenizer", "speechtokenizer", "pairs=<folder>"),
+        ("qwen3_tts", "qwen_tts", "an environment of its own"),
+    ],
+)
+def test_codecs_without_their_package_say_what_to_do(name, package, way_out, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("moss_train.evaluation.metrics.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"package {package} is not installed.*{way_out}"):
         load_codec(name, "weights", CPU)
+
+
+def test_code_of_a_repository_is_asked_for_by_the_codec_that_needs_it(tmp_path):
+    with pytest.raises(UserError, match="codec=mimo needs code="):
+        load_codec("mimo", str(tmp_path), CPU)
+    with pytest.raises(UserError, match="there is no mimo_audio_tokenizer"):
+        load_codec("mimo", str(tmp_path), CPU, str(tmp_path))
+    with pytest.raises(UserError, match=r"code=here has no effect with codec=mimi"):
+        load_codec("mimi", str(tmp_path), CPU, "here")
+    with pytest.raises(UserError, match=f"weights={tmp_path}"):
+        load_codec("xy_tokenizer", str(tmp_path), CPU)
+
+
+def test_code_that_does_not_run_beside_this_transformers_is_one_line(tmp_path):
+    package = tmp_path / "src" / "mimo_audio_tokenizer"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "modeling_audio_tokenizer.py").write_text("from transformers import NoSuchThing\n")
+    with pytest.raises(UserError, match=r"codec=mimo: its code does not run beside transformers .*NoSuchThing"):
+        load_codec("mimo", str(tmp_path), CPU, str(tmp_path))
+    for name in [name for name in sys.modules if name.startswith("mimo_audio_tokenizer")]:
+        del sys.modules[name]
+    sys.path.remove(str(tmp_path / "src"))
 
 
 def test_wrong_names_and_weights_are_errors(tmp_path):
@@ -144,12 +264,53 @@ def test_wrong_names_and_weights_are_errors(tmp_path):
         load_codec("dac", str(tmp_path), CPU)
 
 
-def test_weights_are_read_from_a_folder(tmp_path):
-    torch.manual_seed(0)
+def save_dac(folder):
     codec = small_dac()
-    codec.model.save_pretrained(tmp_path)
-    loaded = load_codec("dac", str(tmp_path), CPU)
+    codec.model.save_pretrained(folder)
+    return codec
+
+
+def save_speechtokenizer(folder):
+    codec = small_speechtokenizer()
+    (folder / "config.json").write_text(json.dumps(SPEECHTOKENIZER))
+    torch.save(codec.model.state_dict(), folder / "SpeechTokenizer.pt")
+    return codec
+
+
+def save_bigcodec(folder):
+    codec = small_bigcodec()
+    codec.model.save_pretrained(folder)
+    return codec
+
+
+def save_qwen3_tts(folder):
+    codec = small_qwen3_tts()
+    codec.model.save_pretrained(folder)
+    return codec
+
+
+def save_mimo(folder):
+    codec = small_mimo()
+    codec.model.save_pretrained(folder)
+    return codec
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("dac", save_dac),
+        ("speechtokenizer", save_speechtokenizer),
+        ("bigcodec", save_bigcodec),
+        ("qwen3_tts", save_qwen3_tts),
+        ("mimo", save_mimo),
+    ],
+)
+def test_weights_are_read_from_a_folder(name, save, tmp_path):
+    torch.manual_seed(0)
+    codec = save(tmp_path)
+    loaded = load_codec(name, str(tmp_path), CPU, os.environ.get(MIMO_CODE) if name == "mimo" else None)
     assert loaded.fingerprint == codec.fingerprint
+    assert loaded.codebook_sizes == codec.codebook_sizes
     audio = 0.1 * torch.randn(1, 4096, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded.encode(audio), codec.encode(audio))
 
