@@ -190,9 +190,11 @@ class AudioStream:
         """Mean used seconds and available seconds per domain, and the longest used seconds of all."""
         rate = self.clip_format.sampling_rate
         means, available, longest = [], {}, 0
+        self.num_with_text = 0  # clips whose text is used
         for domain, shards in zip(self.domains, ranges, strict=True):
             rows = np.concatenate([np.arange(first, first + count) for first, count in shards])
-            used, _ = self._used(rows)
+            used, with_text = self._used(rows)
+            self.num_with_text += int(with_text.sum())
             means.append(float(used.mean()) / rate)
             available[domain] = int(self._corpus.column("num_samples", rows).sum()) / rate
             longest = max(longest, int(used.max()))

@@ -1,16 +1,67 @@
-"""The inference model of anything that holds one."""
+"""The inference model of anything that holds one, and the networks that trained it where they were kept."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from moss_train.export.training_state import STATE_FOLDER, read_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, find_damage, newest_checkpoint
 from moss_train.utils.errors import UserError
 
-PREFIX = "tokenizer."
+NETWORKS = ("semantic", "discriminators")  # of a training, beside the tokenizer
+Weights = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A tokenizer to go on from and, where they were kept, the networks of its training.
+
+    Attributes:
+        path: what it is, for messages.
+        tokenizer: its architecture.
+        nodes: by name (`semantic`, `discriminators`) what builds the other networks; empty for a released folder.
+        load: reads the weights of `tokenizer` and of every network of `nodes`, on the CPU.
+    """
+
+    path: str
+    tokenizer: MossAudioTokenizerConfig
+    nodes: Mapping[str, Any]
+    load: Callable[[], Weights]
+
+
+def open_source(path: str | Path) -> ModelSource:
+    """Open what training can go on from, see `load_tokenizer` for what `path` may be; weights are not read yet.
+
+    Raises:
+        UserError: there is no model at `path`, or its training state is damaged.
+    """
+    if (checkpoint := find_checkpoint(Path(path))) is not None:
+        content = read_checkpoint(checkpoint)
+        parameters = content["hyper_parameters"]
+        nodes = {name: parameters[name] for name in NETWORKS if parameters.get(name)}
+        return ModelSource(
+            str(checkpoint), tokenizer_config(parameters["tokenizer"]), nodes, lambda: weights_of(content, nodes)
+        )
+    config = from_folder(MossAudioTokenizerConfig, path)
+    folder = Path(path) / STATE_FOLDER
+    networks = read_training_state(folder) if folder.is_dir() else {}
+    nodes = {name: network.node for name, network in networks.items()}
+
+    def load() -> Weights:
+        others = {name: network.weights for name, network in networks.items()}
+        return {"tokenizer": load_tokenizer(path).state_dict(), **others}
+
+    return ModelSource(str(path), config, nodes, load)
+
+
+def weights_of(content: Mapping[str, Any], nodes: Iterable[str]) -> Weights:
+    """The weights of tokenizer and networks in a checkpoint's content."""
+    return {name: weights_under(f"{name}.", content["state_dict"]) for name in ("tokenizer", *nodes)}
 
 
 def load_tokenizer(path: str | Path) -> MossAudioTokenizerModel:
@@ -22,16 +73,21 @@ def load_tokenizer(path: str | Path) -> MossAudioTokenizerModel:
     Raises:
         UserError: there is no model at `path`, or its weights do not fit its configuration.
     """
+    if (checkpoint := find_checkpoint(Path(path))) is not None:
+        return tokenizer_of(read_checkpoint(checkpoint)).eval()
+    return from_folder(MossAudioTokenizerModel, path, dtype=torch.float32).eval()
+
+
+def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of a model folder or repository name, with errors of one line."""
     directory = Path(path)
-    if (checkpoint := find_checkpoint(directory)) is not None:
-        return tokenizer_of_checkpoint(checkpoint).eval()
     looks_local = str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
     if looks_local and not directory.exists():
         raise UserError(f"{path} does not exist: give a run, a checkpoint or a model folder, or a repository name")
     if directory.exists() and not (directory / "config.json").exists():
         raise UserError(f"{path} is neither a run, a checkpoint nor a model folder: it has no config.json")
     try:
-        return MossAudioTokenizerModel.from_pretrained(str(path), dtype=torch.float32).eval()
+        return kind.from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
 
@@ -48,13 +104,21 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
-def tokenizer_of_checkpoint(path: Path) -> MossAudioTokenizerModel:
-    """Build the tokenizer that a training checkpoint describes and load its weights, strictly."""
-    checkpoint = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True, mmap=True)
-    model = MossAudioTokenizerModel(tokenizer_config(checkpoint["hyper_parameters"]["tokenizer"]))
-    weights = checkpoint["state_dict"]
-    model.load_state_dict({name.removeprefix(PREFIX): weights[name] for name in weights if name.startswith(PREFIX)})
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint directory; its tensors stay on the disk until they are used."""
+    return torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True, mmap=True)
+
+
+def tokenizer_of(content: Mapping[str, Any]) -> MossAudioTokenizerModel:
+    """Build the tokenizer that a checkpoint's content describes and load its weights, strictly."""
+    model = MossAudioTokenizerModel(tokenizer_config(content["hyper_parameters"]["tokenizer"]))
+    model.load_state_dict(weights_under("tokenizer.", content["state_dict"]))
     return model
+
+
+def weights_under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
 def tokenizer_config(node: Mapping[str, Any]) -> MossAudioTokenizerConfig:

@@ -42,7 +42,8 @@ def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: 
     terms = module.objective.codec_terms(batch, reconstruction, quantized, frame_mask, counts)
     reported: dict[str, Tensor] = {}
     if module.semantic is not None:
-        add_semantic(module, terms, reported, quantized.quantized, num_frames, batch, counts)
+        states = quantized.quantized if moment.taught else quantized.quantized.detach()
+        add_semantic(module, terms, reported, states, num_frames, batch, counts)
     total = module.objective.total(terms, moment.stage.weights)
     generator_loss = total.detach()
     if moment.judged or moment.discriminators_learn:

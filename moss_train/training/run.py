@@ -1,6 +1,6 @@
 """One run: configuration in, run directory out; the same call again resumes it exactly."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,16 @@ from lightning.pytorch import Callback, Trainer
 from moss_train.data.counting import StreamCounter
 from moss_train.data.loader import make_loader
 from moss_train.data.stream import AudioStream, ClipFormat
-from moss_train.export.loading import load_tokenizer, tokenizer_config
 from moss_train.training.checkpointing import CheckpointWriter, read_progress
+from moss_train.training.initialization import (
+    Beginning,
+    initialize,
+    plain,
+    plan_beginning,
+    print_reports,
+    store_record,
+    without_text,
+)
 from moss_train.training.metrics import CsvWriter, ProgressWriter, StreamWatch, UpdateMetrics, WandbWriter
 from moss_train.training.module import CatModule
 from moss_train.training.resources import StateSize, check_memory, count_parameters
@@ -48,12 +56,14 @@ def fit(config: Node) -> RunResult:
     Raises:
         UserError: what the user has to change; nothing has been allocated or written then.
     """
-    schedule = build_schedule(config)
-    arguments = module_arguments(config)
-    accelerator = choose_accelerator(config["trainer"]["accelerator"])
-    check_memory(measure(arguments), accelerator)
-    stream = open_stream(config, tokenizer_config(arguments["tokenizer"]))
     directory = Path(config["run_dir"])
+    beginning = plan_beginning(config, directory)
+    schedule = build_schedule(beginning.arguments["stages"])
+    stream = open_stream(config, beginning.tokenizer_config)
+    if not stream.num_with_text:
+        beginning = without_text(beginning)
+    accelerator = choose_accelerator(config["trainer"]["accelerator"])
+    check_memory(measure(beginning.arguments), accelerator)
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
     counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
     watch = StreamWatch(counter, stream.domains)
@@ -63,7 +73,7 @@ def fit(config: Node) -> RunResult:
         checkpoint = find_start(config, directory, trainer)
         update = read_progress(checkpoint)["update"]
         if checkpoint is None or update < last:
-            update = train(config, checkpoint, arguments, stream, trainer, range(update, last))
+            update = train(config, checkpoint, beginning, stream, trainer, range(update, last))
     return RunResult(directory, update, schedule.updates)
 
 
@@ -80,16 +90,19 @@ def find_start(config: Node, directory: Path, trainer: Trainer) -> Path | None:
 def train(
     config: Node,
     checkpoint: Path | None,
-    arguments: dict[str, Any],
+    beginning: Beginning,
     stream: AudioStream,
     trainer: Trainer,
     updates: range,
 ) -> int:
     """Do the given updates from a checkpoint, or from the start without one; returns the update reached."""
-    module = CatModule(**arguments)
+    module = CatModule(**beginning.arguments)
     module.reduce_dtype = REDUCE_DTYPES[config["trainer"]["reduce_dtype"]]
-    if checkpoint is None and config["init"] is not None:
-        module.tokenizer.load_state_dict(load_tokenizer(config["init"]).state_dict())
+    if checkpoint is None and beginning.source is not None:
+        reports = initialize(module, beginning)
+        if trainer.is_global_zero:
+            print_reports(beginning, reports, config["fresh_warmup_updates"])
+            store_record(Path(config["run_dir"]), beginning, reports)
     loader = make_loader(
         stream,
         text_encoder=None if module.semantic is None else module.semantic.text,
@@ -110,45 +123,12 @@ def train(
     return module.update
 
 
-def stage_nodes(config: Node) -> list[dict[str, Any]]:
-    """The stages as configured; `train` of the run holds for those that do not name their own parts."""
-    return [{"train": config["train"], **stage} for stage in config["stages"]]
-
-
-def build_schedule(config: Node) -> Schedule:
+def build_schedule(stages: Sequence[Node]) -> Schedule:
     """The stages, with errors that name the configuration path."""
     try:
-        return Schedule.from_config(stage_nodes(config))
+        return Schedule.from_config(stages)
     except (TypeError, ValueError) as error:
         raise UserError(f"stages: {error}") from error
-
-
-def module_arguments(config: Node) -> dict[str, Any]:
-    """Arguments of `CatModule`, plain data throughout; with `init` the architecture is that of the given model."""
-    names = ("semantic", "discriminators", "objective", "optimizers", "seed", "max_skipped_updates")
-    arguments = {"stages": stage_nodes(config), **{name: config[name] for name in names}}
-    if config["init"] is not None:
-        if config["tokenizer"] is not None:
-            raise UserError("tokenizer and init are both set: the architecture comes with init, leave tokenizer null")
-        arguments["tokenizer"] = plain(load_tokenizer(config["init"]).config.to_dict())
-    elif config["tokenizer"] is None:
-        raise UserError("tokenizer is null and init too: choose an experiment, or give init=<model to start from>")
-    else:
-        arguments["tokenizer"] = config["tokenizer"]
-    try:
-        tokenizer_config(arguments["tokenizer"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"tokenizer: {error}") from error
-    return arguments
-
-
-def plain(node: Any) -> Any:
-    """Containers and scalars only, as a checkpoint stores them; other values (a dtype, say) as text."""
-    if isinstance(node, Mapping):
-        return {str(key): plain(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [plain(value) for value in node]
-    return node if node is None or isinstance(node, str | int | float | bool) else str(node).removeprefix("torch.")
 
 
 def measure(arguments: dict[str, Any]) -> StateSize:

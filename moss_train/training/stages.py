@@ -22,6 +22,7 @@ class Stage:
         warmup_updates: linear warm-up at the start of the stage.
         discriminator_warmup_updates: the discriminators' head start, in which they do not yet judge the generator.
         adversarial_ramp_updates: after it, over which the weights of the adversarial terms rise from 0.
+        semantic_warmup_updates: the text LM's head start, in which it does not yet teach the tokenizer.
         discriminator_every: the discriminators learn in every n-th update; they judge the generator in all of them.
         schedule: after the warm-up a cosine to the final rate, or "wsd": the peak, then a decay at the end.
         decay_share: of the stage's updates, the length of that decay.
@@ -42,6 +43,7 @@ class Stage:
     warmup_updates: int = 2000
     discriminator_warmup_updates: int = 0
     adversarial_ramp_updates: int = 0
+    semantic_warmup_updates: int = 0
     discriminator_every: int = 1
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay_share: float = 0.2
@@ -53,7 +55,8 @@ class Stage:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"stage {self.name}: {name} must be above 0, got {getattr(self, name)}")
-        counts = ("updates", "warmup_updates", "discriminator_warmup_updates", "adversarial_ramp_updates")
+        starts = ("warmup_updates", "discriminator_warmup_updates", "semantic_warmup_updates")
+        counts = ("updates", *starts, "adversarial_ramp_updates")
         for name, least in (*((name, 0) for name in counts), ("discriminator_every", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -89,6 +92,11 @@ class StageMoment:
 
     stage: Stage
     update: int
+
+    @property
+    def taught(self) -> bool:
+        """Whether the text LM's gradient reaches the tokenizer."""
+        return self.update >= self.stage.semantic_warmup_updates
 
     @property
     def judged(self) -> bool:

@@ -55,3 +55,14 @@ def small_config(small_overrides: list[str], tmp_path: Path) -> Callable[..., di
         return to_plain(compose("fit", [*small_overrides, f"run_dir={tmp_path / 'run'}", *overrides]), "fit")
 
     return make
+
+
+@pytest.fixture
+def finetune_config(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Resolved `fit` configuration of the experiment `finetune`, with further overrides."""
+
+    def make(*overrides: str) -> dict[str, Any]:
+        given = ["experiment=finetune", "trainer.num_threads=1", f"run_dir={tmp_path / 'run'}", *overrides]
+        return to_plain(compose("fit", given), "fit")
+
+    return make

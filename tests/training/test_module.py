@@ -6,7 +6,8 @@ import torch
 from moss_train.data.loader import make_loader
 from moss_train.export.loading import tokenizer_config
 from moss_train.training import CatModule, micro_batches
-from moss_train.training.run import module_arguments, open_stream
+from moss_train.training.initialization import module_arguments
+from moss_train.training.run import open_stream
 from moss_train.types import Batch, UpdateBatch
 from moss_train.utils.errors import UserError
 

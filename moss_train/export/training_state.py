@@ -1,0 +1,79 @@
+"""What others need to go on training an export: the text LM and the discriminators, in a folder beside the model files.
+
+`training_state/networks.json` describes how each network is built, `<name>.safetensors` holds its weights. Loaders of
+the model itself do not look there.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from moss_train.semantic.portable import portable_node, with_local_text
+from moss_train.utils.errors import UserError
+
+STATE_FOLDER = "training_state"
+STATE_FILE = "networks.json"
+FORMAT = {"format": "moss_train training state", "version": 1}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the training: the configuration (a node, or a list of nodes) that builds it, and its weights."""
+
+    node: Any
+    weights: Mapping[str, Tensor]
+
+
+def write_training_state(folder: Path, networks: Mapping[str, Network]) -> None:
+    """Write networks into a new folder, with everything they need: nothing points to files outside it."""
+    folder.mkdir(parents=True)
+    records = {}
+    for name, network in networks.items():
+        node = portable_node(network.node, folder / "text") if name == "semantic" else network.node
+        unique, aliases = without_aliases(network.weights)
+        # Not save_file: the file it makes cannot be read by other users.
+        (folder / f"{name}.safetensors").write_bytes(save(unique))
+        records[name] = {"node": node, "file": f"{name}.safetensors", "aliases": aliases}
+    (folder / STATE_FILE).write_text(json.dumps({**FORMAT, "networks": records}, indent=1) + "\n")
+
+
+def read_training_state(folder: Path) -> dict[str, Network]:
+    """The networks of a folder that `write_training_state` made.
+
+    Raises:
+        UserError: the folder is damaged or of another version.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        if {key: state[key] for key in FORMAT} != FORMAT:
+            raise UserError(f"{folder / STATE_FILE} is not a training state of version {FORMAT['version']}")
+        networks = {}
+        for name, record in state["networks"].items():
+            weights = load_file(folder / Path(record["file"]).name)
+            weights |= {alias: weights[origin] for alias, origin in record["aliases"].items()}
+            node = with_local_text(record["node"], folder / "text") if name == "semantic" else record["node"]
+            networks[name] = Network(node, weights)
+        return networks
+    except (OSError, KeyError, TypeError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"the training state in {folder} is damaged ({error}); export it again") from error
+
+
+def without_aliases(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor once, and which further names it has: an output layer tied to its embedding, for one."""
+    unique: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[tuple, str] = {}
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place in names and tensor.numel():
+            aliases[name] = names[place]
+        else:
+            names[place] = name
+            unique[name] = tensor.contiguous()
+    return unique, aliases

@@ -1,0 +1,43 @@
+"""The node of a text LM without references to files of the machine that it was trained on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from moss_train.semantic.text import PretrainedText
+
+
+def portable_node(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
+    """The node with its architecture spelled out, its text encoder's files copied to `text_folder`.
+
+    An LM of another architecture than Qwen2 keeps the name it was started from.
+    """
+    result = dict(node)
+    if (pretrained := node.get("pretrained")) is not None:
+        config = AutoConfig.from_pretrained(pretrained)
+        if config.model_type == "qwen2":
+            plain = config.to_diff_dict()
+            result |= {"pretrained": None, "config": {key: plain[key] for key in sorted(plain) if is_plain(plain[key])}}
+    path = node["text"].get("path")
+    if path is not None:
+        PretrainedText(path).tokenizer.save_pretrained(text_folder)
+        result["text"] = {**node["text"], "path": None}
+    return result
+
+
+def with_local_text(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
+    """Inverse of `portable_node`: the text encoder is read from where its files lie now."""
+    if not text_folder.is_dir():
+        return dict(node)
+    return {**node, "text": {**node["text"], "path": str(text_folder.resolve())}}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, nothing, or a container of these."""
+    if isinstance(value, Mapping):
+        return all(map(is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)

@@ -1,0 +1,193 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from moss_train.audio import resample
+from moss_train.cli import main
+from moss_train.export.loading import load_tokenizer, open_source
+from moss_train.training import CatModule
+from moss_train.training.initialization import RECORD_FILE, initialize, plan_beginning
+from moss_train.training.run import fit
+from moss_train.utils.errors import UserError
+
+FIRST, LAST = "encoder.1.input_proj.weight", "decoder.6.output_proj.weight"
+NEXT = "encoder.3.input_proj.weight"
+# Discriminators of another size than the source's.
+OTHER = ["discriminators.0.channels=[3, 5]", "semantic.config.hidden_size=16"]
+
+
+@pytest.fixture(scope="module")
+def source(small_overrides, tmp_path_factory) -> Path:
+    """A run of the shrunk recipe that has learned with all its networks."""
+    directory = tmp_path_factory.mktemp("source") / "run"
+    updates = ["stages.0.updates=1", "stages.1.updates=2"]
+    assert main(["fit", *small_overrides, *updates, f"run_dir={directory}"]) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def exported(source) -> Path:
+    """Its tokenizer alone."""
+    out = source.parent / "exported"
+    assert main(["export", f"checkpoint={source}", f"out={out}"]) == 0
+    return out
+
+
+def begin(config: dict) -> tuple[CatModule, dict]:
+    """A module as a run would begin with it, and what became of the weights."""
+    beginning = plan_beginning(config)
+    module = CatModule(**beginning.arguments)
+    return module, initialize(module, beginning)
+
+
+def assert_taken(module: torch.nn.Module, weights: dict, names: tuple[str, ...]) -> None:
+    own = module.state_dict()
+    assert all(torch.equal(own[name], weights[name]) for name in names)
+
+
+def test_a_run_brings_all_its_networks_with_their_architecture(small_config, source):
+    module, reports = begin(small_config(f"init={source}", "tokenizer=null", "seed=7", *OTHER))
+    weights = open_source(source).load()
+    assert module.discriminators.discriminators[0].layers[0].out_channels == 2
+    for name in ("tokenizer", "semantic", "discriminators"):
+        report = reports[name]
+        assert len(report.kept) == sum(1 for _ in getattr(module, name).parameters())
+        assert (report.resampled, report.fresh, report.left_over) == ((), (), ())
+        assert_taken(getattr(module, name), weights[name], report.kept)
+    assert [stage.discriminator_warmup_updates for stage in module.schedule.stages] == [0, 1]
+
+
+def test_networks_that_init_does_not_bring_start_afresh_with_a_head_start(small_config, exported, capsys):
+    config = small_config(f"init={exported}", "tokenizer=null", "fresh_warmup_updates=3", "stop_at_update=0", *OTHER)
+    with pytest.warns(UserWarning, match="start afresh, with a head start of 3 updates") as warned:
+        directory = fit(config).directory
+    assert sum("start afresh" in str(warning.message) for warning in warned) == 2
+    assert "weights from" in capsys.readouterr().err
+    record = json.loads((directory / RECORD_FILE).read_text())
+    assert record["fresh"] == ["semantic", "discriminators"]
+    beginning = plan_beginning(config, directory)
+    assert beginning.arguments["discriminators"][0]["channels"] == [3, 5]
+    stages = CatModule(**beginning.arguments).schedule.stages
+    assert [(stage.semantic_warmup_updates, stage.discriminator_warmup_updates) for stage in stages] == [(3, 0), (0, 3)]
+
+
+def test_what_is_configured_away_stays_away_and_restore_chooses(small_config, source):
+    config = small_config(f"init={source}", "tokenizer=null", "semantic=null", "restore=[]", *OTHER[:1])
+    beginning = plan_beginning(config)
+    assert beginning.arguments["semantic"] is None
+    assert beginning.arguments["discriminators"][0]["channels"] == [3, 5]
+    assert beginning.fresh == ("discriminators",)
+    with pytest.raises(UserError, match=r"restore=\['decoder'\]"):
+        plan_beginning(small_config(f"init={source}", "tokenizer=null", "restore=[decoder]"))
+
+
+def test_the_head_start_of_the_text_lm_leaves_the_tokenizer_alone(small_config, exported):
+    module, _ = begin(small_config(f"init={exported}", "tokenizer=null", "fresh_warmup_updates=3"))
+    assert [module.schedule.at(update).taught for update in (2, 3, 4)] == [False, True, True]
+
+
+def test_a_resumed_run_does_not_need_its_init(small_config, source, tmp_path):
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    config = small_config(f"init={copy}", "tokenizer=null", "stop_at_update=1")
+    fit(config)
+    shutil.rmtree(copy)
+    assert fit(config | {"stop_at_update": 2}).update == 2
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_with_init_again(small_config, source):
+    config = small_config(f"init={source}", "tokenizer=null", "stop_at_update=0")
+    directory = fit(config).directory
+    shutil.rmtree(directory / "checkpoints")
+    fit(config)
+    tuned, old = load_tokenizer(directory), load_tokenizer(source)
+    assert all(torch.equal(a, b) for a, b in zip(tuned.parameters(), old.parameters(), strict=True))
+
+
+CHANGED = {
+    "a lower rate": (["tokenizer.sampling_rate=16000"], {FIRST, LAST}, set()),
+    "stereo": (["tokenizer.number_channels=2"], {FIRST, LAST}, set()),
+    "stereo at a higher rate": (["tokenizer.sampling_rate=48000", "tokenizer.number_channels=2"], {FIRST, LAST}, set()),
+    "another first patch": (["tokenizer.patch_sizes=[120,2,2,2]"], set(), {FIRST, LAST}),
+    "another inner patch": (
+        ["tokenizer.patch_sizes=[240,4,2,2]"],
+        set(),
+        {NEXT, "decoder.4.output_proj.weight"},
+    ),
+    "a rate at the same patches": (
+        ["tokenizer.sampling_rate=22050", "tokenizer.patch_sizes=[240,2,2,2]"],
+        set(),
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "resampled", "fresh"), CHANGED.values(), ids=CHANGED)
+def test_layers_that_fit_are_kept_bit_by_bit(finetune_config, source, changes, resampled, fresh):
+    module, reports = begin(finetune_config(f"init={source}", *changes))
+    report, weights = reports["tokenizer"], open_source(source).load()
+    assert set(report.resampled) == resampled
+    assert set(report.fresh) == fresh
+    assert set(report.left_over) == fresh & weights["tokenizer"].keys()  # other shapes, or the identity before
+    assert len(report.kept) == sum(1 for _ in module.tokenizer.parameters()) - len(resampled | fresh)
+    assert_taken(module.tokenizer, weights["tokenizer"], report.kept)
+
+
+def test_levels_can_be_dropped_and_added(finetune_config, source):
+    fewer, reports = begin(finetune_config(f"init={source}", "tokenizer.num_quantizers=2"))
+    assert reports["tokenizer"].fresh == ()
+    assert {name.split(".")[2] for name in reports["tokenizer"].left_over} == {"2", "3"}
+    audio = torch.sin(torch.arange(24000) * 0.05)[None, None]
+    expected = load_tokenizer(source).encode(audio, num_quantizers=2).audio_codes
+    assert torch.equal(fewer.tokenizer.eval().encode(audio).audio_codes, expected)
+    _, reports = begin(finetune_config(f"init={source}", "tokenizer.num_quantizers=5"))
+    assert {name.split(".")[2] for name in reports["tokenizer"].fresh} == {"4"}
+
+
+def test_stereo_begins_as_the_mono_model_on_both_channels(finetune_config, source):
+    stereo = begin(finetune_config(f"init={source}", "tokenizer.number_channels=2"))[0].tokenizer.eval()
+    mono = load_tokenizer(source)
+    assert stereo.config.frame_rate == mono.config.frame_rate
+    audio = torch.randn(1, 1, 9600, generator=torch.Generator().manual_seed(0)) * 0.1
+    codes = mono.encode(audio).audio_codes
+    assert torch.equal(stereo.encode(audio.expand(-1, 2, -1)).audio_codes, codes)
+    both, one = stereo.decode(codes).audio, mono.decode(codes).audio
+    torch.testing.assert_close(both, one.expand(-1, 2, -1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_lower_rate_begins_as_the_old_model_on_resampled_audio(finetune_config, source):
+    lower = begin(finetune_config(f"init={source}", "tokenizer.sampling_rate=16000"))[0].tokenizer.eval()
+    old = load_tokenizer(source)
+    assert lower.config.frame_rate == old.config.frame_rate
+    seconds = [torch.arange(2 * rate) / rate for rate in (16000, 24000)]
+    low, high = (torch.sin(2 * torch.pi * 200 * t)[None, None] * 0.5 for t in seconds)
+    with torch.no_grad():
+        wanted, latent = old.encode_latent(high), lower.encode_latent(low[..., : 25 * 1280])
+        wave_high, wave_low = old.decode_latent(wanted), lower.decode_latent(wanted)
+    assert latent.shape == wanted.shape
+    assert ((latent - wanted).norm() / wanted.norm()).item() < 0.15  # patches are resampled one by one
+    # Away from the patches' edges it is the old waveform, resampled.
+    a, b = (wave.reshape(-1, 160)[:, 20:140] for wave in (resample(wave_high, 24000, 16000), wave_low))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["tokenizer.sampling_rate=22050"], "first patch 220.5 samples"),
+        (["tokenizer.patch_sizes=[240,2,2]"], "must be 4 whole numbers"),
+        (["tokenizer.patch_sizes=[15,1,1,1]", "tokenizer.number_channels=2"], "multiply to 15, not a multiple of 2"),
+        (["tokenizer.num_quantizers=0"], "num_quantizers must be a positive int"),
+        (["tokenizer.sampling_rate=-1", "tokenizer.patch_sizes=[240,2,2,2]"], "sampling_rate must be a positive int"),
+        (["+tokenizer.d_model=64"], "tokenizer.d_model: the architecture comes with init"),
+        (["+tokenizer.stages=[]"], "tokenizer and init are both set"),
+    ],
+)
+def test_changes_that_cannot_work_say_why(finetune_config, source, changes, message):
+    config = finetune_config(f"init={source}", *changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan_beginning(config)
