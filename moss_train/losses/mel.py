@@ -13,7 +13,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from moss_train.losses.masking import zero_beyond
-from moss_train.utils.spectral import normalized_stft
+from moss_train.utils.spectral import stft_magnitudes
 
 WINDOW_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 NUM_MELS = (5, 10, 20, 40, 80, 160, 320)
@@ -115,9 +115,9 @@ def log_mel_spectrogram(
     waveform [..., T] -> [..., num_mels, T // hop + 1] float32, hop = window_length // 4. Filters without any bin
     (short windows at high sampling rates) give the floor.
     """
-    magnitudes = normalized_stft(waveform, window_length, window_length // 4).abs()
+    magnitudes = stft_magnitudes(waveform, window_length)
     with torch.autocast(waveform.device.type, enabled=False):
-        mel = magnitudes.transpose(-1, -2) @ mel_bank(sampling_rate, window_length, num_mels, waveform.device)
+        mel = magnitudes @ mel_bank(sampling_rate, window_length, num_mels, waveform.device)
     return mel.clamp(min=floor).log10().transpose(-1, -2)
 
 

@@ -5,9 +5,15 @@ built on the meta device never carries a window that was not initialised.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+HOPS_PER_WINDOW = 4  # of `stft_magnitudes`
+SMALLEST_MAGNITUDE = 1e-20  # below it a magnitude has no gradient, as at zero
 
 
 @lru_cache(maxsize=64)
@@ -40,3 +46,53 @@ def normalized_stft(waveform: Tensor, window_length: int, hop_length: int) -> Te
             return_complex=True,
         )
     return spectrum.reshape(*waveform.shape[:-1], *spectrum.shape[-2:])
+
+
+def stft_magnitudes(waveform: Tensor, window_length: int) -> Tensor:
+    """Magnitudes of `normalized_stft` at a hop of a quarter of the window, for losses: half the time, less memory.
+
+    waveform [..., T] -> [..., T // hop + 1, window_length // 2 + 1] float32, frames before bins. ValueError for a
+    window that is no multiple of 4.
+    """
+    if window_length % HOPS_PER_WINDOW:
+        raise ValueError(f"window_length must be a multiple of {HOPS_PER_WINDOW}, got {window_length}")
+    with torch.autocast(waveform.device.type, enabled=False):
+        magnitudes = _Magnitudes.apply(waveform.float(), normalized_hann_window(window_length, waveform.device))
+    assert isinstance(magnitudes, Tensor)
+    return magnitudes
+
+
+class _Magnitudes(torch.autograd.Function):
+    """Windowed frames -> real Fourier transform -> magnitude, with its gradient by a real inverse transform.
+
+    Autograd would go back through the complex transform of all bins and keep every intermediate result.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, waveform: Tensor, window: Tensor) -> Tensor:
+        length = len(window)
+        padded = F.pad(waveform, (length // 2, length // 2))
+        spectrum = torch.fft.rfft(padded.unfold(-1, length, length // HOPS_PER_WINDOW) * window)
+        magnitudes = (spectrum.real.square() + spectrum.imag.square()).sqrt()
+        ctx.save_for_backward(spectrum, magnitudes, window)
+        ctx.num_samples = waveform.shape[-1]
+        return magnitudes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        spectrum, magnitudes, window = ctx.saved_tensors
+        factor = gradient / magnitudes.clamp(min=SMALLEST_MAGNITUDE)
+        factor[..., 1:-1] *= 0.5  # the inverse transform counts these bins twice
+        frames = torch.fft.irfft(spectrum * factor, n=len(window), norm="forward") * window
+        return _overlap_add(frames, ctx.num_samples), None
+
+
+def _overlap_add(frames: Tensor, num_samples: int) -> Tensor:
+    """Adjoint of padding by half a window and cutting into frames: [..., N, window] -> [..., num_samples]."""
+    count, length = frames.shape[-2:]
+    hop = length // HOPS_PER_WINDOW
+    total = frames.new_zeros(*frames.shape[:-2], count + HOPS_PER_WINDOW - 1, hop)
+    for i, part in enumerate(frames.split(hop, dim=-1)):
+        total[..., i : i + count, :] += part
+    return total.flatten(-2)[..., length // 2 : length // 2 + num_samples]

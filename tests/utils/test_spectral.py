@@ -1,8 +1,9 @@
 """The normalised STFT against values computed by hand."""
 
+import pytest
 import torch
 
-from moss_train.utils.spectral import normalized_hann_window, normalized_stft
+from moss_train.utils.spectral import normalized_hann_window, normalized_stft, stft_magnitudes
 
 
 def test_window_has_unit_energy():
@@ -44,3 +45,30 @@ def test_leading_axes_are_kept_and_half_precision_becomes_float32():
     assert spectrum.shape == (2, 3, 33, 63)
     assert spectrum.dtype == torch.complex64
     torch.testing.assert_close(spectrum[1, 2], normalized_stft(waveform[1, 2], 64, 16))
+
+
+@pytest.mark.parametrize("window_length", [32, 256])
+@pytest.mark.parametrize("num_samples", [1000, 1024, 70])
+def test_magnitudes_and_their_gradient_are_those_of_the_complex_transform(window_length, num_samples):
+    generator = torch.Generator().manual_seed(0)
+    waveform = torch.randn(2, 3, num_samples, generator=generator).requires_grad_()
+    expected = normalized_stft(waveform, window_length, window_length // 4).abs().transpose(-1, -2)
+    weights = torch.randn(expected.shape, generator=generator)
+    (wanted,) = torch.autograd.grad((expected * weights).sum(), waveform)
+    magnitudes = stft_magnitudes(waveform, window_length)
+    (gradient,) = torch.autograd.grad((magnitudes * weights).sum(), waveform)
+    torch.testing.assert_close(magnitudes, expected)
+    torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_silence_has_magnitude_zero_and_no_gradient():
+    silence = torch.zeros(1, 500, requires_grad=True)
+    magnitudes = stft_magnitudes(silence, 64)
+    magnitudes.sum().backward()
+    assert magnitudes.abs().max() == 0
+    assert silence.grad.abs().max() == 0
+
+
+def test_magnitudes_refuse_a_window_that_four_hops_do_not_fill():
+    with pytest.raises(ValueError, match="multiple of 4, got 30"):
+        stft_magnitudes(torch.zeros(1, 100), 30)
