@@ -15,7 +15,8 @@ from safetensors.torch import save
 from torch import Tensor
 from webdataset import TarWriter
 
-from moss_train.data.index import ARRAYS_FILE, INDEX_FILE, ShardRecord
+from moss_train.data.index import ARRAYS_FILE, INDEX_FILE
+from moss_train.data.shard_table import ShardRecord
 from moss_train.data.shards import sha256_of
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import written_whole

@@ -1,7 +1,6 @@
 """All packed folders of a run as one table of clips, grouped by domain, and the order in which a domain is read."""
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,7 +8,11 @@ import numpy as np
 
 from moss_train.data.index import ClipLocation, ShardIndex
 from moss_train.data.randomness import permutation
+from moss_train.data.shards import SAMPLE_ARRAYS
 from moss_train.utils.errors import UserError
+
+STRETCH_ROWS = 2**20
+"""So many clips are looked at together when all of them are measured."""
 
 
 class Corpus:
@@ -34,10 +37,11 @@ class Corpus:
 
     def column(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Values of one sample array for the given rows, in their order."""
-        values = np.empty(len(rows), dtype=self._indexes[0].arrays[name].dtype)
-        for index, first in zip(self._indexes, self._first_rows[:-1], strict=True):
-            inside = (rows >= first) & (rows < first + len(index))
-            values[inside] = index.arrays[name][rows[inside] - first]
+        values = np.empty(len(rows), dtype=SAMPLE_ARRAYS[name])
+        sources = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for source in np.unique(sources):
+            inside = sources == source
+            values[inside] = self._indexes[source].arrays[name][rows[inside] - self._first_rows[source]]
         return values
 
     def locate(self, row: int) -> ClipLocation:
@@ -45,15 +49,23 @@ class Corpus:
         source = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return self._indexes[source].locate(row - int(self._first_rows[source]))
 
-    def shard_ranges(self) -> "OrderedDict[str, np.ndarray]":
+    def shard_ranges(self) -> dict[str, np.ndarray]:
         """For every domain, in alphabetical order, the rows of its shards: [shards, 2] first row and count."""
-        ranges: dict[str, list[tuple[int, int]]] = {}
+        ranges: dict[str, list[np.ndarray]] = {}
         for index, first in zip(self._indexes, self._first_rows[:-1], strict=True):
-            row = int(first)
-            for shard in index.shards:
-                ranges.setdefault(shard.domain, []).append((row, shard.num_samples))
-                row += shard.num_samples
-        return OrderedDict((domain, np.array(ranges[domain], np.int64)) for domain in sorted(ranges))
+            shards = index.shards
+            rows = np.stack([shards.first_rows[:-1] + first, shards.counts], axis=1)
+            for number, domain in enumerate(shards.domains):
+                ranges.setdefault(domain, []).append(rows[shards.domain_numbers == number])
+        return {domain: np.concatenate(ranges[domain]) for domain in sorted(ranges)}
+
+    def stretches(self, domain: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the lengths and the text flags of all clips of a domain, in pieces that fit into the memory."""
+        for index in self._indexes:
+            for begin, end in index.shards.runs_of(domain):
+                for first in range(begin, end, STRETCH_ROWS):
+                    piece = slice(first, min(end, first + STRETCH_ROWS))
+                    yield index.arrays["num_samples"][piece], index.arrays["has_text"][piece]
 
 
 def _check_format(index: ShardIndex, sampling_rate: int, num_channels: int) -> None:

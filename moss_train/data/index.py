@@ -1,8 +1,9 @@
 """The index beside a folder of shards: where every sample lies, so that samples are read by seek and none gets lost."""
 
 import json
-import re
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from moss_train.audio import RESAMPLER
-from moss_train.data.manifest import DOMAIN_PATTERN
-from moss_train.data.remote import fetch_index, fetch_shard, is_remote
+from moss_train.data.remote import fetch_arrays, fetch_index, fetch_shard, is_remote
+from moss_train.data.shard_table import ShardRecord, ShardTable
 from moss_train.data.shards import FORMAT_VERSION, SAMPLE_ARRAYS, ShardContents, sha256_of
 from moss_train.utils.errors import UserError
 
@@ -21,19 +22,8 @@ INDEX_FILE = "index.json"
 ARRAYS_FILE = "index.safetensors"
 FORMAT = "moss_train shards"
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """One shard as the index describes it."""
-
-    file: str
-    domain: str
-    num_samples: int  # clips
-    bytes: int
-    sha256: str
-    seconds: float
+CHECKED_AT_LOAD = 2000
+"""So many shards of a folder have their sizes compared when it is loaded, of more a sample; the others when read."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,8 @@ class ClipLocation:
     json_size: int
     num_samples: int
     has_text: bool
+    shard_bytes: int
+    shard_sha256: str
 
 
 class IndexBuilder:
@@ -74,7 +66,6 @@ class IndexBuilder:
         shards = [self._shards[file] for file in sorted(self._shards)]
         counts = [record.num_samples for record, _ in shards]
         arrays = {name: np.concatenate([parts[name] for _, parts in shards]) for name in SAMPLE_ARRAYS}
-        arrays["shard"] = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
         # Not save_file: the file it makes cannot be read by other users.
         (folder / ARRAYS_FILE).write_bytes(save({name: torch.from_numpy(array) for name, array in arrays.items()}))
         index = {
@@ -104,16 +95,15 @@ class IndexBuilder:
 
 
 class ShardIndex:
-    """A folder of shards with its index, checked when it is loaded."""
+    """A folder of shards with its index, checked when it is loaded; rows are clips."""
 
-    def __init__(self, folder: Path, index: dict, arrays: dict[str, np.ndarray]) -> None:
+    def __init__(self, folder: Path, index: dict, arrays: Mapping[str, np.ndarray], url: str | None = None) -> None:
         self.folder = folder
+        self.url = url  # where the shards lie, when they are not in `folder`
         self.sampling_rate: int = index["sampling_rate"]
         self.num_channels: int = index["num_channels"]
-        self.shards = tuple(ShardRecord(**record) for record in index["shards"])
-        self.arrays = arrays
-        self.url: str | None = None  # where the shards lie, when they are not in `folder`
-        self._arrays_sha256 = index["arrays_sha256"]
+        self.shards = ShardTable(index["shards"], folder / INDEX_FILE)
+        self.arrays = arrays  # as SAMPLE_ARRAYS, each [rows]
 
     @classmethod
     def load(cls, folder: str | Path) -> "ShardIndex":
@@ -122,58 +112,72 @@ class ShardIndex:
         Raises UserError when the folder is not packed, the index is damaged or does not fit the shards' sizes.
         """
         url = str(folder) if is_remote(folder) else None
-        folder = fetch_index(url, (INDEX_FILE, ARRAYS_FILE)) if url else Path(folder)
+        folder = fetch_index(url, INDEX_FILE) if url else Path(folder)
         index = _read_json(folder)
         try:
-            with safe_open(folder / ARRAYS_FILE, "pt") as file:
-                arrays = {name: file.get_tensor(name).numpy() for name in (*SAMPLE_ARRAYS, "shard")}
-            loaded = cls(folder, index, arrays)
+            path = fetch_arrays(url, ARRAYS_FILE, index["arrays_sha256"]) if url else folder / ARRAYS_FILE
+            with safe_open(path, "pt") as file:
+                arrays = {name: file.get_tensor(name).numpy() for name in SAMPLE_ARRAYS}
+            loaded = cls(folder, index, arrays, url)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise UserError(f"the index of {folder} is damaged ({error}); pack it again") from error
-        loaded.url = url
-        loaded.verify(full=False)
+        loaded.check()
         return loaded
 
     def __len__(self) -> int:
         return len(self.arrays["num_samples"])
 
-    def verify(self, *, full: bool = True) -> None:
-        """Compare the files on disk with the index: sizes, and with `full` every byte. Raises UserError."""
-        counts = np.bincount(self.arrays["shard"], minlength=len(self.shards))
-        if counts.tolist() != [shard.num_samples for shard in self.shards] or (np.diff(self.arrays["shard"]) < 0).any():
+    def check(self) -> None:
+        """Compare arrays, shard records and, unless remote, the sizes of shards on the disk. Raises UserError."""
+        if len(self) != self.shards.first_rows[-1]:
             raise UserError(
                 f"the index of {self.folder} is damaged: {ARRAYS_FILE} does not fit {INDEX_FILE}; pack it again"
             )
-        if full and sha256_of(self.folder / ARRAYS_FILE) != self._arrays_sha256:
-            raise UserError(f"{self.folder / ARRAYS_FILE} is damaged: its hash differs from the index")
-        for shard in self.shards:
-            self.verify_shard(shard, full=full)
+        if self.url is None:
+            for number in range(0, len(self.shards), math.ceil(len(self.shards) / CHECKED_AT_LOAD) or 1):
+                check_size(self.folder / self.shards[number].file, self.shards[number].bytes)
 
-    def verify_shard(self, shard: ShardRecord, *, full: bool = True) -> None:
-        """Compare one shard on disk with its record, as `verify` does."""
-        if not _SHARD_NAME.fullmatch(shard.file) or not DOMAIN_PATTERN.fullmatch(shard.domain):
+    def verify(self) -> None:
+        """Compare every byte of the arrays and of every shard with the hashes of the index. Raises UserError."""
+        self.verify_arrays()
+        for shard in self.shards:
+            self.verify_shard(shard)
+
+    def verify_arrays(self) -> None:
+        """Compare the arrays of a local folder with their hash. Raises UserError."""
+        path = self.folder / ARRAYS_FILE
+        if self.url is None and sha256_of(path) != _read_json(self.folder)["arrays_sha256"]:
+            raise UserError(f"{path} is damaged: its hash differs from the index")
+
+    def verify_shard(self, shard: ShardRecord) -> None:
+        """Compare every byte of one shard with its hash. Raises UserError."""
+        if self.url is not None:
+            fetch_shard(self._place(shard.file), shard.bytes, shard.sha256)  # compares
+            return
+        check_size(self.folder / shard.file, shard.bytes)
+        if sha256_of(self.folder / shard.file) != shard.sha256:
             raise UserError(
-                f"{self.folder / INDEX_FILE}: shard {shard.file!r} is not the plain name of a .tar file of a domain"
+                f"{self.folder / shard.file} is damaged: its hash differs from the index; copy or pack it again"
             )
-        if self.url is not None and not full:
-            return  # compared when it is fetched
-        path = self.folder / shard.file if self.url is None else fetch_shard(self._place(shard))
-        try:
-            num_bytes = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path} is in the index but cannot be read: {error.strerror}") from error
-        if num_bytes != shard.bytes:
-            raise UserError(f"{path} has {num_bytes} bytes, its index says {shard.bytes}; copy or pack it again")
-        if full and sha256_of(path) != shard.sha256:
-            raise UserError(f"{path} is damaged: its hash differs from the index; copy or pack it again")
 
     def locate(self, row: int) -> ClipLocation:
         """Where the clip of one row lies."""
         values = {name: self.arrays[name][row].item() for name in SAMPLE_ARRAYS}
-        return ClipLocation(shard=self._place(self.shards[self.arrays["shard"][row]]), **values)
+        shard = self.shards[self.shards.shard_of(row)]
+        return ClipLocation(shard=self._place(shard.file), shard_bytes=shard.bytes, shard_sha256=shard.sha256, **values)
 
-    def _place(self, shard: ShardRecord) -> str:
-        return str(self.folder / shard.file) if self.url is None else f"{self.url.rstrip('/')}/{shard.file}"
+    def _place(self, file: str) -> str:
+        return str(self.folder / file) if self.url is None else f"{self.url.rstrip('/')}/{file}"
+
+
+def check_size(path: Path, num_bytes: int) -> None:
+    """Compare a file's size with that of its index. Raises UserError."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} is in the index but cannot be read: {error.strerror}") from error
+    if found != num_bytes:
+        raise UserError(f"{path} has {found} bytes, its index says {num_bytes}; copy or pack it again")
 
 
 def _read_json(folder: Path) -> dict:

@@ -58,7 +58,7 @@ class Inspection:
     """One packed folder as it was found."""
 
     index: ShardIndex
-    problems: tuple[str, ...]  # shards whose bytes are not those of the index
+    problems: tuple[str, ...]  # files whose bytes are not those of the index
     clips: tuple[ClipFacts, ...]
 
 
@@ -67,28 +67,30 @@ def inspect_folder(
 ) -> Inspection:
     """Verify and measure a packed folder. Raises UserError when its index is damaged or a shard missing or cut."""
     index = ShardIndex.load(folder)
-    problems, clips = [], []
+    problems, clips = _problems(index.verify_arrays), []
     with worker_pool(num_workers, "moss_train.data.inspection") as submit:
         shards = ((str(folder), number) for number in range(len(index.shards)))
-        for _, (problem, facts) in ordered(submit, _inspect_shard, shards, ahead=TASKS_PER_PROCESS * num_workers):
-            problems += [problem] if problem else []
+        for _, (found, facts) in ordered(submit, _inspect_shard, shards, ahead=TASKS_PER_PROCESS * num_workers):
+            problems += found
             clips += facts
             on_clips(len(facts))
     return Inspection(index, tuple(problems), tuple(clips))
 
 
-def _inspect_shard(task: tuple[str, int]) -> tuple[str, list[ClipFacts]]:
+def _inspect_shard(task: tuple[str, int]) -> tuple[list[str], list[ClipFacts]]:
     folder, number = task
     index = _index(folder)
     reader = ClipReader(index.sampling_rate, index.num_channels)
-    problem = ""
+    problems = _problems(lambda: index.verify_shard(index.shards[number]))
+    return problems, [inspect_clip(index, reader, row) for row in index.shards.rows_of(number)]
+
+
+def _problems(verify: Callable[[], None]) -> list[str]:
     try:
-        index.verify_shard(index.shards[number])
-    except UserError as error:
-        problem = str(error)
-    first = sum(shard.num_samples for shard in index.shards[:number])
-    rows = range(first, first + index.shards[number].num_samples)
-    return problem, [inspect_clip(index, reader, row) for row in rows]
+        verify()
+    except (UserError, OSError) as error:
+        return [str(error)]
+    return []
 
 
 @lru_cache(maxsize=4)
@@ -99,7 +101,7 @@ def _index(folder: str) -> ShardIndex:
 def inspect_clip(index: ShardIndex, reader: ClipReader, row: int) -> ClipFacts:
     """Measure one clip."""
     location = index.locate(row)
-    domain = index.shards[index.arrays["shard"][row]].domain
+    domain = index.shards[index.shards.shard_of(row)].domain
     seconds = location.num_samples / index.sampling_rate
     clip_id = f"{Path(location.shard).name}@{location.audio_offset}"
     try:

@@ -54,11 +54,12 @@ class OpenFiles:
         self._capacity = capacity
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
-    def descriptor(self, path: str) -> int:
-        """Return an open descriptor of the file. Raises OSError."""
+    def descriptor(self, location: ClipLocation) -> int:
+        """Return an open descriptor of a clip's shard. Raises OSError, or SampleError for a shard of another size."""
+        path = location.shard
         if path not in self._descriptors:
             remote = is_remote(path)
-            self._descriptors[path] = open_shard(path) if remote else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[path] = _open_remote(location) if remote else _open_local(location)
             if len(self._descriptors) > (min(self._capacity, _OPEN_REMOTE) if remote else self._capacity):
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(path)
@@ -74,6 +75,19 @@ class OpenFiles:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _open_remote(location: ClipLocation) -> int:
+    return open_shard(location.shard, location.shard_bytes, location.shard_sha256)
+
+
+def _open_local(location: ClipLocation) -> int:
+    descriptor = os.open(location.shard, os.O_RDONLY | os.O_CLOEXEC)
+    found = os.fstat(descriptor).st_size
+    if found != location.shard_bytes:
+        os.close(descriptor)
+        raise SampleError(f"{location.shard} has {found} bytes, the index says {location.shard_bytes}")
+    return descriptor
 
 
 class _Member(io.RawIOBase):
@@ -117,7 +131,7 @@ class ClipReader:
         )
         for offset, size, suffix in members:
             try:
-                block = os.pread(self._files.descriptor(location.shard), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+                block = os.pread(self._files.descriptor(location), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
                 header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except OSError as error:
                 raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
@@ -133,7 +147,7 @@ class ClipReader:
         if location.json_size > _MAX_JSON_BYTES:
             raise SampleError(f"JSON has {location.json_size} bytes, more than {_MAX_JSON_BYTES}")
         try:
-            content = os.pread(self._files.descriptor(location.shard), location.json_size, location.json_offset)
+            content = os.pread(self._files.descriptor(location), location.json_size, location.json_offset)
             labels = json.loads(content)
         except OSError as error:
             raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
@@ -145,7 +159,7 @@ class ClipReader:
     def read_audio(self, location: ClipLocation, start: int, num_frames: int) -> Tensor:
         """Read a part of a clip as float32 [C, T]. Raises SampleError."""
         try:
-            descriptor = self._files.descriptor(location.shard)
+            descriptor = self._files.descriptor(location)
             name = f"{location.shard} at byte {location.audio_offset}"
             member = _Member(descriptor, location.audio_offset, location.audio_size, name)
             to_end = start + num_frames == location.num_samples  # then a file longer than its index is noticed too

@@ -7,13 +7,11 @@ longest goes when the cache is full. Processes share the cache.
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,43 +53,53 @@ def cache_bytes() -> int:
     return int(gigabytes * 1e9)
 
 
-def fetch_index(url: str, names: Sequence[str]) -> Path:
-    """Fetch the small files of a remote folder anew and return the local folder with them. Raises UserError."""
+def fetch_index(url: str, name: str) -> Path:
+    """Fetch the index file of a remote folder anew and return the local folder with it. Raises UserError."""
     folder = _folder_of(url)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        for name in names:
-            try:
-                _fetch(f"{url.rstrip('/')}/{name}", folder / name)
-            except OSError as error:
-                raise UserError(f"{url} is not a folder of packed shards that can be read: {error}") from error
+    with _locked(folder / name):
+        try:
+            _fetch(f"{url.rstrip('/')}/{name}", folder / name)
+        except OSError as error:
+            raise UserError(f"{url} is not a folder of packed shards that can be read: {error}") from error
     return folder
 
 
-def fetch_shard(url: str) -> Path:
-    """Return the local copy of a remote shard, fetched and checked first where there is none. Raises OSError."""
-    path = _local_path(url)
+def fetch_arrays(url: str, name: str, sha256: str) -> Path:
+    """Return the local copy of the arrays with this hash, fetched first where there is none. Raises OSError."""
+    path = _local_path(f"{url.rstrip('/')}/{name}", sha256)
     with _locked(path):
-        _fetch_missing(url, path)
+        if not path.exists():
+            _fetch(f"{url.rstrip('/')}/{name}", path, sha256=sha256)
+            for other in path.parent.glob(f"*-{name}"):
+                if other != path:
+                    other.unlink()  # of an earlier version of the folder; processes that have it open keep it
     return path
 
 
-def open_shard(url: str) -> int:
+def fetch_shard(url: str, size: int, sha256: str) -> Path:
+    """Return the local copy of a remote shard, fetched and checked first where there is none. Raises OSError."""
+    path = _local_path(url, sha256)
+    with _locked(path):
+        _fetch_missing(url, path, size, sha256)
+    return path
+
+
+def open_shard(url: str, size: int, sha256: str) -> int:
     """Return an open descriptor of the local copy, which stays readable when the copy is deleted. Raises OSError."""
-    path = _local_path(url)
+    path = _local_path(url, sha256)
     with _locked(path):  # held until it is open, because nobody deletes a locked copy
-        _fetch_missing(url, path)
+        _fetch_missing(url, path, size, sha256)
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _local_path(url: str) -> Path:
+def _local_path(url: str, sha256: str) -> Path:
+    """Named by the content too: what another version of the folder left in the cache is never taken for this one."""
     parent, _, name = url.rpartition("/")
-    return _folder_of(parent) / name
+    return _folder_of(parent) / f"{sha256[:16]}-{name}"
 
 
-def _fetch_missing(url: str, path: Path) -> None:
+def _fetch_missing(url: str, path: Path, size: int, sha256: str) -> None:
     if not path.exists():
-        size, sha256 = _expected(path.parent, path.name)
         _make_room(size)
         _fetch(url, path, size, sha256)
     os.utime(path)
@@ -104,22 +112,10 @@ def _folder_of(url: str) -> Path:
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Let one process at a time fetch or delete a file. Raises BlockingIOError when it is not to wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
-
-
-def _expected(folder: Path, name: str) -> tuple[int, str]:
-    shards = _records(str(folder), (folder / "index.json").stat().st_mtime_ns)
-    if name not in shards:
-        raise OSError(errno.ENOENT, f"the index has no shard {name}")
-    return shards[name]
-
-
-@lru_cache(maxsize=16)
-def _records(folder: str, mtime: int) -> dict[str, tuple[int, str]]:
-    index = json.loads(Path(folder, "index.json").read_text("utf-8"))
-    return {shard["file"]: (shard["bytes"], shard["sha256"]) for shard in index["shards"]}
 
 
 def _make_room(size: int) -> None:

@@ -110,7 +110,7 @@ class AudioStream:
         ranges = self._corpus.shard_ranges()
         self.domains = tuple(ranges)
         self._orders = [DomainOrder(name, ranges[name], seed=seed, window_shards=window_shards) for name in ranges]
-        used, self.available_seconds, self.longest_seconds = self._measure(list(ranges.values()))
+        used, self.available_seconds, self.longest_seconds = self._measure()
         self._mixture = DomainMixture(
             domain_shares(self.domains, used, list(self.available_seconds.values()), weights), seed
         )
@@ -171,8 +171,9 @@ class AudioStream:
         rows = np.empty(len(domains), np.int64)
         for label, (order, first, count) in enumerate(zip(self._orders, firsts, counts, strict=True)):
             rows[domains == label] = order.rows(first, count)
-        lengths, with_text = self._used(rows)
-        room = self._corpus.column("num_samples", rows) - lengths + 1
+        whole = self._corpus.column("num_samples", rows)
+        lengths, with_text = self._used(whole, self._corpus.column("has_text", rows))
+        room = whole - lengths + 1
         draw = {
             purpose: units(self.seed, purpose, number, count=len(rows))
             for purpose in ("start", "quantizer", "crop", "gain")
@@ -180,24 +181,26 @@ class AudioStream:
         starts = (draw["start"] * room).astype(np.int64)
         return _Block(domains, rows, starts, lengths, with_text, draw["quantizer"], draw["crop"], draw["gain"])
 
-    def _used(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _used(self, lengths: np.ndarray, has_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Used length of clips, and whether their text is used."""
-        lengths = self._corpus.column("num_samples", rows)
-        with_text = self._corpus.column("has_text", rows) & (lengths <= self._max_length)
+        with_text = has_text & (lengths <= self._max_length)
         return np.where(with_text, lengths, np.minimum(lengths, self._crop_length)), with_text
 
-    def _measure(self, ranges: list[np.ndarray]) -> tuple[list[float], dict[str, float], float]:
+    def _measure(self) -> tuple[list[float], dict[str, float], float]:
         """Mean used seconds and available seconds per domain, and the longest used seconds of all."""
         rate = self.clip_format.sampling_rate
         means, available, longest = [], {}, 0
         self.num_with_text = 0  # clips whose text is used
-        for domain, shards in zip(self.domains, ranges, strict=True):
-            rows = np.concatenate([np.arange(first, first + count) for first, count in shards])
-            used, with_text = self._used(rows)
-            self.num_with_text += int(with_text.sum())
-            means.append(float(used.mean()) / rate)
-            available[domain] = int(self._corpus.column("num_samples", rows).sum()) / rate
-            longest = max(longest, int(used.max()))
+        for order in self._orders:
+            used_samples = samples = 0
+            for lengths, has_text in self._corpus.stretches(order.domain):
+                used, with_text = self._used(lengths, has_text)
+                self.num_with_text += int(with_text.sum())
+                used_samples += int(used.sum())
+                samples += int(lengths.sum())
+                longest = max(longest, int(used.max()))
+            means.append(used_samples / order.num_clips / rate)
+            available[order.domain] = samples / rate
         return means, available, longest / rate
 
 

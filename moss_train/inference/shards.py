@@ -116,8 +116,7 @@ def encode_shard(
 ) -> list[tuple[Path, str]]:
     """Encode one shard, clips of similar length together, and return (shard, reason) of clips that were left out."""
     shard = index.shards[number]
-    first = sum(record.num_samples for record in index.shards[:number])
-    rows = range(first, first + shard.num_samples)
+    rows = index.shards.rows_of(number)
     reader = ClipReader(index.sampling_rate, index.num_channels)
     seconds = [int(index.arrays["num_samples"][row]) / index.sampling_rate for row in rows]
     clips: dict[int, CodedClip] = {}
@@ -130,7 +129,7 @@ def encode_shard(
         if good:
             codes = encoder.codes([audio for _, (audio, _) in good])
             for (row, (_, labels)), clip_codes in zip(good, codes, strict=True):
-                clips[row] = CodedClip(f"{row - first:09d}", clip_codes, labels)
+                clips[row] = CodedClip(f"{row - rows.start:09d}", clip_codes, labels)
         on_clips(len(outcomes))
     write_code_shard(folder / shard.file, [clips[row] for row in sorted(clips)])
     return failures

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from moss_train.data.index import ShardIndex
+from moss_train.data.reading import ClipReader, SampleError
 from moss_train.utils.errors import UserError
 
 
@@ -28,7 +30,7 @@ def flip_byte(path: Path, offset: int) -> None:
 
 def test_an_intact_copy_passes(copy: Path) -> None:
     index = ShardIndex.load(copy)
-    index.verify(full=True)
+    index.verify()
     assert len(index) == sum(shard.num_samples for shard in index.shards) > 0
 
 
@@ -42,20 +44,49 @@ def test_a_shard_that_was_cut_or_is_gone_is_found_at_once(copy: Path) -> None:
         ShardIndex.load(copy)
 
 
+def test_of_many_shards_some_are_looked_at_and_the_others_when_they_are_read(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moss_train.data.index.CHECKED_AT_LOAD", 2)
+    shard = copy / ShardIndex.load(copy).shards[1].file
+    shard.write_bytes(shard.read_bytes()[:-512])
+    index = ShardIndex.load(copy)
+    with pytest.raises(SampleError, match=rf"{shard.name} has \d+ bytes, the index says \d+"):
+        ClipReader(24000, 1).check_headers(index.locate(index.shards.rows_of(1)[0]))
+    first = copy / index.shards[0].file
+    first.unlink()
+    with pytest.raises(UserError, match=rf"{first.name} is in the index but cannot be read"):
+        ShardIndex.load(copy)
+
+
+def test_the_table_of_shards_gives_back_its_records(copy: Path) -> None:
+    records = json.loads((copy / "index.json").read_text())["shards"]
+    shards = ShardIndex.load(copy).shards
+    assert [asdict(shard) for shard in shards] == records
+    assert [row for number in range(len(shards)) for row in shards.rows_of(number)] == list(
+        range(sum(record["num_samples"] for record in records))
+    )
+    assert all(shards.shard_of(row) == number for number in range(len(shards)) for row in shards.rows_of(number))
+    for domain in ("music", "sound", "speech"):
+        rows = [row for begin, end in shards.runs_of(domain) for row in range(begin, end)]
+        assert rows == [row for n, shard in enumerate(shards) if shard.domain == domain for row in shards.rows_of(n)]
+    assert list(shards.runs_of("noise")) == []
+
+
 @pytest.mark.parametrize("place", ["header", "data"])
 def test_full_verification_finds_one_flipped_bit(copy: Path, place: str) -> None:
     index = ShardIndex.load(copy)
     location = index.locate(3)
     flip_byte(Path(location.shard), location.audio_offset + (-512 if place == "header" else 1000))
     with pytest.raises(UserError, match=r"\.tar is damaged: its hash differs"):
-        ShardIndex.load(copy).verify(full=True)
+        ShardIndex.load(copy).verify()
 
 
 def test_damaged_arrays_are_found(copy: Path) -> None:
     arrays = copy / "index.safetensors"
     flip_byte(arrays, arrays.stat().st_size - 1)
     with pytest.raises(UserError, match=r"does not fit|hash differs"):
-        ShardIndex.load(copy).verify(full=True)
+        ShardIndex.load(copy).verify()
     arrays.write_bytes(arrays.read_bytes()[:100])
     with pytest.raises(UserError, match=r"the index of .* is damaged"):
         ShardIndex.load(copy)

@@ -32,6 +32,7 @@ def test_a_crop_equals_the_part_of_the_whole_clip(location: ClipLocation) -> Non
         ({"num_samples": 60_001}, r"asked for|the index says \(24000, 1, 60001\)"),
         ({"audio_size": 3000}, "not audio|damaged"),
         ({"audio_offset": 0}, "not audio"),
+        ({"shard_bytes": 77}, r"\.tar has \d+ bytes, the index says 77"),
         ({"shard": "/nowhere/x.tar"}, "cannot read /nowhere/x.tar: No such file"),
     ],
 )
@@ -44,6 +45,12 @@ def test_audio_that_does_not_fit_the_index_is_an_error(location: ClipLocation, c
 def test_another_format_than_expected_is_an_error(location: ClipLocation) -> None:
     with pytest.raises(SampleError, match=r"are \(24000, 1, 100\), the index says \(48000, 1, 100\)"):
         ClipReader(48000, 1).read_audio(location, 0, 100)
+
+
+def location_of(path: Path) -> ClipLocation:
+    """A whole file as the JSON of a clip."""
+    size = path.stat().st_size
+    return ClipLocation(str(path), 0, 0, 0, size, num_samples=100, has_text=True, shard_bytes=size, shard_sha256="")
 
 
 GOOD_LABELS = {"id": "x", "num_samples": 100, "sampling_rate": 24000, "text": "hello", "task": "asr"}
@@ -65,11 +72,11 @@ GOOD_LABELS = {"id": "x", "num_samples": 100, "sampling_rate": 24000, "text": "h
 def test_labels_that_do_not_fit_are_an_error(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "shard"
     path.write_bytes(content)
-    location = ClipLocation(str(path), 0, 0, 0, len(content), num_samples=100, has_text=True)
+    location = location_of(path)
     with pytest.raises(SampleError, match=message):
         ClipReader(24000, 1).read_labels(location)
     path.write_text(json.dumps(GOOD_LABELS))
-    location = replace(location, json_size=path.stat().st_size)
+    location = location_of(path)
     assert ClipReader(24000, 1).read_labels(location) == GOOD_LABELS
 
 
@@ -77,9 +84,9 @@ def test_only_a_few_files_stay_open(tmp_path: Path) -> None:
     files = OpenFiles(capacity=2)
     for name in "abca":
         (tmp_path / name).write_text(name)
-        assert os.pread(files.descriptor(str(tmp_path / name)), 9, 0) == name.encode()
+        assert os.pread(files.descriptor(location_of(tmp_path / name)), 9, 0) == name.encode()
     before = len(os.listdir("/proc/self/fd"))
-    assert pickle.loads(pickle.dumps(files)).descriptor(str(tmp_path / "a")) >= 0
+    assert pickle.loads(pickle.dumps(files)).descriptor(location_of(tmp_path / "a")) >= 0
     files.close()
     assert len(os.listdir("/proc/self/fd")) == before - 2
 

@@ -11,10 +11,12 @@ from typing import ClassVar
 import pytest
 import torch
 
+from moss_train.commands import pack as pack_command
 from moss_train.data import remote
 from moss_train.data.index import ShardIndex
 from moss_train.data.loader import make_loader
 from moss_train.data.reading import iterate_clips
+from moss_train.data.shards import sha256_of
 from moss_train.data.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
 
@@ -105,21 +107,32 @@ def test_the_cache_stays_within_its_size(served, tmp_path: Path, monkeypatch: py
 def test_a_failing_server_is_asked_again_and_then_given_up(served, kind: str) -> None:
     url, handler, _ = served
     handler.kind = kind
-    shard = ShardIndex.load(url).shards[0].file
-    handler.failures[shard] = remote.ATTEMPTS - 1
-    assert remote.fetch_shard(f"{url}/{shard}").stat().st_size == ShardIndex.load(url).shards[0].bytes
-    assert handler.requests[shard] == remote.ATTEMPTS
-    other = ShardIndex.load(url).shards[1].file
-    handler.failures[other] = 1000
-    with pytest.raises(OSError, match=rf"{other} after 5 attempts: "):
-        remote.fetch_shard(f"{url}/{other}")
-    assert handler.requests[other] == remote.ATTEMPTS
+    shard, other = list(ShardIndex.load(url).shards)[:2]
+    handler.failures[shard.file] = remote.ATTEMPTS - 1
+    path = remote.fetch_shard(f"{url}/{shard.file}", shard.bytes, shard.sha256)
+    assert sha256_of(path) == shard.sha256
+    assert handler.requests[shard.file] == remote.ATTEMPTS
+    handler.failures[other.file] = 1000
+    with pytest.raises(OSError, match=rf"{other.file} after 5 attempts: "):
+        remote.fetch_shard(f"{url}/{other.file}", other.bytes, other.sha256)
+    assert handler.requests[other.file] == remote.ATTEMPTS
 
 
 def test_what_is_not_there_is_one_clear_line(served) -> None:
     url, _, _ = served
     with pytest.raises(UserError, match=r"nothing is not a folder of packed shards that can be read: .*does not exist"):
         ShardIndex.load(f"{url}/nothing")
-    ShardIndex.load(url)
-    with pytest.raises(OSError, match=r"the index has no shard secret\.tar"):
-        remote.fetch_shard(f"{url}/secret.tar")
+
+
+def test_the_arrays_are_fetched_once_and_again_when_the_folder_changes(served, pack_config, recordings: Path) -> None:
+    url, handler, folder = served
+    for _ in range(3):
+        rows = len(ShardIndex.load(url))
+    assert handler.requests["index.safetensors"] == 1
+    assert handler.requests["index.json"] == 3
+    shutil.rmtree(folder)
+    assert pack_command.run(pack_config(input=recordings / "speech", out=folder, domain="speech")) == 0
+    assert len(ShardIndex.load(url)) != rows
+    found = [name for name, _, _ in iterate_clips([url], sampling_rate=24000, num_channels=1)]
+    assert found == [name for name, _, _ in iterate_clips([folder], sampling_rate=24000, num_channels=1)]
+    assert handler.requests["index.safetensors"] == 2
