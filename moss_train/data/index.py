@@ -113,7 +113,7 @@ class ShardIndex:
         """
         url = str(folder) if is_remote(folder) else None
         folder = fetch_index(url, INDEX_FILE) if url else Path(folder)
-        index = _read_json(folder)
+        index = read_index(folder)
         try:
             path = fetch_arrays(url, ARRAYS_FILE, index["arrays_sha256"]) if url else folder / ARRAYS_FILE
             with safe_open(path, "pt") as file:
@@ -146,7 +146,7 @@ class ShardIndex:
     def verify_arrays(self) -> None:
         """Compare the arrays of a local folder with their hash. Raises UserError."""
         path = self.folder / ARRAYS_FILE
-        if self.url is None and sha256_of(path) != _read_json(self.folder)["arrays_sha256"]:
+        if self.url is None and sha256_of(path) != read_index(self.folder)["arrays_sha256"]:
             raise UserError(f"{path} is damaged: its hash differs from the index")
 
     def verify_shard(self, shard: ShardRecord) -> None:
@@ -180,7 +180,8 @@ def check_size(path: Path, num_bytes: int) -> None:
         raise UserError(f"{path} has {found} bytes, its index says {num_bytes}; copy or pack it again")
 
 
-def _read_json(folder: Path) -> dict:
+def read_index(folder: Path) -> dict:
+    """Content of a folder's index.json. Raises UserError when it is missing, damaged or of another version."""
     path = folder / INDEX_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a folder of packed shards (no {INDEX_FILE}); make one with `moss_train pack`")

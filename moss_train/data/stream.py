@@ -67,13 +67,13 @@ class UpdatePlan:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """A run of consecutive positions, as arrays [positions]."""
 
-    domains: np.ndarray
-    rows: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
+    domains: np.ndarray  # places in `AudioStream.domains`
+    rows: np.ndarray  # clips, as rows of the corpus
+    starts: np.ndarray  # first sample used
+    lengths: np.ndarray  # samples used, per channel
     with_text: np.ndarray
     quantizer_units: np.ndarray
     crop_units: np.ndarray
@@ -90,7 +90,7 @@ class AudioStream:
 
     def __init__(
         self,
-        sources: Sequence[str | Path],
+        sources: Sequence[str | Path] | Corpus,
         clip_format: ClipFormat,
         *,
         crop_seconds: float,
@@ -106,7 +106,9 @@ class AudioStream:
         self.min_length_ratio = min_length_ratio
         rate = clip_format.sampling_rate
         self._crop_length, self._max_length = round(crop_seconds * rate), round(max_seconds * rate)
-        self._corpus = Corpus.load(sources, sampling_rate=rate, num_channels=clip_format.num_channels)
+        if not isinstance(sources, Corpus):
+            sources = Corpus.load(sources, sampling_rate=rate, num_channels=clip_format.num_channels)
+        self._corpus = sources
         ranges = self._corpus.shard_ranges()
         self.domains = tuple(ranges)
         self._orders = [DomainOrder(name, ranges[name], seed=seed, window_shards=window_shards) for name in ranges]
@@ -114,12 +116,17 @@ class AudioStream:
         self._mixture = DomainMixture(
             domain_shares(self.domains, used, list(self.available_seconds.values()), weights), seed
         )
+        self.block_size = self._mixture.block_size
         self._block = lru_cache(maxsize=4)(self._make_block)
 
     @property
     def num_clips(self) -> dict[str, int]:
         """Clips per domain: the samples of one pass."""
         return {order.domain: order.num_clips for order in self._orders}
+
+    def block(self, number: int) -> Block:
+        """All samples of one block: `block_size` positions from `number * block_size`."""
+        return self._block(number)
 
     def plan_update(
         self, position: int, batch_seconds: float, micro_batch_seconds: float, rank: int = 0, world_size: int = 1
@@ -139,7 +146,7 @@ class AudioStream:
 
     def sample(self, position: int) -> SampleRef:
         """Return the sample at one position."""
-        number, place = divmod(position, self._mixture.block_size)
+        number, place = divmod(position, self.block_size)
         block = self._block(number)
         return SampleRef(
             position=position,
@@ -158,7 +165,7 @@ class AudioStream:
         parts: list[np.ndarray] = []
         samples = 0
         while samples < total or not parts:
-            number, place = divmod(position, self._mixture.block_size)
+            number, place = divmod(position, self.block_size)
             lengths = self._block(number).lengths[place:]
             sums = samples + np.cumsum(lengths)
             parts.append(lengths[: int(np.searchsorted(sums, total)) + 1])
@@ -166,7 +173,7 @@ class AudioStream:
             samples = int(sums[len(parts[-1]) - 1])
         return np.concatenate(parts)
 
-    def _make_block(self, number: int) -> _Block:
+    def _make_block(self, number: int) -> Block:
         domains, firsts, counts = self._mixture.block(number)
         rows = np.empty(len(domains), np.int64)
         for label, (order, first, count) in enumerate(zip(self._orders, firsts, counts, strict=True)):
@@ -179,7 +186,7 @@ class AudioStream:
             for purpose in ("start", "quantizer", "crop", "gain")
         }
         starts = (draw["start"] * room).astype(np.int64)
-        return _Block(domains, rows, starts, lengths, with_text, draw["quantizer"], draw["crop"], draw["gain"])
+        return Block(domains, rows, starts, lengths, with_text, draw["quantizer"], draw["crop"], draw["gain"])
 
     def _used(self, lengths: np.ndarray, has_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Used length of clips, and whether their text is used."""
