@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moss_train.commands import _help as help_texts
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import PreemptedError, UserError
 
 PROGRAM = "moss_train"
 EXIT_USER_ERROR = 2
@@ -34,7 +34,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0 done, 1 the verb's own report of failure, 2 wrong input, 130 Ctrl-C.
+    """Run one verb and return the exit status.
+
+    0 done, 1 the verb's own report of failure, 2 wrong input, 130 Ctrl-C, 143 stopped by SIGTERM after a checkpoint.
 
     Any other exception is a bug of ours and passes through with its traceback.
     """
@@ -50,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UserError, OSError) as error:
         return _fail(verb, _one_line(error), EXIT_USER_ERROR, argv)
+    except PreemptedError as error:
+        return _fail(verb, str(error), 128 + error.number, argv)
     except KeyboardInterrupt:
         return _fail(verb, "interrupted", EXIT_INTERRUPTED, argv)
 

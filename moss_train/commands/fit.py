@@ -18,5 +18,6 @@ def run(config: dict[str, Any]) -> int:
     """Run `fit` and say where the run stands. Returns 0."""
     result = fit(config)
     state = "finished" if result.update >= result.updates else "stopped"
-    print(f"{state} at update {result.update} of {result.updates}: {result.directory}", file=sys.stderr)
+    if result.rank == 0:
+        print(f"{state} at update {result.update} of {result.updates}: {result.directory}", file=sys.stderr)
     return 0

@@ -28,8 +28,15 @@ def num_cores() -> int:
 
 
 def start_worker() -> None:
-    """One thread per forked worker (more only get in each other's way), and none that outlives a killed parent."""
+    """One thread per forked worker (more only get in each other's way), and none that outlives a killed parent.
+
+    A cluster that takes the machine away signals every process. The parent finishes what it does and needs its workers
+    for that, so they end when the parent says so, not when anybody else does.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
@@ -38,6 +45,12 @@ def end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(ORPHAN_CHECK_SECONDS)
     os._exit(1)
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _end_with_starter() -> None:

@@ -25,9 +25,15 @@ from moss_train.training.initialization import (
 )
 from moss_train.training.metrics import CsvWriter, ProgressWriter, StreamWatch, UpdateMetrics, WandbWriter
 from moss_train.training.module import CatModule
+from moss_train.training.preemption import PreemptionWatch, make_room
 from moss_train.training.resources import StateSize, check_memory, count_parameters
 from moss_train.training.stages import Schedule
-from moss_train.training.trainer import REDUCE_DTYPES, build_trainer, choose_accelerator, start_processes
+from moss_train.training.trainer import (
+    REDUCE_DTYPES,
+    build_trainer,
+    choose_accelerator,
+    start_processes,
+)
 from moss_train.utils.build import build
 from moss_train.utils.checkpoints import newest_checkpoint
 from moss_train.utils.errors import UserError
@@ -48,6 +54,7 @@ class RunResult:
     directory: Path
     update: int
     updates: int
+    rank: int = 0
 
 
 def fit(config: Node) -> RunResult:
@@ -67,14 +74,17 @@ def fit(config: Node) -> RunResult:
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
     counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
     watch = StreamWatch(counter, stream.domains)
-    trainer = build_trainer(config["trainer"], accelerator, [watch, *callbacks(config, directory, last)])
+    preemption = PreemptionWatch()
+    trainer = build_trainer(config["trainer"], accelerator, [watch, preemption, *callbacks(config, directory, last)])
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive(directory / LOCK_FILE, str(directory)) if trainer.is_global_zero else nullcontext():
         checkpoint = find_start(config, directory, trainer)
         update = read_progress(checkpoint)["update"]
         if checkpoint is None or update < last:
             update = train(config, checkpoint, beginning, stream, trainer, range(update, last))
-    return RunResult(directory, update, schedule.updates)
+    if preemption.signal is not None:
+        make_room(preemption.signal, update, trainer)
+    return RunResult(directory, update, schedule.updates, trainer.global_rank)
 
 
 def find_start(config: Node, directory: Path, trainer: Trainer) -> Path | None:

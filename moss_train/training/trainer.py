@@ -1,5 +1,6 @@
 """Lightning's Trainer as a run uses it, on one device or as one of many processes."""
 
+import atexit
 import logging
 import os
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
@@ -137,4 +139,32 @@ def start_processes(trainer: Trainer) -> None:
         threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     if strategy.launcher is not None:
         strategy.launcher.launch(lambda: None)
+    if TorchElasticEnvironment.detect() and trainer.world_size > 1:
+        connect_after_restart(strategy)
     strategy.setup_environment()
+
+
+def connect_after_restart(strategy: Any) -> None:
+    """Connect what torchrun started, apart from what an earlier attempt of the group left in torchrun's store.
+
+    torchrun keeps one store for all attempts: without a prefix a process that is faster than the first one reads the
+    address of its dead predecessor.
+    """
+    device = strategy.root_device
+    rank, world_size, timeout = strategy.global_rank, strategy.world_size, strategy._timeout
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    atexit.register(_disconnect)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

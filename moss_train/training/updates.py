@@ -40,13 +40,7 @@ class Side:
 
 def do_update(module: "CatModule", batch: UpdateBatch, moment: StageMoment) -> None:
     """Do one update; `module.metrics` and `module.sums` hold its numbers afterwards, the same on every rank."""
-    counts = UpdateCounts.from_vector(
-        sum_over_ranks(module.objective.count(batch.micro_batches, module.device).vector())
-    )
-    terms: dict[str, Tensor] = {}
-    for micro_batch in batch.micro_batches:
-        for name, value in accumulate(module, micro_batch, counts, moment).items():
-            terms[name] = terms.get(name, 0) + value
+    terms = compute_terms(module, batch, moment)
     sides = learning_sides(module, moment)
     numbers = reduce(module, sides, terms, batch)
     module.metrics = {name: numbers[name] for name in TERMS if numbers[f"has/{name}"]}
@@ -59,6 +53,18 @@ def do_update(module: "CatModule", batch: UpdateBatch, moment: StageMoment) -> N
     for side in sides:
         step(module, side, math.hypot(*(norms[name] for name in side.parts)), moment, is_finite)
     note_skip(module, is_finite, batch)
+
+
+def compute_terms(module: "CatModule", batch: UpdateBatch, moment: StageMoment) -> dict[str, Tensor]:
+    """Add up the gradients of this rank's micro-batches; returns its share of every term."""
+    counts = UpdateCounts.from_vector(
+        sum_over_ranks(module.objective.count(batch.micro_batches, module.device).vector())
+    )
+    terms: dict[str, Tensor] = {}
+    for micro_batch in batch.micro_batches:
+        for name, value in accumulate(module, micro_batch, counts, moment).items():
+            terms[name] = terms.get(name, 0) + value
+    return terms
 
 
 def learning_sides(module: "CatModule", moment: StageMoment) -> list[Side]:

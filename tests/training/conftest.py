@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from moss_train.cli import main
 from moss_train.commands._compose import compose, to_plain
 
 SMALL = [
@@ -45,6 +46,14 @@ SMALL = [
 def small_overrides(packed: Path) -> list[str]:
     """`fit` overrides that shrink `cat_1b6` in widths, depths, batch and updates only."""
     return ["experiment=cat_1b6", f"data.train={packed}", *SMALL]
+
+
+@pytest.fixture(scope="session")
+def whole(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of the shrunk published recipe through both stages, from the command line."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["fit", *small_overrides, f"run_dir={directory}"]) == 0
+    return directory
 
 
 @pytest.fixture

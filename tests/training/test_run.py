@@ -4,8 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,42 +17,7 @@ from moss_train.training.run import differences, fit
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
 from moss_train.utils.errors import UserError
 
-TIMES = ("update_seconds", "data_wait_seconds")
-
-
-def values(directory: Path) -> list[dict[str, str]]:
-    """Metrics of a run to the last bit, without what a clock measured."""
-    rows = read_metrics(directory / "metrics.csv")
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
-
-
-def state(directory: Path) -> dict:
-    path = list_checkpoints(directory / "checkpoints")[-1] / CHECKPOINT_FILE
-    return torch.load(path, weights_only=True)
-
-
-def assert_equal(a: object, b: object, where: str = "") -> None:
-    """Equal to the last bit, through containers."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-@pytest.fixture(scope="module")
-def whole(small_overrides, tmp_path_factory) -> Path:
-    """An uninterrupted run of the shrunk published recipe through both stages, from the command line."""
-    directory = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(["fit", *small_overrides, f"run_dir={directory}"]) == 0
-    return directory
+from .runs import assert_equal, state, values, wait_for_rows
 
 
 def test_the_published_recipe_runs_through_both_stages(whole):
@@ -82,14 +45,6 @@ def test_a_killed_run_resumes_to_the_last_bit(whole, small_overrides, tmp_path):
     assert main(["fit", *small_overrides, f"run_dir={directory}", "data.num_workers=1"]) == 0
     assert values(directory) == values(whole)
     assert_equal(state(directory), state(whole))
-
-
-def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while len(read_metrics(directory / "metrics.csv")) < count:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_the_hours_of_every_domain_are_those_of_the_whole_run(whole):

@@ -1,0 +1,47 @@
+"""What tests of whole runs share."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from moss_train.training.metrics import read_metrics
+from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
+
+TIMES = ("update_seconds", "data_wait_seconds")
+
+
+def values(directory: Path) -> list[dict[str, str]]:
+    """Metrics of a run to the last bit, without what a clock measured."""
+    rows = read_metrics(directory / "metrics.csv")
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def state(directory: Path) -> dict:
+    path = list_checkpoints(directory / "checkpoints")[-1] / CHECKPOINT_FILE
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal(a: object, b: object, where: str = "") -> None:
+    """Equal to the last bit, through containers."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(directory / "metrics.csv")) < count:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,121 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from moss_train.data.loader import make_loader
+from moss_train.export.loading import tokenizer_config
+from moss_train.training import CatModule
+from moss_train.training.distributed import fingerprint, make_buckets, sum_to_host
+from moss_train.training.run import module_arguments, open_stream
+from moss_train.types import Batch, UpdateBatch
+
+from . import ranks
+
+
+def test_buckets_hold_every_parameter_once_and_one_dtype():
+    sizes = [3, 5, 100, 2, 2]
+    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    parameters[4] = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    found = [[p.numel() for p in bucket] for bucket in make_buckets(parameters, 40)]
+    assert found == [[3, 5], [100], [2], [2]]
+
+
+def test_numbers_of_one_process_come_back_by_name():
+    values = {"a": torch.tensor(1.5), "b": 2, "c": True, "d": torch.tensor(float("nan"))}
+    numbers = sum_to_host(values, torch.device("cpu"))
+    assert (numbers["a"], numbers["b"], numbers["c"]) == (1.5, 2.0, 1.0)
+    assert numbers["d"] != numbers["d"]
+
+
+def test_a_fingerprint_sees_one_bit():
+    layer = nn.Linear(30, 20)
+    before = fingerprint(layer)
+    assert fingerprint(layer) == before
+    with torch.no_grad():
+        layer.weight[3, 7] = torch.nextafter(layer.weight[3, 7], torch.tensor(9.0))
+    assert fingerprint(layer) != before
+
+
+def pick(batch: Batch, chosen: list[int]) -> Batch:
+    """Some clips of a batch, in a micro-batch of their own."""
+    tensors = {name: value[chosen] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    names = {name: tuple(getattr(batch, name)[i] for i in chosen) for name in ("sample_ids", "domains")}
+    return replace(batch, **tensors, **names)
+
+
+def split(batch: UpdateBatch, on_first: list[bool]) -> tuple[UpdateBatch, UpdateBatch]:
+    """Deal the clips, in their order, to two ranks, each micro-batch apart."""
+    wanted, parts = iter(on_first), ([], [])
+    for micro in batch.micro_batches:
+        first = [next(wanted) for _ in range(micro.num_clips)]
+        for rank, part in enumerate(parts):
+            if chosen := [i for i, is_first in enumerate(first) if is_first == (rank == 0)]:
+                part.append(pick(micro, chosen))
+    return replace(batch, micro_batches=tuple(parts[0])), replace(batch, micro_batches=tuple(parts[1]))
+
+
+def without_text(batch: UpdateBatch) -> UpdateBatch:
+    return replace(
+        batch,
+        micro_batches=tuple(
+            replace(micro, text_lengths=torch.zeros_like(micro.text_lengths)) for micro in batch.micro_batches
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def update(small_overrides) -> tuple[dict, UpdateBatch]:
+    """Module arguments of the small recipe and a real update of several micro-batches, some clips with text."""
+    from moss_train.commands._compose import compose, to_plain
+
+    config = to_plain(compose("fit", [*small_overrides, "run_dir=unused"]), "fit")
+    arguments = module_arguments(config)
+    stream = open_stream(config, tokenizer_config(config["tokenizer"]))
+    text_encoder = CatModule(**arguments).semantic.text
+    loader = make_loader(stream, text_encoder=text_encoder, position=0, updates=[(0, 12.0)], micro_batch_seconds=8.0)
+    return arguments, next(iter(loader))
+
+
+def test_two_processes_give_the_gradients_of_one(update, tmp_path):
+    """Both stages' terms, discriminators and LM; unequal clip counts, a rank without text, a rank without clips."""
+    arguments, batch = update
+    has_text = [bool(length) for micro in batch.micro_batches for length in micro.text_lengths.tolist()]
+    alternate = [i % 3 == 0 for i in range(len(has_text))]
+    assert 0 < sum(has_text) < len(has_text)
+    silent = without_text(batch)
+    cases = [  # the update, which clips the first rank has, update number
+        (batch, alternate, 0),
+        (batch, alternate, 6),
+        (batch, [not text for text in has_text], 6),
+        (batch, [True] * len(has_text), 6),
+        (silent, alternate, 5),
+    ]
+    work = {"arguments": arguments, "cases": [(split(whole, first), number) for whole, first, number in cases]}
+    torch.save(work, tmp_path / "work.pt")
+    command = [sys.executable, ranks.__file__, str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank), "2"]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    results = [torch.load(tmp_path / f"result{rank}.pt") for rank in range(2)]
+    for (whole, _, number), *both in zip(cases, *results, strict=True):
+        expected, numbers = ranks.gradients(arguments, whole, number)
+        for found, found_numbers in both:
+            assert found.keys() == expected.keys()
+            assert_close(found, expected)
+            assert found_numbers["loss/generator"] == pytest.approx(numbers["loss/generator"], rel=1e-6)
+            assert found_numbers["square/encoder"] == pytest.approx(numbers["square/encoder"], rel=1e-4)
+            assert found_numbers["sum/clips"] == len(has_text)
+    assert not any(name.startswith("semantic.") for name in results[0][4][0])
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Within 1e-5 of the norm, network by network."""
+    for part in {name.split(".")[0] for name in expected}:
+        names = [name for name in expected if name.startswith(part)]
+        norm = torch.stack([expected[name].norm() for name in names]).norm()
+        error = torch.stack([(found[name] - expected[name]).norm() for name in names]).norm()
+        assert norm > 0, part
+        assert error / norm < 1e-5, part

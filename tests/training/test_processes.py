@@ -1,0 +1,168 @@
+"""Runs of two processes from the command line, started by Lightning, torchrun and srun; killed, and told to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moss_train.training.metrics import column, read_metrics
+from moss_train.training.trainer import count_processes
+from moss_train.utils.checkpoints import list_checkpoints, read_manifest
+from moss_train.utils.errors import UserError
+
+from .runs import assert_equal, state, values, wait_for_rows
+
+FIT = ["-m", "moss_train", "fit"]
+CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")
+ENDLESS = ["stages.0.updates=100000", "checkpoint.every_updates=1000"]
+
+
+@pytest.fixture
+def start(small_overrides) -> Iterator:
+    """Start `fit` in a process of its own; what a test leaves running is killed."""
+    processes = []
+
+    def run(directory: Path, *overrides: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+        command = [sys.executable, *launcher, *FIT, *small_overrides, f"run_dir={directory}", *overrides]
+        processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def pair(small_overrides, tmp_path_factory) -> Path:
+    """The small recipe by two processes."""
+    directory = tmp_path_factory.mktemp("runs") / "pair"
+    command = [sys.executable, *FIT, *small_overrides, f"run_dir={directory}", "trainer.devices=2"]
+    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("finished at update 8 of 8") == 1
+    return directory
+
+
+def assert_same_course(directory: Path, whole: Path) -> None:
+    """The same clips in every update to the last one, and losses within what another order of sums explains."""
+    ours, theirs = read_metrics(directory / "metrics.csv"), read_metrics(whole / "metrics.csv")
+    assert [[row[name] for name in CLIPS] for row in ours] == [[row[name] for name in CLIPS] for row in theirs]
+    for name in ("loss/generator", "loss/semantic", "loss/discriminators", "loss/feature", "text_accuracy"):
+        assert column(ours, name) == pytest.approx(column(theirs, name), rel=1e-3), name
+    for name in ("progress", "callbacks"):
+        counts = [state(run)[name] for run in (directory, whole)]
+        assert_equal(*counts)
+
+
+def test_two_processes_train_like_one(pair, whole):
+    assert_same_course(pair, whole)
+
+
+def test_a_killed_run_goes_on_with_another_number_of_processes(start, whole, tmp_path):
+    """SIGKILL of the first of two processes ends the other; one process goes on, and then two again."""
+    directory = tmp_path / "run"
+    process = start(directory, "trainer.devices=2")
+    wait_for_rows(directory, 3, process)
+    (other,) = children(process)
+    process.kill()
+    process.wait()
+    wait_until_gone(other)
+    assert start(directory, "stop_at_update=6").wait(timeout=240) == 0
+    assert start(directory, "trainer.devices=2").wait(timeout=240) == 0
+    assert_same_course(directory, whole)
+
+
+def test_a_killed_process_ends_the_run_with_an_error(start, tmp_path):
+    process = start(tmp_path / "run", "trainer.devices=2", *ENDLESS)
+    wait_for_rows(tmp_path / "run", 1, process)
+    os.kill(children(process)[0], signal.SIGKILL)
+    assert process.wait(timeout=60) not in (0, None)
+
+
+def test_torchrun_starts_a_group_again_when_one_process_dies(start, pair, tmp_path):
+    directory = tmp_path / "run"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    process = start(directory, launcher=torchrun)
+    wait_for_rows(directory, 3, process)
+    os.kill(children(process)[1], signal.SIGKILL)
+    assert process.wait(timeout=300) == 0
+    assert values(directory) == values(pair)
+    assert_equal(state(directory), state(pair))
+
+
+def test_sigterm_to_any_process_ends_all_after_a_checkpoint(start, tmp_path):
+    directory = tmp_path / "run"
+    process = start(directory, "trainer.devices=2", *ENDLESS)
+    wait_for_rows(directory, 2, process)
+    os.kill(children(process)[0], signal.SIGTERM)
+    assert process.wait(timeout=120) == 143
+    last = int(read_metrics(directory / "metrics.csv")[-1]["update"])
+    assert read_manifest(list_checkpoints(directory / "checkpoints")[-1])["update"] == last >= 2
+
+
+def test_slurm_tasks_requeue_their_job_once(start, tmp_path):
+    """Two tasks as srun starts them, with data workers that get the signal too; `scontrol` writes down its call."""
+    directory, calls = tmp_path / "run", tmp_path / "calls"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    scontrol.chmod(0o755)
+    job = {
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29500 + os.getpid() % 2000),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+    }
+    overrides = ("data.num_workers=1", *ENDLESS)
+    tasks = [start(directory, *overrides, **job, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+    wait_for_rows(directory, 2, tasks[0])
+    for pid in [tasks[1].pid, *children(tasks[0])]:
+        os.kill(pid, signal.SIGUSR1)
+    assert [task.wait(timeout=120) for task in tasks] == [138, 138]
+    assert calls.read_text() == "requeue 4711\n"
+    last = int(read_metrics(directory / "metrics.csv")[-1]["update"])
+    assert read_manifest(list_checkpoints(directory / "checkpoints")[-1])["update"] == last
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "expected"),
+    [
+        ({}, {}, (1, 1)),
+        ({}, {"devices": 3, "num_nodes": 2}, (3, 2)),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "j"}, {}, (4, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "bash"}, {}, (1, 1)),
+    ],
+)
+def test_processes_are_those_that_were_started_or_asked_for(monkeypatch, environment, settings, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert count_processes({"devices": "auto", "num_nodes": "auto", **settings}, "cpu") == expected
+
+
+def test_another_number_than_srun_started_is_refused(monkeypatch):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"trainer\.devices=2 .*4 processes were started on each of 2 machines"):
+        count_processes({"devices": 2, "num_nodes": "auto"}, "cpu")
