@@ -225,9 +225,9 @@ def print_reports(beginning: Beginning, reports: Mapping[str, WeightReport], war
         table.add_row(name, *cells)
     Console(file=sys.stderr, soft_wrap=False).print(table)
     for name in beginning.fresh:
+        reason = "restore leaves out what init has" if name in beginning.source.nodes else "init has none"
         warnings.warn(
-            f"{name}: init={beginning.source.path} has none that fit restore, so they start afresh, with a head start "
-            f"of {warmup_updates} updates (fresh_warmup_updates)",
+            f"{name} start afresh, {reason}; head start of {warmup_updates} updates (fresh_warmup_updates)",
             stacklevel=2,
         )
 

@@ -14,6 +14,7 @@ from moss_train.data.counting import StreamCounter
 from moss_train.data.loader import make_loader
 from moss_train.data.stream import AudioStream, ClipFormat
 from moss_train.training.checkpointing import CheckpointWriter, read_progress
+from moss_train.training.folder_data import with_packed_folder
 from moss_train.training.initialization import (
     Beginning,
     initialize,
@@ -44,7 +45,7 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 # What may differ between the parts of one run: it does not change what is learned.
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "wandb", "allow_changes"}
-FREE_DATA_KEYS = {"num_workers", "max_bad_share"}
+FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ def fit(config: Node) -> RunResult:
     directory = Path(config["run_dir"])
     beginning = plan_beginning(config, directory)
     schedule = build_schedule(beginning.arguments["stages"])
-    stream = open_stream(config, beginning.tokenizer_config)
+    accelerator = choose_accelerator(config["trainer"]["accelerator"])
+    filled = with_packed_folder(config, beginning.tokenizer_config, directory)
+    stream = open_stream(filled, beginning.tokenizer_config)
     if not stream.num_with_text:
         beginning = without_text(beginning)
-    accelerator = choose_accelerator(config["trainer"]["accelerator"])
     check_memory(measure(beginning.arguments), accelerator)
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
     counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
@@ -159,7 +161,10 @@ def open_stream(config: Node, tokenizer: Any) -> AudioStream:
     """The training stream in the tokenizer's format."""
     data = config["data"]
     if not data["train"]:
-        raise UserError("data.train is empty: give the folders that `moss_train pack` made, as data.train=/my/shards")
+        raise UserError(
+            "data.train is empty: give the folders that `moss_train pack` made, as data.train=/my/shards, or a folder "
+            "of audio files, as data.path=/my/audio"
+        )
     clip_format = ClipFormat(
         tokenizer.sampling_rate,
         tokenizer.number_channels,

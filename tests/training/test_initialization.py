@@ -63,7 +63,7 @@ def test_a_run_brings_all_its_networks_with_their_architecture(small_config, sou
 
 def test_networks_that_init_does_not_bring_start_afresh_with_a_head_start(small_config, exported, capsys):
     config = small_config(f"init={exported}", "tokenizer=null", "fresh_warmup_updates=3", "stop_at_update=0", *OTHER)
-    with pytest.warns(UserWarning, match="start afresh, with a head start of 3 updates") as warned:
+    with pytest.warns(UserWarning, match="start afresh, init has none; head start of 3 updates") as warned:
         directory = fit(config).directory
     assert sum("start afresh" in str(warning.message) for warning in warned) == 2
     assert "weights from" in capsys.readouterr().err

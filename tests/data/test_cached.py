@@ -1,0 +1,69 @@
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moss_train.data.cached import pack_cached, split
+from moss_train.data.clips import PackOptions
+from moss_train.data.index import ShardIndex
+from moss_train.data.manifest import list_clips
+from moss_train.utils.errors import UserError
+
+
+@pytest.fixture
+def folder(recordings, tmp_path) -> Path:
+    """Eight real recordings, in two folders."""
+    files = sorted((recordings / "sound").glob("bd_*.flac"))[:8]
+    for number, file in enumerate(files):
+        target = tmp_path / "audio" / ("a" if number % 2 else "b") / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    return tmp_path / "audio"
+
+
+def prepare(folder: Path, cache: Path, **options):
+    return pack_cached(folder, cache, PackOptions(**options), domain="sound", heldout_share=0.02)
+
+
+def test_a_folder_is_packed_once_with_one_clip_held_out(folder, tmp_path, capsys):
+    packed = prepare(folder, tmp_path / "cache")
+    assert (len(ShardIndex.load(packed.train)), len(ShardIndex.load(packed.heldout))) == (7, 1)
+    assert "7 files to learn from, 1 held out, packed into" in capsys.readouterr().err
+    times = {path: path.stat().st_mtime_ns for path in packed.train.iterdir()}
+    assert prepare(folder, tmp_path / "cache") == packed
+    assert "found packed in" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in packed.train.iterdir()} == times
+
+
+def test_other_files_or_another_format_are_other_shards(folder, tmp_path):
+    keys = {prepare(folder, tmp_path / "cache").key, prepare(folder, tmp_path / "cache", sampling_rate=16000).key}
+    file = next(folder.rglob("*.flac"))
+    os.utime(file, ns=(1, 1))
+    keys.add(prepare(folder, tmp_path / "cache").key)
+    file.rename(file.with_name("renamed.flac"))
+    keys.add(prepare(folder, tmp_path / "cache").key)
+    assert len(keys) == 4
+    shutil.copytree(folder, moved := tmp_path / "moved", copy_function=shutil.copy2)
+    assert prepare(moved, tmp_path / "cache").key in keys  # names below the folder count, not where it lies
+
+
+def test_what_is_held_out_depends_on_the_names_alone(recordings):
+    sources = list_clips(recordings / "sound", "sound")
+    heldout, train = split(sources, 0.1)
+    assert len(heldout.clips) == -(-len(sources.clips) // 10)
+    assert {clip.id for clip in heldout.clips} | {clip.id for clip in train.clips} == {c.id for c in sources.clips}
+    again, _ = split(type(sources)(sources.source, sources.clips[::-1]), 0.1)
+    assert {clip.id for clip in again.clips} == {clip.id for clip in heldout.clips}
+    alone, rest = split(type(sources)(sources.source, sources.clips[:1]), 0.5)
+    assert (len(alone.clips), len(rest.clips)) == (0, 1)
+
+
+def test_one_damaged_file_is_named_and_nothing_is_left(folder, tmp_path):
+    file = sorted(folder.rglob("*.flac"))[0]
+    file.write_bytes(b"not audio")
+    with pytest.raises(UserError, match=file.name):
+        prepare(folder, tmp_path / "cache", max_bad_share=0.01)
+    assert list((tmp_path / "cache").rglob("*.tar")) == []
+    packed = prepare(folder, tmp_path / "cache", max_bad_share=0.5)
+    assert len(ShardIndex.load(packed.train)) + len(ShardIndex.load(packed.heldout)) == 7

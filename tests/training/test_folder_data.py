@@ -1,0 +1,100 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moss_train.cli import main
+from moss_train.training.metrics import column, read_metrics
+from moss_train.utils.checkpoints import list_checkpoints
+
+QUICK = [
+    "experiment=finetune",
+    "data.num_workers=0",
+    "data.crop_seconds=0.5",
+    "data.micro_batch_seconds=8",
+    "stages.0.batch_seconds=6",
+    "stages.0.warmup_updates=0",
+    "objective.crop_seconds=0.1",
+    "trainer.accelerator=cpu",
+    "trainer.num_threads=1",
+]
+NO_NETWORKS = ["stages.0.adversarial=false", "discriminators=[]", "semantic=null"]
+
+
+@pytest.fixture(scope="module")
+def init(small_overrides, tmp_path_factory) -> Path:
+    """An exported model of the shrunk recipe, hardly trained."""
+    directory = tmp_path_factory.mktemp("init")
+    updates = ["stages.0.updates=3", "stages.1.updates=0", "stages.0.learning_rate=1e-3"]
+    assert main(["fit", *small_overrides, *updates, f"run_dir={directory / 'run'}"]) == 0
+    assert main(["export", f"checkpoint={directory / 'run'}", f"out={directory / 'model'}"]) == 0
+    return directory / "model"
+
+
+@pytest.fixture
+def audio(recordings, tmp_path) -> Path:
+    """A few real recordings as a user has them: plain files in a folder."""
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    for file in sorted((recordings / "speech").glob("*.flac"))[:6]:
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("changes", [[], ["tokenizer.sampling_rate=16000"], ["tokenizer.number_channels=2"]])
+def test_a_plain_folder_fine_tunes_a_model_also_at_another_rate_and_in_stereo(init, audio, tmp_path, changes):
+    run = tmp_path / "run"
+    schedule = ["stages.0.updates=16", "stages.0.learning_rate=1e-3", *NO_NETWORKS, f"run_dir={run}"]
+    assert main(["fit", *QUICK, f"init={init}", f"data.path={audio}", *schedule, *changes]) == 0
+    loss = column(read_metrics(run / "metrics.csv"), "loss/reconstruction")
+    assert sum(loss[-4:]) < 0.95 * sum(loss[:4])
+
+
+def test_the_shards_are_part_of_what_a_run_was_started_with(init, audio, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["fit", *QUICK, *NO_NETWORKS, f"init={init}", f"data.path={audio}", f"run_dir={run}"]
+    assert main([*command, "stop_at_update=1"]) == 0
+    record = json.loads((run / "packed.json").read_text())
+    assert record["train"].startswith(str(run / "packed"))
+    name = sorted(audio.iterdir())[0]
+    name.rename(tmp_path / name.name)
+    assert main([*command, "stop_at_update=2"]) == 2
+    assert "are not those that" in capsys.readouterr().err
+    assert main([*command, "stop_at_update=2", "allow_changes=true"]) == 0
+    shutil.rmtree(audio)
+    assert main([*command, "stop_at_update=3"]) == 0
+    assert "is gone, going on with" in capsys.readouterr().err
+    assert list_checkpoints(run / "checkpoints")[-1].name == "update-00000003"
+
+
+def test_texts_of_a_manifest_need_a_text_lm_and_clips_without_leave_it_out(init, recordings, audio, tmp_path, capsys):
+    command = ["fit", *QUICK, f"init={init}", "stop_at_update=1", "discriminators.0.channels=[2,4]"]
+    command += ["discriminators.1.channels=2", "semantic.config.hidden_size=32", "semantic.config.num_hidden_layers=1"]
+    with pytest.warns(UserWarning, match="no clip has a text that is used: the text LM is left out"):
+        assert main([*command, f"data.path={audio}", f"run_dir={tmp_path / 'plain'}"]) == 0
+    lines = [line for line in (recordings / "train.jsonl").read_text().splitlines() if '"text"' in line]
+    entries = [json.loads(line) for line in lines[:6]]
+    manifest = tmp_path / "texts.jsonl"
+    manifest.write_text("".join(json.dumps(e | {"path": str(recordings / e["path"])}) + "\n" for e in entries))
+    with pytest.warns(UserWarning, match="semantic start afresh"):
+        assert main([*command, f"data.path={manifest}", f"run_dir={tmp_path / 'texts'}"]) == 0
+    assert column(read_metrics(tmp_path / "texts" / "metrics.csv"), "loss/semantic")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.path=./nowhere"], "data.path=nowhere does not exist"),
+        (["data.path=.", "data.train=here"], "data.path and data.train are both set"),
+        (["data.path=.", "data.heldout_share=1"], "data.heldout_share=1"),
+        (["data.path=."], "has no audio files"),
+    ],
+)
+def test_bad_requests_are_one_line(init, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("no audio")
+    assert main(["fit", *QUICK, *NO_NETWORKS, f"init={init}", *arguments, "run_dir=run"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
