@@ -72,5 +72,5 @@ def test_a_pass_that_leaves_a_clip_out_is_noticed(tool, options, monkeypatch: py
 
 def test_more_positions_than_one_pass_are_refused(tool, options, tmp_path) -> None:
     stream = tool.make_stream(tool.load_corpus(tool.write_indexes(tmp_path, 60)), 0)
-    with pytest.raises(SystemExit, match="is more than one pass of sound; give fewer"):
-        tool.report_mixture(stream, 500_000)
+    with pytest.raises(SystemExit, match="=10000 is more than one pass of sound; give fewer"):
+        tool.report_mixture(stream, 10_000)
