@@ -66,8 +66,9 @@ def run(config: dict[str, Any]) -> int:
     if missing and config["strict"]:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
     subject = _pairs(config) if config["pairs"] is not None else _codec(config)
+    heard = _heard(subject.clips, config["report_clips"])
     out = Path(config["out"]).expanduser()
-    all_metrics = subject.of_codes | metrics
+    all_metrics = metrics | subject.of_codes
     if config["model"] is not None and "text_model" in config["metrics"] and not subject.of_codes:
         missing["text_model"] = "the model is no run or checkpoint with a text LM"
     results = Results(out, _settings(config, subject, all_metrics))
@@ -77,7 +78,7 @@ def run(config: dict[str, Any]) -> int:
         metrics,
         results,
         num_workers=config["workers"],
-        keep_audio_of=_first_of_domains(subject.clips, config["report_clips"]),
+        keep_audio_of=heard,
     )
     evaluation = Evaluation(
         tuple(rows),
@@ -120,6 +121,8 @@ def _check(config: dict[str, Any]) -> None:
         _one_of("metrics", name, METRICS)
     for key, smallest in (("workers", 0), ("report_clips", 0), ("max_clips", 1), ("clip_seconds", 0.1)):
         value = config[key]
+        if key == "report_clips" and isinstance(value, list):
+            continue
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < smallest):
             raise UserError(f"{key}={value} has to be at least {smallest}")
 
@@ -192,9 +195,13 @@ def _settings(config: dict[str, Any], subject: Subject, metrics: Mapping[str, Me
     return {**subject.identity, **anchors, "metrics": descriptions, "resampler": RESAMPLER}
 
 
-def _first_of_domains(clips: Sequence[EvaluationClip], count: int) -> frozenset[str]:
-    """Ids of the clips that the report lets one hear."""
+def _heard(clips: Sequence[EvaluationClip], wanted: int | list[str]) -> frozenset[str]:
+    """Ids of the clips that the report lets one hear: the first ones of every domain, or those that are named."""
+    if isinstance(wanted, list):
+        if unknown := [name for name in wanted if all(clip.id != name for clip in clips)]:
+            raise UserError(f"report_clips={wanted}: there is no clip {unknown[0]!r}, such as {clips[0].id!r}")
+        return frozenset(wanted)
     chosen: list[str] = []
     for domain in sorted({clip.domain for clip in clips}):
-        chosen += sorted(clip.id for clip in clips if clip.domain == domain)[:count]
+        chosen += sorted(clip.id for clip in clips if clip.domain == domain)[:wanted]
     return frozenset(chosen)

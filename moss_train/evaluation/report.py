@@ -5,18 +5,19 @@ import html
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 
 from moss_train.audio import read_audio
 from moss_train.evaluation.codebooks import LevelUse
-from moss_train.evaluation.comparison import Comparison
+from moss_train.evaluation.comparison import Comparison, Difference
 from moss_train.evaluation.figures import save_spectrograms
 from moss_train.evaluation.metrics import missing_package
 from moss_train.evaluation.plots import bitrate_plot, usage_plot
 from moss_train.evaluation.rendering import ANCHORS, Condition
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, file_name
+from moss_train.evaluation.summary import Estimate
 from moss_train.evaluation.tables import Table, table_cells
 from moss_train.utils.files import written_whole
 
@@ -40,7 +41,7 @@ def write_report(path: Path, report: Report) -> None:
     without_plots = missing_package("matplotlib")
     parts = {
         "title": html.escape(report.table.title),
-        "table": _table(report.table),
+        "table": "".join(_tables(report.table)),
         "footnotes": "".join(f"<li>{html.escape(note)}</li>" for note in report.table.footnotes),
         "plots": f"<p>{without_plots}</p>" if without_plots else "".join(_plots(report)),
         "comparisons": "".join(map(_comparison, report.comparisons)),
@@ -51,14 +52,39 @@ def write_report(path: Path, report: Report) -> None:
         temporary.write_text(Template(TEMPLATE.read_text("utf-8")).substitute(parts), encoding="utf-8")
 
 
+def _tables(table: Table) -> Iterator[str]:
+    """A table per domain, without the columns that have no values there."""
+    for domain in dict.fromkeys(row.domain for row in table.rows):
+        rows = tuple(row for row in table.rows if row.domain == domain)
+        columns = tuple(column for column in table.columns if any(column.key in row.estimates for row in rows))
+        yield f"<h2>{html.escape(domain)}</h2>{_table(replace(table, rows=rows, columns=columns))}"
+
+
 def _table(table: Table) -> str:
-    header, *lines = table_cells(table)
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    """Rows of one domain; the interval of a value is seen when one points at it."""
+    (_, system, _, *header), *lines = table_cells(table)
+    before = 1 + bool(table.effective_bitrates)
+    after = len(header) - before - len(table.columns)
     body = []
-    for line, row in zip(lines, table.rows, strict=True):
+    for (_, _, _, *cells), row in zip(lines, table.rows, strict=True):
+        hints = [_interval(row.estimates.get(column.key), column.decimals) for column in table.columns]
+        hints = [""] * before + hints + [""] * after
+        values = "".join(f"<td{hint}>{html.escape(cell)}</td>" for cell, hint in zip(cells, hints, strict=True))
         kind = ' class="anchor"' if row.condition.system in ANCHORS else ""
-        body.append(f"<tr{kind}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        body.append(f"<tr{kind}><td>{html.escape(row.condition.label)}</td>{values}</tr>")
+    return _wide([system, *header], body)
+
+
+def _interval(value: Estimate | None, decimals: int) -> str:
+    if value is None:
+        return ""
+    return f' title="95 %: {value.low:.{decimals}f} to {value.high:.{decimals}f}, {value.num_clips} clips"'
+
+
+def _wide(header: Sequence[str], body: Sequence[str]) -> str:
+    """A table that scrolls sideways below its first column where the page is narrower."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _plots(report: Report) -> Iterator[str]:
@@ -72,20 +98,28 @@ def _plots(report: Report) -> Iterator[str]:
 
 
 def _comparison(comparison: Comparison) -> str:
-    lines = []
+    """A line per pair of depths, a column per measure; what is sure to be better or worse is coloured."""
+    titles = list(dict.fromkeys(item.column for item in comparison.differences))
+    lines: dict[str, dict[str, Difference]] = {}
     for item in comparison.differences:
-        value = item.estimate
-        is_better = value.mean > 0 if item.is_higher_better else value.mean < 0
-        sure = value.low > 0 or value.high < 0
-        kind = ("better" if is_better else "worse") if sure else "open"
-        cells = [item.first.label, item.second.label, item.column, f"{value.mean:+.3f}"]
-        cells += [f"{value.low:+.3f} to {value.high:+.3f}", str(value.num_clips)]
-        lines.append(f'<tr class="{kind}">{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>')
-    head = "".join(f"<th>{name}</th>" for name in ("this", "other", "measure", "difference", "95 %", "clips"))
+        lines.setdefault(f"{item.first.label} − {item.second.label}", {})[item.column] = item
+    body = [
+        f"<tr><td>{html.escape(label)}</td>{''.join(_difference(found.get(title)) for title in titles)}</tr>"
+        for label, found in lines.items()
+    ]
     notes = "".join(f"<li>{html.escape(f'{name}: {reason}')}</li>" for name, reason in comparison.skipped.items())
     skipped = f"<p>Not compared:</p><ul>{notes}</ul>" if notes else ""
-    table = f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
-    return f"<h2>Against {html.escape(comparison.other)}</h2>{table}{skipped}"
+    legend = '<p class="notes">Mean differences, clip by clip; coloured where the 95 % interval does not contain 0.</p>'
+    return f"<h2>Against {html.escape(comparison.other)}</h2>{_wide(['difference', *titles], body)}{legend}{skipped}"
+
+
+def _difference(item: Difference | None) -> str:
+    if item is None:
+        return "<td></td>"
+    value = item.estimate
+    is_better = value.mean > 0 if item.is_higher_better else value.mean < 0
+    kind = ("better" if is_better else "worse") if value.low > 0 or value.high < 0 else "open"
+    return f'<td class="{kind}"{_interval(value, 3)}>{value.mean:+.3f}</td>'
 
 
 def _clips(report: Report, draw: bool) -> Iterator[str]:

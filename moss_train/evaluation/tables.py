@@ -88,8 +88,9 @@ def table_cells(table: Table) -> list[list[str]]:
 
 def _header(table: Table, up: str, down: str) -> list[str]:
     titles = [f"{column.title} {up if column.is_higher_better else down}" for column in table.columns]
-    extra = ["eff. bps"] * bool(table.effective_bitrates) + ["RTF"] * bool(table.real_time_factors)
-    return ["domain", "system", "Nq", "bps", *extra, *titles, "ok/n"]
+    effective = ["eff. bps"] * bool(table.effective_bitrates)
+    speed = ["RTF"] * bool(table.real_time_factors)
+    return ["domain", "system", "Nq", "bps", *effective, *titles, *speed, "ok/n"]
 
 
 def _cells(table: Table, row: SummaryRow) -> list[str]:
@@ -103,11 +104,11 @@ def _cells(table: Table, row: SummaryRow) -> list[str]:
     levels = condition.num_quantizers or 0
     if table.effective_bitrates:
         cells.append(_number(table.effective_bitrates.get(levels), "{:.0f}".format))
-    if table.real_time_factors:
-        cells.append(_number(table.real_time_factors.get(levels), "{:.3f}".format))
     for column in table.columns:
         shown = column.key in row.estimates
         cells.append(f"{row.estimates[column.key].mean:.{column.decimals}f}" if shown else EMPTY)
+    if table.real_time_factors:
+        cells.append(_number(table.real_time_factors.get(levels), "{:.3f}".format))
     return [*cells, f"{row.num_clips - row.num_failed}/{row.num_clips}"]
 
 

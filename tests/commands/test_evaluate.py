@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,13 @@ def test_the_rows_of_a_depth_are_those_of_a_run_at_that_depth(folder, monkeypatc
         assert first | {"real_time_factor": ""} == second | {"real_time_factor": ""}
 
 
+def test_the_clips_of_the_report_can_be_named(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    arguments = ["evaluate", "model=small", "data=good.jsonl", "out=named", "num_quantizers=[1]", *FAST]
+    assert main([*arguments, "report_clips=[sound]", "anchors=false"]) == 0
+    assert re.findall('data-clip="(.*?)"', (folder / "named" / "report.html").read_text()) == ["sound"]
+
+
 def test_pieces_and_subsets(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     arguments = ["evaluate", "model=small", "data=good.jsonl", "out=pieces", "clip_seconds=0.5", "max_clips=2", *FAST]
@@ -124,6 +132,7 @@ def test_pairs_of_files_and_a_comparison(folder, tmp_path, monkeypatch, capsys):
         (["model=small", "data=good.jsonl", "workers=-1"], "workers=-1 has to be at least 0"),
         (["model=small", "data=good.jsonl", "clip_seconds=900"], "no clip of data=good.jsonl is clip_seconds=900 long"),
         (["codec=bigcodec", "data=good.jsonl"], "codec=bigcodec needs weights="),
+        (["model=small", "data=good.jsonl", "report_clips=[nothing]"], "report_clips=['nothing']: there is no clip"),
         (["model=small", "data=good.jsonl", "weights=x"], "weights=x has no effect without codec="),
         (
             ["model=small", "data=good.jsonl", "metrics=[speaker]", "speaker=wavlm", "strict=true"],

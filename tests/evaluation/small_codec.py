@@ -1,11 +1,17 @@
 """A codec of a few lines, so that tests of the evaluation do not wait for a model."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moss_train.evaluation.rendering import EvaluationClip
+from moss_train.evaluation.distances import PROFILES
+from moss_train.evaluation.native import SiSdr, SpectralDistances
+from moss_train.evaluation.outputs import Evaluation
+from moss_train.evaluation.rendering import CodecRenderer, EvaluationClip
+from moss_train.evaluation.results import Results
+from moss_train.evaluation.running import evaluate
 from moss_train.utils.errors import UserError
 
 RATE = 24_000
@@ -55,3 +61,17 @@ def tones(count: int) -> Sequence[EvaluationClip]:
         0.4 * torch.sin(2 * torch.pi * (200 + 70 * i) * time) * torch.sin(2 * torch.pi * time) for i in range(count)
     ]
     return [clip_of(wave[None], f"tone {index}") for index, wave in enumerate(waves)]
+
+
+METRICS = {"spectral": SpectralDistances(PROFILES["official"]), "si_sdr": SiSdr()}
+SETTINGS = {"codec": "bits"}
+
+
+def run(folder: Path, clips: Sequence[EvaluationClip], levels: Sequence[int] = (1, 4, 8), **options):
+    """An evaluation of the codec in a folder, and the codec."""
+    codec = BitCodec()
+    renderer = CodecRenderer(codec, levels, clips)
+    results = Results(folder, SETTINGS)
+    rows = evaluate(clips, renderer, METRICS, results, **options)
+    evaluation = Evaluation(tuple(rows), renderer.conditions, METRICS, {}, results, PROFILES["official"], codec)
+    return evaluation, codec

@@ -1,20 +1,15 @@
-"""Rendering, resuming, workers, pairs of files, comparison, report."""
+"""Rendering, resuming, workers, pairs of files."""
 
-import importlib.util
 import json
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+import small_codec as small
 import torch
+from small_codec import METRICS, run
 
 from moss_train.audio import read_audio, write_audio
-from moss_train.evaluation.comparison import compare, load_evaluation
-from moss_train.evaluation.distances import PROFILES
 from moss_train.evaluation.metrics import Pair
-from moss_train.evaluation.native import SiSdr, SpectralDistances
 from moss_train.evaluation.outputs import Evaluation, make_table, write_outputs
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
 from moss_train.evaluation.rendering import CodecRenderer, Condition, fit_length, impostors, pcm16
@@ -26,24 +21,6 @@ from moss_train.evaluation.validation import validation_scores
 from moss_train.utils.errors import UserError
 
 PAIRS = Path(__file__).parents[1] / "data" / "metrics"
-METRICS = {"spectral": SpectralDistances(PROFILES["official"]), "si_sdr": SiSdr()}
-SETTINGS = {"codec": "bits"}
-
-_path = Path(__file__).with_name("small_codec.py")
-_spec = importlib.util.spec_from_file_location("small_codec", _path)
-assert _spec is not None
-assert _spec.loader is not None
-small = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(small)
-
-
-def run(folder: Path, clips, levels=(1, 4, 8), **options):
-    codec = small.BitCodec()
-    renderer = CodecRenderer(codec, levels, clips)
-    results = Results(folder, SETTINGS)
-    rows = evaluate(clips, renderer, METRICS, results, **options)
-    evaluation = Evaluation(tuple(rows), renderer.conditions, METRICS, {}, results, PROFILES["official"], codec)
-    return evaluation, codec
 
 
 def test_a_clip_is_encoded_once_and_every_prefix_is_that_of_a_direct_decode():
@@ -252,119 +229,3 @@ def test_stereo_is_averaged_and_each_rate_computed_once():
     assert reference.tolist() == [0.5, 0.5]
     assert degraded.shape == (2,)
     assert pair.at(16_000)[0] is reference
-
-
-@pytest.fixture(scope="module")
-def two_evaluations(tmp_path_factory) -> Path:
-    """Folders `first` and `second`, the second with fewer levels, and a report of the first against it."""
-    folder = tmp_path_factory.mktemp("evaluations")
-    clips = small.tones(3)
-    second, _ = run(folder / "second", clips, levels=(1, 4))
-    write_outputs(second, "exclude", 0, [], False)
-    first, _ = run(folder / "first", clips, levels=(1, 8), keep_audio_of=frozenset({"tone 0"}))
-    write_outputs(first, "exclude", 0, [str(folder / "second")], True)
-    return folder
-
-
-def test_comparison_pairs_the_nearest_bitrates(two_evaluations):
-    other = load_evaluation(two_evaluations / "second")
-    clips = small.tones(3)
-    evaluation, _ = run(two_evaluations / "first", clips, levels=(1, 8))
-    comparison = compare(evaluation.rows, evaluation.conditions, METRICS, other)
-    pairs = {(item.first.num_quantizers, item.second.num_quantizers) for item in comparison.differences}
-    assert pairs == {(1, 1), (8, 4)}
-    same = [item.estimate for item in comparison.differences if item.first.num_quantizers == 1]
-    assert all(value.low == value.mean == value.high == 0 for value in same)
-    deeper = next(
-        item for item in comparison.differences if (item.column, item.first.num_quantizers) == ("Mel-Loss", 8)
-    )
-    assert deeper.estimate.high < 0
-    assert comparison.skipped == {}
-
-
-def test_metrics_of_other_definitions_are_not_compared(two_evaluations):
-    other = load_evaluation(two_evaluations / "second")
-    evaluation, _ = run(two_evaluations / "first", small.tones(3), levels=(1, 8))
-    metrics = {"spectral": SpectralDistances(PROFILES["dac24k"])}
-    comparison = compare(evaluation.rows, evaluation.conditions, metrics, other)
-    assert comparison.differences == ()
-    assert "24000 Hz" in comparison.skipped["spectral"]
-    nothing = compare([], evaluation.conditions, METRICS, other)
-    assert nothing.skipped == {"every metric": "the two have no clips in common"}
-    with pytest.raises(UserError, match="no finished evaluation"):
-        load_evaluation(two_evaluations)
-
-
-def test_the_report_is_one_page_with_everything_inside(two_evaluations):
-    pytest.importorskip("matplotlib")
-    page = (two_evaluations / "first" / "report.html").read_text()
-    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
-    assert page.count("<audio") == 3  # the original and two depths
-    assert page.count("<svg") == 4
-    assert page.count('class="spectrogram"') == 1
-    assert "Against second" in page
-    assert "published" in page
-    assert "const isBlind = true;" in page
-    results = json.loads((two_evaluations / "first" / "results.json").read_text())
-    assert results["schema_version"] == 1
-    assert [level["level"] for level in results["codebooks"]] == list(range(1, 9))
-
-
-CHECK = """
-<script>
-addEventListener("load", async () => {
-  const players = [...document.querySelectorAll("audio")];
-  const loaded = player => new Promise(done => {
-    if (player.readyState > 0) return done();
-    player.onloadedmetadata = player.onerror = done;
-  });
-  await Promise.all(players.map(loaded));
-  const plots = [...document.querySelectorAll("figure svg")].map(plot => plot.getBoundingClientRect());
-  const names = [...document.querySelectorAll(".player .name")].map(name => name.textContent);
-  document.getElementById("reveal").click();
-  const result = {
-    seconds: players.map(player => player.duration),
-    plots: plots.map(box => [box.width, box.height]),
-    width: [document.documentElement.scrollWidth, innerWidth],
-    hidden: names,
-    shown: [...document.querySelectorAll(".player .name")].map(name => name.textContent),
-  };
-  const output = document.createElement("pre");
-  output.id = "check";
-  output.textContent = JSON.stringify(result);
-  document.body.append(output);
-});
-</script>
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [1280, 500])
-def test_the_report_in_a_browser(two_evaluations, tmp_path, width):
-    """Players load, plots have a size, nothing is wider than the window, the console stays empty."""
-    pytest.importorskip("matplotlib")
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("chromium is not installed")
-    page = (two_evaluations / "first" / "report.html").read_text()
-    (tmp_path / "page.html").write_text(page.replace("</body>", f"{CHECK}</body>"))
-    options = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--window-size={width},900",
-        "--enable-logging=stderr",
-    ]
-    options += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=10000", "--dump-dom"]
-    command = [browser, *options, (tmp_path / "page.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr
-    found = re.search(r'<pre id="check">(.*?)</pre>', done.stdout)
-    assert found is not None
-    result = json.loads(found[1])
-    assert result["seconds"] == [1.0, 1.0, 1.0]
-    assert len(result["plots"]) == 4
-    assert all(box[0] > 200 and box[1] > 100 for box in result["plots"])
-    assert result["width"][0] <= result["width"][1]
-    assert sorted(result["hidden"]) == ["A", "B", "C"]
-    assert sorted(result["shown"]) == ["bits 1", "bits 8", "original"]

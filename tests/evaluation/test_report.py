@@ -1,0 +1,167 @@
+"""Comparison of evaluations, and the report as a page and in a browser."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import small_codec as small
+from chromium import Browser, browser, find_browser
+from small_codec import METRICS, run
+
+from moss_train.evaluation.comparison import compare, load_evaluation
+from moss_train.evaluation.distances import PROFILES
+from moss_train.evaluation.native import SpectralDistances
+from moss_train.evaluation.outputs import write_outputs
+from moss_train.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def two_evaluations(tmp_path_factory) -> Path:
+    """Folders `first` and `second`, the second with fewer levels, and a report of the first against it."""
+    folder = tmp_path_factory.mktemp("evaluations")
+    clips = small.tones(3)
+    second, _ = run(folder / "second", clips, levels=(1, 4))
+    write_outputs(second, "exclude", 0, [], False)
+    first, _ = run(folder / "first", clips, levels=(1, 8), keep_audio_of=frozenset({"tone 0"}))
+    write_outputs(first, "exclude", 0, [str(folder / "second")], True)
+    return folder
+
+
+def test_comparison_pairs_the_nearest_bitrates(two_evaluations):
+    other = load_evaluation(two_evaluations / "second")
+    clips = small.tones(3)
+    evaluation, _ = run(two_evaluations / "first", clips, levels=(1, 8))
+    comparison = compare(evaluation.rows, evaluation.conditions, METRICS, other)
+    pairs = {(item.first.num_quantizers, item.second.num_quantizers) for item in comparison.differences}
+    assert pairs == {(1, 1), (8, 4)}
+    same = [item.estimate for item in comparison.differences if item.first.num_quantizers == 1]
+    assert all(value.low == value.mean == value.high == 0 for value in same)
+    deeper = next(
+        item for item in comparison.differences if (item.column, item.first.num_quantizers) == ("Mel-Loss", 8)
+    )
+    assert deeper.estimate.high < 0
+    assert comparison.skipped == {}
+
+
+def test_metrics_of_other_definitions_are_not_compared(two_evaluations):
+    other = load_evaluation(two_evaluations / "second")
+    evaluation, _ = run(two_evaluations / "first", small.tones(3), levels=(1, 8))
+    metrics = {"spectral": SpectralDistances(PROFILES["dac24k"])}
+    comparison = compare(evaluation.rows, evaluation.conditions, metrics, other)
+    assert comparison.differences == ()
+    assert "24000 Hz" in comparison.skipped["spectral"]
+    nothing = compare([], evaluation.conditions, METRICS, other)
+    assert nothing.skipped == {"every metric": "the two have no clips in common"}
+    with pytest.raises(UserError, match="no finished evaluation"):
+        load_evaluation(two_evaluations)
+
+
+def test_the_report_is_one_page_with_everything_inside(two_evaluations):
+    pytest.importorskip("matplotlib")
+    page = (two_evaluations / "first" / "report.html").read_text()
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert page.count("<audio") == 3  # the original and two depths
+    assert page.count("<svg") == 4
+    assert page.count('class="spectrogram"') == 1
+    assert "Against second" in page
+    assert "published" in page
+    assert "const isBlind = true;" in page
+    results = json.loads((two_evaluations / "first" / "results.json").read_text())
+    assert results["schema_version"] == 1
+    assert [level["level"] for level in results["codebooks"]] == list(range(1, 9))
+
+
+LOADED = """
+Promise.all([...document.querySelectorAll("audio")].map(player => new Promise(done => {
+  if (player.readyState > 0 || player.error) return done(player.duration);
+  player.onloadedmetadata = player.onerror = () => done(player.duration);
+})))
+"""
+NAMES = "[...document.querySelectorAll('.player .name')].map(name => name.textContent)"
+PLOTS = """[...document.querySelectorAll("figure svg")].map(plot => {
+  const box = plot.getBoundingClientRect();
+  return [box.width, box.height, plot.querySelectorAll("path").length];
+})"""
+
+
+@pytest.fixture(scope="module")
+def page(two_evaluations, tmp_path_factory) -> Iterator[Browser]:
+    """The report in a browser."""
+    pytest.importorskip("matplotlib")
+    if find_browser() is None:
+        assert "CI" not in os.environ, "continuous integration has to look at the report in a browser"
+        pytest.skip("there is no chromium")
+    with browser(tmp_path_factory.mktemp("browser") / "profile") as opened:
+        opened.resize(1280, 900)
+        opened.open(two_evaluations / "first" / "report.html")
+        yield opened
+
+
+@pytest.mark.slow
+def test_players_load_and_plots_are_seen(page):
+    assert page.evaluate(LOADED) == [1.0, 1.0, 1.0]
+    plots = page.evaluate(PLOTS)
+    assert len(plots) == 4
+    assert all(width > 200 and height > 100 and parts > 10 for width, height, parts in plots)
+    assert page.evaluate("document.querySelector('.spectrogram').naturalWidth") > 200
+    assert page.console == []
+
+
+@pytest.mark.slow
+def test_one_player_at_a_time(page):
+    playing = """(async () => {
+      const [first, second] = document.querySelectorAll("audio");
+      first.muted = second.muted = true;
+      await first.play();
+      await second.play();
+      const states = [first.paused, second.paused];
+      second.pause();
+      return states;
+    })()"""
+    assert page.evaluate(playing) == [True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "is_phone"), [(1280, False), (390, True)])
+def test_nothing_is_wider_than_the_page(page, two_evaluations, width, is_phone):
+    """A phone scrolls the tables, in which the first column stays, and nothing else; text has its full size."""
+    page.resize(width, 844, is_phone)
+    page.open(two_evaluations / "first" / "report.html")
+    needed, available = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert needed <= available == width
+    assert page.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") == 16
+    first_column = "document.querySelector('.wide tbody td').getBoundingClientRect().left"
+    before = page.evaluate(first_column)
+    page.evaluate("document.querySelector('.wide').scrollLeft = 9")
+    assert page.evaluate("document.querySelector('.wide').scrollLeft") == (9 if is_phone else 0)
+    assert page.evaluate(first_column) == before
+    assert page.console == []
+
+
+@pytest.mark.slow
+def test_votes_of_a_blind_comparison_are_saved(page, two_evaluations, tmp_path):
+    page.open(two_evaluations / "first" / "report.html")
+    assert sorted(page.evaluate(NAMES)) == ["A", "B", "C"]
+    assert page.evaluate("document.querySelector('.spectrogram').offsetHeight") == 0  # it would tell the names
+    page.save_downloads_in(tmp_path)
+    page.click("input[value='bits 8']")
+    page.click("#save")
+    votes = tmp_path / "votes.json"
+    for _ in range(300):
+        if votes.is_file():
+            break
+        time.sleep(0.1)
+    assert json.loads(votes.read_text()) == {"tone 0": "bits 8"}
+    page.click("#reveal")
+    assert sorted(page.evaluate(NAMES)) == ["bits 1", "bits 8", "original"]
+    assert page.console == []
+
+
+@pytest.mark.slow
+def test_the_console_is_seen(page):
+    page.evaluate("console.error('something is wrong')")
+    assert "something is wrong" in page.console.pop()
