@@ -4,13 +4,15 @@
     python tools/bench_inference.py --experiment cat_nano             # random weights of a configuration
     python tools/bench_inference.py --reference FOLDER                # also its own remote code, ours over it
 
-The two take turns and the best of `--repeats` runs counts, so that other load on the machine hits both alike. Memory on
-a CPU is the growth of the process, which does not show what the allocator had kept from an earlier case.
+The two take turns, and the median of `--repeats` runs and of their quotients counts, so that other load on the machine
+hits both alike; on a machine that others use, `--clock cpu --threads 1` measures processor time instead. Memory on a CPU
+is the growth of the process, which does not show what the allocator had kept from an earlier case.
 """
 
 import argparse
 import gc
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from transformers import AutoModel
 from moss_train.commands._compose import compose, to_plain
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Case = tuple[str, int, float, int]  # task, batch size, seconds, frames per chunk (0 offline)
 
@@ -35,14 +38,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of all threads, only for a CPU")
+    parser.add_argument("--tasks", choices=("encode", "decode"), nargs="*", default=["encode", "decode"])
     parser.add_argument("--offline-seconds", type=float, nargs="*", default=[1, 10, 30, 120])
     parser.add_argument("--offline-batch", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--chunk-frames", type=int, nargs="*", default=[1, 4, 25])
     parser.add_argument("--stream-batch", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--stream-seconds", type=float, default=20.0, help="length of a streamed clip")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.clock == "cpu" and options.device != "cpu":
+        parser.error("--clock cpu needs --device cpu: work on an accelerator takes no processor time")
+    return options
 
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
@@ -60,7 +68,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    for task in ("encode", "decode"):
+    for task in options.tasks:
         for batch in options.offline_batch:
             for seconds in options.offline_seconds:
                 yield task, batch, seconds, 0
@@ -84,15 +92,15 @@ def prepare(model: Any, config: MossAudioTokenizerConfig, case: Case) -> Callabl
     return lambda: model.decode(codes, return_dict=True, **options)
 
 
-def measure(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+def measure(call: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds that a call takes, and MiB of memory that it adds at its peak (NaN where that is unknown)."""
     gc.collect()
     before = reset_peak(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return seconds, (peak(device) - before) / 2**20
 
 
@@ -120,22 +128,27 @@ def process_status(name: str) -> float:
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def run(models: dict[str, Any], case: Case, repeats: int) -> dict[str, Any]:
-    """One row: the best time and the memory of every model; a refused case has the reason instead."""
+def run(models: dict[str, Any], case: Case, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """One row: the median time and the memory of every model; a refused case has the reason instead."""
     config = models["ours"].config
     row: dict[str, Any] = dict(zip(("task", "batch", "seconds", "chunk_frames"), case, strict=True))
     calls = {name: prepare(model, config, case) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):  # the first one warms up
         for name, call in list(calls.items()):
             try:
-                seconds, memory = measure(call, models[name].device)
+                seconds, memory = measure(call, models[name].device, clock)
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 row[f"{name}_refused"] = str(error).splitlines()[0]
-                del calls[name]
+                del calls[name], times[name]
                 continue
             row[f"{name}_mib"] = round(max(memory, row.get(f"{name}_mib", memory)), 1)
             if repeat > 0:
-                row[f"{name}_seconds"] = min(seconds, row.get(f"{name}_seconds", seconds))
+                times[name].append(seconds)
+    row |= {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+    if len(times) == 2:
+        quotients = [theirs / ours for ours, theirs in zip(times["ours"], times["reference"], strict=True)]
+        row["times_as_fast"] = statistics.median(quotients)
     return row
 
 
@@ -149,8 +162,8 @@ def table_line(row: dict[str, Any]) -> str:
             parts.append(f"{name} {seconds * 1e3:9.1f} ms {speed:8.1f} x real time {row[f'{name}_mib']:8.1f} MiB")
         elif f"{name}_refused" in row:
             parts.append(f"{name} refuses: {row[f'{name}_refused']}")
-    if "ours_seconds" in row and "reference_seconds" in row:
-        parts.append(f"{row['reference_seconds'] / row['ours_seconds']:.2f} times as fast")
+    if "times_as_fast" in row:
+        parts.append(f"{row['times_as_fast']:.2f} times as fast")
     return " | ".join(parts)
 
 
@@ -164,7 +177,7 @@ def main() -> None:
     )
     rows = []
     for case in cases(options):
-        rows.append(run(models, case, options.repeats))
+        rows.append(run(models, case, options.repeats, CLOCKS[options.clock]))
         print(table_line(rows[-1]), flush=True)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1))

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import StreamChunk, apply_module
-from .rope import rotate
+from .cache import StreamChunk
+from .rope import Rotation, rotate, rotate_in_place
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -36,34 +36,43 @@ class MultiheadAttention(nn.Module):
         self.in_projs = nn.ModuleList([nn.Linear(d_model, 3 * d_model, bias=False)])
         self.out_projs = nn.ModuleList([nn.Linear(d_model, d_model, bias=False)])
 
-    def forward(
-        self, x: Tensor, rotations: tuple[Tensor, Tensor], layer: int = 0, chunk: StreamChunk | None = None
-    ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; with a `chunk`, T frames of streams whose past is in the rings of `layer`."""
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """[B, T, D] -> [B, T, D], whole clips from their first frame."""
         batch, frames, width = x.shape
         heads = self.num_heads
-        linear = apply_module if chunk is None else chunk.state.linear
-        qkv = linear(self.in_projs[0], x).view(batch, frames, 3 * heads, width // heads)
-        rotated = rotate(qkv[:, :, : 2 * heads], *rotations)
+        qkv = self.in_projs[0](x).view(batch, frames, 3 * heads, width // heads)
+        rotated = rotate(qkv[:, :, : 2 * heads], rotation)
         query, key, value = rotated[:, :, :heads], rotated[:, :, heads:], qkv[:, :, 2 * heads :]
-        if chunk is not None:
-            attended = streaming_attention(query, key, value, layer, chunk)
-        elif frames > self.window and self.flash and has_window_kernel(query):
+        if frames > self.window and self.flash and has_window_kernel(query):
             attended = flash_attention(query, key, value, self.window)
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             attended = windowed_attention(query, key, value, self.window).transpose(1, 2)
-        return linear(self.out_projs[0], attended.reshape(batch, frames, width))
+        return self.out_projs[0](attended.reshape(batch, frames, width))
+
+    def attend(self, x: Tensor, rotation: Rotation, layer: int, chunk: StreamChunk) -> Tensor:
+        """[B, T, D] -> [B, T, D] before the output projection, for streams whose past is in the ring of `layer`."""
+        batch, frames, width = x.shape
+        heads = self.num_heads
+        qkv = chunk.state.linears(self.in_projs[0], x).view(batch, frames, 3 * heads, width // heads)
+        rotate_in_place(qkv[:, :, : 2 * heads], rotation)
+        attended = streaming_attention(qkv[:, :, :heads], qkv[:, :, heads:], layer, chunk)
+        return attended.reshape(batch, frames, width)
 
 
-def streaming_attention(query: Tensor, key: Tensor, value: Tensor, layer: int, chunk: StreamChunk) -> Tensor:
-    """Attention of a chunk over the streams' past and itself; all tensors [B, T, H, D]. Writes the rings of `layer`."""
+def streaming_attention(query: Tensor, key_value: Tensor, layer: int, chunk: StreamChunk) -> Tensor:
+    """Attention of a chunk over the streams' past and itself. Writes the ring of `layer`.
+
+    Args:
+        query: [B, T, H, D].
+        key_value: [B, T, 2 * H, D], the keys' heads and then the values'.
+    """
+    ring, heads = chunk.state.rings[layer], query.shape[2]
     parts = []
     for step in chunk.steps:
-        keys = step.write(chunk.state.keys[layer], key)
-        values = step.write(chunk.state.values[layer], value)
-        queries = query[:, step.start : step.stop].transpose(1, 2).to(keys.dtype)
-        parts.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=step.mask))
+        seen = step.write(ring, key_value)
+        queries = query[:, step.start : step.stop].transpose(1, 2).to(ring.dtype)
+        parts.append(F.scaled_dot_product_attention(queries, seen[:, :heads], seen[:, heads:], attn_mask=step.mask))
     attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return attended.transpose(1, 2)
 

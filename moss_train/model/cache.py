@@ -5,16 +5,15 @@ never overwrites keys that its own first queries still need. (A ring of exactly 
 two or more frames.) Which slots a query sees follows from positions alone, so nothing is ever moved or cleared.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .packing import Linears
 
-def apply_module(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`."""
-    return module(x)
+NUM_VIEWS = 8  # lengths of the part of a ring that is looked at while it fills
 
 
 @dataclass
@@ -23,21 +22,27 @@ class StageState:
 
     Attributes:
         position: [B] int64, frames seen so far by each stream; zero makes the item's slots invisible.
-        keys, values: per layer [B, capacity + 1, H, D]; the last slot takes frames that are padding.
+        rings: per layer [B, capacity + 1, 2 * H, D], the keys' heads and then the values'; the last slot takes frames
+            that are padding.
         window: frames a query may look back on, itself included.
-        linear: applies the stage's linear layers.
+        linears: applies the stage's linear layers.
+        num_written: slots that frames may have been written to, as far as the host knows.
+        slot: [1, capacity] the numbers of the slots.
     """
 
     position: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
+    rings: list[Tensor]
     window: int
-    linear: Callable[[nn.Module, Tensor], Tensor] = apply_module
+    linears: Linears = field(default_factory=Linears)
+    num_written: int = 0
+
+    def __post_init__(self) -> None:
+        self.slot = torch.arange(self.capacity, device=self.position.device)[None]
 
     @property
     def capacity(self) -> int:
         """Slots of the ring."""
-        return self.keys[0].shape[1] - 1
+        return self.rings[0].shape[1] - 1
 
     @property
     def longest_step(self) -> int:
@@ -47,6 +52,16 @@ class StageState:
     def reset(self, items: Tensor) -> None:
         """Start the streams of the given batch items (bool [B]) anew."""
         self.position.masked_fill_(items, 0)
+        if items.device.type == "cpu" and bool(items.all()):
+            self.num_written = 0
+
+    def num_visible(self, frames: int) -> int:
+        """Slots to look at after `frames` more: on a CPU those that may be filled; a CUDA graph has fixed shapes."""
+        capacity = self.capacity
+        if self.position.device.type != "cpu":
+            return capacity
+        part = math.ceil(capacity / NUM_VIEWS)
+        return min(capacity, part * math.ceil((self.num_written + frames) / part))
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ class StreamStep:
 
     Attributes:
         slots: [B * frames] index into the flattened [B * (capacity + 1)] slots.
-        mask: [B, 1, frames, capacity], zero for visible keys and very negative for the others. It is finite, so that
+        mask: [B, 1, frames, slots], zero for visible keys and very negative for the others. It is finite, so that
             padding frames that see nothing do not become NaN.
     """
 
@@ -65,9 +80,9 @@ class StreamStep:
     mask: Tensor
 
     def write(self, ring: Tensor, frames: Tensor) -> Tensor:
-        """Write the step's part of a chunk [B, T, H, D] into a ring; returns all its slots [B, H, capacity, D]."""
+        """Write the step's part of a chunk [B, T, 2 * H, D] into a ring; returns the slots [B, 2 * H, slots, D]."""
         ring.flatten(0, 1).index_copy_(0, self.slots, frames[:, self.start : self.stop].flatten(0, 1).to(ring.dtype))
-        return ring[:, :-1].transpose(1, 2)
+        return ring[:, : self.mask.shape[3]].transpose(1, 2)
 
 
 class StreamChunk:
@@ -81,27 +96,34 @@ class StreamChunk:
 
     def __init__(self, state: StageState, frames: int, num_frames: Tensor | None) -> None:
         self.state = state
-        self.num_frames = torch.full_like(state.position, frames) if num_frames is None else num_frames
-        self.positions = state.position[:, None] + torch.arange(frames, device=state.position.device)
+        self.frames = frames
+        self.num_frames = num_frames
+        self.offsets = torch.arange(frames, device=state.position.device)
+        self.positions = state.position[:, None] + self.offsets
         starts = range(0, frames, state.longest_step)
         self.steps = [self._step(start, min(start + state.longest_step, frames)) for start in starts]
 
     def _step(self, start: int, stop: int) -> StreamStep:
-        state, device = self.state, self.positions.device
+        state, capacity = self.state, self.state.capacity
         positions = self.positions[:, start:stop]
-        slot = torch.arange(state.capacity, device=device)
-        newest = state.position + self.num_frames.clamp(max=stop) - 1
-        content = newest[:, None] - (newest[:, None] - slot) % state.capacity  # position of the frame in each slot
-        distance = positions[:, :, None] - content[:, None]
-        visible = (distance >= 0) & (distance < state.window) & (content >= 0)[:, None]
-        dtype = state.keys[0].dtype
-        hidden = torch.full((), torch.finfo(dtype).min / 2, dtype=dtype, device=device)
-        mask = torch.where(visible, torch.zeros_like(hidden), hidden)[:, None]
-        is_valid = torch.arange(start, stop, device=device) < self.num_frames[:, None]
-        slots = torch.where(is_valid, positions % state.capacity, state.capacity)
-        items = torch.arange(len(slots), device=device)[:, None]
-        return StreamStep(start, stop, (slots + items * (state.capacity + 1)).flatten(), mask)
+        valid = stop if self.num_frames is None else self.num_frames[:, None].clamp(max=stop)
+        newest = state.position[:, None] + (valid - 1)
+        # How long before the newest frame each slot was written; a slot that was not is older than any window.
+        age = (newest - state.slot[:, : state.num_visible(stop)]) % capacity
+        age = age.masked_fill(age > newest, 2 * capacity)
+        distance = age[:, None] - (newest - positions)[:, :, None]
+        dtype = state.rings[0].dtype
+        hidden = (distance < 0) | (distance >= state.window)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        mask = mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)[:, None]
+        slots = positions % capacity
+        if self.num_frames is not None:
+            slots = torch.where(self.offsets[start:stop] < self.num_frames[:, None], slots, capacity)
+        if len(slots) > 1:
+            slots = slots + torch.arange(len(slots), device=slots.device)[:, None] * (capacity + 1)
+        return StreamStep(start, stop, slots.flatten(), mask)
 
     def finish(self) -> None:
         """Move every stream on by the frames it brought."""
-        self.state.position += self.num_frames
+        self.state.position += self.frames if self.num_frames is None else self.num_frames
+        self.state.num_written = min(self.state.num_written + self.frames, self.state.capacity)

@@ -30,28 +30,30 @@ class StepRunner:
     """Runs a step; on CUDA one graph per combination of input shapes is captured when it first comes up.
 
     Args:
-        step: `(input, num_frames) -> output`. Its state lies in buffers that stay where they are, it never waits for
-            the device, and with `num_frames` = 0 it leaves the state as it is: that is how it is warmed up.
+        step: `(input, num_frames) -> output`; on CUDA `num_frames` is a tensor, elsewhere None says all. Its state lies
+            in buffers that stay where they are, it never waits for the device, and with `num_frames` = 0 it leaves the
+            state as it is: that is how it is warmed up.
         enabled: False runs every step eagerly.
 
     Attributes:
         num_replays, num_eager: how often a graph was replayed, and how often a step ran without one.
     """
 
-    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], enabled: bool) -> None:
+    def __init__(self, step: Callable[[Tensor, Tensor | None], Tensor], enabled: bool) -> None:
         self.step = step
         self.enabled = enabled
         self.num_replays = 0
         self.num_eager = 0
         self._graphs: dict[Shapes, CapturedStep | None] = {}
 
-    def __call__(self, value: Tensor, num_frames: Tensor) -> Tensor:
-        captured = self._graph(value, num_frames) if self.enabled and value.is_cuda else None
-        if captured is None:
-            self.num_eager += 1
-            return self.step(value, num_frames)
-        self.num_replays += 1
-        return captured(value, num_frames)
+    def __call__(self, value: Tensor, num_frames: Tensor | None) -> Tensor:
+        if num_frames is not None and self.enabled and value.is_cuda:
+            captured = self._graph(value, num_frames)
+            if captured is not None:
+                self.num_replays += 1
+                return captured(value, num_frames)
+        self.num_eager += 1
+        return self.step(value, num_frames)
 
     def _graph(self, *inputs: Tensor) -> CapturedStep | None:
         key = tuple((value.shape, value.dtype) for value in inputs)
@@ -66,7 +68,7 @@ class StepRunner:
         return self._graphs[key]
 
 
-def capture(step: Callable[[Tensor, Tensor], Tensor], value: Tensor, num_frames: Tensor) -> CapturedStep:
+def capture(step: Callable[[Tensor, Tensor | None], Tensor], value: Tensor, num_frames: Tensor) -> CapturedStep:
     """Warm up a step on copies of its inputs and capture it; the state stays as it is, see `StepRunner`."""
     inputs = (value.clone(), torch.zeros_like(num_frames))
     side = torch.cuda.Stream()

@@ -1,40 +1,81 @@
-"""Weights in oneDNN's own order, for the few rows of a streaming step on a CPU.
+"""How the linear layers of a stage are applied while it streams.
 
-With fewer than about 64 rows a matrix product waits for the weights to arrive from memory. Weights that were ordered
-beforehand are read about twice as fast as by torch's general routine.
+With few rows a matrix product waits for the weights to arrive from memory, and every operation around it costs as much
+as a small product. On a CPU, weights that were ordered beforehand in oneDNN's way are read about twice as fast, and the
+activation or the gain and residual behind a product join it.
 """
 
+from collections.abc import Mapping
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEWEST_ROWS = 2  # a single row is a matrix times a vector, which torch does as fast and with less overhead
 LARGEST_ROWS = 64  # beyond, both are equally fast
+SMALLEST_PACKED = 2**17  # elements of a weight; smaller ones stay in the cache
 LARGEST_PACKED = 2**30  # bytes of an encoder's or decoder's weights: the packed ones are a second copy
 
 
-class PackedLinears:
-    """Applies linear layers, packed as they are now where that pays: float32, CPU, few rows, no gradient."""
-
-    def __init__(self, module: nn.Module) -> None:
-        linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
-        self.weights: dict[nn.Module, Tensor] = {linear: pack(linear.weight) for linear in linears if can_pack(linear)}
+class Linears:
+    """Applies linear layers, each with what follows it, one operation after the other."""
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
         """`linear(x)` for [B, T, C]."""
-        weight = self.weights.get(linear)
-        few = x.shape[0] * x.shape[1] <= LARGEST_ROWS
-        if weight is None or not few or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return linear(x)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return linear(x)
+
+    def gelu(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """`F.gelu(linear(x))`."""
+        return F.gelu(linear(x))
+
+    def add(self, linear: nn.Module, x: Tensor, residual: Tensor, gain: nn.Module) -> Tensor:
+        """`gain(residual, linear(x))` with a `LayerScale`."""
+        return gain(residual, linear(x))
+
+
+class PackedLinears(Linears):
+    """The same with weights that are packed, as they are now, where that pays: float32, CPU, few rows, no gradient.
+
+    Args:
+        gains: the gain [D] of the `LayerScale` behind a layer, which is multiplied into the packed weight.
+    """
+
+    def __init__(self, module: nn.Module, gains: Mapping[nn.Module, Tensor]) -> None:
+        linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear) and can_pack(linear)]
+        self.weights: dict[nn.Module, Tensor] = {linear: pack(linear, gains.get(linear)) for linear in linears}
+
+    def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
+        if not self._applies(linear, x):
+            return super().__call__(linear, x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weights[linear], None, "none", [], "")
+
+    def gelu(self, linear: nn.Module, x: Tensor) -> Tensor:
+        if not self._applies(linear, x):
+            return super().gelu(linear, x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weights[linear], None, "gelu", [], "none")
+
+    def add(self, linear: nn.Module, x: Tensor, residual: Tensor, gain: nn.Module) -> Tensor:
+        if not self._applies(linear, x):
+            return super().add(linear, x, residual, gain)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weights[linear], None, "add")
+
+    def _applies(self, linear: nn.Module, x: Tensor) -> bool:
+        few = FEWEST_ROWS <= x.shape[0] * x.shape[1] <= LARGEST_ROWS
+        return few and linear in self.weights and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """Whether this torch and the layer's weight allow it."""
+    """Whether this torch and the layer's weight allow it, and it pays."""
     weight = linear.weight
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return known and on_cpu and linear.bias is None and not torch.is_grad_enabled()
+    pays = weight.numel() >= SMALLEST_PACKED and not torch.is_grad_enabled()
+    return known and on_cpu and pays and linear.bias is None
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Copy of a weight [D, C] in the order for products with up to 8 rows."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+def pack(linear: nn.Linear, gain: Tensor | None) -> Tensor:
+    """Copy of a weight [D, C], times a gain [D], in the order for products with up to 8 rows."""
+    weight = linear.weight.detach()
+    if gain is not None:
+        weight = weight * gain.detach()[:, None]
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 8)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .attention import LARGEST_BLOCK
 from .cache import StageState
-from .packing import LARGEST_PACKED, LARGEST_ROWS
+from .packing import FEWEST_ROWS, LARGEST_PACKED, LARGEST_ROWS
 from .quantizer import FoldedQuantizer
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def new_states(model: "MossAudioTokenizerModel", name: str, batch_size: int, chu
     states = []
     for stage in model.stages(part):
         frames = chunk_frames * stage.frames_per_code_frame
-        pack = nbytes <= LARGEST_PACKED and batch_size * frames <= LARGEST_ROWS
+        pack = nbytes <= LARGEST_PACKED and FEWEST_ROWS <= batch_size * frames <= LARGEST_ROWS
         states.append(stage.new_state(batch_size, min(frames, LARGEST_BLOCK), model.compute_dtype, pack))
     return states
 
@@ -98,6 +98,8 @@ def encode_each(
 def whole_frames(audio: Tensor, lengths: Tensor, frames: slice, hop: int) -> Tensor:
     """The given frames of audio [B, C, T], silent beyond each item's length: [B, C, F * hop]."""
     part = audio[..., frames.start * hop : frames.stop * hop]
+    if audio.device.type == "cpu" and int(lengths.min()) >= frames.stop * hop:
+        return part  # another device would have to be waited for
     position = torch.arange(frames.start * hop, frames.start * hop + part.shape[2], device=audio.device)
     part = part.masked_fill((position >= lengths[:, None])[:, None], 0)
     return F.pad(part, (0, (frames.stop - frames.start) * hop - part.shape[2]))

@@ -123,7 +123,7 @@ class ResidualLFQ(nn.Module):
 
 
 class FoldedQuantizer:
-    """The quantizer with its weights as they are now, weight norms multiplied out, for many calls.
+    """The quantizer with its weights as they are now, weight norms multiplied out, for many calls without gradients.
 
     Level l searches with `in_l(r - sum of out_j(row_j) over j < l)`. These maps are linear: the latents of all levels
     come from one product with the residual r, and each chosen row changes the later ones by a small matrix.
@@ -131,34 +131,37 @@ class FoldedQuantizer:
 
     def __init__(self, quantizer: ResidualLFQ) -> None:
         levels = cast(list[LFQ], list(quantizer.quantizers))
-        with torch.autocast(levels[0].codebook.weight.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(levels[0].codebook.weight.device.type, enabled=False):
             self.project_in, self.project_out = folded(quantizer.input_proj), folded(quantizer.output_proj)
             in_weight, in_bias = map(torch.stack, zip(*(folded(level.in_proj) for level in levels), strict=True))
             out_weight, out_bias = map(torch.stack, zip(*(folded(level.out_proj) for level in levels), strict=True))
             self.rows = torch.stack([level.codebook.weight for level in levels])  # [N, V, d]
-            self.directions = F.normalize(self.rows, dim=-1)
+            self.directions = F.normalize(self.rows, dim=-1).transpose(1, 2).contiguous().unbind()  # [d, V] per level
             self.in_weight = in_weight.flatten(0, 1)  # [N * d, D]
             subtracted = out_bias.cumsum(dim=0) - out_bias  # biases of the earlier levels
             self.in_bias = (in_bias - (in_weight @ subtracted[..., None])[..., 0]).flatten()
             self.out_weight = out_weight.transpose(1, 2)  # [N, d, D]
             self.out_bias = out_bias
-            # What a row of level l adds to the latents of all levels, of which only the later ones are used.
-            self.coupling = self.out_weight @ self.in_weight.T  # [N, d, N * d]
+            # What a row of a level adds to the latents of all levels, of which only the later ones are used.
+            self.coupling = (self.out_weight @ self.in_weight.T).unbind()  # [d, N * d] per level
 
     @torch.no_grad()
     def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
         """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
-        dim = self.rows.shape[2]
-        codes = []
+        dim, codes = self.rows.shape[2], []
+        width = num_quantizers * dim
+        rows = self.rows.unbind()
         with torch.autocast(latent.device.type, enabled=False):
-            latents = F.linear(self.project_in(latent.float()), self.in_weight, self.in_bias)
-            for level in range(num_quantizers):
-                own, later = slice(level * dim, (level + 1) * dim), slice((level + 1) * dim, num_quantizers * dim)
-                codes.append((latents[..., own] @ self.directions[level].T).argmax(dim=-1))
-                rows = F.embedding(codes[-1], self.rows[level])
-                latents[..., later] -= rows @ self.coupling[level, :, later]
-        return torch.stack(codes)
+            residual = self.project_in(latent.float()).flatten(0, 1)
+            latents = F.linear(residual, self.in_weight[:width], self.in_bias[:width])
+            for level, end in enumerate(range(dim, width + 1, dim)):
+                codes.append((latents[:, end - dim : end] @ self.directions[level]).argmax(dim=1))
+                if end < width:
+                    row = rows[level].index_select(0, codes[-1])
+                    latents[:, end:].addmm_(row, self.coupling[level][:, end:width], alpha=-1)
+        return torch.stack(codes).unflatten(1, latent.shape[:2])
 
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [n, B, T] of the first n levels -> [B, T, D] float32."""
         count, size = len(codes), self.rows.shape[1]

@@ -74,6 +74,8 @@ class MossAudioTokenizerStream:
         chunk = check_audio(self.model.config, chunk).to(self.model.device)
         counts = self._counts(chunk.shape[0], chunk.shape[2], lengths)
         hop = self.model.config.downsample_rate
+        if chunk.shape[2] % hop == 0 and min(counts) == chunk.shape[2] and not any(x.shape[1] for x in self._pending):
+            return self._encode_frames(chunk, [chunk.shape[2] // hop] * self.batch_size)
         arrived = [
             torch.cat((pending, samples[:, :count].to(pending)), dim=1) if pending.shape[1] else samples[:, :count]
             for pending, samples, count in zip(self._pending, chunk, counts, strict=True)
@@ -81,7 +83,8 @@ class MossAudioTokenizerStream:
         frames = [samples.shape[1] // hop for samples in arrived]
         # Copies, so that the caller may use the memory of the chunk again.
         self._pending = [samples[:, n * hop :].clone() for samples, n in zip(arrived, frames, strict=True)]
-        return self._encode_frames([samples[:, : n * hop] for samples, n in zip(arrived, frames, strict=True)])
+        ready = [samples[:, : n * hop] for samples, n in zip(arrived, frames, strict=True)]
+        return self._encode_frames(pad_rows(ready), frames)
 
     @torch.no_grad()
     def flush(self) -> tuple[Tensor, Tensor]:
@@ -89,7 +92,7 @@ class MossAudioTokenizerStream:
         hop = self.model.config.downsample_rate
         ready = [F.pad(x, (0, -x.shape[1] % hop)) for x in self._pending]
         self._pending = [self._no_samples() for _ in ready]
-        return self._encode_frames(ready)
+        return self._encode_frames(pad_rows(ready), [x.shape[1] // hop for x in ready])
 
     @torch.no_grad()
     def decode(self, codes: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -105,12 +108,14 @@ class MossAudioTokenizerStream:
         check_codes(self.model.config, codes)
         codes = codes.to(self.model.device, torch.int64)
         counts = self._counts(codes.shape[1], codes.shape[2], lengths)
-        num_frames = torch.tensor(counts, device=codes.device)
-        shape = (self.batch_size, self.model.config.number_channels, 0)
-        parts = [torch.zeros(shape, dtype=self.model.dtype, device=codes.device)]
-        for start, part in self._blocks(codes):
-            parts.append(self.decode_step(part, (num_frames - start).clamp(0, part.shape[2])))
-        return torch.cat(parts, dim=2), num_frames * self.model.config.downsample_rate
+        hop = self.model.config.downsample_rate
+        parts = [
+            self.decode_step(part, self._own_frames(counts, start, part.shape[2]))
+            for start, part in self._blocks(codes)
+        ]
+        empty = (self.batch_size, self.model.config.number_channels, 0)
+        audio = join(parts) if parts else torch.zeros(empty, dtype=self.model.dtype, device=codes.device)
+        return audio, torch.tensor(counts, device=codes.device) * hop
 
     def reset(self, items: Tensor | None = None) -> None:
         """Start the given items' streams (bool [B], None for all) anew; their unfinished frames are dropped."""
@@ -140,21 +145,44 @@ class MossAudioTokenizerStream:
         block = block_frames(self.model, None, frames)
         return [(s, codes_or_audio[..., s * hop : (s + block) * hop]) for s in range(0, frames, block)]
 
-    def _encode_frames(self, ready: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Codes of every item's whole frames [C, F * hop]."""
+    def _encode_frames(self, audio: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Codes of audio [B, C, F * hop], of which each item's first `counts` frames are its own."""
         hop = self.model.config.downsample_rate
-        longest = max(samples.shape[1] for samples in ready)
-        audio = torch.stack([F.pad(samples, (0, longest - samples.shape[1])) for samples in ready])
-        num_frames = torch.tensor([samples.shape[1] // hop for samples in ready], device=audio.device)
-        parts = [torch.zeros(self.num_quantizers, self.batch_size, 0, dtype=torch.int64, device=audio.device)]
-        for start, part in self._blocks(audio, hop):
-            parts.append(self.encode_step(part, (num_frames - start).clamp(0, part.shape[2] // hop)))
-        return torch.cat(parts, dim=2), num_frames
+        parts = [
+            self.encode_step(part, self._own_frames(counts, start, part.shape[2] // hop))
+            for start, part in self._blocks(audio, hop)
+        ]
+        empty = (self.num_quantizers, self.batch_size, 0)
+        codes = join(parts) if parts else torch.zeros(empty, dtype=torch.int64, device=audio.device)
+        return codes, torch.tensor(counts, device=audio.device)
 
-    def _encode_step(self, audio: Tensor, num_frames: Tensor) -> Tensor:
+    def _own_frames(self, counts: list[int], start: int, length: int) -> Tensor | None:
+        """[B] how many of `length` frames from `start` are each item's own.
+
+        None says all; that spares a CPU some operations, while a CUDA graph is for any numbers of frames.
+        """
+        own = [min(max(count - start, 0), length) for count in counts]
+        if self.model.device.type == "cpu" and min(own) == length:
+            return None
+        return torch.tensor(own, device=self.model.device)
+
+    def _encode_step(self, audio: Tensor, num_frames: Tensor | None) -> Tensor:
         latent = self.model.encode_latent(audio, self.encoder_states, num_frames)
-        is_valid = torch.arange(latent.shape[1], device=latent.device) < num_frames[:, None]
-        return self._quantizer.encode(latent, self.num_quantizers) * is_valid
+        codes = self._quantizer.encode(latent, self.num_quantizers)
+        if num_frames is None:
+            return codes
+        return codes * (torch.arange(latent.shape[1], device=latent.device) < num_frames[:, None])
 
-    def _decode_step(self, codes: Tensor, num_frames: Tensor) -> Tensor:
+    def _decode_step(self, codes: Tensor, num_frames: Tensor | None) -> Tensor:
         return self.model.decode_latent(self._quantizer.decode(codes), self.decoder_states, num_frames)
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """Concatenate along time."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def pad_rows(rows: list[Tensor]) -> Tensor:
+    """Audio [C, T] of different T as one batch [B, C, T], silent behind."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([F.pad(row, (0, longest - row.shape[1])) for row in rows])

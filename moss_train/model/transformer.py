@@ -1,6 +1,6 @@
 """Pre-norm transformer stage between two linear projections."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiheadAttention
-from .cache import StageState, StreamChunk, apply_module
-from .packing import PackedLinears
-from .rope import rotation
+from .cache import StageState, StreamChunk
+from .packing import Linears, PackedLinears
+from .rope import Rotation, rotation
 
 
 class LayerScale(nn.Module):
@@ -41,13 +41,18 @@ class TransformerLayer(nn.Module):
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias=False)
         self.layer_scale_2 = LayerScale(d_model, layer_scale)
 
-    def forward(
-        self, x: Tensor, rotations: tuple[Tensor, Tensor], layer: int = 0, chunk: StreamChunk | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, layer: int = 0, chunk: StreamChunk | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `layer` is its place in the stage, whose streams a `chunk` continues."""
-        linear = apply_module if chunk is None else chunk.state.linear
-        x = self.layer_scale_1(x, self.self_attn(self.norm1(x), rotations, layer, chunk))
-        return self.layer_scale_2(x, linear(self.linear2, F.gelu(linear(self.linear1, self.norm2(x)))))
+        if chunk is not None:
+            return self._continue(x, rotation, layer, chunk)
+        x = self.layer_scale_1(x, self.self_attn(self.norm1(x), rotation))
+        return self.layer_scale_2(x, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
+
+    def _continue(self, x: Tensor, rotation: Rotation, layer: int, chunk: StreamChunk) -> Tensor:
+        linears = chunk.state.linears
+        attended = self.self_attn.attend(self.norm1(x), rotation, layer, chunk)
+        x = linears.add(self.self_attn.out_projs[0], attended, x, self.layer_scale_1)
+        return linears.add(self.linear2, linears.gelu(self.linear1, self.norm2(x)), x, self.layer_scale_2)
 
 
 class Transformer(nn.Module):
@@ -65,12 +70,12 @@ class Transformer(nn.Module):
         frames = x.shape[1]
         chunk = None if state is None else StreamChunk(state, frames, num_frames)
         positions = torch.arange(frames, device=x.device)[None] if chunk is None else chunk.positions
-        rotations = rotation(positions, x.shape[2] // self.num_heads, self.max_period)
+        angles = rotation(positions, x.shape[2] // self.num_heads, self.max_period)
         for number, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and chunk is None:
-                x = checkpoint(layer, x, rotations, use_reentrant=False)
+                x = checkpoint(layer, x, angles, use_reentrant=False)
             else:
-                x = layer(x, rotations, number, chunk)
+                x = layer(x, angles, number, chunk)
         if chunk is not None:
             chunk.finish()
         return x
@@ -109,7 +114,7 @@ class ProjectedTransformer(nn.Module):
 
     def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
         """[B, T, input_dimension] -> [B, T, output_dimension]."""
-        linear = apply_module if state is None else state.linear
+        linear = Linears() if state is None else state.linears
         return linear(self.output_proj, self.transformer(linear(self.input_proj, x), state, num_frames))
 
     def new_state(
@@ -124,10 +129,17 @@ class ProjectedTransformer(nn.Module):
         """
         layers, heads = self.transformer.layers, self.transformer.num_heads
         weight = next(layers.parameters())
-        shape = (batch_size, self.window + longest_step, heads, self.d_model // heads)
-        keys, values = ([weight.new_zeros(shape, dtype=dtype) for _ in layers] for _ in range(2))
+        shape = (batch_size, self.window + longest_step, 2 * heads, self.d_model // heads)
+        rings = [weight.new_zeros(shape, dtype=dtype) for _ in layers]
         position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        return StageState(position, keys, values, self.window, PackedLinears(self) if pack else apply_module)
+        return StageState(position, rings, self.window, self._packed_linears() if pack else Linears())
+
+    def _packed_linears(self) -> PackedLinears:
+        gains: dict[nn.Module, Tensor] = {}
+        for layer in cast(list[TransformerLayer], list(self.transformer.layers)):
+            gains[layer.self_attn.out_projs[0]] = layer.layer_scale_1.scale
+            gains[layer.linear2] = layer.layer_scale_2.scale
+        return PackedLinears(self, gains)
 
 
 def projection(input_dimension: int, output_dimension: int) -> nn.Module:

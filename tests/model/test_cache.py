@@ -9,9 +9,8 @@ WINDOW = 8
 
 
 def new_state(batch=3, longest_step=4, seed=0):
-    shape = (batch, WINDOW + longest_step, 2, 3)
-    keys, values = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
-    return StageState(torch.zeros(batch, dtype=torch.int64), [keys], [values], WINDOW)
+    ring = torch.randn(batch, WINDOW + longest_step, 4, 3, generator=torch.Generator().manual_seed(seed))
+    return StageState(torch.zeros(batch, dtype=torch.int64), [ring], WINDOW)
 
 
 def visible_frames(state, frames, num_frames=None):
@@ -19,8 +18,8 @@ def visible_frames(state, frames, num_frames=None):
     chunk = StreamChunk(state, frames, num_frames)
     seen = [[] for _ in state.position]
     for step in chunk.steps:
-        numbers = chunk.positions[:, :, None, None].expand(-1, -1, 2, 3).float()
-        keys = step.write(state.keys[0], numbers)
+        numbers = chunk.positions[:, :, None, None].expand(-1, -1, 4, 3).float()
+        keys = step.write(state.rings[0], numbers)
         for item in range(len(seen)):
             for query in range(step.stop - step.start):
                 slots = step.mask[item, 0, query] == 0
@@ -55,11 +54,10 @@ def test_items_advance_by_their_own_frames():
 def test_items_without_frames_are_not_written():
     state = new_state()
     visible_frames(state, 6)
-    before = [ring.clone() for ring in (*state.keys, *state.values)]
+    before = state.rings[0].clone()
     visible_frames(state, 13, torch.zeros(3, dtype=torch.int64))
     assert state.position.tolist() == [6, 6, 6]
-    for ring, old in zip((*state.keys, *state.values), before, strict=True):
-        assert torch.equal(ring[:, :-1], old[:, :-1])
+    assert torch.equal(state.rings[0][:, :-1], before[:, :-1])
 
 
 def test_reset_hides_what_an_item_has_seen():
@@ -69,3 +67,16 @@ def test_reset_hides_what_an_item_has_seen():
     seen = visible_frames(state, 2)
     assert seen[1] == [[0], [0, 1]]
     assert seen[0] == [list(range(4, 12)), list(range(5, 13))]
+
+
+def test_slots_that_were_never_filled_are_not_looked_at():
+    state = new_state(longest_step=9)  # 16 slots, seen in eighths
+    assert [StreamChunk(state, frames, None).steps[0].mask.shape[3] for frames in (1, 2, 3, 9)] == [2, 2, 4, 10]
+    visible_frames(state, 5)
+    assert StreamChunk(state, 1, None).steps[0].mask.shape[3] == 6
+    visible_frames(state, 60)
+    assert StreamChunk(state, 1, None).steps[0].mask.shape[3] == 16
+    state.reset(torch.tensor([True, False, True]))
+    assert StreamChunk(state, 1, None).steps[0].mask.shape[3] == 16
+    state.reset(torch.tensor([True, True, True]))
+    assert StreamChunk(state, 1, None).steps[0].mask.shape[3] == 2

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from moss_train.model import passes
-from moss_train.model.packing import LARGEST_ROWS, PackedLinears, can_pack
+from moss_train.model.packing import LARGEST_ROWS, Linears, PackedLinears, can_pack
+from moss_train.model.transformer import LayerScale
 
 from .small_models import small_model
 
@@ -13,27 +14,49 @@ from .small_models import small_model
 @pytest.fixture
 def linear():
     torch.manual_seed(0)
-    return nn.Linear(48, 80, bias=False)
+    return nn.Linear(256, 520, bias=False)
+
+
+@pytest.fixture
+def gain():
+    scale = LayerScale(520, 1.0)
+    nn.init.normal_(scale.scale)
+    return scale
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, LARGEST_ROWS, LARGEST_ROWS + 1])
-def test_products_are_the_same(linear, rows):
-    x = torch.randn(1, rows, 48)
+def test_products_are_the_same(linear, gain, rows):
+    x, residual = torch.randn(1, rows, 256), torch.randn(1, rows, 520)
+    plain = Linears()
     with torch.no_grad():
-        torch.testing.assert_close(PackedLinears(linear)(linear, x), linear(x))
+        packed = PackedLinears(linear, {})
+        assert list(packed.weights) == [linear]
+        torch.testing.assert_close(packed(linear, x), plain(linear, x))
+        torch.testing.assert_close(packed.gelu(linear, x), plain.gelu(linear, x))
+        added = PackedLinears(linear, {linear: gain.scale}).add(linear, x, residual, gain)
+        torch.testing.assert_close(added, plain.add(linear, x, residual, gain), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(added, residual + gain.scale * linear(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_that_is_not_packed_is_applied(linear):
-    x = torch.randn(1, 2, 48)
-    assert torch.equal(PackedLinears(nn.Identity())(linear, x), linear(x))
-    assert PackedLinears(linear)(nn.Identity(), x) is x
+    x = torch.randn(1, 2, 256)
+    assert torch.equal(PackedLinears(nn.Identity(), {})(linear, x), linear(x))
+    assert PackedLinears(linear, {})(nn.Identity(), x) is x
+
+
+def test_half_precision_is_not_packed(linear):
+    x = torch.randn(1, 2, 256)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert PackedLinears(linear, {})(linear, x).dtype == torch.bfloat16
 
 
 def test_only_weights_without_gradient_in_float32_are_packed(linear):
     assert not can_pack(linear)
     with torch.no_grad():
-        assert not can_pack(nn.Linear(4, 4))
-        assert not can_pack(nn.Linear(4, 4, bias=False).to(torch.bfloat16))
+        assert can_pack(linear)
+        assert not can_pack(nn.Linear(256, 520))
+        assert not can_pack(nn.Linear(256, 511, bias=False))
+        assert not can_pack(linear.to(torch.bfloat16))
 
 
 def test_large_models_and_large_chunks_are_not_packed(monkeypatch):
@@ -41,7 +64,7 @@ def test_large_models_and_large_chunks_are_not_packed(monkeypatch):
 
     def packed_stages(batch_size, chunk_frames):
         states = passes.new_states(model, "encoder", batch_size, chunk_frames)
-        return [isinstance(state.linear, PackedLinears) for state in states]
+        return [isinstance(state.linears, PackedLinears) for state in states]
 
     assert packed_stages(1, 4) == [True, True, True]
     assert packed_stages(8, 4) == [False, True, True]
