@@ -5,8 +5,8 @@
     python tools/bench_inference.py --reference FOLDER                # also its own remote code, ours over it
 
 The two take turns, and the median of `--repeats` runs and of their quotients counts, so that other load on the machine
-hits both alike; on a machine that others use, `--clock cpu --threads 1` measures processor time instead. Memory on a CPU
-is the growth of the process, which does not show what the allocator had kept from an earlier case.
+hits both alike; on a machine that others use, `--clock cpu --threads 1` measures processor time instead. Memory on a
+CPU is the growth of the process, which does not show what the allocator had kept from an earlier case.
 """
 
 import argparse
