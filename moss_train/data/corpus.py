@@ -1,5 +1,7 @@
 """All packed folders of a run as one table of clips, grouped by domain, and the order in which a domain is read."""
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +32,7 @@ class Corpus:
             _check_format(index, sampling_rate, num_channels)
         if not any(len(index) for index in indexes):
             raise UserError("no clips: give at least one folder made by `moss_train pack`")
+        _warn_of_doubles(indexes)
         return cls(indexes)
 
     def __len__(self) -> int:
@@ -65,7 +68,10 @@ class Corpus:
             for begin, end in index.shards.runs_of(domain):
                 for first in range(begin, end, STRETCH_ROWS):
                     piece = slice(first, min(end, first + STRETCH_ROWS))
-                    yield index.arrays["num_samples"][piece], index.arrays["has_text"][piece]
+                    lengths = index.arrays["num_samples"][piece]
+                    if lengths.min() < 1:
+                        raise UserError(f"the index of {index.folder} is damaged: clips without samples; pack it again")
+                    yield lengths, index.arrays["has_text"][piece]
 
 
 def _check_format(index: ShardIndex, sampling_rate: int, num_channels: int) -> None:
@@ -77,6 +83,13 @@ def _check_format(index: ShardIndex, sampling_rate: int, num_channels: int) -> N
         raise UserError(
             f"{index.folder} is packed with {have}, the model needs {need}; pack the audio again with {need}"
         )
+
+
+def _warn_of_doubles(indexes: Sequence[ShardIndex]) -> None:
+    places = Counter(index.url or str(index.folder.resolve()) for index in indexes)
+    for place, count in places.items():
+        if count > 1:
+            warnings.warn(f"{place} is given {count} times, its clips are used {count} times as often", stacklevel=4)
 
 
 class DomainOrder:

@@ -119,7 +119,7 @@ class ShardIndex:
             with safe_open(path, "pt") as file:
                 arrays = {name: file.get_tensor(name).numpy() for name in SAMPLE_ARRAYS}
             loaded = cls(folder, index, arrays, url)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the index of {folder} is damaged ({error}); pack it again") from error
         loaded.check()
         return loaded
@@ -129,7 +129,8 @@ class ShardIndex:
 
     def check(self) -> None:
         """Compare arrays, shard records and, unless remote, the sizes of shards on the disk. Raises UserError."""
-        if len(self) != self.shards.first_rows[-1]:
+        rows = (int(self.shards.first_rows[-1]),)
+        if any(array.shape != rows or array.dtype != SAMPLE_ARRAYS[name] for name, array in self.arrays.items()):
             raise UserError(
                 f"the index of {self.folder} is damaged: {ARRAYS_FILE} does not fit {INDEX_FILE}; pack it again"
             )
@@ -187,7 +188,7 @@ def read_index(folder: Path) -> dict:
         raise UserError(f"{folder} is not a folder of packed shards (no {INDEX_FILE}); make one with `moss_train pack`")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); pack it again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"{path} is not an index of moss_train shards")

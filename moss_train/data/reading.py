@@ -137,6 +137,8 @@ class ClipReader:
                 raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
             except tarfile.HeaderError as error:
                 raise SampleError(f"damaged tar header in front of byte {offset} ({error})") from error
+            if not header.isreg():
+                raise SampleError(f"{header.name} is not a file of the tar, but of type {header.type!r}")
             if header.size != size or not header.name.endswith(suffix):
                 raise SampleError(
                     f"tar header says {header.name} with {header.size} bytes, the index {suffix} with {size}"

@@ -1,6 +1,7 @@
 """The shards of a folder as columns: a million of them take some hundred bytes each, not a Python object each."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,11 @@ class ShardTable:
     """Records of shards, in the order of the index; S shards."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]], place: Path) -> None:
-        """Take the records of the index file `place`. Raises UserError for a name that leaves the folder."""
+        """Take the records of the index file `place`. Raises UserError for one that cannot be, or is there twice."""
         rows = [(_checked(ShardRecord(**record), place)) for record in records]
+        if len({row.file for row in rows}) < len(rows):
+            counts = Counter(row.file for row in rows)
+            raise UserError(f"{place}: shard {counts.most_common(1)[0][0]} is listed twice")
         self._files = np.array([row.file for row in rows], dtype=np.bytes_)
         self._hashes = np.array([row.sha256 for row in rows], dtype=np.bytes_)
         self.domains = tuple(sorted({row.domain for row in rows}))
@@ -75,6 +79,12 @@ class ShardTable:
 
 
 def _checked(record: ShardRecord, place: Path) -> ShardRecord:
+    names = (record.file, record.domain, record.sha256)
+    numbers = (record.num_samples, record.bytes)
+    if not all(isinstance(name, str) for name in names) or not all(
+        isinstance(number, int) and 0 <= number < 2**62 for number in numbers
+    ):
+        raise UserError(f"{place}: {record} is not the record of a shard; pack it again")
     if not _SHARD_NAME.fullmatch(record.file) or not DOMAIN_PATTERN.fullmatch(record.domain):
         raise UserError(f"{place}: shard {record.file!r} is not the plain name of a .tar file of a domain")
     return record

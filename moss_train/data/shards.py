@@ -79,23 +79,36 @@ def sha256_of(path: Path) -> str:
 def read_shard(path: Path, sampling_rate: int) -> ShardContents:
     """Read a finished shard's headers and JSON. Raises UserError for members that do not pair up as clips."""
     rows, labels = [], []
-    with tarfile.open(path, "r:") as tar:
-        members = iter(tar)
-        for audio in members:
-            text = next(members, None)
-            key = audio.name.removesuffix(".flac")
-            if text is None or audio.name != f"{key}.flac" or text.name != f"{key}.json":
-                raise UserError(f"{path}: {audio.name} is not a <key>.flac followed by its <key>.json")
-            file = tar.extractfile(text)
-            assert file is not None, text.name
-            content = json.loads(file.read())
-            if content["sampling_rate"] != sampling_rate:
-                raise UserError(f"{path}: {audio.name} is at {content['sampling_rate']} Hz, not {sampling_rate}")
-            offsets = (audio.offset_data, audio.size, text.offset_data, text.size)
-            rows.append((content["num_samples"], "text" in content, *offsets))
-            labels.append(content)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = iter(tar)
+            for audio in members:
+                content, row = _read_clip(tar, audio, next(members, None), sampling_rate)
+                rows.append(row)
+                labels.append(content)
+    except (tarfile.TarError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from error
     columns = list(zip(*rows, strict=True)) or [()] * len(SAMPLE_ARRAYS)
     arrays = {
         name: np.array(column, dtype) for (name, dtype), column in zip(SAMPLE_ARRAYS.items(), columns, strict=True)
     }
     return ShardContents(arrays, tuple(labels), path.stat().st_size, sha256_of(path))
+
+
+def _read_clip(
+    tar: tarfile.TarFile, audio: tarfile.TarInfo, text: tarfile.TarInfo | None, sampling_rate: int
+) -> tuple[dict, tuple]:
+    """The JSON of one clip, and its values of SAMPLE_ARRAYS. Raises ValueError."""
+    key = audio.name.removesuffix(".flac")
+    if text is None or audio.name != f"{key}.flac" or text.name != f"{key}.json":
+        raise ValueError(f"{audio.name} is not a <key>.flac followed by its <key>.json")
+    file = tar.extractfile(text) if audio.isreg() and text.isreg() else None
+    if file is None:
+        raise ValueError(f"{audio.name} or {text.name} is not a file, but a link, folder or device")
+    content = json.loads(file.read())
+    if not isinstance(content, dict) or not isinstance(content.get("num_samples"), int):
+        raise ValueError(f"{text.name} does not describe a clip")
+    if content.get("sampling_rate") != sampling_rate:
+        raise ValueError(f"{audio.name} is at {content.get('sampling_rate')} Hz, not {sampling_rate}")
+    offsets = (audio.offset_data, audio.size, text.offset_data, text.size)
+    return content, (content["num_samples"], "text" in content, *offsets)

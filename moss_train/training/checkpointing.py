@@ -24,11 +24,12 @@ class DirectoryCheckpointIO(CheckpointIO):
     """Lightning's plugin point: a checkpoint is a verified directory, read without unpickling objects."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        write_checkpoint(
-            Path(path),
-            lambda directory: torch.save(checkpoint, directory / CHECKPOINT_FILE),
-            info=checkpoint["progress"],
-        )
+        def write(directory: Path) -> None:
+            # Given a path, torch hides why a disk takes no more.
+            with (directory / CHECKPOINT_FILE).open("wb") as file:
+                torch.save(checkpoint, file)
+
+        write_checkpoint(Path(path), write, info=checkpoint["progress"])
 
     def load_checkpoint(
         self,

@@ -36,12 +36,14 @@ from moss_train.training.trainer import (
     start_processes,
 )
 from moss_train.utils.build import build
-from moss_train.utils.checkpoints import newest_checkpoint
+from moss_train.utils.checkpoints import resume_checkpoint
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import written_whole
 from moss_train.utils.locks import exclusive
 
 Node = Mapping[str, Any]
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
 # What may differ between the parts of one run: it does not change what is learned.
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "wandb", "allow_changes"}
@@ -93,7 +95,12 @@ def find_start(config: Node, directory: Path, trainer: Trainer) -> Path | None:
     """The newest sound checkpoint, None for a new run. Rank 0 looks, before it starts the others; all of them learn."""
     checkpoint = None
     if trainer.is_global_zero:
-        checkpoint = newest_checkpoint(directory / "checkpoints")
+        checkpoint = resume_checkpoint(directory / "checkpoints")
+        if checkpoint is None and (directory / METRICS_FILE).exists():
+            raise UserError(
+                f"{directory} has a {METRICS_FILE} but no checkpoints any more: put them back, or move the "
+                "directory away to start from scratch"
+            )
         store_config(config, directory, is_new=checkpoint is None)
     start_processes(trainer)
     return trainer.strategy.broadcast(checkpoint)
@@ -199,7 +206,8 @@ def store_config(config: Node, directory: Path, is_new: bool) -> None:
                 f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
                 "allow_changes=true to go on with the new values"
             )
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    with written_whole(path) as temporary:
+        temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def governing(config: Node) -> dict[str, Any]:
@@ -227,7 +235,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 def callbacks(config: Node, directory: Path, last: int) -> list[Callback]:
     """Metrics first, so that a checkpoint never lies behind an update that was not logged."""
     writers: list[CsvWriter | ProgressWriter | WandbWriter]
-    writers = [CsvWriter(directory / "metrics.csv"), ProgressWriter(last)]
+    writers = [CsvWriter(directory / METRICS_FILE), ProgressWriter(last)]
     if config["wandb"] is not None:
         writers.append(WandbWriter(directory, config["wandb"]))
     return [UpdateMetrics(writers), CheckpointWriter(directory / "checkpoints", **config["checkpoint"])]

@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 BEST_FILE = "best.json"
 PREFIX = "update-"
 PARTIAL = ".partial-"
+DAMAGED = "damaged-"
 
 
 def checkpoint_name(update: int) -> str:
@@ -39,13 +40,14 @@ def write_checkpoint(directory: Path, write: Callable[[Path], None], info: Mappi
         info: plain data to store in the manifest, beside the file list.
 
     Raises:
-        OSError: the disk is full, read-only or returned other bytes than were written; nothing is left behind.
+        OSError: the disk is full, read-only or returned other bytes than were written; nothing is left behind. It names
+            the checkpoint, also where a library wrapped it into an error of its own.
     """
     directory = Path(directory)
     partial = directory.parent / f"{PARTIAL}{directory.name}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         write(partial)
         files = {path.name: describe_file(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({"info": dict(info), "files": files}, indent=1))
@@ -56,10 +58,20 @@ def write_checkpoint(directory: Path, write: Callable[[Path], None], info: Mappi
             raise OSError(f"the checkpoint {directory} could not be read back: {problem}")
         partial.rename(directory)
         sync(directory.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if (cause := storage_error(error)) is not None:
+            what = f"{cause.strerror}, the checkpoint could not be written; the earlier ones are intact"
+            raise OSError(cause.errno, what, str(directory)) from error
         raise
     return directory
+
+
+def storage_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind an exception, None when there is none."""
+    while error is not None and not (isinstance(error, OSError) and error.errno):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -78,25 +90,36 @@ def sync(path: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The `info` of a checkpoint's manifest."""
+    """The `info` of a sound checkpoint's manifest."""
     return json.loads((directory / MANIFEST).read_text())["info"]
 
 
 def find_damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint directory, None when every file has its recorded size and hash."""
     try:
-        files = json.loads((directory / MANIFEST).read_text())["files"]
+        manifest = json.loads((directory / MANIFEST).read_text())
+        files = manifest["files"]
+        if not files or not isinstance(manifest["info"], dict):
+            return f"{MANIFEST} lists no files or no progress"
         for name, recorded in files.items():
+            if Path(name).name != name or not (directory / name).is_file():
+                return f"{name} is not a file of the checkpoint"
             if describe_file(directory / name) != recorded:
                 return f"{name} differs from its manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoint directories in a run's checkpoint folder, oldest first, sound or not."""
-    return sorted(path for path in Path(directory).glob(f"{PREFIX}*") if path.is_dir())
+    """Checkpoint directories in a run's checkpoint folder, oldest first, sound or not; none without a folder.
+
+    Raises:
+        OSError: the folder cannot be read, which does not mean that it is empty.
+    """
+    if not Path(directory).is_dir():
+        return []
+    return sorted(path for path in Path(directory).iterdir() if path.name.startswith(PREFIX) and path.is_dir())
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -117,6 +140,21 @@ def newest_checkpoint(directory: Path) -> Path | None:
             "away to start from scratch"
         )
     return None
+
+
+def resume_checkpoint(directory: Path) -> Path | None:
+    """`newest_checkpoint` for going on from it: damaged newer ones are renamed, so that retention does not count them.
+
+    Raises:
+        UserError: as `newest_checkpoint`; nothing is renamed then.
+    """
+    found = newest_checkpoint(directory)
+    for path in list_checkpoints(directory):
+        if found is not None and path > found:
+            aside = path.with_name(f"{DAMAGED}{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    return found
 
 
 @dataclass(frozen=True)

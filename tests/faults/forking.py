@@ -1,0 +1,162 @@
+"""Runs command lines as forks of one process that has already imported the program.
+
+A start costs milliseconds where a fresh interpreter takes seconds, so a test can afford many real processes to kill.
+Started by `harness.py`; one JSON line in for every order, one out for every answer.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import time
+from typing import Any
+
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
+CAPABILITY_VERSION = 0x20080522
+
+
+def serve() -> int:
+    """Answer orders until standard input ends: `start` forks a command line, `poll` asks for its exit status."""
+    import torch
+
+    import moss_train.commands.fit
+    import moss_train.commands.inspect  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "poll" in order:
+            pid, status = os.waitpid(order["poll"], os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        elif (pid := os.fork()) == 0:
+            return run(order["start"])
+        else:
+            print(pid, flush=True)
+    return 0
+
+
+def run(job: dict[str, Any]) -> int:
+    """Become the process of one command line: own session, environment, log, limits and fault."""
+    os.setsid()
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(job["environment"])
+    tempfile.tempdir = None
+    inject(job["fault"])
+    from moss_train.cli import main
+
+    return main(job["arguments"])
+
+
+def inject(fault: dict[str, Any]) -> None:
+    """Prepare what is going to happen to this process.
+
+    Args:
+        fault: any of
+            calls: [function, n, further]: a signal `further` Python calls after the n-th call of a function;
+            event: [audit event, text, n]: a signal before the n-th event of a name with the text in its arguments;
+            signal: which one, SIGKILL by default;
+            worker: [n, "kill" or "hang"]: what a data worker does instead of reading its n-th update;
+            file_bytes: no file can get longer, as on a full disk (Errno 27, File too large);
+            file_bytes_kill: as above, but the write that gets there ends the process;
+            no_override: root keeps to the permissions of files, as everybody else has to;
+            constants: values for module constants, by dotted name: time limits that a test cannot wait for.
+    """
+    number = fault.get("signal", signal.SIGKILL)
+    if "calls" in fault:
+        signal_after_calls(number, *fault["calls"])
+    if "event" in fault:
+        signal_at_event(number, *fault["event"])
+    if "worker" in fault:
+        os.register_at_fork(after_in_child=lambda: spoil_worker(*fault["worker"]))
+    if "file_bytes" in fault or "file_bytes_kill" in fault:
+        length = fault.get("file_bytes") or fault["file_bytes_kill"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (length, length))
+    if "file_bytes_kill" in fault:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    if fault.get("no_override"):
+        drop_override()
+    for name, value in fault.get("constants", {}).items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
+
+
+def signal_after_calls(number: int, function: str, count: int, further: int) -> None:
+    """Signal at a place that depends on the program alone, not on how busy the machine is.
+
+    Calls are counted from the start of the training on: that costs time.
+    """
+    process, seen, rest = os.getpid(), 0, -1
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal seen, rest
+        if os.getpid() != process:
+            sys.setprofile(None)  # a data worker, forked from here
+        elif event == "call":
+            if rest > 0:
+                rest -= 1
+            elif rest < 0 and frame.f_code.co_qualname == function:
+                seen += 1
+                rest = further if seen == count else -1
+            if rest == 0:
+                sys.setprofile(None)
+                os.kill(process, number)
+
+    def hook(name: str, arguments: tuple) -> None:
+        if name == "open" and "metrics.csv" in str(arguments[0]) and os.getpid() == process and seen == 0:
+            sys.setprofile(profile)
+
+    sys.addaudithook(hook)
+
+
+def signal_at_event(number: int, event: str, text: str, count: int) -> None:
+    """Signal right before the system call of an audit event, such as the rename of a file."""
+    process, seen = os.getpid(), 0
+
+    def hook(name: str, arguments: tuple) -> None:
+        nonlocal seen
+        if name == event and os.getpid() == process and text in str(arguments):
+            seen += 1
+            if seen == count:
+                os.kill(process, number)
+
+    sys.addaudithook(hook)
+
+
+def spoil_worker(count: int, how: str) -> None:
+    """In a data worker: die as by the out-of-memory killer, or never answer again, at its n-th update."""
+    seen = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal seen
+        if event == "call" and frame.f_code.co_qualname == "_PlannedUpdates.__getitem__":
+            seen += 1
+            if seen == count and how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if seen == count:
+                time.sleep(3600)
+
+    sys.setprofile(profile)
+
+
+def drop_override() -> None:
+    """Give up root's right to ignore file permissions; nothing to do for other users."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = ctypes.create_string_buffer(struct.pack("Ii", CAPABILITY_VERSION, 0))
+    data = ctypes.create_string_buffer(24)
+    if libc.capget(header, data) != 0:
+        raise OSError(ctypes.get_errno(), "capget")
+    sets = list(struct.unpack("6I", data.raw[:24]))
+    sets[0] &= ~(1 << CAP_DAC_OVERRIDE | 1 << CAP_DAC_READ_SEARCH)
+    if libc.capset(header, ctypes.create_string_buffer(struct.pack("6I", *sets))) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

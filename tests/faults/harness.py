@@ -1,0 +1,225 @@
+"""Real command lines to damage: started, watched with a time limit, compared to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moss_train.training.metrics import read_metrics
+from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
+
+LIMIT_SECONDS = 180.0
+"""A command that takes longer hangs: about twenty times what it needs beside other work."""
+
+SCALE = int(os.environ.get("FAULTS_SCALE", "1"))
+"""How many times more kills and examples than in the ordinary test run."""
+
+_PATCH = "{patch_size: %d, output_dimension: %d, d_model: 8, num_heads: 1, num_layers: 1}"
+TINY = (
+    "experiment=cat_tiny",
+    f"tokenizer.stages.0={_PATCH % (240, 8)}",
+    f"tokenizer.stages.1={_PATCH % (2, 8)}",
+    f"tokenizer.stages.2={_PATCH % (2, 8)}",
+    f"tokenizer.stages.3={_PATCH % (2, 8)}",
+    "tokenizer.quantizer={rvq_dim: 8, num_quantizers: 3, codebook_size: 16, codebook_dim: 4}",
+    "semantic.config.hidden_size=16",
+    "semantic.config.intermediate_size=16",
+    "semantic.config.num_hidden_layers=1",
+    "semantic.config.num_attention_heads=1",
+    "semantic.config.num_key_value_heads=1",
+    "discriminators.0.periods=[2]",
+    "discriminators.0.channels=[2]",
+    "discriminators.1.channels=1",
+    "discriminators.1.window_lengths=[256]",
+    "objective.crop_seconds=0.08",
+    "data.crop_seconds=0.25",
+    "data.max_seconds=0.8",
+    "data.micro_batch_seconds=0.8",
+    "data.num_workers=0",
+    "stages.0.updates=6",
+    "stages.0.batch_seconds=1.2",
+    "stages.0.warmup_updates=2",
+    "stages.1.updates=6",
+    "stages.1.batch_seconds=0.9",
+    "stages.1.warmup_updates=2",
+    "stages.1.discriminator_warmup_updates=2",
+    "checkpoint.every_updates=3",
+)
+"""Overrides of `fit` that shrink the whole recipe until an update takes some hundredths of a second.
+
+Both stages, text, quantizer dropout on every clip, discriminators with a head start, and several micro-batches per
+update stay. Twelve updates, a checkpoint at 0, 3, 6, 9 and 12.
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int  # exit status, or minus the number of the signal
+    log: str  # standard output and standard error
+
+
+class Job:
+    """One running command line."""
+
+    def __init__(self, launcher: "Launcher", pid: int, log: Path) -> None:
+        self.launcher = launcher
+        self.pid = pid
+        self.log = log
+        self.status: int | None = None
+
+    def poll(self) -> int | None:
+        """Exit status, None while it runs."""
+        if self.status is None:
+            self.status = self.launcher.ask({"poll": self.pid})
+        return self.status
+
+    def wait(self, limit_seconds: float = LIMIT_SECONDS) -> Outcome:
+        """Wait for the end; whatever is left of it then is killed, and a hang is a failure."""
+        deadline = time.monotonic() + limit_seconds
+        while self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.03)
+        if self.status is None:
+            self.kill_group()
+        log = self.log.read_text(errors="replace")
+        assert self.status is not None, f"still running after {limit_seconds} s:\n{log[-3000:]}"
+        return Outcome(self.status, log)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill_group(self) -> None:
+        """End the process and its workers."""
+        os.killpg(self.pid, signal.SIGKILL)
+
+
+class Launcher:
+    """Starts command lines as forks of one prepared process, see `forking.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forking.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def ask(self, order: Mapping[str, Any]) -> Any:
+        """Send one order and return the answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(
+        self, *arguments: str, fault: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
+    ) -> Job:
+        """Start `python -m moss_train` with these arguments, with a fault of `forking.inject`."""
+        self.count += 1
+        log = self.folder / f"{self.count}.log"
+        job = {"arguments": arguments, "log": str(log), "environment": environment or {}, "fault": fault or {}}
+        return Job(self, self.ask({"start": job}), log)
+
+    def run(self, *arguments: str, limit_seconds: float = LIMIT_SECONDS, **options: Any) -> Outcome:
+        """Start and wait."""
+        return self.start(*arguments, **options).wait(limit_seconds)
+
+    def close(self) -> None:
+        """End the prepared process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One tiny training run in its own directory, that may be started any number of times."""
+
+    launcher: Launcher
+    directory: Path
+    overrides: tuple[str, ...]
+
+    def arguments(self, *overrides: str) -> tuple[str, ...]:
+        """The command line."""
+        return ("fit", *TINY, *self.overrides, f"run_dir={self.directory}", *overrides)
+
+    def start(self, *overrides: str, **options: Any) -> Job:
+        """Start it."""
+        return self.launcher.start(*self.arguments(*overrides), **options)
+
+    def run(self, *overrides: str, **options: Any) -> Outcome:
+        """Start it and wait."""
+        return self.launcher.run(*self.arguments(*overrides), **options)
+
+    def finish(self, *overrides: str, **options: Any) -> Outcome:
+        """Start it and wait; it has to succeed."""
+        outcome = self.run(*overrides, **options)
+        assert outcome.status == 0, outcome.log[-3000:]
+        return outcome
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoints, oldest first."""
+        return [path.name for path in list_checkpoints(self.directory / "checkpoints")]
+
+    def newest(self) -> Path:
+        """The newest checkpoint, sound or not."""
+        return list_checkpoints(self.directory / "checkpoints")[-1]
+
+    def rows(self) -> list[dict[str, str]]:
+        """Rows of metrics.csv as they were written, without what a clock measured."""
+        rows = read_metrics(self.directory / "metrics.csv")
+        return [{name: value for name, value in row.items() if not is_measured(name)} for row in rows]
+
+    def state(self) -> dict[str, Any]:
+        """Content of the newest checkpoint."""
+        return torch.load(self.newest() / CHECKPOINT_FILE, weights_only=True)
+
+
+def is_measured(column: str) -> bool:
+    """Whether a column depends on the machine's speed or memory, not on what was learned."""
+    return column.endswith("_seconds") and column != "audio_seconds"
+
+
+def assert_same_run(ours: Fit, theirs: Fit) -> None:
+    """Every logged number and every tensor of the last checkpoint are equal to the last bit."""
+    assert [row["update"] for row in ours.rows()] == [row["update"] for row in theirs.rows()]
+    for one, two in zip(ours.rows(), theirs.rows(), strict=True):
+        assert one == two
+    assert_equal(ours.state(), theirs.state())
+
+
+def assert_equal(one: object, two: object, where: str = "") -> None:
+    """Equal to the last bit, through containers."""
+    if isinstance(one, torch.Tensor):
+        assert isinstance(two, torch.Tensor), where
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert isinstance(two, dict), where
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_equal(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, Sequence) and not isinstance(one, str):
+        assert isinstance(two, Sequence), where
+        assert len(one) == len(two), where
+        for i, pair in enumerate(zip(one, two, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert one == two, where

@@ -1,0 +1,75 @@
+"""SIGKILL anywhere: after a resume every logged number, weight and moment is that of the run nothing happened to."""
+
+import random
+import signal
+
+import pytest
+
+from .harness import SCALE, Fit, assert_same_run
+
+pytestmark = pytest.mark.faults
+
+KILLS_PER_RUN = 4
+CALLS_PER_UPDATE = 30_000
+"""Python calls of about one update with its metrics and a checkpoint: how far into an update a kill may come."""
+
+
+def kill_places(seed: int) -> list[tuple[int, int]]:
+    """Seeded (update of the process, further calls) of one run's kills; a resume goes on from update 0, 3, 6 or 9."""
+    generator = random.Random(seed)
+    return [(generator.randint(1, 4), generator.randrange(CALLS_PER_UPDATE)) for _ in range(KILLS_PER_RUN)]
+
+
+def kill_again_and_again(fit: Fit, seed: int) -> int:
+    """Kill a run at seeded places, fewer when it ends before one of them, then let it finish. Returns the kills."""
+    kills = 0
+    for update, further in kill_places(seed):
+        outcome = fit.run(fault={"calls": ["CatModule.training_step", update, further]})
+        if outcome.status == 0:
+            break
+        assert outcome.status == -signal.SIGKILL, outcome.log[-3000:]
+        kills += 1
+    fit.finish()
+    return kills
+
+
+@pytest.mark.parametrize("seed", range(6 * SCALE))
+def test_killed_runs_end_like_the_whole_one(whole: Fit, make_fit, seed: int) -> None:
+    """Both stages, LM, quantizer dropout and accumulated gradients; workers 0, 1 and 2."""
+    fit = make_fit("killed", f"data.num_workers={seed % 3}")
+    assert kill_again_and_again(fit, seed) >= KILLS_PER_RUN - 1
+    assert_same_run(fit, whole)
+
+
+def test_stops_and_resumes_anywhere(whole: Fit, make_fit) -> None:
+    """At the start, inside a stage, between the stages, before the last update, after it; some of them twice."""
+    fit = make_fit("stopped")
+    for stop in (0, 0, 4, 6, 6, 11, 12):
+        fit.finish(f"stop_at_update={stop}")
+        assert fit.newest().name == f"update-{stop:08d}"
+    assert "finished at update 12 of 12" in fit.finish().log
+    assert_same_run(fit, whole)
+
+
+def test_ctrl_c_ends_with_130_and_a_resume_goes_on(whole: Fit, make_fit) -> None:
+    fit = make_fit("interrupted")
+    outcome = fit.run(fault={"calls": ["CatModule.training_step", 5, 100], "signal": signal.SIGINT})
+    assert outcome.status == 130, outcome.log[-3000:]
+    assert "moss_train fit: interrupted" in outcome.log
+    assert "Traceback" not in outcome.log
+    fit.finish()
+    assert_same_run(fit, whole)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [("kill", "killed by signal"), ("hang", "DataLoader timed out after 5 seconds")]
+)
+def test_a_lost_data_worker_ends_the_run_and_nothing_else_is_lost(whole: Fit, make_fit, how: str, message: str) -> None:
+    """As the out-of-memory killer or a dead network disk does it: nobody waits for ever for a batch."""
+    fit = make_fit("worker", "data.num_workers=2")
+    limit = {"moss_train.data.loader.WORKER_TIMEOUT_SECONDS": 5}
+    outcome = fit.run(fault={"worker": [4, how], "constants": limit if how == "hang" else {}})
+    assert outcome.status > 0, outcome.log[-3000:]
+    assert message in outcome.log
+    fit.finish()
+    assert_same_run(fit, whole)

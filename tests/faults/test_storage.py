@@ -1,0 +1,204 @@
+"""Checkpoints on storage that fails: killed writes, full disks, no permission, damaged and missing files."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moss_train.utils.checkpoints import CHECKPOINT_FILE, MANIFEST, find_damage, newest_checkpoint
+
+from .harness import Fit, assert_same_run
+
+pytestmark = pytest.mark.faults
+
+FIRST = ["update-00000003", "update-00000004"]
+
+
+@pytest.fixture
+def begun(make_fit) -> Fit:
+    """A run that stopped after four updates, with two checkpoints."""
+    fit = make_fit("begun")
+    fit.finish("stop_at_update=4")
+    assert fit.checkpoints == FIRST
+    return fit
+
+
+def assert_sound(fit: Fit, names: list[str]) -> None:
+    assert fit.checkpoints == names
+    assert [find_damage(fit.directory / "checkpoints" / name) for name in names] == [None] * len(names)
+
+
+def assert_no_leftovers(fit: Fit) -> None:
+    assert [path.name for path in (fit.directory / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_kill_anywhere_in_a_checkpoint_write_leaves_the_earlier_ones(whole: Fit, begun: Fit) -> None:
+    """At four byte positions of the file, before the manifest, before the rename, and before and in the retention."""
+    size = (begun.newest() / CHECKPOINT_FILE).stat().st_size
+    kills = [
+        *({"file_bytes_kill": size * percent // 100} for percent in (5, 50, 90, 99)),
+        {"event": ["open", MANIFEST, 3]},  # two were read at the start
+        {"event": ["os.rename", ".partial-update-00000006", 1]},
+    ]
+    for fault in kills:
+        outcome = begun.run(fault=fault)
+        assert outcome.status in (-signal.SIGKILL, -signal.SIGXFSZ), (fault, outcome.log[-3000:])
+        assert_sound(begun, FIRST)
+    begun_names = [*FIRST, "update-00000006"]
+    outcome = begun.run(fault={"event": ["shutil.rmtree", "checkpoints/update-", 1]})
+    assert outcome.status == -signal.SIGKILL
+    assert_sound(begun, begun_names)
+    outcome = begun.run(fault={"event": ["os.remove", CHECKPOINT_FILE, 1]})
+    assert outcome.status == -signal.SIGKILL
+    assert "update-00000009" in begun.checkpoints
+    begun.finish()
+    assert_sound(begun, ["update-00000009", "update-00000012"])
+    assert_no_leftovers(begun)
+    assert_same_run(begun, whole)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
+def test_temporary_files_on_another_file_system_change_nothing(whole: Fit, begun: Fit) -> None:
+    """Lightning's own writer goes through TMPDIR and then destroys the previous file when it is killed."""
+    temporary = {"TMPDIR": "/dev/shm"}
+    size = (begun.newest() / CHECKPOINT_FILE).stat().st_size
+    before = set(os.listdir("/dev/shm"))
+    outcome = begun.run(fault={"file_bytes_kill": size // 2}, environment=temporary)
+    assert outcome.status == -signal.SIGXFSZ
+    assert_sound(begun, FIRST)
+    begun.finish(environment=temporary)
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if "checkpoint" in name}
+    assert_same_run(begun, whole)
+
+
+def test_a_full_disk_is_one_line_and_the_earlier_checkpoints_stay(whole: Fit, begun: Fit) -> None:
+    size = (begun.newest() / CHECKPOINT_FILE).stat().st_size
+    for fault in ({"file_bytes": size // 2}, {"file_bytes": size - 1}):
+        outcome = begun.run(fault=fault)
+        assert outcome.status == 2, outcome.log[-3000:]
+        assert "moss_train fit: " in outcome.log
+        assert "update-00000006: File too large, the checkpoint could not be written" in outcome.log
+        assert "Traceback" not in outcome.log
+        assert_sound(begun, FIRST)
+        assert_no_leftovers(begun)
+    begun.finish()
+    assert_same_run(begun, whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_file_system_that_fills_up(whole: Fit, begun: Fit, small_disk: Path) -> None:
+    fit = Fit(begun.launcher, small_disk / "run", begun.overrides)
+    shutil.copytree(begun.directory, fit.directory)
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        file.write(b"x" * max(0, shutil.disk_usage(small_disk).free - 100_000))
+    outcome = fit.run()
+    assert outcome.status == 2, outcome.log[-3000:]
+    assert "No space left on device" in outcome.log
+    assert "Traceback" not in outcome.log
+    assert_sound(fit, FIRST)
+    filler.unlink()
+    fit.finish()
+    assert_same_run(fit, whole)
+
+
+def test_no_permission_is_one_line_and_the_earlier_checkpoints_stay(whole: Fit, begun: Fit) -> None:
+    """A run directory that is read-only, one whose checkpoints are, and one whose checkpoints cannot even be seen."""
+    checkpoints = begun.directory / "checkpoints"
+    for folder, mode in ((begun.directory, 0o500), (checkpoints, 0o500), (checkpoints, 0o300)):
+        folder.chmod(mode)
+        try:
+            outcome = begun.run(fault={"no_override": True})
+        finally:
+            folder.chmod(0o700)
+        assert outcome.status == 2, outcome.log[-3000:]
+        assert "Permission denied" in outcome.log
+        assert str(folder) in outcome.log
+        assert "Traceback" not in outcome.log
+        assert_sound(begun, FIRST)
+    begun.finish()
+    assert_same_run(begun, whole)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "zero bytes": lambda folder: (folder / CHECKPOINT_FILE).write_bytes(b""),
+    "cut": lambda folder: cut(folder / CHECKPOINT_FILE),
+    "one bit": lambda folder: flip(folder / CHECKPOINT_FILE),
+    "no file": lambda folder: (folder / CHECKPOINT_FILE).unlink(),
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "empty manifest": lambda folder: (folder / MANIFEST).write_bytes(b""),
+    "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "dangling link": lambda folder: (
+        (folder / CHECKPOINT_FILE).unlink(),
+        (folder / CHECKPOINT_FILE).symlink_to("/nowhere/checkpoint.ckpt"),
+    ),
+}
+
+
+def test_every_damage_of_the_newest_checkpoint_makes_way_for_the_one_before(whole: Fit, begun: Fit) -> None:
+    kept = begun.directory.with_name("kept")
+    shutil.copytree(begun.newest(), kept)
+    for name, damage in DAMAGES.items():
+        damage(begun.newest())
+        with pytest.warns(UserWarning, match="update-00000004 is damaged"):
+            assert newest_checkpoint(begun.directory / "checkpoints") == begun.newest().with_name(FIRST[0]), name
+        shutil.rmtree(begun.newest())
+        shutil.copytree(kept, begun.directory / "checkpoints" / FIRST[1])
+    flip(begun.newest() / CHECKPOINT_FILE)
+    outcome = begun.finish("stop_at_update=4")
+    assert "update-00000004 is damaged" in outcome.log
+    assert_sound(begun, FIRST)
+    shutil.rmtree(begun.newest())  # gone altogether
+    begun.finish()
+    assert_sound(begun, ["update-00000009", "update-00000012"])
+    assert_same_run(begun, whole)
+
+
+def test_without_a_sound_checkpoint_nothing_starts_from_scratch(begun: Fit) -> None:
+    metrics = (begun.directory / "metrics.csv").read_bytes()
+    for name in FIRST:
+        flip(begun.directory / "checkpoints" / name / CHECKPOINT_FILE)
+    outcome = begun.run()
+    assert outcome.status == 2
+    assert "all 2 checkpoints in" in outcome.log
+    assert begun.checkpoints == FIRST
+    shutil.rmtree(begun.directory / "checkpoints")
+    outcome = begun.run()
+    assert outcome.status == 2
+    assert "has a metrics.csv but no checkpoints any more" in outcome.log
+    assert (begun.directory / "metrics.csv").read_bytes() == metrics
+
+
+def test_a_kill_between_two_writes_of_the_metrics_loses_no_row(whole: Fit, begun: Fit) -> None:
+    for event in (["open", "metrics.csv", 2], ["os.rename", "config.yaml", 1]):
+        rows = begun.rows()
+        outcome = begun.run(fault={"event": event})
+        assert outcome.status == -signal.SIGKILL, outcome.log[-3000:]
+        assert begun.rows() == rows
+    begun.finish()
+    assert_same_run(begun, whole)
