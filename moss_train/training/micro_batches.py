@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moss_train.training.objective import UpdateCounts
+from moss_train.training.observations import mean_logits, squared_output_gradients, weights_at
 from moss_train.training.stages import StageMoment
 from moss_train.types import Batch
 
@@ -23,12 +24,14 @@ class Judgement:
         weighted: their weighted sum, detached.
         surrogate: scalar whose gradient in the reconstruction is that of `weighted`.
         loss: of the discriminators; None when they do not learn in this update.
+        observed: what is reported besides.
     """
 
     terms: dict[str, Tensor]
     weighted: Tensor
     surrogate: Tensor
     loss: Tensor | None
+    observed: dict[str, Tensor]
 
 
 def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: StageMoment) -> dict[str, Tensor]:
@@ -39,8 +42,12 @@ def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: 
     reconstruction = tokenizer.decode_latent(quantized.quantized)
     num_frames = tokenizer.num_frames(batch.audio_lengths)
     frame_mask = torch.arange(latent.shape[1], device=latent.device) < num_frames[:, None]
+    module.code_counts.add(quantized.codes, frame_mask)
     terms = module.objective.codec_terms(batch, reconstruction, quantized, frame_mask, counts)
     reported: dict[str, Tensor] = {}
+    if module.measures_output_gradient:
+        weights = weights_at(module.objective.weights, moment)
+        reported |= squared_output_gradients(terms, weights, reconstruction)
     if module.semantic is not None:
         states = quantized.quantized if moment.taught else quantized.quantized.detach()
         add_semantic(module, terms, reported, states, num_frames, batch, counts)
@@ -51,6 +58,7 @@ def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: 
         total = total + judgement.surrogate
         generator_loss = generator_loss + judgement.weighted
         terms |= judgement.terms
+        reported |= judgement.observed
         if judgement.loss is not None:
             reported["loss/discriminators"] = judgement.loss
     module.manual_backward(total)
@@ -98,14 +106,18 @@ def judge(
     with torch.set_grad_enabled(moment.discriminators_learn):
         real = module.discriminators(objective.crop(batch.audio, batch))
     generated = module.discriminators(copy)
+    observed = mean_logits(real, generated, counts.clips)
     loss = None
     if moment.discriminators_learn:
         loss = objective.discriminator_term(real, generated, counts)
         module.manual_backward(loss, inputs=module.discriminator_parameters(), retain_graph=moment.judged)
     if not moment.judged:
         zero = torch.zeros((), device=crop.device)
-        return Judgement({}, zero, zero, loss)
+        return Judgement({}, zero, zero, loss, observed)
     terms = objective.judge_terms(real, generated, counts)
     weighted = moment.ramp * objective.total(terms, moment.stage.weights)
+    if module.measures_output_gradient:
+        weights = weights_at(objective.weights, moment)
+        observed |= squared_output_gradients(terms, weights, copy)
     (gradient,) = torch.autograd.grad(weighted, copy)
-    return Judgement(terms, weighted.detach(), (crop * gradient).sum(), loss)
+    return Judgement(terms, weighted.detach(), (crop * gradient).sum(), loss, observed)

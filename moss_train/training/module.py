@@ -20,6 +20,7 @@ from moss_train.export.loading import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.training.distributed import check_equal_start
 from moss_train.training.objective import Objective
+from moss_train.training.observations import CodeCounts
 from moss_train.training.optimizers import build_adamw
 from moss_train.training.stages import Schedule, StageMoment
 from moss_train.training.updates import do_update
@@ -79,6 +80,9 @@ class CatModule(lightning.LightningModule):
         self.metrics: dict[str, float] = {}
         self.contributions: dict[str, float] = {}
         self.sums: dict[str, float] = {}
+        quantizer = self.tokenizer.config.quantizer_kwargs
+        self.code_counts = CodeCounts(quantizer["num_quantizers"], quantizer["codebook_size"])
+        self.measures_output_gradient = False
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """`MossAudioTokenizerModel.encode`."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
-from moss_train.data.counting import StreamCounter
 from moss_train.data.loader import make_loader
 from moss_train.data.stream import AudioStream, ClipFormat
-from moss_train.training.checkpointing import CheckpointWriter, read_progress
+from moss_train.training import observers
+from moss_train.training.checkpointing import read_progress
 from moss_train.training.folder_data import with_packed_folder
 from moss_train.training.initialization import (
     Beginning,
@@ -24,7 +24,6 @@ from moss_train.training.initialization import (
     store_record,
     without_text,
 )
-from moss_train.training.metrics import CsvWriter, ProgressWriter, StreamWatch, UpdateMetrics, WandbWriter
 from moss_train.training.module import CatModule
 from moss_train.training.preemption import PreemptionWatch, make_room
 from moss_train.training.resources import StateSize, check_memory, count_parameters
@@ -46,7 +45,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
 # What may differ between the parts of one run: it does not change what is learned.
-FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "wandb", "allow_changes"}
+FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
 FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
 
 
@@ -76,10 +75,10 @@ def fit(config: Node) -> RunResult:
         beginning = without_text(beginning)
     check_memory(measure(beginning.arguments), accelerator)
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
-    counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
-    watch = StreamWatch(counter, stream.domains)
+    levels = beginning.tokenizer_config.num_quantizers
+    callbacks = observers.build_observers(config, directory, last, stream, levels)
     preemption = PreemptionWatch()
-    trainer = build_trainer(config["trainer"], accelerator, [watch, preemption, *callbacks(config, directory, last)])
+    trainer = build_trainer(config["trainer"], accelerator, [preemption, *callbacks])
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive(directory / LOCK_FILE, str(directory)) if trainer.is_global_zero else nullcontext():
         checkpoint = find_start(config, directory, trainer)
@@ -230,12 +229,3 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")
         ]
     return [] if old == new else [f"{path}: {old} -> {new}"]
-
-
-def callbacks(config: Node, directory: Path, last: int) -> list[Callback]:
-    """Metrics first, so that a checkpoint never lies behind an update that was not logged."""
-    writers: list[CsvWriter | ProgressWriter | WandbWriter]
-    writers = [CsvWriter(directory / METRICS_FILE), ProgressWriter(last)]
-    if config["wandb"] is not None:
-        writers.append(WandbWriter(directory, config["wandb"]))
-    return [UpdateMetrics(writers), CheckpointWriter(directory / "checkpoints", **config["checkpoint"])]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moss_train.training.distributed import gather_over_ranks, num_ranks, sum_gradients, sum_over_ranks, sum_to_host
 from moss_train.training.micro_batches import accumulate
 from moss_train.training.objective import WEIGHTS, UpdateCounts
+from moss_train.training.observations import OBSERVED
 from moss_train.training.optimizers import scale_gradients, set_learning_rate, squared_norm
 from moss_train.training.stages import StageMoment
 from moss_train.types import UpdateBatch
@@ -19,7 +20,7 @@ from moss_train.types import UpdateBatch
 if TYPE_CHECKING:
     from moss_train.training.module import CatModule
 
-TERMS = (*(f"loss/{name}" for name in WEIGHTS), "loss/generator", "loss/discriminators", "text_accuracy")
+TERMS = (*(f"loss/{name}" for name in WEIGHTS), "loss/generator", "loss/discriminators", "text_accuracy", *OBSERVED)
 """What micro-batches report; a term is there in an update in which any rank has it."""
 
 

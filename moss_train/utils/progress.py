@@ -17,6 +17,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
+RATE_SECONDS = 300.0
+"""Rate and remaining time are those of the last minutes: a unit may take longer than rich's usual half minute."""
+
 
 @dataclass
 class ProgressTask:
@@ -25,6 +28,11 @@ class ProgressTask:
     progress: Progress
     task_id: TaskID
     unit: str
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether there is a terminal that shows the bar."""
+        return not self.progress.disable
 
     def advance(self, count: float = 1, note: str | None = None, total: float | None = None) -> None:
         """Move the bar by `count` units; replace the note and the total where they are given."""
@@ -43,17 +51,20 @@ class ProgressTask:
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s", style="progress.data.speed")
+        return Text("" if speed is None else f"{speed:.3g} {task.fields['unit']}/s", style="progress.data.speed")
 
 
 @contextmanager
-def progress(description: str, total: float | None = None, unit: str = "clips") -> Iterator[ProgressTask]:
+def progress(
+    description: str, total: float | None = None, unit: str = "clips", completed: int = 0
+) -> Iterator[ProgressTask]:
     """Show a bar with count, rate and remaining time on stderr; without a terminal print one plain line at the end.
 
     Args:
         description: what is being done, as in "encoding".
         total: number of units, None when it is not known.
         unit: plural noun of what is counted.
+        completed: units that were done earlier; they do not count for rate and remaining time.
     """
     console = Console(stderr=True)
     columns = (
@@ -64,8 +75,8 @@ def progress(description: str, total: float | None = None, unit: str = "clips") 
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    task = ProgressTask(bar, bar.add_task(description, total=total, unit=unit, note=""), unit)
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=RATE_SECONDS)
+    task = ProgressTask(bar, bar.add_task(description, total=total, completed=completed, unit=unit, note=""), unit)
     try:
         with bar:
             yield task

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moss_train.training.metrics import read_metrics
+from moss_train.training.csv_writer import read_table
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
 
 LIMIT_SECONDS = 180.0
@@ -185,7 +185,7 @@ class Fit:
 
     def rows(self) -> list[dict[str, str]]:
         """Rows of metrics.csv as they were written, without what a clock measured."""
-        rows = read_metrics(self.directory / "metrics.csv")
+        rows = read_table(self.directory / "metrics.csv")
         return [{name: value for name, value in row.items() if not is_measured(name)} for row in rows]
 
     def state(self) -> dict[str, Any]:

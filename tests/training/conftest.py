@@ -39,6 +39,9 @@ SMALL = [
     "trainer.precision=32-true",
     "trainer.num_threads=1",
     "checkpoint.every_updates=2",
+    "wandb=null",
+    "logging.window_updates=3",
+    "logging.gradient_shares_every_updates=2",
 ]
 
 

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import torch
 
-from moss_train.training.metrics import read_metrics
+from moss_train.training.csv_writer import read_table
+from moss_train.training.metrics import CLOCK_COLUMNS
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
-
-TIMES = ("update_seconds", "data_wait_seconds")
 
 
 def values(directory: Path) -> list[dict[str, str]]:
     """Metrics of a run to the last bit, without what a clock measured."""
-    rows = read_metrics(directory / "metrics.csv")
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    rows = read_table(directory / "metrics.csv")
+    return [{name: value for name, value in row.items() if name not in CLOCK_COLUMNS} for row in rows]
 
 
 def state(directory: Path) -> dict:
@@ -41,7 +40,7 @@ def assert_equal(a: object, b: object, where: str = "") -> None:
 
 def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
-    while len(read_metrics(directory / "metrics.csv")) < count:
+    while len(read_table(directory / "metrics.csv")) < count:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)

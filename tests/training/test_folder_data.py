@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moss_train.cli import main
-from moss_train.training.metrics import column, read_metrics
+from moss_train.training.csv_writer import column, read_table
 from moss_train.utils.checkpoints import list_checkpoints
 
 QUICK = [
@@ -47,7 +47,7 @@ def test_a_plain_folder_fine_tunes_a_model_also_at_another_rate_and_in_stereo(in
     run = tmp_path / "run"
     schedule = ["stages.0.updates=16", "stages.0.learning_rate=1e-3", *NO_NETWORKS, f"run_dir={run}"]
     assert main(["fit", *QUICK, f"init={init}", f"data.path={audio}", *schedule, *changes]) == 0
-    loss = column(read_metrics(run / "metrics.csv"), "loss/reconstruction")
+    loss = column(read_table(run / "metrics.csv"), "loss/reconstruction")
     assert sum(loss[-4:]) < 0.95 * sum(loss[:4])
 
 
@@ -79,7 +79,7 @@ def test_texts_of_a_manifest_need_a_text_lm_and_clips_without_leave_it_out(init,
     manifest.write_text("".join(json.dumps(e | {"path": str(recordings / e["path"])}) + "\n" for e in entries))
     with pytest.warns(UserWarning, match="semantic start afresh"):
         assert main([*command, f"data.path={manifest}", f"run_dir={tmp_path / 'texts'}"]) == 0
-    assert column(read_metrics(tmp_path / "texts" / "metrics.csv"), "loss/semantic")
+    assert column(read_table(tmp_path / "texts" / "metrics.csv"), "loss/semantic")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.training.metrics import column, read_metrics
+from moss_train.training.csv_writer import column, read_table
 from moss_train.training.trainer import count_processes
 from moss_train.utils.checkpoints import list_checkpoints, read_manifest
 from moss_train.utils.errors import UserError
@@ -62,7 +62,7 @@ def pair(small_overrides, tmp_path_factory) -> Path:
 
 def assert_same_course(directory: Path, whole: Path) -> None:
     """The same clips in every update to the last one, and losses within what another order of sums explains."""
-    ours, theirs = read_metrics(directory / "metrics.csv"), read_metrics(whole / "metrics.csv")
+    ours, theirs = read_table(directory / "metrics.csv"), read_table(whole / "metrics.csv")
     assert [[row[name] for name in CLIPS] for row in ours] == [[row[name] for name in CLIPS] for row in theirs]
     for name in ("loss/generator", "loss/semantic", "loss/discriminators", "loss/feature", "text_accuracy"):
         assert column(ours, name) == pytest.approx(column(theirs, name), rel=1e-3), name
@@ -113,7 +113,7 @@ def test_sigterm_to_any_process_ends_all_after_a_checkpoint(start, tmp_path):
     wait_for_rows(directory, 2, process)
     os.kill(children(process)[0], signal.SIGTERM)
     assert process.wait(timeout=120) == 143
-    last = int(read_metrics(directory / "metrics.csv")[-1]["update"])
+    last = int(read_table(directory / "metrics.csv")[-1]["update"])
     assert read_manifest(list_checkpoints(directory / "checkpoints")[-1])["update"] == last >= 2
 
 
@@ -142,7 +142,7 @@ def test_slurm_tasks_requeue_their_job_once(start, tmp_path):
         os.kill(pid, signal.SIGUSR1)
     assert [task.wait(timeout=120) for task in tasks] == [138, 138]
     assert calls.read_text() == "requeue 4711\n"
-    last = int(read_metrics(directory / "metrics.csv")[-1]["update"])
+    last = int(read_table(directory / "metrics.csv")[-1]["update"])
     assert read_manifest(list_checkpoints(directory / "checkpoints")[-1])["update"] == last
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,10 @@ from moss_train.cli import main
 from moss_train.export.loading import load_tokenizer
 from moss_train.training import CatModule
 from moss_train.training import resources as resource_room
-from moss_train.training.metrics import CsvWriter, column, read_metrics
+from moss_train.training.csv_writer import column, read_table
+from moss_train.training.metrics import COLUMNS
+from moss_train.training.objective import WEIGHTS
+from moss_train.training.observations import OUTPUT_TERMS
 from moss_train.training.run import differences, fit
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
 from moss_train.utils.errors import UserError
@@ -21,7 +25,7 @@ from .runs import assert_equal, state, values, wait_for_rows
 
 
 def test_the_published_recipe_runs_through_both_stages(whole):
-    rows = read_metrics(whole / "metrics.csv")
+    rows = read_table(whole / "metrics.csv")
     assert [row["stage"] for row in rows] == ["reconstruction"] * 4 + ["adversarial"] * 4
     assert [row["loss/discriminators"] != "" for row in rows] == [False] * 4 + [True] * 4
     assert [row["loss/adversarial"] != "" for row in rows] == [False] * 5 + [True] * 3
@@ -44,13 +48,15 @@ def test_a_killed_run_resumes_to_the_last_bit(whole, small_overrides, tmp_path):
         process.wait()
     assert main(["fit", *small_overrides, f"run_dir={directory}", "data.num_workers=1"]) == 0
     assert values(directory) == values(whole)
+    for table in ("codebooks.csv", "audio_hours.csv"):
+        assert (directory / table).read_text() == (whole / table).read_text()
     assert_equal(state(directory), state(whole))
 
 
 def test_the_hours_of_every_domain_are_those_of_the_whole_run(whole):
     counts = state(whole)["callbacks"]["StreamWatch"]
     assert set(counts["samples"]) <= {"speech", "music", "sound"}
-    seconds = sum(column(read_metrics(whole / "metrics.csv"), "audio_seconds"))
+    seconds = sum(column(read_table(whole / "metrics.csv"), "audio_seconds"))
     assert sum(counts["samples"].values()) / 24000 == pytest.approx(seconds)
 
 
@@ -159,20 +165,6 @@ def test_differences_name_every_leaf():
     assert differences(old, new) == ["b.c[1].d: 2 -> 4", "gone: 3 -> None", "new: None -> 5"]
 
 
-def test_metrics_after_the_checkpoint_are_done_again(tmp_path):
-    path = tmp_path / "metrics.csv"
-    writer = CsvWriter(path)
-    writer.start(0)
-    for update in (1, 2, 3):
-        writer.write({"update": update, "loss/generator": update / 3, "data_wait_seconds": 0.1})
-    writer.close()
-    path.write_text(path.read_text() + "4,reconstruction,0.1")  # a row that a kill cut short
-    writer = CsvWriter(path)
-    writer.start(2)
-    writer.close()
-    assert column(read_metrics(path), "loss/generator") == [1 / 3, 2 / 3]
-
-
 def test_unreadable_samples_are_named_and_stop_the_run_past_the_ceiling(packed, small_overrides, tmp_path, capsys):
     damaged = tmp_path / "shards"
     shutil.copytree(packed, damaged)
@@ -188,3 +180,37 @@ def test_unreadable_samples_are_named_and_stop_the_run_past_the_ceiling(packed, 
     assert "left out" in error
     assert re.search(r"(\d+) of \1 samples could not be used .* more than max_bad_share=0 allows", error)
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["update-00000000"]
+
+
+def test_every_update_is_described_in_full(whole):
+    rows = read_table(whole / "metrics.csv")
+    assert rows[0].keys() == set(COLUMNS)
+    for row in rows:
+        assert float(row["weighted/reconstruction"]) == pytest.approx(15 * float(row["loss/reconstruction"]))
+        assert float(row["update_seconds"]) > float(row["data_wait_seconds"]) > 0
+    parts = [name for name in WEIGHTS if rows[-1][f"weighted/{name}"]]
+    total = sum(float(rows[-1][f"weighted/{name}"]) for name in parts)
+    assert total == pytest.approx(float(rows[-1]["loss/generator"]), rel=1e-5)
+    assert column(rows, "discriminator/real") != column(rows, "discriminator/generated")
+    shares = [[float(row[f"gradient_share/{name}"] or 0) for name in OUTPUT_TERMS] for row in rows[1::2]]
+    assert [sum(values) for values in shares] == pytest.approx([1.0] * 4)
+    assert [sum(map(bool, values)) for values in shares] == [1, 1, 3, 3]
+    assert column(rows[::2], "gradient_share/reconstruction") == []
+
+
+def test_codebooks_and_hours_have_tables_of_their_own(whole):
+    codebooks = read_table(whole / "codebooks.csv")
+    assert [row["update"] for row in codebooks] == ["3", "6"]
+    frames = sum(-(-int(float(row["audio_seconds"]) * 24000) // 1920) for row in read_table(whole / "metrics.csv")[:3])
+    assert float(codebooks[0]["frames"]) >= frames
+    assert all(1 <= float(row[f"perplexity/{level}"]) <= 32 for row in codebooks for level in (1, 2, 3, 4))
+    hours = read_table(whole / "audio_hours.csv")[-1]
+    seconds = sum(column(read_table(whole / "metrics.csv")[:6], "audio_seconds"))
+    assert sum(float(hours[domain]) for domain in ("music", "sound", "speech")) * 3600 == pytest.approx(seconds)
+
+
+def test_the_run_says_on_what_it_was_computed(whole):
+    (start,) = json.loads((whole / "environment.json").read_text())["starts"]
+    assert (start["update"], start["processes"]) == (0, 1)
+    assert torch.__version__.startswith(start["versions"]["torch"])
+    assert start["cpus"] >= 1

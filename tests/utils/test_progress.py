@@ -35,3 +35,11 @@ def test_an_error_passes_through_and_the_line_says_how_far_it_came(capsys):
     with pytest.raises(RuntimeError, match="stop"):
         pack()
     assert capsys.readouterr().err.startswith("packing: 4/9 clips")
+
+
+def test_what_was_done_earlier_is_there_from_the_start_and_does_not_count_as_speed(capsys):
+    with progress("training", total=8, unit="updates", completed=6) as task:
+        assert not task.is_visible
+        assert task.progress.tasks[0].speed is None
+        task.advance()
+    assert capsys.readouterr().err.startswith("training: 7/8 updates in ")

@@ -1,0 +1,58 @@
+"""Tables of a run as CSV files: complete after a kill, continued by a resume, readable without this package."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from moss_train.training.run_log import Row, Writer
+from moss_train.utils.files import written_whole
+
+
+class CsvWriter(Writer):
+    """One table, floats to the last bit; a resumed run goes on below its checkpoint.
+
+    Args:
+        path: of the file; its stem names the table.
+        columns: of a new file. An existing one keeps its own and gets those that it lacks.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path = path
+        self.columns = tuple(columns)
+
+    def start(self, update: int) -> None:
+        """Open the file, without rows of updates that are about to be done again."""
+        old = read_table(self.path)
+        known = list(old[0]) if old else []
+        columns = [*known, *(name for name in self.columns if name not in known)]
+        with written_whole(self.path) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(row for row in old if int(row["update"]) <= update)
+        self.file = self.path.open("a", newline="")
+        self.writer = csv.DictWriter(self.file, columns, restval="")
+
+    def write(self, table: str, row: Row) -> None:
+        """Append and flush: a kill loses nothing."""
+        if table == self.path.stem:
+            self.writer.writerow(row)
+            self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if hasattr(self, "file"):
+            self.file.close()
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a table; none when there is no file, and no row that a kill cut short."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [row for row in csv.DictReader(lines) if row["update"].isdigit()]
+
+
+def column(rows: Iterable[dict[str, str]], name: str) -> list[float]:
+    """One column as numbers, without rows in which it does not apply."""
+    return [float(row[name]) for row in rows if row[name]]

@@ -1,0 +1,47 @@
+from moss_train.training.csv_writer import CsvWriter, column, read_table
+
+
+def rows_until(path, updates, columns=("update", "loss/generator", "seconds")):
+    writer = CsvWriter(path, columns)
+    writer.start(0)
+    for update in range(1, updates + 1):
+        writer.write(path.stem, {"update": update, "loss/generator": update / 3, "seconds": 0.1})
+    writer.close()
+
+
+def test_rows_after_the_checkpoint_are_done_again(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows_until(path, 3)
+    path.write_text(path.read_text() + "4,0.1")  # a row that a kill cut short
+    assert len(read_table(path)) == 3
+    writer = CsvWriter(path, ("update", "loss/generator", "seconds"))
+    writer.start(2)
+    writer.write("metrics", {"update": 3, "loss/generator": 7.0})
+    writer.close()
+    assert column(read_table(path), "loss/generator") == [1 / 3, 2 / 3, 7.0]
+    assert column(read_table(path), "seconds") == [0.1, 0.1]  # where it applies
+
+
+def test_a_file_with_other_columns_keeps_them_and_gets_the_new_ones(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows_until(path, 1, ("update", "loss/generator", "seconds", "older"))
+    writer = CsvWriter(path, ("update", "loss/generator", "newer"))
+    writer.start(1)
+    writer.write("metrics", {"update": 2, "newer": 5})
+    writer.close()
+    rows = read_table(path)
+    assert list(rows[0]) == ["update", "loss/generator", "seconds", "older", "newer"]
+    assert [row["newer"] for row in rows] == ["", "5"]
+
+
+def test_a_writer_takes_the_rows_of_its_own_table(tmp_path):
+    writer = CsvWriter(tmp_path / "validation.csv", ("update",))
+    writer.start(0)
+    writer.write("metrics", {"update": 1, "loss/generator": 2.0})
+    writer.write("validation", {"update": 1})
+    writer.close()
+    assert read_table(tmp_path / "validation.csv") == [{"update": "1"}]
+
+
+def test_no_file_is_no_rows(tmp_path):
+    assert read_table(tmp_path / "metrics.csv") == []

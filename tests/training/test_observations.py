@@ -1,0 +1,66 @@
+import math
+
+import pytest
+import torch
+
+from moss_train.discriminators import DiscriminatorOutput
+from moss_train.training.codebook_metrics import codebook_columns, codebook_row
+from moss_train.training.metrics import split_metrics
+from moss_train.training.observations import CodeCounts, mean_logits, squared_output_gradients, weights_at
+from moss_train.training.stages import Stage, StageMoment
+
+STAGE = Stage("s", 10, 1.0, adversarial=True, discriminator_warmup_updates=2, adversarial_ramp_updates=4)
+
+
+def test_codes_of_valid_frames_are_counted_level_by_level():
+    counts = CodeCounts(2, 4)
+    codes = torch.tensor([[[0, 1, 3]], [[2, 2, 3]]])
+    for _ in range(2):
+        counts.add(codes, torch.tensor([[True, True, False]]))
+    assert counts.counts.tolist() == [[2, 2, 0, 0], [0, 0, 4, 0]]
+
+
+def test_the_row_of_the_codebooks_has_the_values_of_the_counts():
+    counts = torch.stack([torch.full((4,), 2500), torch.tensor([10_000, 0, 0, 0])])
+    row = codebook_row(counts)
+    assert set(row) | {"update"} == set(codebook_columns(2))
+    assert row["frames"] == 10_000
+    assert [row["usage/1"], row["usage/2"]] == [1.0, 0.25]
+    assert row["perplexity/1"] == pytest.approx(4.0)
+    assert row["perplexity/2"] == pytest.approx(1.0)
+    assert row["mean_usage"] == pytest.approx(0.625)
+    assert codebook_row(torch.zeros(2, 4, dtype=torch.int64)) == {}
+
+
+def test_mean_verdicts_are_means_over_judges_and_clips():
+    real = [DiscriminatorOutput(torch.tensor([[1.0, 3.0]]), ()), DiscriminatorOutput(torch.tensor([[0.0]]), ())]
+    generated = [DiscriminatorOutput(torch.tensor([[-1.0]]), ()), DiscriminatorOutput(torch.tensor([[0.0]]), ())]
+    means = mean_logits(real, generated, 2)
+    assert {name: value.item() for name, value in means.items()} == {
+        "discriminator/real": 0.5,  # (2 + 0) / 2 judges / 2 clips
+        "discriminator/generated": -0.25,
+    }
+
+
+def test_shares_of_the_gradient_at_the_output():
+    """3 sum(x) has gradient 3, sum(x^2) / 2 has x: over x = [2, 2] the norms are 3 sqrt(2) and 2 sqrt(2)."""
+    output = torch.tensor([2.0, 2.0], requires_grad=True)
+    terms = {"reconstruction": output.sum(), "feature": output.square().sum() / 2, "codebook": output.sum()}
+    squares = squared_output_gradients(terms, {"reconstruction": 3.0, "feature": 1.0, "codebook": 9.0}, output)
+    metrics = {name: value.item() for name, value in squares.items()} | {"loss/reconstruction": 4.0}
+    assert split_metrics(metrics, {"reconstruction": 3.0}) == {
+        "loss/reconstruction": 4.0,
+        "weighted/reconstruction": 12.0,
+        "gradient_share/reconstruction": pytest.approx(0.6),
+        "gradient_share/feature": pytest.approx(0.4),
+    }
+    terms["reconstruction"].backward()  # the graph is still there
+    assert output.grad is not None
+
+
+def test_weights_are_those_of_the_stage_and_the_ramp():
+    weights = {"reconstruction": 15.0, "adversarial": 1.0, "feature": 2.0}
+    assert weights_at(weights, StageMoment(STAGE, 0)) == {"reconstruction": 15.0, "adversarial": 0.0, "feature": 0.0}
+    assert weights_at(weights, StageMoment(STAGE, 3))["feature"] == 1.0
+    assert weights_at(weights, StageMoment(STAGE, 9))["feature"] == 2.0
+    assert math.isclose(weights_at(weights, StageMoment(STAGE, 2))["adversarial"], 0.25)
