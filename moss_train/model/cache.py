@@ -49,6 +49,11 @@ class StageState:
         """Frames that may be written before the next queries look back."""
         return self.capacity - self.window + 1
 
+    def new_like(self) -> "StageState":
+        """Empty state of the same sizes, with the same weights."""
+        rings = [torch.zeros_like(ring) for ring in self.rings]
+        return StageState(torch.zeros_like(self.position), rings, self.window, self.linears)
+
     def reset(self, items: Tensor) -> None:
         """Start the streams of the given batch items (bool [B]) anew."""
         self.position.masked_fill_(items, 0)

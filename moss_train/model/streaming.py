@@ -1,16 +1,14 @@
 """Streams: audio in, codes out (and back) in chunks of any size, equal to the offline result."""
 
-from functools import cached_property
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import StageState
-from .graphs import StepRunner
 from .inputs import check_audio, check_codes
-from .passes import block_frames, new_states
+from .lanes import Lane, join
 from .quantizer import FoldedQuantizer
 
 if TYPE_CHECKING:
@@ -27,6 +25,8 @@ class MossAudioTokenizerStream:
         num_quantizers: levels to encode, all by default.
         chunk_frames: code frames per call that the buffers are sized for; others are exact too, only slower.
         cuda_graphs: on CUDA, replay captured graphs, one per shape of the input (see `StepRunner`).
+        batch_invariant: an item's results do not depend, to the last bit, on the other items or their number: each
+            passes alone and unpadded, which costs the speed-up of batching. (They still depend on the chunks' sizes.)
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class MossAudioTokenizerStream:
         num_quantizers: int | None = None,
         chunk_frames: int = 4,
         cuda_graphs: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("chunk_frames", chunk_frames)):
             if value < 1:
@@ -43,22 +44,13 @@ class MossAudioTokenizerStream:
         self.model = model
         self.batch_size = batch_size
         self.num_quantizers = model.check_num_quantizers(num_quantizers)
-        self.chunk_frames = chunk_frames
-        self.encode_step = StepRunner(self._encode_step, cuda_graphs)
-        self.decode_step = StepRunner(self._decode_step, cuda_graphs)
+        size = 1 if batch_invariant else batch_size
+        quantizer = FoldedQuantizer(model.quantizer)
+        self.lanes = [
+            Lane(model, quantizer, size, self.num_quantizers, chunk_frames, cuda_graphs)
+            for _ in range(batch_size // size)
+        ]
         self._pending = [self._no_samples() for _ in range(batch_size)]
-        with torch.no_grad():
-            self._quantizer = FoldedQuantizer(model.quantizer)
-
-    @cached_property
-    def encoder_states(self) -> list[StageState]:
-        """Buffers of the encoder's stages, made when the first audio comes."""
-        return new_states(self.model, "encoder", self.batch_size, self.chunk_frames)
-
-    @cached_property
-    def decoder_states(self) -> list[StageState]:
-        """Buffers of the decoder's stages, made when the first codes come."""
-        return new_states(self.model, "decoder", self.batch_size, self.chunk_frames)
 
     @torch.no_grad()
     def encode(self, chunk: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,22 +101,20 @@ class MossAudioTokenizerStream:
         codes = codes.to(self.model.device, torch.int64)
         counts = self._counts(codes.shape[1], codes.shape[2], lengths)
         hop = self.model.config.downsample_rate
-        parts = [
-            self.decode_step(part, self._own_frames(counts, start, part.shape[2]))
-            for start, part in self._blocks(codes)
-        ]
-        empty = (self.batch_size, self.model.config.number_channels, 0)
-        audio = join(parts) if parts else torch.zeros(empty, dtype=self.model.dtype, device=codes.device)
-        return audio, torch.tensor(counts, device=codes.device) * hop
+        parts = []
+        for lane, items, longest in self._lanes(counts, "decoder_states"):
+            audio = lane.decode(codes[:, items, :longest], counts[items])
+            parts.append(pad_time(audio, codes.shape[2] * hop))
+        return join(parts, dim=0), torch.tensor(counts, device=codes.device) * hop
 
     def reset(self, items: Tensor | None = None) -> None:
         """Start the given items' streams (bool [B], None for all) anew; their unfinished frames are dropped."""
         chosen = torch.ones(self.batch_size, dtype=torch.bool) if items is None else items.cpu().bool()
         if chosen.shape != (self.batch_size,):
             raise ValueError(f"reset takes one bool for each of the {self.batch_size} items, got {tuple(chosen.shape)}")
-        used = [self.__dict__.get(name, []) for name in ("encoder_states", "decoder_states")]
-        for state in (*used[0], *used[1]):
-            state.reset(chosen.to(self.model.device))
+        size = self.lanes[0].batch_size
+        for lane, items in zip(self.lanes, chosen.split(size), strict=True):
+            lane.reset(items)
         self._pending = [self._no_samples() if c else p for c, p in zip(chosen.tolist(), self._pending, strict=True)]
 
     def _no_samples(self) -> Tensor:
@@ -139,50 +129,30 @@ class MossAudioTokenizerStream:
             raise ValueError(f"lengths must be {batch} numbers from 0 to {longest}, got {counts}")
         return counts
 
-    def _blocks(self, codes_or_audio: Tensor, hop: int = 1) -> list[tuple[int, Tensor]]:
-        """Cut the last dimension into parts of bounded length, each with the frame it starts at."""
-        frames = codes_or_audio.shape[2] // hop
-        block = block_frames(self.model, None, frames)
-        return [(s, codes_or_audio[..., s * hop : (s + block) * hop]) for s in range(0, frames, block)]
+    def _lanes(self, counts: list[int], states: str) -> Iterator[tuple[Lane, slice, int]]:
+        """Each lane, its items, and the most frames that one of them brings."""
+        size = self.lanes[0].batch_size
+        for number, lane in enumerate(self.lanes):
+            lane.share_weights(self.lanes[0], states)
+            items = slice(number * size, (number + 1) * size)
+            yield lane, items, max(counts[items])
 
     def _encode_frames(self, audio: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
         """Codes of audio [B, C, F * hop], of which each item's first `counts` frames are its own."""
         hop = self.model.config.downsample_rate
-        parts = [
-            self.encode_step(part, self._own_frames(counts, start, part.shape[2] // hop))
-            for start, part in self._blocks(audio, hop)
-        ]
-        empty = (self.num_quantizers, self.batch_size, 0)
-        codes = join(parts) if parts else torch.zeros(empty, dtype=torch.int64, device=audio.device)
-        return codes, torch.tensor(counts, device=audio.device)
-
-    def _own_frames(self, counts: list[int], start: int, length: int) -> Tensor | None:
-        """[B] how many of `length` frames from `start` are each item's own.
-
-        None says all; that spares a CPU some operations, while a CUDA graph is for any numbers of frames.
-        """
-        own = [min(max(count - start, 0), length) for count in counts]
-        if self.model.device.type == "cpu" and min(own) == length:
-            return None
-        return torch.tensor(own, device=self.model.device)
-
-    def _encode_step(self, audio: Tensor, num_frames: Tensor | None) -> Tensor:
-        latent = self.model.encode_latent(audio, self.encoder_states, num_frames)
-        codes = self._quantizer.encode(latent, self.num_quantizers)
-        if num_frames is None:
-            return codes
-        return codes * (torch.arange(latent.shape[1], device=latent.device) < num_frames[:, None])
-
-    def _decode_step(self, codes: Tensor, num_frames: Tensor | None) -> Tensor:
-        return self.model.decode_latent(self._quantizer.decode(codes), self.decoder_states, num_frames)
+        parts = []
+        for lane, items, longest in self._lanes(counts, "encoder_states"):
+            codes = lane.encode(audio[items, :, : longest * hop], counts[items])
+            parts.append(pad_time(codes, audio.shape[2] // hop))
+        return join(parts, dim=1), torch.tensor(counts, device=audio.device)
 
 
-def join(parts: list[Tensor]) -> Tensor:
-    """Concatenate along time."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+def pad_time(x: Tensor, longest: int) -> Tensor:
+    """Zeros behind, up to `longest` frames or samples."""
+    return x if x.shape[-1] == longest else F.pad(x, (0, longest - x.shape[-1]))
 
 
 def pad_rows(rows: list[Tensor]) -> Tensor:
     """Audio [C, T] of different T as one batch [B, C, T], silent behind."""
     longest = max(row.shape[1] for row in rows)
-    return torch.stack([F.pad(row, (0, longest - row.shape[1])) for row in rows])
+    return torch.stack([pad_time(row, longest) for row in rows])

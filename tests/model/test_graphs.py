@@ -33,7 +33,7 @@ def inputs(frames, seed=0):
 
 
 def buffers(stream):
-    states = [*stream.encoder_states, *stream.decoder_states]
+    states = [*stream.lanes[0].encoder_states, *stream.lanes[0].decoder_states]
     return [x for state in states for x in (state.position, *state.rings)]
 
 
@@ -41,8 +41,8 @@ def buffers(stream):
 def test_a_step_never_reads_from_the_device(stream, frames):
     audio, num_frames = inputs(frames)
     with torch.no_grad(), RefuseHostReads():
-        codes = stream.encode_step(audio, num_frames)
-        stream.decode_step(codes, num_frames)
+        codes = stream.lanes[0].encode_step(audio, num_frames)
+        stream.lanes[0].decode_step(codes, num_frames)
     with pytest.raises(AssertionError, match="makes the host wait"), RefuseHostReads():
         num_frames.sum().item()
 
@@ -53,7 +53,7 @@ def test_state_stays_where_it_is(stream, frames):
     with torch.no_grad():
         for seed in range(20):
             audio, num_frames = inputs(frames, seed)
-            stream.decode_step(stream.encode_step(audio, num_frames), num_frames)
+            stream.lanes[0].decode_step(stream.lanes[0].encode_step(audio, num_frames), num_frames)
     assert [buffer.data_ptr() for buffer in buffers(stream)] == before
 
 
@@ -63,11 +63,11 @@ def test_warming_up_leaves_the_state_as_it_is(stream):
     with torch.no_grad():
         for seed in range(20):
             audio, num_frames = inputs(1 + seed % 4, seed)
-            stream.encode_step(torch.randn(2, 1, 7 * HOP), torch.zeros_like(num_frames))
-            stream.decode_step(torch.ones(4, 2, 5, dtype=torch.int64), torch.zeros_like(num_frames))
-            codes = stream.encode_step(audio, num_frames)
-            assert torch.equal(codes, undisturbed.encode_step(audio, num_frames))
-            decoded = [s.decode_step(codes, num_frames)[0] for s in (stream, undisturbed)]
+            stream.lanes[0].encode_step(torch.randn(2, 1, 7 * HOP), torch.zeros_like(num_frames))
+            stream.lanes[0].decode_step(torch.ones(4, 2, 5, dtype=torch.int64), torch.zeros_like(num_frames))
+            codes = stream.lanes[0].encode_step(audio, num_frames)
+            assert torch.equal(codes, undisturbed.lanes[0].encode_step(audio, num_frames))
+            decoded = [s.lanes[0].decode_step(codes, num_frames)[0] for s in (stream, undisturbed)]
             torch.testing.assert_close(*decoded, rtol=1e-5, atol=1e-5)  # a CPU looks at slots that may be filled
 
 
@@ -86,8 +86,8 @@ def test_replayed_graphs_equal_eager_steps():
         codes = [stream.encode(audio)[0] for stream in (graphed, eager)]
         assert torch.equal(*codes)
         torch.testing.assert_close(*(stream.decode(codes[0])[0] for stream in (graphed, eager)))
-    assert graphed.encode_step.num_eager == 0
-    assert graphed.encode_step.num_replays == 60
+    assert graphed.lanes[0].encode_step.num_eager == 0
+    assert graphed.lanes[0].encode_step.num_replays == 60
 
 
 def test_compiled_layers_give_the_same_codes():

@@ -179,6 +179,48 @@ def test_flush_ends_a_stream_and_reset_starts_it_anew():
     assert torch.equal(stream.encode(audio)[0], first)
 
 
+def stream_pieces(stream, pieces, rows, batch_size):
+    """Stream pieces of each row, which it brings whole while others bring none, and return its codes and audio."""
+    codes, audio = {row: [] for row in rows}, {row: [] for row in rows}
+    for turn in range(len(pieces[0])):
+        counts = [0] * batch_size
+        for row, own in zip(rows, pieces, strict=True):
+            counts[row] = own[turn].shape[1]
+        chunk = torch.zeros(batch_size, 1, max(counts))
+        for row, own in zip(rows, pieces, strict=True):
+            chunk[row, :, : counts[row]] = own[turn]
+        new_codes, frames = stream.encode(chunk, torch.tensor(counts))
+        new_audio, samples = stream.decode(new_codes, frames)
+        for row in rows:
+            codes[row].append(new_codes[:, row, : frames[row]])
+            audio[row].append(new_audio[row, :, : samples[row]])
+    return [(torch.cat(codes[row], dim=1), torch.cat(audio[row], dim=1)) for row in rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_streams_do_not_depend_on_their_company(dtype):
+    model = small_model(8).to(dtype)
+    generator = torch.Generator().manual_seed(4)
+    sizes = [[5, 20, 0, 31, 9], [1, 1, 44, 3, 16], [0, 7, 25, 60, 2]]
+    pieces = [[torch.randn(1, n * HOP + 3, generator=generator) for n in own] for own in sizes]
+    together = stream_pieces(model.stream(4, batch_invariant=True), pieces, [2, 0, 3], 4)
+    for own, (codes, audio) in zip(pieces, together, strict=True):
+        alone_codes, alone_audio = stream_pieces(model.stream(1), [own], [0], 1)[0]
+        assert codes.shape[1] == sum(piece.shape[1] for piece in own) // HOP
+        assert torch.equal(codes, alone_codes)
+        assert torch.equal(audio, alone_audio)
+
+
+def test_batch_invariant_streams_share_packed_weights():
+    stream = small_model(8).stream(3, batch_invariant=True)
+    stream.encode(noise(3, 1, HOP))
+    first, *others = [lane.encoder_states for lane in stream.lanes]
+    assert len(others) == 2
+    for states in others:
+        assert all(a.linears is b.linears for a, b in zip(first, states, strict=True))
+        assert all(a.rings[0].data_ptr() != b.rings[0].data_ptr() for a, b in zip(first, states, strict=True))
+
+
 def test_illegal_calls_are_refused():
     model = small_model(6)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
@@ -201,7 +243,7 @@ def test_illegal_calls_are_refused():
 def test_buffers_never_move(frames):
     model = small_model(7)
     stream = model.stream(2)
-    states = [*stream.encoder_states, *stream.decoder_states]
+    states = [*stream.lanes[0].encoder_states, *stream.lanes[0].decoder_states]
 
     def addresses():
         return [x.data_ptr() for state in states for x in (state.position, *state.rings)]
