@@ -1,0 +1,328 @@
+"""Speed, use of the hardware and memory of training: the real update of `fit`, on synthetic clips or on packed audio.
+
+    python tools/bench_training.py --experiment cat_1b6                        # a GPU: one table, about ten minutes
+    python tools/bench_training.py --experiment cat_tiny --micro-batch-seconds 12 --updates 3 --clips 1 1-2   # a CPU
+    python tools/bench_training.py --experiment cat_1b6 --shards /shards/speech --stages adversarial
+    python tools/bench_training.py --experiment cat_1b6 --profile profile --clips 10 --stages reconstruction
+
+A case is a stage of the experiment, with or without the text LM, on clips of one length or of lengths between two.
+The FLOPs of its first update are counted operation by operation (moss_train.utils.flops), later updates are timed. MFU
+is the counted FLOPs per second over `--peak-tflops` (dense bf16 of an H100); causal attention counts in full, as usual,
+and so does the second forward of activation checkpointing where it is on. Other keys of `fit` can follow as overrides.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+
+from moss_train.commands._compose import compose, to_plain
+from moss_train.data.loader import make_loader
+from moss_train.data.stream import split_by_length
+from moss_train.training.initialization import module_arguments
+from moss_train.training.module import CatModule
+from moss_train.training.run import open_stream
+from moss_train.training.trainer import build_trainer, choose_accelerator
+from moss_train.types import Batch, UpdateBatch
+from moss_train.utils.flops import FlopCounter
+
+TEXT_TOKENS_PER_SECOND = 14  # bytes of read English
+H100_PEAK_TFLOPS = 989.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a stage by name, with or without the text LM, on clips of `shortest` to `longest` seconds."""
+
+    stage: str
+    with_lm: bool
+    shortest: float
+    longest: float
+
+    @property
+    def label(self) -> str:
+        """For the table."""
+        clips = f"{self.shortest:g}" if self.shortest == self.longest else f"{self.shortest:g}-{self.longest:g}"
+        return f"{self.stage} | {'yes' if self.with_lm else 'no'} | {clips} s"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case's numbers; `failure` says why there are none."""
+
+    case: Case
+    audio_seconds_per_second: float = float("nan")
+    seconds_per_update: float = float("nan")
+    flops_per_audio_second: float = float("nan")
+    mfu: float = float("nan")
+    peak_gib: float = float("nan")
+    data_wait: float = float("nan")  # share of the time
+    failure: str = ""
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", default="cat_1b6")
+    parser.add_argument("--stages", nargs="*", help="names of stages; all by default")
+    parser.add_argument("--lm", choices=("both", "with", "without"), default="both")
+    parser.add_argument("--clips", nargs="*", default=["10", "12-30"], help="seconds of the clips, as 10 or 12-30")
+    parser.add_argument("--shards", nargs="*", help="packed folders to read instead of synthetic clips")
+    parser.add_argument("--micro-batch-seconds", type=float, help="that of the experiment by default")
+    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches per update, about")
+    parser.add_argument("--updates", type=int, default=5, help="timed updates per case, after two others")
+    parser.add_argument("--peak-tflops", type=float, default=H100_PEAK_TFLOPS)
+    parser.add_argument("--limit-seconds", type=float, default=540.0, help="no case starts after so long")
+    parser.add_argument("--profile", type=Path, help="folder for a profile of one update of every case")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    return parser.parse_known_args()
+
+
+def cases(options: argparse.Namespace, config: dict[str, Any]) -> Iterator[Case]:
+    """Every wanted combination; on shards the clips are those of the data."""
+    languages = {"both": (False, True), "with": (True,), "without": (False,)}[options.lm]
+    for stage in options.stages or [stage["name"] for stage in config["stages"]]:
+        for with_lm in languages if config["semantic"] is not None else (False,):
+            for clips in ["0"] if options.shards else options.clips:
+                shortest, _, longest = clips.partition("-")
+                yield Case(stage, with_lm, float(shortest), float(longest or shortest))
+
+
+def case_config(config: dict[str, Any], case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """The run's configuration with one stage alone, in its full swing from the first update."""
+    by_name = {stage["name"]: stage for stage in config["stages"]}
+    if case.stage not in by_name:
+        raise SystemExit(f"--stages {case.stage}: {options.experiment} has {', '.join(by_name)}")
+    data = dict(config["data"], train=options.shards or [])
+    data["micro_batch_seconds"] = options.micro_batch_seconds or data["micro_batch_seconds"]
+    no_warmup = {"warmup_updates": 0, "discriminator_warmup_updates": 0}
+    stage = {**by_name[case.stage], **no_warmup, "updates": options.updates + 2}
+    stage["batch_seconds"] = data["micro_batch_seconds"] * options.micro_batches
+    return {**config, "stages": [stage], "data": data, "semantic": config["semantic"] if case.with_lm else None}
+
+
+def synthetic_updates(config: dict[str, Any], case: Case, module: CatModule) -> list[UpdateBatch]:
+    """One update, as often as needed: noise, random texts of read speech's length, everything drawn with one seed."""
+    stage = config["stages"][0]
+    rate, hop = module.tokenizer.sampling_rate, module.tokenizer.config.downsample_rate
+    draw = np.random.default_rng(0)
+    count = max(1, round(stage["batch_seconds"] / ((case.shortest + case.longest) / 2)))
+    lengths = np.sort((draw.uniform(case.shortest, case.longest, count) * rate).astype(np.int64))[::-1]
+    data = config["data"]
+    groups = split_by_length(lengths, round(data["micro_batch_seconds"] * rate), data["min_length_ratio"])
+    vocabulary = 0 if module.semantic is None else module.semantic.text.vocab_size
+    channels = module.tokenizer.config.number_channels
+    batches = tuple(
+        synthetic_batch(lengths[group.start : group.stop], rate, hop, channels, vocabulary) for group in groups
+    )
+    return [UpdateBatch(batches, number, 0, ()) for number in range(stage["updates"])]
+
+
+def synthetic_batch(lengths: np.ndarray, rate: int, hop: int, channels: int, vocabulary: int) -> Batch:
+    """Clips [B, C, T] of these lengths in samples, with text when there is a vocabulary."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    count, frames = len(lengths), -(-int(lengths[0]) // hop)
+    audio_lengths = torch.from_numpy(lengths.copy())
+    audio = torch.randn(count, channels, frames * hop, generator=generator) * 0.1
+    audio *= torch.arange(audio.shape[2]) < audio_lengths[:, None, None]
+    text_lengths = (audio_lengths * TEXT_TOKENS_PER_SECOND // rate).clamp(min=1) if vocabulary else audio_lengths * 0
+    shape = (count, int(text_lengths.max()))
+    return Batch(
+        audio=audio,
+        audio_lengths=audio_lengths,
+        text_tokens=torch.randint(max(vocabulary, 1), shape, generator=generator),
+        text_lengths=text_lengths,
+        task_ids=torch.zeros(count, dtype=torch.int64) - (0 if vocabulary else 1),
+        quantizer_units=torch.rand(count, generator=generator),
+        crop_units=torch.rand(count, generator=generator),
+        sample_ids=tuple(map(str, range(count))),
+        domains=("synthetic",) * count,
+    )
+
+
+class Meter(Callback):
+    """Counts the first update's FLOPs, leaves out the second, times the others, and profiles the last if asked to."""
+
+    def __init__(self, updates: int, profile_path: Path | None) -> None:
+        self.updates = updates
+        self.profile_path = profile_path
+        self.counter = FlopCounter()
+        self.profiler: Any = None
+        self.stack = ExitStack()
+        self.counted_audio = self.timed_audio = self.wait = 0.0
+        self.begin = self.end = self.last_end = 0.0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            self.stack.enter_context(self.counter)
+        elif batch_idx == 2:
+            synchronize()
+            reset_peak()
+            self.begin = time.perf_counter()
+        elif batch_idx > 2:
+            self.wait += time.perf_counter() - self.last_end
+        if batch_idx == self.updates + 1 and self.profile_path is not None:
+            self.profiler = profile(activities=activities())
+            self.stack.enter_context(self.profiler)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
+    ) -> None:
+        seconds = (
+            sum(int(micro.audio_lengths.sum()) for micro in batch.micro_batches) / pl_module.tokenizer.sampling_rate
+        )
+        if batch_idx == 0:
+            self.stack.close()
+            self.counted_audio = seconds
+        elif batch_idx > 1:
+            self.timed_audio += seconds
+        if batch_idx == self.updates + 1:
+            synchronize()
+            self.end = time.perf_counter()
+            self.stack.close()
+        self.last_end = time.perf_counter()
+
+    def result(self, case: Case, peak_tflops: float) -> Result:
+        """The numbers, once the run is over."""
+        elapsed = self.end - self.begin
+        flops = self.counter.total / self.counted_audio
+        speed = self.timed_audio / elapsed
+        return Result(
+            case,
+            audio_seconds_per_second=speed,
+            seconds_per_update=elapsed / self.updates,
+            flops_per_audio_second=flops,
+            mfu=flops * speed / (peak_tflops * 1e12),
+            peak_gib=peak_memory() / 2**30,
+            data_wait=self.wait / elapsed,
+        )
+
+
+def activities() -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> float:
+    """Of the GPU since the last reset; on a CPU of the whole process so far, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(config: dict[str, Any], case: Case, options: argparse.Namespace) -> Result:
+    """Run one case; what it cannot do (out of memory, say) becomes its failure."""
+    profile_path = None if options.profile is None else options.profile / f"{case.label.replace(' | ', '-')}.txt"
+    meter = Meter(options.updates, profile_path)
+    try:
+        settings = case_config(config, case, options)
+        accelerator = choose_accelerator(settings["trainer"]["accelerator"])
+        trainer = build_trainer({**settings["trainer"], "devices": 1}, accelerator, [meter])
+        module = CatModule(**module_arguments(settings))
+        trainer.fit(module, updates_of(settings, case, module, options))
+        if profile_path is not None:
+            write_profile(meter.profiler, profile_path)
+        return meter.result(case, options.peak_tflops)
+    except torch.OutOfMemoryError as error:
+        return Result(case, failure=f"out of memory: {str(error).split('.')[0]}")
+    finally:
+        meter.stack.close()
+        torch.cuda.empty_cache()
+
+
+def updates_of(
+    config: dict[str, Any], case: Case, module: CatModule, options: argparse.Namespace
+) -> Iterable[UpdateBatch]:
+    """Synthetic updates, or those of the packed folders, read by the experiment's number of workers."""
+    if not options.shards:
+        updates = synthetic_updates(config, case, module)
+        return DataLoader(updates, batch_size=None, collate_fn=unchanged, pin_memory=torch.cuda.is_available())
+    stage = config["stages"][0]
+    return make_loader(
+        open_stream(config, module.tokenizer.config),
+        text_encoder=None if module.semantic is None else module.semantic.text,
+        position=0,
+        updates=[(number, stage["batch_seconds"]) for number in range(stage["updates"])],
+        micro_batch_seconds=config["data"]["micro_batch_seconds"],
+        num_workers=config["data"]["num_workers"],
+    )
+
+
+def unchanged(item: Any) -> Any:
+    return item
+
+
+def write_profile(profiler: Any, path: Path) -> None:
+    """The heaviest kernels or operators, and on a GPU the share of the time in which it had nothing to do."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    events = profiler.key_averages()
+    table = events.table(sort_by=f"self_{device}_time_total", row_limit=30, max_name_column_width=60)
+    if device == "cuda":
+        kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        span = max(event.time_range.end for event in kernels) - min(event.time_range.start for event in kernels)
+        busy = sum(event.time_range.elapsed_us() for event in kernels)
+        table += f"\nidle between the first and the last kernel: {1 - busy / span:.1%} of {span / 1e6:.3f} s\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(table)
+
+
+def table(results: list[Result]) -> str:
+    """Markdown, one line per case."""
+    head = "stage | LM | clips | audio-s/s | s/update | TFLOP per audio-s | MFU | peak GiB | waiting for data"
+    lines = [f"| {head} |", "|---" * 9 + "|"]
+    for result in results:
+        numbers = (
+            f"{result.audio_seconds_per_second:,.1f} | {result.seconds_per_update:.3f} | "
+            f"{result.flops_per_audio_second / 1e12:.4f} | {result.mfu:.2%} | {result.peak_gib:.1f} | "
+            f"{result.data_wait:.1%}"
+        )
+        lines.append(f"| {result.case.label} | {result.failure or numbers} |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, lightning {lightning.__version__}"
+
+
+def main() -> None:
+    options, overrides = parse_arguments()
+    config = to_plain(compose("fit", [f"experiment={options.experiment}", *overrides]), "fit")
+    begin = time.perf_counter()
+    results = []
+    for case in cases(options, config):
+        if time.perf_counter() - begin > options.limit_seconds:
+            results.append(Result(case, failure="not measured: --limit-seconds"))
+            continue
+        results.append(measure(config, case, options))
+        print(table(results[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{options.experiment}: {machine()}; MFU of {options.peak_tflops:g} TFLOP/s\n{table(results)}")
+    if options.out is not None:
+        options.out.write_text(json.dumps([asdict(result) for result in results], indent=1))
+
+
+if __name__ == "__main__":
+    main()

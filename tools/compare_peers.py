@@ -1,0 +1,234 @@
+"""Generators of other codecs under our training: equal data, equal minutes, one table.
+
+    python tools/compare_peers.py --train /shards/train --heldout /shards/heldout --minutes 30            # one GPU
+    python tools/compare_peers.py --size tiny --train /shards/train --heldout /shards/heldout --minutes 1
+
+Cat's encoder and decoder, and those of DAC (arXiv 2306.06546) and Mimi (arXiv 2410.00037) from transformers, all from
+random weights, around the same residual quantizer, at the same frame rate, with the same losses, discriminators, text
+LM, optimizers and order of the data. So what is compared are the generators; DAC's own quantizer is of the same kind as
+ours, Mimi's learns by moving averages, which transformers does not have. Peers start from torch's default weights: the
+normal(0, 0.02) of their classes would be silent, and a silent model does not learn from a log mel loss.
+
+A few updates measure each system's pace, from which follows how many updates, with the whole schedule, fit its minutes:
+of wall-clock on a GPU, of CPU time of the process on a CPU, where other load must not decide.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DacConfig, MimiConfig
+from transformers.models.dac.modeling_dac import DacDecoder, DacEncoder
+from transformers.models.mimi.modeling_mimi import (
+    MimiConv1d,
+    MimiConvTranspose1d,
+    MimiDecoder,
+    MimiEncoder,
+    MimiTransformerModel,
+)
+
+from moss_train.commands._compose import compose, to_plain
+from moss_train.evaluation.depths import DepthReport, depth_report, quarter_depths
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.training.initialization import module_arguments
+from moss_train.training.module import CatModule
+from moss_train.training.short_runs import packed_clips, shortened, train_in_memory
+
+PACE_UPDATES = 4
+EXPERIMENTS = {"tiny": "cat_tiny", "small": "cat_small"}
+# About as many parameters as the experiment's encoder and decoder.
+DAC_SIZES = {
+    "tiny": {"encoder_hidden_size": 12, "decoder_hidden_size": 448},
+    "small": {"encoder_hidden_size": 24, "decoder_hidden_size": 960},
+}
+MIMI_SIZES = {
+    "tiny": {"num_filters": 12, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6},
+    "small": {"num_filters": 24, "hidden_size": 384, "num_hidden_layers": 5, "num_attention_heads": 6},
+}
+
+
+class PeerTokenizer(nn.Module):
+    """Another codec's encoder and decoder around Cat's quantizer, with the pieces that training and evaluation use."""
+
+    def __init__(self, cat: MossAudioTokenizerModel, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.config = cat.config
+        self.sampling_rate = cat.sampling_rate
+        self.num_frames = cat.num_frames
+        self.encoder, self.quantizer, self.decoder = encoder, cat.quantizer, decoder
+
+    def encode_latent(self, audio: Tensor) -> Tensor:
+        """Audio [B, C, F * hop] -> latent [B, F, D]."""
+        return self.encoder(audio).transpose(1, 2)
+
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Latent [B, F, D] -> audio [B, C, F * hop]."""
+        return self.decoder(latent.transpose(1, 2))
+
+
+class MimiHalf(nn.Module):
+    """SEANet and transformer at 25 frames per second, and the step to or from 12.5, in Mimi's order."""
+
+    def __init__(self, config: MimiConfig, is_encoder: bool) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.is_encoder = is_encoder
+        self.transformer = MimiTransformerModel(config)
+        self.convolutions = MimiEncoder(config) if is_encoder else MimiDecoder(config)
+        step = {"kernel_size": 4, "stride": 2, "bias": False}
+        if is_encoder:
+            self.step: nn.Module = MimiConv1d(config, width, width, pad_mode="replicate", **step)
+        else:
+            self.step = MimiConvTranspose1d(config, width, width, groups=width, **step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> [B, C', T'], downwards in the encoder."""
+        if self.is_encoder:
+            return self.step(self._attend(self.convolutions(x)))
+        return self.convolutions(self._attend(self.step(x)))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        return self.transformer(x.transpose(1, 2), use_cache=False).last_hidden_state.transpose(1, 2)
+
+
+def dac_halves(cat: MossAudioTokenizerModel, size: str) -> tuple[nn.Module, nn.Module]:
+    """DAC's convolutions, with strides of product 1920."""
+    config = DacConfig(sampling_rate=cat.sampling_rate, downsampling_ratios=[4, 6, 8, 10], **DAC_SIZES[size])
+    config.upsampling_ratios = [10, 8, 6, 4]
+    return DacEncoder(config), DacDecoder(config)
+
+
+def mimi_halves(cat: MossAudioTokenizerModel, size: str) -> tuple[nn.Module, nn.Module]:
+    """Mimi's convolutions and transformers."""
+    sizes: dict[str, Any] = dict(MIMI_SIZES[size])
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    config = MimiConfig(
+        sampling_rate=cat.sampling_rate,
+        upsampling_ratios=[8, 6, 5, 4],
+        intermediate_size=4 * width,
+        num_key_value_heads=heads,
+        head_dim=width // heads,
+        **sizes,
+    )
+    config._attn_implementation = "sdpa"
+    return MimiHalf(config, is_encoder=True), MimiHalf(config, is_encoder=False)
+
+
+PEERS = {"cat": None, "dac": dac_halves, "mimi": mimi_halves}
+
+
+def build_module(config: Mapping[str, Any], system: str, size: str) -> CatModule:
+    """The training module of a system, from the same random weights on every call."""
+    module = CatModule(**module_arguments(config))
+    halves = PEERS[system]
+    if halves is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config["seed"])
+            module.tokenizer = PeerTokenizer(module.tokenizer, *halves(module.tokenizer, size))  # type: ignore[assignment]
+    return module
+
+
+def shorten(config: dict[str, Any], updates: int) -> dict[str, Any]:
+    return {**config, "stages": shortened(config["stages"], updates)}
+
+
+def clock() -> float:
+    """Seconds that count: of the wall on a GPU, of this process's CPU time otherwise."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
+def seconds_of(config: dict[str, Any], module: CatModule) -> float:
+    begin = clock()
+    train_in_memory(config, module)
+    return clock() - begin
+
+
+def affordable_updates(config: dict[str, Any], system: str, options: argparse.Namespace) -> int:
+    """How many updates fit the minutes, from the times of a few in each stage."""
+    per_update, total = 0.0, sum(stage["updates"] for stage in config["stages"])
+    for stage in config["stages"]:
+        alone = {**config, "stages": [{**stage, "updates": PACE_UPDATES, "discriminator_warmup_updates": 0}]}
+        seconds_of(alone, build_module(alone, system, options.size))  # the first call pays for what is cached
+        seconds = seconds_of(alone, build_module(alone, system, options.size))
+        per_update += seconds / PACE_UPDATES * stage["updates"] / total
+    return max(4, int(options.minutes * 60 / per_update))
+
+
+def compare(config: dict[str, Any], system: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one system for its minutes and measure it on held-out clips: one row."""
+    whole = shorten(config, affordable_updates(config, system, options))
+    module = build_module(whole, system, options.size)
+    seconds = seconds_of(whole, module)
+    clips = packed_clips(whole, options.heldout, module, options.clips, options.longest_seconds)
+    tokenizer = module.tokenizer.eval()
+    report = depth_report(tokenizer, clips, quarter_depths(tokenizer.config.num_quantizers))
+    audio = sum(stage["updates"] * stage["batch_seconds"] for stage in whole["stages"])
+    parameters = [sum(p.numel() for p in part.parameters()) for part in (tokenizer.encoder, tokenizer.decoder)]
+    return {
+        "system": system,
+        "parameters": sum(parameters),
+        "updates": module.update,
+        "audio_seconds": audio,
+        "seconds": seconds,
+        **summary(report),
+    }
+
+
+def summary(report: DepthReport) -> dict[str, Any]:
+    """Distances by number of levels and the mean share of codebook entries in use."""
+    used = sum(report.used_shares) / len(report.used_shares)
+    return {"distances": {str(levels): value for levels, value in report.distances.items()}, "used_share": used}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    depths = list(rows[0]["distances"])
+    head = [
+        "system",
+        "parameters",
+        "updates",
+        "audio s",
+        "s",
+        *(f"mel, {depth} level(s)" for depth in depths),
+        "entries used",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [row["system"], f"{row['parameters']:,}", str(row["updates"]), f"{row['audio_seconds']:,.0f}"]
+        cells += [f"{row['seconds']:.0f}", *(f"{value:.2f}" for value in row["distances"].values())]
+        lines.append("| " + " | ".join([*cells, f"{row['used_share']:.0%}"]) + " |")
+    return "\n".join(lines)
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", nargs="+", required=True, help="packed folders")
+    parser.add_argument("--heldout", required=True, help="packed folder of held-out clips")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, per system")
+    parser.add_argument("--size", choices=EXPERIMENTS, default="small")
+    parser.add_argument("--systems", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--clips", type=int, default=48, help="held-out clips")
+    parser.add_argument("--longest-seconds", type=float, default=5.0, help="of a held-out clip")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    options, overrides = parse_arguments()
+    config = to_plain(compose("fit", [f"experiment={EXPERIMENTS[options.size]}", *overrides]), "fit")
+    config["data"]["train"] = options.train
+    rows = []
+    for system in options.systems:
+        rows.append(compare(config, system, options))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{options.minutes:g} minutes per system, torch {torch.__version__}\n{table(rows)}")
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Everything that has to be measured on one GPU, each step with its own time limit, the short tables last:
+# speed of training (both stages of the published model and of the smaller ones), speed of inference, with packed audio
+# given also the real data path, the generators of other codecs at equal minutes, and a scaling law.
+#   bash tools/prove_on_gpu.sh OUT [TRAIN_SHARDS HELDOUT_SHARDS]
+# STEPS="training inference" runs a part; LIMIT is the seconds that each step may take, 570 by default; EXPERIMENT is what
+# the first two measure, cat_1b6 by default. PYTHON is the interpreter, that of the checkout's .venv by default.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+[ $# -eq 1 ] || [ $# -eq 3 ] || { sed -n 2,8p "$0"; exit 2; }
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+train=${2:-} heldout=${3:-}
+limit=${LIMIT:-570}
+experiment=${EXPERIMENT:-cat_1b6}
+python=${PYTHON:-.venv/bin/python}
+steps=${STEPS:-training profile inference ladder shards peers scaling}
+export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD"
+
+# Runs one step with its output in $out/<name>.log; a step that fails or runs out of time does not stop the others.
+step() {
+    local name=$1
+    shift
+    [[ " $steps " == *" $name "* ]] || return 0
+    echo "== $name: $*"
+    timeout --signal=INT --kill-after=20 "$limit" "$@" >"$out/$name.log" 2>&1
+    local status=$?
+    [ $status -eq 0 ] || echo "$name ended with status $status after at most $limit s, see $out/$name.log"
+}
+
+bench=("$python" tools/bench_training.py --limit-seconds $((limit * 3 / 4)))
+step training "${bench[@]}" --experiment "$experiment" --out "$out/training.json"
+step profile "${bench[@]}" --experiment "$experiment" --lm without --clips 10 --updates 2 --profile "$out/profile"
+step inference "$python" tools/bench_inference.py --experiment "$experiment" --dtype bfloat16 --out "$out/inference.json"
+for size in 256 384 512 768; do
+    step ladder "${bench[@]}" --experiment cat_ladder_$size --lm without --clips 10 --out "$out/ladder_$size.json"
+    [ ! -e "$out/ladder.log" ] || mv "$out/ladder.log" "$out/ladder_$size.log"
+done
+if [ -n "$train" ]; then
+    step shards "${bench[@]}" --experiment "$experiment" --lm without --shards "$train" --out "$out/shards.json"
+    step peers "$python" tools/compare_peers.py --train "$train" --heldout "$heldout" --minutes 2.5 --out "$out/peers.json"
+    step scaling "$python" tools/scaling.py --train "$train" --heldout "$heldout" --updates 300 --out "$out/scaling"
+fi
+
+echo
+"$python" -m moss_train doctor 2>/dev/null | head -n 12
+for log in "$out"/*.log; do
+    printf '\n== %s\n' "$(basename "$log" .log)"
+    grep -E '^\||real time|parameters,|audio-s|mel distance =|Error|error' "$log" | awk '!seen[$0]++' | tail -n 24
+done

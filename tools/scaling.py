@@ -1,0 +1,176 @@
+"""Loss against compute: one experiment in several widths, trained on equal data, with a power law through the results.
+
+    python tools/scaling.py --experiment cat_small --scales 0.5 1 1.5 2 --train SHARDS --heldout SHARDS       # one GPU
+    python tools/scaling.py --experiment cat_tiny --scales 0.5 0.75 1 --updates 100 --train SHARDS --heldout SHARDS
+
+Every size sees the same clips in the same order with the experiment's schedule, shortened to `--updates`. Its loss is
+Every size sees the same clips in the same order with the experiment's schedule, shortened to `--updates`. The loss is
+by operation, times the updates. Learning rates shrink with the width, as 1 / scale. Writes `scaling.json`, which
+`estimate` can read, and `scaling.png`. A law through a few small runs tells the cost of a bigger one better than its
+quality.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moss_train.commands._compose import compose, to_plain
+from moss_train.evaluation.depths import depth_report
+from moss_train.training.initialization import module_arguments
+from moss_train.training.module import CatModule
+from moss_train.training.short_runs import packed_clips, shortened, train_in_memory
+from moss_train.types import UpdateBatch
+from moss_train.utils.flops import FlopCounter
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+class FirstUpdates(Callback):
+    """Counts the FLOPs of every stage's first update with all its terms, and the audio of all updates."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounter()
+        self.flops = self.audio_seconds = 0.0
+        self.per_audio_second: dict[tuple[str, bool], float] = {}
+        self.counted: tuple[str, bool] | None = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
+    ) -> None:
+        moment = pl_module.schedule.at(pl_module.update)  # type: ignore[union-attr,operator]
+        kind = (moment.stage.name, moment.judged)
+        if kind not in self.per_audio_second:
+            self.counted, self.counter = kind, FlopCounter()
+            self.counter.__enter__()
+        self.kind = kind
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
+    ) -> None:
+        rate = pl_module.tokenizer.sampling_rate  # type: ignore[union-attr]
+        seconds = sum(int(micro.audio_lengths.sum()) for micro in batch.micro_batches) / rate  # type: ignore[operator]
+        if self.counted is not None:
+            self.counter.__exit__(None, None, None)
+            self.per_audio_second[self.counted] = self.counter.total / seconds
+            self.counted = None
+        self.audio_seconds += seconds
+        self.flops += self.per_audio_second[self.kind] * seconds
+
+
+def scaled(config: dict[str, Any], scale: float, updates: int) -> dict[str, Any]:
+    """The experiment with its widths times `scale`, in whole heads, and its schedule shortened to `updates`."""
+    stages = []
+    for stage in config["tokenizer"]["stages"]:
+        head = stage["d_model"] // stage["num_heads"]
+        heads = max(1, round(stage["num_heads"] * scale))
+        stages.append({**stage, "num_heads": heads, "d_model": heads * head})
+    schedule = shortened(config["stages"], updates)
+    for stage in schedule:
+        for name in ("learning_rate", "final_learning_rate"):
+            stage[name] = stage[name] / scale
+    return {**config, "tokenizer": {**config["tokenizer"], "stages": stages}, "stages": schedule}
+
+
+def measure(config: dict[str, Any], scale: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one size: its parameters, compute and held-out distance."""
+    settings = scaled(config, scale, options.updates)
+    module = CatModule(**module_arguments(settings))
+    meter = FirstUpdates()
+    train_in_memory(settings, module, [meter])
+    clips = packed_clips(settings, options.heldout, module, options.clips, options.longest_seconds)
+    levels = module.tokenizer.config.num_quantizers
+    report = depth_report(module.tokenizer.eval(), clips, [levels])
+    return {
+        "scale": scale,
+        "parameters": sum(parameter.numel() for parameter in module.tokenizer.parameters()),
+        "audio_seconds": meter.audio_seconds,
+        "flops_per_audio_second": meter.flops / meter.audio_seconds,
+        "flops": meter.flops,
+        "mel_distance": report.distances[levels],
+    }
+
+
+def fit_power_law(points: list[dict[str, Any]]) -> dict[str, float]:
+    """mel distance = coefficient * flops^exponent by least squares on logarithms; needs two sizes or more."""
+    x, y = (np.log([point[key] for point in points]) for key in ("flops", "mel_distance"))
+    exponent, intercept = np.polyfit(x, y, 1)
+    residual = y - (intercept + exponent * x)
+    spread = float(((y - y.mean()) ** 2).sum())
+    return {
+        "coefficient": math.exp(intercept),
+        "exponent": float(exponent),
+        "r_squared": 1 - float((residual**2).sum()) / spread if spread else 1.0,
+    }
+
+
+def plot(points: list[dict[str, Any]], law: dict[str, float], path: Path, title: str) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    flops = np.array([point["flops"] for point in points])
+    axes.plot(flops, [point["mel_distance"] for point in points], "o", color="tab:blue")
+    curve = np.geomspace(flops.min() / 1.3, flops.max() * 1.3, 50)
+    label = f"{law['coefficient']:.3g} · FLOP^{law['exponent']:.3f}, R² {law['r_squared']:.2f}"
+    axes.plot(curve, law["coefficient"] * curve ** law["exponent"], color="tab:gray", label=label)
+    for point in points:
+        text = f"{point['parameters'] / 1e6:.1f}M"
+        axes.annotate(text, (point["flops"], point["mel_distance"]), xytext=(4, 6), textcoords="offset points")
+    axes.set(xscale="log", xlabel="training compute in FLOP", ylabel="held-out mel distance", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", default="cat_small")
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="of the widths")
+    parser.add_argument("--updates", type=int, default=2000, help="per size, over all stages")
+    parser.add_argument("--train", nargs="+", required=True, help="packed folders")
+    parser.add_argument("--heldout", required=True, help="packed folder of held-out clips")
+    parser.add_argument("--clips", type=int, default=48, help="held-out clips")
+    parser.add_argument("--longest-seconds", type=float, default=5.0, help="of a held-out clip")
+    parser.add_argument("--out", type=Path, default=Path("scaling"), help="folder of scaling.json and scaling.png")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    options, overrides = parse_arguments()
+    if len(set(options.scales)) < 2:
+        raise SystemExit(f"--scales {options.scales}: a law needs at least two sizes")
+    config = to_plain(compose("fit", [f"experiment={options.experiment}", *overrides]), "fit")
+    config["data"]["train"] = options.train
+    points = []
+    for scale in options.scales:
+        points.append(measure(config, scale, options))
+        print(json.dumps(points[-1]), flush=True)
+    law = fit_power_law(points)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "experiment": options.experiment,
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "torch": torch.__version__,
+        "command": "python " + " ".join(sys.argv),
+        "points": points,
+        "law": law,
+    }
+    (options.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
+    title = f"{options.experiment}, {points[0]['audio_seconds'] / 60:.0f} min of audio per size"
+    plot(points, law, options.out / "scaling.png", title)
+    print(f"mel distance = {law['coefficient']:.4g} * FLOP^{law['exponent']:.4f}, R² {law['r_squared']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
