@@ -3,10 +3,29 @@
 from collections.abc import Mapping, Sequence
 
 from moss_train.evaluation.codecs import Codec
+from moss_train.evaluation.distances import PROFILES
 from moss_train.evaluation.metrics import Metric, Pair, columns_of, score_pair
-from moss_train.evaluation.rendering import CodecRenderer, EvaluationClip
+from moss_train.evaluation.native import native_metrics
+from moss_train.evaluation.naturalness import Dnsmos
+from moss_train.evaluation.recognition import choose_backend
+from moss_train.evaluation.rendering import CodecRenderer, Condition, EvaluationClip, Rendition
 from moss_train.evaluation.results import ClipRow, ConditionRow
+from moss_train.evaluation.speaker import Ge2eSimilarity
 from moss_train.evaluation.summary import summarize
+from moss_train.utils.errors import UserError
+
+
+def validation_metrics(names: Sequence[str]) -> dict[str, Metric]:
+    """Metrics by name with their defaults, in the order of the table. UserError for a name that does not exist."""
+    known: dict[str, Metric] = {
+        "speaker": Ge2eSimilarity(None),
+        **native_metrics(PROFILES["official"]),
+        "recognition": choose_backend("auto", None),
+        "dnsmos": Dnsmos(),
+    }
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"unknown metric {unknown[0]!r}, there are {', '.join(known)}")
+    return {name: metric for name, metric in known.items() if name in names}
 
 
 def validation_scores(
@@ -18,18 +37,38 @@ def validation_scores(
     """
     renderer = CodecRenderer(codec, num_quantizers, clips, with_anchors=False)
     rows = [_row(clip, renderer, metrics) for clip in clips]
+    return mean_scores(rows, renderer.conditions, metrics)
+
+
+def mean_scores(
+    rows: Sequence[ClipRow], conditions: Sequence[Condition], metrics: Mapping[str, Metric]
+) -> dict[str, float]:
+    """Means over clips by `domain/measure/levels`."""
     return {
         f"{row.domain}/{key}/{row.condition.num_quantizers}": estimate.mean
-        for row in summarize(rows, renderer.conditions, columns_of(metrics))
+        for row in summarize(rows, conditions, columns_of(metrics))
         for key, estimate in row.estimates.items()
     }
+
+
+def score_renditions(
+    clip_id: str,
+    labels: Mapping[str, str],
+    seconds: float,
+    renditions: Sequence[Rendition],
+    metrics: Mapping[str, Metric],
+) -> ClipRow:
+    """Score what was made of one clip of `seconds`; `labels` name its domain."""
+    conditions = []
+    for item in renditions:
+        scores = score_pair(metrics, Pair(item.reference, item.degraded, item.sampling_rate, labels))
+        conditions.append(ConditionRow(item.condition, scores.values, scores.errors, scores.official))
+    return ClipRow(clip_id, labels["domain"], clip_id, seconds, tuple(conditions))
 
 
 def _row(clip: EvaluationClip, renderer: CodecRenderer, metrics: Mapping[str, Metric]) -> ClipRow:
     rendered = renderer.render(clip, *clip.read())
     labels = {"domain": clip.domain} | clip.labels
-    conditions = [ConditionRow(condition, failure=reason) for condition, reason in rendered.failures.items()]
-    for item in rendered.renditions:
-        scores = score_pair(metrics, Pair(item.reference, item.degraded, item.sampling_rate, labels))
-        conditions.append(ConditionRow(item.condition, scores.values, scores.errors, scores.official))
-    return ClipRow(clip.id, clip.domain, clip.id, rendered.seconds, tuple(conditions))
+    scored = score_renditions(clip.id, labels, rendered.seconds, rendered.renditions, metrics)
+    failed = [ConditionRow(condition, failure=reason) for condition, reason in rendered.failures.items()]
+    return ClipRow(clip.id, clip.domain, clip.id, rendered.seconds, (*failed, *scored.conditions))

@@ -9,6 +9,7 @@ class TextEncoder(Protocol):
     """Text to token ids, the end token last, and back."""
 
     vocab_size: int
+    end_id: int
 
     def __call__(self, text: str) -> list[int]: ...
 

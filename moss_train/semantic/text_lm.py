@@ -86,6 +86,28 @@ class TextLM(nn.Module):
             num_correct=(logits.argmax(dim=-1) == targets).sum(),
         )
 
+    @torch.no_grad()
+    def generate(self, states: Tensor, task_ids: Tensor, max_tokens: int) -> list[int]:
+        """The most likely text of one clip, token by token, up to the end token or `max_tokens`.
+
+        Args:
+            states: [1, F, D] after the quantizer.
+            task_ids: [1] index into TASKS.
+        """
+        audio = self.projection(states.to(self.projection.weight.dtype))
+        inputs = torch.cat((self.task_tags(task_ids)[:, None], audio), dim=1)
+        tokens: list[int] = []
+        cache = None
+        while len(tokens) < max_tokens:
+            output = self.language_model.model(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            token = self.language_model.lm_head(output.last_hidden_state[:, -1:]).argmax(dim=-1)
+            tokens.append(int(token))
+            if tokens[-1] == self.text.end_id:
+                break
+            inputs = self.language_model.get_input_embeddings()(token)
+        return tokens
+
     def _sequences(
         self, states: Tensor, text_tokens: Tensor, task_ids: Tensor, lengths: list[tuple[int, int]]
     ) -> Tensor:

@@ -68,16 +68,16 @@ class CheckpointWriter(Callback):
         # Not on_train_start, which a run without a single update never reaches.
         self.saved_update = None if trainer.ckpt_path is None else read_manifest(Path(trainer.ckpt_path))["update"]
         if self.saved_update is None:
-            self._save(trainer, pl_module)
+            self.save(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if cat_module(pl_module).update % self.every_updates == 0:
-            self._save(trainer, pl_module)
+            self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, pl_module)
+        self.save(trainer, pl_module)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what has not been saved; all ranks take part, the first one writes."""
         update = cat_module(pl_module).update
         if update == self.saved_update:

@@ -1,6 +1,7 @@
 """Everything that watches a run, put together from its configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,31 @@ from lightning.pytorch import Callback
 
 from moss_train.data.counting import StreamCounter
 from moss_train.data.stream import AudioStream
+from moss_train.evaluation.metrics import split_available
+from moss_train.evaluation.validation import validation_metrics
+from moss_train.training.best import BestKeeper, check_metric
 from moss_train.training.checkpointing import CheckpointWriter
 from moss_train.training.codebook_metrics import CodebookMetrics, codebook_columns
 from moss_train.training.csv_writer import CsvWriter
 from moss_train.training.environment import EnvironmentRecord
+from moss_train.training.heldout import load_held_out
 from moss_train.training.metrics import COLUMNS, Clock, StreamWatch, UpdateMetrics
+from moss_train.training.notices import Notices
 from moss_train.training.progress_writer import ProgressWriter
 from moss_train.training.run_log import RunLog, Writer
+from moss_train.training.samples import Sampler
+from moss_train.training.scoring import depths
 from moss_train.training.tensorboard_writer import TensorBoardWriter
+from moss_train.training.validation import Validation, ValidationPlan
 from moss_train.training.wandb_writer import MODES, WandbWriter
 from moss_train.utils.errors import UserError
 
 Node = Mapping[str, Any]
-KEYS = frozenset({"wandb", "tensorboard", "logging"})
+KEYS = frozenset({"wandb", "tensorboard", "logging", "validation"})
 """What of a run's configuration is about watching it, and changes nothing of what is learned."""
+
+NO_VALIDATION = "no validation: give held-out audio as validation.data=<packed folders, folder or manifest>"
+NO_PICTURES = 'samples come without spectrograms: matplotlib is not installed (pip install "moss_train[eval]")'
 
 
 def build_observers(
@@ -39,33 +51,45 @@ def build_observers(
     Raises:
         UserError: a setting that cannot work.
     """
-    settings = config["logging"]
-    for name, value in settings.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UserError(f"logging.{name}={value} has to be a whole number from 1")
-    log = RunLog(build_writers(config, directory, last, stream.domains, num_quantizers))
+    check_counts("logging", config["logging"])
+    notices: list[str] = []
+    plan = plan_validation(config, stream, num_quantizers, notices)
+    tables = {
+        "metrics": COLUMNS,
+        "codebooks": codebook_columns(num_quantizers),
+        "audio_hours": ("update", *stream.domains),
+        **({} if plan is None else {"validation": plan.columns}),
+    }
+    run_log = RunLog(build_writers(config, directory, last, tables))
     counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
+    window = config["logging"]["window_updates"]
     clock = Clock()
+    checkpoints = CheckpointWriter(
+        directory / "checkpoints", config["checkpoint"]["every_updates"], config["checkpoint"]["keep"]
+    )
     return [
+        Notices(notices),
         EnvironmentRecord(directory),
-        UpdateMetrics(log, clock, settings["gradient_shares_every_updates"]),
-        StreamWatch(counter, stream.domains, log, settings["window_updates"]),
-        CodebookMetrics(log, settings["window_updates"]),
-        CheckpointWriter(directory / "checkpoints", **config["checkpoint"]),
+        UpdateMetrics(run_log, clock, config["logging"]["gradient_shares_every_updates"]),
+        StreamWatch(counter, stream.domains, run_log, window),
+        CodebookMetrics(run_log, window),
+        *([] if plan is None else [build_validation(config, directory, stream, plan, run_log, checkpoints)]),
+        checkpoints,
         clock,
     ]
 
 
-def build_writers(
-    config: Node, directory: Path, last: int, domains: tuple[str, ...], num_quantizers: int
-) -> list[Writer]:
+def check_counts(place: str, settings: Node) -> None:
+    """Raise UserError for a number that has to be a count, by its configuration path."""
+    for name, value in settings.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{place}.{name}={value} has to be a whole number from 1")
+
+
+def build_writers(config: Node, directory: Path, last: int, tables: Mapping[str, Sequence[str]]) -> list[Writer]:
     """CSV files and the progress bar always, Weights & Biases and TensorBoard as configured."""
-    writers: list[Writer] = [
-        CsvWriter(directory / "metrics.csv", COLUMNS),
-        CsvWriter(directory / "codebooks.csv", codebook_columns(num_quantizers)),
-        CsvWriter(directory / "audio_hours.csv", ("update", *domains)),
-        ProgressWriter(last),
-    ]
+    writers: list[Writer] = [CsvWriter(directory / f"{name}.csv", columns) for name, columns in tables.items()]
+    writers.append(ProgressWriter(last))
     every_updates = config["logging"]["every_updates"]
     if config["tensorboard"]:
         writers.append(TensorBoardWriter(directory / "tensorboard", every_updates))
@@ -74,3 +98,60 @@ def build_writers(
     if config["wandb"] is not None:
         writers.append(WandbWriter(directory, config["wandb"], every_updates, dict(config)))
     return writers
+
+
+def plan_validation(
+    config: Node, stream: AudioStream, num_quantizers: int, notices: list[str]
+) -> ValidationPlan | None:
+    """Read the held-out clips and choose the measures; None without held-out audio, which is a notice then."""
+    settings = config["validation"]
+    data = settings["data"] or config["data"].get("heldout")
+    if not data:
+        notices.append(NO_VALIDATION)
+        return None
+    counts = ("every_updates", "max_clips", "metrics_clips", "samples_every_updates", "samples_clips")
+    check_counts("validation", {name: settings[name] for name in counts})
+    levels = settings["levels"]
+    if levels is not None and not all(isinstance(n, int) and 1 <= n <= num_quantizers for n in levels):
+        raise UserError(f"validation.levels={levels}: the model has levels 1 to {num_quantizers}")
+    try:
+        metrics, missing = split_available(validation_metrics(settings["metrics"]))
+    except UserError as error:
+        raise UserError(f"validation.metrics: {error}") from error
+    notices += [f"validation without {name}: {reason}" for name, reason in missing.items()]
+    if settings["samples_clips"] and find_spec("matplotlib") is None:
+        notices.append(NO_PICTURES)
+    clips = load_held_out(
+        [data] if isinstance(data, str) else data,
+        stream.clip_format,
+        max_clips=settings["max_clips"],
+        max_seconds=config["data"]["max_seconds"],
+    )
+    return ValidationPlan(
+        clips, depths(num_quantizers, levels), settings["every_updates"], metrics, settings["metrics_clips"]
+    )
+
+
+def build_validation(
+    config: Node,
+    directory: Path,
+    stream: AudioStream,
+    plan: ValidationPlan,
+    run_log: RunLog,
+    checkpoints: CheckpointWriter,
+) -> Validation:
+    """The validation with its keeper of the best checkpoint and its samples, each where it is wanted."""
+    settings, metric = config["validation"], config["checkpoint"]["best"]
+    keeper = sampler = None
+    if metric is not None:
+        check_metric(metric, plan.columns)
+        keeper = BestKeeper(checkpoints.directory, metric, plan.higher, checkpoints.save)
+    if settings["samples_clips"] is not None:
+        sampler = Sampler(
+            directory / "samples",
+            plan.clips[: settings["samples_clips"]],
+            plan.levels[1:] or plan.levels,
+            stream.clip_format.sampling_rate,
+            settings["samples_every_updates"],
+        )
+    return Validation(run_log, plan, keeper, sampler)

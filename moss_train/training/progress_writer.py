@@ -18,7 +18,7 @@ class ProgressWriter(Writer):
         self.updates = updates
         self.line_seconds = line_seconds
         self.stack = ExitStack()
-        self.validation = ""
+        self.note = self.validation = ""
 
     def start(self, update: int) -> None:
         """Show the bar."""
@@ -30,7 +30,8 @@ class ProgressWriter(Writer):
     def write(self, table: str, row: Row) -> None:
         """Advance by an update, with stage, losses and speed; remember a validation."""
         if table == "validation":
-            self.validation = f", held out: {row['mel_distance']:.3f}"
+            self.validation = f", held out {row['mel_distance']:.3f}"
+            self.task.advance(0, note=self.note + self.validation)
         if table != "metrics":
             return
         note = f"{row['stage']}: rec {row.get('loss/reconstruction', float('nan')):.3f}"
@@ -38,17 +39,19 @@ class ProgressWriter(Writer):
             note += f", sem {row['loss/semantic']:.2f}"
         if "loss/discriminators" in row:
             note += f", D {row['loss/discriminators']:.2f}"
-        note += f", {row['audio_seconds_per_second']:.0f} audio-s/s{self.validation}"
-        self.task.advance(1, note=note)
-        self._print_line(row["update"], note)
+        self.note = f"{note}, {row['audio_seconds_per_second']:.0f} audio-s/s"
+        self.task.advance(1, note=self.note + self.validation)
+        self._print_line(row["update"])
 
-    def _print_line(self, update: int, note: str) -> None:
+    def _print_line(self, update: int) -> None:
         now = time.monotonic()
         if self.task.is_visible or now - self.last_line < self.line_seconds:
             return
         self.last_line = now
         seconds_left = (now - self.started) / (update - self.first_update) * (self.updates - update)
-        print(f"training: {update}/{self.updates} updates, {clock(seconds_left)} left, {note}", file=sys.stderr)
+        left = clock(seconds_left)
+        note = self.note + self.validation
+        print(f"training: {update}/{self.updates} updates, {left} left, {note}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -76,7 +76,7 @@ def fit(config: Node) -> RunResult:
     check_memory(measure(beginning.arguments), accelerator)
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
     levels = beginning.tokenizer_config.num_quantizers
-    callbacks = observers.build_observers(config, directory, last, stream, levels)
+    callbacks = observers.build_observers(filled, directory, last, stream, levels)
     preemption = PreemptionWatch()
     trainer = build_trainer(config["trainer"], accelerator, [preemption, *callbacks])
     directory.mkdir(parents=True, exist_ok=True)

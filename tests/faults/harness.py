@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moss_train.training.csv_writer import read_table
+from moss_train.training.metrics import CLOCK_COLUMNS
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
 
 LIMIT_SECONDS = 180.0
@@ -195,7 +196,7 @@ class Fit:
 
 def is_measured(column: str) -> bool:
     """Whether a column depends on the machine's speed or memory, not on what was learned."""
-    return column.endswith("_seconds") and column != "audio_seconds"
+    return column in CLOCK_COLUMNS
 
 
 def assert_same_run(ours: Fit, theirs: Fit) -> None:

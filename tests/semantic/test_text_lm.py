@@ -101,3 +101,12 @@ def test_it_starts_from_pretrained_weights_with_their_tokenizer(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(lm.language_model.parameters(), released.parameters(), strict=True))
     with pytest.raises(ValueError, match="needs 257"):
         TextLM(latent_dim=6, text=ByteText(), pretrained=str(tmp_path))
+
+
+def test_greedy_text_is_what_the_model_itself_finds_most_likely(lm):
+    """Read back with teacher forcing, every generated token is the most likely one: cache and whole pass agree."""
+    states = torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(3))
+    tokens = lm.generate(states, torch.tensor([1]), max_tokens=12)
+    assert len(tokens) == 12 or tokens[-1] == ByteText.end_id
+    again = lm(states, torch.tensor([5]), torch.tensor([tokens]), torch.tensor([len(tokens)]), torch.tensor([1]))
+    assert again.num_correct == again.num_tokens == len(tokens)

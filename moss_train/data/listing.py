@@ -1,0 +1,100 @@
+"""Clips of folders, manifests and shards in one list, each read when it is needed: what is measured, not trained on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from moss_train.audio import audio_info, read_audio
+from moss_train.data.index import INDEX_FILE, ClipLocation, ShardIndex
+from moss_train.data.manifest import list_clips
+from moss_train.data.reading import ClipReader, SampleError
+from moss_train.utils.errors import UserError
+
+_LABELS = ("text", "task", "language", "speaker")
+
+
+@dataclass(frozen=True)
+class FileClip:
+    """Reads an audio file, or a piece of it."""
+
+    path: Path
+    start: int = 0
+    num_samples: int | None = None
+
+    def __call__(self) -> tuple[Tensor, int]:
+        """Audio [C, T] and its rate in Hz."""
+        return read_audio(self.path, start=self.start, num_frames=self.num_samples)
+
+    def length(self) -> tuple[int, int]:
+        """Samples and rate in Hz."""
+        info = audio_info(self.path)
+        return info.num_samples, info.sampling_rate
+
+
+@dataclass(frozen=True)
+class ShardClip:
+    """Reads a clip of a shard, or a piece of it."""
+
+    reader: ClipReader
+    rate: int
+    location: ClipLocation
+    start: int = 0
+    num_samples: int | None = None
+
+    def __call__(self) -> tuple[Tensor, int]:
+        """Audio [C, T] and its rate in Hz."""
+        wanted = self.location.num_samples - self.start if self.num_samples is None else self.num_samples
+        try:
+            return self.reader.read_audio(self.location, self.start, wanted), self.rate
+        except SampleError as error:
+            raise UserError(f"{self.location.shard}, clip at byte {self.location.audio_offset}: {error}") from error
+
+    def length(self) -> tuple[int, int]:
+        """Samples and rate in Hz."""
+        return self.location.num_samples, self.rate
+
+
+@dataclass(frozen=True)
+class ListedClip:
+    """One clip of a list."""
+
+    id: str
+    domain: str
+    read: Callable[[], tuple[Tensor, int]]  # audio [C, T] and its rate in Hz; raises UserError
+    labels: dict[str, str] = field(default_factory=dict)  # text, task, language, speaker, where known
+
+
+def list_sources(sources: Sequence[str], domain: str) -> list[ListedClip]:
+    """All clips of all sources in their order; `domain` is for clips that do not say one.
+
+    Raises UserError for what cannot be listed and for an id given twice.
+    """
+    clips: dict[str, ListedClip] = {}
+    for source in (Path(source).expanduser() for source in sources):
+        found = _shard_clips(source) if (source / INDEX_FILE).is_file() else _file_clips(source, domain)
+        for clip in found:
+            if clip.id in clips:
+                raise UserError(f"data={source}: the clip {clip.id!r} is in an earlier source too; give each an id")
+            clips[clip.id] = clip
+    return list(clips.values())
+
+
+def _file_clips(source: Path, domain: str) -> Iterator[ListedClip]:
+    for clip in list_clips(source, domain).clips:
+        labels = {key: value for key, value in clip.labels().items() if key in _LABELS}
+        yield ListedClip(clip.id, clip.domain, FileClip(clip.path), labels)
+
+
+def _shard_clips(source: Path) -> Iterator[ListedClip]:
+    index = ShardIndex.load(source)
+    reader = ClipReader(index.sampling_rate, index.num_channels)
+    for row in range(len(index)):
+        location = index.locate(row)
+        try:
+            stored = reader.read_labels(location)
+        except SampleError as error:
+            raise UserError(f"{location.shard}, clip at byte {location.json_offset}: {error}") from error
+        labels = {key: stored[key] for key in _LABELS if key in stored}
+        yield ListedClip(stored["id"], stored["domain"], ShardClip(reader, index.sampling_rate, location), labels)

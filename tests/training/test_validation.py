@@ -1,0 +1,182 @@
+import math
+
+import pytest
+import torch
+
+from moss_train.audio import read_audio
+from moss_train.cli import main
+from moss_train.data.listing import list_sources
+from moss_train.data.stream import ClipFormat
+from moss_train.export.loading import load_tokenizer
+from moss_train.losses import multi_scale_mel_distance
+from moss_train.training.csv_writer import column, read_table
+from moss_train.training.heldout import load_held_out
+from moss_train.training.scoring import depths, scores
+from moss_train.utils.checkpoints import best_checkpoint, list_checkpoints, read_best
+
+from .runs import assert_equal, state, values
+
+FORMAT = ClipFormat(24000, 1, 1920, peak=0.7)
+
+
+@pytest.fixture(scope="module")
+def validated(small_overrides, recordings):
+    """Overrides of a run with validation in every second update."""
+    return [
+        *small_overrides,
+        f"validation.data={recordings / 'heldout.jsonl'}",
+        "validation.every_updates=2",
+        "validation.max_clips=4",
+        "validation.metrics=[si_sdr]",
+        "validation.metrics_clips=2",
+        "validation.samples_every_updates=4",
+        "validation.samples_clips=4",
+    ]
+
+
+@pytest.fixture(scope="module")
+def watched(validated, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "watched"
+    assert main(["fit", *validated, f"run_dir={directory}"]) == 0
+    return directory
+
+
+def scores_of(directory):
+    """Rows of validation.csv without what a clock measured."""
+    rows = read_table(directory / "validation.csv")
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_validation_leaves_no_trace_in_the_training(watched, whole):
+    assert values(watched) == values(whole)
+    assert_equal(state(watched), state(whole))
+
+
+def test_rows_by_update_count_with_every_score(watched):
+    rows = scores_of(watched)
+    assert [row["update"] for row in rows] == ["0", "2", "4", "6", "8"]
+    assert column(rows, "clips") == [4.0] * 5
+    assert column(rows, "mel_distance") == column(rows, "mel_distance/4")
+    by_domain = sum(column(rows, f"mel_distance/{domain}/2")[0] * n for domain, n in DOMAINS.items()) / 4
+    assert by_domain == pytest.approx(column(rows, "mel_distance/2")[0])
+    assert column(rows, "mel_distance")[-1] < column(rows, "mel_distance")[0]
+    assert math.log(100) < column(rows, "text_nats")[0] < math.log(700)  # 257 tokens, untrained
+    assert all(0 < value <= 1 for level in range(1, 5) for value in column(rows, f"usage/{level}"))
+    assert len(column(rows, "all/si_sdr/4")) == 5
+
+
+DOMAINS = {"music": 1, "sound": 2, "speech": 1}
+
+
+def test_scores_are_those_of_the_published_interface(watched, recordings):
+    """The last row, computed again from the last checkpoint through encode and decode."""
+    model = load_tokenizer(list_checkpoints(watched / "checkpoints")[-1])
+    clips = load_held_out([str(recordings / "heldout.jsonl")], FORMAT_OF_RUN, max_clips=4, max_seconds=6)
+    distances = []
+    for clip in clips:
+        audio = clip.audio[None, :, : clip.length]
+        codes = model.encode(audio, return_dict=True).audio_codes
+        restored = model.decode(codes[:2], return_dict=True).audio[..., : clip.length]
+        distances.append(multi_scale_mel_distance(audio, restored, torch.tensor([clip.length]), 24000).item())
+    last = scores_of(watched)[-1]
+    assert float(last["mel_distance/2"]) == pytest.approx(sum(distances) / len(distances), rel=1e-4)
+
+
+FORMAT_OF_RUN = ClipFormat(24000, 1, 1920)
+
+
+def test_the_best_checkpoint_stays_and_is_recorded(watched):
+    distances = column(read_table(watched / "validation.csv"), "mel_distance")
+    best = read_best(watched / "checkpoints")
+    assert (best.metric, best.value) == ("mel_distance", min(distances))
+    assert best.update == 2 * distances.index(min(distances))
+    assert best_checkpoint(watched / "checkpoints").name == best.name
+
+
+def test_samples_are_there_to_hear_and_to_read(watched):
+    folders = sorted(path.name for path in (watched / "samples").iterdir())
+    assert folders == ["original", "update-00000000", "update-00000004", "update-00000008"]
+    originals = sorted((watched / "samples" / "original").glob("*.flac"))
+    assert len(originals) == 4
+    for path in originals:
+        audio, rate = read_audio(path)
+        for count in ("02", "04"):
+            restored, restored_rate = read_audio(watched / "samples" / folders[-1] / f"{path.stem}.levels-{count}.flac")
+            assert (restored.shape, restored_rate) == (audio.shape, rate)
+    text = (watched / "samples" / folders[-1] / "transcripts.md").read_text()
+    assert "| truth | seven of clubs |" in text
+    assert "| levels-04 | " in text
+
+
+def test_a_resumed_run_has_the_same_validations(validated, watched, tmp_path):
+    overrides = [*validated, f"run_dir={tmp_path}"]
+    assert main(["fit", *overrides, "stop_at_update=5"]) == 0
+    assert main(["fit", *overrides]) == 0
+    assert scores_of(tmp_path) == scores_of(watched)
+    assert read_best(tmp_path / "checkpoints") == read_best(watched / "checkpoints")
+
+
+def test_two_processes_have_the_scores_of_one(validated, watched, tmp_path):
+    overrides = [*validated, f"run_dir={tmp_path}", "validation.max_clips=3", "stop_at_update=1"]
+    assert main(["fit", *overrides, "trainer.devices=2"]) == 0
+    pair = scores_of(tmp_path)
+    assert main(["fit", *validated, f"run_dir={tmp_path / 'one'}", "validation.max_clips=3", "stop_at_update=1"]) == 0
+    (one,) = scores_of(tmp_path / "one")
+    assert [name for name, value in one.items() if value] == [name for name, value in pair[0].items() if value]
+    for name, value in one.items():
+        if value:
+            assert float(pair[0][name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_scores_by_hand():
+    sums = {"clips": 2.0, "clips/a": 2.0, "clips/b": 0.0, "mel_distance/1": 6.0, "mel_distance/4": 4.0}
+    sums |= {"mel_distance/a/1": 6.0, "mel_distance/a/4": 4.0, "mel_distance/b/1": 0.0, "mel_distance/b/4": 0.0}
+    sums |= {"text_tokens": 10.0, "nats/1": 40.0, "nats/4": 20.0, "nats/other": 70.0, "nats/silent": 50.0}
+    row = scores(sums | {"correct/4": 5.0}, torch.full((4, 2), 500), (1, 4))
+    assert row["mel_distance"] == row["mel_distance/a/4"] == 2.0
+    assert row["mel_distance/1"] == 3.0
+    assert "mel_distance/b/4" not in row
+    assert (row["text_nats"], row["text_nats/1"], row["text_nats_blind"]) == (2.0, 4.0, 5.0)
+    assert row["text_accuracy"] == 0.5
+    assert row["perplexity/4"] == pytest.approx(2.0)
+
+
+def test_depths_are_one_a_quarter_half_and_all():
+    assert depths(32) == (1, 8, 16, 32)
+    assert depths(4) == (1, 2, 4)
+    assert depths(1) == (1,)
+    assert depths(32, [4]) == (4, 32)
+
+
+def test_clips_are_chosen_in_turn_and_brought_to_the_format(recordings):
+    source = str(recordings / "heldout.jsonl")
+    clips = load_held_out([source], FORMAT, max_clips=4, max_seconds=2.0)
+    assert {clip.domain for clip in clips} == {"music", "sound", "speech"}
+    assert load_held_out([source], FORMAT, max_clips=2, max_seconds=2.0)[0].id == clips[0].id
+    whole = {clip.id: clip for clip in list_sources([source], "x")}
+    for clip in clips:
+        assert clip.audio.shape[-1] % 1920 == 0
+        assert clip.length <= 48000
+        assert clip.audio[:, : clip.length].abs().max().item() == pytest.approx(0.7, rel=1e-5)
+        audio, rate = whole[clip.id].read()
+        assert (clip.text is None) == (audio.shape[-1] > 2 * rate or "text" not in whole[clip.id].labels)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("validation.data=/nowhere", "validation.data: input=/nowhere does not exist"),
+        ("validation.levels=[5]", "validation.levels=[5]: the model has levels 1 to 4"),
+        ("validation.metrics=[loudness]", "validation.metrics: unknown metric 'loudness'"),
+        ("validation.every_updates=0", "validation.every_updates=0 has to be a whole number from 1"),
+        ("checkpoint.best=mel", "checkpoint.best=mel is no score of the validation"),
+        ("wandb=on", "wandb=on is not one of auto, online, offline"),
+        ("logging.window_updates=0", "logging.window_updates=0 has to be"),
+    ],
+)
+def test_impossible_settings_are_one_line_before_anything_starts(validated, tmp_path, capsys, override, message):
+    assert main(["fit", *validated, f"run_dir={tmp_path / 'run'}", override]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
