@@ -4,7 +4,8 @@
 
 Each line compares with the codes of the clip alone, offline, in the same precision; the precisions are compared with
 float32. Behind the first level of a frame that differs, the others search in another residual: `codes` counts all that
-differ, `first` only the first of each frame, `frames` the frames. `batch_invariant=True` is shown with what it costs.
+differ, `first` only the first of each frame, `frames` the frames. Streams of several clips are compared with streams of
+one, in chunks of one frame. `batch_invariant=True` is shown with what it costs.
 """
 
 import argparse
@@ -52,12 +53,27 @@ def padded(model: MossAudioTokenizerModel, clips: list[Tensor], seconds: float, 
     return codes
 
 
+def streamed(model: MossAudioTokenizerModel, clips: list[Tensor], invariant: bool = False) -> list[Tensor]:
+    """Codes [N, frames] of the clips' whole frames, streamed together in chunks of one frame."""
+    hop = model.config.downsample_rate
+    frames = [clip.shape[1] // hop for clip in clips]
+    together = torch.stack(
+        [torch.nn.functional.pad(clip, (0, max(frames) * hop))[:, : max(frames) * hop] for clip in clips]
+    )
+    stream = model.stream(len(clips), chunk_frames=1, batch_invariant=invariant)
+    codes = []
+    for frame, chunk in enumerate(together.split(hop, dim=2)):
+        lengths = torch.tensor([hop if frame < own else 0 for own in frames])
+        codes.append(stream.encode(chunk, lengths)[0])
+    return [torch.cat(codes, dim=2)[:, item, :own].cpu() for item, own in enumerate(frames)]
+
+
 def line(name: str, codes: list[Tensor], expected: list[Tensor]) -> str:
     differs = torch.cat([(a != b) for a, b in zip(codes, expected, strict=True)], dim=1)
     first = (differs.cumsum(dim=0) == 1) & differs
     frames = differs.any(dim=0).double().mean()
     return (
-        f"{name:34} codes {differs.double().mean():9.3%}   first {first.double().mean():9.4%}   frames {frames:8.2%}"
+        f"{name:36} codes {differs.double().mean():9.3%}   first {first.double().mean():9.4%}   frames {frames:8.2%}"
         f"   of {differs.numel()} codes"
     )
 
@@ -77,12 +93,16 @@ def report(model: MossAudioTokenizerModel, clips: list[Tensor], name: str, secon
     print(line(f"{name}: batched", together(model, clips), alone))
     print(line(f"{name}: padded", padded(model, clips, seconds), alone))
     print(line(f"{name}: streamed, 1 frame", separate(model, clips, chunk_duration=frame), alone))
+    streamed_alone = [codes for clip in clips for codes in streamed(model, [clip])]
+    print(line(f"{name}: streamed together", streamed(model, clips), streamed_alone))
     invariant = together(model, clips, batch_invariant=True)
     print(line(f"{name}: batched, batch_invariant", invariant, alone))
     print(line(f"{name}: padded, batch_invariant", padded(model, clips, seconds, batch_invariant=True), alone))
-    plain = timed(lambda: together(model, clips))
-    cost = timed(lambda: together(model, clips, batch_invariant=True)) / plain
-    print(f"{name}: batch_invariant takes {cost:.2f} times as long for {len(clips)} clips")
+    print(line(f"{name}: streams, batch_invariant", streamed(model, clips, invariant=True), streamed_alone))
+    for kind, call, option in (("batch", together, "batch_invariant"), ("streams", streamed, "invariant")):
+        plain = timed(lambda call=call: call(model, clips))
+        cost = timed(lambda call=call, option=option: call(model, clips, **{option: True})) / plain
+        print(f"{name}: batch_invariant takes {cost:.2f} times as long for {len(clips)} {kind}")
     return alone
 
 

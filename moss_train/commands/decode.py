@@ -7,6 +7,7 @@ from moss_train.audio import WRITABLE_FORMATS
 from moss_train.commands._report import as_list, positive, print_report
 from moss_train.data.code_shards import is_code_folder
 from moss_train.export.loading import load_tokenizer
+from moss_train.inference.chunks import chunk_seconds
 from moss_train.inference.corpus import find_codes
 from moss_train.inference.decoding import Decoder, decode_files
 from moss_train.inference.device import choose_device
@@ -31,7 +32,8 @@ def run(config: dict[str, Any]) -> int:
     works = [] if shards else find_codes(inputs, out, suffix)
     device = choose_device(config["device"])
     model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
-    decoder = Decoder(model, config["num_quantizers"], config["chunk_duration"])
+    chunk_duration = chunk_seconds(model, config["streaming"], config["chunk_duration"])
+    decoder = Decoder(model, config["num_quantizers"], chunk_duration, config["batch_invariant"])
     if shards:
         report = decode_shards(decoder, Path(inputs[0]).expanduser(), out, suffix, batch_seconds)
         return print_report(report, out, "decode")

@@ -5,13 +5,15 @@ from typing import Any
 
 from moss_train.commands._report import as_list, positive, print_report
 from moss_train.export.loading import load_tokenizer
+from moss_train.inference.chunks import chunk_seconds
+from moss_train.inference.codes import CODES_FORMATS
 from moss_train.inference.corpus import find_audio
 from moss_train.inference.device import choose_device
 from moss_train.inference.encoding import Encoder, encode_files
 from moss_train.inference.shards import EncodeJob, encode_shards
 from moss_train.utils.errors import UserError
 
-SUMMARY = "Turn audio files into codes, one .safetensors file per clip, or packed shards into shards of codes."
+SUMMARY = "Turn audio files into codes, one .safetensors or .npz file per clip, or packed shards into shards of codes."
 EXAMPLES = (
     "python -m moss_train encode model=my-tokenizer input=/my/audio out=/my/codes",
     "python -m moss_train encode model=runs/x input=clips.jsonl out=codes num_quantizers=8",
@@ -27,15 +29,27 @@ def run(config: dict[str, Any]) -> int:
         raise UserError("give either input= (audio files) or shards= (a packed folder)")
     if config["shards"] is not None:
         return _run_shards(config, batch_seconds, out)
-    works = find_audio(as_list(config["input"]), out)
+    if config["format"] not in CODES_FORMATS:
+        raise UserError(f"format={config['format']} has to be one of {', '.join(CODES_FORMATS)}")
+    works = find_audio(as_list(config["input"]), out, f".{config['format']}")
     device = choose_device(config["device"])
     model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
-    encoder = Encoder(model, str(config["model"]), config["num_quantizers"], config["chunk_duration"])
+    chunk_duration = chunk_seconds(model, config["streaming"], config["chunk_duration"])
+    name, levels = str(config["model"]), config["num_quantizers"]
+    encoder = Encoder(model, name, levels, chunk_duration, config["batch_invariant"])
     return print_report(encode_files(encoder, works, batch_seconds), out, "encode")
 
 
 def _run_shards(config: dict[str, Any], batch_seconds: float, out: Path) -> int:
     devices = [choose_device(name) for name in as_list(config["device"])]
     audio = Path(config["shards"]).expanduser()
-    job = EncodeJob(str(config["model"]), audio, config["num_quantizers"], config["chunk_duration"], batch_seconds)
+    job = EncodeJob(
+        str(config["model"]),
+        audio,
+        config["num_quantizers"],
+        config["chunk_duration"],
+        batch_seconds,
+        config["streaming"],
+        config["batch_invariant"],
+    )
     return print_report(encode_shards(job, out, devices, executor=config["executor"]), out, "encode")

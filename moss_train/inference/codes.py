@@ -1,10 +1,16 @@
-"""Codes of one clip as a safetensors file: the codes, and what is needed to turn them back into the clip."""
+"""Codes of one clip as a file: the codes, and what is needed to turn them back into the clip.
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+A safetensors file holds a tensor `codes` and its metadata; an npz file, for numpy alone, holds arrays `codes` and one
+for each field of the metadata.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from zipfile import BadZipFile
 
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save_file
@@ -13,7 +19,7 @@ from torch import Tensor
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import written_whole
 
-CODES_SUFFIX = ".safetensors"
+CODES_FORMATS = ("safetensors", "npz")
 
 
 @dataclass(frozen=True)
@@ -29,29 +35,56 @@ class CodesInfo:
 
 
 def write_codes(path: Path, codes: Tensor, info: CodesInfo) -> None:
-    """Write codes [N, frames], as int16 where they fit, with `info` as metadata; complete or not at all."""
+    """Write codes [N, frames], as int16 where they fit, with `info`, in the format of the suffix; complete or not."""
     small = codes.numel() == 0 or int(codes.max()) < 2**15
     tensor = codes.detach().cpu().to(torch.int16 if small else torch.int64).contiguous()
     with written_whole(path) as temporary:
-        save_file({"codes": tensor}, temporary, metadata={key: str(value) for key, value in asdict(info).items()})
+        if path.suffix == ".npz":
+            np.savez(temporary, codes=tensor.numpy(), **asdict(info))
+        else:
+            save_file({"codes": tensor}, temporary, metadata={key: str(value) for key, value in asdict(info).items()})
 
 
 def read_codes(path: Path) -> tuple[Tensor, CodesInfo]:
     """Read codes [N, frames] as int64 with their metadata. Raises UserError when `path` is not a codes file."""
-    with _open(path) as file:
-        codes = file.get_tensor("codes").to(torch.int64)
-        if codes.ndim != 2:
-            raise UserError(f"{path} holds codes of shape {tuple(codes.shape)}, not [levels, frames]")
-        return codes, _info(path, file.metadata())
+    if path.suffix == ".npz":
+        arrays = _read_npz(path)
+        codes, metadata = arrays.pop("codes"), arrays
+        if not np.issubdtype(codes.dtype, np.integer):
+            raise UserError(f"{path} holds codes of type {codes.dtype}, not integers")
+        tensor = torch.from_numpy(codes.astype(np.int64))
+    else:
+        with _open(path) as file:
+            tensor, metadata = file.get_tensor("codes").to(torch.int64), file.metadata()
+    _check_shape(path, tuple(tensor.shape))
+    return tensor, _info(path, metadata)
 
 
 def read_codes_header(path: Path) -> tuple[tuple[int, int], CodesInfo]:
-    """Read the shape (N, frames) and the metadata without the codes. Raises UserError as `read_codes` does."""
+    """Read the shape (N, frames) and the metadata, as `read_codes` does; without the codes where the format allows."""
+    if path.suffix == ".npz":
+        codes, info = read_codes(path)
+        return (codes.shape[0], codes.shape[1]), info
     with _open(path) as file:
         shape = tuple(file.get_slice("codes").get_shape())
-        if len(shape) != 2:
-            raise UserError(f"{path} holds codes of shape {shape}, not [levels, frames]")
+        _check_shape(path, shape)
         return shape, _info(path, file.metadata())
+
+
+def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
+    if len(shape) != 2:
+        raise UserError(f"{path} holds codes of shape {shape}, not [levels, frames]")
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path} is not a readable codes file ({error})") from error
+    if "codes" not in arrays:
+        raise UserError(f"{path} is an npz file without codes; give files that encode wrote")
+    return arrays
 
 
 def _open(path: Path) -> "safetensors.safe_open":
@@ -65,16 +98,10 @@ def _open(path: Path) -> "safetensors.safe_open":
     return file
 
 
-def _info(path: Path, metadata: dict[str, str] | None) -> CodesInfo:
-    types: dict[str, Callable[[str], Any]] = {
-        "model": str,
-        "sampling_rate": int,
-        "frame_rate": float,
-        "num_channels": int,
-        "num_samples": int,
-    }
-    types["fingerprint"] = str
+def _info(path: Path, metadata: Mapping[str, Any] | None) -> CodesInfo:
     try:
-        return CodesInfo(**{key: convert((metadata or {})[key]) for key, convert in types.items()})
-    except (KeyError, ValueError) as error:
+        return CodesInfo(
+            **{field.name: cast(Any, field.type)((metadata or {})[field.name]) for field in fields(CodesInfo)}
+        )
+    except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} lacks the metadata of a codes file ({error}); encode the audio again") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from moss_train.data.manifest import list_clips
-from moss_train.inference.codes import CODES_SUFFIX
+from moss_train.inference.codes import CODES_FORMATS
 from moss_train.utils.errors import UserError
 
 
@@ -28,8 +28,8 @@ class Report:
     failures: list[tuple[Path, str]]
 
 
-def find_audio(inputs: Sequence[str], out: Path) -> list[Work]:
-    """List the audio of files, folders and JSONL manifests; targets keep relative paths and end in `.safetensors`.
+def find_audio(inputs: Sequence[str], out: Path, suffix: str = ".safetensors") -> list[Work]:
+    """List the audio of files, folders and JSONL manifests; targets keep relative paths and end in `suffix`.
 
     Raises UserError when something does not exist, nothing is found, or two files would get the same target.
     """
@@ -44,7 +44,7 @@ def find_audio(inputs: Sequence[str], out: Path) -> list[Work]:
             if any(clip.start_seconds or clip.end_seconds is not None or clip.row is not None for clip in clips):
                 raise UserError(f"input={path} names parts of files; pack it and give shards= instead")
             pairs += [(clip.path, prefix + clip.id) for clip in clips]
-    return _with_targets(pairs, out, CODES_SUFFIX)
+    return _with_targets(pairs, out, suffix)
 
 
 def find_codes(inputs: Sequence[str], out: Path, suffix: str) -> list[Work]:
@@ -53,9 +53,10 @@ def find_codes(inputs: Sequence[str], out: Path, suffix: str) -> list[Work]:
     for text in inputs:
         path = Path(text).expanduser()
         if path.is_dir():
-            found = sorted(file for file in path.rglob(f"*{CODES_SUFFIX}") if not file.name.startswith("."))
+            files = (file for suffix in CODES_FORMATS for file in path.rglob(f"*.{suffix}"))
+            found = sorted(file for file in files if not file.name.startswith("."))
             if not found:
-                raise UserError(f"input={path} has no {CODES_SUFFIX} files; give a folder that encode wrote")
+                raise UserError(f"input={path} has no .safetensors or .npz files; give a folder that encode wrote")
             prefix = f"{path.name}/" if len(inputs) > 1 else ""
             pairs += [(file, prefix + file.relative_to(path).as_posix()) for file in found]
         elif path.is_file():

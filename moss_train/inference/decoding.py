@@ -25,6 +25,7 @@ class Decoder:
     model: MossAudioTokenizerModel
     num_quantizers: int | None = None  # use only so many of the levels in a file
     chunk_duration: float | None = None  # seconds per streamed chunk, None for whole clips
+    batch_invariant: bool = False  # the same audio, to the last bit, whatever a clip is batched with
 
     def __post_init__(self) -> None:
         """Decode one frame. Raises UserError for options that the model refuses."""
@@ -56,7 +57,9 @@ class Decoder:
 
     def audio(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """Decode codes [n, frames] of any lengths, n the same for all, as one batch; returns audio [C, T] of each."""
-        output = self.model.batch_decode(codes, chunk_duration=self.chunk_duration, return_dict=True)
+        output = self.model.batch_decode(
+            codes, chunk_duration=self.chunk_duration, batch_invariant=self.batch_invariant, return_dict=True
+        )
         assert output.audio is not None
         assert output.audio_lengths is not None
         lengths = output.audio_lengths.tolist()

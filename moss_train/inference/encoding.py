@@ -25,6 +25,7 @@ class Encoder:
     name: str  # of the model, stored with the codes
     num_quantizers: int | None = None  # None for all levels
     chunk_duration: float | None = None  # seconds per streamed chunk, None for whole clips
+    batch_invariant: bool = False  # the same codes, to the last bit, whatever a clip is batched with
 
     def __post_init__(self) -> None:
         """Encode one silent frame. Raises UserError for options that the model refuses."""
@@ -60,7 +61,11 @@ class Encoder:
     def codes(self, clips: Sequence[Tensor]) -> list[Tensor]:
         """Encode clips [C, T] of any lengths as one batch; returns the codes [N, frames] of each."""
         output = self.model.batch_encode(
-            clips, num_quantizers=self.num_quantizers, chunk_duration=self.chunk_duration, return_dict=True
+            clips,
+            num_quantizers=self.num_quantizers,
+            chunk_duration=self.chunk_duration,
+            batch_invariant=self.batch_invariant,
+            return_dict=True,
         )
         assert output.audio_codes is not None
         assert output.audio_codes_lengths is not None

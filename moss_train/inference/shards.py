@@ -22,6 +22,7 @@ from moss_train.data.reading import ClipReader
 from moss_train.data.shards import sha256_of
 from moss_train.export.loading import load_tokenizer
 from moss_train.inference.batching import group_by_length, read_ahead
+from moss_train.inference.chunks import chunk_seconds
 from moss_train.inference.corpus import Report, relative_target
 from moss_train.inference.decoding import Decoder
 from moss_train.inference.encoding import Encoder
@@ -39,6 +40,8 @@ class EncodeJob:
     num_quantizers: int | None
     chunk_duration: float | None
     batch_seconds: float
+    streaming: bool = False
+    batch_invariant: bool = False
 
 
 def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device], *, executor: str = "local") -> Report:
@@ -75,7 +78,8 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
 def make_encoder(job: EncodeJob, device: torch.device) -> Encoder:
     """Load the model onto a device."""
     model = load_tokenizer(job.model).to(device)  # type: ignore[arg-type]
-    return Encoder(model, job.model, job.num_quantizers, job.chunk_duration)
+    chunk_duration = chunk_seconds(model, job.streaming, job.chunk_duration)
+    return Encoder(model, job.model, job.num_quantizers, chunk_duration, job.batch_invariant)
 
 
 def describe(job: EncodeJob, encoder: Encoder, index: ShardIndex) -> CodesSource:

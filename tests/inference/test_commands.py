@@ -46,13 +46,38 @@ def test_encode_and_decode_a_folder(folder, capsys, monkeypatch):
     assert sorted(path.name for path in Path("audio").rglob("*") if path.is_file()) == ["one.flac", "two.flac"]
 
 
+@pytest.mark.parametrize("option", ["streaming=true", "chunk_duration=0.03", "batch_invariant=true"])
+def test_other_ways_of_passing_give_the_same_codes(folder, monkeypatch, tmp_path, option):
+    monkeypatch.chdir(folder)
+    source = "in put/two.flac"
+    for name, extra in (("plain", []), ("other", [option, "format=npz"])):
+        assert main(["encode", "model=model", f"input={source}", f"out={tmp_path / name}", "device=cpu", *extra]) == 0
+    plain, info = read_codes(tmp_path / "plain/two.safetensors")
+    other, other_info = read_codes(tmp_path / "other/two.npz")
+    assert torch.equal(plain, other)
+    assert info == other_info
+    for name, extra in (("plain", []), ("other", [option])):
+        arguments = [
+            "decode",
+            "model=model",
+            f"input={tmp_path / name}",
+            f"out={tmp_path / name}",
+            "device=cpu",
+            *extra,
+        ]
+        assert main(arguments) == 0
+    (audio, _), (again, _) = (read_audio(tmp_path / name / "two.wav") for name in ("plain", "other"))
+    torch.testing.assert_close(audio, again, atol=2 / 2**15, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["encode", "input=in put", "out=o", "num_quantizers=9"], "num_quantizers must be between 1 and 3, got 9"),
         (["encode", "input=in put", "out=o", "device=warp"], "device=warp is not a device"),
+        (["encode", "input=in put", "out=o", "format=wav"], "format=wav has to be one of safetensors, npz"),
         (["encode", "input=model", "out=o"], "input=model has no audio files"),
-        (["decode", "input=in put", "out=o"], "input=in put has no .safetensors files"),
+        (["decode", "input=in put", "out=o"], "input=in put has no .safetensors or .npz files"),
         (["decode", "input=model", "out=o", "format=mp3"], "format=mp3 has to be one of wav, flac"),
     ],
 )

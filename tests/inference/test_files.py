@@ -2,12 +2,13 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from moss_train.audio import read_audio, write_audio
 from moss_train.inference.batching import group_by_length, read_ahead
-from moss_train.inference.codes import CodesInfo, read_codes, read_codes_header, write_codes
+from moss_train.inference.codes import CODES_FORMATS, CodesInfo, read_codes, read_codes_header, write_codes
 from moss_train.inference.corpus import find_audio, find_codes, relative_target
 from moss_train.inference.decoding import Decoder, decode_files
 from moss_train.inference.device import choose_device
@@ -72,7 +73,7 @@ def test_files_equal_what_the_model_says(model, corpus, tmp_path):
     assert read_codes_header(tmp_path / "speech one.safetensors") == (tuple(codes.shape), info)
 
 
-@pytest.mark.parametrize("options", [{"chunk_duration": 0.16}, {"num_quantizers": 2}])
+@pytest.mark.parametrize("options", [{"chunk_duration": 0.16}, {"num_quantizers": 2}, {"batch_invariant": True}])
 def test_options_reach_the_model(model, corpus, tmp_path, options):
     encode(model, corpus / "speech one.flac", tmp_path / "plain")
     encode(model, corpus / "speech one.flac", tmp_path / "other", **options)
@@ -140,6 +141,10 @@ def test_codes_of_another_model_are_reported(model, tmp_path):
     write_codes(tmp_path / "range.safetensors", torch.full((4, 3), 99), INFO)
     write_codes(tmp_path / "frames.safetensors", torch.zeros(4, 9), INFO)
     (tmp_path / "broken.safetensors").write_bytes(b"12345")
+    (tmp_path / "cut.npz").write_bytes(b"PK12345")
+    np.savez(tmp_path / "foreign.npz", codes=np.zeros((4, 3), dtype=np.int16))
+    np.savez(tmp_path / "empty.npz", other=np.zeros(3))
+    np.savez(tmp_path / "float.npz", codes=np.zeros((4, 3)))
     report = decode_files(Decoder(model), find_codes([str(tmp_path)], tmp_path / "out", ".wav"), 10.0)
     reasons = {path.stem: reason for path, reason in report.failures}
     assert report.num_written == 0
@@ -147,16 +152,26 @@ def test_codes_of_another_model_are_reported(model, tmp_path):
     assert "0..31" in reasons["range"]
     assert "9 frames" in reasons["frames"]
     assert "not a readable codes file" in reasons["broken"]
+    assert "not a readable codes file" in reasons["cut"]
+    assert "lacks the metadata of a codes file ('model')" in reasons["foreign"]
+    assert "an npz file without codes" in reasons["empty"]
+    assert "codes of type float64" in reasons["float"]
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(1023, torch.int16), (40000, torch.int64)])
-def test_codes_round_trip(tmp_path, largest, dtype):
-    codes = torch.tensor([[0, 5, largest], [1, 2, 3]])
-    write_codes(tmp_path / "deep/clip.safetensors", codes, INFO)
-    read, info = read_codes(tmp_path / "deep/clip.safetensors")
+@pytest.mark.parametrize("suffix", CODES_FORMATS)
+def test_codes_round_trip(tmp_path, suffix, largest, dtype):
+    codes, path = torch.tensor([[0, 5, largest], [1, 2, 3]]), tmp_path / f"deep/clip.{suffix}"
+    write_codes(path, codes, INFO)
+    read, info = read_codes(path)
     assert torch.equal(read, codes)
     assert info == INFO
-    assert (tmp_path / "deep/clip.safetensors").stat().st_size < 300 + 6 * dtype.itemsize
+    assert read_codes_header(path) == ((2, 3), INFO)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    if suffix == "npz":
+        assert np.load(path)["codes"].dtype == {torch.int16: np.int16, torch.int64: np.int64}[dtype]
+    else:
+        assert path.stat().st_size < 300 + 6 * dtype.itemsize
 
 
 def test_groups_hold_similar_lengths_within_the_limit():
