@@ -3,11 +3,11 @@
     python tools/scaling.py --experiment cat_small --scales 0.5 1 1.5 2 --train SHARDS --heldout SHARDS       # one GPU
     python tools/scaling.py --experiment cat_tiny --scales 0.5 0.75 1 --updates 100 --train SHARDS --heldout SHARDS
 
-Every size sees the same clips in the same order with the experiment's schedule, shortened to `--updates`. Its loss is
 Every size sees the same clips in the same order with the experiment's schedule, shortened to `--updates`. The loss is
-by operation, times the updates. Learning rates shrink with the width, as 1 / scale. Writes `scaling.json`, which
-`estimate` can read, and `scaling.png`. A law through a few small runs tells the cost of a bigger one better than its
-quality.
+the seven-scale mel distance of held-out clips with all levels; the compute are the FLOPs of one update, counted
+operation by operation, times the updates. Learning rates shrink with the width, as 1 / scale. Writes `scaling.json`,
+which `estimate` can read, and `scaling.png`. A law through a few small runs tells the cost of a bigger one better than
+its quality.
 """
 
 import argparse

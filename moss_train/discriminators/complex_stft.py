@@ -75,7 +75,8 @@ class FrequencyBand(nn.Module):
         """[B, planes, frames, bins] -> the activations of every layer, each [B, channels, frames, fewer bins]."""
         features = []
         for layer in self.layers:
-            x = F.leaky_relu(layer(x), NEGATIVE_SLOPE)
+            # In place: the convolution does not need its result, so half of the activations need not be kept.
+            x = F.leaky_relu(layer(x), NEGATIVE_SLOPE, inplace=True)
             features.append(x)
         return features
 

@@ -44,7 +44,8 @@ class PeriodDiscriminator(Discriminator):
         x = self._fold(waveform)
         features = []
         for layer in self.layers:
-            x = F.leaky_relu(layer(x), NEGATIVE_SLOPE)
+            # In place: the convolution does not need its result, so half of the activations need not be kept.
+            x = F.leaky_relu(layer(x), NEGATIVE_SLOPE, inplace=True)
             features.append(x)
         return DiscriminatorOutput(self.output(x), tuple(features))
 
