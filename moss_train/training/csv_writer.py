@@ -1,7 +1,7 @@
 """Tables of a run as CSV files: complete after a kill, continued by a resume, readable without this package."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moss_train.training.run_log import Row, Writer
@@ -22,13 +22,12 @@ class CsvWriter(Writer):
 
     def start(self, update: int) -> None:
         """Open the file, without rows of updates that are about to be done again."""
-        old = read_table(self.path)
-        known = list(old[0]) if old else []
+        known = next((list(row) for row in iterate_table(self.path)), [])
         columns = [*known, *(name for name in self.columns if name not in known)]
         with written_whole(self.path) as path, path.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
-            writer.writerows(row for row in old if int(row["update"]) <= update)
+            writer.writerows(row for row in iterate_table(self.path) if int(row["update"]) <= update)
         self.file = self.path.open("a", newline="")
         self.writer = csv.DictWriter(self.file, columns, restval="")
 
@@ -44,13 +43,17 @@ class CsvWriter(Writer):
             self.file.close()
 
 
+def iterate_table(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a table, one at a time; none when there is no file, and no row that a kill cut short."""
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = csv.DictReader(line for line in file if line.endswith("\n"))
+            yield from (row for row in rows if row["update"].isdigit())
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a table; none when there is no file, and no row that a kill cut short."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    return [row for row in csv.DictReader(lines) if row["update"].isdigit()]
+    """All rows of a table, see `iterate_table`."""
+    return list(iterate_table(path))
 
 
 def column(rows: Iterable[dict[str, str]], name: str) -> list[float]:

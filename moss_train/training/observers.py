@@ -16,6 +16,7 @@ from moss_train.training.checkpointing import CheckpointWriter
 from moss_train.training.codebook_metrics import CodebookMetrics, codebook_columns
 from moss_train.training.csv_writer import CsvWriter
 from moss_train.training.environment import EnvironmentRecord
+from moss_train.training.health import HealthLimits, HealthWriter
 from moss_train.training.heldout import load_held_out
 from moss_train.training.metrics import COLUMNS, Clock, StreamWatch, UpdateMetrics
 from moss_train.training.notices import Notices
@@ -23,13 +24,15 @@ from moss_train.training.progress_writer import ProgressWriter
 from moss_train.training.run_log import RunLog, Writer
 from moss_train.training.samples import Sampler
 from moss_train.training.scoring import depths
+from moss_train.training.skipped import SkipRecord
+from moss_train.training.summary import Summary
 from moss_train.training.tensorboard_writer import TensorBoardWriter
 from moss_train.training.validation import Validation, ValidationPlan
 from moss_train.training.wandb_writer import MODES, WandbWriter
 from moss_train.utils.errors import UserError
 
 Node = Mapping[str, Any]
-KEYS = frozenset({"wandb", "tensorboard", "logging", "validation"})
+KEYS = frozenset({"wandb", "tensorboard", "logging", "validation", "health"})
 """What of a run's configuration is about watching it, and changes nothing of what is learned."""
 
 NO_VALIDATION = "no validation: give held-out audio as validation.data=<packed folders, folder or manifest>"
@@ -37,7 +40,7 @@ NO_PICTURES = 'samples come without spectrograms: matplotlib is not installed (p
 
 
 def build_observers(
-    config: Node, directory: Path, last: int, stream: AudioStream, num_quantizers: int
+    config: Node, directory: Path, last: int, stream: AudioStream, num_quantizers: int, codebook_size: int
 ) -> list[Callback]:
     """The callbacks of a run, in their order: a checkpoint never lies behind an update that was not logged.
 
@@ -47,6 +50,7 @@ def build_observers(
         last: update at which it ends.
         stream: of the training data.
         num_quantizers: levels of the model.
+        codebook_size: codes per level.
 
     Raises:
         UserError: a setting that cannot work.
@@ -60,7 +64,8 @@ def build_observers(
         "audio_hours": ("update", *stream.domains),
         **({} if plan is None else {"validation": plan.columns}),
     }
-    run_log = RunLog(build_writers(config, directory, last, tables))
+    writers = build_writers(config, directory, last, tables)
+    run_log = RunLog([*writers, HealthWriter(directory, health_limits(config["health"]), codebook_size)])
     counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
     window = config["logging"]["window_updates"]
     clock = Clock()
@@ -70,13 +75,23 @@ def build_observers(
     return [
         Notices(notices),
         EnvironmentRecord(directory),
+        SkipRecord(directory),
         UpdateMetrics(run_log, clock, config["logging"]["gradient_shares_every_updates"]),
         StreamWatch(counter, stream.domains, run_log, window),
         CodebookMetrics(run_log, window),
         *([] if plan is None else [build_validation(config, directory, stream, plan, run_log, checkpoints)]),
         checkpoints,
+        Summary(directory, counter),
         clock,
     ]
+
+
+def health_limits(settings: Node) -> HealthLimits:
+    """The limits of the warnings, with errors that name the configuration path."""
+    try:
+        return HealthLimits(**settings)
+    except ValueError as error:
+        raise UserError(f"health.{error}") from error
 
 
 def check_counts(place: str, settings: Node) -> None:

@@ -75,8 +75,9 @@ def fit(config: Node) -> RunResult:
         beginning = without_text(beginning)
     check_memory(measure(beginning.arguments), accelerator)
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
-    levels = beginning.tokenizer_config.num_quantizers
-    callbacks = observers.build_observers(filled, directory, last, stream, levels)
+    quantizer = beginning.tokenizer_config.quantizer_kwargs
+    sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
+    callbacks = observers.build_observers(filled, directory, last, stream, *sizes)
     preemption = PreemptionWatch()
     trainer = build_trainer(config["trainer"], accelerator, [preemption, *callbacks])
     directory.mkdir(parents=True, exist_ok=True)

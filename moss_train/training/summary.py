@@ -1,0 +1,145 @@
+"""`summary.md` of a run directory: what has become of the run, on a page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moss_train.data.counting import StreamCounter
+from moss_train.evaluation.curves import save_curves
+from moss_train.training.course import Course, follow, is_depth, panels
+from moss_train.training.csv_writer import iterate_table, read_table
+from moss_train.training.environment import ENVIRONMENT_FILE
+from moss_train.training.module import CatModule, cat_module
+from moss_train.training.progress_writer import clock
+from moss_train.training.skipped import SKIPPED_FILE
+from moss_train.utils.checkpoints import read_best
+from moss_train.utils.files import written_whole
+
+SUMMARY_FILE = "summary.md"
+PICTURE_FILE = "summary.png"
+NO_PICTURE = (
+    'Loss curves: none, matplotlib is not installed (`pip install "moss_train[eval]"`); the numbers are in metrics.csv.'
+)
+
+
+class Summary(Callback):
+    """Writes the summary whenever training ends, finished or stopped.
+
+    Args:
+        directory: of the run.
+        counter: of the audio that was used.
+    """
+
+    def __init__(self, directory: Path, counter: StreamCounter) -> None:
+        self.directory = directory
+        self.counter = counter
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_summary(self.directory, cat_module(pl_module), self.counter.hours)
+
+
+def write_summary(directory: Path, module: CatModule, hours: Mapping[str, float]) -> None:
+    """Write `summary.md`, and its picture where matplotlib is there."""
+    updates = module.schedule.updates
+    course = follow(iterate_table(directory / "metrics.csv"), module.update)
+    validation, codebooks = (read_table(directory / f"{name}.csv") for name in ("validation", "codebooks"))
+    name = f"{directory.parent.name}/{directory.name}"
+    picture = [NO_PICTURE]
+    if find_spec("matplotlib") is not None and (drawn := panels(course, validation, codebooks)):
+        with written_whole(directory / PICTURE_FILE) as path:
+            save_curves(drawn, path, f"{name}, {module.update} updates", course.stages)
+        picture = [f"![Curves of the run]({PICTURE_FILE})"]
+    state = "Finished" if module.update >= updates else "Stopped"
+    lines = [f"# {name}", "", f"{state} at update {module.update} of {updates}.", ""]
+    lines += [*facts(directory, course, hours), "", *picture, "", *validation_table(validation)]
+    lines += [*codebook_lines(codebooks), *trouble(directory)]
+    with written_whole(directory / SUMMARY_FILE) as path:
+        path.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+
+
+def facts(directory: Path, course: Course, hours: Mapping[str, float]) -> list[str]:
+    """Time, audio, machine and checkpoints as a table."""
+    sums = course.sums
+    busy = max(sums["update_seconds"], 1e-9)
+    stages = ", ".join(f"{name} from {first}" for name, first in course.stages.items())
+    audio = ", ".join(f"{domain} {count:.2f} h" for domain, count in hours.items())
+    best = read_best(directory / "checkpoints")
+    rows = {
+        "stages, by their first update": stages or "none",
+        "time in updates": f"{clock(busy)} ({busy:.0f} s), {sums['data_wait_seconds'] / busy:.1%} waiting for data",
+        "time between updates": f"{sums['other_seconds']:.0f} s (validation, samples, checkpoints)",
+        "audio used": f"{audio}; {sums['audio_seconds'] / busy:.1f} audio-s/s",
+        "machine": machine(directory),
+        "best checkpoint": "none" if best is None else f"{best.name} ({best.metric} {best.value:.4g})",
+    }
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def machine(directory: Path) -> str:
+    """The last start's hardware and versions in a line."""
+    try:
+        starts = json.loads((directory / ENVIRONMENT_FILE).read_text())["starts"]
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+    last: dict[str, Any] = starts[-1]
+    hardware = f"{len(last['gpus'])} x {last['gpus'][0]}" if last["gpus"] else f"{last['cpus']} CPUs, {last['cpu']}"
+    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "lightning", "moss_train"))
+    return f"{hardware}, {last['processes']} processes; {versions}; {len(starts)} starts"
+
+
+def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Scores on held-out audio: at most twelve rows, first and last among them."""
+    if not rows:
+        return ["No validation: `validation.data` was not set.", ""]
+    text = [name for name in ("text_nats", "text_nats_blind", "text_accuracy") if rows[0].get(name)]
+    depths = [name for name in rows[0] if is_depth(name)]
+    titles = [
+        "update",
+        *(f"mel, {name.rpartition('/')[2]} levels" for name in depths),
+        *(t.replace("_", " ") for t in text),
+    ]
+    places = sorted({round(i * (len(rows) - 1) / 11) for i in range(12)})
+    lines = [
+        f"## Held out: {float(rows[-1]['clips']):.0f} clips",
+        "",
+        f"| {' | '.join(titles)} |",
+        "|---" * len(titles) + "|",
+    ]
+    for row in (rows[place] for place in places):
+        values = [f"{float(row[name]):.3f}" if row[name] else "" for name in (*depths, *text)]
+        lines.append(f"| {' | '.join([row['update'], *values])} |")
+    if text:
+        lines += ["", "text nats: cross entropy of the LM per text token; blind: the same without hearing the clip."]
+    return [*lines, ""]
+
+
+def codebook_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """How the codebooks were used at last."""
+    if not rows:
+        return []
+    last = rows[-1]
+    usage = [float(last[name]) for name in last if name.startswith("usage/")]
+    well = sum(value >= 0.8 for value in usage)
+    return [
+        f"Codebooks at update {last['update']}: {well} of {len(usage)} levels use 80 % of their codes or more; mean "
+        f"usage {float(last['mean_usage']):.1%}, mean perplexity {float(last['mean_perplexity']):.1f} over "
+        f"{float(last['frames']):.0f} frames.",
+        "",
+    ]
+
+
+def trouble(directory: Path) -> list[str]:
+    """Warnings and skipped updates."""
+    warnings = directory / "warnings.txt"
+    found = warnings.read_text("utf-8").splitlines() if warnings.exists() else []
+    lines = [f"- {line}" for line in found]
+    skipped = directory / SKIPPED_FILE
+    if skipped.exists():
+        numbers = sorted({json.loads(line)["update"] for line in skipped.read_text("utf-8").splitlines()})
+        lines.append(f"- {len(numbers)} updates skipped as not finite, samples in {SKIPPED_FILE}: {numbers[:10]}")
+    return ["## Warnings", "", *(lines or ["None."])]

@@ -1,0 +1,116 @@
+import pytest
+
+from moss_train.training.health import HealthLimits, HealthWriter
+
+LIMITS = HealthLimits(window_updates=20, grace_updates=100)
+
+
+@pytest.fixture
+def health(tmp_path):
+    writer = HealthWriter(tmp_path, LIMITS, codebook_size=1000)
+    writer.start(0)
+    return writer
+
+
+def metrics(update, **changes):
+    healthy = {
+        "discriminator/real": 0.7,
+        "discriminator/generated": 0.3,
+        "gradient_norm/generator": 1.0,
+        "data_wait_seconds": 0.01,
+        "update_seconds": 1.0,
+    }
+    return {"update": update, **healthy, **{name.replace("__", "/"): value for name, value in changes.items()}}
+
+
+def run(health, updates, **changes):
+    for update in updates:
+        health.write("metrics", metrics(update, **changes))
+
+
+def warnings(health):
+    return health.path.read_text().splitlines() if health.path.exists() else []
+
+
+def test_a_healthy_run_is_silent(health, capsys):
+    run(health, range(1, 201))
+    health.write("codebooks", {"update": 200, "frames": 9000, "perplexity/1": 400.0, "perplexity/2": 21.0})
+    assert warnings(health) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_collapsed_codebook_is_named_with_its_level_once(health, capsys):
+    for update in (100, 200, 300):  # the first is within the grace
+        health.write("codebooks", {"update": update, "frames": 9000, "perplexity/1": 400.0, "perplexity/2": 19.9})
+    (line,) = warnings(health)
+    assert line.startswith("update 200: the codebooks of 1 of 2 levels have collapsed")
+    assert "2 (19.9)" in line
+    assert "raise objective.weights.codebook" in line
+    assert capsys.readouterr().err == f"warning: {line}\n"
+
+
+def test_few_frames_say_nothing_about_a_codebook(health):
+    health.write("codebooks", {"update": 200, "frames": 3999, "perplexity/1": 2.0})
+    assert warnings(health) == []
+
+
+def test_a_discriminator_that_wins_for_long(health):
+    run(health, range(1, 61), discriminator__real=0.99, discriminator__generated=0.01)
+    (line,) = warnings(health)
+    assert line.startswith("update 20: the discriminators tell real from generated audio almost perfectly")
+    assert "(mean margin 0.98 over 20 updates)" in line
+
+
+def test_a_discriminator_that_loses_for_long_and_again_after_a_recovery(health):
+    run(health, range(1, 41), discriminator__real=0.51, discriminator__generated=0.50)
+    run(health, range(41, 101))
+    run(health, range(101, 141), discriminator__real=0.51, discriminator__generated=0.50)
+    lines = warnings(health)
+    assert len(lines) == 2
+    assert all("cannot tell real from generated" in line for line in lines)
+
+
+def test_one_lucky_update_is_no_discriminator_that_wins(health):
+    run(health, range(1, 41))
+    run(health, [41], discriminator__real=5.0, discriminator__generated=-4.0)
+    run(health, range(42, 80))
+    assert warnings(health) == []
+
+
+def test_a_margin_around_its_limit_is_one_warning(health):
+    for update in range(1, 400):
+        margin = 0.96 if update // 15 % 2 else 0.945
+        health.write("metrics", metrics(update, discriminator__real=margin, discriminator__generated=0.0))
+    assert len(warnings(health)) == 1
+
+
+def test_exploding_gradients_name_their_side_and_size(health):
+    run(health, range(1, 41))
+    run(health, [41], gradient_norm__generator=1000.0)  # one spike is clipped and forgotten
+    run(health, range(42, 61))
+    assert warnings(health) == []
+    run(health, range(61, 70), gradient_norm__generator=12.0)
+    (line,) = warnings(health)
+    assert "gradients of the generator explode, norm 12 after 1:" in line
+
+
+def test_falling_behind_on_data(health):
+    run(health, range(1, 41), data_wait_seconds=0.5)
+    (line,) = warnings(health)
+    assert line.startswith("update 20: 50% of the time is spent waiting for data: raise data.num_workers, or move")
+
+
+def test_a_resumed_run_forgets_the_warnings_of_updates_that_come_again(health, tmp_path):
+    run(health, range(1, 41), data_wait_seconds=0.5)
+    again = HealthWriter(tmp_path, LIMITS, codebook_size=1000)
+    again.start(20)
+    assert len(warnings(again)) == 1
+    again.start(19)
+    assert warnings(again) == []
+
+
+@pytest.mark.parametrize("change", [{"window_updates": 5}, {"max_data_wait": -1}, {"max_gradient_growth": "much"}])
+def test_impossible_limits_are_named(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name}="):
+        HealthLimits(**change)

@@ -1,0 +1,67 @@
+import json
+from itertools import pairwise
+
+import pytest
+
+from moss_train.training.course import follow, panels
+from moss_train.training.csv_writer import read_table
+from moss_train.training.progress_writer import clock
+from moss_train.training.summary import validation_table
+
+
+def test_a_run_ends_with_a_summary(whole):
+    text = (whole / "summary.md").read_text()
+    assert text.startswith(f"# {whole.parent.name}/{whole.name}\n\nFinished at update 8 of 8.\n")
+    assert "| stages, by their first update | reconstruction from 1, adversarial from 5 |" in text
+    hours = read_table(whole / "audio_hours.csv")
+    assert hours
+    assert "speech 0.0" in text
+    assert "No validation: `validation.data` was not set." in text
+    assert "Codebooks at update 6: " in text
+    assert text.endswith("## Warnings\n\nNone.\n")
+
+
+def test_curves_are_means_over_stretches_of_the_run():
+    rows = [
+        {"update": str(update), "stage": "a" if update < 500 else "b", "loss/reconstruction": str(float(update % 2))}
+        for update in range(1, 1001)
+    ]
+    course = follow(rows, 1000)
+    assert course.stages == {"a": 1, "b": 500}
+    (panel,) = panels(course, [], [])
+    (curve,) = panel.curves
+    assert len(curve.values) == 501
+    assert all(later - earlier == 2 for earlier, later in pairwise(curve.updates))
+    assert set(curve.values[1:-1]) == {0.5}
+
+
+def test_a_long_validation_is_shown_in_twelve_rows():
+    rows = [
+        {"update": str(i), "clips": "4", "mel_distance/1": "3.0", "mel_distance/4": str(2 - i / 100), "text_nats": ""}
+        for i in range(100)
+    ]
+    lines = validation_table(rows)
+    table = [line for line in lines if line.startswith("|")]
+    assert table[0] == "| update | mel, 1 levels | mel, 4 levels |"
+    assert len(table) == 2 + 12
+    assert table[2] == "| 0 | 3.000 | 2.000 |"
+    assert table[-1] == "| 99 | 3.000 | 1.010 |"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59, "0:01 h"), (3700, "1:02 h"), (200_000, "2 d 07:33 h")])
+def test_times_are_readable(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_samples_of_skipped_updates_are_written_down(small_overrides, tmp_path, capsys):
+    """A learning rate that breaks the weights: the updates after it are not finite, and the run stops."""
+    from moss_train.commands._compose import compose, to_plain
+    from moss_train.training.run import fit
+
+    overrides = [*small_overrides, f"run_dir={tmp_path}", "stages.0.learning_rate=1e30", "stages.0.warmup_updates=0"]
+    with pytest.raises(FloatingPointError, match="3 in a row"):
+        fit(to_plain(compose("fit", overrides), "fit"))
+    entries = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["update"] for entry in entries] == [2, 3, 4]
+    assert all("loss/reconstruction" in entry["not_finite"] for entry in entries)
+    assert all(entry["sample_ids"] and entry["rank"] == 0 for entry in entries)
