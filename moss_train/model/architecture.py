@@ -10,6 +10,12 @@ if TYPE_CHECKING:
 STAGE_KEYS = {"patch_size", "output_dimension", "d_model", "num_heads", "num_layers"}
 OPTIONAL_STAGE_KEYS = {"dim_feedforward", "context_duration"}
 ENTRY_SIZES = ("input_dimension", "output_dimension", "d_model", "num_heads", "num_layers", "dim_feedforward")
+FIXED = {"causal": True, "norm": "layer_norm", "positional_embedding": "rope", "gating": "none"}
+OPTIONAL_ENTRY_KEYS = {"module_type", "max_period", "layer_scale", "conv_layout", "context_duration"}
+ENTRY_KEYS = {
+    "PatchedPretransform": {"module_type", "patch_size"},
+    "Transformer": {*ENTRY_SIZES, *OPTIONAL_ENTRY_KEYS, *FIXED},
+}
 QUANTIZER_SIZES = {"input_dim", "rvq_dim", "output_dim", "num_quantizers", "codebook_size", "codebook_dim"}
 CHOICES = {
     "attention_implementation": (None, "sdpa", "flash_attention_2"),
@@ -20,7 +26,7 @@ CHOICES = {
 def check_architecture(config: "MossAudioTokenizerConfig") -> None:
     """Raise ValueError, with the offending values, for a configuration that no model can be built from."""
     check_positive("config", vars(config), ("sampling_rate", "downsample_rate", "number_channels"))
-    check_positive("config", vars(config), ("causal_transformer_context_duration",), float)
+    check_positive("config", vars(config), ("causal_transformer_context_duration",), (int, float))
     check_quantizer(config.quantizer_kwargs)
     for key, choices in CHOICES.items():
         if getattr(config, key, None) not in choices:
@@ -35,13 +41,15 @@ def check_modules(config: "MossAudioTokenizerConfig", name: str, width: int, wan
     """Check the entries of an encoder or decoder: kinds, patch sizes, sizes that fit, windows of a frame or more."""
     entries = getattr(config, name)
     for number, entry in enumerate(entries):
-        where = f"{name}[{number}]"
-        if entry.get("module_type") == "PatchedPretransform":
+        where, kind = f"{name}[{number}]", entry.get("module_type")
+        if not isinstance(kind, str) or kind not in ENTRY_KEYS:
+            raise ValueError(f"{where}: module_type {kind!r} is not one of {', '.join(ENTRY_KEYS)}")
+        if unknown := entry.keys() - ENTRY_KEYS[kind]:
+            raise ValueError(f"{where}: a {kind} has no {', '.join(sorted(unknown))}")
+        if kind == "PatchedPretransform":
             check_positive(where, entry, ("patch_size",))
-        elif entry.get("module_type") == "Transformer":
-            check_transformer(where, entry)
         else:
-            raise ValueError(f"{where}: module_type {entry.get('module_type')!r} is not known")
+            check_transformer(where, entry)
     patches = [entry["patch_size"] for entry in entries if "patch_size" in entry]
     if math.prod(patches) != config.downsample_rate * config.number_channels:
         raise ValueError(
@@ -76,8 +84,11 @@ def check_transformer(where: str, entry: Mapping[str, Any]) -> None:
     """Raise ValueError for sizes that do not divide and for variants of the block that Cat does not have."""
     check_positive(where, entry, ENTRY_SIZES)
     check_heads(where, entry)
-    fixed = {"causal": True, "norm": "layer_norm", "positional_embedding": "rope", "gating": "none"}
-    for key, value in fixed.items():
+    given = [key for key in ("max_period", "layer_scale", "context_duration") if key in entry]
+    check_positive(
+        where, entry, [key for key in given if entry[key] is not None or key != "context_duration"], (int, float)
+    )
+    for key, value in FIXED.items():
         if entry.get(key, value) != value:
             raise ValueError(f"{where}: {key}={entry[key]!r} is not supported, Cat has {value!r}")
 
@@ -100,6 +111,11 @@ def check_quantizer(sizes: Mapping[str, Any]) -> None:
     if kind != "rlfq":
         raise ValueError(f"quantizer_type={kind!r} is not known; Cat has 'rlfq'")
     check_positive("quantizer_kwargs", sizes, sorted(QUANTIZER_SIZES))
+    if sizes["rvq_dim"] == sizes["codebook_dim"]:
+        raise ValueError(
+            f"quantizer_kwargs: rvq_dim and codebook_dim are both {sizes['rvq_dim']}; the released layout has no "
+            "projections around such levels, choose another rvq_dim"
+        )
 
 
 def check_stages(stages: Sequence[Mapping[str, Any]]) -> None:
@@ -115,13 +131,31 @@ def check_stages(stages: Sequence[Mapping[str, Any]]) -> None:
         check_heads(f"stages[{number}]", stage)
 
 
-def check_positive(where: str, values: Mapping[str, Any], keys: Sequence[str], kind: type = int) -> None:
-    """Raise ValueError unless each key is there with a positive number of the given kind."""
+def check_positive(
+    where: str, values: Mapping[str, Any], keys: Sequence[str], kind: type | tuple[type, ...] = int
+) -> None:
+    """Raise ValueError unless each key is there with a positive finite number of the given kind."""
+    name = "int" if kind is int else "number"
     for key in keys:
         value = values.get(key)
         is_number = isinstance(value, kind) and not isinstance(value, bool)
-        if value is None or not is_number or not value > 0:
-            raise ValueError(f"{where}: {key} must be a positive {kind.__name__}, got {value!r}")
+        if value is None or not is_number or not 0 < value < math.inf:
+            raise ValueError(f"{where}: {key} must be a positive {name}, got {value!r}")
+
+
+def as_whole(key: str, value: Any) -> int:
+    """A whole number, which JSON may have written as 24000.0; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        raise ValueError(f"config: {key} must be a positive int, got {value!r}")
+    return int(value)
+
+
+def as_entries(key: str, value: Any) -> list[dict[str, Any]]:
+    """A list of mappings, copied; ValueError for anything else."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if not is_list or not all(isinstance(entry, Mapping) for entry in value):
+        raise ValueError(f"config: {key} must be a list of modules, got {value!r}")
+    return [dict(entry) for entry in value]
 
 
 def frames_per_code_frame(config: "MossAudioTokenizerConfig", name: str) -> dict[int, int]:

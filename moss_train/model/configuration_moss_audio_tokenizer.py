@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .architecture import check_architecture, check_positive, check_stages
+from .architecture import as_entries, as_whole, check_architecture, check_positive, check_stages
 
 
 class MossAudioTokenizerConfig(PretrainedConfig):
@@ -45,13 +45,13 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         number_channels: int = 1,
         **kwargs: Any,
     ) -> None:
-        self.sampling_rate = kwargs["sample_rate"] = int(sampling_rate)
-        self.downsample_rate = int(downsample_rate)
-        self.causal_transformer_context_duration = float(causal_transformer_context_duration)
-        self.encoder_kwargs = [dict(entry) for entry in encoder_kwargs]
-        self.decoder_kwargs = [dict(entry) for entry in decoder_kwargs]
-        self.quantizer_kwargs = dict(quantizer_kwargs or {})
-        self.number_channels = int(number_channels)
+        self.sampling_rate = kwargs["sample_rate"] = as_whole("sampling_rate", sampling_rate)
+        self.downsample_rate = as_whole("downsample_rate", downsample_rate)
+        self.causal_transformer_context_duration = causal_transformer_context_duration
+        self.encoder_kwargs = as_entries("encoder_kwargs", encoder_kwargs)
+        self.decoder_kwargs = as_entries("decoder_kwargs", decoder_kwargs)
+        self.quantizer_kwargs = as_entries("quantizer_kwargs", [quantizer_kwargs or {}])[0]
+        self.number_channels = as_whole("number_channels", number_channels)
         kwargs.setdefault("enable_channel_interleave", self.number_channels > 1)
         kwargs.setdefault("quantizer_type", self.quantizer_kwargs.get("quantizer_type", "rlfq"))
         kwargs.setdefault("reversed_decoder_kwargs", None)

@@ -19,7 +19,7 @@ class LayerScale(nn.Module):
     def __init__(self, channels: int, init: float) -> None:
         super().__init__()
         self.init = init
-        self.scale = nn.Parameter(torch.full((channels,), init))
+        self.scale = nn.Parameter(torch.full((channels,), float(init)))
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         """Add a branch [B, T, D] with this gain to the residual stream [B, T, D]."""

@@ -101,6 +101,7 @@ def changed_stage(index, **changes):
         ({"quantizer": {**QUANTIZER, "quantizer_type": "rvq"}}, "quantizer_type='rvq'"),
         ({"quantizer": {**QUANTIZER, "num_quantizers": 0}}, "num_quantizers"),
         ({"quantizer": {**QUANTIZER, "typo": 1}}, "typo"),
+        ({"quantizer": {**QUANTIZER, "codebook_dim": QUANTIZER["rvq_dim"]}}, "rvq_dim and codebook_dim are both 20"),
     ],
 )
 def test_illegal_stages_are_refused(options, message):
@@ -122,7 +123,16 @@ def changed_entry(name, index, **changes):
         (changed_entry("encoder_kwargs", 1, input_dimension=5), "input_dimension 5 receives 4 channels"),
         (changed_entry("encoder_kwargs", 5, output_dimension=10), "ends with 10 channels, 24 are needed"),
         (changed_entry("decoder_kwargs", 0, output_dimension=33), "33 channels cannot be split into 2"),
-        (changed_entry("encoder_kwargs", 1, module_type="Conv"), "module_type 'Conv' is not known"),
+        (
+            changed_entry("encoder_kwargs", 1, module_type="Conv"),
+            "module_type 'Conv' is not one of PatchedPretransform, Transformer",
+        ),
+        (changed_entry("encoder_kwargs", 1, patch_size=1), "a Transformer has no patch_size"),
+        (changed_entry("encoder_kwargs", 0, d_model=4), "a PatchedPretransform has no d_model"),
+        (changed_entry("encoder_kwargs", 1, layer_scale=None), "layer_scale must be a positive number, got None"),
+        (changed_entry("encoder_kwargs", 1, context_duration=0), "context_duration must be a positive number, got 0"),
+        (small_config().to_dict() | {"sampling_rate": 160.5}, "sampling_rate must be a positive int, got 160.5"),
+        (small_config().to_dict() | {"decoder_kwargs": "x"}, "decoder_kwargs must be a list of modules, got 'x'"),
         (changed_entry("encoder_kwargs", 1, causal=False), "causal=False is not supported"),
         (changed_entry("encoder_kwargs", 1, positional_embedding="sin"), "positional_embedding='sin'"),
         (changed_entry("encoder_kwargs", 1, gating="silu"), "gating='silu'"),
