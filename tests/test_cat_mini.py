@@ -1,0 +1,64 @@
+"""The trained model that comes with the code: it loads, does what its card says, and streams what it gives offline."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moss_train.audio import read_audio
+from moss_train.evaluation.depths import depth_report
+from moss_train.losses.mel import multi_scale_mel_distance
+from moss_train.model import MossAudioTokenizerModel
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FOLDER = RECIPES / "cat_mini"
+AUDIO = RECIPES / "quickstart" / "audio"
+PEAK = 0.7  # the level that it was trained at
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MossAudioTokenizerModel.from_pretrained(FOLDER).eval()
+
+
+@pytest.fixture(scope="module")
+def speech():
+    """The held-out sentences [1, T]."""
+    entries = [json.loads(line) for line in (AUDIO / "heldout.jsonl").read_text().splitlines()]
+    paths = [AUDIO / entry["path"] for entry in entries if entry["path"].startswith("speech")]
+    clips = [read_audio(path, sampling_rate=24000, num_channels=1)[0] for path in paths]
+    return [clip * (PEAK / clip.abs().max()) for clip in clips]
+
+
+def test_half_precision_file_loads_as_float32(model):
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert (FOLDER / "model.safetensors").stat().st_size < 16 * 2**20
+    assert sum(parameter.numel() for parameter in model.parameters()) == 5_440_128
+
+
+def test_distances_of_held_out_speech_are_those_of_the_card(model, speech):
+    report = depth_report(model, speech, [1, 16])
+    assert len(speech) == 3
+    assert report.distances[1] == pytest.approx(2.602, abs=0.02)
+    assert report.distances[16] == pytest.approx(2.461, abs=0.02)
+    silence = [multi_scale_mel_distance(x[None], x[None] * 0, torch.tensor([x.shape[1]]), 24000).item() for x in speech]
+    assert report.distances[16] < 0.4 * sum(silence) / len(silence)
+
+
+def test_streaming_gives_the_offline_codes_and_audio(model, speech):
+    audio = speech[0][None]
+    codes = model.encode(audio, return_dict=True).audio_codes
+    streamed = model.encode(audio, return_dict=True, chunk_duration=0.08).audio_codes
+    assert torch.equal(streamed, codes)
+    whole = model.decode(codes, return_dict=True).audio
+    in_chunks = model.decode(codes, return_dict=True, chunk_duration=0.08).audio
+    torch.testing.assert_close(in_chunks, whole, atol=1e-4 * whole.abs().max().item(), rtol=0)
+    assert whole.abs().max() > 0.1  # audible
+
+
+def test_notices_of_the_recordings_lie_beside_the_weights():
+    notice = (FOLDER / "NOTICE").read_text()
+    assert "recipes/quickstart/audio/NOTICE" in notice
+    assert "Carnegie Mellon University" in notice
+    assert "CC0" in notice
