@@ -3,6 +3,7 @@
 Waveforms are float32 [C, T] in [-1, 1], C channels, T samples.
 """
 
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,14 @@ _UNKNOWN_CHUNK_SIZE = 0x7FFFF000  # at and above it: written to a pipe, the leng
 _OGG_WITHOUT_END = "File ended unexpectedly without an End-Of-Stream flag"
 
 AudioSource = str | Path | BinaryIO
+
+
+class NamedBytes(io.BytesIO):
+    """An audio file in memory that says in errors where it comes from."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -97,10 +106,10 @@ def read_audio(
             samples = file.read(wanted, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise UserError(f"{_describe(source)} is damaged ({error.error_string.strip()})") from error
-        rate = file.samplerate
+        rate, integers = file.samplerate, file.subtype.startswith("PCM")
     if len(samples) != wanted:
         raise UserError(f"{_describe(source)} is damaged: {len(samples)} of {wanted} samples could be read")
-    if not np.isfinite(samples).all():
+    if not integers and not np.isfinite(samples).all():
         raise UserError(f"{_describe(source)} contains NaN or infinite samples")
     audio = torch.from_numpy(np.ascontiguousarray(samples.T))
     if num_channels is not None:

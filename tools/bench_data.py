@@ -1,19 +1,21 @@
-"""How many seconds of audio per second one core reads: plain decoding by format, and the whole training pipeline.
+"""How many seconds of audio one core reads per second of CPU time: plain decoding by format, and the whole pipeline.
 
     python tools/bench_data.py recipes/quickstart/audio [seconds of audio to make, 1800 by default]
 
 Joins the recordings of a folder to clips of 10 s, writes them as FLAC, Ogg Opus and WAV, packs them, and reads them as
-files, as training batches from local shards, and from shards behind a local HTTP server, first and cached.
+files, as training batches from local shards, and from shards behind a local HTTP server, first and cached. Each number
+is the median of five, but for what is done once; CPU time, so that other work on the machine matters less.
 """
 
 import functools
 import http.server
 import os
+import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import soundfile
@@ -29,6 +31,7 @@ from moss_train.data.stream import AudioStream, ClipFormat
 
 RATE = 24000
 CLIP_SECONDS = 10
+TIMES = 5
 FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS"), "wav": ("WAV", "PCM_16")}
 
 
@@ -48,17 +51,23 @@ def make_clips(folder: Path, seconds: int) -> Iterator[torch.Tensor]:
         yield audio.roll(-number * length // 2, dims=1)[:, :length]
 
 
-def report(name: str, seconds: float, begin: float) -> None:
-    """Print one line of the result."""
-    elapsed = time.perf_counter() - begin
-    print(f"{name:<44} {seconds / elapsed:>8,.0f} audio seconds per second")
+def measure(name: str, seconds: float, action: Callable[[], object], times: int = TIMES) -> None:
+    """Print one line of the result: the median over some repetitions."""
+    speeds = []
+    for _ in range(times):
+        begin = time.process_time()
+        action()
+        speeds.append(seconds / (time.process_time() - begin))
+    print(f"{name:<36} {statistics.median(speeds):>8,.0f} audio seconds per CPU second", flush=True)
 
 
-def read_stream(source: str, seconds: float) -> Iterable:
+def read_stream(source: str, seconds: float) -> None:
     """Read so many seconds of training batches in this process."""
     stream = AudioStream([source], ClipFormat(RATE, 1, 1920), crop_seconds=CLIP_SECONDS)
     updates = [(number, 60.0) for number in range(int(seconds) // 60)]
-    return make_loader(stream, text_encoder=None, position=0, updates=updates, micro_batch_seconds=60.0)
+    loader = make_loader(stream, text_encoder=None, position=0, updates=updates, micro_batch_seconds=60.0)
+    found = sum(int(batch.audio_lengths.sum()) for update in loader for batch in update.micro_batches)
+    assert found == len(updates) * 60 * RATE, found
 
 
 def bench_files(folder: Path, clips: list[torch.Tensor]) -> None:
@@ -68,19 +77,13 @@ def bench_files(folder: Path, clips: list[torch.Tensor]) -> None:
         place.mkdir()
         for number, clip in enumerate(clips):
             soundfile.write(place / f"{number}.{suffix}", clip[0].numpy(), RATE, format=container, subtype=subtype)
-        begin = time.perf_counter()
-        for path in sorted(place.iterdir()):
-            read_audio(path, sampling_rate=RATE, num_channels=1)
-        report(f"files, {suffix}", len(clips) * CLIP_SECONDS, begin)
+        measure(f"files, {suffix}", len(clips) * CLIP_SECONDS, functools.partial(read_files, place))
 
 
-def bench_stream(name: str, source: str, seconds: float) -> None:
-    """Read training batches."""
-    begin = time.perf_counter()
-    found = sum(
-        int(batch.audio_lengths.sum()) for update in read_stream(source, seconds) for batch in update.micro_batches
-    )
-    report(name, found / RATE, begin)
+def read_files(folder: Path) -> None:
+    """Decode every file of a folder."""
+    for path in sorted(folder.iterdir()):
+        read_audio(path, sampling_rate=RATE, num_channels=1)
 
 
 def bench_remote(shards: Path, folder: Path, seconds: float) -> None:
@@ -90,9 +93,14 @@ def bench_remote(shards: Path, folder: Path, seconds: float) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    bench_stream("training batches, remote, first", url, seconds)
-    bench_stream("training batches, remote, cached", url, seconds)
+    measure("training batches, remote, first", seconds, lambda: read_stream(url, seconds), times=1)
+    measure("training batches, remote, cached", seconds, lambda: read_stream(url, seconds))
     server.shutdown()
+
+
+def pack_clips(folder: Path) -> None:
+    """Pack the FLAC files."""
+    pack(list_clips(folder / "flac", "audio"), folder / "shards", PackOptions(), num_workers=1)
 
 
 def main() -> None:
@@ -103,11 +111,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench_files(folder, clips)
-        begin = time.perf_counter()
-        pack(list_clips(folder / "flac", "audio"), folder / "shards", PackOptions(), num_workers=1)
-        report("pack, flac to flac", len(clips) * CLIP_SECONDS, begin)
-        bench_stream("training batches, local, first", str(folder / "shards"), seconds)
-        bench_stream("training batches, local, again", str(folder / "shards"), seconds)
+        measure("pack, flac to flac", len(clips) * CLIP_SECONDS, functools.partial(pack_clips, folder), times=1)
+        local = str(folder / "shards")
+        measure("training batches, local", seconds, lambda: read_stream(local, seconds))
         bench_remote(folder / "shards", folder, seconds)
 
 

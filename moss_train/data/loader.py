@@ -123,9 +123,10 @@ def collate(clips: Sequence[TrainingClip], hop_length: int) -> Batch:
     """Pad clips to one length, a whole number of `hop_length` samples, and their tokens likewise."""
     audio_lengths = torch.tensor([clip.audio.shape[-1] for clip in clips])
     num_frames = -(-int(audio_lengths.max()) // hop_length)
-    audio = clips[0].audio.new_zeros(len(clips), clips[0].audio.shape[0], num_frames * hop_length)
+    audio = clips[0].audio.new_empty(len(clips), clips[0].audio.shape[0], num_frames * hop_length)
     for row, clip in zip(audio, clips, strict=True):
         row[:, : clip.audio.shape[-1]] = clip.audio
+        row[:, clip.audio.shape[-1] :] = 0
     return Batch(
         audio=audio,
         audio_lengths=audio_lengths,

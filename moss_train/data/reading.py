@@ -1,39 +1,25 @@
 """Read samples out of shards by seek, and check everything about them: a bad sample is reported, never let through."""
 
-import io
 import json
-import math
-import os
 import tarfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from moss_train.audio import read_audio
 from moss_train.data.corpus import Corpus
 from moss_train.data.index import ClipLocation
-from moss_train.data.loudness import loudness, power_spectrum
-from moss_train.data.remote import is_remote, open_shard
+from moss_train.data.levels import adjust_level, scale_to_peak
+from moss_train.data.shard_files import SampleError, ShardFiles
 from moss_train.data.stream import ClipFormat, SampleRef
 from moss_train.types import TASKS
 from moss_train.utils.errors import UserError
 
 TextEncoder = Callable[[str], Sequence[int]]
 
-_READ_BYTES = 2**18  # at once, so that a clip is read in one go and a crop of a long file costs no more than this
 _MAX_JSON_BYTES = 2**20
-MAX_GAIN_DB = 30.0
-"""Most that loudness normalisation changes a clip: what is quieter is not what it should be."""
-
-_OPEN_REMOTE = 8  # an open file takes space after the cache has deleted it
-
-
-class SampleError(ValueError):
-    """One sample cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -47,81 +33,13 @@ class TrainingClip:
     task_id: int  # -1 for a clip without text
 
 
-class OpenFiles:
-    """Keeps the last few shards open; reads by offset, so processes may share the descriptors after a fork."""
-
-    def __init__(self, capacity: int = 64) -> None:
-        self._capacity = capacity
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-
-    def descriptor(self, location: ClipLocation) -> int:
-        """Return an open descriptor of a clip's shard. Raises OSError, or SampleError for a shard of another size."""
-        path = location.shard
-        if path not in self._descriptors:
-            remote = is_remote(path)
-            self._descriptors[path] = _open_remote(location) if remote else _open_local(location)
-            if len(self._descriptors) > (min(self._capacity, _OPEN_REMOTE) if remote else self._capacity):
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(path)
-        return self._descriptors[path]
-
-    def close(self) -> None:
-        """Close every file."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __getstate__(self) -> dict:
-        return {"_capacity": self._capacity, "_descriptors": OrderedDict()}
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _open_remote(location: ClipLocation) -> int:
-    return open_shard(location.shard, location.shard_bytes, location.shard_sha256)
-
-
-def _open_local(location: ClipLocation) -> int:
-    descriptor = os.open(location.shard, os.O_RDONLY | os.O_CLOEXEC)
-    found = os.fstat(descriptor).st_size
-    if found != location.shard_bytes:
-        os.close(descriptor)
-        raise SampleError(f"{location.shard} has {found} bytes, the index says {location.shard_bytes}")
-    return descriptor
-
-
-class _Member(io.RawIOBase):
-    """One member of a tar as a file of its own."""
-
-    def __init__(self, descriptor: int, offset: int, size: int, name: str) -> None:
-        self._descriptor, self._offset, self._size, self._position = descriptor, offset, size, 0
-        self.name = name
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, origin + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._size - self._position)]
-        count = os.preadv(self._descriptor, [view], self._offset + self._position)
-        self._position += count
-        return count
-
-
 class ClipReader:
     """Reads and checks clips of shards that have one sampling rate and number of channels."""
 
     def __init__(self, sampling_rate: int, num_channels: int) -> None:
         self._sampling_rate = sampling_rate
         self._num_channels = num_channels
-        self._files = OpenFiles()
+        self._files = ShardFiles()
 
     def check_headers(self, location: ClipLocation) -> None:
         """Compare the tar headers in front of a clip's two members with the index. Raises SampleError."""
@@ -131,7 +49,7 @@ class ClipReader:
         )
         for offset, size, suffix in members:
             try:
-                block = os.pread(self._files.descriptor(location), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+                block = self._files.read(location, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
                 header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except OSError as error:
                 raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
@@ -149,8 +67,7 @@ class ClipReader:
         if location.json_size > _MAX_JSON_BYTES:
             raise SampleError(f"JSON has {location.json_size} bytes, more than {_MAX_JSON_BYTES}")
         try:
-            content = os.pread(self._files.descriptor(location), location.json_size, location.json_offset)
-            labels = json.loads(content)
+            labels = json.loads(self._files.read(location, location.json_offset, location.json_size))
         except OSError as error:
             raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -161,11 +78,8 @@ class ClipReader:
     def read_audio(self, location: ClipLocation, start: int, num_frames: int) -> Tensor:
         """Read a part of a clip as float32 [C, T]. Raises SampleError."""
         try:
-            descriptor = self._files.descriptor(location)
-            name = f"{location.shard} at byte {location.audio_offset}"
-            member = _Member(descriptor, location.audio_offset, location.audio_size, name)
             to_end = start + num_frames == location.num_samples  # then a file longer than its index is noticed too
-            file = io.BufferedReader(member, _READ_BYTES)
+            file = self._files.open_audio(location)
             audio, rate = read_audio(file, start=start, num_frames=None if to_end else num_frames)
         except OSError as error:
             raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
@@ -219,29 +133,6 @@ class SampleReader:
         if not tokens:
             raise SampleError("the text encoder gives no tokens")
         return tokens
-
-
-def adjust_level(audio: Tensor, clip_format: ClipFormat, gain_unit: float) -> Tensor:
-    """Bring audio [C, T] to the level that a format asks for; silence stays silent, nothing exceeds full scale."""
-    audio = scale_to_peak(audio, clip_format.peak)
-    gain_db = 0.0
-    if clip_format.loudness_lufs is not None:
-        wanted = clip_format.loudness_lufs - loudness(power_spectrum(audio), clip_format.sampling_rate)
-        gain_db = min(max(wanted, -MAX_GAIN_DB), MAX_GAIN_DB) if math.isfinite(wanted) else 0.0
-    if clip_format.gain_db is not None:
-        lowest, highest = clip_format.gain_db
-        gain_db += lowest + (highest - lowest) * gain_unit
-    if gain_db == 0 or not (peak := audio.abs().max().item()):
-        return audio
-    return audio * min(10 ** (gain_db / 20), max(1.0, 1 / peak) if gain_db > 0 else 1.0)
-
-
-def scale_to_peak(audio: Tensor, peak: float | None) -> Tensor:
-    """Scale audio to a highest absolute sample; silence stays silent, None changes nothing."""
-    if peak is None or audio.numel() == 0:
-        return audio
-    highest = audio.abs().max()
-    return audio * (peak / highest) if highest > 0 else audio
 
 
 def iterate_clips(

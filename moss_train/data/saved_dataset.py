@@ -1,23 +1,17 @@
 """Hugging Face datasets that were saved with `save_to_disk`, read from their Arrow files."""
 
-import io
 import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from moss_train.audio import NamedBytes
 from moss_train.utils.errors import UserError
 
 AUDIO_COLUMN = "audio"
 _TEXT_COLUMNS = ("text", "transcription", "sentence", "transcript", "caption")
 _LABEL_COLUMNS = ("id", "domain", "task", "language", "speaker")
-
-
-class _NamedBytes(io.BytesIO):
-    """Bytes that say in errors where they come from."""
-
-    name = "audio"
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -45,7 +39,7 @@ def iterate_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 number += 1
 
 
-def open_row(path: Path, row: int) -> io.BytesIO:
+def open_row(path: Path, row: int) -> NamedBytes:
     """Return the audio file in one row of an Arrow file. Raises UserError when there is none."""
     value = _table(str(path)).column(AUDIO_COLUMN)[row].as_py()
     content = value.get("bytes") if isinstance(value, dict) else None
@@ -54,9 +48,7 @@ def open_row(path: Path, row: int) -> io.BytesIO:
         if not inner or not Path(inner).is_file():
             raise UserError(f"{path} row {row} has neither the bytes of its audio nor an existing path ({inner})")
         content = Path(inner).read_bytes()
-    source = _NamedBytes(content)
-    source.name = f"{path} row {row}"
-    return source
+    return NamedBytes(content, f"{path} row {row}")
 
 
 def _splits(folder: Path) -> list[tuple[str, Path]]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from moss_train.data.index import ClipLocation, ShardIndex
-from moss_train.data.reading import ClipReader, OpenFiles, SampleError, iterate_clips, scale_to_peak
+from moss_train.data.levels import scale_to_peak
+from moss_train.data.reading import ClipReader, SampleError, iterate_clips
+from moss_train.data.shard_files import ShardFiles
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_labels_that_do_not_fit_are_an_error(tmp_path: Path, content: bytes, mes
 
 
 def test_only_a_few_files_stay_open(tmp_path: Path) -> None:
-    files = OpenFiles(capacity=2)
+    files = ShardFiles(capacity=2)
     for name in "abca":
         (tmp_path / name).write_text(name)
         assert os.pread(files.descriptor(location_of(tmp_path / name)), 9, 0) == name.encode()
