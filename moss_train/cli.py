@@ -13,6 +13,7 @@ from moss_train.commands import _help as help_texts
 from moss_train.utils.errors import PreemptedError, UserError
 
 PROGRAM = "moss_train"
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -36,7 +37,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit status.
 
-    0 done, 1 the verb's own report of failure, 2 wrong input, 130 Ctrl-C, 143 stopped by SIGTERM after a checkpoint.
+    0 done, 1 the verb's own report of failure or numbers that diverged, 2 wrong input, 130 Ctrl-C, 143 stopped by
+    SIGTERM after a checkpoint.
 
     Any other exception is a bug of ours and passes through with its traceback.
     """
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UserError, OSError) as error:
         return _fail(verb, _one_line(error), EXIT_USER_ERROR, argv)
+    except FloatingPointError as error:
+        return _fail(verb, _one_line(error), EXIT_FAILED, argv)
     except PreemptedError as error:
         return _fail(verb, str(error), 128 + error.number, argv)
     except KeyboardInterrupt:
