@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from yaml import YAMLError
 
 from moss_train.commands._help import JOINED_KEYS, group_options
 from moss_train.utils.errors import UserError
@@ -33,6 +34,8 @@ def compose(verb: str, overrides: Sequence[str] = (), extra_directory: Path | No
         config = _compose(verb, prepared, extra_directory)
     except MissingConfigException as error:
         raise UserError(_explain_missing_config(error, extra_directory)) from error
+    except YAMLError as error:
+        raise UserError(f"a configuration file is not plain YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, verb, prepared, extra_directory)) from error
     _refuse_overwritten_containers(verb, prepared, extra_directory)

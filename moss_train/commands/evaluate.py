@@ -32,7 +32,7 @@ from moss_train.evaluation.text_model import TextCrossEntropy, text_lm_of_checkp
 from moss_train.export.loading import find_checkpoint, load_tokenizer
 from moss_train.inference.device import choose_device
 from moss_train.model import MossAudioTokenizerModel
-from moss_train.utils.checkpoints import CHECKPOINT_FILE
+from moss_train.utils.checkpoints import read_payload
 from moss_train.utils.errors import UserError
 
 SUMMARY = "Measure a codec at every bitrate: the published table's columns, with a report."
@@ -174,7 +174,7 @@ def _text_model(
     path = find_checkpoint(Path(config["model"])) if "text_model" in config["metrics"] else None
     if path is None:
         return None
-    checkpoint = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_payload(path, mmap=True)
     text_lm = text_lm_of_checkpoint(checkpoint, tokenizer.config.quantizer_kwargs["output_dim"])
     return TextCrossEntropy(tokenizer, text_lm.to(device)) if text_lm is not None else None
 

@@ -1,18 +1,30 @@
 """The inference model of anything that holds one, and the networks that trained it where they were kept."""
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moss_train.export.training_state import STATE_FOLDER, read_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
-from moss_train.utils.checkpoints import CHECKPOINT_FILE, find_damage, newest_checkpoint
+from moss_train.utils.checkpoints import CHECKPOINT_FILE, find_damage, newest_checkpoint, read_payload
 from moss_train.utils.errors import UserError
 
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 NETWORKS = ("semantic", "discriminators")  # of a training, beside the tokenizer
 Weights = Mapping[str, Mapping[str, Tensor]]
 
@@ -88,8 +100,8 @@ def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
         raise UserError(f"{path} is neither a run, a checkpoint nor a model folder: it has no config.json")
     try:
         return kind.from_pretrained(str(path), **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -106,13 +118,16 @@ def find_checkpoint(path: Path) -> Path | None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Content of a checkpoint directory; its tensors stay on the disk until they are used."""
-    return torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True, mmap=True)
+    return read_payload(path, mmap=True)
 
 
 def tokenizer_of(content: Mapping[str, Any]) -> MossAudioTokenizerModel:
-    """Build the tokenizer that a checkpoint's content describes and load its weights, strictly."""
-    model = MossAudioTokenizerModel(tokenizer_config(content["hyper_parameters"]["tokenizer"]))
-    model.load_state_dict(weights_under("tokenizer.", content["state_dict"]))
+    """Build the tokenizer that a checkpoint's content describes and load its weights, strictly. Raises UserError."""
+    try:
+        model = MossAudioTokenizerModel(tokenizer_config(content["hyper_parameters"]["tokenizer"]))
+        model.load_state_dict(weights_under("tokenizer.", content["state_dict"]))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"the checkpoint does not hold a tokenizer: {_first_line(error)}") from error
     return model
 
 
@@ -126,3 +141,7 @@ def tokenizer_config(node: Mapping[str, Any]) -> MossAudioTokenizerConfig:
     if "stages" in node:
         return MossAudioTokenizerConfig.from_stages(**node)
     return MossAudioTokenizerConfig(**node)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,6 +15,7 @@ from moss_train.utils.checkpoints import (
     checkpoint_name,
     prune_checkpoints,
     read_manifest,
+    read_payload,
     write_checkpoint,
 )
 from moss_train.utils.errors import UserError
@@ -40,8 +41,7 @@ class DirectoryCheckpointIO(CheckpointIO):
         # Mapped, the ranks of a machine share one copy. On a CPU the optimizer would keep the mapping of a file that
         # is deleted later.
         mmap = torch.cuda.is_available()
-        file = Path(path) / CHECKPOINT_FILE
-        return torch.load(file, map_location=map_location or "cpu", weights_only=True, mmap=mmap)
+        return read_payload(Path(path), map_location=map_location or "cpu", mmap=mmap)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         raise UserError(f"{path}: checkpoints are removed by their retention, not through Lightning")

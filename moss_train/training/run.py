@@ -200,7 +200,7 @@ def store_config(config: Node, directory: Path, is_new: bool) -> None:
     """
     path = directory / CONFIG_FILE
     if not is_new and path.exists() and not config["allow_changes"]:
-        changes = differences(governing(yaml.safe_load(path.read_text())), governing(config))
+        changes = differences(governing(read_config(path)), governing(config))
         if changes:
             raise UserError(
                 f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
@@ -208,6 +208,17 @@ def store_config(config: Node, directory: Path, is_new: bool) -> None:
             )
     with written_whole(path) as temporary:
         temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration that a run directory stores. Raises UserError when it is damaged."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or remove it") from error
+    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+        raise UserError(f"{path} is not the configuration of a run; restore it, or remove it")
+    return config
 
 
 def governing(config: Node) -> dict[str, Any]:

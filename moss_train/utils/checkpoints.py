@@ -8,12 +8,15 @@ goes through $TMPDIR and destroyed the previous file in a measured kill.)
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import written_whole
@@ -92,6 +95,26 @@ def sync(path: Path) -> None:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The `info` of a sound checkpoint's manifest."""
     return json.loads((directory / MANIFEST).read_text())["info"]
+
+
+def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
+    """Content of a checkpoint, tensors and plain data only: a stranger's file can name no code to run.
+
+    Args:
+        options: of `torch.load`; `map_location` is the CPU unless given.
+
+    Raises:
+        UserError: it holds anything else, or is not a checkpoint.
+    """
+    path = directory / CHECKPOINT_FILE
+    try:
+        content = torch.load(path, **{"map_location": "cpu", **options, "weights_only": True})
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be loaded as tensors and plain data: {reason}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"{path} is not a checkpoint of a training")
+    return content
 
 
 def find_damage(directory: Path) -> str | None:
