@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import DacConfig, MimiConfig
 from transformers.models.dac.modeling_dac import DacDecoder, DacEncoder
@@ -39,7 +40,7 @@ from moss_train.training.initialization import module_arguments
 from moss_train.training.module import CatModule
 from moss_train.training.short_runs import packed_clips, shortened, train_in_memory
 
-PACE_UPDATES = 4
+PACE_UPDATES = 6
 EXPERIMENTS = {"tiny": "cat_tiny", "small": "cat_small"}
 # About as many parameters as the experiment's encoder and decoder.
 DAC_SIZES = {
@@ -148,14 +149,32 @@ def seconds_of(config: dict[str, Any], module: CatModule) -> float:
     return clock() - begin
 
 
+class Pace(Callback):
+    """Notes when updates end; the first ones pay for what is made once."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.ends.append(clock())
+
+    @property
+    def seconds_per_update(self) -> float:
+        """Mean of the later half."""
+        later = self.ends[len(self.ends) // 2 - 1 :]
+        return (later[-1] - later[0]) / (len(later) - 1)
+
+
 def affordable_updates(config: dict[str, Any], system: str, options: argparse.Namespace) -> int:
     """How many updates fit the minutes, from the times of a few in each stage."""
     per_update, total = 0.0, sum(stage["updates"] for stage in config["stages"])
     for stage in config["stages"]:
         alone = {**config, "stages": [{**stage, "updates": PACE_UPDATES, "discriminator_warmup_updates": 0}]}
-        seconds_of(alone, build_module(alone, system, options.size))  # the first call pays for what is cached
-        seconds = seconds_of(alone, build_module(alone, system, options.size))
-        per_update += seconds / PACE_UPDATES * stage["updates"] / total
+        pace = Pace()
+        train_in_memory(alone, build_module(alone, system, options.size), [pace])
+        per_update += pace.seconds_per_update * stage["updates"] / total
     return max(4, int(options.minutes * 60 / per_update))
 
 
