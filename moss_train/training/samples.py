@@ -84,7 +84,7 @@ class Sampler:
         if not self.draws:
             return None
         with written_whole(path) as whole:
-            save_spectrograms(audio, self.sampling_rate, whole, title=f"{clip.id}, {path.parent.name}")
+            save_spectrograms(audio, self.sampling_rate, whole, title=f"{clip.id}, update {int(path.parent.name[-8:])}")
         return path
 
     def _write_texts(self, folder: Path, samples: Sequence[ClipSample]) -> None:

@@ -28,7 +28,8 @@ export HF_HOME="$PWD/$out/huggingface" HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=10000
 
 say() { printf '\n== %s\n' "$*"; }
 moss_train() { "$python" -m moss_train "$@"; }
-training=("$python" -m moss_train fit experiment=cat_tiny data.train="$out/shards" "${schedule[@]}")
+training=("$python" -m moss_train fit experiment=cat_tiny data.train="$out/shards" "${schedule[@]}"
+    validation.data="$here/audio/heldout.jsonl")
 
 say "1. Pack the embedded recordings"
 [ -e "$out/shards" ] || moss_train pack input="$here/audio/train.jsonl" out="$out/shards"

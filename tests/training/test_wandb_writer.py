@@ -6,8 +6,11 @@ import os
 import threading
 
 import pytest
+import torch
 
+from moss_train.audio import write_audio
 from moss_train.training import wandb_access
+from moss_train.training.run_log import ClipSample
 from moss_train.training.wandb_access import find_key, why_offline
 from moss_train.training.wandb_writer import WandbWriter, run_id
 
@@ -50,6 +53,12 @@ def silent_server():
         yield f"http://127.0.0.1:{silent.server_address[1]}"
 
 
+def sample(directory, update):
+    path = directory / "levels-04.flac"
+    write_audio(path, torch.zeros(1, 2400), 24000)
+    return ClipSample(update, "1-clip", {"levels-04": path}, None, {"levels-04": "seven"})
+
+
 def test_a_key_that_the_server_knows_goes_online(server, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert why_offline(server) is None
@@ -88,7 +97,10 @@ def test_no_key_is_quietly_offline_and_a_resume_keeps_the_id(tmp_path, capfd):
         assert writer.run is not None
         assert writer.run.id == run_id(directory)
         writer.write("metrics", {"update": update, "loss/generator": 1.5})
+        writer.show([sample(tmp_path, update)])
         writer.close()
+    media = list((directory / "wandb").rglob("*levels-04*.flac"))
+    assert len(media) == 2
     assert len(list((directory / "wandb").glob(f"offline-run-*-{run_id(directory)}"))) == 2
     assert capfd.readouterr() == ("", "")
 
