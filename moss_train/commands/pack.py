@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moss_train.data.clips import PackOptions
+from moss_train.data.counting import kinds_of
 from moss_train.data.journal import JOURNAL_FILE, unfinished_folder
 from moss_train.data.manifest import list_clips, read_drop_list
 from moss_train.data.packing import PackReport, check_target, pack
@@ -80,7 +81,7 @@ def _print_report(report: PackReport, out: str) -> None:
         notes.append(f"taken over from an earlier attempt: {report.num_resumed} shards")
     notes += [f"left out: {count} clips {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())]
     if report.bad:
-        notes.append(f"left out: {len(report.bad)} files that could not be read, among them:")
+        notes.append(f"left out: {len(report.bad)} clips that cannot be used ({kinds_of(report.bad)}), among them:")
         notes += [f"  {reason}" for _, reason in report.bad[:_NUM_BAD_SHOWN]]
     if report.ignored:
         ignored = ", ".join(f"{name} ({count})" for name, count in sorted(report.ignored.items()))

@@ -9,6 +9,9 @@ from moss_train.types import UpdateBatch
 from moss_train.utils.errors import UserError
 
 BAD_KINDS = {
+    "missing file": r": no such file:",
+    "repeated id": r" is already on ",
+    "line": r": (?:not a line of|every (?:line|row)|unknown task|domain '|'\w+' has to be|a time has to)",
     "tar header": r"tar header",
     "file": r"^cannot read",
     "JSON": r"JSON (?:has|without)|damaged JSON",
@@ -17,7 +20,8 @@ BAD_KINDS = {
     "index": r"the index says",
     "audio": r"is damaged|not audio|cut off|asked for",
 }
-"""Kinds of bad samples, each with a pattern of the reasons that `SampleReader` gives; the first that fits counts."""
+"""Kinds of bad samples, each with a pattern of the reasons that `pack` and `SampleReader` give; the first that fits
+counts."""
 
 MIN_SAMPLES = 1000
 """The share of bad samples is taken of at least so many, so that the first bad one does not end a run."""
@@ -26,6 +30,12 @@ MIN_SAMPLES = 1000
 def kind_of(reason: str) -> str:
     """Return the kind of a bad sample, "other" when none fits."""
     return next((kind for kind, pattern in BAD_KINDS.items() if re.search(pattern, reason)), "other")
+
+
+def kinds_of(bad: Iterable[tuple[str, str]]) -> str:
+    """How many there are of every kind of (name, reason), as text, the most frequent first."""
+    kinds = Counter(kind_of(reason) for _, reason in bad)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 class StreamCounter:

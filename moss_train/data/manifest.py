@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ DOMAIN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 _KEYS = ("path", "id", "domain", "text", "task", "language", "speaker")
 _TIMES = ("start_seconds", "end_seconds")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what stands for a byte that is not UTF-8
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 _TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 
-Entries = Iterator[tuple[str, dict[str, Any]]]
+Entries = Iterator[tuple[str, dict[str, Any] | UserError]]
+"""Place and content of every line, or what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,13 @@ class SourceList:
     source: Path
     clips: tuple[SourceClip, ...]
     ignored: dict[str, int] = field(default_factory=dict)  # suffixes or manifest keys without effect, with counts
+    bad: tuple[tuple[str, str], ...] = ()  # (place, reason) of lines that are no clip
 
 
 def list_clips(source: Path, domain: str) -> SourceList:
     """List the clips of a source; `domain` is for clips that do not say one.
 
-    Raises UserError, with the line of a manifest, for whatever cannot be packed as written.
+    Lines of a manifest that are no clip are named in the result. Raises UserError when there is no clip at all.
     """
     check_domain(domain, "domain")
     suffix = source.suffix.lower()
@@ -143,20 +146,27 @@ def _readable(path: Path) -> str:
 
 def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
     clips: list[SourceClip] = []
+    bad: list[tuple[str, str]] = []
     ignored: dict[str, int] = {}
     places: dict[str, str] = {}
     folder = source if source.is_dir() else source.parent
     for where, entry in entries:
-        clip = _clip_from_entry(entry, folder, domain, where)
-        if clip.id in places:
-            raise UserError(f"{where}: {clip.id!r} is already on {places[clip.id]}; give every clip its own 'id'")
+        try:
+            if isinstance(entry, UserError):
+                raise entry
+            clip = _clip_from_entry(entry, folder, domain, where)
+            if clip.id in places:
+                raise UserError(f"{where}: {clip.id!r} is already on {places[clip.id]}; give every clip its own 'id'")
+        except UserError as error:
+            bad.append((where, str(error)))
+            continue
         places[clip.id] = f"line {where.rpartition(':')[2]}" if ":" in where else where
         clips.append(clip)
-        for key in entry.keys() - {*_KEYS, *_TIMES, "row"}:
+        for key in set(entry) - {*_KEYS, *_TIMES, "row"}:
             ignored[key] = ignored.get(key, 0) + 1
     if not clips:
-        raise UserError(f"{source} has no lines; write one JSON object with a 'path' per clip")
-    return SourceList(source, tuple(clips), ignored)
+        raise UserError(bad[0][1] if bad else f"{source} has no lines; write one JSON object with a 'path' per clip")
+    return SourceList(source, tuple(clips), ignored, tuple(bad))
 
 
 def _iterate_json(manifest: Path) -> Entries:
@@ -164,22 +174,40 @@ def _iterate_json(manifest: Path) -> Entries:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{manifest}:{number}"
-                yield where, _parse_line(line, where)
+                yield where, _or_error(_parse_line, line, where)
 
 
 def _iterate_table(manifest: Path, delimiter: str) -> Entries:
     """Rows of a table with a header; empty cells are left out."""
-    with manifest.open(encoding="utf-8-sig", newline="") as file:
+    with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
-        try:
-            for row in rows:
-                where = f"{manifest}:{rows.line_num}"
-                entry: dict[str, Any] = {key: value for key, value in row.items() if key and value}
-                if None in row or not entry.get("path"):
-                    raise UserError(f"{where}: every row needs a 'path' and no more cells than the header has")
-                yield where, entry | {key: _number(entry[key], where) for key in _TIMES if key in entry}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{manifest}:{rows.line_num + 1}: not a line of UTF-8 CSV ({error})") from error
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:  # the reader goes on with the next line
+                where = f"{manifest}:{rows.line_num + 1}"
+                yield where, UserError(f"{where}: not a line of UTF-8 CSV ({error})")
+                continue
+            where = f"{manifest}:{rows.line_num}"
+            yield where, _or_error(_parse_row, row, where)
+
+
+def _or_error(parse: Callable[..., dict], line: Any, where: str) -> dict[str, Any] | UserError:
+    try:
+        return parse(line, where)
+    except UserError as error:
+        return error
+
+
+def _parse_row(row: dict, where: str) -> dict:
+    entry: dict[str, Any] = {key: value for key, value in row.items() if key and value}
+    if None in row or not entry.get("path"):
+        raise UserError(f"{where}: every row needs a 'path' and no more cells than the header has")
+    if any(_SURROGATE.search(value) for value in entry.values()):
+        raise UserError(f"{where}: not a line of UTF-8 CSV")
+    return entry | {key: _number(entry[key], where) for key in _TIMES if key in entry}
 
 
 def _number(value: object, where: str) -> float:

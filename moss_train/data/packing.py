@@ -13,6 +13,7 @@ from pathlib import Path
 from moss_train.audio import RESAMPLER
 from moss_train.data.clips import LeftOut, LongClip, PackOptions, ReadyClip, prepare, prepare_segment
 from moss_train.data.cluster import EXECUTORS, ray_pool
+from moss_train.data.counting import kinds_of
 from moss_train.data.index import INDEX_FILE, IndexBuilder
 from moss_train.data.journal import Journal, ShardInputs, finished_or_resumable, take_over
 from moss_train.data.manifest import SourceClip, SourceList
@@ -34,7 +35,7 @@ class PackReport:
 
     index: dict  # content of index.json
     left_out: dict[str, int]  # clips by kind: too short, too long, silent, dropped
-    bad: tuple[tuple[str, str], ...]  # (clip id, reason) of unreadable files
+    bad: tuple[tuple[str, str], ...]  # (clip id or line, reason) of unreadable files and of lines that are no clip
     ignored: dict[str, int]  # suffixes or manifest keys without effect
     num_resumed: int  # shards that an earlier attempt had finished
 
@@ -109,7 +110,7 @@ class _Packer:
 
     def __init__(self, folder: Path, sources: SourceList, options: PackOptions, drop: frozenset[str]) -> None:
         self.left_out: Counter[str] = Counter()
-        self.bad: list[tuple[str, str]] = []
+        self.bad: list[tuple[str, str]] = list(sources.bad)
         self._folder, self._sources, self._options, self._drop = folder, sources, options, drop
         content = {name: value for name, value in asdict(options).items() if name not in _NOT_CONTENT}
         self._settings = content | {"resampler": RESAMPLER, "drop": sorted(drop), "format": FORMAT_VERSION}
@@ -129,6 +130,7 @@ class _Packer:
             self.left_out.update(shard.left_out)
             self.bad += [(clip_id, reason) for clip_id, reason in shard.bad]
             done[shard.domain] = shard.last
+        self._check_share()
         clips = enumerate(self._sources.clips)
         return [number for number, clip in clips if number > done.get(clip.domain, -1)], len(kept)
 
@@ -178,14 +180,20 @@ class _Packer:
             return
         self.bad.append((clip.id, outcome.reason))
         inputs.bad.append([clip.id, outcome.reason])
-        if len(self.bad) > self._options.max_bad_share * len(self._sources.clips):
-            raise UserError(self._too_many_bad(outcome.reason))
+        self._check_share()
 
-    def _too_many_bad(self, last: str) -> str:
-        share = self._options.max_bad_share
+    def _check_share(self) -> None:
+        """Raise UserError when too many files and lines are bad."""
+        share, total = self._options.max_bad_share, len(self._sources.clips) + len(self._sources.bad)
+        if len(self.bad) <= share * total:
+            return
+        last = self.bad[-1][1]
         if share == 0:
-            return f"{last}; repair or remove it, or leave such files out with max_bad_share=0.01"
-        return f"{len(self.bad)} files could not be read, more than max_bad_share={share} allows; the last: {last}"
+            raise UserError(f"{self.bad[0][1]}; repair or remove it, or leave such clips out with max_bad_share=0.01")
+        raise UserError(
+            f"{len(self.bad)} of {total} clips cannot be used ({kinds_of(self.bad)}), more than max_bad_share={share} "
+            f"allows; the last: {last}"
+        )
 
     def _writer(self, domain: str) -> ShardWriter:
         if domain not in self._open:

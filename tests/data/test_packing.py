@@ -15,7 +15,7 @@ from moss_train.audio import read_audio, write_audio
 from moss_train.commands import pack as pack_command
 from moss_train.data import packing
 from moss_train.data.index import ShardIndex
-from moss_train.data.manifest import SourceClip, SourceList
+from moss_train.data.manifest import SourceClip, SourceList, list_clips
 from moss_train.data.reading import iterate_clips
 from moss_train.utils.errors import UserError
 
@@ -183,10 +183,12 @@ def test_a_bad_file_stops_or_is_left_out(
     message = make_bad_file(source, kind)
     config = pack_config(input=source, out=tmp_path / "out")
     check_refused(tmp_path, config, message + ".*max_bad_share")
-    check_refused(tmp_path, config | {"max_bad_share": 0.4}, "1 files could not be read, more than max_bad_share=0.4")
+    check_refused(
+        tmp_path, config | {"max_bad_share": 0.4}, r"1 of 2 clips cannot be used \(1 \w+\), more than max_bad_share=0.4"
+    )
     assert pack_command.run(config | {"max_bad_share": 0.5}) == 0
     assert len(ShardIndex.load(tmp_path / "out")) == 1
-    assert "1 files that could not be read" in capsys.readouterr().out
+    assert "left out: 1 clips that cannot be used (1 " in capsys.readouterr().out
 
 
 def test_only_short_clips_is_an_error(tmp_path: Path, pack_config: Callable) -> None:
@@ -234,3 +236,52 @@ def test_an_interruption_leaves_nothing_and_keeps_the_earlier_result(
     with pytest.raises(error):
         packing.pack(clips, tmp_path / "out", packing.PackOptions(), overwrite=True, on_clip=interrupt)
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_bad_lines_are_counted_by_kind_and_stop_above_the_ceiling(
+    tmp_path: Path, recordings: Path, capsys: pytest.CaptureFixture, pack_config: Callable
+) -> None:
+    paths = [str(path) for path in sorted((recordings / "speech").glob("*.flac"))[:6]]
+    lines = [json.dumps({"path": path}).encode() for path in paths]
+    bad = [
+        b'{"path": "cut of',
+        b'{"path": "\xff.flac"}',
+        b'{"text": "no path"}',
+        json.dumps({"path": paths[0], "id": "x", "text": "a", "task": "tts"}).encode(),
+        json.dumps({"path": "gone.flac"}).encode(),
+        lines[0],
+    ]
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_bytes(b"\n".join([*lines[:3], *bad, *lines[3:]]) + b"\n")
+    config = pack_config(input=manifest, out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"list\.jsonl:4: not a line of JSON .*max_bad_share=0\.01"):
+        pack_command.run(config)
+    message = r"6 of 12 clips cannot be used \(4 line, 1 missing file, 1 repeated id\), more than max_bad_share=0\.4"
+    with pytest.raises(UserError, match=message):
+        pack_command.run(config | {"max_bad_share": 0.4})
+    assert not (tmp_path / "out").exists()
+    assert pack_command.run(config | {"max_bad_share": 0.5}) == 0
+    printed = capsys.readouterr().out
+    assert "left out: 6 clips that cannot be used (4 line, 1 missing file, 1 repeated id)" in printed
+    assert "list.jsonl:4: not a line of JSON" in printed
+    assert [name for name, _, _ in iterate_clips([tmp_path / "out"], sampling_rate=24000, num_channels=1)] == paths
+
+
+def test_bad_rows_of_a_table_are_counted(tmp_path: Path, recordings: Path) -> None:
+    path = next((recordings / "speech").glob("*.flac"))
+    rows = [
+        "path,text,start_seconds",
+        f'{path},"a ""b"" c",',
+        "\udcff.flac,x,",
+        f'{path},"open" x,',
+        "a,b,c,d",
+        f"{path},x,soon",
+    ]
+    manifest = tmp_path / "list.csv"
+    manifest.write_bytes("\n".join(rows).encode("utf-8", "surrogateescape"))
+    found = list_clips(manifest, "speech")
+    assert [clip.text for clip in found.clips] == ['a "b" c']
+    assert [where.rpartition(":")[2] for where, _ in found.bad] == ["3", "4", "5", "6"]
+    reasons = " ".join(reason for _, reason in found.bad)
+    for part in ("not a line of UTF-8 CSV", "no more cells than the header", "a time has to be a number"):
+        assert part in reasons
