@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from moss_train.evaluation.curves import Curve, Panel
 
 POINTS = 400
-LOSSES = ("loss/reconstruction", "loss/semantic", "loss/commitment", "loss/codebook")
+LOSSES = ("loss/reconstruction", "loss/semantic", "loss/codebook")  # the commitment term has the codebook term's value
 ADVERSARIAL = ("loss/discriminators", "loss/adversarial", "loss/feature")
 VERDICTS = ("discriminator/real", "discriminator/generated")
 NORMS = ("gradient_norm/generator", "gradient_norm/discriminators")
@@ -57,7 +57,7 @@ def panels(
 ) -> list[Panel]:
     """What a person wants to see of a run first; subjects without values are left out."""
     depths = [name for name in (validation[0] if validation else ()) if is_depth(name)]
-    mel = [held_out_curve(validation, name, f"{name.rpartition('/')[2]} levels") for name in depths]
+    mel = [held_out_curve(validation, name, depth_label(name)) for name in depths]
     text = [
         held_out_curve(validation, name, label)
         for name, label in (("text_nats", "hearing the clip"), ("text_nats_blind", "not hearing it"))
@@ -79,6 +79,12 @@ def panels(
 def is_depth(name: str) -> bool:
     """Whether a column of `validation.csv` is the mel distance of a depth, all domains together."""
     return name.startswith("mel_distance/") and name.rpartition("/")[0] == "mel_distance"
+
+
+def depth_label(name: str) -> str:
+    """Such a column in words."""
+    count = name.rpartition("/")[2]
+    return f"{count} level" if count == "1" else f"{count} levels"
 
 
 def held_out_curve(rows: Sequence[Mapping[str, str]], name: str, label: str) -> Curve:

@@ -115,11 +115,9 @@ class HealthWriter(Writer):
         self.alarm.judge("codebooks", bool(poor), message)
 
     def _judge_discriminators(self, update: int) -> None:
-        margins = [
-            row["discriminator/real"] - row["discriminator/generated"]
-            for row in self.rows
-            if "discriminator/real" in row
-        ]
+        # Not in their head start, in which they have yet to learn.
+        judged = [row for row in self.rows if "loss/adversarial" in row]
+        margins = [row["discriminator/real"] - row["discriminator/generated"] for row in judged]
         if len(margins) < len(self.rows):
             return
         margin, count = statistics.fmean(margins), len(margins)

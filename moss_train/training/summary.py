@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train.data.counting import StreamCounter
 from moss_train.evaluation.curves import save_curves
-from moss_train.training.course import Course, follow, is_depth, panels
+from moss_train.training.course import Course, depth_label, follow, is_depth, panels
 from moss_train.training.csv_writer import iterate_table, read_table
 from moss_train.training.environment import ENVIRONMENT_FILE
 from moss_train.training.module import CatModule, cat_module
@@ -89,7 +89,8 @@ def machine(directory: Path) -> str:
     last: dict[str, Any] = starts[-1]
     hardware = f"{len(last['gpus'])} x {last['gpus'][0]}" if last["gpus"] else f"{last['cpus']} CPUs, {last['cpu']}"
     versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "lightning", "moss_train"))
-    return f"{hardware}, {last['processes']} processes; {versions}; {len(starts)} starts"
+    counts = f"processes: {last['processes']}, starts: {len(starts)}"
+    return f"{hardware}; {counts}; {versions}"
 
 
 def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -100,7 +101,7 @@ def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     depths = [name for name in rows[0] if is_depth(name)]
     titles = [
         "update",
-        *(f"mel, {name.rpartition('/')[2]} levels" for name in depths),
+        *(f"mel, {depth_label(name)}" for name in depths),
         *(t.replace("_", " ") for t in text),
     ]
     places = sorted({round(i * (len(rows) - 1) / 11) for i in range(12)})

@@ -42,7 +42,7 @@ def test_a_long_validation_is_shown_in_twelve_rows():
     ]
     lines = validation_table(rows)
     table = [line for line in lines if line.startswith("|")]
-    assert table[0] == "| update | mel, 1 levels | mel, 4 levels |"
+    assert table[0] == "| update | mel, 1 level | mel, 4 levels |"
     assert len(table) == 2 + 12
     assert table[2] == "| 0 | 3.000 | 2.000 |"
     assert table[-1] == "| 99 | 3.000 | 1.010 |"
