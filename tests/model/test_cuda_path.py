@@ -1,0 +1,105 @@
+"""What runs on CUDA only, with tensors that have shapes, types and a device but no data: any machine can check it.
+
+Such a tensor refuses to tell the host a value, so a step that passes never waits for the device.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.model.attention import HAS_WINDOW_KERNEL, flash_attention, has_window_kernel
+from moss_train.model.cache import StreamChunk
+from moss_train.model.quantizer import ResidualLFQ
+
+from .small_models import small_config
+
+HOP = 16
+
+
+@pytest.fixture
+def fake():
+    with FakeTensorMode():
+        yield
+
+
+def model_on_cuda(dtype: torch.dtype) -> MossAudioTokenizerModel:
+    """Heads of 8, the narrowest that the kernel takes. It is made there: fake tensors cannot be moved."""
+    config = small_config()
+    with torch.device("cuda"):
+        torch.set_default_dtype(dtype)
+        try:
+            model = MossAudioTokenizerModel(config).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        model.quantizer = ResidualLFQ(**config.quantizer_kwargs)
+    return model
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, device="cuda", dtype=dtype)
+
+
+def test_fake_tensors_refuse_to_be_read(fake):
+    with pytest.raises(DataDependentOutputException):
+        empty(1).item()
+
+
+@pytest.mark.skipif(not HAS_WINDOW_KERNEL, reason="this torch has no windowed kernel")
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "expected"),
+    [
+        (torch.bfloat16, 64, True),
+        (torch.float16, 64, True),
+        (torch.float32, 64, False),
+        (torch.bfloat16, 12, False),
+        (torch.bfloat16, 264, False),
+    ],
+)
+def test_the_windowed_kernel_is_taken_where_it_exists(fake, dtype, head_dim, expected):
+    assert has_window_kernel(empty(1, 50, 4, head_dim, dtype=dtype)) == expected
+    assert not has_window_kernel(torch.empty(1, 50, 4, head_dim, dtype=dtype))
+
+
+@pytest.mark.skipif(not HAS_WINDOW_KERNEL, reason="this torch has no windowed kernel")
+def test_the_windowed_kernel_is_called_as_it_wants(fake):
+    query, key, value = (empty(2, 50, 4, 64).requires_grad_() for _ in range(3))
+    attended = flash_attention(query, key, value, window=8)
+    assert (attended.shape, attended.dtype, attended.device.type) == (query.shape, query.dtype, "cuda")
+    assert attended.grad_fn is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("frames", [5, 100])
+def test_a_batch_passes(fake, dtype, frames):
+    output = model_on_cuda(dtype)(empty(2, 1, frames * HOP, dtype=torch.float32))
+    assert (output.audio.shape, output.audio.dtype) == ((2, 1, frames * HOP), dtype)
+    assert output.audio.grad_fn is not None
+    assert output.audio_codes.shape == (4, 2, frames)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("frames", [1, 4, 9])
+def test_a_streaming_step_never_waits_for_the_device(fake, dtype, frames):
+    lane = model_on_cuda(dtype).stream(2).lanes[0]
+    num_frames = empty(2, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(3):
+            codes = lane._encode_step(empty(2, 1, frames * HOP, dtype=torch.float32), num_frames)
+            audio = lane._decode_step(codes, num_frames)
+    assert (codes.shape, codes.dtype) == ((4, 2, frames), torch.int64)
+    assert (audio.shape, audio.dtype) == ((2, 1, frames * HOP), dtype)
+
+
+def test_shapes_of_a_step_do_not_depend_on_what_the_host_counted(fake):
+    """A graph that was captured in the first step is replayed in all later ones."""
+    states = model_on_cuda(torch.bfloat16).stream(2).lanes[0].encoder_states
+    for state in states:
+        assert not getattr(state.linears, "weights", {})
+        num_frames = empty(2, dtype=torch.int64)
+        masks = []
+        for _ in range(3):
+            chunk = StreamChunk(state, 3, num_frames)
+            masks.append(chunk.steps[0].mask.shape)
+            chunk.finish()
+        assert masks == [(2, 1, 3, state.capacity)] * 3
