@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LibriSpeech, CC BY 4.0: download with checksums, unpack, prepare, pack.
 #   bash recipes/librispeech/run.sh [subset ...]     dev-clean and test-clean by default; data/ below the checkout
-# Every step that is done is passed over, so it can be repeated after an interruption.
+# Every step that is done is passed over, so it can be repeated after an interruption. OPENSLR names a mirror.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -14,28 +14,7 @@ declare -A sha256=(
     [train-clean-360]=146a56496217e96c14334a160df97fffedd6e0a04e66b9c5af0d40be3c792ecf
     [train-other-500]=ddb22f27f96ec163645d53215559df6aa36515f26e01dd70798188350adcb6d2
 )
-folder=${DATA:-data}
-python=${PYTHON:-.venv/bin/python}
+name=librispeech number=12 corpus=LibriSpeech
+source recipes/openslr.sh
 [ $# -gt 0 ] || set -- dev-clean test-clean
-mkdir -p "$folder/downloads"
-
-for subset in "$@"; do
-    sum=${sha256[$subset]:-}
-    [ -n "$sum" ] || { echo "unknown subset $subset; there are ${!sha256[*]}" >&2; exit 2; }
-    archive="$folder/downloads/librispeech-$subset.tar.gz"
-    if [ ! -e "$archive.ok" ]; then
-        curl --fail --location --retry 5 --continue-at - --output "$archive" \
-            "https://www.openslr.org/resources/12/$subset.tar.gz"
-        echo "$sum  $archive" | sha256sum --check --quiet
-        touch "$archive.ok"
-    fi
-    [ -e "$folder/LibriSpeech/$subset/.unpacked" ] || {
-        tar -xzf "$archive" -C "$folder"
-        touch "$folder/LibriSpeech/$subset/.unpacked"
-    }
-done
-"$python" recipes/librispeech/prepare.py "$folder/LibriSpeech" "$folder/manifests/librispeech"
-for subset in "$@"; do
-    [ -e "$folder/shards/librispeech-$subset/index.json" ] || "$python" -m moss_train pack \
-        input="$folder/manifests/librispeech/$subset.jsonl" out="$folder/shards/librispeech-$subset"
-done
+make_subsets "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LibriTTS, CC BY 4.0: download with checksums, unpack, prepare, pack.
 #   bash recipes/libritts/run.sh [subset ...]     dev-clean and test-clean by default; data/ below the checkout
-# Every step that is done is passed over, so it can be repeated after an interruption.
+# Every step that is done is passed over, so it can be repeated after an interruption. OPENSLR names a mirror.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -14,28 +14,7 @@ declare -A sha256=(
     [train-clean-360]=ce7cff44dcac46009d18379f37ef36551123a1dc4e5c8e4eb73ae57260de4886
     [train-other-500]=e35f7e34deeb2e2bdfe4403d88c8fdd5fbf64865cae41f027a185a6965f0a5df
 )
-folder=${DATA:-data}
-python=${PYTHON:-.venv/bin/python}
+name=libritts number=60 corpus=LibriTTS
+source recipes/openslr.sh
 [ $# -gt 0 ] || set -- dev-clean test-clean
-mkdir -p "$folder/downloads"
-
-for subset in "$@"; do
-    sum=${sha256[$subset]:-}
-    [ -n "$sum" ] || { echo "unknown subset $subset; there are ${!sha256[*]}" >&2; exit 2; }
-    archive="$folder/downloads/libritts-$subset.tar.gz"
-    if [ ! -e "$archive.ok" ]; then
-        curl --fail --location --retry 5 --continue-at - --output "$archive" \
-            "https://www.openslr.org/resources/60/$subset.tar.gz"
-        echo "$sum  $archive" | sha256sum --check --quiet
-        touch "$archive.ok"
-    fi
-    [ -e "$folder/LibriTTS/$subset/.unpacked" ] || {
-        tar -xzf "$archive" -C "$folder"
-        touch "$folder/LibriTTS/$subset/.unpacked"
-    }
-done
-"$python" recipes/libritts/prepare.py "$folder/LibriTTS" "$folder/manifests/libritts"
-for subset in "$@"; do
-    [ -e "$folder/shards/libritts-$subset/index.json" ] || "$python" -m moss_train pack \
-        input="$folder/manifests/libritts/$subset.jsonl" out="$folder/shards/libritts-$subset"
-done
+make_subsets "$@"

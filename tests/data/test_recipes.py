@@ -1,8 +1,15 @@
 """The recipes' manifests, made from small trees in the published layouts with real audio, and packed."""
 
+import functools
+import http.server
 import json
+import os
 import runpy
+import shutil
+import subprocess
 import sys
+import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +18,7 @@ import pytest
 from moss_train.audio import read_audio, write_audio
 from moss_train.commands import pack as pack_command
 from moss_train.data.reading import iterate_clips
+from moss_train.data.shards import sha256_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -61,6 +69,45 @@ def test_librispeech(tmp_path: Path, place: Callable, prepare: Callable, pack_co
     first = labels["test-clean/1089-134686-0000"]
     assert (first["text"], first["speaker"], first["task"]) == ("he hoped", "librispeech-1089", "asr")
     assert "no subset of LibriSpeech" in prepare("librispeech", tmp_path / "out", tmp_path / "x")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_archives_are_fetched_checked_and_packed(tmp_path: Path, place: Callable) -> None:
+    chapter = tmp_path / "served" / "LibriSpeech" / "test-clean" / "1089" / "134686"
+    place(chapter / "1089-134686-0000.flac")
+    (chapter / "1089-134686.trans.txt").write_text("1089-134686-0000 HE HOPED\n")
+    archive = tmp_path / "served" / "resources" / "12" / "test-clean.tar.gz"
+    archive.parent.mkdir(parents=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "served" / "LibriSpeech", "LibriSpeech")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def run(subset: str, sha256: str) -> subprocess.CompletedProcess:
+        script = f"""set -euo pipefail
+            declare -A sha256=([test-clean]={sha256})
+            name=librispeech number=12 corpus=LibriSpeech; source recipes/openslr.sh; make_subsets {subset}"""
+        variables = {"DATA": str(tmp_path / "data"), "PYTHON": sys.executable, "NO_PROXY": "*"}
+        variables["OPENSLR"] = f"http://127.0.0.1:{server.server_address[1]}"
+        environment = os.environ | variables | {"PYTHONPATH": str(RECIPES.parent)}
+        return subprocess.run(
+            ["bash", "-c", script], cwd=RECIPES.parent, env=environment, capture_output=True, text=True
+        )
+
+    try:
+        wrong = run("test-clean", "0" * 64)
+        assert wrong.returncode == 1
+        assert "test-clean.tar.gz is not the published archive; remove it" in wrong.stderr
+        (tmp_path / "data" / "downloads" / "librispeech-test-clean.tar.gz").unlink()
+        done = run("test-clean", sha256_of(archive))
+        assert done.returncode == 0, done.stderr
+    finally:
+        server.shutdown()
+    assert run("test-clean", "0" * 64).returncode == 0  # everything is there
+    assert run("dev-clean", "0" * 64).returncode == 2
+    clips = iterate_clips([tmp_path / "data/shards/librispeech-test-clean"], sampling_rate=24000, num_channels=1)
+    assert [(name, labels["text"]) for name, _, labels in clips] == [("test-clean/1089-134686-0000", "he hoped")]
 
 
 def test_libritts(tmp_path: Path, place: Callable, prepare: Callable, pack_config: Callable) -> None:
