@@ -40,7 +40,7 @@ class CatModule(lightning.LightningModule):
         stages: see `Stage`.
         semantic: node of the text LM, null for training without text.
         discriminators: nodes of the sub-discriminators; needed when a stage is adversarial.
-        objective: `weights` and `crop_seconds` of `Objective`.
+        objective: arguments of `Objective` beside the sampling rate.
         optimizers: `OptimizerSettings` of `generator` and `discriminators`.
         seed: of the initial weights.
         max_skipped_updates: non-finite updates in a row before the run stops.
@@ -126,8 +126,8 @@ class CatModule(lightning.LightningModule):
             part.requires_grad_(name in moment.stage.train)
 
     def num_quantizers(self, batch: Batch) -> Tensor:
-        """Quantizer dropout: how many levels each clip uses, uniform over 1 ... N: [B] int64."""
-        return 1 + (batch.quantizer_units.double() * self.tokenizer.config.num_quantizers).long()
+        """Quantizer dropout: how many levels each clip uses, [B] int64 (see `Objective`)."""
+        return self.objective.num_quantizers(batch, self.tokenizer.config.num_quantizers)
 
     def on_fit_start(self) -> None:
         check_equal_start(self, (self.update, self.position))

@@ -58,19 +58,34 @@ class Objective(nn.Module):
         sampling_rate: in Hz.
         weights: of the terms that differ from WEIGHTS (the published ones).
         crop_seconds: length of the random crop that the discriminators see, per clip.
+        quantizer_dropout: share of clips that use a random prefix of the levels (1.0 in the paper); the others use all.
 
     Raises:
-        ValueError: an unknown term.
+        ValueError: an unknown term, or a share outside 0 ... 1.
     """
 
     def __init__(
-        self, sampling_rate: int, weights: Mapping[str, float] | None = None, crop_seconds: float = 1.0
+        self,
+        sampling_rate: int,
+        weights: Mapping[str, float] | None = None,
+        crop_seconds: float = 1.0,
+        quantizer_dropout: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0 <= quantizer_dropout <= 1:
+            raise ValueError(f"objective.quantizer_dropout={quantizer_dropout} has to be from 0 to 1")
+        self.quantizer_dropout = quantizer_dropout
         self.weights = with_weights(WEIGHTS, weights or {})
         self.mel = MultiScaleMelLoss(sampling_rate)
         self.mid_side = MidSideLoss()
         self.crop_length = round(crop_seconds * sampling_rate)
+
+    def num_quantizers(self, batch: Batch, available: int) -> Tensor:
+        """How many of the `available` levels each clip uses, [B] int64; a prefix is uniform over 1 ... available."""
+        share = self.quantizer_dropout
+        units = batch.quantizer_units.double()
+        prefix = 1 + (units / max(share, 1e-9) * available).long()
+        return torch.where(units < share, prefix, available).clamp(max=available)
 
     def count(self, batches: Sequence[Batch], device: torch.device | str = "cpu") -> UpdateCounts:
         """Counts of one rank's micro-batches, which may be none."""

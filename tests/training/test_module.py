@@ -111,10 +111,14 @@ def test_stages_choose_what_learns(small_config, update):
     assert all(name.startswith("tokenizer.decoder.") for name in gradients)
 
 
-def test_quantizer_dropout_reaches_every_level_count(module, update):
+def test_quantizer_dropout_reaches_every_level_count(module, update, monkeypatch):
     units = torch.linspace(0, 0.9999, 400)
     batch = replace(update.micro_batches[0], quantizer_units=units)
     assert module.num_quantizers(batch).bincount().tolist() == [0, 100, 100, 100, 100]
+    monkeypatch.setattr(module.objective, "quantizer_dropout", 0.5)
+    assert module.num_quantizers(batch).bincount().tolist() == [0, 50, 50, 50, 250]
+    monkeypatch.setattr(module.objective, "quantizer_dropout", 0.0)
+    assert module.num_quantizers(batch).unique().tolist() == [4]
 
 
 def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone(small_config):

@@ -86,3 +86,8 @@ def test_crops_start_where_the_clip_says_and_stay_inside_it():
     assert crop[1, 0, 0].item() == 1 + int(0.5 * 1201)
     assert crop[2, 0, 599].item() == 600
     assert crop[2, 0, 600:].abs().max() == 0
+
+
+def test_share_of_quantizer_dropout_has_to_be_a_share():
+    with pytest.raises(ValueError, match=r"quantizer_dropout=1.5 has to be from 0 to 1"):
+        Objective(24000, quantizer_dropout=1.5)
