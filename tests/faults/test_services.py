@@ -1,0 +1,182 @@
+"""Servers that are down, slow or lie, and ranks that are: the run goes on, or ends within a stated time."""
+
+import functools
+import http.server
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moss_train.data import remote
+from moss_train.data.index import ShardIndex
+from moss_train.data.loader import make_loader
+from moss_train.data.stream import AudioStream, ClipFormat
+
+from .harness import Fit, Job, Launcher, assert_same_run
+
+pytestmark = pytest.mark.faults
+
+NO_SERVER = "http://127.0.0.1:9"
+"""The discard port: nobody listens."""
+
+
+@pytest.mark.parametrize("where", ["down", "silent"])
+def test_training_does_not_need_wandb(whole: Fit, make_fit, where: str) -> None:
+    """A server that is down, and one that takes the connection and never answers: a warning, and the same run."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = NO_SERVER if where == "down" else f"http://127.0.0.1:{silent.getsockname()[1]}"
+        fit = make_fit(where)
+        outcome = fit.finish(
+            "wandb=online",
+            environment={"WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40, "NO_PROXY": "*"},
+            fault={"constants": {"moss_train.training.wandb_access.CHECK_SECONDS": 3.0}},
+        )
+    assert "wandb is offline" in outcome.log
+    assert_same_run(fit, whole)
+
+
+class BadServer(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; of one file it gives half and then nothing, closes the connection, or an error."""
+
+    bad = ""
+    how = ""
+    release = threading.Event()
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        if name != self.bad:
+            super().do_GET()
+            return
+        if self.how == "error":
+            self.send_error(500)
+            return
+        content = (Path(self.directory) / name).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        self.wfile.flush()
+        if self.how == "stall":
+            self.release.wait(60)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[BadServer]]]:
+    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.5)
+    handler = type("Handler", (BadServer,), {"release": threading.Event()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(packed)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    handler.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("how", ["stall", "half", "error"])
+def test_a_shard_that_does_not_come_is_given_up_and_named(packed: Path, served, how: str) -> None:
+    """Its clips are lost by name after the attempts, in bounded time; all others are read."""
+    url, handler = served
+    index = ShardIndex.load(packed)
+    number = max(range(len(index.shards)), key=lambda number: index.shards[number].num_samples)
+    handler.bad, handler.how = index.shards[number].file, how
+    stream = AudioStream([url], ClipFormat(24000, 1, 1920), crop_seconds=30.0)
+    seconds = sum(stream.available_seconds.values())
+    start = time.monotonic()
+    loader = make_loader(stream, text_encoder=None, position=0, updates=[(0, seconds)], micro_batch_seconds=60.0)
+    (update,) = loader
+    found = sum(batch.num_clips for batch in update.micro_batches)
+    assert len(update.dropped) == index.shards[number].num_samples
+    assert found + len(update.dropped) == len(index)
+    assert all(f"{handler.bad} after {remote.ATTEMPTS} attempts" in reason for _, reason in update.dropped)
+    assert time.monotonic() - start < 120
+
+
+def start_ranks(fit: Fit, *overrides: str) -> list[Job]:
+    """Two processes of one run, as torchrun starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "faults", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    common |= {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    return [
+        fit.start(*overrides, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+    ]
+
+
+def test_a_slow_rank_is_waited_for_and_changes_nothing(make_fit) -> None:
+    """One of two processes stands still for some seconds; both end with what they would have learned anyway."""
+    usual, slow = make_fit("usual"), make_fit("slow")
+    for job in start_ranks(usual):
+        assert job.wait().status == 0
+    jobs = start_ranks(slow)
+    while not slow.checkpoints and jobs[0].poll() is None:
+        time.sleep(0.05)
+    jobs[1].send(signal.SIGSTOP)
+    time.sleep(3)
+    jobs[1].send(signal.SIGCONT)
+    for job in jobs:
+        outcome = job.wait()
+        assert outcome.status == 0, outcome.log[-3000:]
+    assert_same_run(slow, usual)
+
+
+def test_a_rank_that_never_answers_ends_the_run_within_the_limit(make_fit) -> None:
+    """It stands still for ever; after trainer.timeout_seconds the other one gives up with an error."""
+    fit = make_fit("stuck", "trainer.timeout_seconds=8", "stages.0.updates=10000")
+    jobs = start_ranks(fit)
+    while not fit.checkpoints and jobs[0].poll() is None:
+        time.sleep(0.05)
+    jobs[1].send(signal.SIGSTOP)
+    try:
+        outcome = jobs[0].wait(90)
+        assert outcome.status not in (0, None), outcome.log[-3000:]
+        assert "imed out" in outcome.log or "imeout" in outcome.log
+    finally:
+        os.killpg(jobs[1].pid, signal.SIGKILL)
+        jobs[1].wait()
+
+
+def test_ranks_with_fewer_samples_than_others_do_as_many_updates(
+    launcher: Launcher, packed: Path, tmp_path: Path
+) -> None:
+    """A corpus of one shard for two ranks, and updates so small that one clip fills them."""
+    fit = Fit(
+        launcher, tmp_path / "few", (f"data.train={one_shard(packed, tmp_path / 'one')}", "stages.0.batch_seconds=0.1")
+    )
+    for job in start_ranks(fit):
+        outcome = job.wait()
+        assert outcome.status == 0, outcome.log[-3000:]
+    assert [row["update"] for row in fit.rows()] == [str(number) for number in range(1, 13)]
+    assert all(int(row["clips"]) >= 2 for row in fit.rows())
+
+
+def one_shard(packed: Path, folder: Path) -> Path:
+    """A packed folder of three clips."""
+    import json
+
+    import yaml
+
+    from moss_train.commands import pack as pack_command
+
+    root = Path(__file__).parents[2]
+    sounds = root / "recipes" / "quickstart" / "audio" / "sound"
+    folder.mkdir()
+    for path in sorted(sounds.glob("drum_*.flac"))[:3]:
+        shutil.copy(path, folder)
+    config = yaml.safe_load((root / "configs" / "pack.yaml").read_text())
+    config |= {"input": str(folder), "domain": "sound", "out": str(folder / "packed"), "num_workers": 1}
+    assert pack_command.run(config) == 0
+    assert len(json.loads((folder / "packed" / "index.json").read_text())["shards"]) == 1
+    return folder / "packed"
