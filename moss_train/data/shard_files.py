@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -13,6 +14,9 @@ from moss_train.data.remote import is_remote, open_shard
 
 SPAN_BYTES = 2**22
 """A clip of at most this size in its tar is read in one go; a crop of a longer one costs no more than it needs."""
+
+GIVEN_UP_SECONDS = 600.0
+"""A remote shard that did not come is tried again after this time."""
 
 _READ_BYTES = 2**18  # at once, of longer clips
 _OPEN_REMOTE = 8  # an open file takes space after the cache has deleted it
@@ -38,6 +42,7 @@ class ShardFiles:
         self._capacity = capacity
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self._span: _Span | None = None
+        self._given_up: dict[str, tuple[float, OSError]] = {}  # remote shard -> until when, and why
 
     def read(self, location: ClipLocation, offset: int, size: int) -> bytes:
         """Return bytes of a clip, its headers included; fewer where the shard ends. Raises OSError or SampleError."""
@@ -70,11 +75,22 @@ class ShardFiles:
         path = location.shard
         if path not in self._descriptors:
             remote = is_remote(path)
-            self._descriptors[path] = _open_remote(location) if remote else _open_local(location)
+            self._descriptors[path] = self._open_remote(location) if remote else _open_local(location)
             if len(self._descriptors) > (min(self._capacity, _OPEN_REMOTE) if remote else self._capacity):
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(path)
         return self._descriptors[path]
+
+    def _open_remote(self, location: ClipLocation) -> int:
+        """Fetch and open; one that did not come after all attempts is not asked for again with each of its clips."""
+        until, reason = self._given_up.get(location.shard, (0.0, None))
+        if reason is not None and time.monotonic() < until:
+            raise reason
+        try:
+            return open_shard(location.shard, location.shard_bytes, location.shard_sha256)
+        except OSError as error:
+            self._given_up[location.shard] = (time.monotonic() + GIVEN_UP_SECONDS, error)
+            raise
 
     def close(self) -> None:
         """Close every file."""
@@ -82,14 +98,10 @@ class ShardFiles:
             os.close(self._descriptors.popitem()[1])
 
     def __getstate__(self) -> dict:
-        return {"_capacity": self._capacity, "_descriptors": OrderedDict(), "_span": None}
+        return {"_capacity": self._capacity, "_descriptors": OrderedDict(), "_span": None, "_given_up": {}}
 
     def __del__(self) -> None:
         self.close()
-
-
-def _open_remote(location: ClipLocation) -> int:
-    return open_shard(location.shard, location.shard_bytes, location.shard_sha256)
 
 
 def _open_local(location: ClipLocation) -> int:

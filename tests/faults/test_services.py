@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -46,6 +47,7 @@ class BadServer(http.server.SimpleHTTPRequestHandler):
 
     bad = ""
     how = ""
+    requests: ClassVar[list[str]] = []
     release = threading.Event()
 
     def do_GET(self) -> None:
@@ -53,6 +55,7 @@ class BadServer(http.server.SimpleHTTPRequestHandler):
         if name != self.bad:
             super().do_GET()
             return
+        self.requests.append(name)
         if self.how == "error":
             self.send_error(500)
             return
@@ -75,7 +78,7 @@ def served(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.5)
-    handler = type("Handler", (BadServer,), {"release": threading.Event()})
+    handler = type("Handler", (BadServer,), {"release": threading.Event(), "requests": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(packed)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}", handler
@@ -86,7 +89,7 @@ def served(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.mark.parametrize("how", ["stall", "half", "error"])
 def test_a_shard_that_does_not_come_is_given_up_and_named(packed: Path, served, how: str) -> None:
-    """Its clips are lost by name after the attempts, in bounded time; all others are read."""
+    """After a few attempts its clips are lost by name, without new attempts for each of them; all others are read."""
     url, handler = served
     index = ShardIndex.load(packed)
     number = max(range(len(index.shards)), key=lambda number: index.shards[number].num_samples)
@@ -100,7 +103,8 @@ def test_a_shard_that_does_not_come_is_given_up_and_named(packed: Path, served, 
     assert len(update.dropped) == index.shards[number].num_samples
     assert found + len(update.dropped) == len(index)
     assert all(f"{handler.bad} after {remote.ATTEMPTS} attempts" in reason for _, reason in update.dropped)
-    assert time.monotonic() - start < 120
+    assert len(handler.requests) == remote.ATTEMPTS
+    assert time.monotonic() - start < 60
 
 
 def start_ranks(fit: Fit, *overrides: str) -> list[Job]:
@@ -159,7 +163,7 @@ def test_ranks_with_fewer_samples_than_others_do_as_many_updates(
         outcome = job.wait()
         assert outcome.status == 0, outcome.log[-3000:]
     assert [row["update"] for row in fit.rows()] == [str(number) for number in range(1, 13)]
-    assert all(int(row["clips"]) >= 2 for row in fit.rows())
+    assert {row["clips"] for row in fit.rows()[:6]} == {"1"}  # the other rank has none of them
 
 
 def one_shard(packed: Path, folder: Path) -> Path:
