@@ -72,10 +72,12 @@ class Transformer(nn.Module):
         positions = torch.arange(frames, device=x.device)[None] if chunk is None else chunk.positions
         angles = rotation(positions, x.shape[2] // self.num_heads, self.max_period)
         for number, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and self.training and chunk is None:
+            if chunk is not None:
+                x = layer(x, angles, number, chunk)
+            elif self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, angles, use_reentrant=False)
             else:
-                x = layer(x, angles, number, chunk)
+                x = layer(x, angles)  # without the number equal layers are one graph to a compiler
         if chunk is not None:
             chunk.finish()
         return x

@@ -8,7 +8,8 @@ What callbacks put into `contributions` before an update (the same names on ever
 over the ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from moss_train.discriminators import DiscriminatorSet
 from moss_train.export.loading import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel
+from moss_train.training.averaging import CHECKPOINT_KEY, WeightAverage
 from moss_train.training.distributed import check_equal_start
 from moss_train.training.objective import Objective
 from moss_train.training.observations import CodeCounts
-from moss_train.training.optimizers import build_adamw
+from moss_train.training.optimizers import build_adamw, group_options
 from moss_train.training.stages import Schedule, StageMoment
 from moss_train.training.updates import do_update
 from moss_train.types import Batch, UpdateBatch
@@ -77,6 +79,7 @@ class CatModule(lightning.LightningModule):
         self.position = 0
         self.skipped_in_a_row = 0
         self.reduce_dtype: torch.dtype | None = None
+        self.average: WeightAverage | None = None
         self.metrics: dict[str, float] = {}
         self.contributions: dict[str, float] = {}
         self.sums: dict[str, float] = {}
@@ -94,11 +97,12 @@ class CatModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         settings = self.optimizer_settings
-        generator = [self.tokenizer] if self.semantic is None else [self.tokenizer, self.semantic]
-        optimizers: list[torch.optim.Optimizer] = [build_adamw(generator, settings.get("generator", {}))]
+        optimizers: list[torch.optim.Optimizer] = [build_adamw(self.parts(), settings.get("generator", {}))]
         if self.discriminators is not None:
+            judges = {"discriminators": self.discriminators}
             defaults = {"betas": (0.8, 0.99), "weight_decay": 0.0}
-            optimizers.append(build_adamw([self.discriminators], {**defaults, **settings.get("discriminators", {})}))
+            optimizers.append(build_adamw(judges, {**defaults, **settings.get("discriminators", {})}))
+        self._group_options = [group_options(optimizer) for optimizer in optimizers]
         return optimizers
 
     def transfer_batch_to_device(self, batch: UpdateBatch, device: torch.device, dataloader_idx: int) -> UpdateBatch:
@@ -109,6 +113,8 @@ class CatModule(lightning.LightningModule):
         moment = self.schedule.at(self.update)
         self._choose_parts(moment)
         do_update(self, batch, moment)
+        if self.average is not None:
+            self.average.add(self.update)
         self.update += 1
         self.position = batch.next_position
 
@@ -132,15 +138,33 @@ class CatModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         check_equal_start(self, (self.update, self.position))
 
+    def on_train_start(self) -> None:
+        """With everything restored: settings that were changed since the checkpoint hold, the average goes on."""
+        for optimizer, options in zip(self.trainer.optimizers, self._group_options, strict=True):
+            for group, option in zip(optimizer.param_groups, options, strict=True):
+                group.update(option)
+        if self.average is not None:
+            self.average.start(self.tokenizer)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the tokenizer has its averaged weights, without `ema` its own: for validation and samples."""
+        with nullcontext() if self.average is None else self.average.swapped_in():
+            yield
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store our clock and the stream's position; Lightning's loop counters belong to one process only."""
         checkpoint.pop("loops", None)
         checkpoint["global_step"] = self.update
         checkpoint["progress"] = {"update": self.update, "position": self.position}
+        if self.average is not None:
+            checkpoint[CHECKPOINT_KEY] = self.average.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.update, self.position = progress["update"], progress["position"]
+        if self.average is not None and CHECKPOINT_KEY in checkpoint:
+            self.average.load_state_dict(checkpoint[CHECKPOINT_KEY])
 
 
 def cat_module(module: lightning.LightningModule) -> CatModule:

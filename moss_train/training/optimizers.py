@@ -1,23 +1,28 @@
 """Optimizers and what happens between gradients and an update."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moss_train.model.transformer import LayerScale
+from moss_train.training.stages import PARTS
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and clipping of one side (arXiv 1711.05101); the learning rate belongs to the stage."""
+    """AdamW and clipping of one side (arXiv 1711.05101); the learning rate belongs to the stage.
+
+    `learning_rate_scale` multiplies it for some parts, as in {quantizer: 2.0}.
+    """
 
     betas: Sequence[float] = (0.9, 0.95)
     weight_decay: float = 0.01
     eps: float = 1e-8
     clip_norm: float = 1.0
+    learning_rate_scale: Mapping[str, float] = field(default_factory=dict)
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -37,10 +42,22 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     ]
 
 
-def build_adamw(modules: Iterable[nn.Module], settings: Mapping[str, Any]) -> torch.optim.AdamW:
-    """AdamW over the modules' parameters, see `parameter_groups`."""
+def build_adamw(parts: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> torch.optim.AdamW:
+    """AdamW over named parts, two groups for each (see `parameter_groups`), with its factor on the learning rate.
+
+    Raises:
+        ValueError: a factor for a part that does not exist, or one that is not above 0.
+    """
     chosen = OptimizerSettings(**settings)
-    groups = parameter_groups(modules, chosen.weight_decay)
+    if unknown := set(chosen.learning_rate_scale) - {*parts, *PARTS}:
+        raise ValueError(f"learning_rate_scale: unknown part {sorted(unknown)}, not of {PARTS}")
+    if any(not scale > 0 for scale in chosen.learning_rate_scale.values()):
+        raise ValueError(f"learning_rate_scale={dict(chosen.learning_rate_scale)} has to be above 0")
+    groups = [
+        {**group, "scale": chosen.learning_rate_scale.get(name, 1.0)}
+        for name, part in parts.items()
+        for group in parameter_groups([part], chosen.weight_decay)
+    ]
     on_cuda = any(p.is_cuda for group in groups for p in group["params"])
     first, second = chosen.betas
     return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=chosen.eps, fused=on_cuda or None)
@@ -49,7 +66,12 @@ def build_adamw(modules: Iterable[nn.Module], settings: Mapping[str, Any]) -> to
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Rates are a function of the update number, so there is no scheduler state to save."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["scale"]
+
+
+def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What is set for each group, without its parameters; a checkpoint would bring back older values."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

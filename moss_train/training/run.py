@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from moss_train.data.loader import make_loader
 from moss_train.data.stream import AudioStream, ClipFormat
 from moss_train.training import observers
+from moss_train.training.acceleration import prepare
 from moss_train.training.checkpointing import read_progress
 from moss_train.training.folder_data import with_packed_folder
 from moss_train.training.initialization import (
@@ -29,7 +30,6 @@ from moss_train.training.preemption import PreemptionWatch, make_room
 from moss_train.training.resources import StateSize, check_memory, count_parameters
 from moss_train.training.stages import Schedule
 from moss_train.training.trainer import (
-    REDUCE_DTYPES,
     build_trainer,
     choose_accelerator,
     start_processes,
@@ -73,7 +73,7 @@ def fit(config: Node) -> RunResult:
     stream = open_stream(filled, beginning.tokenizer_config)
     if not stream.num_with_text:
         beginning = without_text(beginning)
-    check_memory(measure(beginning.arguments), accelerator)
+    check_memory(measure(beginning.arguments, config), accelerator)
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
     quantizer = beginning.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
@@ -116,7 +116,7 @@ def train(
 ) -> int:
     """Do the given updates from a checkpoint, or from the start without one; returns the update reached."""
     module = CatModule(**beginning.arguments)
-    module.reduce_dtype = REDUCE_DTYPES[config["trainer"]["reduce_dtype"]]
+    prepare(module, config)
     if checkpoint is None and beginning.source is not None:
         reports = initialize(module, beginning)
         if trainer.is_global_zero:
@@ -150,12 +150,14 @@ def build_schedule(stages: Sequence[Node]) -> Schedule:
         raise UserError(f"stages: {error}") from error
 
 
-def measure(arguments: dict[str, Any]) -> StateSize:
-    """Count a run's parameters on the meta device, where nothing is allocated."""
+def measure(arguments: dict[str, Any], config: Node) -> StateSize:
+    """Count a run's parameters on the meta device, where nothing is allocated, and try its other options there."""
     semantic = arguments["semantic"]
     try:
         with torch.device("meta"):
             module = CatModule(**arguments | {"semantic": None})
+            prepare(module, config)
+            module.configure_optimizers()
             latent_dim = module.tokenizer.config.quantizer_kwargs["output_dim"]
             is_small = semantic is not None and semantic.get("pretrained") is None
             text_lm = build(semantic, path="semantic", latent_dim=latent_dim) if is_small else None

@@ -8,6 +8,12 @@ import pytest
 
 from moss_train.cli import main
 from moss_train.commands._compose import compose, to_plain
+from moss_train.data.loader import make_loader
+from moss_train.export.loading import tokenizer_config
+from moss_train.training import CatModule
+from moss_train.training.initialization import module_arguments
+from moss_train.training.run import open_stream
+from moss_train.types import UpdateBatch
 
 SMALL = [
     "tokenizer.stages.0={patch_size: 240, output_dimension: 16, d_model: 32, num_heads: 2, num_layers: 1}",
@@ -57,6 +63,24 @@ def whole(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
     directory = tmp_path_factory.mktemp("runs") / "whole"
     assert main(["fit", *small_overrides, f"run_dir={directory}"]) == 0
     return directory
+
+
+@pytest.fixture
+def module(small_config: Callable[..., dict[str, Any]]) -> CatModule:
+    return CatModule(**module_arguments(small_config()))
+
+
+@pytest.fixture
+def update(small_config: Callable[..., dict[str, Any]], module: CatModule) -> UpdateBatch:
+    """A real update with more than one micro-batch, with and without text."""
+    config = small_config()
+    stream = open_stream(config, tokenizer_config(config["tokenizer"]))
+    loader = make_loader(
+        stream, text_encoder=module.semantic.text, position=0, updates=[(0, 16.0)], micro_batch_seconds=8.0
+    )
+    batch = next(iter(loader))
+    assert len(batch.micro_batches) > 1
+    return batch
 
 
 @pytest.fixture

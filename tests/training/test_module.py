@@ -3,54 +3,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moss_train.data.loader import make_loader
-from moss_train.export.loading import tokenizer_config
-from moss_train.training import CatModule, micro_batches
+from moss_train.training import CatModule
 from moss_train.training.initialization import module_arguments
-from moss_train.training.run import open_stream
+from moss_train.training.stages import Schedule
 from moss_train.types import Batch, UpdateBatch
 from moss_train.utils.errors import UserError
 
+from .gradients import accumulate, network_errors, pick
+
 FIRST_LAYER = "encoder.1.transformer.layers.0.self_attn.in_projs.0.weight"
-
-
-@pytest.fixture
-def module(small_config) -> CatModule:
-    return CatModule(**module_arguments(small_config()))
-
-
-@pytest.fixture
-def update(small_config, module) -> UpdateBatch:
-    """A real update with more than one micro-batch, with and without text."""
-    config = small_config()
-    stream = open_stream(config, tokenizer_config(config["tokenizer"]))
-    loader = make_loader(
-        stream, text_encoder=module.semantic.text, position=0, updates=[(0, 16.0)], micro_batch_seconds=8.0
-    )
-    batch = next(iter(loader))
-    assert len(batch.micro_batches) > 1
-    return batch
-
-
-def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> dict[str, torch.Tensor]:
-    """Gradients of update `number` over the given micro-batches, by parameter name."""
-    module.manual_backward = lambda loss, **options: loss.backward(**options)  # outside a Trainer
-    module.zero_grad()
-    counts = module.objective.count(batches)
-    for batch in batches:
-        micro_batches.accumulate(module, batch, counts, module.schedule.at(number))
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def with_text(batch: UpdateBatch) -> Batch:
     """One clip that has text, alone."""
     micro = next(micro for micro in batch.micro_batches if (micro.text_lengths > 0).any())
     return pick(micro, int((micro.text_lengths > 0).nonzero()[0]))
-
-
-def pick(batch: Batch, index: int) -> Batch:
-    tensors = {name: value[index : index + 1] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    return replace(batch, **tensors, sample_ids=batch.sample_ids[index : index + 1], domains=batch.domains[:1])
 
 
 def without_text(batch: Batch) -> Batch:
@@ -80,12 +47,33 @@ def test_micro_batches_add_up_to_one_batch(module, update):
     singles = tuple(pick(batch, i) for batch in update.micro_batches for i in range(batch.num_clips))
     together, apart = accumulate(module, update.micro_batches, 6), accumulate(module, singles, 6)
     assert together.keys() == apart.keys()
-    for part in ("tokenizer", "semantic", "discriminators"):
-        names = [name for name in together if name.startswith(part)]
-        norm = torch.stack([together[name].norm() for name in names]).norm()
-        error = torch.stack([(together[name] - apart[name]).norm() for name in names]).norm()
-        assert norm > 0, part
-        assert error / norm < 1e-5, part
+    errors = network_errors(apart, together)
+    assert errors.keys() == {"tokenizer", "semantic", "discriminators"}
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_discriminators_that_do_not_learn_judge_all_the_same(module, update):
+    """The generator's gradient is that of an update in which they learn; they get none."""
+    batch = update.micro_batches[:1]
+    both = accumulate(module, batch, 6)
+    stage = replace(module.schedule.stages[1], discriminator_every=2)
+    module.schedule = Schedule((module.schedule.stages[0], stage))
+    assert not module.schedule.at(7).discriminators_learn
+    judged_only = accumulate(module, batch, 7)
+    assert not any(name.startswith("discriminators") for name in judged_only)
+    torch.testing.assert_close(judged_only, {name: both[name] for name in judged_only})
+
+
+def test_adversarial_terms_grow_along_the_ramp(module, update):
+    """Half-way up the ramp, the adversarial part of the generator's gradient is half of what it becomes."""
+    batch = update.micro_batches[:1]
+    without, full = accumulate(module, batch, 4), accumulate(module, batch, 6)
+    stage = replace(module.schedule.stages[1], adversarial_ramp_updates=4)
+    module.schedule = Schedule((module.schedule.stages[0], stage))
+    assert [module.schedule.at(4 + i).ramp for i in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    half = accumulate(module, batch, 6)
+    name = next(name for name in full if name.startswith("tokenizer.decoder.") and name.endswith("linear2.weight"))
+    torch.testing.assert_close(2 * (half[name] - without[name]), full[name] - without[name], rtol=1e-3, atol=1e-4)
 
 
 def test_neither_side_leaks_into_the_other(module, update):

@@ -1,8 +1,15 @@
+import pytest
 import torch
 from torch import nn
 
 from moss_train.model.transformer import TransformerLayer
-from moss_train.training.optimizers import build_adamw, parameter_groups, scale_gradients, squared_norm
+from moss_train.training.optimizers import (
+    build_adamw,
+    parameter_groups,
+    scale_gradients,
+    set_learning_rate,
+    squared_norm,
+)
 
 
 def test_only_matrices_decay():
@@ -25,7 +32,7 @@ def test_only_matrices_decay():
 def test_a_shared_parameter_is_optimised_once():
     head, tied, embedding = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Embedding(4, 4)
     tied.weight = head.weight
-    optimizer = build_adamw([head, tied], {"betas": [0.8, 0.9]})
+    optimizer = build_adamw({"semantic": nn.ModuleList([head, tied])}, {"betas": [0.8, 0.9]})
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0]
     tied.weight = embedding.weight
     groups = parameter_groups([tied, embedding], 0.1)
@@ -42,3 +49,14 @@ def test_gradients_are_scaled_to_the_norm():
     scale_gradients(parameters, 0.2)
     torch.testing.assert_close(torch.stack([p.grad for p in parameters[:2]]), torch.tensor([[0.6], [0.8]]))
     assert squared_norm(parameters[2:]).item() == 0.0
+
+
+def test_parts_learn_at_their_own_rates():
+    parts = {"encoder": nn.Linear(2, 2), "quantizer": nn.Linear(2, 2)}
+    optimizer = build_adamw(parts, {"learning_rate_scale": {"quantizer": 2.0}})
+    set_learning_rate(optimizer, 1e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3, 2e-3, 2e-3]
+    with pytest.raises(ValueError, match="codebook"):
+        build_adamw(parts, {"learning_rate_scale": {"codebook": 2.0}})
+    with pytest.raises(ValueError, match="above 0"):
+        build_adamw(parts, {"learning_rate_scale": {"encoder": 0}})

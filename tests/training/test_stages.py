@@ -35,12 +35,31 @@ def test_rates_warm_up_and_follow_a_cosine():
     assert stage.rate_factor(12) == stage.rate_factor(1000) == pytest.approx(0.1)
 
 
+def test_wsd_stays_at_the_peak_and_decays_at_the_end():
+    options = {"updates": 20, "batch_seconds": 1.0, "warmup_updates": 4, "learning_rate": 1e-3}
+    stage = Stage("s", **options, final_learning_rate=1e-4, schedule="wsd", decay_share=0.2)
+    factors = [stage.rate_factor(update) for update in range(21)]
+    assert factors[3:17] == [1.0] * 14
+    assert factors[17:] == pytest.approx([0.1 + 0.9 * (1 - math.sqrt(i / 4)) for i in (1, 2, 3, 4)])
+
+
+def test_discriminators_learn_every_nth_update_and_judge_along_a_ramp():
+    stage = {**STAGES[1], "discriminator_every": 2, "adversarial_ramp_updates": 2}
+    moments = [Schedule.from_config([stage]).at(update) for update in range(5)]
+    assert [moment.discriminators_learn for moment in moments] == [True, False, True, False, True]
+    assert [moment.judged for moment in moments] == [False, False, True, True, True]
+    assert [moment.ramp for moment in moments] == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"batch_seconds": 0}, "batch_seconds must be above 0, got 0"),
         ({"updates": -1}, "updates must be a whole number from 0, got -1"),
         ({"train": ["decoder", "vocoder"]}, "vocoder"),
+        ({"discriminator_every": 0}, "discriminator_every must be a whole number from 1, got 0"),
+        ({"schedule": "linear"}, "schedule must be cosine or wsd, got 'linear'"),
+        ({"decay_share": 0}, "decay_share must be above 0"),
         ({"train": ["semantic"]}, "leaves nothing of the tokenizer"),
     ],
 )

@@ -1,0 +1,35 @@
+"""What tests of gradients share."""
+
+from dataclasses import replace
+
+import torch
+
+from moss_train.training import CatModule, micro_batches
+from moss_train.types import Batch
+
+
+def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> dict[str, torch.Tensor]:
+    """Gradients of update `number` over the given micro-batches, by parameter name."""
+    module.manual_backward = lambda loss, **options: loss.backward(**options)  # outside a Trainer
+    module.zero_grad()
+    counts = module.objective.count(batches)
+    for batch in batches:
+        micro_batches.accumulate(module, batch, counts, module.schedule.at(number))
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def network_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Norm of the difference of two sets of gradients as a share of their norm, network by network."""
+    errors = {}
+    for part in sorted({name.split(".")[0] for name in expected}):
+        names = [name for name in expected if name.startswith(part)]
+        norm = torch.stack([expected[name].norm() for name in names]).norm()
+        assert norm > 0, part
+        errors[part] = float(torch.stack([(found[name] - expected[name]).norm() for name in names]).norm() / norm)
+    return errors
+
+
+def pick(batch: Batch, index: int) -> Batch:
+    """One clip of a batch."""
+    tensors = {name: value[index : index + 1] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **tensors, sample_ids=batch.sample_ids[index : index + 1], domains=batch.domains[:1])
