@@ -75,6 +75,8 @@ class ValidationPlan:
 class Validation(Callback):
     """Scores the model on held-out clips, hands the log a row, keeps the best checkpoint, has samples made.
 
+    With `ema` it is the averaged weights of the tokenizer that are scored and heard.
+
     The clips are shared out over the ranks. Every rank makes the same number of passes through every network, so that
     it works with networks that are sharded over ranks.
     """
@@ -112,7 +114,7 @@ class Validation(Callback):
             return
         self.done_update = module.update
         started = time.perf_counter()
-        with looking(trainer, module):
+        with looking(trainer, module), module.averaged_weights():
             row = validate(module, self.plan)
             samples = self.sampler.make(module, trainer.is_global_zero) if self.sampler is not None else []
         seconds = time.perf_counter() - started
