@@ -10,7 +10,8 @@ from moss_train.data.loader import make_loader
 from moss_train.export.loading import tokenizer_config
 from moss_train.training import CatModule
 from moss_train.training.distributed import fingerprint, make_buckets, sum_to_host
-from moss_train.training.run import module_arguments, open_stream
+from moss_train.training.initialization import module_arguments
+from moss_train.training.run import open_stream
 from moss_train.types import Batch, UpdateBatch
 
 from . import ranks
