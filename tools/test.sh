@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash tools/setup.sh
+bash tools/setup_evaluation.sh
 bin=.venv/bin
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the tensors of the tests are small
 "$bin/ruff" format --check .

@@ -60,7 +60,7 @@ class Pesq:
 
     def missing(self) -> str | None:
         """See `Metric`."""
-        return missing_package("pesq", "it compiles: gcc and the Python headers are needed")
+        return missing_package("pesq", "it compiles, with gcc and the headers of Python: pip install pesq")
 
     def score(self, pair: Pair) -> dict[str, float]:
         """See `Metric`; MetricError where P.862 finds no utterance or less than a quarter of a second."""

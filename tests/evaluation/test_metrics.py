@@ -1,6 +1,7 @@
 """Metrics against the released evaluation code, at their limits and under rising noise."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,9 @@ def test_stoi_and_distances_are_those_of_the_released_code(name):
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_pesq_is_that_of_the_released_code(name):
-    pytest.importorskip("pesq")
+    if Pesq().missing():
+        assert "CI" not in os.environ, "continuous integration has to compile PESQ: tools/setup_evaluation.sh"
+        pytest.skip(str(Pesq().missing()))
     values = Pesq().score(pair_of(name))
     assert values["pesq_nb"] == pytest.approx(EXPECTED[name]["pesq_nb"], abs=5e-3)
     assert values["pesq_wb"] == pytest.approx(EXPECTED[name]["pesq_wb"], abs=5e-3)

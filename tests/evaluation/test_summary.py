@@ -109,8 +109,8 @@ def table() -> Table:
 
 def test_markdown_shows_means_and_the_direction(table):
     lines = markdown(table).splitlines()
-    assert lines[2] == "| domain | system | Nq | bps | eff. bps | RTF | Score ↑ | WER ↓ | ok/n |"
-    assert lines[4] == "| speech | x | 8 | 800 | 512 | 0.250 | 1.50 | – | 2/2 |"
+    assert lines[2] == "| domain | system | Nq | bps | eff. bps | Score ↑ | WER ↓ | RTF | ok/n |"
+    assert lines[4] == "| speech | x | 8 | 800 | 512 | 1.50 | – | 0.250 | 2/2 |"
     assert lines[-1] == "- a note"
 
 
