@@ -1,14 +1,35 @@
 """The `export` verb."""
 
+from pathlib import Path
 from typing import Any
 
 from moss_train.export import export
+from moss_train.utils.checkpoints import best_checkpoint
+from moss_train.utils.errors import UserError
 
 SUMMARY = "Write a trained tokenizer as a Hugging Face model folder."
 
 
 def run(config: dict[str, Any]) -> int:
     """Export and say where. Returns 0."""
-    folder = export(config["checkpoint"], config["out"], config["dtype"])
+    folder = export(choose(config["checkpoint"], config["which"]), config["out"], config["dtype"])
     print(f"wrote {folder}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it")
     return 0
+
+
+def choose(source: str, which: str) -> str:
+    """What to export of a run: its newest checkpoint, which the run itself stands for, or the best one.
+
+    Raises:
+        UserError: there is no best checkpoint, or `which` is something else.
+    """
+    if which not in ("newest", "best"):
+        raise UserError(f"which={which} has to be newest or best")
+    if which == "newest":
+        return source
+    best = best_checkpoint(Path(source) / "checkpoints")
+    if best is None:
+        raise UserError(
+            f"{source} has no best checkpoint: which=best needs a run with validation.data, or use which=newest"
+        )
+    return str(best)

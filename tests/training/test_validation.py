@@ -95,6 +95,15 @@ def test_the_best_checkpoint_stays_and_is_recorded(watched):
     assert best_checkpoint(watched / "checkpoints").name == best.name
 
 
+def test_the_best_checkpoint_can_be_exported(watched, whole, tmp_path, capsys):
+    assert main(["export", f"checkpoint={watched}", "which=best", f"out={tmp_path / 'best'}"]) == 0
+    best = load_tokenizer(best_checkpoint(watched / "checkpoints")).state_dict()
+    exported = load_tokenizer(tmp_path / "best").state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in best.items())
+    assert main(["export", f"checkpoint={whole}", "which=best", f"out={tmp_path / 'none'}"]) == 2
+    assert "has no best checkpoint" in capsys.readouterr().err
+
+
 def test_samples_are_there_to_hear_and_to_read(watched):
     folders = sorted(path.name for path in (watched / "samples").iterdir())
     assert folders == ["original", "update-00000000", "update-00000004", "update-00000008"]
