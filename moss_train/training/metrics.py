@@ -116,6 +116,10 @@ class UpdateMetrics(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.run_log.close()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning does not come to teardown then; the terminal would stay without its cursor.
+        self.run_log.close()
+
 
 def split_metrics(metrics: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
     """The numbers of an update with every term also weighted, and squared gradient norms turned into shares."""

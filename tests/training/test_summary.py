@@ -3,9 +3,11 @@ from itertools import pairwise
 
 import pytest
 
+from moss_train.commands._compose import compose, to_plain
 from moss_train.training.course import follow, panels
 from moss_train.training.csv_writer import read_table
 from moss_train.training.progress_writer import clock
+from moss_train.training.run import fit
 from moss_train.training.summary import validation_table
 
 
@@ -55,12 +57,10 @@ def test_times_are_readable(seconds, text):
 
 def test_samples_of_skipped_updates_are_written_down(small_overrides, tmp_path, capsys):
     """A learning rate that breaks the weights: the updates after it are not finite, and the run stops."""
-    from moss_train.commands._compose import compose, to_plain
-    from moss_train.training.run import fit
-
     overrides = [*small_overrides, f"run_dir={tmp_path}", "stages.0.learning_rate=1e30", "stages.0.warmup_updates=0"]
     with pytest.raises(FloatingPointError, match="3 in a row"):
         fit(to_plain(compose("fit", overrides), "fit"))
+    assert capsys.readouterr().err.count("training: 3/8 updates in ") == 1  # the bar has been closed
     entries = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [entry["update"] for entry in entries] == [2, 3, 4]
     assert all("loss/reconstruction" in entry["not_finite"] for entry in entries)
