@@ -67,6 +67,25 @@ def test_window_of_one_stage_can_differ():
     assert [stage.window for stage in model.stages(model.decoder)] == [8, 16, 8]
 
 
+def test_second_version_of_the_published_model():
+    """48 kHz stereo, six stages with windows of their own."""
+    sizes = {"d_model": 768, "num_heads": 12, "num_layers": 12, "output_dimension": 384}
+    last = {"d_model": 1280, "num_heads": 20, "num_layers": 32, "output_dimension": 768}
+    patches, seconds = (240, 2, 2, 2, 2, 2), (1.0, 2.0, 4.0, 8.0, 10.0, 10.0)
+    stages = [
+        {**(last if number == 5 else sizes), "patch_size": patch, "context_duration": context}
+        for number, (patch, context) in enumerate(zip(patches, seconds, strict=True))
+    ]
+    quantizer = {"rvq_dim": 512, "num_quantizers": 32, "codebook_size": 1024, "codebook_dim": 8}
+    config = MossAudioTokenizerConfig.from_stages(48000, stages, quantizer, number_channels=2)
+    assert (config.downsample_rate, config.frame_rate) == (3840, 12.5)
+    with torch.device("meta"):
+        model = MossAudioTokenizerModel(config)
+    assert 2.0e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.2e9
+    assert [stage.window for stage in model.stages(model.encoder)] == [400, 400, 400, 400, 250, 125]
+    assert [stage.window for stage in model.stages(model.decoder)] == [125, 250, 400, 400, 400, 400]
+
+
 def test_configuration_survives_saving(tmp_path):
     config = small_config(number_channels=2)
     config.save_pretrained(tmp_path)
