@@ -82,7 +82,7 @@ def _panels(clips: Sequence[ClipFacts]) -> list[Histogram | Scatter]:
         Histogram("peak", by_domain("peak")),
         Histogram("bandwidth (Hz)", by_domain("bandwidth_hz")),
         Histogram("samples at full scale (share)", by_domain("clipped_share"), logarithmic=True),
-        Scatter("duration (s)", "text (characters)", pairs),
+        *([Scatter("duration (s)", "text (characters)", pairs)] if with_text else []),
     ]
 
 

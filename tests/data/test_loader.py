@@ -109,6 +109,17 @@ def test_ranks_share_the_samples_of_one_process(packed: Path, uninterrupted: lis
         assert {rank[number].next_position for rank in ranks} == {alone.next_position}
 
 
+def test_a_resume_in_another_world_continues_with_the_same_samples(
+    packed: Path, uninterrupted: list[UpdateBatch]
+) -> None:
+    position = uninterrupted[2].next_position  # 1 rank until here, then 2 ranks with a worker each
+    ranks = [load(packed, position, UPDATES[3:], rank=rank, world_size=2, num_workers=1) for rank in range(2)]
+    for alone, together in zip(uninterrupted[3:], zip(*ranks, strict=True), strict=True):
+        ids = [name for part in together for batch in part.micro_batches for name in batch.sample_ids]
+        assert sorted(ids) == sorted(name for batch in alone.micro_batches for name in batch.sample_ids)
+        assert {part.next_position for part in together} == {alone.next_position}
+
+
 def test_the_loader_has_a_length_and_starts_anew(packed: Path, uninterrupted: list[UpdateBatch]) -> None:
     loader = make_loader(make_stream(packed), text_encoder=encode, position=0, updates=UPDATES, micro_batch_seconds=6.0)
     assert len(loader) == len(UPDATES)
