@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# One run on the GPUs of one machine or of several, started by torchrun: bash recipes/torchrun/run.sh experiment=cat_1b6 ...
+# Arguments are those of `python -m moss_train fit`. On several machines start the same line on each, with NODES (how many),
+# and RENDEZVOUS (host:port of one of them, reachable from all). The run directory has to be on a file system that all share.
+set -euo pipefail
+
+nodes="${NODES:-1}"
+processes="${PROCESSES_PER_NODE:-gpu}" # gpu: one for every GPU; a number also works without any
+if [ "$nodes" -gt 1 ] && [ -z "${RENDEZVOUS:-}" ]; then
+    echo "run.sh: NODES=$nodes needs RENDEZVOUS=<host of one of the machines>:29400" >&2
+    exit 2
+fi
+if [ "$nodes" -gt 1 ]; then
+    rendezvous=(--rdzv-backend=c10d --rdzv-id="${RUN_ID:-moss_train}" --rdzv-endpoint="$RENDEZVOUS")
+else
+    rendezvous=(--standalone)
+fi
+# A process that dies ends its group; torchrun starts all of them again and the run goes on from its newest checkpoint.
+exec "${PYTHON:-python}" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
+    --max-restarts="${MAX_RESTARTS:-3}" "${rendezvous[@]}" -m moss_train fit "$@"
