@@ -41,6 +41,16 @@ def test_killed_runs_end_like_the_whole_one(whole: Fit, make_fit, seed: int) -> 
     assert_same_run(fit, whole)
 
 
+def test_averaged_weights_and_rates_per_part_survive_kills(make_fit) -> None:
+    options = ("ema={decay: 0.9}", "optimizers.generator.learning_rate_scale.encoder=0.5", "data.num_workers=1")
+    fit, undisturbed = make_fit("killed", *options), make_fit("whole", *options)
+    undisturbed.finish()
+    assert kill_again_and_again(fit, 100) >= KILLS_PER_RUN - 1
+    assert_same_run(fit, undisturbed)
+    assert "0.9" in (fit.directory / "config.yaml").read_text()
+    assert any("ema" in name or "average" in name for name in fit.state())
+
+
 def test_stops_and_resumes_anywhere(whole: Fit, make_fit) -> None:
     """At the start, inside a stage, between the stages, before the last update, after it; some of them twice."""
     fit = make_fit("stopped")
