@@ -39,7 +39,7 @@ for size in 256 384 512 768; do
 done
 if [ -n "$train" ]; then
     step shards "${bench[@]}" --experiment "$experiment" --lm without --shards "$train" --out "$out/shards.json"
-    step peers "$python" tools/compare_peers.py --train "$train" --heldout "$heldout" --minutes 2.5 --out "$out/peers.json"
+    step peers "$python" tools/compare_peers.py --train "$train" --heldout "$heldout" --minutes 2 --out "$out/peers.json"
     step scaling "$python" tools/scaling.py --train "$train" --heldout "$heldout" --updates 300 --out "$out/scaling"
 fi
 

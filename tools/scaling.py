@@ -170,6 +170,8 @@ def main() -> None:
     title = f"{options.experiment}, {points[0]['audio_seconds'] / 60:.0f} min of audio per size"
     plot(points, law, options.out / "scaling.png", title)
     print(f"mel distance = {law['coefficient']:.4g} * FLOP^{law['exponent']:.4f}, R² {law['r_squared']:.3f}")
+    if law["exponent"] >= 0:
+        print("The distance does not fall with compute: the runs are too short, the law predicts nothing.")
 
 
 if __name__ == "__main__":
