@@ -12,7 +12,7 @@ run=${2:-out/quickstart/trained}
 out=${3:-out/evaluation_example}
 python=${PYTHON:-.venv/bin/python}
 own=recipes/quickstart/audio/heldout.jsonl
-heard="[speech/librivox_0930.flac,speech/cards_003.flac,music/loop_weirdo.flac,sound/misc_crow.flac,sound/vinyl_rewind.flac]"
+heard="[speech/librivox_0930.flac,music/bass_woodsy_c.flac,sound/misc_crow.flac]"
 
 mkdir -p "$out"
 folder=$(cd "$(dirname "$heldout")" && pwd)
