@@ -1,0 +1,220 @@
+"""What a run will need, before anything starts: parameters, memory, operations, days.
+
+Counted: parameters, operations, what autograd keeps. Assumed, and said so: the share of the peak that a GPU reaches,
+how much of the audio comes with text.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moss_train.model import MossAudioTokenizerConfig
+from moss_train.training.costs import Cost, discriminators_cost, loss_cost, semantic_cost, tokenizer_costs
+from moss_train.training.resources import GIB, StateSize
+from moss_train.training.stages import Schedule, Stage
+from moss_train.utils.errors import UserError
+
+Node = Mapping[str, Any]
+GB = 1e9
+CONTEXT_BYTES = GIB  # of the CUDA context and its libraries, an assumption
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak of dense matrix products in TFLOP/s by format, and memory in GB, as on the vendor's data sheet."""
+
+    bf16: float
+    tf32: float
+    fp32: float
+    memory: float
+
+
+GPUS = {
+    "h100": Gpu(989.4, 494.7, 66.9, 80),  # SXM5
+    "h200": Gpu(989.4, 494.7, 66.9, 141),  # SXM5
+    "b200": Gpu(2250.0, 1125.0, 75.0, 180),  # HGX
+    "a100": Gpu(311.9, 156.0, 19.5, 80),  # SXM4
+    "a100_40gb": Gpu(311.9, 156.0, 19.5, 40),
+    "l40s": Gpu(362.0, 183.0, 91.6, 48),
+    "rtx4090": Gpu(165.2, 82.6, 82.6, 24),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is to be trained on.
+
+    Attributes:
+        gpu, gpus: name in GPUS, and how many.
+        mfu: share of the peak that the counted operations reach; an assumption until it is measured.
+        text_share: of the audio that comes with text, an assumption about the data.
+        text_tokens_per_second: of such audio, likewise.
+
+    Raises:
+        UserError: an unknown GPU, or a number out of range.
+    """
+
+    gpu: str
+    gpus: int
+    mfu: float
+    text_share: float
+    text_tokens_per_second: float
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise UserError(f"gpu={self.gpu} is not known: there are {', '.join(GPUS)}")
+        if self.gpus < 1 or not 0 < self.mfu <= 1 or not 0 <= self.text_share <= 1 or self.text_tokens_per_second < 0:
+            raise UserError(
+                f"gpus={self.gpus} has to be at least 1, mfu={self.mfu} above 0 and at most 1, text_share="
+                f"{self.text_share} between 0 and 1, text_tokens_per_second={self.text_tokens_per_second} at least 0"
+            )
+
+    def peak(self, trainer: Node) -> tuple[float, str]:
+        """Peak in FLOP/s of one GPU for the configured precision, and the name of the format."""
+        gpu = GPUS[self.gpu]
+        if is_half(trainer):
+            return gpu.bf16 * 1e12, "bf16"
+        if trainer["matmul_precision"] == "highest":
+            return gpu.fp32 * 1e12, "fp32"
+        return gpu.tf32 * 1e12, "tf32"
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage of a run.
+
+    Attributes:
+        costs: per audio-second, by network.
+        audio_seconds: in the whole stage.
+        rate: audio-seconds per second on all GPUs.
+    """
+
+    stage: Stage
+    costs: dict[str, Cost]
+    audio_seconds: float
+    rate: float
+
+    @property
+    def operations(self) -> float:
+        """Operations per audio-second."""
+        return sum(cost.total for cost in self.costs.values())
+
+    @property
+    def days(self) -> float:
+        """Days for the whole stage."""
+        return self.audio_seconds / self.rate / 86400
+
+    @property
+    def updates_per_hour(self) -> float:
+        """Updates in an hour."""
+        return self.rate * 3600 / self.stage.batch_seconds
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU.
+
+    Attributes:
+        state: weights, gradients and so on by kind, when every GPU has all of them.
+        sharded: the same when tokenizer and LM are divided among the GPUs.
+        per_second: kept between forward and backward, per second of a micro-batch; of the most expensive stage.
+        per_second_checkpointed: the same when every layer computes its activations again.
+    """
+
+    state: dict[str, float]
+    sharded: dict[str, float]
+    per_second: float
+    per_second_checkpointed: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that `estimate` prints."""
+
+    parameters: StateSize
+    stages: list[StageEstimate]
+    memory: MemoryEstimate
+    checkpoint_bytes: float
+
+    @property
+    def days(self) -> float:
+        """Days of all stages."""
+        return sum(stage.days for stage in self.stages)
+
+
+def estimate(
+    config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, parameters: StateSize, machine: Machine
+) -> Estimate:
+    """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
+    stages = [
+        stage_estimate(stage, config, arguments, tokenizer, machine)
+        for stage in Schedule.from_config(arguments["stages"]).stages
+    ]
+    everything = parameters.tokenizer + parameters.semantic + parameters.discriminators
+    average = 4 * parameters.tokenizer if config.get("ema") else 0
+    return Estimate(parameters, stages, memory_estimate(config, stages, parameters, machine), 12 * everything + average)
+
+
+def stage_estimate(
+    stage: Stage, config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
+) -> StageEstimate:
+    """Costs and times of one stage, for clips of `data.crop_seconds`."""
+    costs = stage_costs(stage, config, arguments, tokenizer, machine)
+    peak, _ = machine.peak(config["trainer"])
+    rate = machine.gpus * machine.mfu * peak / sum(cost.total for cost in costs.values())
+    return StageEstimate(stage, costs, stage.updates * stage.batch_seconds, rate)
+
+
+def stage_costs(
+    stage: Stage, config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
+) -> dict[str, Cost]:
+    """Costs per audio-second by network; those of discriminators and LM as the mean over all audio."""
+    half, seconds = is_half(config["trainer"]), config["data"]["crop_seconds"]
+    costs = tokenizer_costs(tokenizer, seconds, half, stage.train)
+    costs["mel loss"] = loss_cost(tokenizer)
+    if arguments["semantic"] is not None and machine.text_share:
+        frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * machine.text_tokens_per_second))
+        width = tokenizer.quantizer_kwargs["output_dim"]
+        clip = semantic_cost(arguments["semantic"], width, frames, tokens, half)
+        costs["text LM"] = clip * (machine.text_share / seconds)
+    if stage.adversarial:
+        crop = arguments["objective"]["crop_seconds"]
+        length = round(crop * tokenizer.sampling_rate)
+        forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, length, half)
+        costs["discriminators"] = judged_cost(forward, stage.discriminator_every) * (1 / max(crop, seconds))
+    return costs
+
+
+def judged_cost(forward: Cost, every: int) -> Cost:
+    """Cost of the adversarial terms of a crop from that of one forward, averaged over updates.
+
+    Two forwards, real and generated; in every `every`-th update four for the discriminators' own gradients (weights and
+    inputs, twice); one for the generator's gradient.
+    """
+    backward = 1 + 4 / every
+    return Cost(2 * forward.forward, backward * forward.forward, 2 * forward.kept, 2 * forward.kept)
+
+
+def memory_estimate(
+    config: Node, stages: list[StageEstimate], parameters: StateSize, machine: Machine
+) -> MemoryEstimate:
+    """Memory of one GPU by kind."""
+    divided = parameters.tokenizer + parameters.semantic
+    whole = parameters.discriminators
+    kinds = {"weights": 4, "gradients": 4, "AdamW moments": 8}
+    state = {kind: size * float(divided + whole) for kind, size in kinds.items()}
+    sharded = {kind: size * (divided / machine.gpus + whole) for kind, size in kinds.items()}
+    if config.get("ema"):
+        state["moving average"] = 4.0 * parameters.tokenizer
+        sharded["moving average"] = 4.0 * parameters.tokenizer / machine.gpus
+    if is_half(config["trainer"]):
+        state["bf16 copies of weights"] = sharded["bf16 copies of weights"] = 2.0 * (divided + whole)
+    state["CUDA context (assumed)"] = sharded["CUDA context (assumed)"] = CONTEXT_BYTES
+    kept = [sum(cost.kept for cost in stage.costs.values()) for stage in stages]
+    again = [sum(cost.kept_checkpointed for cost in stage.costs.values()) for stage in stages]
+    return MemoryEstimate(state, sharded, max(kept), max(again))
+
+
+def is_half(trainer: Node) -> bool:
+    """Whether products are computed in 16 bits."""
+    return "16" in str(trainer["precision"])
