@@ -25,7 +25,7 @@ def run(config: dict[str, Any]) -> int:
     machine = Machine(**{key: config[key] for key in MACHINE_KEYS})
     beginning = plan_beginning(config)
     build_schedule(beginning.arguments["stages"])
-    parameters = measure(beginning.arguments)
+    parameters = measure(beginning.arguments, config)
     result = estimate(config, beginning.arguments, beginning.tokenizer_config, parameters, machine)
     console = Console(width=max(Console().width, 110))
     for table in (parameter_table(result), cost_table(result), time_table(result), memory_table(result, machine)):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from moss_train.export.loading import load_tokenizer
+from moss_train.export.loading import load_tokenizer, open_source
+from moss_train.export.training_state import STATE_FOLDER, Network, write_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 
@@ -41,15 +42,16 @@ streamed = model.encode(audio, chunk_duration={chunk:g}).audio_codes  # the same
 """
 
 
-def export(source: str | Path, out: str | Path, dtype: str = "float32") -> Path:
+def export(source: str | Path, out: str | Path, dtype: str = "float32", *, with_training_state: bool = False) -> Path:
     """Write the tokenizer of a run, checkpoint or folder as configuration, weights, model code and model card.
 
     Args:
         out: a folder that does not exist yet.
         dtype: of the stored weights: float32, bfloat16 or float16; the quantizer stays float32.
+        with_training_state: also write text LM and discriminators, so that `fit init=<out>` goes on with them.
 
     Raises:
-        UserError: `out` exists, or there is no model at `source`.
+        UserError: `out` exists, there is no model at `source`, or it has no training state to write.
     """
     target = Path(out)
     if target.exists():
@@ -57,17 +59,29 @@ def export(source: str | Path, out: str | Path, dtype: str = "float32") -> Path:
     dtypes = ("float32", "bfloat16", "float16")
     if dtype not in dtypes:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(dtypes)}")
+    networks = training_networks(source) if with_training_state else {}
     model = load_tokenizer(source)
     torch.nn.Module.to(model, dtype=getattr(torch, dtype))
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write_folder(model, partial, target.name)
+        if networks:
+            write_training_state(partial / STATE_FOLDER, networks)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
+
+
+def training_networks(source: str | Path) -> dict[str, Network]:
+    """Text LM and discriminators of a run, checkpoint or export; UserError when it has neither."""
+    found = open_source(source)
+    if not found.nodes:
+        raise UserError(f"{source} has no text LM and no discriminators: leave out with_training_state")
+    weights = found.load()
+    return {name: Network(node, weights[name]) for name, node in found.nodes.items()}
 
 
 def write_folder(model: MossAudioTokenizerModel, folder: Path, name: str) -> None:

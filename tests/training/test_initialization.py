@@ -61,6 +61,17 @@ def test_a_run_brings_all_its_networks_with_their_architecture(small_config, sou
     assert [stage.discriminator_warmup_updates for stage in module.schedule.stages] == [0, 1]
 
 
+def test_an_export_with_training_state_brings_them_too(small_config, source, tmp_path):
+    out = tmp_path / "with-state"
+    assert main(["export", f"checkpoint={source}", f"out={out}", "with_training_state=true"]) == 0
+    assert load_tokenizer(out).config.num_quantizers == 4
+    module, reports = begin(small_config(f"init={out}", "tokenizer=null", "seed=7", *OTHER))
+    weights = open_source(source).load()
+    for name in ("tokenizer", "semantic", "discriminators"):
+        assert (reports[name].fresh, reports[name].left_over) == ((), ())
+        assert_taken(getattr(module, name), weights[name], reports[name].kept)
+
+
 def test_networks_that_init_does_not_bring_start_afresh_with_a_head_start(small_config, exported, capsys):
     config = small_config(f"init={exported}", "tokenizer=null", "fresh_warmup_updates=3", "stop_at_update=0", *OTHER)
     with pytest.warns(UserWarning, match="start afresh, init has none; head start of 3 updates") as warned:
