@@ -47,6 +47,7 @@ def run(job: dict[str, Any]) -> int:
     os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job["environment"])
     tempfile.tempdir = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it
     inject(job["fault"])
     from moss_train.cli import main
 

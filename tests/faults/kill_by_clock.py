@@ -55,7 +55,7 @@ def kill_until_finished(fit: Fit, kills: int, generator: random.Random, seconds:
     while done < kills:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
         wait_for_start(fit, process)
-        time.sleep(generator.uniform(0, 2 * seconds / kills))
+        time.sleep(generator.uniform(0, seconds / kills))
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0:
             break
