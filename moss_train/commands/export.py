@@ -12,12 +12,9 @@ SUMMARY = "Write a trained tokenizer as a Hugging Face model folder."
 
 def run(config: dict[str, Any]) -> int:
     """Export and say where. Returns 0."""
-    folder = export(
-        choose(config["checkpoint"], config["which"]),
-        config["out"],
-        config["dtype"],
-        with_training_state=config["with_training_state"],
-    )
+    source = choose(config["checkpoint"], config["which"])
+    options = {key: config[key] for key in ("with_training_state", "ema")}
+    folder = export(source, config["out"], config["dtype"], **options)
     print(f"wrote {folder}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it")
     return 0
 

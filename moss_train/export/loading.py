@@ -76,17 +76,30 @@ def weights_of(content: Mapping[str, Any], nodes: Iterable[str]) -> Weights:
     return {name: weights_under(f"{name}.", content["state_dict"]) for name in ("tokenizer", *nodes)}
 
 
-def load_tokenizer(path: str | Path) -> MossAudioTokenizerModel:
+def load_tokenizer(path: str | Path, *, ema: bool = False) -> MossAudioTokenizerModel:
     """Load the tokenizer of a run, a checkpoint, an exported or released folder, or a repository name.
+
+    Args:
+        ema: the moving average of the weights instead, which a run with `ema` keeps.
 
     Returns:
         The model in evaluation mode, float32, on the CPU.
 
     Raises:
-        UserError: there is no model at `path`, or its weights do not fit its configuration.
+        UserError: there is no model at `path`, its weights do not fit its configuration, or there is no average.
     """
     if (checkpoint := find_checkpoint(Path(path))) is not None:
-        return tokenizer_of(read_checkpoint(checkpoint)).eval()
+        content = read_checkpoint(checkpoint)
+        if ema and not content.get("ema"):
+            raise UserError(
+                f"{checkpoint} has no moving average: train with ema={{decay: 0.9999}}, or leave out ema=true"
+            )
+        model = tokenizer_of(content)
+        if ema:
+            model.load_state_dict(content["ema"]["weights"])
+        return model.eval()
+    if ema:
+        raise UserError(f"{path} is no run or checkpoint: only those have a moving average (ema=true)")
     return from_folder(MossAudioTokenizerModel, path, dtype=torch.float32).eval()
 
 

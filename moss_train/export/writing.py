@@ -42,13 +42,16 @@ streamed = model.encode(audio, chunk_duration={chunk:g}).audio_codes  # the same
 """
 
 
-def export(source: str | Path, out: str | Path, dtype: str = "float32", *, with_training_state: bool = False) -> Path:
+def export(
+    source: str | Path, out: str | Path, dtype: str = "float32", *, with_training_state: bool = False, ema: bool = False
+) -> Path:
     """Write the tokenizer of a run, checkpoint or folder as configuration, weights, model code and model card.
 
     Args:
         out: a folder that does not exist yet.
         dtype: of the stored weights: float32, bfloat16 or float16; the quantizer stays float32.
         with_training_state: also write text LM and discriminators, so that `fit init=<out>` goes on with them.
+        ema: write the moving average of the tokenizer's weights instead.
 
     Raises:
         UserError: `out` exists, there is no model at `source`, or it has no training state to write.
@@ -60,7 +63,7 @@ def export(source: str | Path, out: str | Path, dtype: str = "float32", *, with_
     if dtype not in dtypes:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(dtypes)}")
     networks = training_networks(source) if with_training_state else {}
-    model = load_tokenizer(source)
+    model = load_tokenizer(source, ema=ema)
     torch.nn.Module.to(model, dtype=getattr(torch, dtype))
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)

@@ -8,7 +8,7 @@ import torch
 
 from moss_train.audio import resample
 from moss_train.cli import main
-from moss_train.export.loading import load_tokenizer, open_source
+from moss_train.export.loading import find_checkpoint, load_tokenizer, open_source, read_checkpoint
 from moss_train.training import CatModule
 from moss_train.training.initialization import RECORD_FILE, initialize, plan_beginning
 from moss_train.training.run import fit
@@ -70,6 +70,17 @@ def test_an_export_with_training_state_brings_them_too(small_config, source, tmp
     for name in ("tokenizer", "semantic", "discriminators"):
         assert (reports[name].fresh, reports[name].left_over) == ((), ())
         assert_taken(getattr(module, name), weights[name], reports[name].kept)
+
+
+def test_the_moving_average_is_exported_on_demand(small_config, source, tmp_path, capsys):
+    directory = fit(small_config("ema={decay: 0.5}", "stop_at_update=2", "stages.0.learning_rate=1e-2")).directory
+    assert main(["export", f"checkpoint={directory}", f"out={tmp_path / 'average'}", "ema=true"]) == 0
+    average, weights = load_tokenizer(tmp_path / "average").state_dict(), load_tokenizer(directory).state_dict()
+    kept = read_checkpoint(find_checkpoint(directory))["ema"]["weights"]
+    assert all(torch.equal(average[name], kept[name]) for name in kept)
+    assert not torch.equal(average[LAST], weights[LAST])
+    assert main(["export", f"checkpoint={source}", f"out={tmp_path / 'none'}", "ema=true"]) == 2
+    assert "has no moving average" in capsys.readouterr().err
 
 
 def test_networks_that_init_does_not_bring_start_afresh_with_a_head_start(small_config, exported, capsys):
