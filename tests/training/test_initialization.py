@@ -112,6 +112,14 @@ def test_the_head_start_of_the_text_lm_leaves_the_tokenizer_alone(small_config, 
     assert [module.schedule.at(update).taught for update in (2, 3, 4)] == [False, True, True]
 
 
+def test_fine_tuning_the_decoder_moves_nothing_else_and_leaves_the_text_lm_out(small_config, source):
+    config = small_config(f"init={source}", "tokenizer=null", "train=[decoder]", "stop_at_update=2")
+    with pytest.warns(UserWarning, match="a text LM has nothing to teach; it is left out"):
+        tuned = load_tokenizer(fit(config).directory).state_dict()
+    old = load_tokenizer(source).state_dict()
+    assert {name.split(".")[0] for name in old if not torch.equal(tuned[name], old[name])} == {"decoder"}
+
+
 def test_a_resumed_run_does_not_need_its_init(small_config, source, tmp_path):
     copy = tmp_path / "source"
     shutil.copytree(source, copy)
