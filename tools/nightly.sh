@@ -10,7 +10,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0
 
 # The fault matrix, several times over, with fresh random input where the ordinary run repeats the same.
-FAULTS_SCALE="${FAULTS_SCALE:-10}" "$bin/python" -m pytest -q --timeout 3600 -n "$(nproc)" tests/faults || status=1
+FAULTS_SCALE="${FAULTS_SCALE:-10}" "$bin/python" -m pytest -q --timeout 3600 -n "$(env -u OMP_NUM_THREADS nproc)" tests/faults || status=1
 
 # A run of the command line, killed at random times and started again until it is finished, against an undisturbed one.
 "$bin/python" tests/faults/kill_by_clock.py --kills "${KILLS:-20}" || status=1

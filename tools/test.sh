@@ -10,5 +10,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the tensors of the tests are sm
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
-cores="$(nproc)"
+cores="$(env -u OMP_NUM_THREADS nproc)" # nproc itself heeds the variable
 "$bin/python" -m pytest -q --numprocesses "${TEST_WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadfile "$@"
