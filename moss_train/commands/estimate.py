@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moss_train.semantic.portable import spelled_out
 from moss_train.training.estimation import GB, GPUS, Estimate, Machine, estimate
 from moss_train.training.initialization import plan_beginning
 from moss_train.training.resources import GIB
@@ -25,8 +26,10 @@ def run(config: dict[str, Any]) -> int:
     machine = Machine(**{key: config[key] for key in MACHINE_KEYS})
     beginning = plan_beginning(config)
     build_schedule(beginning.arguments["stages"])
-    parameters = measure(beginning.arguments, config)
-    result = estimate(config, beginning.arguments, beginning.tokenizer_config, parameters, machine)
+    semantic = beginning.arguments["semantic"]
+    arguments = {**beginning.arguments, "semantic": None if semantic is None else spelled_out(semantic)}
+    parameters = measure(arguments, config)
+    result = estimate(config, arguments, beginning.tokenizer_config, parameters, machine)
     console = Console(width=max(Console().width, 110))
     for table in (parameter_table(result), cost_table(result), time_table(result), memory_table(result, machine)):
         console.print(table)
@@ -118,5 +121,6 @@ def assumptions(config: dict[str, Any], machine: Machine) -> list[str]:
         f"  mfu={machine.mfu:g} of {peak / 1e12:g} TFLOP/s ({machine.gpu}, dense {kind}, data sheet), all included",
         f"  clips of data.crop_seconds={config['data']['crop_seconds']:g} s",
         f"  text_share={machine.text_share:g} of the audio, with {machine.text_tokens_per_second:g} tokens per second",
+        "  trainer.activation_checkpointing is not counted: neither the memory that it saves nor its second forward",
         "  no restarts, no waiting for data, no validation",
     ]

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from moss_train.semantic.text import PretrainedText
+from moss_train.utils.errors import UserError
 
 
 def portable_node(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
@@ -25,6 +26,34 @@ def portable_node(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
         PretrainedText(path).tokenizer.save_pretrained(text_folder)
         result["text"] = {**node["text"], "path": None}
     return result
+
+
+def spelled_out(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node with the architecture of a local pretrained LM in its `config`; no weights are read.
+
+    Raises:
+        UserError: there is no such folder, or it is not a Qwen2.
+    """
+    path = node.get("pretrained")
+    if path is None:
+        return dict(node)
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"semantic.pretrained={path}: no folder with a config.json; nothing is downloaded to count: give a local "
+            "folder, or semantic.pretrained=null and the sizes of the LM in semantic.config"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"semantic.pretrained={path}: {' '.join(str(error).split())}") from error
+    if config.model_type != "qwen2":
+        raise UserError(
+            f"semantic.pretrained={path} is a {config.model_type}, and only qwen2 is counted: give the sizes of a "
+            "similar one in semantic.config, with semantic.pretrained=null"
+        )
+    # The types of the layers follow from their number, which the counting changes.
+    plain = {key: value for key, value in config.to_dict().items() if is_plain(value) and key != "layer_types"}
+    return {**node, "pretrained": None, "config": plain}
 
 
 def with_local_text(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from transformers import Qwen2Config
 
 from moss_train.cli import main
 from moss_train.commands._compose import compose, to_plain
@@ -66,3 +67,25 @@ def test_without_text_there_is_no_text_lm(capsys):
 def test_impossible_machines_are_one_line(capsys, override, message):
     assert main([*TINY[:2], override]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pretrained_text_lm_is_counted_from_its_configuration_alone(capsys, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 259}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    Qwen2Config(**sizes, **heads).save_pretrained(tmp_path)
+    counted = []
+    for overrides in (
+        ["semantic.config.vocab_size=259"],
+        [f"semantic.pretrained={tmp_path}", "semantic.config=null"],
+    ):
+        assert main([*TINY, *("+" * ("vocab_size" in o) + o for o in overrides)]) == 0
+        counted.append(capsys.readouterr().out)
+    assert counted[0] == counted[1]
+    assert "trainer.activation_checkpointing is not counted" in counted[1]
+
+
+def test_a_pretrained_text_lm_that_is_not_there_is_one_line(capsys, tmp_path):
+    assert main([*TINY, f"semantic.pretrained={tmp_path / 'none'}", "semantic.config=null"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "none: no folder with a config.json" in error
