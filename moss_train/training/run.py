@@ -32,6 +32,7 @@ from moss_train.training.stages import Schedule
 from moss_train.training.trainer import (
     build_trainer,
     choose_accelerator,
+    count_processes,
     start_processes,
 )
 from moss_train.utils.build import build
@@ -73,7 +74,8 @@ def fit(config: Node) -> RunResult:
     stream = open_stream(filled, beginning.tokenizer_config)
     if not stream.num_with_text:
         beginning = without_text(beginning)
-    check_memory(measure(beginning.arguments, config), accelerator)
+    processes, _ = count_processes(config["trainer"], accelerator)
+    check_memory(measure(beginning.arguments, config), accelerator, processes)
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
     quantizer = beginning.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
@@ -163,7 +165,8 @@ def measure(arguments: dict[str, Any], config: Node) -> StateSize:
             text_lm = build(semantic, path="semantic", latent_dim=latent_dim) if is_small else None
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    return StateSize(*(count_parameters(part) for part in (module.tokenizer, text_lm, module.discriminators)))
+    tokenizer, lm, judges = (count_parameters(part) for part in (module.tokenizer, text_lm, module.discriminators))
+    return StateSize(tokenizer, lm, judges, has_average=bool(config.get("ema")))
 
 
 def open_stream(config: Node, tokenizer: Any) -> AudioStream:
