@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     # Idle OpenMP threads spin long by default: beside any other process that made updates of 0.4 s take half a minute.
     # Not at all (OMP_WAIT_POLICY=PASSIVE) costs twice the time on small models, this little costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    warnings.formatwarning = _one_line_warning
     verb = next((argument for argument in argv if argument in help_texts.find_verbs()), "")
     try:
         return _run(parse_arguments(argv))
@@ -60,6 +62,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(verb, str(error), 128 + error.number, argv)
     except KeyboardInterrupt:
         return _fail(verb, "interrupted", EXIT_INTERRUPTED, argv)
+
+
+def _one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """What went on all the same, in one line: the place in our code that said so helps no user."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def parse_arguments(argv: list[str]) -> Arguments:

@@ -198,6 +198,10 @@ def test_numbers_and_lists_keep_their_types(tmp_path, monkeypatch):
             "moss_train fit: unknown key 'objetive.weights.semantic': did you mean objective.weights.semantic?",
         ),
         (["fit", "experiment=cat_1b6", "stages=3"], "moss_train fit: stages is a list: write stages=[3]"),
+        (
+            ["fit", "experiment=cat_1b6", "stages.7.updates=3", "stages.7.batch_seconds=3"],
+            "moss_train fit: cannot apply 'stages.7.updates=3': the list has no such place (see --cfg job)",
+        ),
         (["fit", "experiment=cat_1b6", "seed=1", "stages.99.updates=3"], "moss_train fit: cannot apply 'stages.99.upd"),
         (
             ["fit", "experiment=cat_1b6", "trainer.nope=3"],

@@ -218,8 +218,21 @@ def _explain_by_leaving_out(error: Exception, verb: str, overrides: list[str], e
             _compose(verb, overrides[:index] + overrides[index + 1 :], extra_directory)
         except (HydraException, OmegaConfBaseException, ValueError):
             continue
-        return f"cannot apply {text!r}: {_first_line(error.__cause__ or error)}"
+        return _cannot_apply(text, error)
+    groups = [text for text in overrides if _is_group(_parse(text), extra_directory)]
+    for text in overrides:  # several are wrong: the first of them
+        try:
+            _compose(verb, [*(group for group in groups if group != text), text], extra_directory)
+        except (HydraException, OmegaConfBaseException, ValueError) as its_own:
+            return _cannot_apply(text, its_own)
     return _explain_reference(error)
+
+
+def _cannot_apply(override: str, error: Exception) -> str:
+    cause = _first_line(error.__cause__ or error)
+    if cause == "list index out of range":
+        cause = "the list has no such place (see --cfg job)"
+    return f"cannot apply {override!r}: {cause}"
 
 
 def _explain_reference(error: Exception) -> str:
