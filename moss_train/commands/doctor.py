@@ -19,7 +19,7 @@ from rich.table import Table
 
 from moss_train.utils.memory import cuda_memory, memory
 
-SUMMARY = "check the environment: versions, devices, memory, disk, audio formats"
+SUMMARY = "Check the environment: versions, devices, memory, disk, audio formats."
 
 # Distribution -> module to import. All of them are needed; the order is that of the table.
 CORE_PACKAGES = {

@@ -16,7 +16,7 @@ from moss_train.data.packing import PackReport, check_target, pack
 from moss_train.utils.progress import progress
 
 SUMMARY = (
-    "Pack a folder of audio, a manifest, a Kaldi folder or a saved dataset into shards for training and evaluation"
+    "Pack a folder of audio, a manifest, a Kaldi folder or a saved dataset into shards for training and evaluation."
 )
 
 _NUM_BAD_SHOWN = 5

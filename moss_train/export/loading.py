@@ -106,7 +106,7 @@ def load_tokenizer(path: str | Path, *, ema: bool = False) -> MossAudioTokenizer
 def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
     """`kind.from_pretrained` of a model folder or repository name, with errors of one line."""
     directory = Path(path)
-    looks_local = str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
+    looks_local = str(path).startswith(("/", ".", "~", "runs/")) or str(path).count("/") > 1
     if looks_local and not directory.exists():
         raise UserError(f"{path} does not exist: give a run, a checkpoint or a model folder, or a repository name")
     if directory.exists() and not (directory / "config.json").exists():
