@@ -10,7 +10,7 @@ import yaml
 
 from moss_train.utils.paths import config_directory
 
-JOINED_KEYS = frozenset({"data.train", "data.heldout", "input"})
+JOINED_KEYS = frozenset({"data.train", "validation.data", "input"})
 _EXPERIMENT = "experiment"
 
 _OPTIONS = """\
