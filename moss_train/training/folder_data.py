@@ -18,7 +18,7 @@ CACHE_FOLDER = "packed"
 
 
 def with_packed_folder(config: Node, tokenizer: Any, directory: Path) -> Node:
-    """The configuration with `data.train`, and `validation.data` where it is empty, filled from `data.path`.
+    """The configuration with `data.train`, and `data.heldout` where it is empty, filled from `data.path`.
 
     A run that has begun keeps the shards it began with, also when its files are gone by now.
 
