@@ -5,9 +5,9 @@
 
 Every size sees the same clips in the same order with the experiment's schedule, shortened to `--updates`. The loss is
 the seven-scale mel distance of held-out clips with all levels; the compute are the FLOPs of one update, counted
-operation by operation, times the updates. Learning rates shrink with the width, as 1 / scale. Writes `scaling.json`,
-which `estimate` can read, and `scaling.png`. A law through a few small runs tells the cost of a bigger one better than
-its quality.
+operation by operation, times the updates. Learning rates shrink with the width, as 1 / scale. Writes `scaling.png` and
+`scaling.json`, which `python -m moss_train estimate experiment=cat_1b6 scaling=FILE` reads. A law through a few small
+runs tells the cost of a bigger one better than its quality.
 """
 
 import argparse

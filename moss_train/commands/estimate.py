@@ -6,10 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moss_train.semantic.portable import spelled_out
-from moss_train.training.estimation import GB, GPUS, Estimate, Machine, estimate
+from moss_train.training.estimation import GB, Estimate, Machine, estimate
+from moss_train.training.gpus import GPUS
 from moss_train.training.initialization import plan_beginning
 from moss_train.training.resources import GIB
 from moss_train.training.run import build_schedule, measure
+from moss_train.training.scaling_law import ScalingLaw, read_scaling_law
+from moss_train.training.utilization import measured_share
 
 SUMMARY = "Say what a run will need before it starts: parameters, memory, operations, days."
 
@@ -17,13 +20,16 @@ EXAMPLES = (
     "python -m moss_train estimate experiment=cat_1b6 gpu=h100 gpus=64",
     "python -m moss_train estimate experiment=cat_nano gpu=rtx4090 gpus=1 mfu=0.3 stages.0.updates=100000",
     "python -m moss_train estimate experiment=finetune init=my-tokenizer gpu=a100 gpus=1",
+    "python -m moss_train estimate experiment=cat_1b6 'trainer.activation_checkpointing=[100,50]' mfu=runs/cat_1b6/one",
+    "python -m moss_train estimate experiment=cat_1b6 scaling=scaling/scaling.json  # of tools/scaling.py",
 )
 MACHINE_KEYS = ("gpu", "gpus", "mfu", "text_share", "text_tokens_per_second")
 
 
 def run(config: dict[str, Any]) -> int:
     """Count, estimate and print. Returns 0."""
-    machine = Machine(**{key: config[key] for key in MACHINE_KEYS})
+    law = None if config["scaling"] is None else read_scaling_law(config["scaling"])
+    machine = Machine(**{key: config[key] for key in MACHINE_KEYS} | {"mfu": share_of_peak(config["mfu"])})
     beginning = plan_beginning(config)
     build_schedule(beginning.arguments["stages"])
     semantic = beginning.arguments["semantic"]
@@ -33,9 +39,16 @@ def run(config: dict[str, Any]) -> int:
     console = Console(width=max(Console().width, 110))
     for table in (parameter_table(result), cost_table(result), time_table(result), memory_table(result, machine)):
         console.print(table)
-    lines = [*memory_lines(config, result, machine), *assumptions(config, machine)]
+    lines = memory_lines(config, result, machine) + recomputation_lines(config, result)
+    lines += [] if law is None else scaling_lines(result, law)
+    lines += assumptions(config, machine)
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def share_of_peak(mfu: float | str) -> float:
+    """The number given, or that measured in the run directory given."""
+    return measured_share(mfu) if isinstance(mfu, str) else mfu
 
 
 def parameter_table(result: Estimate) -> Table:
@@ -108,19 +121,50 @@ def memory_lines(config: dict[str, Any], result: Estimate, machine: Machine) -> 
             f"{max(longest[1], 0):.0f} s with activation checkpointing of all layers"
         )
     kept = (memory.per_second / 1e6, memory.per_second_checkpointed / 1e6)
-    lines.append(f"activations: {kept[0]:.1f} MB per second of a micro-batch, {kept[1]:.1f} MB checkpointed")
+    lines.append(
+        f"activations: {kept[0]:.1f} MB per second of a micro-batch, {kept[1]:.1f} MB with all layers checkpointed"
+    )
     lines.append(f"checkpoint: {result.checkpoint_bytes / GB:.1f} GB")
     return lines
+
+
+def recomputation_lines(config: dict[str, Any], result: Estimate) -> list[str]:
+    """What the run's activation checkpointing saves and costs; nothing when it has none."""
+    if not (rates := config["trainer"]["activation_checkpointing"]):
+        return []
+    costs = (f"{stage.stage.name} +{stage.recomputed / stage.operations:.1%}" for stage in result.stages)
+    return [
+        f"trainer.activation_checkpointing={list(rates)}, counted in all of this, saves "
+        f"{result.memory.per_second_saved / 1e6:.1f} MB per second of a micro-batch and takes longer: "
+        f"{', '.join(costs)} operations"
+    ]
+
+
+def scaling_lines(result: Estimate, law: ScalingLaw) -> list[str]:
+    """The held-out distance that a measured scaling law predicts for parts of the run's compute."""
+    whole = sum(stage.audio_seconds * stage.operations for stage in result.stages)
+    lines = [
+        f"scaling law of {law.sizes} runs ({law.origin}): mel distance = {law.coefficient:.4g} * "
+        f"FLOP^{law.exponent:.4f}, R2 {law.r_squared:.3f}, measured from {law.least:.3g} to {law.most:.3g} FLOP"
+    ]
+    for share in (0.01, 0.1, 1.0):
+        flops, days = share * whole, share * result.days
+        lines.append(
+            f"  {share:.0%} of the compute, {flops:.3g} FLOP, about {days:,.1f} days: mel distance "
+            f"{law.distance(flops):.3f} ({law.verdict(flops)})"
+        )
+    return [*lines, "  held-out data, losses and schedule as in those runs; other ones move the law"]
 
 
 def assumptions(config: dict[str, Any], machine: Machine) -> list[str]:
     """Everything that was not counted."""
     peak, kind = machine.peak(config["trainer"])
+    origin = f" (measured: {config['mfu']})" if isinstance(config["mfu"], str) else ""
     return [
         "Assumptions:",
-        f"  mfu={machine.mfu:g} of {peak / 1e12:g} TFLOP/s ({machine.gpu}, dense {kind}, data sheet), all included",
+        f"  mfu={machine.mfu:g}{origin} of {peak / 1e12:g} TFLOP/s ({machine.gpu}, dense {kind}, data sheet), all "
+        "included",
         f"  clips of data.crop_seconds={config['data']['crop_seconds']:g} s",
         f"  text_share={machine.text_share:g} of the audio, with {machine.text_tokens_per_second:g} tokens per second",
-        "  trainer.activation_checkpointing is not counted: neither the memory that it saves nor its second forward",
         "  no restarts, no waiting for data, no validation",
     ]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from moss_train.semantic.text import PretrainedText
 from moss_train.utils.errors import UserError
@@ -46,10 +46,15 @@ def spelled_out(node: Mapping[str, Any]) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"semantic.pretrained={path}: {' '.join(str(error).split())}") from error
+    return with_config(node, config)
+
+
+def with_config(node: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """The node of an LM with the architecture of this configuration. Raises UserError when it is not a Qwen2."""
     if config.model_type != "qwen2":
         raise UserError(
-            f"semantic.pretrained={path} is a {config.model_type}, and only qwen2 is counted: give the sizes of a "
-            "similar one in semantic.config, with semantic.pretrained=null"
+            f"semantic.pretrained={node['pretrained']} is a {config.model_type}, and only qwen2 is counted: give the "
+            "sizes of a similar one in semantic.config, with semantic.pretrained=null"
         )
     # The types of the layers follow from their number, which the counting changes.
     plain = {key: value for key, value in config.to_dict().items() if is_plain(value) and key != "layer_types"}

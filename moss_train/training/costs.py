@@ -37,13 +37,18 @@ class Cost:
         forward: operations of a pass.
         backward: operations of its gradients, those that the training takes.
         kept: bytes that autograd keeps between forward and backward, without the weights.
-        kept_checkpointed: the same where layers compute their activations again: the inputs of the layers.
+        kept_checkpointed: the same where all layers compute their activations again: their inputs, and what the layer
+            in hand needs, one in every stage (a little too much: they are not there at the same time).
+        saved: what `kept` would be more without `trainer.activation_checkpointing`.
+        recomputed: operations of a pass that are done a second time for it.
     """
 
     forward: float = 0.0
     backward: float = 0.0
     kept: float = 0.0
     kept_checkpointed: float = 0.0
+    saved: float = 0.0
+    recomputed: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
@@ -53,7 +58,7 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """Operations of forward and backward."""
+        """Operations of forward and backward, each once."""
         return self.forward + self.backward
 
 
@@ -67,16 +72,24 @@ def without_data() -> Iterator[None]:
         normalized_hann_window.cache_clear()
 
 
-def attention_forward(query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
-    """Operations of fused attention of the given shapes [B, H, T, D]: two products over the pairs that it needs."""
+def attention_forward(
+    query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, attn_mask: Any = None, **_: Any
+) -> int:
+    """Operations of fused attention of the given shapes [B, H, T, D]: two products over the pairs that it needs.
+
+    A square mask is a causal one: transformers writes it out for tensors without values.
+    """
     batch, heads, queries, width = query
-    pairs = queries * (queries + 1) // 2 if causal else queries * key[-2]
+    is_causal = causal or (attn_mask is not None and queries == key[-2])
+    pairs = queries * (queries + 1) // 2 if is_causal else queries * key[-2]
     return 4 * batch * heads * width * pairs
 
 
-def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
+def attention_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *rest: Any, attn_mask: Any = None, **_: Any
+) -> int:
     """Twice the forward; what the kernel computes again is not counted."""
-    return 2 * attention_forward(query, key, value, 0.0, rest[3])
+    return 2 * attention_forward(query, key, value, 0.0, rest[3], attn_mask)
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {
@@ -114,12 +127,15 @@ def count(module: nn.Module, run: Callable[[], Any], half: bool) -> Cost:
     return Cost(forward.get_total_flops(), backward.get_total_flops(), sum(kept.values()))
 
 
-def stage_cost(stage: ProjectedTransformer, frames: int, half: bool, learns: bool, passes: bool) -> Cost:
+def stage_cost(
+    stage: ProjectedTransformer, frames: int, half: bool, learns: bool, passes: bool, recomputes: bool = False
+) -> Cost:
     """Cost of a stage for one clip of so many frames, from its projections and one of its layers.
 
     Args:
         learns: whether its weights get gradients.
         passes: whether what comes before it needs the gradient of its input.
+        recomputes: whether its layers compute their activations again.
     """
     layers = stage.transformer.layers
     layer: Any = layers[0]
@@ -128,7 +144,7 @@ def stage_cost(stage: ProjectedTransformer, frames: int, half: bool, learns: boo
     rotations = rotation(torch.arange(frames)[None], width // stage.transformer.num_heads, stage.transformer.max_period)
     x = torch.zeros(1, frames, width, requires_grad=learns or passes)
     one = count(layer, lambda: layer(x, rotations), half)
-    total = Cost(one.forward, one.backward, one.kept, x.nbytes) * len(layers)
+    total = layers_cost(one, len(layers), x.nbytes, recomputes)
     for projection, needs_input in ((stage.input_proj, passes), (stage.output_proj, learns or passes)):
         if isinstance(projection, nn.Linear):
             given = torch.zeros(1, frames, projection.in_features, requires_grad=needs_input)
@@ -137,13 +153,33 @@ def stage_cost(stage: ProjectedTransformer, frames: int, half: bool, learns: boo
     return total
 
 
+def layers_cost(one: Cost, number: int, input_bytes: int, recomputes: bool) -> Cost:
+    """Cost of equal layers from that of one. Where nothing is kept, nothing is computed again."""
+    kept = one.kept * number
+    least = min(kept, input_bytes * number + one.kept) if kept else 0.0
+    recomputes = recomputes and kept > 0
+    return Cost(
+        one.forward * number,
+        one.backward * number,
+        kept=least if recomputes else kept,
+        kept_checkpointed=least,
+        saved=kept - least if recomputes else 0.0,
+        recomputed=one.forward * number if recomputes else 0.0,
+    )
+
+
 def tokenizer_costs(
-    config: MossAudioTokenizerConfig, seconds: float, half: bool, learning: Sequence[str]
+    config: MossAudioTokenizerConfig,
+    seconds: float,
+    half: bool,
+    learning: Sequence[str],
+    checkpointed: Sequence[float] = (),
 ) -> dict[str, Cost]:
     """Cost per audio-second of encoder, quantizer and decoder, for clips of a length.
 
     Args:
         learning: which of the three learn.
+        checkpointed: frame rates of the stages that compute their activations again.
     """
     code_frames = max(1, round(seconds * config.frame_rate))
     shallow = one_layer_each(config)
@@ -160,8 +196,8 @@ def tokenizer_costs(
                 stage.transformer.layers = nn.ModuleList(
                     [stage.transformer.layers[0]] * getattr(config, f"{name}_kwargs")[number]["num_layers"]
                 )
-                learns = name in learning
-                costs[name] += stage_cost(stage, per_code_frame * code_frames, half, learns, passes)
+                learns, recomputes = name in learning, config.frame_rate * per_code_frame in checkpointed
+                costs[name] += stage_cost(stage, per_code_frame * code_frames, half, learns, passes, recomputes)
                 passes = passes or learns
         costs["quantizer"] = quantizer_cost(
             model.quantizer, config.quantizer_kwargs["input_dim"], code_frames, learning
@@ -216,17 +252,20 @@ def loss_cost(config: MossAudioTokenizerConfig) -> Cost:
     return Cost(cost.forward, cost.backward, cost.kept, cost.kept)
 
 
-def semantic_cost(node: Mapping[str, Any], latent_dim: int, frames: int, tokens: int, half: bool) -> Cost:
+def semantic_cost(
+    node: Mapping[str, Any], latent_dim: int, frames: int, tokens: int, half: bool, learns: bool = True
+) -> Cost:
     """Cost of the text LM for a clip of so many frames and text tokens, forward and backward.
 
-    Two shallow copies give the cost of a layer and of the rest.
+    Two shallow copies give the cost of a layer and of the rest. One that does not learn passes its gradient on all the
+    same.
     """
     costs = []
     depth = node["config"]["num_hidden_layers"]
     for layers in (1, 2):
         shallow = {**node, "config": {**node["config"], "num_hidden_layers": layers}}
         with without_data():
-            model = build(shallow, path="semantic", latent_dim=latent_dim)
+            model = build(shallow, path="semantic", latent_dim=latent_dim).requires_grad_(learns)
             states = torch.zeros(1, frames, latent_dim, requires_grad=True)
             lengths = (torch.tensor([frames]), torch.zeros(1, tokens, dtype=torch.long), torch.tensor([tokens]))
             costs.append(count(model, lambda m=model, s=states, n=lengths: m(s, *n, torch.tensor([0])).loss_sum, half))  # type: ignore[misc]

@@ -10,6 +10,7 @@ from typing import Any
 
 from moss_train.model import MossAudioTokenizerConfig
 from moss_train.training.costs import Cost, discriminators_cost, loss_cost, semantic_cost, tokenizer_costs
+from moss_train.training.gpus import GPUS, is_half
 from moss_train.training.resources import GIB, StateSize
 from moss_train.training.stages import Schedule, Stage
 from moss_train.utils.errors import UserError
@@ -20,33 +21,13 @@ CONTEXT_BYTES = GIB  # of the CUDA context and its libraries, an assumption
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Peak of dense matrix products in TFLOP/s by format, and memory in GB, as on the vendor's data sheet."""
-
-    bf16: float
-    tf32: float
-    fp32: float
-    memory: float
-
-
-GPUS = {
-    "h100": Gpu(989.4, 494.7, 66.9, 80),  # SXM5
-    "h200": Gpu(989.4, 494.7, 66.9, 141),  # SXM5
-    "b200": Gpu(2250.0, 1125.0, 75.0, 180),  # HGX
-    "a100": Gpu(311.9, 156.0, 19.5, 80),  # SXM4
-    "a100_40gb": Gpu(311.9, 156.0, 19.5, 40),
-    "l40s": Gpu(362.0, 183.0, 91.6, 48),
-    "rtx4090": Gpu(165.2, 82.6, 82.6, 24),
-}
-
-
-@dataclass(frozen=True)
 class Machine:
     """What a run is to be trained on.
 
     Attributes:
         gpu, gpus: name in GPUS, and how many.
-        mfu: share of the peak that the counted operations reach; an assumption until it is measured.
+        mfu: share of the peak that the operations reach, those done a second time included; an assumption until it is
+            measured (`hfu` in metrics.csv).
         text_share: of the audio that comes with text, an assumption about the data.
         text_tokens_per_second: of such audio, likewise.
 
@@ -71,12 +52,7 @@ class Machine:
 
     def peak(self, trainer: Node) -> tuple[float, str]:
         """Peak in FLOP/s of one GPU for the configured precision, and the name of the format."""
-        gpu = GPUS[self.gpu]
-        if is_half(trainer):
-            return gpu.bf16 * 1e12, "bf16"
-        if trainer["matmul_precision"] == "highest":
-            return gpu.fp32 * 1e12, "fp32"
-        return gpu.tf32 * 1e12, "tf32"
+        return GPUS[self.gpu].peak(trainer)
 
 
 @dataclass(frozen=True)
@@ -96,8 +72,13 @@ class StageEstimate:
 
     @property
     def operations(self) -> float:
-        """Operations per audio-second."""
+        """Operations per audio-second, each once."""
         return sum(cost.total for cost in self.costs.values())
+
+    @property
+    def recomputed(self) -> float:
+        """Operations per audio-second that are done a second time."""
+        return sum(cost.recomputed for cost in self.costs.values())
 
     @property
     def days(self) -> float:
@@ -119,12 +100,14 @@ class MemoryEstimate:
         sharded: the same when tokenizer and LM are divided among the GPUs.
         per_second: kept between forward and backward, per second of a micro-batch; of the most expensive stage.
         per_second_checkpointed: the same when every layer computes its activations again.
+        per_second_saved: what `trainer.activation_checkpointing` takes off `per_second`.
     """
 
     state: dict[str, float]
     sharded: dict[str, float]
     per_second: float
     per_second_checkpointed: float
+    per_second_saved: float
 
 
 @dataclass(frozen=True)
@@ -161,7 +144,7 @@ def stage_estimate(
     """Costs and times of one stage, for clips of `data.crop_seconds`."""
     costs = stage_costs(stage, config, arguments, tokenizer, machine)
     peak, _ = machine.peak(config["trainer"])
-    rate = machine.gpus * machine.mfu * peak / sum(cost.total for cost in costs.values())
+    rate = machine.gpus * machine.mfu * peak / sum(cost.total + cost.recomputed for cost in costs.values())
     return StageEstimate(stage, costs, stage.updates * stage.batch_seconds, rate)
 
 
@@ -170,18 +153,19 @@ def stage_costs(
 ) -> dict[str, Cost]:
     """Costs per audio-second by network; those of discriminators and LM as the mean over all audio."""
     half, seconds = is_half(config["trainer"]), config["data"]["crop_seconds"]
-    costs = tokenizer_costs(tokenizer, seconds, half, stage.train)
+    again = config["trainer"]["activation_checkpointing"]
+    costs = tokenizer_costs(tokenizer, seconds, half, stage.train, again)
     costs["mel loss"] = loss_cost(tokenizer)
     if arguments["semantic"] is not None and machine.text_share:
         frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * machine.text_tokens_per_second))
         width = tokenizer.quantizer_kwargs["output_dim"]
-        clip = semantic_cost(arguments["semantic"], width, frames, tokens, half)
+        clip = semantic_cost(arguments["semantic"], width, frames, tokens, half, "semantic" in stage.train)
         costs["text LM"] = clip * (machine.text_share / seconds)
     if stage.adversarial:
         crop = arguments["objective"]["crop_seconds"]
         length = round(crop * tokenizer.sampling_rate)
         forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, length, half)
-        costs["discriminators"] = judged_cost(forward, stage.discriminator_every) * (1 / max(crop, seconds))
+        costs["discriminators"] = judged_cost(forward, stage.discriminator_every) * (1 / seconds)
     return costs
 
 
@@ -210,11 +194,6 @@ def memory_estimate(
     if is_half(config["trainer"]):
         state["bf16 copies of weights"] = sharded["bf16 copies of weights"] = 2.0 * (divided + whole)
     state["CUDA context (assumed)"] = sharded["CUDA context (assumed)"] = CONTEXT_BYTES
-    kept = [sum(cost.kept for cost in stage.costs.values()) for stage in stages]
-    again = [sum(cost.kept_checkpointed for cost in stage.costs.values()) for stage in stages]
-    return MemoryEstimate(state, sharded, max(kept), max(again))
-
-
-def is_half(trainer: Node) -> bool:
-    """Whether products are computed in 16 bits."""
-    return "16" in str(trainer["precision"])
+    sums = [sum(stage.costs.values(), Cost()) for stage in stages]
+    most = max(sums, key=lambda cost: cost.kept)
+    return MemoryEstimate(state, sharded, most.kept, max(cost.kept_checkpointed for cost in sums), most.saved)

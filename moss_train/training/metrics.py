@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train.data.counting import StreamCounter
@@ -14,6 +15,7 @@ from moss_train.training.objective import WEIGHTS
 from moss_train.training.observations import OUTPUT_GRADIENT, OUTPUT_TERMS, weights_at
 from moss_train.training.run_log import RunLog
 from moss_train.training.stages import PARTS
+from moss_train.training.utilization import UTILIZATION, UpdateContent, Utilization
 from moss_train.types import UpdateBatch
 
 SIDES = ("generator", "discriminators")
@@ -36,11 +38,12 @@ COLUMNS = (
     "dropped_clips",
     "audio_seconds",
     "audio_seconds_per_second",
+    *UTILIZATION,
     "update_seconds",
     "data_wait_seconds",
     "other_seconds",
 )
-CLOCK_COLUMNS = ("audio_seconds_per_second", "update_seconds", "data_wait_seconds", "other_seconds")
+CLOCK_COLUMNS = ("audio_seconds_per_second", *UTILIZATION, "update_seconds", "data_wait_seconds", "other_seconds")
 """What a clock measured; everything else is the same in every run of one configuration."""
 
 
@@ -63,18 +66,24 @@ class UpdateMetrics(Callback):
     Args:
         run_log: of the run (Lightning gives every callback a function `log`).
         clock: the last callback of the run.
+        utilization: counts what an update costs.
         shares_every_updates: how often the terms' shares of the gradient at the decoder's output are measured.
     """
 
-    def __init__(self, run_log: RunLog, clock: Clock, shares_every_updates: int | None = None) -> None:
+    def __init__(
+        self, run_log: RunLog, clock: Clock, utilization: Utilization, shares_every_updates: int | None = None
+    ) -> None:
         self.run_log = run_log
         self.clock = clock
+        self.utilization = utilization
         self.shares_every_updates = shares_every_updates
         self.batch_start = self.last_end = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.last_end = time.perf_counter()
         self.run_log.start(cat_module(pl_module).update, is_main=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            self.utilization.start(cat_module(pl_module), trainer.strategy.root_device, trainer.world_size)
+        self.last_end = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
@@ -88,6 +97,7 @@ class UpdateMetrics(Callback):
             "clips_with_text": sum(int((micro.text_lengths > 0).sum()) for micro in batch.micro_batches),
             "dropped_clips": len(batch.dropped),
             "audio_samples": sum(int(micro.audio_lengths.sum()) for micro in batch.micro_batches),
+            **text_sizes(module, batch),
         }
 
     def on_train_batch_end(
@@ -99,15 +109,19 @@ class UpdateMetrics(Callback):
 
     def _row(self, module: CatModule, end: float) -> dict[str, Any]:
         moment = module.schedule.at(module.update - 1)
-        audio_seconds = module.sums["audio_samples"] / module.tokenizer.sampling_rate
+        sums = module.sums
+        audio_seconds = sums["audio_samples"] / module.tokenizer.sampling_rate
         update_seconds = end - self.clock.free
+        counts = ("clips", "clips_with_text", "text_frames", "text_tokens", "text_squares")
+        content = UpdateContent(audio_seconds, *(sums[name] for name in counts))
         return {
             "update": module.update,
             "stage": moment.stage.name,
             **split_metrics(module.metrics, weights_at(module.objective.weights, moment)),
-            **{name: round(module.sums[name]) for name in ("clips", "clips_with_text", "dropped_clips")},
+            **{name: round(sums[name]) for name in ("clips", "clips_with_text", "dropped_clips")},
             "audio_seconds": audio_seconds,
             "audio_seconds_per_second": audio_seconds / update_seconds,
+            **self.utilization.shares(content, moment, update_seconds),
             "update_seconds": update_seconds,
             "data_wait_seconds": self.batch_start - self.clock.free,
             "other_seconds": self.clock.free - self.last_end,
@@ -119,6 +133,16 @@ class UpdateMetrics(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Lightning does not come to teardown then; the terminal would stay without its cursor.
         self.run_log.close()
+
+
+def text_sizes(module: CatModule, batch: UpdateBatch) -> dict[str, int]:
+    """Frames and tokens of those clips that have a text, and the sum of the squares of both together."""
+    none = torch.zeros(0, dtype=torch.int64, device=module.device)
+    tokens = torch.cat([none, *(micro.text_lengths for micro in batch.micro_batches)])
+    lengths = torch.cat([none, *(micro.audio_lengths for micro in batch.micro_batches)])
+    frames = module.tokenizer.num_frames(lengths) * (tokens > 0)
+    sums = torch.stack([frames.sum(), tokens.sum(), (frames + tokens).square().sum()]).tolist()
+    return dict(zip(("text_frames", "text_tokens", "text_squares"), sums, strict=True))
 
 
 def split_metrics(metrics: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:

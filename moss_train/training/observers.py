@@ -27,6 +27,7 @@ from moss_train.training.scoring import depths
 from moss_train.training.skipped import SkipRecord
 from moss_train.training.summary import Summary
 from moss_train.training.tensorboard_writer import TensorBoardWriter
+from moss_train.training.utilization import Utilization
 from moss_train.training.validation import Validation, ValidationPlan
 from moss_train.training.wandb_writer import MODES, WandbWriter
 from moss_train.utils.errors import UserError
@@ -55,7 +56,7 @@ def build_observers(
     Raises:
         UserError: a setting that cannot work.
     """
-    check_counts("logging", config["logging"])
+    check_counts("logging", {name: value for name, value in config["logging"].items() if name != "peak_tflops"})
     notices: list[str] = []
     plan = plan_validation(config, stream, num_quantizers, notices)
     tables = {
@@ -76,7 +77,7 @@ def build_observers(
         Notices(notices),
         EnvironmentRecord(directory),
         SkipRecord(directory),
-        UpdateMetrics(run_log, clock, config["logging"]["gradient_shares_every_updates"]),
+        UpdateMetrics(run_log, clock, Utilization(config), config["logging"]["gradient_shares_every_updates"]),
         StreamWatch(counter, stream.domains, run_log, window),
         CodebookMetrics(run_log, window),
         *([] if plan is None else [build_validation(config, directory, stream, plan, run_log, checkpoints)]),

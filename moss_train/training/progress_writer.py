@@ -40,6 +40,8 @@ class ProgressWriter(Writer):
         if "loss/discriminators" in row:
             note += f", D {row['loss/discriminators']:.2f}"
         self.note = f"{note}, {row['audio_seconds_per_second']:.0f} audio-s/s"
+        if "mfu" in row:
+            self.note += f", MFU {row['mfu']:.1%}"
         self.task.advance(1, note=self.note + self.validation)
         self._print_line(row["update"])
 

@@ -1,12 +1,15 @@
+import json
 import re
+from pathlib import Path
 
 import pytest
 from transformers import Qwen2Config
 
 from moss_train.cli import main
 from moss_train.commands._compose import compose, to_plain
-from moss_train.training.costs import discriminators_cost, tokenizer_costs
+from moss_train.training.costs import Cost, discriminators_cost, layers_cost, tokenizer_costs
 from moss_train.training.initialization import plan_beginning
+from moss_train.training.scaling_law import read_scaling_law
 
 TINY = ["estimate", "experiment=cat_tiny", "trainer.precision=bf16-mixed", "gpus=1"]
 
@@ -30,6 +33,105 @@ def test_operations_of_the_published_model_are_those_of_the_arithmetic(published
     assert frozen["decoder"].total == pytest.approx(costs["decoder"].total, rel=0.001)
 
 
+def test_checkpointed_layers_keep_their_inputs_and_are_computed_again():
+    """Twelve layers that keep 100 bytes each of an input of 8: twelve inputs and the layer in hand stay."""
+    one = Cost(forward=10, backward=20, kept=100)
+    assert layers_cost(one, 12, 8, recomputes=False) == Cost(120, 240, kept=1200, kept_checkpointed=196)
+    again = Cost(120, 240, kept=196, kept_checkpointed=196, saved=1004, recomputed=120)
+    assert layers_cost(one, 12, 8, recomputes=True) == again
+    frozen = Cost(forward=10, backward=0, kept=0)
+    assert layers_cost(frozen, 12, 8, recomputes=True) == Cost(120)
+
+
+def test_recomputing_the_stages_of_high_rates_costs_their_forward_pass(published):
+    """Blocks of 12 layers, width 768, at 100 and 50 Hz, on both sides: 24 d^2 per frame and the causal pairs."""
+    config = plan_beginning(published).tokenizer_config
+    parts = ("encoder", "quantizer", "decoder")
+    costs = [sum(tokenizer_costs(config, 0.96, True, parts, rates).values(), Cost()) for rates in ([], [100, 50])]
+    dense = 24 * 768**2 * (96 + 48)
+    causal = 4 * 768 * (96 * 97 + 48 * 49) / 2
+    assert costs[1].recomputed == pytest.approx(2 * 12 * (dense + causal) / 0.96)
+    assert costs[1].total == costs[0].total
+    assert costs[1].kept + costs[1].saved == pytest.approx(costs[0].kept)
+    everything = sum(tokenizer_costs(config, 0.96, True, parts, [100, 50, 25, 12.5]).values(), Cost())
+    assert everything.kept == everything.kept_checkpointed == costs[0].kept_checkpointed < costs[1].kept
+    assert everything.recomputed == pytest.approx(costs[0].forward, rel=0.01)  # all but the projections
+
+
+def test_activation_checkpointing_takes_longer_and_less_memory(capsys):
+    texts = []
+    for overrides in ([], ["trainer.activation_checkpointing=[100,50]"]):
+        assert main([*TINY, *overrides]) == 0
+        texts.append(capsys.readouterr().out)
+    assert "activation_checkpointing" not in texts[0]
+    saved = float(re.search(r"saves ([\d.]+) MB per second", texts[1])[1])
+    kept = [float(re.search(r"activations: ([\d.]+) MB", text)[1]) for text in texts]
+    assert kept[0] - kept[1] == pytest.approx(saved, abs=0.11)
+    longer = float(re.search(r"reconstruction \+([\d.]+)%", texts[1])[1])
+    rates = [rate_of(text, "reconstruction") for text in texts]
+    assert rates[0] / rates[1] == pytest.approx(1 + longer / 100, rel=0.001)
+    assert operations(texts[0], "reconstruction") == operations(texts[1], "reconstruction")
+
+
+def write_scaling(path: Path, exponent: float = -0.1, most: float = 1e16) -> Path:
+    """What tools/scaling.py writes."""
+    law = {"coefficient": 100.0, "exponent": exponent, "r_squared": 0.98}
+    points = [{"scale": 0.5, "flops": 1e15, "mel_distance": 3.2}, {"scale": 1.0, "flops": most, "mel_distance": 2.5}]
+    record = {"experiment": "cat_small", "device": "NVIDIA H100 80GB HBM3", "points": points, "law": law}
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_a_measured_scaling_law_predicts_the_distance_and_says_how_far_it_reaches(tmp_path, capsys):
+    law = read_scaling_law(write_scaling(tmp_path / "scaling.json"))
+    assert law.distance(1e20) == pytest.approx(1.0)  # 100 * 10^-2
+    assert law.distance(1e15) == pytest.approx(10**0.5)
+    assert law.verdict(5e15) == "inside the measured range"
+    assert law.verdict(5e14) == "below the measured range"
+    assert law.verdict(5e16) == "5 times the largest measured compute"
+    assert law.verdict(1e20).startswith("1e+04 times the largest measured compute: a far extrapolation")
+    assert "predicts nothing" in read_scaling_law(write_scaling(tmp_path / "rising.json", exponent=0.1)).verdict(1e15)
+    assert main([*TINY, f"scaling={tmp_path / 'scaling.json'}"]) == 0
+    text = capsys.readouterr().out
+    assert "scaling law of 2 runs (cat_small, NVIDIA H100 80GB HBM3)" in text
+    lines = re.findall(r"(\d+)% of the compute, ([\d.e+]+) FLOP, .*: mel distance ([\d.]+) \(", text)
+    assert [line[0] for line in lines] == ["1", "10", "100"]
+    for _, flops, distance in lines:
+        assert float(distance) == pytest.approx(100 * float(flops) ** -0.1, rel=0.002)
+    # All audio of both stages times what a second of it costs there.
+    config = to_plain(compose("fit", ["experiment=cat_tiny"]), "fit")
+    whole = sum(s["updates"] * s["batch_seconds"] * 1e9 * operations(text, s["name"]) for s in config["stages"])
+    assert float(lines[-1][1]) == pytest.approx(whole, rel=0.005)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"points": []}', '{"law": {}, "points": [{"flops": 1}]}'])
+def test_another_file_than_that_of_a_scaling_law_is_one_line(tmp_path, capsys, content):
+    path = tmp_path / "scaling.json"
+    path.write_text(content)
+    assert main([*TINY, f"scaling={path}"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert f"scaling={path} is not a scaling.json of tools/scaling.py" in error
+
+
+def test_a_measured_share_replaces_the_assumed_one(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("update,mfu,hfu\n1,0.1,0.12\n2,0.3,0.36\n3,0.4,0.48\n4,,\n")
+    assert main([*TINY, f"mfu={tmp_path}"]) == 0
+    text = capsys.readouterr().out
+    assert f"mfu=0.36 (measured: {tmp_path}) of 989.4 TFLOP/s" in text
+    assert rate_of(text, "reconstruction") == pytest.approx(
+        0.36 * 989.4e12 / (operations(text, "reconstruction") * 1e9), rel=0.01
+    )
+    assert main([*TINY, f"mfu={tmp_path / 'none'}"]) == 2
+    assert "neither a number nor a run directory" in capsys.readouterr().err
+
+
+def rate_of(text: str, stage: str) -> float:
+    """Audio-seconds per second of a stage, as printed."""
+    line = next(line for line in text.splitlines() if re.match(rf"│ {stage} +│ [\d,]+ ", line))
+    return float(line.split("│")[4].replace(",", ""))
+
+
 def test_operations_of_the_discriminators(published):
     """26.8 for the five periods and 7.9 for the three resolutions, forward, at 24 kHz."""
     cost = discriminators_cost(published["discriminators"], 1, 24000, half=True)
@@ -41,9 +143,9 @@ def test_the_report_adds_up_and_names_its_assumptions(capsys):
     text = capsys.readouterr().out
     assert "5,440,128" in text
     assert "mfu=0.4 of 989.4 TFLOP/s (h100, dense bf16, data sheet)" in text
-    printed = next(line for line in text.splitlines() if line.startswith("│ reconstruction  │") or "│ 700 " in line)
-    rate = float(printed.split("│")[4].replace(",", ""))
-    assert rate == pytest.approx(0.4 * 989.4e12 / (operations(text, "reconstruction") * 1e9), rel=0.01)
+    assert rate_of(text, "reconstruction") == pytest.approx(
+        0.4 * 989.4e12 / (operations(text, "reconstruction") * 1e9), rel=0.01
+    )
     networks = re.findall(r"│ (?:tokenizer|text LM|discriminators)\s+│ ([\d,]+)", text)
     total = sum(int(number.replace(",", "")) for number in networks)
     assert f"checkpoint: {12 * total / 1e9:.1f} GB" in text
@@ -81,7 +183,6 @@ def test_a_pretrained_text_lm_is_counted_from_its_configuration_alone(capsys, tm
         assert main([*TINY, *("+" * ("vocab_size" in o) + o for o in overrides)]) == 0
         counted.append(capsys.readouterr().out)
     assert counted[0] == counted[1]
-    assert "trainer.activation_checkpointing is not counted" in counted[1]
 
 
 def test_a_pretrained_text_lm_that_is_not_there_is_one_line(capsys, tmp_path):
