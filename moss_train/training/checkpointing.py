@@ -1,6 +1,7 @@
 """Checkpoints of a run: what Lightning assembles, written through `moss_train.utils.checkpoints`."""
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moss_train.training.metrics import Clock
 from moss_train.training.module import cat_module
 from moss_train.utils.checkpoints import (
     CHECKPOINT_FILE,
@@ -50,10 +52,11 @@ class DirectoryCheckpointIO(CheckpointIO):
 class CheckpointWriter(Callback):
     """Saves at the start, every `every_updates` updates and at the end, and keeps the `keep` newest.
 
-    The one at the start shows that the disk takes a checkpoint before hours are spent.
+    The one at the start shows that the disk takes a checkpoint before hours are spent. The training waits until a
+    checkpoint is on the disk for good; `clock` is told for how long.
     """
 
-    def __init__(self, directory: Path, every_updates: int, keep: int) -> None:
+    def __init__(self, directory: Path, every_updates: int, keep: int, clock: Clock) -> None:
         if every_updates < 1 or keep < 2:
             raise UserError(
                 f"checkpoint.every_updates={every_updates} must be at least 1 and checkpoint.keep={keep} at least 2 "
@@ -62,6 +65,7 @@ class CheckpointWriter(Callback):
         self.directory = directory
         self.every_updates = every_updates
         self.keep = keep
+        self.clock = clock
         self.saved_update: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,13 +86,14 @@ class CheckpointWriter(Callback):
         update = cat_module(pl_module).update
         if update == self.saved_update:
             return
-        self.saved_update = update
+        self.saved_update, begin = update, time.perf_counter()
         path = self.directory / checkpoint_name(update)
         if trainer.is_global_zero and path.exists():
             shutil.rmtree(path)  # damaged, or the run would have started from it
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             prune_checkpoints(self.directory, self.keep)
+        self.clock.checkpoint_seconds += time.perf_counter() - begin
 
 
 def read_progress(checkpoint: Path | None) -> Mapping[str, int]:

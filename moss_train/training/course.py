@@ -11,7 +11,7 @@ LOSSES = ("loss/reconstruction", "loss/semantic", "loss/codebook")  # the commit
 ADVERSARIAL = ("loss/discriminators", "loss/adversarial", "loss/feature")
 VERDICTS = ("discriminator/real", "discriminator/generated")
 NORMS = ("gradient_norm/generator", "gradient_norm/discriminators")
-TIMES = ("update_seconds", "data_wait_seconds", "other_seconds", "audio_seconds")
+TIMES = ("update_seconds", "data_wait_seconds", "other_seconds", "checkpoint_seconds", "audio_seconds")
 
 
 @dataclass

@@ -22,6 +22,7 @@ class HealthLimits:
         min_discriminator_margin: and 0 one that has learned nothing.
         max_gradient_growth: median gradient norm of the last quarter of the window over that of the rest.
         max_data_wait: share of the time that is spent waiting for data.
+        max_checkpoint_time: share of the time that is spent writing checkpoints.
     """
 
     window_updates: int = 200
@@ -31,6 +32,7 @@ class HealthLimits:
     min_discriminator_margin: float = 0.02
     max_gradient_growth: float = 10.0
     max_data_wait: float = 0.25
+    max_checkpoint_time: float = 0.1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -58,6 +60,15 @@ class Alarm:
             self.calm[sign] += 1
 
 
+@dataclass
+class Between:
+    """What the time since a judged checkpoint went into."""
+
+    updates: int = 0
+    update_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+
+
 class HealthWriter(Writer):
     """Reads the log as it is written; prints warnings and keeps them in `warnings.txt` of the run directory.
 
@@ -73,6 +84,7 @@ class HealthWriter(Writer):
         self.codebook_size = codebook_size
         self.alarm = Alarm(self._sound)
         self.rows: deque[Row] = deque(maxlen=limits.window_updates)
+        self.between = Between()
 
     def start(self, update: int) -> None:
         """Forget what was warned of about updates that are about to be done again."""
@@ -92,6 +104,7 @@ class HealthWriter(Writer):
         if table != "metrics":
             return
         self.rows.append(row)
+        self._judge_checkpoints(row)
         if row["update"] % max(1, self.limits.window_updates // 10) == 0 and len(self.rows) == self.rows.maxlen:
             self._judge_discriminators(row["update"])
             self._judge_gradients(row["update"])
@@ -167,6 +180,24 @@ class HealthWriter(Writer):
                 "the shards to a faster disk"
             ),
         )
+
+    def _judge_checkpoints(self, row: Row) -> None:
+        seconds, between = row["checkpoint_seconds"], self.between
+        if between.updates:  # the one at the start has no updates before it
+            between.checkpoint_seconds += seconds
+        if seconds and between.updates >= self.limits.window_updates:
+            share = between.checkpoint_seconds / (between.checkpoint_seconds + between.update_seconds)
+            self.alarm.judge(
+                "checkpoints",
+                share > self.limits.max_checkpoint_time,
+                lambda: (
+                    f"update {row['update'] - 1}: {share:.0%} of the time is spent writing checkpoints, {seconds:.1f} "
+                    "s for the last one: raise checkpoint.every_updates, or put run_dir on a faster disk"
+                ),
+            )
+            self.between = between = Between()
+        between.updates += 1
+        between.update_seconds += row["update_seconds"]
 
 
 def update_of(line: str) -> int:

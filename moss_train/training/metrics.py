@@ -42,8 +42,16 @@ COLUMNS = (
     "update_seconds",
     "data_wait_seconds",
     "other_seconds",
+    "checkpoint_seconds",
 )
-CLOCK_COLUMNS = ("audio_seconds_per_second", *UTILIZATION, "update_seconds", "data_wait_seconds", "other_seconds")
+CLOCK_COLUMNS = (
+    "audio_seconds_per_second",
+    *UTILIZATION,
+    "update_seconds",
+    "data_wait_seconds",
+    "other_seconds",
+    "checkpoint_seconds",
+)
 """What a clock measured; everything else is the same in every run of one configuration."""
 
 
@@ -52,6 +60,7 @@ class Clock(Callback):
 
     def __init__(self) -> None:
         self.free = time.perf_counter()  # when the last update and all that followed it was over
+        self.checkpoint_seconds = 0.0  # of writing since the last update
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.free = time.perf_counter()
@@ -79,11 +88,13 @@ class UpdateMetrics(Callback):
         self.shares_every_updates = shares_every_updates
         self.batch_start = self.last_end = time.perf_counter()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last_end = time.perf_counter()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.run_log.start(cat_module(pl_module).update, is_main=trainer.is_global_zero)
         if trainer.is_global_zero:
             self.utilization.start(cat_module(pl_module), trainer.strategy.root_device, trainer.world_size)
-        self.last_end = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
@@ -105,7 +116,7 @@ class UpdateMetrics(Callback):
     ) -> None:
         end = time.perf_counter()
         self.run_log.write("metrics", self._row(cat_module(pl_module), end))
-        self.last_end = end
+        self.last_end, self.clock.checkpoint_seconds = end, 0.0
 
     def _row(self, module: CatModule, end: float) -> dict[str, Any]:
         moment = module.schedule.at(module.update - 1)
@@ -125,6 +136,7 @@ class UpdateMetrics(Callback):
             "update_seconds": update_seconds,
             "data_wait_seconds": self.batch_start - self.clock.free,
             "other_seconds": self.clock.free - self.last_end,
+            "checkpoint_seconds": self.clock.checkpoint_seconds,
         }
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

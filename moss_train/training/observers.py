@@ -71,7 +71,7 @@ def build_observers(
     window = config["logging"]["window_updates"]
     clock = Clock()
     checkpoints = CheckpointWriter(
-        directory / "checkpoints", config["checkpoint"]["every_updates"], config["checkpoint"]["keep"]
+        directory / "checkpoints", config["checkpoint"]["every_updates"], config["checkpoint"]["keep"], clock
     )
     return [
         Notices(notices),

@@ -1,5 +1,6 @@
 """Something to listen to and to read: what the model makes of fixed held-out clips in the course of the training."""
 
+import gc
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,7 @@ class Sampler:
                 samples.append(self._write(folder, name, clip, made, texts))
         if is_main:
             self._write_texts(folder, samples)
+        gc.collect()  # pictures are full of cycles: a dozen of them, 50 MB, would wait for a collection
         return samples
 
     def _write(

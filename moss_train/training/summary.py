@@ -72,7 +72,8 @@ def facts(directory: Path, course: Course, hours: Mapping[str, float]) -> list[s
     rows = {
         "stages, by their first update": stages or "none",
         "time in updates": f"{clock(busy)} ({busy:.0f} s), {sums['data_wait_seconds'] / busy:.1%} waiting for data",
-        "time between updates": f"{sums['other_seconds']:.0f} s (validation, samples, checkpoints)",
+        "time between updates": f"{sums['other_seconds']:.0f} s (validation, samples, checkpoints), "
+        f"{sums['checkpoint_seconds']:.0f} s of it for checkpoints",
         "audio used": f"{audio}; {sums['audio_seconds'] / busy:.1f} audio-s/s",
         "machine": machine(directory),
         "best checkpoint": "none" if best is None else f"{best.name} ({best.metric} {best.value:.4g})",

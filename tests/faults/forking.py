@@ -65,6 +65,7 @@ def inject(fault: dict[str, Any]) -> None:
             worker: [n, "kill" or "hang"]: what a data worker does instead of reading its n-th update;
             file_bytes: no file can get longer, as on a full disk (Errno 27, File too large);
             file_bytes_kill: as above, but the write that gets there ends the process;
+            slow_sync: seconds that the disk takes for every fsync;
             no_override: root keeps to the permissions of files, as everybody else has to;
             constants: values for module constants, by dotted name: time limits that a test cannot wait for.
     """
@@ -81,6 +82,9 @@ def inject(fault: dict[str, Any]) -> None:
     if "file_bytes_kill" in fault:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    if "slow_sync" in fault:
+        sync = os.fsync
+        os.fsync = lambda descriptor: (time.sleep(fault["slow_sync"]), sync(descriptor))[1]
     if fault.get("no_override"):
         drop_override()
     for name, value in fault.get("constants", {}).items():

@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from moss_train.training.csv_writer import read_table
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, MANIFEST, find_damage, newest_checkpoint
 
 from .harness import Fit, assert_same_run
@@ -133,6 +135,27 @@ def test_no_permission_is_one_line_and_the_earlier_checkpoints_stay(whole: Fit, 
         assert_sound(begun, FIRST)
     begun.finish()
     assert_same_run(begun, whole)
+
+
+def test_a_slow_disk_costs_time_and_says_so(whole: Fit, make_fit) -> None:
+    """Every flush takes 0.2 s, four of them a checkpoint; SIGTERM, twice, arrives while one is written."""
+    fit = make_fit("slow", "checkpoint.every_updates=2")
+    job = fit.start(fault={"slow_sync": 0.2})
+    while not (fit.directory / "checkpoints" / ".partial-update-00000002").exists() and job.poll() is None:
+        time.sleep(0.01)
+    for _ in range(2):
+        job.send(signal.SIGTERM)
+    outcome = job.wait()
+    assert outcome.status == 128 + signal.SIGTERM, outcome.log[-3000:]
+    assert "stopped by SIGTERM at update 3; the same command goes on from there" in outcome.log
+    assert_sound(fit, ["update-00000002", "update-00000003"])
+    outcome = fit.finish(fault={"slow_sync": 0.2})
+    assert_same_run(fit, whole)
+    seconds = {
+        int(row["update"]): float(row["checkpoint_seconds"]) for row in read_table(fit.directory / "metrics.csv")
+    }
+    assert all(seconds[update] >= 0.8 for update in (3, 5, 7, 9, 11))
+    assert [update for update in seconds if not seconds[update]] == [2, 4, 6, 8, 10, 12]
 
 
 def cut(path: Path) -> None:

@@ -20,6 +20,7 @@ def metrics(update, **changes):
         "gradient_norm/generator": 1.0,
         "data_wait_seconds": 0.01,
         "update_seconds": 1.0,
+        "checkpoint_seconds": 0.0,
     }
     return {"update": update, **healthy, **{name.replace("__", "/"): value for name, value in changes.items()}}
 
@@ -106,6 +107,21 @@ def test_falling_behind_on_data(health):
     run(health, range(1, 41), data_wait_seconds=0.5)
     (line,) = warnings(health)
     assert line.startswith("update 20: 50% of the time is spent waiting for data: raise data.num_workers, or move")
+
+
+def test_checkpoints_that_take_long(health):
+    """Two, then five seconds after each twentieth update; the one at the start counts for nothing."""
+    for update in range(1, 82):
+        seconds = 50.0 if update == 1 else 2.0 if update % 20 == 1 else 0.0
+        run(health, [update], checkpoint_seconds=seconds)
+    assert warnings(health) == []
+    for update in range(82, 142):
+        run(health, [update], checkpoint_seconds=5.0 if update % 20 == 1 else 0.0)
+    (line,) = warnings(health)
+    assert line == (
+        "update 100: 20% of the time is spent writing checkpoints, 5.0 s for the last one: raise "
+        "checkpoint.every_updates, or put run_dir on a faster disk"
+    )
 
 
 def test_a_resumed_run_forgets_the_warnings_of_updates_that_come_again(health, tmp_path):
