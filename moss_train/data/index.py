@@ -15,7 +15,7 @@ from safetensors.torch import save
 from moss_train.audio import RESAMPLER
 from moss_train.data.remote import fetch_arrays, fetch_index, fetch_shard, is_remote
 from moss_train.data.shard_table import ShardRecord, ShardTable
-from moss_train.data.shards import FORMAT_VERSION, SAMPLE_ARRAYS, ShardContents, sha256_of
+from moss_train.data.shards import FORMAT_VERSION, LATER_ARRAYS, SAMPLE_ARRAYS, ShardContents, sha256_of
 from moss_train.utils.errors import UserError
 
 INDEX_FILE = "index.json"
@@ -39,6 +39,7 @@ class ClipLocation:
     has_text: bool
     shard_bytes: int
     shard_sha256: str
+    json_crc32: int | None = None  # not known of folders of earlier versions
 
 
 class IndexBuilder:
@@ -103,7 +104,7 @@ class ShardIndex:
         self.sampling_rate: int = index["sampling_rate"]
         self.num_channels: int = index["num_channels"]
         self.shards = ShardTable(index["shards"], folder / INDEX_FILE)
-        self.arrays = arrays  # as SAMPLE_ARRAYS, each [rows]
+        self.arrays = arrays  # as SAMPLE_ARRAYS, each [rows]; those of LATER_ARRAYS may be missing
 
     @classmethod
     def load(cls, folder: str | Path) -> "ShardIndex":
@@ -117,7 +118,8 @@ class ShardIndex:
         try:
             path = fetch_arrays(url, ARRAYS_FILE, index["arrays_sha256"]) if url else folder / ARRAYS_FILE
             with safe_open(path, "pt") as file:
-                arrays = {name: file.get_tensor(name).numpy() for name in SAMPLE_ARRAYS}
+                missing = LATER_ARRAYS - set(file.keys())
+                arrays = {name: file.get_tensor(name).numpy() for name in SAMPLE_ARRAYS if name not in missing}
             loaded = cls(folder, index, arrays, url)
         except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the index of {folder} is damaged ({error}); pack it again") from error
@@ -163,7 +165,7 @@ class ShardIndex:
 
     def locate(self, row: int) -> ClipLocation:
         """Where the clip of one row lies."""
-        values = {name: self.arrays[name][row].item() for name in SAMPLE_ARRAYS}
+        values = {name: array[row].item() for name, array in self.arrays.items()}
         shard = self.shards[self.shards.shard_of(row)]
         return ClipLocation(shard=self._place(shard.file), shard_bytes=shard.bytes, shard_sha256=shard.sha256, **values)
 

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,15 @@ class ClipReader:
         if location.json_size > _MAX_JSON_BYTES:
             raise SampleError(f"JSON has {location.json_size} bytes, more than {_MAX_JSON_BYTES}")
         try:
-            labels = json.loads(self._files.read(location, location.json_offset, location.json_size))
+            content = self._files.read(location, location.json_offset, location.json_size)
+            labels = json.loads(content)
         except OSError as error:
             raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise SampleError(f"damaged JSON ({error})") from error
         self._check_labels(labels, location)
+        if location.json_crc32 not in (None, zlib.crc32(content)):
+            raise SampleError("JSON was altered: its checksum differs from the index")
         return labels
 
     def read_audio(self, location: ClipLocation, start: int, num_frames: int) -> Tensor:

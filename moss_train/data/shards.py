@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,12 @@ SAMPLE_ARRAYS = {
     "audio_size": np.dtype(np.int64),
     "json_offset": np.dtype(np.int64),
     "json_size": np.dtype(np.int64),
+    "json_crc32": np.dtype(np.uint32),  # FLAC has checksums of its own
 }
 """What the index stores per sample of a shard, in the order of the tar."""
+
+LATER_ARRAYS = frozenset({"json_crc32"})
+"""What folders of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,11 @@ def _read_clip(
     file = tar.extractfile(text) if audio.isreg() and text.isreg() else None
     if file is None:
         raise ValueError(f"{audio.name} or {text.name} is not a file, but a link, folder or device")
-    content = json.loads(file.read())
+    raw = file.read()
+    content = json.loads(raw)
     if not isinstance(content, dict) or not isinstance(content.get("num_samples"), int):
         raise ValueError(f"{text.name} does not describe a clip")
     if content.get("sampling_rate") != sampling_rate:
         raise ValueError(f"{audio.name} is at {content.get('sampling_rate')} Hz, not {sampling_rate}")
     offsets = (audio.offset_data, audio.size, text.offset_data, text.size)
-    return content, (content["num_samples"], "text" in content, *offsets)
+    return content, (content["num_samples"], "text" in content, *offsets, zlib.crc32(raw))

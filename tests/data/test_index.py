@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from moss_train.data.index import ShardIndex
 from moss_train.data.reading import ClipReader, SampleError
@@ -116,3 +117,21 @@ def test_other_folders_and_formats_are_refused(copy: Path, tmp_path: Path) -> No
     (copy / "index.json").write_text("{")
     with pytest.raises(UserError, match=r"index\.json is damaged"):
         ShardIndex.load(copy)
+
+
+def test_an_altered_letter_of_a_text_is_found_when_it_is_read(copy: Path) -> None:
+    """Folders that were packed before there were checksums are read without."""
+    index = ShardIndex.load(copy)
+    location = next(index.locate(row) for row in range(len(index)) if index.arrays["has_text"][row])
+    labels = ClipReader(24000, 1).read_labels(location)
+    place = location.json_offset + Path(location.shard).read_bytes()[location.json_offset :].index(b'"text": "') + 10
+    flip_byte(Path(location.shard), place)
+    with pytest.raises(SampleError, match="JSON was altered: its checksum differs from the index"):
+        ClipReader(24000, 1).read_labels(location)
+    arrays = load_file(copy / "index.safetensors")
+    save_file({name: arrays[name] for name in arrays if name != "json_crc32"}, copy / "index.safetensors")
+    earlier = next(place for place in map(ShardIndex.load(copy).locate, range(len(index))) if place.has_text)
+    assert earlier.json_crc32 is None
+    altered = ClipReader(24000, 1).read_labels(earlier)
+    assert altered["text"] != labels["text"]
+    assert altered | {"text": labels["text"]} == labels
