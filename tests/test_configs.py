@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from moss_train.commands._compose import compose
-from moss_train.commands._help import default_groups, find_verbs, verb_help
+from moss_train.commands._help import default_groups, find_verbs, group_options, verb_help
 from moss_train.utils.build import check_node, iterate_targets
 from moss_train.utils.paths import config_directory
 
@@ -56,6 +56,17 @@ def test_option_composes_with_its_verb(option):
     verb = verb_of(group)
     assert verb is not None, f"no verb has the group {group}"
     check_targets(compose(verb, [f"{group}={name}"]))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_help_lists_it_with_a_short_whole_sentence(option):
+    group, _, name = option.rpartition("/")
+    sentence = group_options(group, [CONFIGS])[name]
+    assert sentence[0].isupper()
+    assert sentence.endswith(".")
+    assert len(sentence) <= 100
+    assert f"{name} " in verb_help("estimate")
+    assert sentence in verb_help("estimate")
 
 
 @pytest.mark.parametrize("verb", VERBS)

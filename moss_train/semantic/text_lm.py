@@ -58,7 +58,8 @@ class TextLM(nn.Module):
 
     def _language_model(self, config: Mapping[str, Any] | None, pretrained: str | None) -> Any:
         if pretrained is not None:
-            return AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+            # It comes in eval mode, without the dropout that its configuration may have.
+            return AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).train()
         return Qwen2ForCausalLM(Qwen2Config(**{"vocab_size": self.text.vocab_size, **(config or {})}))
 
     def forward(

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+import torch._functorch.config
 from torch import nn
 
 from moss_train.model import MossAudioTokenizerModel
@@ -21,7 +23,7 @@ def prepare(module: CatModule, config: Mapping[str, Any]) -> None:
         module.average = WeightAverage(**config["ema"])
     checkpoint_activations(module.tokenizer, settings["activation_checkpointing"])
     if settings["compile"]:
-        compile_blocks(module)
+        compile_blocks(module, "inductor" if settings["compile"] is True else settings["compile"])
 
 
 def checkpoint_activations(model: MossAudioTokenizerModel, frame_rates: Sequence[float]) -> None:
@@ -55,7 +57,14 @@ def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
     """Compile block by block and discriminator by discriminator: equal blocks share one graph, and names stay.
 
     The whole step would neither compile in reasonable time nor as one graph.
+
+    Raises:
+        UserError: torch has no such backend.
     """
+    if backend not in (known := torch._dynamo.list_backends(exclude_tags=None)):
+        raise UserError(f"trainer.compile={backend}: torch has the backends {', '.join(known)}")
+    # The discriminators' graph serves two backward passes; a compiler that reuses its buffers allows only one.
+    torch._functorch.config.donated_buffer = False
     for block in compiled_parts(module):
         block.compile(backend=backend)
 

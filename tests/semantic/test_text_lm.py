@@ -95,6 +95,7 @@ def test_it_starts_from_pretrained_weights_with_their_tokenizer(tmp_path):
         latent_dim=6,
     )
     assert isinstance(lm.text, PretrainedText)
+    assert all(part.training for part in lm.modules())
     tokens = [letters[letter] for letter in "ten\u0120of"]
     assert lm.text("ten of") == [*tokens, letters["<|endoftext|>"]]
     assert lm.text.decode([*tokens, letters["<|endoftext|>"]]) == "ten of"

@@ -172,6 +172,7 @@ def test_in_bfloat16_the_quantizer_and_all_spectra_stay_float32(module, update):
     [
         ("ema={decay: 2}", "ema.decay=2"),
         ("trainer.activation_checkpointing=[99]", "no stage runs at [99] Hz"),
+        ("trainer.compile=fast", "trainer.compile=fast: torch has the backends "),
         ("+optimizers.generator.learning_rate_scale.codebook=2", "unknown part ['codebook']"),
     ],
 )

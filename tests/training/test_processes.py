@@ -17,6 +17,8 @@ from moss_train.utils.errors import UserError
 
 from .runs import assert_equal, state, values, wait_for_rows
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
 FIT = ["-m", "moss_train", "fit"]
 CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")
 ENDLESS = ["stages.0.updates=100000", "checkpoint.every_updates=1000"]
@@ -27,8 +29,10 @@ def start(small_overrides) -> Iterator:
     """Start `fit` in a process of its own; what a test leaves running is killed."""
     processes = []
 
-    def run(directory: Path, *overrides: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
-        command = [sys.executable, *launcher, *FIT, *small_overrides, f"run_dir={directory}", *overrides]
+    def run(
+        directory: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable, *FIT), **environment: str
+    ) -> subprocess.Popen:
+        command = [*launcher, *small_overrides, f"run_dir={directory}", *overrides]
         processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}))
         return processes[-1]
 
@@ -39,7 +43,11 @@ def start(small_overrides) -> Iterator:
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return children_of(process.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def wait_until_gone(pid: int) -> None:
@@ -96,10 +104,10 @@ def test_a_killed_process_ends_the_run_with_an_error(start, tmp_path):
     assert process.wait(timeout=60) not in (0, None)
 
 
-def test_torchrun_starts_a_group_again_when_one_process_dies(start, pair, tmp_path):
+def test_the_torchrun_recipe_starts_a_group_again_when_one_process_dies(start, pair, tmp_path):
     directory = tmp_path / "run"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    process = start(directory, launcher=torchrun)
+    settings = {"PYTHON": sys.executable, "PROCESSES_PER_NODE": "2", "MAX_RESTARTS": "1"}
+    process = start(directory, launcher=("bash", str(RECIPES / "torchrun" / "run.sh")), **settings)
     wait_for_rows(directory, 3, process)
     os.kill(children(process)[1], signal.SIGKILL)
     assert process.wait(timeout=300) == 0
@@ -117,15 +125,34 @@ def test_sigterm_to_any_process_ends_all_after_a_checkpoint(start, tmp_path):
     assert read_manifest(list_checkpoints(directory / "checkpoints")[-1])["update"] == last >= 2
 
 
-def test_slurm_tasks_requeue_their_job_once(start, tmp_path):
-    """Two tasks as srun starts them, with data workers that get the signal too; `scontrol` writes down its call."""
-    directory, calls = tmp_path / "run", tmp_path / "calls"
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
-    scontrol.chmod(0o755)
-    job = {
-        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+def test_several_machines_need_a_rendezvous(tmp_path):
+    script = RECIPES / "torchrun" / "run.sh"
+    done = subprocess.run(["bash", script], env={**os.environ, "NODES": "2"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "run.sh: NODES=2 needs RENDEZVOUS=<host of one of the machines>:29400\n"
+
+
+SRUN = """#!/usr/bin/env bash
+# As srun on one machine: so many tasks, each with its number; the exit status is the highest of theirs.
+[ "$1" = --kill-on-bad-exit=1 ] || exit 99
+shift
+for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
+highest=0
+for task in $(jobs -p); do wait "$task" || highest=$(($? > highest ? $? : highest)); done
+exit "$highest"
+"""
+
+
+def cluster(folder: Path) -> dict[str, str]:
+    """The variables of a SLURM job of two tasks; on its PATH an srun, and an scontrol that writes down its calls."""
+    (folder / "bin").mkdir()
+    scripts = {"srun": SRUN, "scontrol": f'#!/bin/sh\necho "$@" >> {folder / "calls"}\n'}
+    for name, text in scripts.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    return {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(29500 + os.getpid() % 2000),
         "SLURM_JOB_ID": "4711",
@@ -135,15 +162,31 @@ def test_slurm_tasks_requeue_their_job_once(start, tmp_path):
         "SLURM_NNODES": "1",
         "SLURM_NODEID": "0",
     }
+
+
+def test_the_slurm_recipe_requeues_its_job_once_and_goes_on(start, tmp_path):
+    """The signal that comes before the time limit, to one task and to the data workers of the other; the job again."""
+    directory, job = tmp_path / "run", cluster(tmp_path)
+    batch = ("bash", str(RECIPES / "slurm" / "train.sbatch"))
     overrides = ("data.num_workers=1", *ENDLESS)
-    tasks = [start(directory, *overrides, **job, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
-    wait_for_rows(directory, 2, tasks[0])
-    for pid in [tasks[1].pid, *children(tasks[0])]:
+    process = start(directory, *overrides, launcher=batch, **job)
+    wait_for_rows(directory, 2, process)
+    first, second = children(process)
+    for pid in [second, *children_of(first)]:
         os.kill(pid, signal.SIGUSR1)
-    assert [task.wait(timeout=120) for task in tasks] == [138, 138]
-    assert calls.read_text() == "requeue 4711\n"
+    assert process.wait(timeout=120) == 138
+    assert (tmp_path / "calls").read_text() == "requeue 4711\n"
     last = int(read_table(directory / "metrics.csv")[-1]["update"])
     assert read_manifest(list_checkpoints(directory / "checkpoints")[-1])["update"] == last
+    again = start(directory, *overrides, f"stop_at_update={last + 1}", launcher=batch, **job)
+    assert again.wait(timeout=120) == 0
+    assert column(read_table(directory / "metrics.csv"), "update") == [*range(1, last + 2)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_recipe_is_a_script_that_bash_reads(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

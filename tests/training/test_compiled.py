@@ -1,0 +1,36 @@
+"""A compiled run through both stages, stopped and resumed."""
+
+import pytest
+import torch
+
+from moss_train.cli import main
+
+from .runs import assert_equal, state, values
+
+# Few parts to compile, each of them once for fixed and once for changing lengths.
+FEW_PARTS = [
+    "tokenizer.stages=[{patch_size: 240, output_dimension: 16, d_model: 32, num_heads: 2, num_layers: 1}, "
+    "{patch_size: 8, output_dimension: 24, d_model: 32, num_heads: 2, num_layers: 1}]",
+    "discriminators=[{_target_: moss_train.discriminators.MultiPeriodDiscriminator, periods: [2], channels: [2, 4]}]",
+    "semantic=null",
+    "stages.0.updates=2",
+    "stages.1.updates=3",
+    "trainer.activation_checkpointing=[100]",
+]
+
+
+def fit(overrides: list[str], *more: str) -> None:
+    torch._dynamo.reset()  # as in a new process
+    assert main(["fit", *overrides, *FEW_PARTS, *more]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_compiled_run_resumes_to_the_last_bit(small_overrides, tmp_path):
+    """Stopped after the discriminators' head start, in which their graphs serve one backward pass; later it is two."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fit(small_overrides, "trainer.compile=aot_eager", f"run_dir={whole}")
+    for stop in (3, 5):
+        fit(small_overrides, "trainer.compile=aot_eager", f"run_dir={parts}", f"stop_at_update={stop}")
+    assert values(parts) == values(whole)
+    assert_equal(state(parts), state(whole))
