@@ -10,7 +10,7 @@ from torch import nn
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training.averaging import WeightAverage
-from moss_train.training.module import CatModule
+from moss_train.training.module import CatModule, stages_of
 from moss_train.training.trainer import REDUCE_DTYPES
 from moss_train.utils.errors import UserError
 
@@ -41,11 +41,6 @@ def checkpoint_activations(model: MossAudioTokenizerModel, frame_rates: Sequence
         )
     for stage in stages_of(model):
         stage.transformer.gradient_checkpointing = rate_of(model, stage) in frame_rates
-
-
-def stages_of(model: MossAudioTokenizerModel) -> list[ProjectedTransformer]:
-    """All transformer stages, of the encoder and the decoder."""
-    return [stage for stage in (*model.encoder, *model.decoder) if isinstance(stage, ProjectedTransformer)]
 
 
 def rate_of(model: MossAudioTokenizerModel, stage: ProjectedTransformer) -> float:

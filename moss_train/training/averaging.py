@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moss_train.training.sharding import full_tensor, like
+from moss_train.training.sharding import full_tensor, like, local_part
 
 CHECKPOINT_KEY = "ema"
 """Place in a checkpoint: {"decay": float, "weights": {name as in the tokenizer's state dict: tensor}}."""
@@ -46,7 +46,8 @@ class WeightAverage:
     def add(self, update: int) -> None:
         """Take in the weights after update number `update` (from 0)."""
         decay = min(self.decay, (1 + update) / (10 + update))
-        torch._foreach_lerp_(self._averages, [weight.detach() for weight in self._weights], 1 - decay)
+        averages = [local_part(average) for average in self._averages]
+        torch._foreach_lerp_(averages, [local_part(weight.detach()) for weight in self._weights], 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from moss_train.training.sharding import is_sharded
+
 BUCKET_BYTES = 64 * 2**20
 BUCKETS_IN_FLIGHT = 2
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers of the size of a weight in bytes
@@ -33,6 +35,15 @@ class ReplicatedStrategy(DDPStrategy):
 def num_ranks() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """The largest of one number per rank."""
+    if num_ranks() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -123,8 +134,11 @@ def check_equal_start(module: nn.Module, progress: Sequence[int]) -> None:
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """A short hash of the names, shapes and bits of all parameters; integer sums do not depend on their order."""
-    parameters = dict(module.named_parameters())
+    """A short hash of the names, shapes and bits of all parameters; integer sums do not depend on their order.
+
+    Sharded ones, which differ from rank to rank, are left out.
+    """
+    parameters = {name: p for name, p in module.named_parameters() if not is_sharded(p)}
     sums = [p.flatten().view(BITS[p.element_size()]).sum(dtype=torch.int64) for p in parameters.values()]
     digest = hashlib.sha256(repr([(name, list(p.shape)) for name, p in parameters.items()]).encode())
     digest.update(torch.stack(sums).cpu().numpy().tobytes() if sums else b"")

@@ -53,6 +53,8 @@ def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: 
         add_semantic(module, terms, reported, states, num_frames, batch, counts)
     total = module.objective.total(terms, moment.stage.weights)
     generator_loss = total.detach()
+    if module.shards is not None and "semantic" not in terms:
+        total = total + nothing_from_lm(module, quantized.quantized)
     if moment.judged or moment.discriminators_learn:
         judgement = judge(module, reconstruction, batch, counts, moment)
         total = total + judgement.surrogate
@@ -64,6 +66,23 @@ def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: 
     module.manual_backward(total)
     reported |= {f"loss/{name}": value for name, value in terms.items()} | {"loss/generator": generator_loss}
     return {name: value.detach() for name, value in reported.items()}
+
+
+def keep_company(module: "CatModule", moment: StageMoment) -> None:
+    """Pass all sharded networks, forward and backward, and add nothing: other ranks have one more micro-batch."""
+    tokenizer = module.tokenizer
+    silence = torch.zeros(1, tokenizer.config.number_channels, tokenizer.config.downsample_rate, device=module.device)
+    quantized = tokenizer.quantizer(tokenizer.encode_latent(silence)).quantized
+    nothing = 0.0 * tokenizer.decode_latent(quantized).sum()
+    module.manual_backward(nothing + nothing_from_lm(module, quantized if moment.taught else quantized.detach()))
+
+
+def nothing_from_lm(module: "CatModule", states: Tensor) -> Tensor:
+    """Zero, by way of the text LM if there is one: in every micro-batch all ranks have to pass it or none."""
+    if module.semantic is None:
+        return torch.zeros((), device=states.device)
+    one = torch.ones(1, dtype=torch.int64, device=states.device)
+    return 0.0 * module.semantic(states[:1, :1], one, 0 * one[None], one, 0 * one).loss_sum
 
 
 def add_semantic(

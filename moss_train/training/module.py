@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from moss_train.discriminators import DiscriminatorSet
 from moss_train.export.loading import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel
+from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training.averaging import CHECKPOINT_KEY, WeightAverage
 from moss_train.training.distributed import check_equal_start
 from moss_train.training.objective import Objective
 from moss_train.training.observations import CodeCounts
 from moss_train.training.optimizers import build_adamw, group_options
+from moss_train.training.sharding import Shards
 from moss_train.training.stages import Schedule, StageMoment
 from moss_train.training.updates import do_update
 from moss_train.types import Batch, UpdateBatch
@@ -79,6 +81,7 @@ class CatModule(lightning.LightningModule):
         self.position = 0
         self.skipped_in_a_row = 0
         self.reduce_dtype: torch.dtype | None = None
+        self.shards: Shards | None = None
         self.average: WeightAverage | None = None
         self.metrics: dict[str, float] = {}
         self.contributions: dict[str, float] = {}
@@ -94,6 +97,14 @@ class CatModule(lightning.LightningModule):
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """`MossAudioTokenizerModel.decode`."""
         return self.tokenizer.decode(*args, **kwargs)
+
+    def configure_model(self) -> None:
+        """Under `ShardedStrategy`, once the weights are those of the start: divide them among the ranks."""
+        if self.device_mesh is None or self.shards is not None:
+            return
+        check_equal_start(self, (self.update, self.position))
+        networks = [*stages_of(self.tokenizer), *([] if self.semantic is None else [self.semantic])]
+        self.shards = Shards(networks, self.device_mesh["data_parallel"], self.reduce_dtype)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         settings = self.optimizer_settings
@@ -148,8 +159,12 @@ class CatModule(lightning.LightningModule):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within it the tokenizer has its averaged weights, without `ema` its own: for validation and samples."""
-        with nullcontext() if self.average is None else self.average.swapped_in():
+        """Within it the tokenizer has its averaged weights, without `ema` its own: for validation and samples.
+
+        Sharded networks are whole.
+        """
+        average = nullcontext() if self.average is None else self.average.swapped_in()
+        with average, nullcontext() if self.shards is None else self.shards.whole():
             yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -165,6 +180,11 @@ class CatModule(lightning.LightningModule):
         self.update, self.position = progress["update"], progress["position"]
         if self.average is not None and CHECKPOINT_KEY in checkpoint:
             self.average.load_state_dict(checkpoint[CHECKPOINT_KEY])
+
+
+def stages_of(model: MossAudioTokenizerModel) -> list[ProjectedTransformer]:
+    """All transformer stages, of the encoder and the decoder."""
+    return [stage for stage in (*model.encoder, *model.decoder) if isinstance(stage, ProjectedTransformer)]
 
 
 def cat_module(module: lightning.LightningModule) -> CatModule:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moss_train.model.transformer import LayerScale
+from moss_train.training.sharding import local_part
 from moss_train.training.stages import PARTS
 
 
@@ -35,7 +36,8 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     for module in (module for root in modules for module in root.modules()):
         is_exempt = isinstance(module, nn.LayerNorm | nn.Embedding | LayerScale)
         for parameter in module.parameters(recurse=False):
-            (exempt if is_exempt or parameter.squeeze().ndim < 2 else decayed)[parameter] = None
+            is_vector = sum(size > 1 for size in parameter.shape) < 2
+            (exempt if is_exempt or is_vector else decayed)[parameter] = None
     return [
         {"params": [p for p in decayed if p not in exempt], "weight_decay": weight_decay},
         {"params": list(exempt), "weight_decay": 0.0},
@@ -75,8 +77,8 @@ def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Sum of the squares of all gradients (scalar, float64; zero when there are none)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    """Sum of the squares of all gradients (scalar, float64; zero when there are none), of what this rank holds."""
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
@@ -84,6 +86,6 @@ def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiply all gradients, in place."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
     if gradients and factor != 1.0:
         torch._foreach_mul_(gradients, factor)

@@ -1,7 +1,29 @@
-"""Weights and gradients that are spread over the ranks: what one rank holds, and the whole."""
+"""Tokenizer stages and text LM sharded over the ranks (FSDP2, arXiv 2304.11277): less memory, more traffic.
 
-from torch import Tensor
+Every rank holds its share of their weights, gradients and moments; a block's weights are gathered before they are used,
+once in the forward and once in the backward pass. Quantizer and discriminators are small and stay whole on all ranks.
+
+Gathering is collective: every rank has to pass every network equally often in an update.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a rank holds a share of this tensor only."""
+    return isinstance(tensor, DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -20,3 +42,129 @@ def like(whole: Tensor, example: Tensor) -> Tensor:
         return whole.to(example.device, example.dtype, copy=True)
     moved = whole.to(example.device, example.dtype)
     return distribute_tensor(moved, example.device_mesh, example.placements, src_data_rank=None)
+
+
+class Shards:
+    """Networks that are sharded from now on: layer by layer, and what else a network has as one more unit.
+
+    Args:
+        networks: called as modules, each on its own.
+        mesh: one-dimensional, the ranks that share.
+        reduce_dtype: of gradients between ranks, by default float32.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], mesh: DeviceMesh, reduce_dtype: torch.dtype | None) -> None:
+        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+        self.units: list[FSDPModule] = []
+        for network in networks:
+            for part in (*layers_of(network), network):
+                fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            self.units += prefetch_in_turn([network, *layers_of(network)])
+        for unit in self.units:
+            # Terms are sums over clips divided by counts of all ranks, so gradients add up.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+
+    def reduce_next_backward(self, wanted: bool) -> None:
+        """Whether the next backward sums gradients over ranks, or keeps them for a later one."""
+        for unit in self.units:
+            unit.set_requires_gradient_sync(wanted, recurse=False)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it every rank has all weights, for work without gradients, for which ranks need not keep step."""
+        for unit in self.units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self.units:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
+
+
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    """The layers of a transformer: what its lists called `layers` hold."""
+    lists = [part for name, part in network.named_modules() if name.rpartition(".")[2] == "layers"]
+    return [layer for part in lists if isinstance(part, nn.ModuleList) for layer in part]
+
+
+def prefetch_in_turn(units: Sequence[Any]) -> Sequence[FSDPModule]:
+    """Gather the next unit while one computes: the network's own weights first, then its layers, and backwards.
+
+    The order that FSDP2 notes by itself would be upset by passes of a validation.
+    """
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([unit])
+    units[0].set_modules_to_backward_prefetch([units[-1]])
+    return units
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's processes and device mesh for FSDP2; `CatModule.configure_model` shards.
+
+    Checkpoints hold whole tensors under the names of one process, so that a run can go on with other processes or
+    another strategy. Lightning's own collection would step an optimizer without state to give it one.
+    """
+
+    def __init__(self, num_processes: int, timeout: timedelta) -> None:
+        super().__init__(num_processes, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Optimizers are restored by `load_optimizer_state_dict`."""
+        return True
+
+    def setup_environment(self) -> None:
+        """Connect the processes, which `start_processes` does before there is a module; then make the mesh."""
+        if self.lightning_module is None:
+            self._setup_distributed()
+        else:
+            super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole weights on rank 0, nothing of use elsewhere; all ranks have to call it."""
+        assert self.lightning_module is not None
+        return self._gather(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Whole moments on rank 0, nothing of use elsewhere; all ranks have to call it."""
+        state = optimizer.state_dict()
+        return state | {"state": {place: self._gather(values) for place, values in state["state"].items()}}
+
+    def _gather(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensor by tensor, so that no rank holds all of them on its device."""
+        found = {}
+        for name, value in values.items():
+            whole = full_tensor(value.detach()) if isinstance(value, Tensor) else value
+            found[name] = whole.cpu() if isinstance(whole, Tensor) and self.is_global_zero else None
+        return found
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read by every rank, through the run's own plugin."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take this rank's share of whole weights."""
+        assert self.lightning_module is not None
+        examples = self.lightning_module.state_dict()
+        weights = {name: like(value, examples[name]) for name, value in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(weights, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's share of whole moments."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            moments = {
+                place: {name: share(value, parameters[place]) for name, value in values.items()}
+                for place, values in state["state"].items()
+            }
+            optimizer.load_state_dict(state | {"state": moments})
+
+
+def share(value: Any, parameter: nn.Parameter) -> Any:
+    """A rank's share of what an optimizer keeps for a parameter; the count of steps is no tensor of its shape."""
+    is_moment = isinstance(value, Tensor) and value.ndim > 0 and value.shape == parameter.shape
+    return like(value, parameter.detach()) if is_moment else value

@@ -15,12 +15,15 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from moss_train.data.processes import end_with_parent
 from moss_train.training.checkpointing import DirectoryCheckpointIO
 from moss_train.training.distributed import ReplicatedStrategy
+from moss_train.training.sharding import ShardedStrategy
 from moss_train.utils.errors import UserError
 
+STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("32-true", "bf16-mixed")
 REDUCE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -84,10 +87,16 @@ def is_srun_used() -> bool:
 
 
 def choose_strategy(settings: Mapping[str, Any], num_processes: int) -> Strategy | str:
-    """One process needs nothing special; several hold copies of everything."""
+    """One process needs nothing special; several hold copies of everything, or shares of the large networks."""
+    if settings["strategy"] not in STRATEGIES:
+        raise UserError(f"trainer.strategy={settings['strategy']!r} is not one of {', '.join(STRATEGIES)}")
+    is_sharded = settings["strategy"] == "fsdp"
     if num_processes == 1:
+        if is_sharded:
+            rank_zero_warn("trainer.strategy=fsdp has no effect: there is one process")
         return "auto"
-    return ReplicatedStrategy(timeout=timedelta(seconds=settings["timeout_seconds"]))
+    timeout = timedelta(seconds=settings["timeout_seconds"])
+    return ShardedStrategy(num_processes, timeout) if is_sharded else ReplicatedStrategy(timeout=timeout)
 
 
 def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbacks: list[Callback]) -> Trainer:

@@ -9,11 +9,19 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from moss_train.training.distributed import gather_over_ranks, num_ranks, sum_gradients, sum_over_ranks, sum_to_host
-from moss_train.training.micro_batches import accumulate
+from moss_train.training.distributed import (
+    gather_over_ranks,
+    max_over_ranks,
+    num_ranks,
+    sum_gradients,
+    sum_over_ranks,
+    sum_to_host,
+)
+from moss_train.training.micro_batches import accumulate, keep_company
 from moss_train.training.objective import WEIGHTS, UpdateCounts
 from moss_train.training.observations import OBSERVED
 from moss_train.training.optimizers import scale_gradients, set_learning_rate, squared_norm
+from moss_train.training.sharding import is_sharded
 from moss_train.training.stages import StageMoment
 from moss_train.types import UpdateBatch
 
@@ -62,8 +70,16 @@ def compute_terms(module: "CatModule", batch: UpdateBatch, moment: StageMoment) 
         sum_over_ranks(module.objective.count(batch.micro_batches, module.device).vector())
     )
     terms: dict[str, Tensor] = {}
-    for micro_batch in batch.micro_batches:
-        for name, value in accumulate(module, micro_batch, counts, moment).items():
+    num_turns = len(batch.micro_batches)
+    if module.shards is not None:
+        num_turns = max_over_ranks(num_turns, module.device)
+    for turn in range(num_turns):
+        if module.shards is not None:
+            module.shards.reduce_next_backward(turn == num_turns - 1)
+        if turn >= len(batch.micro_batches):
+            keep_company(module, moment)
+            continue
+        for name, value in accumulate(module, batch.micro_batches[turn], counts, moment).items():
             terms[name] = terms.get(name, 0) + value
     return terms
 
@@ -91,12 +107,12 @@ def reduce(
     missing = {f"missing/{i}": p.grad is None for i, p in enumerate(parameters)} if num_ranks() > 1 else {}
     for side in sides:
         for part in side.parts.values():
-            sum_gradients(part, module.reduce_dtype)
-    squares = {f"square/{name}": squared_norm(part) for side in sides for name, part in side.parts.items()}
+            sum_gradients([p for p in part if not is_sharded(p)], module.reduce_dtype)
+    squares = {f"square/{name}": share_of_square(part) for side in sides for name, part in side.parts.items()}
     zero = torch.zeros((), device=module.device)
     values: dict[str, Tensor | float] = {
         **{name: terms.get(name, zero) for name in TERMS},
-        **{name: square.to(module.device) / num_ranks() for name, square in squares.items()},
+        **{name: square.to(module.device) for name, square in squares.items()},
         **{f"has/{name}": name in terms for name in TERMS},
         **{f"sum/{name}": value for name, value in module.contributions.items()},
         **missing,
@@ -106,7 +122,16 @@ def reduce(
     for parameter, name in zip(parameters, missing, strict=False):
         if numbers[name] == num_ranks():
             parameter.grad = None
+    if module.semantic is not None and not numbers["has/loss/semantic"]:
+        module.semantic.zero_grad(set_to_none=True)  # of passes that kept others company
     return numbers
+
+
+def share_of_square(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """This rank's share of the squared norm of gradients: of its shards all, of what every rank has an equal part."""
+    held = [p for p in parameters if is_sharded(p)]
+    common = [p for p in parameters if not is_sharded(p)]
+    return squared_norm(held) + squared_norm(common) / num_ranks()
 
 
 def step(module: "CatModule", side: Side, norm: float, moment: StageMoment, is_finite: bool) -> None:

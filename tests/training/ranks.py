@@ -8,15 +8,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moss_train.training import CatModule
+from moss_train.training.sharding import full_tensor
 from moss_train.training.updates import Side, compute_terms, reduce
 from moss_train.types import UpdateBatch
 
 
-def gradients(arguments: Mapping[str, Any], batch: UpdateBatch, number: int) -> tuple[dict, dict]:
-    """Gradients of update `number` by parameter name, and its numbers; summed over the ranks when there are some."""
+def gradients(
+    arguments: Mapping[str, Any], batch: UpdateBatch, number: int, mesh: DeviceMesh | None = None
+) -> tuple[dict, dict]:
+    """Gradients of update `number` by parameter name, and its numbers; summed over the ranks when there are some.
+
+    Given a mesh the large networks are sharded over it.
+    """
     module = CatModule(**arguments)
+    module._device_mesh = mesh
+    module.configure_model()
+    assert (module.shards is None) == (mesh is None)
     module.manual_backward = lambda loss, **options: loss.backward(**options)  # outside a Trainer
     module.contributions = {"clips": float(sum(micro.num_clips for micro in batch.micro_batches))}
     terms = compute_terms(module, batch, module.schedule.at(number))
@@ -24,7 +34,8 @@ def gradients(arguments: Mapping[str, Any], batch: UpdateBatch, number: int) -> 
     if module.schedule.at(number).stage.adversarial:
         sides.append(Side("discriminators", None, 0.0, {"discriminators": module.discriminator_parameters()}))
     numbers = reduce(module, sides, terms, batch)
-    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}, numbers
+    found = {name: full_tensor(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+    return found, numbers
 
 
 def main(folder: Path, rank: int, world_size: int) -> None:
@@ -32,8 +43,10 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=world_size, rank=rank)
     work = torch.load(folder / "work.pt", weights_only=False)
-    results = [gradients(work["arguments"], batches[rank], number) for batches, number in work["cases"]]
-    torch.save(results, folder / f"result{rank}.pt")
+    sharded = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    for name, mesh in (("replicated", None), ("sharded", sharded)):
+        results = [gradients(work["arguments"], batches[rank], number, mesh) for batches, number in work["cases"]]
+        torch.save(results, folder / f"{name}{rank}.pt")
 
 
 if __name__ == "__main__":

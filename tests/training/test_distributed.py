@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,26 +83,39 @@ def update(small_overrides) -> tuple[dict, UpdateBatch]:
     return arguments, next(iter(loader))
 
 
-def test_two_processes_give_the_gradients_of_one(update, tmp_path):
-    """Both stages' terms, discriminators and LM; unequal clip counts, a rank without text, a rank without clips."""
-    arguments, batch = update
+@pytest.fixture(scope="module")
+def cases(update) -> list[tuple[UpdateBatch, list[bool], int]]:
+    """Whole update, which of its clips the first of two ranks has, update number: both stages' terms, unequal ranks."""
+    _, batch = update
     has_text = [bool(length) for micro in batch.micro_batches for length in micro.text_lengths.tolist()]
     alternate = [i % 3 == 0 for i in range(len(has_text))]
     assert 0 < sum(has_text) < len(has_text)
     silent = without_text(batch)
-    cases = [  # the update, which clips the first rank has, update number
+    return [
         (batch, alternate, 0),
         (batch, alternate, 6),
-        (batch, [not text for text in has_text], 6),
-        (batch, [True] * len(has_text), 6),
+        (batch, [not text for text in has_text], 6),  # a rank without text
+        (batch, [True] * len(has_text), 6),  # a rank without clips
         (silent, alternate, 5),
     ]
-    work = {"arguments": arguments, "cases": [(split(whole, first), number) for whole, first, number in cases]}
-    torch.save(work, tmp_path / "work.pt")
-    command = [sys.executable, ranks.__file__, str(tmp_path)]
+
+
+@pytest.fixture(scope="module")
+def folder(update, cases, tmp_path_factory) -> Path:
+    """What two processes found, both with copies of everything and sharded."""
+    folder = tmp_path_factory.mktemp("ranks")
+    work = {"arguments": update[0], "cases": [(split(whole, first), number) for whole, first, number in cases]}
+    torch.save(work, folder / "work.pt")
+    command = [sys.executable, ranks.__file__, str(folder)]
     processes = [subprocess.Popen([*command, str(rank), "2"]) for rank in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    results = [torch.load(tmp_path / f"result{rank}.pt") for rank in range(2)]
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_two_processes_give_the_gradients_of_one(update, cases, folder, strategy):
+    arguments, _ = update
+    results = [torch.load(folder / f"{strategy}{rank}.pt") for rank in range(2)]
     for (whole, _, number), *both in zip(cases, *results, strict=True):
         expected, numbers = ranks.gradients(arguments, whole, number)
         for found, found_numbers in both:
@@ -110,5 +124,5 @@ def test_two_processes_give_the_gradients_of_one(update, tmp_path):
             assert max(errors.values()) < 1e-5, errors
             assert found_numbers["loss/generator"] == pytest.approx(numbers["loss/generator"], rel=1e-6)
             assert found_numbers["square/encoder"] == pytest.approx(numbers["square/encoder"], rel=1e-4)
-            assert found_numbers["sum/clips"] == len(has_text)
+            assert found_numbers["sum/clips"] == sum(micro.num_clips for micro in whole.micro_batches)
     assert not any(name.startswith("semantic.") for name in results[0][4][0])

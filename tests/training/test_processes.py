@@ -1,6 +1,7 @@
 """Runs of two processes from the command line, started by Lightning, torchrun and srun; killed, and told to stop."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from moss_train.training.trainer import count_processes
 from moss_train.utils.checkpoints import list_checkpoints, read_manifest
 from moss_train.utils.errors import UserError
 
+from .gradients import network_errors
 from .runs import assert_equal, state, values, wait_for_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
 FIT = ["-m", "moss_train", "fit"]
 CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")
+SHARDED = ("trainer.devices=2", "trainer.strategy=fsdp")
 ENDLESS = ["stages.0.updates=100000", "checkpoint.every_updates=1000"]
 
 
@@ -95,6 +98,58 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(start, whole, tmp
     assert start(directory, "stop_at_update=6").wait(timeout=240) == 0
     assert start(directory, "trainer.devices=2").wait(timeout=240) == 0
     assert_same_course(directory, whole)
+
+
+@pytest.fixture(scope="module")
+def sharded(small_overrides, packed, tmp_path_factory) -> Path:
+    """The small recipe by two processes that share tokenizer and text LM, with averaged weights and validation."""
+    directory = tmp_path_factory.mktemp("runs") / "sharded"
+    command = [sys.executable, *FIT, *small_overrides, f"run_dir={directory}", *SHARDED, *watched(packed)]
+    assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
+    return directory
+
+
+def watched(packed: Path) -> list[str]:
+    validation = {"data": packed, "max_clips": 3, "every_updates": 3, "samples_every_updates": 3}
+    return ["ema={decay: 0.9}", *(f"validation.{name}={value}" for name, value in validation.items())]
+
+
+def newest_removed(source: Path, directory: Path) -> Path:
+    """A copy of a finished run that has to do its last updates again."""
+    shutil.copytree(source, directory)
+    shutil.rmtree(list_checkpoints(directory / "checkpoints")[-1])
+    return directory
+
+
+def test_sharded_processes_train_like_one(sharded, whole):
+    assert_same_course(sharded, whole)
+
+
+def test_a_killed_sharded_run_goes_on_to_the_last_bit(start, sharded, packed, tmp_path):
+    directory = tmp_path / "run"
+    process = start(directory, *SHARDED, *watched(packed))
+    wait_for_rows(directory, 3, process)
+    process.kill()
+    process.wait()
+    assert start(directory, *SHARDED, *watched(packed)).wait(timeout=240) == 0
+    assert values(directory) == values(sharded)
+    assert_equal(state(directory), state(sharded))
+    tables = [read_table(run / "validation.csv") for run in (directory, sharded)]
+    assert [row["mel_distance"] for row in tables[0]] == [row["mel_distance"] for row in tables[1]]
+
+
+def test_a_run_goes_on_with_another_strategy(start, sharded, whole, packed, tmp_path):
+    """A checkpoint of sharded processes for one process, with its averaged weights, and the other way round."""
+    alone = newest_removed(sharded, tmp_path / "alone")
+    assert start(alone, *watched(packed)).wait(timeout=240) == 0
+    together = newest_removed(whole, tmp_path / "together")
+    assert start(together, *SHARDED).wait(timeout=240) == 0
+    for directory, other in ((alone, sharded), (together, whole)):
+        assert_same_course(directory, other)
+        found, expected = state(directory)["state_dict"], state(other)["state_dict"]
+        assert found.keys() == expected.keys()
+        errors = network_errors(found, expected)
+        assert max(errors.values()) < 1e-4, errors
 
 
 def test_a_killed_process_ends_the_run_with_an_error(start, tmp_path):
