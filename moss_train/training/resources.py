@@ -19,18 +19,21 @@ class StateSize:
 
     Attributes:
         has_average: whether a moving average of the tokenizer is kept.
+        shards: ranks that share tokenizer and text LM (FSDP).
     """
 
     tokenizer: int
     semantic: int
     discriminators: int
     has_average: bool = False
+    shards: int = 1
 
     @property
     def bytes(self) -> int:
         """Memory of weights, gradients, optimizer states and moving average in one process."""
         average = AVERAGE_BYTES * self.tokenizer if self.has_average else 0
-        return BYTES_PER_PARAMETER * (self.tokenizer + self.semantic + self.discriminators) + average
+        shared = BYTES_PER_PARAMETER * (self.tokenizer + self.semantic) + average
+        return -(-shared // self.shards) + BYTES_PER_PARAMETER * self.discriminators
 
 
 def count_parameters(module: nn.Module | None) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,9 @@ def fit(config: Node) -> RunResult:
     stream = open_stream(filled, beginning.tokenizer_config)
     if not stream.num_with_text:
         beginning = without_text(beginning)
-    processes, _ = count_processes(config["trainer"], accelerator)
-    check_memory(measure(beginning.arguments, config), accelerator, processes)
+    processes, nodes = count_processes(config["trainer"], accelerator)
+    shards = processes * nodes if config["trainer"]["strategy"] == "fsdp" else 1
+    check_memory(replace(measure(beginning.arguments, config), shards=shards), accelerator, processes)
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
     quantizer = beginning.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]

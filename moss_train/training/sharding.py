@@ -1,9 +1,10 @@
 """Tokenizer stages and text LM sharded over the ranks (FSDP2, arXiv 2304.11277): less memory, more traffic.
 
-Every rank holds its share of their weights, gradients and moments; a block's weights are gathered before they are used,
-once in the forward and once in the backward pass. Quantizer and discriminators are small and stay whole on all ranks.
+Every rank holds its share of their weights, gradients and moments. A layer's weights are gathered before they are used,
+in the forward and again in the backward pass, and its gradients are summed in every micro-batch, so that no rank keeps
+all of either. Quantizer and discriminators are small and stay whole on all ranks.
 
-Gathering is collective: every rank has to pass every network equally often in an update.
+All of this is collective: every rank has to pass every network equally often in an update.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,11 +65,6 @@ class Shards:
             # Terms are sums over clips divided by counts of all ranks, so gradients add up.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-
-    def reduce_next_backward(self, wanted: bool) -> None:
-        """Whether the next backward sums gradients over ranks, or keeps them for a later one."""
-        for unit in self.units:
-            unit.set_requires_gradient_sync(wanted, recurse=False)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

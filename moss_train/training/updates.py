@@ -70,17 +70,13 @@ def compute_terms(module: "CatModule", batch: UpdateBatch, moment: StageMoment) 
         sum_over_ranks(module.objective.count(batch.micro_batches, module.device).vector())
     )
     terms: dict[str, Tensor] = {}
-    num_turns = len(batch.micro_batches)
-    if module.shards is not None:
-        num_turns = max_over_ranks(num_turns, module.device)
-    for turn in range(num_turns):
-        if module.shards is not None:
-            module.shards.reduce_next_backward(turn == num_turns - 1)
-        if turn >= len(batch.micro_batches):
-            keep_company(module, moment)
-            continue
-        for name, value in accumulate(module, batch.micro_batches[turn], counts, moment).items():
+    num_own = len(batch.micro_batches)
+    num_turns = num_own if module.shards is None else max_over_ranks(num_own, module.device)
+    for micro_batch in batch.micro_batches:
+        for name, value in accumulate(module, micro_batch, counts, moment).items():
             terms[name] = terms.get(name, 0) + value
+    for _ in range(num_turns - num_own):
+        keep_company(module, moment)
     return terms
 
 

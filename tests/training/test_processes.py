@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moss_train.cli import main
 from moss_train.training.csv_writer import column, read_table
 from moss_train.training.trainer import count_processes
 from moss_train.utils.checkpoints import list_checkpoints, read_manifest
@@ -138,10 +139,10 @@ def test_a_killed_sharded_run_goes_on_to_the_last_bit(start, sharded, packed, tm
     assert [row["mel_distance"] for row in tables[0]] == [row["mel_distance"] for row in tables[1]]
 
 
-def test_a_run_goes_on_with_another_strategy(start, sharded, whole, packed, tmp_path):
+def test_a_run_goes_on_with_another_strategy(small_overrides, start, sharded, whole, packed, tmp_path):
     """A checkpoint of sharded processes for one process, with its averaged weights, and the other way round."""
     alone = newest_removed(sharded, tmp_path / "alone")
-    assert start(alone, *watched(packed)).wait(timeout=240) == 0
+    assert main(["fit", *small_overrides, f"run_dir={alone}", *watched(packed)]) == 0
     together = newest_removed(whole, tmp_path / "together")
     assert start(together, *SHARDED).wait(timeout=240) == 0
     for directory, other in ((alone, sharded), (together, whole)):

@@ -8,6 +8,7 @@ from moss_train.utils.errors import UserError
 def test_the_moving_average_is_one_more_copy_of_the_tokenizer_alone():
     assert StateSize(1000, 100, 10).bytes == 16 * 1110
     assert StateSize(1000, 100, 10, has_average=True).bytes == 16 * 1110 + 4 * 1000
+    assert StateSize(1000, 100, 10, has_average=True, shards=4).bytes == (16 * 1100 + 4 * 1000) // 4 + 16 * 10
 
 
 def test_processes_on_cpus_share_the_memory_of_their_machine(monkeypatch):
