@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moss_train.semantic.portable import spelled_out
-from moss_train.training.estimation import GB, Estimate, Machine, estimate
+from moss_train.training.estimation import GB, UPDATE_BYTES, Estimate, Machine, estimate
 from moss_train.training.gpus import GPUS
 from moss_train.training.initialization import plan_beginning
 from moss_train.training.resources import GIB
@@ -23,7 +23,7 @@ EXAMPLES = (
     "python -m moss_train estimate experiment=cat_1b6 'trainer.activation_checkpointing=[100,50]' mfu=runs/cat_1b6/one",
     "python -m moss_train estimate experiment=cat_1b6 scaling=scaling/scaling.json  # of tools/scaling.py",
 )
-MACHINE_KEYS = ("gpu", "gpus", "mfu", "text_share", "text_tokens_per_second")
+MACHINE_KEYS = ("gpu", "gpus", "mfu", "text_share", "text_tokens_per_second", "bus_gb_per_second")
 
 
 def run(config: dict[str, Any]) -> int:
@@ -83,15 +83,19 @@ def gigas(*operations: float) -> list[str]:
 
 def time_table(result: Estimate) -> Table:
     """How fast the stages go and how long they last."""
-    columns = ("stage", "updates", "audio-s per update", "audio-s/s", "updates/h", "audio-h/h", "audio hours", "days")
-    table = Table(*columns, title="time")
+    columns = ("stage", "updates", "audio-s", "s/update", "stepping", "audio-s/s", "updates/h", "audio hours", "days")
+    table = Table(
+        *columns, title="time (audio-s: per update; stepping: its share for sums of gradients and optimizers)"
+    )
     for s in result.stages:
-        numbers = (s.stage.updates, s.stage.batch_seconds, s.rate, s.updates_per_hour, s.rate, s.audio_seconds / 3600)
-        table.add_row(s.stage.name, *(f"{number:,.0f}" for number in numbers), f"{s.days:,.1f}")
+        seconds = s.computing + s.stepping
+        times = (f"{seconds:,.3g}", f"{s.stepping / seconds:.0%}", f"{s.rate:,.0f}", f"{s.updates_per_hour:,.0f}")
+        work = (f"{number:,.0f}" for number in (s.stage.updates, s.stage.batch_seconds))
+        table.add_row(s.stage.name, *work, *times, f"{s.audio_seconds / 3600:,.0f}", f"{s.days:,.1f}")
     table.add_section()
     hours = sum(s.audio_seconds for s in result.stages) / 3600
     table.add_row(
-        "all", f"{sum(s.stage.updates for s in result.stages):,}", *[""] * 4, f"{hours:,.0f}", f"{result.days:,.1f}"
+        "all", f"{sum(s.stage.updates for s in result.stages):,}", *[""] * 5, f"{hours:,.0f}", f"{result.days:,.1f}"
     )
     return table
 
@@ -166,5 +170,7 @@ def assumptions(config: dict[str, Any], machine: Machine) -> list[str]:
         "included",
         f"  clips of data.crop_seconds={config['data']['crop_seconds']:g} s",
         f"  text_share={machine.text_share:g} of the audio, with {machine.text_tokens_per_second:g} tokens per second",
+        f"  gradients summed at {machine.bus_gb_per_second:g} GB/s (busbw) after the backward passes, "
+        f"{UPDATE_BYTES} bytes of memory traffic per parameter and step (as with trainer.strategy=ddp)",
         "  no restarts, no waiting for data, no validation",
     ]

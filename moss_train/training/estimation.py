@@ -17,6 +17,7 @@ from moss_train.utils.errors import UserError
 
 Node = Mapping[str, Any]
 GB = 1e9
+UPDATE_BYTES = 48  # per parameter in the memory of a GPU: copied for the sum 8, norm 4, clipping 8, AdamW 28
 CONTEXT_BYTES = GIB  # of the CUDA context and its libraries, an assumption
 
 
@@ -30,6 +31,7 @@ class Machine:
             measured (`hfu` in metrics.csv).
         text_share: of the audio that comes with text, an assumption about the data.
         text_tokens_per_second: of such audio, likewise.
+        bus_gb_per_second: of a sum over all GPUs, as nccl-tests report it (busbw), an assumption about the network.
 
     Raises:
         UserError: an unknown GPU, or a number out of range.
@@ -40,6 +42,7 @@ class Machine:
     mfu: float
     text_share: float
     text_tokens_per_second: float
+    bus_gb_per_second: float
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
@@ -49,6 +52,8 @@ class Machine:
                 f"gpus={self.gpus} has to be at least 1, mfu={self.mfu} above 0 and at most 1, text_share="
                 f"{self.text_share} between 0 and 1, text_tokens_per_second={self.text_tokens_per_second} at least 0"
             )
+        if not self.bus_gb_per_second > 0:
+            raise UserError(f"bus_gb_per_second={self.bus_gb_per_second} has to be above 0")
 
     def peak(self, trainer: Node) -> tuple[float, str]:
         """Peak in FLOP/s of one GPU for the configured precision, and the name of the format."""
@@ -62,13 +67,20 @@ class StageEstimate:
     Attributes:
         costs: per audio-second, by network.
         audio_seconds: in the whole stage.
-        rate: audio-seconds per second on all GPUs.
+        computing: seconds of an update in which all GPUs work on its audio.
+        stepping: seconds of an update after that: gradients are summed over the GPUs, then the optimizers step.
     """
 
     stage: Stage
     costs: dict[str, Cost]
     audio_seconds: float
-    rate: float
+    computing: float
+    stepping: float
+
+    @property
+    def rate(self) -> float:
+        """Audio-seconds per second on all GPUs."""
+        return self.stage.batch_seconds / (self.computing + self.stepping)
 
     @property
     def operations(self) -> float:
@@ -130,7 +142,7 @@ def estimate(
 ) -> Estimate:
     """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
     stages = [
-        stage_estimate(stage, config, arguments, tokenizer, machine)
+        stage_estimate(stage, config, arguments, tokenizer, parameters, machine)
         for stage in Schedule.from_config(arguments["stages"]).stages
     ]
     everything = parameters.tokenizer + parameters.semantic + parameters.discriminators
@@ -139,13 +151,31 @@ def estimate(
 
 
 def stage_estimate(
-    stage: Stage, config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
+    stage: Stage,
+    config: Node,
+    arguments: Node,
+    tokenizer: MossAudioTokenizerConfig,
+    parameters: StateSize,
+    machine: Machine,
 ) -> StageEstimate:
     """Costs and times of one stage, for clips of `data.crop_seconds`."""
     costs = stage_costs(stage, config, arguments, tokenizer, machine)
     peak, _ = machine.peak(config["trainer"])
-    rate = machine.gpus * machine.mfu * peak / sum(cost.total + cost.recomputed for cost in costs.values())
-    return StageEstimate(stage, costs, stage.updates * stage.batch_seconds, rate)
+    operations = stage.batch_seconds * sum(cost.total + cost.recomputed for cost in costs.values())
+    learning = parameters.tokenizer + parameters.semantic + (parameters.discriminators if stage.adversarial else 0)
+    sent = (2 if config["trainer"]["reduce_dtype"] == "bf16" else 4) * learning
+    return StageEstimate(
+        stage,
+        costs,
+        audio_seconds=stage.updates * stage.batch_seconds,
+        computing=operations / (machine.gpus * machine.mfu * peak),
+        stepping=sum_seconds(sent, machine) + UPDATE_BYTES * learning / (GPUS[machine.gpu].bandwidth * 1e12),
+    )
+
+
+def sum_seconds(size: float, machine: Machine) -> float:
+    """Time of a sum of `size` bytes over all GPUs; each sends and receives 2 (n - 1) / n of them."""
+    return 2 * (machine.gpus - 1) / machine.gpus * size / (machine.bus_gb_per_second * GB)
 
 
 def stage_costs(

@@ -15,6 +15,7 @@ class Gpu:
     Attributes:
         bf16, tf32, fp32: peaks of dense matrix products in TFLOP/s.
         memory: in GB.
+        bandwidth: of the memory, in TB/s.
         device_names: regular expression of the whole names that `torch.cuda.get_device_name` gives it.
     """
 
@@ -22,6 +23,7 @@ class Gpu:
     tf32: float
     fp32: float
     memory: float
+    bandwidth: float
     device_names: str
 
     def peak(self, trainer: Mapping[str, Any]) -> tuple[float, str]:
@@ -34,16 +36,16 @@ class Gpu:
 
 
 GPUS = {
-    "h100": Gpu(989.4, 494.7, 66.9, 80, "H100 80GB HBM3"),  # SXM5
-    "h100_pcie": Gpu(756.0, 378.0, 51.2, 80, "H100 PCIe"),
-    "h100_nvl": Gpu(835.0, 417.5, 60.0, 94, "H100 NVL"),
-    "h200": Gpu(989.4, 494.7, 66.9, 141, "H200"),  # SXM5
-    "h200_nvl": Gpu(835.0, 417.5, 60.0, 141, "H200 NVL"),
-    "b200": Gpu(2250.0, 1125.0, 75.0, 180, "B200"),  # HGX
-    "a100": Gpu(311.9, 156.0, 19.5, 80, "A100-SXM4-80GB|A100 80GB PCIe"),
-    "a100_40gb": Gpu(311.9, 156.0, 19.5, 40, "A100-SXM4-40GB|A100-PCIE-40GB"),
-    "l40s": Gpu(362.0, 183.0, 91.6, 48, "L40S"),
-    "rtx4090": Gpu(165.2, 82.6, 82.6, 24, "GeForce RTX 4090"),
+    "h100": Gpu(989.4, 494.7, 66.9, 80, 3.35, "H100 80GB HBM3"),  # SXM5
+    "h100_pcie": Gpu(756.0, 378.0, 51.2, 80, 2.0, "H100 PCIe"),
+    "h100_nvl": Gpu(835.0, 417.5, 60.0, 94, 3.9, "H100 NVL"),
+    "h200": Gpu(989.4, 494.7, 66.9, 141, 4.8, "H200"),  # SXM5
+    "h200_nvl": Gpu(835.0, 417.5, 60.0, 141, 4.8, "H200 NVL"),
+    "b200": Gpu(2250.0, 1125.0, 75.0, 180, 7.7, "B200"),  # HGX
+    "a100": Gpu(311.9, 156.0, 19.5, 80, 2.04, "A100-SXM4-80GB|A100 80GB PCIe"),
+    "a100_40gb": Gpu(311.9, 156.0, 19.5, 40, 1.56, "A100-SXM4-40GB|A100-PCIE-40GB"),
+    "l40s": Gpu(362.0, 183.0, 91.6, 48, 0.86, "L40S"),
+    "rtx4090": Gpu(165.2, 82.6, 82.6, 24, 1.01, "GeForce RTX 4090"),
 }
 
 

@@ -11,6 +11,7 @@ from moss_train.training.run import measure
 HOURS = 3_000_000
 GPUS = (64, 256, 512)
 MFU = 0.4
+BUS_GB_PER_SECOND = 300.0
 TEXT_SHARE = 0.3
 FLAC_KBIT_PER_SECOND = 178  # 24 kHz mono, an assumption: real corpora lie between 150 and 300
 SHARD_BYTES = 2 * 10**9
@@ -28,6 +29,7 @@ on your machines shows, and print the plan again.
 | assumed | | source |
 |---|---|---|
 | share of the H100's dense bf16 peak | {mfu:.0%} | to be measured on your machines |
+| sum of gradients over all GPUs (busbw) | {bus:.0f} GB/s | nccl-tests on your network |
 | audio with text | {text:.0%} | about the data |
 | FLAC, 24 kHz mono | {kbit} kbit/s | corpora lie between 150 and 300; `inspect` tells |
 | one unexpected stop per | {failure:,} GPU-hours | order of what was published for 16,384 H100 |
@@ -38,12 +40,16 @@ on your machines shows, and print the plan again.
 | tokenizer / text LM / discriminators | {tokenizer:,} / {semantic:,} / {discriminators:,} parameters |
 | stage 1 / stage 2 | {cost1:.1f} / {cost2:.1f} GFLOP per audio-second |
 | audio used by both stages | {used:,.0f} hours, {passes:.2f} passes over {hours:,} hours |
-| shards of {shard:.0f} GB | {shards:,.0f}, {storage:,.0f} TB |
+| shards of {shard:.0f} GB | {num_shards:,.0f}, {storage:,.0f} TB |
 | checkpoint | {checkpoint:.1f} GB; {kept} kept: {kept_size:.0f} GB |
 
-| H100 GPUs | audio-s/s | read GB/s | stage 1, days | stage 2, days | GPU-hours | stops | lost | days in all |
-|---|---|---|---|---|---|---|---|---|
+| H100 GPUs | audio-s/s | read GB/s | stepping | stage 1, days | stage 2 | GPU-hours | stops | lost | days in all |
+|---|---|---|---|---|---|---|---|---|---|
 {rows}
+
+Stepping: share of stage 1 / 2 in which gradients are summed (in bf16, after the backward passes) and optimizers step.
+The published batch is fixed, so with more GPUs each computes less between two sums, and the same money buys less. A
+larger batch is another recipe.
 
 Lost per stop: half of the {cadence:.0f} minutes between checkpoints and the restart. `checkpoint.every_updates` for
 that cadence at {first} GPUs: {every:,}.
@@ -53,7 +59,7 @@ Run it, the same command after every stop:
 ```bash
 torchrun --nnodes=$NODES --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=$HEAD:29500 \\
     -m moss_train fit experiment=cat_1b6 data.train=/shards/{{speech,music,sound}} name=first \\
-    checkpoint.every_updates={every}
+    checkpoint.every_updates={every} trainer.reduce_dtype=bf16
 ```
 
 `python tools/simulate_cluster.py` checks the data order for 256 ranks over a million shards before the first GPU is
@@ -62,20 +68,30 @@ rented; `python -m moss_train estimate experiment=cat_1b6 gpus=64` prints the me
 
 def main() -> None:
     """Print the plan."""
-    config = to_plain(compose("fit", ["experiment=cat_1b6"]), "fit")
+    config = to_plain(compose("fit", ["experiment=cat_1b6", "trainer.reduce_dtype=bf16"]), "fit")
     beginning = plan_beginning(config)
     parameters = measure(beginning.arguments, config)
-    machine = Machine("h100", 1, MFU, TEXT_SHARE, 15.0)
-    one = estimate(config, beginning.arguments, beginning.tokenizer_config, parameters, machine)
+    plans = {
+        gpus: estimate(
+            config,
+            beginning.arguments,
+            beginning.tokenizer_config,
+            parameters,
+            Machine("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND),
+        )
+        for gpus in GPUS
+    }
+    one = plans[GPUS[0]]
     used = sum(stage.audio_seconds for stage in one.stages) / 3600
     byte_rate = FLAC_KBIT_PER_SECOND * 1000 / 8
     storage = HOURS * 3600 * byte_rate
-    updates_per_hour = one.stages[0].updates_per_hour * GPUS[0]
+    updates_per_hour = one.stages[0].updates_per_hour
     print(
         TEXT.format(
             **vars(parameters),
             mfu=MFU,
             text=TEXT_SHARE,
+            bus=BUS_GB_PER_SECOND,
             kbit=FLAC_KBIT_PER_SECOND,
             failure=GPU_HOURS_PER_FAILURE,
             restart=RESTART_MINUTES,
@@ -85,12 +101,12 @@ def main() -> None:
             passes=used / HOURS,
             hours=HOURS,
             shard=SHARD_BYTES / GB,
-            shards=storage / SHARD_BYTES,
+            num_shards=storage / SHARD_BYTES,
             storage=storage / 1e12,
             checkpoint=one.checkpoint_bytes / GB,
             kept=KEPT_CHECKPOINTS,
             kept_size=KEPT_CHECKPOINTS * one.checkpoint_bytes / GB,
-            rows="\n".join(row(one, gpus, byte_rate) for gpus in GPUS),
+            rows="\n".join(row(plan, gpus, byte_rate) for gpus, plan in plans.items()),
             cadence=CHECKPOINT_MINUTES,
             first=GPUS[0],
             every=1000 * round(updates_per_hour * CHECKPOINT_MINUTES / 60 / 1000),
@@ -98,15 +114,16 @@ def main() -> None:
     )
 
 
-def row(one, gpus: int, byte_rate: float) -> str:
-    """The plan for a number of GPUs, from the estimate for one."""
-    rates = [stage.rate * gpus for stage in one.stages]
-    days = [stage.days / gpus for stage in one.stages]
-    gpu_hours = sum(days) * 24 * gpus
+def row(plan, gpus: int, byte_rate: float) -> str:
+    """The plan for a number of GPUs, from its estimate."""
+    rates = [stage.rate for stage in plan.stages]
+    stepping = " / ".join(f"{stage.stepping / (stage.computing + stage.stepping):.0%}" for stage in plan.stages)
+    gpu_hours = plan.days * 24 * gpus
     stops = gpu_hours / GPU_HOURS_PER_FAILURE
     lost_days = stops * (CHECKPOINT_MINUTES / 2 + RESTART_MINUTES) / 60 / 24
-    total = sum(days) + lost_days
-    numbers = (f"{rates[0]:,.0f}", f"{max(rates) * byte_rate / GB:.2f}", *(f"{d:.2f}" for d in days))
+    total = plan.days + lost_days
+    days = (f"{stage.days:.2f}" for stage in plan.stages)
+    numbers = (f"{rates[0]:,.0f}", f"{max(rates) * byte_rate / GB:.2f}", stepping, *days)
     share = lost_days / total
     return f"| {gpus} | {' | '.join(numbers)} | {gpu_hours:,.0f} | {stops:.2f} | {share:.2%} | {total:.2f} |"
 

@@ -8,7 +8,9 @@ from transformers import Qwen2Config
 from moss_train.cli import main
 from moss_train.commands._compose import compose, to_plain
 from moss_train.training.costs import Cost, discriminators_cost, layers_cost, tokenizer_costs
+from moss_train.training.estimation import Machine, estimate
 from moss_train.training.initialization import plan_beginning
+from moss_train.training.resources import StateSize
 from moss_train.training.scaling_law import read_scaling_law
 
 TINY = ["estimate", "experiment=cat_tiny", "trainer.precision=bf16-mixed", "gpus=1"]
@@ -119,9 +121,7 @@ def test_a_measured_share_replaces_the_assumed_one(tmp_path, capsys):
     assert main([*TINY, f"mfu={tmp_path}"]) == 0
     text = capsys.readouterr().out
     assert f"mfu=0.36 (measured: {tmp_path}) of 989.4 TFLOP/s" in text
-    assert rate_of(text, "reconstruction") == pytest.approx(
-        0.36 * 989.4e12 / (operations(text, "reconstruction") * 1e9), rel=0.01
-    )
+    assert rate_of(text, "reconstruction") == pytest.approx(expected_rate(text, 0.36), rel=0.01)
     assert main([*TINY, f"mfu={tmp_path / 'none'}"]) == 2
     assert "neither a number nor a run directory" in capsys.readouterr().err
 
@@ -129,7 +129,33 @@ def test_a_measured_share_replaces_the_assumed_one(tmp_path, capsys):
 def rate_of(text: str, stage: str) -> float:
     """Audio-seconds per second of a stage, as printed."""
     line = next(line for line in text.splitlines() if re.match(rf"│ {stage} +│ [\d,]+ ", line))
-    return float(line.split("│")[4].replace(",", ""))
+    return float(line.split("│")[6].replace(",", ""))
+
+
+def expected_rate(text: str, mfu: float) -> float:
+    """Audio-seconds per second of the first stage of `cat_tiny` on one H100, from the operations as printed."""
+    sizes = re.findall(r"│ (?:tokenizer|text LM)\s+│ ([\d,]+)", text)
+    stepping = 48 * sum(int(size.replace(",", "")) for size in sizes) / 3.35e12
+    computing = 5.76 * operations(text, "reconstruction") * 1e9 / (mfu * 989.4e12)
+    return 5.76 / (computing + stepping)
+
+
+def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16(published):
+    """2 (n - 1) / n of the gradients of tokenizer and text LM at 300 GB/s, and 48 bytes of memory per parameter."""
+    found = {}
+    for gpus, sent in ((1, "fp32"), (8, "fp32"), (64, "fp32"), (64, "bf16")):
+        config = published | {"trainer": published["trainer"] | {"reduce_dtype": sent}}
+        beginning = plan_beginning(config)
+        machine = Machine("h100", gpus, 0.4, 0.3, 15.0, 300.0)
+        size = StateSize(1_700_000_000, 300_000_000, 40_000_000)
+        stages = estimate(config, beginning.arguments, beginning.tokenizer_config, size, machine).stages
+        assert stages[0].computing * gpus == pytest.approx(stages[0].operations * 18000 / (0.4 * 989.4e12))
+        found[gpus, sent] = stages[0].stepping, stages[1].stepping
+    step = 48 * 2.0e9 / 3.35e12
+    assert found[1, "fp32"] == pytest.approx((step, step * 2.04 / 2.0))
+    assert found[8, "fp32"][0] == pytest.approx(step + 2 * 7 / 8 * 8.0e9 / 300e9)
+    assert found[64, "fp32"][0] == pytest.approx(step + 2 * 63 / 64 * 8.0e9 / 300e9)
+    assert found[64, "bf16"][0] == pytest.approx(step + 2 * 63 / 64 * 4.0e9 / 300e9)
 
 
 def test_operations_of_the_discriminators(published):
@@ -143,9 +169,7 @@ def test_the_report_adds_up_and_names_its_assumptions(capsys):
     text = capsys.readouterr().out
     assert "5,440,128" in text
     assert "mfu=0.4 of 989.4 TFLOP/s (h100, dense bf16, data sheet)" in text
-    assert rate_of(text, "reconstruction") == pytest.approx(
-        0.4 * 989.4e12 / (operations(text, "reconstruction") * 1e9), rel=0.01
-    )
+    assert rate_of(text, "reconstruction") == pytest.approx(expected_rate(text, 0.4), rel=0.01)
     networks = re.findall(r"│ (?:tokenizer|text LM|discriminators)\s+│ ([\d,]+)", text)
     total = sum(int(number.replace(",", "")) for number in networks)
     assert f"checkpoint: {12 * total / 1e9:.1f} GB" in text
