@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # Everything that has to be measured on one GPU, each step with its own time limit, the short tables last:
 # speed of training (both stages of the published model and of the smaller ones), speed of inference, with packed audio
-# given also the real data path, the generators of other codecs at equal minutes, and a scaling law.
+# given also the real data path, the generators of other codecs at equal minutes, a scaling law, and a model that every
+# call trains on for one more step, with its evaluation.
 #   bash tools/prove_on_gpu.sh OUT [TRAIN_SHARDS HELDOUT_SHARDS]
 # STEPS="training inference" runs a part; LIMIT is the seconds that each step may take, 570 by default; EXPERIMENT is what
-# the first two measure, cat_1b6 by default. PYTHON is the interpreter, that of the checkout's .venv by default.
+# the first two measure, cat_1b6 by default; MODEL is what is trained, "cat_small" by default, with overrides if there are
+# any. PYTHON is the interpreter, that of the checkout's .venv by default.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-[ $# -eq 1 ] || [ $# -eq 3 ] || { sed -n 2,8p "$0"; exit 2; }
+[ $# -eq 1 ] || [ $# -eq 3 ] || { sed -n 2,9p "$0"; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 train=${2:-} heldout=${3:-}
 limit=${LIMIT:-570}
 experiment=${EXPERIMENT:-cat_1b6}
 python=${PYTHON:-.venv/bin/python}
-steps=${STEPS:-training profile inference ladder shards peers scaling}
+model=${MODEL:-cat_small}
+steps=${STEPS:-training profile inference ladder shards peers scaling model evaluate}
 export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD"
 
 # Runs one step with its output in $out/<name>.log; a step that fails or runs out of time does not stop the others.
@@ -24,7 +27,7 @@ step() {
     shift
     [[ " $steps " == *" $name "* ]] || return 0
     echo "== $name: $*"
-    timeout --signal=INT --kill-after=20 "$limit" "$@" >"$out/$name.log" 2>&1
+    timeout --signal="${signal:-INT}" --kill-after=60 "$limit" "$@" >"$out/$name.log" 2>&1
     local status=$?
     [ $status -eq 0 ] || echo "$name ended with status $status after at most $limit s, see $out/$name.log"
 }
@@ -41,6 +44,11 @@ if [ -n "$train" ]; then
     step shards "${bench[@]}" --experiment "$experiment" --lm without --shards "$train" --out "$out/shards.json"
     step peers "$python" tools/compare_peers.py --train "$train" --heldout "$heldout" --minutes 2 --out "$out/peers.json"
     step scaling "$python" tools/scaling.py --train "$train" --heldout "$heldout" --updates 300 --out "$out/scaling"
+    # Told to terminate, it writes a checkpoint; status 124 says that there is more to do.
+    # shellcheck disable=SC2086
+    signal=TERM step model "$python" -m moss_train fit experiment=$model data.train="$train" validation.data="$heldout" \
+        validation.every_updates=200 checkpoint.every_updates=200 wandb=null run_dir="$out/model"
+    step evaluate "$python" -m moss_train evaluate model="$out/model" data="$heldout" out="$out/evaluation"
 fi
 
 echo

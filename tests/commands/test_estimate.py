@@ -63,7 +63,7 @@ def test_recomputing_the_stages_of_high_rates_costs_their_forward_pass(published
 def test_activation_checkpointing_takes_longer_and_less_memory(capsys):
     texts = []
     for overrides in ([], ["trainer.activation_checkpointing=[100,50]"]):
-        assert main([*TINY, *overrides]) == 0
+        assert main([*TINY, "stages.0.batch_seconds=1e5", *overrides]) == 0  # next to which a step takes no time
         texts.append(capsys.readouterr().out)
     assert "activation_checkpointing" not in texts[0]
     saved = float(re.search(r"saves ([\d.]+) MB per second", texts[1])[1])
