@@ -20,7 +20,7 @@ from moss_train.utils.files import written_whole
 
 Node = Mapping[str, Any]
 RECORD_FILE = "initialization.json"
-PLAIN_ARGUMENTS = ("objective", "optimizers", "seed", "max_skipped_updates")
+PLAIN_ARGUMENTS = ("optimizers", "seed", "max_skipped_updates")
 SHOWN_NAMES = 4  # weights that the table names, of those that were not simply kept
 
 
@@ -151,8 +151,17 @@ def complete_arguments(
         "semantic": networks["semantic"],
         "discriminators": judges,
         "stages": stages_for(config, fresh),
+        "objective": objective_for(config["objective"], channels),
         **{name: config[name] for name in PLAIN_ARGUMENTS},
     }
+
+
+def objective_for(node: Node, channels: int) -> dict[str, Any]:
+    """The objective's node; a mid/side weight of null is 1 for stereo and 0 otherwise. UserError for one without it."""
+    weight = node["weights"]["mid_side"]
+    if weight and channels != 2:
+        raise UserError(f"objective.weights.mid_side={weight} needs two channels, the tokenizer has {channels}")
+    return {**node, "weights": {**node["weights"], "mid_side": float(channels == 2) if weight is None else weight}}
 
 
 def with_channels(node: Node, channels: int) -> Node:

@@ -29,6 +29,20 @@ def test_only_matrices_decay():
     assert len(decayed["params"]) + len(exempt["params"]) == sum(1 for m in modules for _ in m.parameters())
 
 
+def test_of_the_whole_recipe_norms_biases_gains_codebooks_and_embeddings_do_not_decay(module):
+    names = {id(p): name for name, p in module.named_parameters()}
+    decayed, exempt = set(), set()
+    for optimizer in module.configure_optimizers():
+        for number, group in enumerate(optimizer.param_groups):
+            (exempt if number % 2 else decayed).update(names[id(p)] for p in group["params"])
+    assert decayed | exempt == set(names.values())
+    words = ("norm", "bias", "layer_scale", "codebook", "embed_tokens", "task_tags", "original0", "weight_g")
+    assert {name for name in names.values() if any(word in name for word in words)} == exempt
+    kinds = ("norm1.weight", "layer_scale_1.scale", "codebook.weight", "embed_tokens.weight", "layers.0.bias")
+    for kind in kinds:
+        assert any(name.endswith(kind) for name in exempt), kind
+
+
 def test_a_shared_parameter_is_optimised_once():
     head, tied, embedding = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Embedding(4, 4)
     tied.weight = head.weight

@@ -1,4 +1,5 @@
 import json
+import struct
 from itertools import pairwise
 
 import pytest
@@ -21,6 +22,9 @@ def test_a_run_ends_with_a_summary(whole):
     assert "No validation: `validation.data` was not set." in text
     assert "Codebooks at update 6: " in text
     assert text.endswith("## Warnings\n\nNone.\n")
+    assert "![Curves of the run](summary.png)" in text
+    width, height = struct.unpack(">II", (whole / "summary.png").read_bytes()[16:24])
+    assert width > 500 < height  # as the header of a PNG says
 
 
 def test_curves_are_means_over_stretches_of_the_run():
