@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from webdataset import TarWriter
 
 from moss_train.data.clips import ReadyClip
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import naming
 
 FORMAT_VERSION = 1
 
@@ -59,20 +61,23 @@ class ShardWriter:
         """Append one clip with the labels that go into its JSON beside id, length and rate."""
         facts = {"id": clip.id, "num_samples": clip.num_samples, "sampling_rate": self._sampling_rate}
         text = json.dumps(labels | facts, ensure_ascii=False, sort_keys=True).encode()
-        self.num_bytes += self._tar.write({"__key__": key, "flac": clip.flac, "json": text})
+        with naming(self.path):
+            self.num_bytes += self._tar.write({"__key__": key, "flac": clip.flac, "json": text})
         self.num_clips += 1
 
     def close(self) -> None:
         """Finish the tar and put it on the disk for good."""
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self.path):
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
     def abandon(self) -> None:
-        """Let go of a shard that will not be finished."""
-        self._tar.close()
-        self._file.close()
+        """Let go of a shard that will not be finished; the disk that has no room for its end either is known."""
+        for part in (self._tar, self._file):
+            with suppress(OSError):
+                part.close()
 
 
 def sha256_of(path: Path) -> str:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from moss_train.export.loading import load_tokenizer, open_source
 from moss_train.export.training_state import STATE_FOLDER, Network, write_training_state
@@ -91,7 +92,12 @@ def write_folder(model: MossAudioTokenizerModel, folder: Path, name: str) -> Non
     """Save weights, configuration, the flat copy of `moss_train.model` and the card."""
     MossAudioTokenizerConfig.register_for_auto_class("AutoConfig")
     MossAudioTokenizerModel.register_for_auto_class("AutoModel")
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how it wraps a full disk
+        raise UserError(f"{folder}: the weights could not be written: {error}") from error
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)  # safetensors makes files that other users cannot read
     config = model.config
     size = config.quantizer_kwargs["codebook_size"]
     bitrate = config.frame_rate * (size - 1).bit_length()

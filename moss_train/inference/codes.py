@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from moss_train.utils.errors import UserError
@@ -42,7 +42,9 @@ def write_codes(path: Path, codes: Tensor, info: CodesInfo) -> None:
         if path.suffix == ".npz":
             np.savez(temporary, codes=tensor.numpy(), **asdict(info))
         else:
-            save_file({"codes": tensor}, temporary, metadata={key: str(value) for key, value in asdict(info).items()})
+            metadata = {key: str(value) for key, value in asdict(info).items()}
+            # Not save_file: the file it makes cannot be read by other users, and a full disk is no OSError.
+            temporary.write_bytes(save({"codes": tensor}, metadata))
 
 
 def read_codes(path: Path) -> tuple[Tensor, CodesInfo]:

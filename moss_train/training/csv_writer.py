@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moss_train.training.run_log import Row, Writer
+from moss_train.utils.errors import UserError
 from moss_train.utils.files import written_whole
 
 
@@ -44,11 +45,21 @@ class CsvWriter(Writer):
 
 
 def iterate_table(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of a table, one at a time; none when there is no file, and no row that a kill cut short."""
-    if path.exists():
-        with path.open(newline="") as file:
+    """Rows of a table, one at a time; none when there is no file, and no row that a kill cut short.
+
+    Raises:
+        UserError: it is not a table of a run.
+    """
+    if not path.exists():
+        return
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(line for line in file if line.endswith("\n"))
-            yield from (row for row in rows if row["update"].isdigit())
+            if rows.fieldnames and "update" not in rows.fieldnames:
+                raise UserError(f"{path} is damaged: it has no column update; restore it, or move it away")
+            yield from (row for row in rows if (row["update"] or "").isdigit())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or move it away") from error
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

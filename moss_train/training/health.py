@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moss_train.training.notices import warn
 from moss_train.training.run_log import Row, Writer
+from moss_train.utils.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,13 @@ class HealthWriter(Writer):
     def start(self, update: int) -> None:
         """Forget what was warned of about updates that are about to be done again."""
         if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            self.path.write_text("".join(f"{line}\n" for line in lines if update_of(line) <= update))
+            lines = self.path.read_text("utf-8", errors="replace").splitlines()
+            with written_whole(self.path) as path:
+                path.write_text("".join(f"{line}\n" for line in lines if update_of(line) <= update), "utf-8")
 
     def _sound(self, message: str) -> None:
         warn(message)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(message + "\n")
 
     def write(self, table: str, row: Row) -> None:

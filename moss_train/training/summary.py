@@ -138,10 +138,21 @@ def codebook_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
 def trouble(directory: Path) -> list[str]:
     """Warnings and skipped updates."""
     warnings = directory / "warnings.txt"
-    found = warnings.read_text("utf-8").splitlines() if warnings.exists() else []
+    found = warnings.read_text("utf-8", errors="replace").splitlines() if warnings.exists() else []
     lines = [f"- {line}" for line in found]
     skipped = directory / SKIPPED_FILE
     if skipped.exists():
-        numbers = sorted({json.loads(line)["update"] for line in skipped.read_text("utf-8").splitlines()})
+        numbers = skipped_updates(skipped)
         lines.append(f"- {len(numbers)} updates skipped as not finite, samples in {SKIPPED_FILE}: {numbers[:10]}")
     return ["## Warnings", "", *(lines or ["None."])]
+
+
+def skipped_updates(path: Path) -> list[int]:
+    """Updates that a record of skipped ones names, without a line that a full disk cut short."""
+    numbers = set()
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            numbers.add(int(json.loads(line)["update"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return sorted(numbers)

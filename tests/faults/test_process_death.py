@@ -1,7 +1,9 @@
 """SIGKILL anywhere: after a resume every logged number, weight and moment is that of the run nothing happened to."""
 
+import os
 import random
 import signal
+import time
 
 import pytest
 
@@ -33,7 +35,7 @@ def kill_again_and_again(fit: Fit, seed: int) -> int:
     return kills
 
 
-@pytest.mark.parametrize("seed", range(6 * SCALE))
+@pytest.mark.parametrize("seed", range(3 * SCALE))
 def test_killed_runs_end_like_the_whole_one(whole: Fit, make_fit, seed: int) -> None:
     """Both stages, LM, quantizer dropout and accumulated gradients; workers 0, 1 and 2."""
     fit = make_fit("killed", f"data.num_workers={seed % 3}")
@@ -81,5 +83,21 @@ def test_a_lost_data_worker_ends_the_run_and_nothing_else_is_lost(whole: Fit, ma
     outcome = fit.run(fault={"worker": [4, how], "constants": limit if how == "hang" else {}})
     assert outcome.status > 0, outcome.log[-3000:]
     assert message in outcome.log
+    fit.finish()
+    assert_same_run(fit, whole)
+
+
+def test_ctrl_c_twice_in_a_terminal_loses_nothing(whole: Fit, make_fit) -> None:
+    """A terminal sends it to the data workers too, and an impatient person twice."""
+    fit = make_fit("interrupted", "data.num_workers=2")
+    job = fit.start()
+    while not (fit.directory / "metrics.csv").exists() or len(fit.rows()) < 2:
+        assert job.poll() is None, job.wait().log[-3000:]
+        time.sleep(0.02)
+    for _ in range(2):
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGINT)
+        time.sleep(0.05)
+    assert job.wait().status in (130, -signal.SIGINT)
     fit.finish()
     assert_same_run(fit, whole)

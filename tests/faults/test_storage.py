@@ -225,3 +225,48 @@ def test_a_kill_between_two_writes_of_the_metrics_loses_no_row(whole: Fit, begun
         assert begun.rows() == rows
     begun.finish()
     assert_same_run(begun, whole)
+
+
+def test_a_damaged_record_of_the_run_is_one_line_or_does_not_matter(whole: Fit, begun: Fit) -> None:
+    """A table that cannot be continued is named and nothing is touched; warnings and skipped updates are for people."""
+    metrics = begun.directory / "metrics.csv"
+    content, checkpoints = metrics.read_bytes(), begun.checkpoints
+    for damage, message in ((b"\xff\xfe\n1,2\n", "is damaged ('utf-8' codec"), (b"a,b\n1,2\n", "has no column update")):
+        metrics.write_bytes(damage)
+        outcome = begun.run()
+        assert outcome.status == 2, outcome.log[-3000:]
+        assert message in outcome.log
+        assert "Traceback" not in outcome.log
+        assert metrics.read_bytes() == damage
+        assert begun.checkpoints == checkpoints
+    metrics.write_bytes(content + bytes(300))  # as after a loss of power
+    (begun.directory / "warnings.txt").write_bytes(b"update 3: \xff\n\xfe\0")
+    (begun.directory / "skipped.jsonl").write_text('{"update": 2}\n{"upd')
+    begun.finish()
+    assert_same_run(begun, whole)
+    assert "1 updates skipped as not finite, samples in skipped.jsonl: [2]" in (
+        begun.directory / "summary.md"
+    ).read_text("utf-8")
+
+
+def test_a_full_disk_is_one_line_for_every_command_that_writes(begun: Fit, tmp_path: Path) -> None:
+    """What is half written is not taken for whole: the same command succeeds once there is room."""
+    model = tmp_path / "model"
+    recordings = Path(__file__).parents[2] / "recipes" / "quickstart" / "audio" / "sound"
+    commands = (
+        (("export", f"checkpoint={begun.directory}", f"out={model}"), 40_000),
+        (("encode", f"model={model}", f"input={recordings}", f"out={tmp_path / 'codes'}"), 900),
+        (("decode", f"model={model}", f"input={tmp_path / 'codes'}", f"out={tmp_path / 'audio'}"), 2000),
+        (("pack", f"input={recordings}", f"out={tmp_path / 'packed'}"), 100_000),
+    )
+    for command, room in commands:
+        outcome = begun.launcher.run(*command, fault={"file_bytes": room})
+        assert outcome.status == 2, outcome.log[-3000:]
+        assert f"moss_train {command[0]}: " in outcome.log
+        assert str(tmp_path) in outcome.log.splitlines()[-1]
+        assert "Traceback" not in outcome.log
+        outcome = begun.launcher.run(*command)
+        assert outcome.status == 0, outcome.log[-3000:]
+    written = [model / "model.safetensors", *(tmp_path / "codes").rglob("*.safetensors")]
+    assert len(written) > 100
+    assert {path.stat().st_mode for path in written} == {(model / "config.json").stat().st_mode}
