@@ -16,7 +16,8 @@ from moss_train.training.stages import PARTS
 class OptimizerSettings:
     """AdamW and clipping of one side (arXiv 1711.05101); the learning rate belongs to the stage.
 
-    `learning_rate_scale` multiplies it for some parts, as in {quantizer: 2.0}.
+    `learning_rate_scale` multiplies it for some parts, as in {quantizer: 2.0}; `weight_decay_scale` does the same to
+    the weight decay, for a text LM can need far more than a tokenizer stands.
     """
 
     betas: Sequence[float] = (0.9, 0.95)
@@ -24,6 +25,7 @@ class OptimizerSettings:
     eps: float = 1e-8
     clip_norm: float = 1.0
     learning_rate_scale: Mapping[str, float] = field(default_factory=dict)
+    weight_decay_scale: Mapping[str, float] = field(default_factory=dict)
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -45,20 +47,23 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 
 
 def build_adamw(parts: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> torch.optim.AdamW:
-    """AdamW over named parts, two groups for each (see `parameter_groups`), with its factor on the learning rate.
+    """AdamW over named parts, two groups for each (see `parameter_groups`), with its own rate and decay.
 
     Raises:
-        ValueError: a factor for a part that does not exist, or one that is not above 0.
+        ValueError: a factor for a part that does not exist, or one that is not above 0 (of the decay: below 0).
     """
     chosen = OptimizerSettings(**settings)
-    if unknown := set(chosen.learning_rate_scale) - {*parts, *PARTS}:
-        raise ValueError(f"learning_rate_scale: unknown part {sorted(unknown)}, not of {PARTS}")
+    for name in ("learning_rate_scale", "weight_decay_scale"):
+        if unknown := set(getattr(chosen, name)) - {*parts, *PARTS}:
+            raise ValueError(f"{name}: unknown part {sorted(unknown)}, not of {PARTS}")
     if any(not scale > 0 for scale in chosen.learning_rate_scale.values()):
         raise ValueError(f"learning_rate_scale={dict(chosen.learning_rate_scale)} has to be above 0")
+    if any(not scale >= 0 for scale in chosen.weight_decay_scale.values()):
+        raise ValueError(f"weight_decay_scale={dict(chosen.weight_decay_scale)} has to be 0 or more")
     groups = [
         {**group, "scale": chosen.learning_rate_scale.get(name, 1.0)}
         for name, part in parts.items()
-        for group in parameter_groups([part], chosen.weight_decay)
+        for group in parameter_groups([part], chosen.weight_decay * chosen.weight_decay_scale.get(name, 1.0))
     ]
     on_cuda = any(p.is_cuda for group in groups for p in group["params"])
     first, second = chosen.betas

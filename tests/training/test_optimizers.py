@@ -74,3 +74,13 @@ def test_parts_learn_at_their_own_rates():
         build_adamw(parts, {"learning_rate_scale": {"codebook": 2.0}})
     with pytest.raises(ValueError, match="above 0"):
         build_adamw(parts, {"learning_rate_scale": {"encoder": 0}})
+
+
+def test_parts_decay_by_their_own_factors():
+    parts = {"encoder": nn.Linear(2, 2), "semantic": nn.Linear(2, 2)}
+    optimizer = build_adamw(parts, {"weight_decay": 0.01, "weight_decay_scale": {"semantic": 50.0}})
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match=r"weight_decay_scale: unknown part \['lm'\]"):
+        build_adamw(parts, {"weight_decay_scale": {"lm": 2.0}})
+    with pytest.raises(ValueError, match="0 or more"):
+        build_adamw(parts, {"weight_decay_scale": {"encoder": -1.0}})
