@@ -57,10 +57,11 @@ that cadence at {first} GPUs: {every:,}.
 Run it, the same command after every stop:
 
 ```bash
-torchrun --nnodes=$NODES --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=$HEAD:29500 \\
-    -m moss_train fit experiment=cat_1b6 data.train=/shards/{{speech,music,sound}} name=first \\
-    checkpoint.every_updates={every} trainer.reduce_dtype=bf16
+SHARDS=/shards NODES=8 RENDEZVOUS=node0:29400 bash recipes/cat_1b6/torchrun.sh name=first  # on each of 8 machines
+SHARDS=/shards NODES=8 bash recipes/cat_1b6/slurm.sh name=first                            # or as a SLURM job
 ```
+
+`settings.sh` holds what both pass on: the sets, `checkpoint.every_updates={every}`, `trainer.reduce_dtype=bf16`.
 
 `python tools/simulate_cluster.py` checks the data order for 256 ranks over a million shards before the first GPU is
 rented; `python -m moss_train estimate experiment=cat_1b6 gpus=64` prints the memory of each GPU."""

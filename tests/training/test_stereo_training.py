@@ -34,7 +34,14 @@ def test_stereo_adds_a_mid_side_term_to_both_stages(small_overrides, stereo, tmp
     short = ["stages.0.updates=1", "stages.1.updates=2", "logging.every_updates=1", "tensorboard=true"]
     assert (
         main(
-            ["fit", *small_overrides, *short, "+tokenizer.number_channels=2", f"run_dir={run}", f"data.train=[{stereo}]"]
+            [
+                "fit",
+                *small_overrides,
+                *short,
+                "+tokenizer.number_channels=2",
+                f"run_dir={run}",
+                f"data.train=[{stereo}]",
+            ]
         )
         == 0
     )

@@ -1,0 +1,8 @@
+# Sourced by torchrun.sh and slurm.sh: what every start of the published run has in common. SHARDS is the folder of the packed sets.
+: "${SHARDS:?the folder that holds the packed sets speech, music and sound, on a file system that all machines share}"
+settings=(
+    experiment=cat_1b6
+    "data.train=[$SHARDS/speech,$SHARDS/music,$SHARDS/sound]"
+    checkpoint.every_updates=6000 # half an hour on 64 GPUs, see README.md
+    trainer.reduce_dtype=bf16
+)
