@@ -1,8 +1,7 @@
 """The text language model of the semantic loss (arXiv 2602.10934); dropped at inference."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,11 @@ from moss_train.semantic.text import TextEncoder
 from moss_train.types import TASKS
 
 
-@dataclass(frozen=True)
-class TextPrediction:
-    """Summed cross entropy of the text tokens (scalar, nats), the number of tokens, and how many were right."""
+class TextPrediction(NamedTuple):
+    """Summed cross entropy of the text tokens (scalar, nats), the number of tokens, and how many were right.
+
+    A tuple, in which FSDP2 finds the tensors that go backward; in a dataclass torch 2.11 does not.
+    """
 
     loss_sum: Tensor
     num_tokens: int
