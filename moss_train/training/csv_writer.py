@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moss_train.training.run_log import Row, Writer
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import naming, written_whole
 
 
 class CsvWriter(Writer):
@@ -35,13 +35,15 @@ class CsvWriter(Writer):
     def write(self, table: str, row: Row) -> None:
         """Append and flush: a kill loses nothing."""
         if table == self.path.stem:
-            self.writer.writerow(row)
-            self.file.flush()
+            with naming(self.path):
+                self.writer.writerow(row)
+                self.file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if hasattr(self, "file"):
-            self.file.close()
+            with naming(self.path):  # a full disk again, when a row is left over
+                self.file.close()
 
 
 def iterate_table(path: Path) -> Iterator[dict[str, str]]:

@@ -28,6 +28,7 @@ from moss_train.training.initialization import (
 from moss_train.training.module import CatModule
 from moss_train.training.preemption import PreemptionWatch, make_room
 from moss_train.training.resources import StateSize, check_memory, count_parameters
+from moss_train.training.settings import check_numbers
 from moss_train.training.stages import Schedule
 from moss_train.training.trainer import (
     build_trainer,
@@ -66,6 +67,7 @@ def fit(config: Node) -> RunResult:
     Raises:
         UserError: what the user has to change; nothing has been allocated or written then.
     """
+    check_numbers(config)
     directory = Path(config["run_dir"])
     beginning = plan_beginning(config, directory)
     schedule = build_schedule(beginning.arguments["stages"])

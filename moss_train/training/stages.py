@@ -53,8 +53,8 @@ class Stage:
     def __post_init__(self) -> None:
         positive = ("batch_seconds", "learning_rate", "discriminator_learning_rate")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"stage {self.name}: {name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"stage {self.name}: {name} must be above 0 and finite, got {getattr(self, name)}")
         starts = ("warmup_updates", "discriminator_warmup_updates", "semantic_warmup_updates")
         counts = ("updates", *starts, "adversarial_ramp_updates")
         for name, least in (*((name, 0) for name in counts), ("discriminator_every", 1)):

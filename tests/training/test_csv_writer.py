@@ -1,3 +1,8 @@
+import errno
+import resource
+
+import pytest
+
 from moss_train.training.csv_writer import CsvWriter, column, read_table
 
 
@@ -45,3 +50,20 @@ def test_a_writer_takes_the_rows_of_its_own_table(tmp_path):
 
 def test_no_file_is_no_rows(tmp_path):
     assert read_table(tmp_path / "metrics.csv") == []
+
+
+def test_a_disk_that_fills_up_is_an_error_that_names_the_table_and_loses_no_row(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows_until(path, 3)
+    writer = CsvWriter(path, ("update", "loss/generator", "seconds"))
+    writer.start(3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 3, limits[1]))
+    try:
+        for do in (lambda: writer.write("metrics", {"update": 4, "loss/generator": 1 / 3}), writer.close):
+            with pytest.raises(OSError, match="File too large") as caught:
+                do()
+            assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [row["update"] for row in read_table(path)] == ["1", "2", "3"]

@@ -54,7 +54,7 @@ def test_discriminators_learn_every_nth_update_and_judge_along_a_ramp():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_seconds": 0}, "batch_seconds must be above 0, got 0"),
+        ({"batch_seconds": 0}, "batch_seconds must be above 0 and finite, got 0"),
         ({"updates": -1}, "updates must be a whole number from 0, got -1"),
         ({"train": ["decoder", "vocoder"]}, "vocoder"),
         ({"discriminator_every": 0}, "discriminator_every must be a whole number from 1, got 0"),
