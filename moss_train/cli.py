@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moss_train import __version__
 from moss_train.commands import _help as help_texts
 from moss_train.utils.errors import PreemptedError, UserError
 
@@ -27,6 +28,7 @@ class Arguments:
     overrides: tuple[str, ...]
     show_help: bool
     show_config: bool
+    show_version: bool
     config_directory: Path | None
 
 
@@ -47,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     # Idle OpenMP threads spin long by default: beside any other process that made updates of 0.4 s take half a minute.
     # Not at all (OMP_WAIT_POLICY=PASSIVE) costs twice the time on small models, this little costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_PROGRESS_BARS", "1"
+    )  # transformers shows two for every model, read or written
     warnings.formatwarning = _one_line_warning
     verb = next((argument for argument in argv if argument in help_texts.find_verbs()), "")
     try:
@@ -77,17 +82,22 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("--traceback", action="store_true")
+    parser.add_argument("--version", action="store_true")
     found = parser.parse_intermixed_args(argv)
     return Arguments(
         verb=found.words[0] if found.words else None,
         overrides=tuple(found.words[1:]),
         show_help=found.help,
         show_config=found.cfg is not None,
+        show_version=found.version,
         config_directory=_existing_directory(found.config_dir),
     )
 
 
 def _run(arguments: Arguments) -> int:
+    if arguments.show_version:
+        print(f"{PROGRAM} {__version__}")
+        return 0
     verbs = help_texts.find_verbs()
     if arguments.verb is None:
         text = help_texts.program_help(verbs)
@@ -103,13 +113,16 @@ def _run(arguments: Arguments) -> int:
 
 def _run_verb(verb: str, arguments: Arguments) -> int:
     from moss_train.commands import _compose as composition
+    from moss_train.commands._inputs import refuse_missing_inputs
 
     config = composition.compose(verb, arguments.overrides, arguments.config_directory)
     if arguments.show_config:
         print(composition.to_yaml(config), end="")
         return 0
+    plain = composition.to_plain(config, verb)
+    refuse_missing_inputs(verb, plain)
     run: Callable[[dict[str, Any]], int | None] = importlib.import_module(f"moss_train.commands.{verb}").run
-    return run(composition.to_plain(config, verb)) or 0
+    return run(plain) or 0
 
 
 def _existing_directory(path: Path | None) -> Path | None:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import moss_train
 from moss_train.cli import main
 from moss_train.commands._compose import compose, prepare_overrides, to_plain
 from moss_train.commands._help import find_verbs
+from moss_train.commands._inputs import refuse_missing_inputs
 from moss_train.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -110,12 +112,12 @@ def test_a_file_of_config_dir_that_would_have_no_effect_is_refused(capsys, tmp_p
 
 def test_own_experiment_of_a_config_dir(capsys, tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\n# Mine.\nmine: 7\n")
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\n# Mine, in\n# all. More.\nmine: 7\n# no\n")
     assert main(["fit", "--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["mine"] == 7
     assert main(["fit", "--config-dir", str(tmp_path), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert ["mine", "Mine."] in [line.split() for line in lines]
+    assert ["mine", "Mine,", "in", "all"] in [line.split() for line in lines]
 
 
 # Paths
@@ -223,7 +225,7 @@ def test_unknown_experiment_lists_those_there_are(capsys):
 def test_user_errors_of_a_verb(capsys, tmp_path):
     line = error_line(capsys, ["pack", f"input={tmp_path}/nowhere", f"out={tmp_path}/out"])
     assert line.startswith(f"moss_train pack: input={tmp_path}/nowhere does not exist")
-    line = error_line(capsys, ["encode", "model=m", "input=i", "out=o", "batch_seconds=0"])
+    line = error_line(capsys, ["encode", f"model={tmp_path}", f"input={tmp_path}", "out=o", "batch_seconds=0"])
     assert line == "moss_train encode: batch_seconds=0 has to be a number above 0"
 
 
@@ -240,6 +242,44 @@ def test_program_exits_with_status_2_and_no_traceback(tmp_path):
     assert done.stderr.startswith("moss_train pack: input=nowhere does not exist")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fit experiment=finetune init=my-tokenizer data.path=.", "init=my-tokenizer does not exist in "),
+        ("fit experiment=cat_tiny data.train=[.,gone]", "data.train=gone does not exist: give folders that `moss_t"),
+        ("fit experiment=cat_tiny semantic.pretrained=./gone", "semantic.pretrained=./gone does not exist"),
+        ("evaluate model=runs/x data=. out=o", "model=runs/x does not exist in "),
+        ("encode model=. input=[.,gone.wav] out=o", "input=gone.wav does not exist: give a folder of audio files"),
+    ],
+)
+def test_inputs_that_are_not_there_are_refused_before_anything_heavy_is_imported(tmp_path, arguments, message):
+    program = """
+import sys
+from moss_train.cli import main
+print(main(sys.argv[1:]), {"torch", "lightning"} & set(sys.modules))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2 set()\n", done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_that_has_begun_needs_its_inputs_no_more(tmp_path):
+    config = {"run_dir": str(tmp_path / "run"), "init": "gone", "data": {"path": "gone"}}
+    with pytest.raises(UserError, match="init=gone"):
+        refuse_missing_inputs("fit", config)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    refuse_missing_inputs("fit", config)
+    refuse_missing_inputs("evaluate", {"model": "owner/name", "data": "https://host/shards", "pairs": None})
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"moss_train {moss_train.__version__}\n"
 
 
 def test_program_help_and_config(tmp_path):

@@ -188,7 +188,8 @@ def _explain_missing_config(error: MissingConfigException, extra_directory: Path
     known = sorted(group_options(group, _directories(extra_directory)))
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? There are" if close else "there are"
-    return f"unknown {group} {name!r}: {hint} {', '.join(known) or 'none'}"
+    own = "" if extra_directory else "; your own are found with --config-dir"
+    return f"unknown {group} {name!r}: {hint} {', '.join(known) or 'none'}{own}"
 
 
 def _explain(error: Exception, verb: str, overrides: list[str], extra_directory: Path | None) -> str:

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import textwrap
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ _OPTIONS = """\
   -h, --help         this text
   --cfg job          print the composed configuration and stop
   --config-dir DIR   a folder with your own YAML files, laid out like configs/ (DIR/experiment/mine.yaml)
-  --traceback        show the Python traceback of an error"""
+  --traceback        show the Python traceback of an error
+  --version          the version of moss_train"""
 
 _OVERRIDES = f"""\
   key=value          changes a value; nested keys take dots: data.path=/my/audio
@@ -73,13 +75,15 @@ def verb_help(verb: str, extra_directory: Path | None = None) -> str:
 
 
 def group_options(group: str, directories: list[Path]) -> dict[str, str]:
-    """Return the files of a config group by name, with the first comment line of each."""
+    """Return the files of a config group by name, with the first sentence of the comment at the top of each."""
     options = {}
     for directory in directories:
         for path in sorted((directory / group).glob("*.yaml")):
-            lines = path.read_text("utf-8").splitlines()
-            comments = (line for line in lines if line.startswith("#") and not line.startswith("# @package"))
-            options[path.stem] = next(comments, "").lstrip("# ").rstrip()
+            lines = (line for line in path.read_text("utf-8").splitlines() if not line.startswith("# @package"))
+            comment = " ".join(
+                line.lstrip("# ").rstrip() for line in takewhile(lambda line: line.startswith("#"), lines)
+            )
+            options[path.stem] = comment.partition(". ")[0].rstrip(".")
     return options
 
 

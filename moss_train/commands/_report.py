@@ -6,6 +6,7 @@ from typing import Any
 
 from moss_train.inference.corpus import Report
 from moss_train.utils.errors import UserError
+from moss_train.utils.wording import counted
 
 _SHOWN_FAILURES = 20
 
@@ -23,13 +24,16 @@ def positive(config: dict[str, Any], key: str) -> float:
     return value
 
 
-def print_report(report: Report, out: Path, verb: str) -> int:
-    """Print the failures to stderr and the counts to stdout. Returns the exit status: 1 when anything failed."""
+def print_report(report: Report, out: Path, verb: str, unit: str = "file") -> int:
+    """Print the failures to stderr and the counts to stdout. Returns the exit status: 1 when anything failed.
+
+    `unit` is what was written; what fails are clips.
+    """
     for path, reason in report.failures[:_SHOWN_FAILURES]:
         text = reason if str(path) in reason else f"{path}: {reason}"
         print(f"moss_train {verb}: passed over: {text}", file=sys.stderr)
     if len(report.failures) > _SHOWN_FAILURES:
         print(f"moss_train {verb}: and {len(report.failures) - _SHOWN_FAILURES} more", file=sys.stderr)
-    counts = f"{report.num_written} written to {out}, {report.num_present} were there, {len(report.failures)} failed"
-    print(f"{verb}: {counts}")
+    written, failed = counted(report.num_written, unit), counted(len(report.failures), "clip")
+    print(f"{verb}: {written} written to {out}, {report.num_present} were there, {failed} failed")
     return 1 if report.failures else 0

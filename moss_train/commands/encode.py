@@ -52,4 +52,4 @@ def _run_shards(config: dict[str, Any], batch_seconds: float, out: Path) -> int:
         config["streaming"],
         config["batch_invariant"],
     )
-    return print_report(encode_shards(job, out, devices, executor=config["executor"]), out, "encode")
+    return print_report(encode_shards(job, out, devices, executor=config["executor"]), out, "encode", "shard")

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.export import export
+from moss_train.export.loading import find_checkpoint
+from moss_train.export.writing import check_target
 from moss_train.utils.checkpoints import best_checkpoint
 from moss_train.utils.errors import UserError
 
@@ -12,10 +14,12 @@ SUMMARY = "Write a trained tokenizer as a Hugging Face model folder."
 
 def run(config: dict[str, Any]) -> int:
     """Export and say where. Returns 0."""
+    check_target(config["out"])
     source = choose(config["checkpoint"], config["which"])
     options = {key: config[key] for key in ("with_training_state", "ema")}
     folder = export(source, config["out"], config["dtype"], **options)
-    print(f"wrote {folder}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it")
+    exported = f"{find_checkpoint(Path(source)) or source}{' (moving average)' if config['ema'] else ''}"
+    print(f"wrote {folder} of {exported}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it")
     return 0
 
 

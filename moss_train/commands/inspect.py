@@ -17,6 +17,7 @@ from moss_train.data.report_page import render_page
 from moss_train.evaluation.histograms import Histogram, Scatter, save_histograms
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
+from moss_train.utils.wording import counted
 
 SUMMARY = "Verify packed shards and report what is in them; writes a list of clips to drop."
 EXAMPLES = (
@@ -46,7 +47,8 @@ def run(config: dict) -> int:
     problems = [problem for inspection in inspections for problem in inspection.problems]
     for problem in problems:
         print(problem)
-    print(f"inspect: {sum(len(i.clips) for i in inspections)} clips, {len(bad)} to drop, see {out / 'report.html'}")
+    num_clips = counted(sum(len(inspection.clips) for inspection in inspections), "clip")
+    print(f"inspect: {num_clips}, {len(bad)} to drop, see {out / 'report.html'}")
     return 1 if problems else 0
 
 

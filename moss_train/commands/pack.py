@@ -11,9 +11,10 @@ from rich.table import Table
 from moss_train.data.clips import PackOptions
 from moss_train.data.counting import kinds_of
 from moss_train.data.journal import JOURNAL_FILE, unfinished_folder
-from moss_train.data.manifest import list_clips, read_drop_list
+from moss_train.data.manifest import MANIFEST_SUFFIXES, list_clips, read_drop_list
 from moss_train.data.packing import PackReport, check_target, pack
 from moss_train.utils.progress import progress
+from moss_train.utils.wording import counted
 
 SUMMARY = (
     "Pack a folder of audio, a manifest, a Kaldi folder or a saved dataset into shards for training and evaluation."
@@ -76,23 +77,32 @@ def _print_report(report: PackReport, out: str) -> None:
     console = Console()
     console.print(_totals_table(report.index["totals"]))
     num_bytes = sum(shard["bytes"] for shard in report.index["shards"])
-    notes = [f"{out}: {report.index['num_samples']} clips in {len(report.index['shards'])} shards, {num_bytes:,} bytes"]
+    clips, shards = counted(report.index["num_samples"], "clip"), counted(len(report.index["shards"]), "shard")
+    notes = [f"{out}: {clips} in {shards}, {num_bytes:,} bytes"]
     if report.num_resumed:
-        notes.append(f"taken over from an earlier attempt: {report.num_resumed} shards")
-    notes += [f"left out: {count} clips {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())]
+        notes.append(f"taken over from an earlier attempt: {counted(report.num_resumed, 'shard')}")
+    notes += [f"left out: {counted(count, 'clip')} {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())]
     if report.bad:
-        notes.append(f"left out: {len(report.bad)} clips that cannot be used ({kinds_of(report.bad)}), among them:")
+        notes.append(
+            f"left out: {counted(len(report.bad), 'clip')} that cannot be used ({kinds_of(report.bad)}), among them:"
+        )
         notes += [f"  {reason}" for _, reason in report.bad[:_NUM_BAD_SHOWN]]
     if report.ignored:
         ignored = ", ".join(f"{name} ({count})" for name, count in sorted(report.ignored.items()))
         notes.append(f"without effect (file suffixes or manifest keys): {ignored}")
+    if any(suffix in report.ignored for suffix in MANIFEST_SUFFIXES):
+        notes.append("texts and other labels are read of a manifest only: give it as input instead of its folder")
     console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
 
 
 def _totals_table(totals: dict) -> Table:
     table = Table("", "", "clips", "with text", "hours")
     for kind, groups in totals.items():
-        for name, group in groups.items():
-            table.add_row(kind, name, f"{group['clips']:,}", f"{group['with_text']:,}", f"{group['hours']:.3f}")
+        if kind != "domain" and set(groups) == {"none"}:
+            continue
+        for number, (name, group) in enumerate(groups.items()):
+            table.add_row(
+                "" if number else kind, name, f"{group['clips']:,}", f"{group['with_text']:,}", f"{group['hours']:.3f}"
+            )
         table.add_section()
     return table

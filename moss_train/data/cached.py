@@ -16,6 +16,7 @@ from moss_train.data.shards import FORMAT_VERSION
 from moss_train.utils.errors import UserError
 from moss_train.utils.locks import exclusive
 from moss_train.utils.progress import progress
+from moss_train.utils.wording import counted
 
 LOCK_FILE = ".lock"
 LONGEST_WAIT_SECONDS = 7 * 24 * 3600.0  # for another process that packs the same files
@@ -57,7 +58,7 @@ def pack_cached(source: Path, cache: Path, options: PackOptions, *, domain: str,
         for part, folder in todo:
             folder.parent.mkdir(parents=True, exist_ok=True)
             say_what_was_left_out(pack_with_progress(part, folder, options))
-    count = f"{len(train.clips)} files to learn from, {len(heldout.clips)} held out"
+    count = f"{counted(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
     print(f"{source}: {count}, {'packed into' if todo else 'found packed in'} {found.train.parent}", file=sys.stderr)
     return found
 

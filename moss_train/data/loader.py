@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moss_train.data.processes import start_worker
+from moss_train.data.processes import num_cores, start_worker
 from moss_train.data.reading import SampleError, SampleReader, TextEncoder, TrainingClip
 from moss_train.data.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan
 from moss_train.types import Batch, UpdateBatch
@@ -90,15 +90,12 @@ def make_loader(
 ) -> DataLoader[UpdateBatch]:
     """Make the loader of one rank: one UpdateBatch for every (update, batch_seconds) of `updates`, in order.
 
-    The items are the same to the last bit for any number of workers, and together over the ranks the same samples for
-    any world size. An update whose samples on this rank are all unreadable has no micro-batches. Without a text
-    encoder clips with text are used whole, without it. Raises UserError when a clip exceeds `micro_batch_seconds`.
+    The items are the same to the last bit for any number of workers, of which no more start than there are cores, and
+    together over the ranks the same samples for any world size. An update whose samples on this rank are all unreadable
+    has no micro-batches. Without a text encoder clips with text are used whole, without it. Raises UserError when a
+    clip exceeds `micro_batch_seconds`.
     """
-    if stream.longest_seconds > micro_batch_seconds:
-        raise UserError(
-            f"micro_batch_seconds={micro_batch_seconds} is less than the longest clip used, "
-            f"{stream.longest_seconds:.2f} s; raise it or lower crop_seconds and max_seconds"
-        )
+    check_longest(stream, micro_batch_seconds)
     sampler = PlanSampler(
         stream,
         position=position,
@@ -107,6 +104,7 @@ def make_loader(
         rank=rank,
         world_size=world_size,
     )
+    num_workers = min(num_workers, num_cores())
     return DataLoader(
         _PlannedUpdates(stream.clip_format, text_encoder),
         sampler=sampler,
@@ -117,6 +115,16 @@ def make_loader(
         timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def check_longest(stream: AudioStream, micro_batch_seconds: float) -> None:
+    """Raise UserError when a clip alone is more than a micro-batch."""
+    if stream.longest_seconds > micro_batch_seconds:
+        raise UserError(
+            f"data.micro_batch_seconds={micro_batch_seconds} is less than the longest clip used, "
+            f"{stream.longest_seconds:.2f} s; raise it, or lower data.crop_seconds (clips without text) or "
+            "data.max_seconds (clips with text)"
+        )
 
 
 def collate(clips: Sequence[TrainingClip], hop_length: int) -> Batch:

@@ -28,6 +28,7 @@ _TIMES = ("start_seconds", "end_seconds")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what stands for a byte that is not UTF-8
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 _TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+MANIFEST_SUFFIXES = (*_JSON_SUFFIXES, *_TABLE_SUFFIXES)
 
 Entries = Iterator[tuple[str, dict[str, Any] | UserError]]
 """Place and content of every line, or what is wrong with it."""
@@ -204,7 +205,8 @@ def _or_error(parse: Callable[..., dict], line: Any, where: str) -> dict[str, An
 def _parse_row(row: dict, where: str) -> dict:
     entry: dict[str, Any] = {key: value for key, value in row.items() if key and value}
     if None in row or not entry.get("path"):
-        raise UserError(f"{where}: every row needs a 'path' and no more cells than the header has")
+        header = ", ".join(key for key in row if key)
+        raise UserError(f"{where}: every row needs a 'path' and no more cells than the header has ({header})")
     if any(_SURROGATE.search(value) for value in entry.values()):
         raise UserError(f"{where}: not a line of UTF-8 CSV")
     return entry | {key: _number(entry[key], where) for key in _TIMES if key in entry}
@@ -226,7 +228,8 @@ def _parse_line(line: bytes, where: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a line of JSON ({error})") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
-        raise UserError(f"{where}: every line has to be a JSON object with a 'path'")
+        found = f", this one has {', '.join(map(repr, entry))}" if isinstance(entry, dict) and entry else ""
+        raise UserError(f"{where}: every line has to be a JSON object with a 'path'{found}")
     for key in _KEYS:
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise UserError(f"{where}: {key!r} has to be a string, got {entry[key]!r}")

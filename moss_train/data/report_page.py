@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from moss_train.data.inspection import ClipFacts, Inspection, summarize
+from moss_train.utils.wording import counted
 
 _MOST_ROWS = 200
 
@@ -28,9 +29,10 @@ def render_page(
     clips = [clip for inspection in inspections for clip in inspection.clips]
     hours = sum(clip.seconds for clip in clips) / 3600
     folders = ", ".join(str(inspection.index.folder) for inspection in inspections)
+    num_shards = sum(len(inspection.index.shards) for inspection in inspections)
     parts = [
         f"<h1>{escape(folders)}</h1>",
-        f"<p>{len(clips):,} clips, {hours:.2f} hours, {sum(len(i.index.shards) for i in inspections)} shards</p>",
+        f"<p>{counted(len(clips), 'clip')}, {hours:.2f} hours, {counted(num_shards, 'shard')}</p>",
         _problems(inspections),
         '<div class="tables">' + "".join(_hours(kind, table) for kind, table in summarize(clips).items()) + "</div>",
         f'<h2>Distributions</h2><img src="{escape(figure)}" alt="histograms">',
@@ -62,10 +64,8 @@ def _bad(clips: Sequence[ClipFacts], bad: Mapping[str, str]) -> str:
     lines.append(f"<tr><td>end abruptly, maybe cut off (not dropped)<td class=number>{abrupt}")
     rows = [f"<tr><td>{escape(name)}<td>{escape(reason)}" for name, reason in list(bad.items())[:_MOST_ROWS]]
     more = f"<p>and {len(bad) - _MOST_ROWS} more in drop.jsonl</p>" if len(bad) > _MOST_ROWS else ""
-    return (
-        f"<h2>To drop: {len(bad)} clips (drop.jsonl)</h2><table>{''.join(lines)}</table>"
-        f"<details><summary>which</summary><table>{''.join(rows)}</table>{more}</details>"
-    )
+    which = f"<details><summary>which</summary><table>{''.join(rows)}</table>{more}</details>" if bad else ""
+    return f"<h2>To drop: {counted(len(bad), 'clip')} (drop.jsonl)</h2><table>{''.join(lines)}</table>{which}"
 
 
 def _players(players: Sequence[tuple[str, ClipFacts, str]]) -> str:

@@ -10,7 +10,7 @@ from moss_train.evaluation.codebooks import RELIABLE_FRAMES, LevelUse, count_cod
 from moss_train.evaluation.codecs import Codec
 from moss_train.evaluation.comparison import Comparison, compare, load_evaluation
 from moss_train.evaluation.distances import Profile
-from moss_train.evaluation.metrics import Column, Metric, columns_of, package_version
+from moss_train.evaluation.metrics import SPEECH, Column, Metric, columns_of, package_version
 from moss_train.evaluation.rendering import ANCHORS, Condition
 from moss_train.evaluation.report import Report, write_report
 from moss_train.evaluation.results import ClipRow, Results
@@ -93,8 +93,16 @@ def footnotes(evaluation: Evaluation, levels: Sequence[LevelUse], policy: str) -
         ),
         *(f"Not available: {name}: {reason}." for name, reason in evaluation.missing.items()),
     ]
+    if evaluation.rows and all(row.domain != SPEECH for row in evaluation.rows):
+        without = ", ".join(column.title for column in evaluation.columns if column.is_speech_only)
+        if without:
+            notes.append(f"{without}: only of clips of the domain {SPEECH}, of which there are none here.")
     if any(condition.system in ANCHORS for condition in evaluation.conditions):
-        notes.append("resample-only: the originals at the codec's rate; mismatched: other clips of the domain.")
+        cut = " (WER orig. of the cut original)" if "recognition" in evaluation.metrics else ""
+        notes.append(
+            "resample-only: the originals at the codec's rate; mismatched: other clips of the domain, both cut to the "
+            f"shorter{cut}."
+        )
     unread = sum(row.failure is not None for row in evaluation.rows)
     counted = "left out of the means" if policy == "exclude" else "counted as the released evaluation code does"
     notes.append(

@@ -14,6 +14,7 @@ from moss_train.export.training_state import STATE_FOLDER, read_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, find_damage, newest_checkpoint, read_payload
 from moss_train.utils.errors import UserError
+from moss_train.utils.hub import from_pretrained, refuse_missing_model
 
 LOAD_ERRORS = (
     OSError,
@@ -105,14 +106,13 @@ def load_tokenizer(path: str | Path, *, ema: bool = False) -> MossAudioTokenizer
 
 def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
     """`kind.from_pretrained` of a model folder or repository name, with errors of one line."""
-    directory = Path(path)
-    looks_local = str(path).startswith(("/", ".", "~", "runs/")) or str(path).count("/") > 1
-    if looks_local and not directory.exists():
-        raise UserError(f"{path} does not exist: give a run, a checkpoint or a model folder, or a repository name")
-    if directory.exists() and not (directory / "config.json").exists():
+    refuse_missing_model(str(path))
+    if Path(path).exists() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path} is neither a run, a checkpoint nor a model folder: it has no config.json")
     try:
-        return kind.from_pretrained(str(path), **options)
+        return from_pretrained(kind, str(path), **options)
+    except UserError:
+        raise
     except LOAD_ERRORS as error:
         raise UserError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
 

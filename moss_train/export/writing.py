@@ -10,6 +10,7 @@ from moss_train.export.loading import load_tokenizer, open_source
 from moss_train.export.training_state import STATE_FOLDER, Network, write_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
+from moss_train.utils.wording import counted
 
 MODEL_CARD = """---
 library_name: transformers
@@ -22,7 +23,7 @@ A Cat audio tokenizer (causal audio tokenizer with transformer, arXiv 2602.10934
 
 | | |
 |---|---|
-| sampling rate | {sampling_rate} Hz, {channels} channel(s) |
+| sampling rate | {sampling_rate} Hz, {channels} |
 | frame rate | {frame_rate:g} frames per second |
 | levels | {levels} x {codebook_size} codes |
 | bitrate | {bitrate:g} bit/s per level, {total:g} bit/s in all |
@@ -57,9 +58,7 @@ def export(
     Raises:
         UserError: `out` exists, there is no model at `source`, or it has no training state to write.
     """
-    target = Path(out)
-    if target.exists():
-        raise UserError(f"out={out} exists already: give another folder, or remove it first")
+    target = check_target(out)
     dtypes = ("float32", "bfloat16", "float16")
     if dtype not in dtypes:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(dtypes)}")
@@ -77,6 +76,13 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
+
+
+def check_target(out: str | Path) -> Path:
+    """Where to export to. Raises UserError when something is there already."""
+    if Path(out).exists():
+        raise UserError(f"out={out} exists already: give another folder, or remove it first")
+    return Path(out)
 
 
 def training_networks(source: str | Path) -> dict[str, Network]:
@@ -104,7 +110,7 @@ def write_folder(model: MossAudioTokenizerModel, folder: Path, name: str) -> Non
     card = MODEL_CARD.format(
         name=name,
         sampling_rate=config.sampling_rate,
-        channels=config.number_channels,
+        channels=counted(config.number_channels, "channel"),
         frame_rate=config.frame_rate,
         levels=config.num_quantizers,
         codebook_size=size,

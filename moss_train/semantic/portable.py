@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from moss_train.semantic.text import PretrainedText
 from moss_train.utils.errors import UserError
+from moss_train.utils.hub import from_pretrained
 
 
 def portable_node(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def portable_node(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
     """
     result = dict(node)
     if (pretrained := node.get("pretrained")) is not None:
-        config = AutoConfig.from_pretrained(pretrained)
+        config = from_pretrained(AutoConfig, pretrained)
         if config.model_type == "qwen2":
             plain = config.to_diff_dict()
             result |= {"pretrained": None, "config": {key: plain[key] for key in sorted(plain) if is_plain(plain[key])}}

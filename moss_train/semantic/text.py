@@ -4,6 +4,8 @@ from typing import Protocol
 
 from transformers import AutoTokenizer
 
+from moss_train.utils.hub import from_pretrained
+
 
 class TextEncoder(Protocol):
     """Text to token ids, the end token last, and back."""
@@ -43,7 +45,7 @@ class PretrainedText:
     """
 
     def __init__(self, path: str) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = from_pretrained(AutoTokenizer, path)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has no end-of-sequence token")
         self.end_id: int = self.tokenizer.eos_token_id

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from moss_train.semantic.text import TextEncoder
 from moss_train.types import TASKS
+from moss_train.utils.hub import from_pretrained
 
 
 class TextPrediction(NamedTuple):
@@ -60,7 +61,7 @@ class TextLM(nn.Module):
     def _language_model(self, config: Mapping[str, Any] | None, pretrained: str | None) -> Any:
         if pretrained is not None:
             # It comes in eval mode, without the dropout that its configuration may have.
-            return AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).train()
+            return from_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32).train()
         return Qwen2ForCausalLM(Qwen2Config(**{"vocab_size": self.text.vocab_size, **(config or {})}))
 
     def forward(

@@ -21,7 +21,7 @@ from moss_train.utils.files import written_whole
 Node = Mapping[str, Any]
 RECORD_FILE = "initialization.json"
 PLAIN_ARGUMENTS = ("optimizers", "seed", "max_skipped_updates")
-SHOWN_NAMES = 4  # weights that the table names, of those that were not simply kept
+SHOWN_NAMES = 4  # weights that are named, of those that were not simply kept
 
 
 @dataclass(frozen=True)
@@ -226,13 +226,20 @@ def store_record(directory: Path, beginning: Beginning, reports: Mapping[str, We
 
 
 def print_reports(beginning: Beginning, reports: Mapping[str, WeightReport], warmup_updates: int) -> None:
-    """Say in a table what came with `init` and what did not; a network that starts afresh is a warning."""
+    """Say in a table what came with `init` and what did not; a network that starts afresh is a warning.
+
+    Weights are named where some of a network were kept and others not.
+    """
     assert beginning.source is not None
     table = Table("", "kept", "resampled", "fresh", "left over", title=f"weights from {beginning.source.path}")
     for name, report in reports.items():
-        cells = [str(len(report.kept)), *map(shown_names, (report.resampled, report.fresh, report.left_over))]
-        table.add_row(name, *cells)
+        kinds = (report.kept, report.resampled, report.fresh, report.left_over)
+        table.add_row(name, *(f"{len(names)}" for names in kinds))
     Console(file=sys.stderr, soft_wrap=False).print(table)
+    for name, report in reports.items():
+        for kind in ("resampled", "fresh", "left_over") if report.kept else ():
+            if names := getattr(report, kind):
+                print(f"{name}, {kind.replace('_', ' ')}: {shown_names(names)}", file=sys.stderr)
     for name in beginning.fresh:
         reason = "restore leaves out what init has" if name in beginning.source.nodes else "init has none"
         warnings.warn(
@@ -242,11 +249,11 @@ def print_reports(beginning: Beginning, reports: Mapping[str, WeightReport], war
 
 
 def shown_names(names: Sequence[str]) -> str:
-    """How many names there are, and the first of them."""
+    """The first names, and how many more there are."""
     if not names:
-        return "0"
-    more = ", ..." if len(names) > SHOWN_NAMES else ""
-    return f"{len(names)}: {', '.join(names[:SHOWN_NAMES])}{more}"
+        return "none"
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f"{', '.join(names[:SHOWN_NAMES])}{more}"
 
 
 def plain(node: Any) -> Any:

@@ -39,7 +39,8 @@ class ProgressWriter(Writer):
             note += f", sem {row['loss/semantic']:.2f}"
         if "loss/discriminators" in row:
             note += f", D {row['loss/discriminators']:.2f}"
-        self.note = f"{note}, {row['audio_seconds_per_second']:.0f} audio-s/s"
+        speed = row["audio_seconds_per_second"]
+        self.note = f"{note}, {speed:.{0 if speed >= 10 else 2}f} audio-s/s"
         if "mfu" in row:
             self.note += f", MFU {row['mfu']:.1%}"
         self.task.advance(1, note=self.note + self.validation)

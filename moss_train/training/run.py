@@ -10,7 +10,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from moss_train.data.loader import make_loader
+from moss_train.data.loader import check_longest, make_loader
 from moss_train.data.stream import AudioStream, ClipFormat
 from moss_train.training import observers
 from moss_train.training.acceleration import prepare
@@ -37,7 +37,7 @@ from moss_train.training.trainer import (
     start_processes,
 )
 from moss_train.utils.build import build
-from moss_train.utils.checkpoints import resume_checkpoint
+from moss_train.utils.checkpoints import list_checkpoints, resume_checkpoint
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import written_whole
 from moss_train.utils.locks import exclusive
@@ -69,6 +69,8 @@ def fit(config: Node) -> RunResult:
     """
     check_numbers(config)
     directory = Path(config["run_dir"])
+    if list_checkpoints(directory / "checkpoints"):
+        refuse_changes(config, directory)
     beginning = plan_beginning(config, directory)
     schedule = build_schedule(beginning.arguments["stages"])
     accelerator = choose_accelerator(config["trainer"]["accelerator"])
@@ -189,7 +191,7 @@ def open_stream(config: Node, tokenizer: Any) -> AudioStream:
         gain_db=None if data["gain_db"] is None else tuple(data["gain_db"]),
     )
     sources = [data["train"]] if isinstance(data["train"], str) else data["train"]
-    return AudioStream(
+    stream = AudioStream(
         sources,
         clip_format,
         crop_seconds=data["crop_seconds"],
@@ -198,6 +200,8 @@ def open_stream(config: Node, tokenizer: Any) -> AudioStream:
         seed=config["seed"],
         min_length_ratio=data["min_length_ratio"],
     )
+    check_longest(stream, data["micro_batch_seconds"])
+    return stream
 
 
 def store_config(config: Node, directory: Path, is_new: bool) -> None:
@@ -206,16 +210,23 @@ def store_config(config: Node, directory: Path, is_new: bool) -> None:
     Raises:
         UserError: it differs in something that changes what is learned, and `allow_changes` is not set.
     """
-    path = directory / CONFIG_FILE
-    if not is_new and path.exists() and not config["allow_changes"]:
-        changes = differences(governing(read_config(path)), governing(config))
-        if changes:
-            raise UserError(
-                f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
-                "allow_changes=true to go on with the new values"
-            )
-    with written_whole(path) as temporary:
+    if not is_new:
+        refuse_changes(config, directory)
+    with written_whole(directory / CONFIG_FILE) as temporary:
         temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def refuse_changes(config: Node, directory: Path) -> None:
+    """Raise UserError when a run began with another configuration, unless `allow_changes` is set."""
+    path = directory / CONFIG_FILE
+    if config["allow_changes"] or not path.exists():
+        return
+    changes = differences(governing(read_config(path)), governing(config))
+    if changes:
+        raise UserError(
+            f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
+            "allow_changes=true to go on with the new values"
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -7,12 +7,12 @@ import base64
 import json
 import netrc
 import os
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from moss_train.utils.network import in_time
 
 CHECK_SECONDS = 10.0
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # older and newer name of the public server
@@ -63,12 +63,3 @@ def ask_server(base_url: str, key: str, seconds: float) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{base_url} cannot be reached ({getattr(error, 'reason', None) or error or type(error).__name__})"
     return None if viewer else f"{base_url} does not know the API key"
-
-
-def in_time(question: Callable[[], str | None], seconds: float, otherwise: str) -> str | None:
-    """The answer to a question, or `otherwise` after so many seconds; looking up a host's name knows no time limit."""
-    answers: list[str | None] = []
-    thread = threading.Thread(target=lambda: answers.append(question()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else otherwise

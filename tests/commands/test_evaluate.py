@@ -154,3 +154,12 @@ def test_a_metric_that_is_missing_is_a_footnote(folder, capsys, monkeypatch):
     arguments = ["evaluate", "model=small", "data=good.jsonl", "out=footnote", "max_clips=1", "num_quantizers=[4]"]
     assert main([*arguments, "metrics=[spectral,speaker]", "speaker=wavlm", "report_clips=0", "device=cpu"]) == 0
     assert "Not available: speaker: no weights: give speaker_model=" in capsys.readouterr().out
+
+
+def test_measures_of_speech_without_speech_are_explained(folder, recordings, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    sound = sorted(recordings.glob("sound/*.flac"))[0]
+    (folder / "music.jsonl").write_text(json.dumps({"path": str(sound)}) + "\n")
+    arguments = ["evaluate", "model=small", "data=music.jsonl", "domain=music", "out=music", "num_quantizers=[4]"]
+    assert main([*arguments, "metrics=[stoi,si_sdr]", "anchors=false"]) == 0
+    assert "STOI: only of clips of the domain speech, of which there are none here." in capsys.readouterr().out

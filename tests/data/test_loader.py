@@ -16,6 +16,7 @@ from torch import Tensor
 from moss_train.audio import read_audio
 from moss_train.data.index import ShardIndex
 from moss_train.data.loader import make_loader
+from moss_train.data.processes import num_cores
 from moss_train.data.reading import iterate_clips
 from moss_train.data.stream import AudioStream, ClipFormat
 from moss_train.types import TASKS, Batch, UpdateBatch
@@ -234,3 +235,9 @@ time.sleep(60)
     while Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes():
         assert time.monotonic() < deadline, f"worker {worker} outlives its parent"
         time.sleep(0.1)
+
+
+def test_no_more_workers_start_than_there_are_cores(packed: Path) -> None:
+    options = {"text_encoder": encode, "micro_batch_seconds": 6.0, "num_workers": 500}
+    loader = make_loader(make_stream(packed), position=0, updates=UPDATES, **options)
+    assert loader.num_workers == num_cores()

@@ -103,13 +103,14 @@ def test_text_without_a_task_gets_one(tmp_path: Path, pack_config: Callable, rec
     lines = [
         {"path": path, "id": "s", "text": " hello ", "domain": "speech"},
         {"path": path, "id": "a", "text": "a voice"},
+        {"path": path, "id": "m", "text": "drums", "domain": "music"},
     ]
     lines.append({"path": path, "id": "none", "text": "  ", "task": "asr"})
     (tmp_path / "m.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
     assert pack_command.run(pack_config(input=tmp_path / "m.jsonl", out=tmp_path / "out")) == 0
     clips = iterate_clips([tmp_path / "out"], sampling_rate=24000, num_channels=1)
     found = {sample_id: (labels.get("text"), labels.get("task")) for sample_id, _, labels in clips}
-    assert found == {"s": ("hello", "asr"), "a": ("a voice", "caption"), "none": (None, None)}
+    assert found == {"s": ("hello", "asr"), "a": ("a voice", "asr"), "m": ("drums", "caption"), "none": (None, None)}
 
 
 MANIFEST_ERRORS = {
@@ -188,7 +189,7 @@ def test_a_bad_file_stops_or_is_left_out(
     )
     assert pack_command.run(config | {"max_bad_share": 0.5}) == 0
     assert len(ShardIndex.load(tmp_path / "out")) == 1
-    assert "left out: 1 clips that cannot be used (1 " in capsys.readouterr().out
+    assert "left out: 1 clip that cannot be used (1 " in capsys.readouterr().out
 
 
 def test_only_short_clips_is_an_error(tmp_path: Path, pack_config: Callable) -> None:

@@ -168,8 +168,8 @@ def test_filters_count_what_they_leave_out(
     assert pack_command.run(config) == 0
     assert list(clips_of(tmp_path / "out")) == ["speech.flac"]
     text = capsys.readouterr().out
-    assert "left out: 1 clips longer than max_seconds" in text
-    assert "left out: 1 clips quieter than min_level_db" in text
+    assert "left out: 1 clip longer than max_seconds" in text
+    assert "left out: 1 clip quieter than min_level_db" in text
     config |= {"out": str(tmp_path / "two"), "min_level_db": None, "drop": str(tmp_path / "drop.jsonl")}
     assert pack_command.run(config) == 0
     assert list(clips_of(tmp_path / "two")) == ["quiet.wav"]
@@ -186,5 +186,5 @@ def test_the_index_of_the_parts_is_that_of_ordinary_clips(tmp_path: Path, pack_c
     assert pack_command.run(config) == 0
     index = ShardIndex.load(tmp_path / "out")
     index.verify()
-    total = json.loads((tmp_path / "out" / "index.json").read_text())["totals"]["domain"]["audio"]["hours"]
+    total = json.loads((tmp_path / "out" / "index.json").read_text())["totals"]["domain"]["speech"]["hours"]
     assert total * 3600 * 24000 == pytest.approx(sum(read_audio(path)[0].shape[1] for path in speech))

@@ -65,6 +65,9 @@ def test_the_model_card_states_the_bitrate(model_folder, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "50 frames per second" in card
     assert "350 bit/s per level, 1400 bit/s in all" in card
+    assert "Hz, 1 channel |" in card
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # whoever may read the code may read the weights
 
 
 def test_half_precision_weights_keep_the_quantizer(model_folder, tmp_path):
@@ -79,7 +82,8 @@ def test_half_precision_weights_keep_the_quantizer(model_folder, tmp_path):
     [
         (["out=."], "out=. exists already"),
         (["out=new", "dtype=int4"], "dtype='int4' is not one of"),
-        (["out=new", "checkpoint=nowhere"], "cannot load a tokenizer from nowhere"),
+        (["out=new", "checkpoint=nowhere"], "checkpoint=nowhere does not exist"),
+        (["out=new", "checkpoint=owner/nowhere"], "Hugging Face hub, and HF_HUB_OFFLINE is set"),
         (["out=new", "checkpoint=./nowhere"], "./nowhere does not exist"),
         (["out=new", "checkpoint=empty"], "neither a run, a checkpoint nor a model folder"),
     ],

@@ -131,8 +131,8 @@ def test_bad_clips_are_named_and_left_out(packed: Path, model: Path, tmp_path: P
     ("arguments", "message"),
     [
         (["out=o"], "give either input= .audio files. or shards="),
-        (["out=o", "shards=s", "input=i"], "give either input="),
-        (["out=o", "shards=nowhere"], "nowhere is not a folder of packed shards"),
+        (["out=o", "shards=.", "input=."], "give either input="),
+        (["out=o", "shards=nowhere"], "shards=nowhere does not exist: give folders that `moss_train pack` made"),
     ],
 )
 def test_wrong_options_are_one_line(model: Path, capsys, arguments: list[str], message: str) -> None:

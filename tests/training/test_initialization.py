@@ -8,9 +8,10 @@ import torch
 
 from moss_train.audio import resample
 from moss_train.cli import main
-from moss_train.export.loading import find_checkpoint, load_tokenizer, open_source, read_checkpoint
+from moss_train.export.loading import ModelSource, find_checkpoint, load_tokenizer, open_source, read_checkpoint
 from moss_train.training import CatModule
-from moss_train.training.initialization import RECORD_FILE, initialize, plan_beginning
+from moss_train.training.adaptation import WeightReport
+from moss_train.training.initialization import RECORD_FILE, Beginning, initialize, plan_beginning, print_reports
 from moss_train.training.run import fit
 from moss_train.utils.errors import UserError
 
@@ -95,6 +96,22 @@ def test_networks_that_init_does_not_bring_start_afresh_with_a_head_start(small_
     assert beginning.arguments["discriminators"][0]["channels"] == [3, 5]
     stages = CatModule(**beginning.arguments).schedule.stages
     assert [(stage.semantic_warmup_updates, stage.discriminator_warmup_updates) for stage in stages] == [(3, 0), (0, 3)]
+
+
+def test_weights_are_named_where_only_some_of_a_network_were_kept(capsys):
+    source = ModelSource("x", None, {}, dict)
+    names = tuple(f"layer.{number}" for number in range(324))
+    reports = {
+        "tokenizer": WeightReport(kept=names, resampled=("encoder.1.input_proj.weight",)),
+        "semantic": WeightReport(left_over=names),
+        "discriminators": WeightReport(kept=names[:1], fresh=names[1:]),
+    }
+    print_reports(Beginning({}, source), reports, 3)
+    text = capsys.readouterr().err
+    assert "tokenizer, resampled: encoder.1.input_proj.weight\n" in text
+    assert "discriminators, fresh: layer.1, layer.2, layer.3, layer.4 and 319 more\n" in text
+    assert "semantic," not in text
+    assert "│ semantic       │ 0    │ 0         │ 0     │ 324       │" in text
 
 
 def test_what_is_configured_away_stays_away_and_restore_chooses(small_config, source):
