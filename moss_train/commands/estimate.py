@@ -23,6 +23,7 @@ EXAMPLES = (
     "python -m moss_train estimate experiment=cat_1b6 'trainer.activation_checkpointing=[100,50]' mfu=runs/cat_1b6/one",
     "python -m moss_train estimate experiment=cat_1b6 scaling=scaling/scaling.json  # of tools/scaling.py",
 )
+SHORT_UPDATE_SECONDS = 0.1  # below, starting the operations takes longer than doing them
 MACHINE_KEYS = ("gpu", "gpus", "mfu", "text_share", "text_tokens_per_second", "bus_gb_per_second")
 
 
@@ -41,7 +42,7 @@ def run(config: dict[str, Any]) -> int:
         console.print(table)
     lines = memory_lines(config, result, machine) + recomputation_lines(config, result)
     lines += [] if law is None else scaling_lines(result, law)
-    lines += assumptions(config, machine)
+    lines += assumptions(config, result, machine)
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -91,13 +92,18 @@ def time_table(result: Estimate) -> Table:
         seconds = s.computing + s.stepping
         times = (f"{seconds:,.3g}", f"{s.stepping / seconds:.0%}", f"{s.rate:,.0f}", f"{s.updates_per_hour:,.0f}")
         work = (f"{number:,.0f}" for number in (s.stage.updates, s.stage.batch_seconds))
-        table.add_row(s.stage.name, *work, *times, f"{s.audio_seconds / 3600:,.0f}", f"{s.days:,.1f}")
+        table.add_row(s.stage.name, *work, *times, f"{s.audio_seconds / 3600:,.0f}", in_days(s.days))
     table.add_section()
     hours = sum(s.audio_seconds for s in result.stages) / 3600
     table.add_row(
-        "all", f"{sum(s.stage.updates for s in result.stages):,}", *[""] * 5, f"{hours:,.0f}", f"{result.days:,.1f}"
+        "all", f"{sum(s.stage.updates for s in result.stages):,}", *[""] * 5, f"{hours:,.0f}", in_days(result.days)
     )
     return table
+
+
+def in_days(days: float) -> str:
+    """Days with a decimal, less than one with two digits."""
+    return f"{days:,.1f}" if days >= 1 else f"{days:.2g}"
 
 
 def memory_table(result: Estimate, machine: Machine) -> Table:
@@ -160,8 +166,9 @@ def scaling_lines(result: Estimate, law: ScalingLaw) -> list[str]:
     return [*lines, "  held-out data, losses and schedule as in those runs; other ones move the law"]
 
 
-def assumptions(config: dict[str, Any], machine: Machine) -> list[str]:
+def assumptions(config: dict[str, Any], result: Estimate, machine: Machine) -> list[str]:
     """Everything that was not counted."""
+    hurried = any(stage.updates_per_hour > 3600 / SHORT_UPDATE_SECONDS for stage in result.stages)
     peak, kind = machine.peak(config["trainer"])
     origin = f" (measured: {config['mfu']})" if isinstance(config["mfu"], str) else ""
     return [
@@ -173,4 +180,9 @@ def assumptions(config: dict[str, Any], machine: Machine) -> list[str]:
         f"  gradients summed at {machine.bus_gb_per_second:g} GB/s (busbw) after the backward passes, "
         f"{UPDATE_BYTES} bytes of memory traffic per parameter and step (as with trainer.strategy=ddp)",
         "  no restarts, no waiting for data, no validation",
+        *(
+            [f"  updates of less than {SHORT_UPDATE_SECONDS} s wait for the CPU: this run takes longer"]
+            if hurried
+            else []
+        ),
     ]

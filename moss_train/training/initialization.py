@@ -233,13 +233,15 @@ def print_reports(beginning: Beginning, reports: Mapping[str, WeightReport], war
     assert beginning.source is not None
     table = Table("", "kept", "resampled", "fresh", "left over", title=f"weights from {beginning.source.path}")
     for name, report in reports.items():
-        kinds = (report.kept, report.resampled, report.fresh, report.left_over)
-        table.add_row(name, *(f"{len(names)}" for names in kinds))
+        columns = (report.kept, report.resampled, report.fresh, report.left_over)
+        table.add_row(name, *(f"{len(names)}" for names in columns))
     Console(file=sys.stderr, soft_wrap=False).print(table)
     for name, report in reports.items():
-        for kind in ("resampled", "fresh", "left_over") if report.kept else ():
-            if names := getattr(report, kind):
-                print(f"{name}, {kind.replace('_', ' ')}: {shown_names(names)}", file=sys.stderr)
+        others = tuple(left for left in report.left_over if left not in report.fresh)
+        kinds = {"resampled": report.resampled, "fresh": report.fresh, "left over": others}
+        for kind, names in kinds.items():
+            if names and report.kept:
+                print(f"{name}, {kind}: {shown_names(names)}", file=sys.stderr)
     for name in beginning.fresh:
         reason = "restore leaves out what init has" if name in beginning.source.nodes else "init has none"
         warnings.warn(

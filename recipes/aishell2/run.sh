@@ -2,6 +2,7 @@
 # AISHELL-2, which you have to apply for: prepare and pack one part, `iOS/data` or a part of the test set.
 #   bash recipes/aishell2/run.sh /data/AISHELL-2/iOS/data train
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 [ $# -eq 2 ] || { sed -n '2,/^set/p' "$0" | grep '^#' >&2; exit 2; }
 source=$(realpath "$1") part=$2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -2,6 +2,7 @@
 # AudioSet, whose audio you need to have: prepare and pack one part from the published lists.
 #   bash recipes/audioset/run.sh eval_segments.csv class_labels_indices.csv /data/audioset/eval eval
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 [ $# -eq 4 ] || { sed -n '2,/^set/p' "$0" | grep '^#' >&2; exit 2; }
 segments=$(realpath "$1") labels=$(realpath "$2") audio=$(realpath "$3") part=$4
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -5,6 +5,7 @@
 # Packages that this release does not have are named and passed over; PACKAGES="..." chooses others.
 # Nearly all of it is under GPL or CC-BY-SA (see usr/share/doc in the unpacked folder): keep it on your machine.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 folder=${1:-data/debian_audio}

@@ -5,6 +5,7 @@
 # Recordings that the quickstart trains on are left out of the manifest; its own held-out clips take their place, and of
 # these, whose licences allow it, the report lets one hear some.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 heldout=${1:-data/debian_audio/heldout.jsonl}

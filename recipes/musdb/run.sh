@@ -2,6 +2,7 @@
 # MUSDB18-HQ, whose licence you have to accept on Zenodo: prepare and pack, the test part in chunks of 5 s.
 #   bash recipes/musdb/run.sh /data/musdb18hq
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 [ $# -eq 1 ] || { sed -n '2,/^set/p' "$0" | grep '^#' >&2; exit 2; }
 source=$(realpath "$1")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -4,6 +4,7 @@
 # A second call goes on where the first stopped; `rm -r out/quickstart` starts anew.
 # QUICKSTART_UPDATES=short trains about a quarter and lowers the gate, for continuous integration.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 bash tools/setup.sh

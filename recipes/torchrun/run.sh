@@ -3,6 +3,7 @@
 # Arguments are those of `python -m moss_train fit`. On several machines start the same line on each, with NODES (how many),
 # and RENDEZVOUS (host:port of one of them, reachable from all). The run directory has to be on a file system that all share.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 
 nodes="${NODES:-1}"
 processes="${PROCESSES_PER_NODE:-gpu}" # gpu: one for every GPU; a number also works without any

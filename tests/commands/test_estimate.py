@@ -7,6 +7,7 @@ from transformers import Qwen2Config
 
 from moss_train.cli import main
 from moss_train.commands._compose import compose, to_plain
+from moss_train.commands.estimate import in_days
 from moss_train.training.costs import Cost, discriminators_cost, layers_cost, tokenizer_costs
 from moss_train.training.estimation import Machine, estimate
 from moss_train.training.initialization import plan_beginning
@@ -173,6 +174,11 @@ def test_the_report_adds_up_and_names_its_assumptions(capsys):
     networks = re.findall(r"│ (?:tokenizer|text LM|discriminators)\s+│ ([\d,]+)", text)
     total = sum(int(number.replace(",", "")) for number in networks)
     assert f"checkpoint: {12 * total / 1e9:.1f} GB" in text
+    assert "updates of less than 0.1 s wait for the CPU" in text
+
+
+def test_days_keep_two_digits():
+    assert [in_days(days) for days in (1234.56, 9.13, 0.2047, 0.0074)] == ["1,234.6", "9.1", "0.2", "0.0074"]
 
 
 def operations(text: str, stage: str) -> float:

@@ -104,13 +104,14 @@ def test_weights_are_named_where_only_some_of_a_network_were_kept(capsys):
     reports = {
         "tokenizer": WeightReport(kept=names, resampled=("encoder.1.input_proj.weight",)),
         "semantic": WeightReport(left_over=names),
-        "discriminators": WeightReport(kept=names[:1], fresh=names[1:]),
+        "discriminators": WeightReport(kept=names[:1], fresh=names[1:], left_over=names[2:]),
     }
     print_reports(Beginning({}, source), reports, 3)
     text = capsys.readouterr().err
     assert "tokenizer, resampled: encoder.1.input_proj.weight\n" in text
     assert "discriminators, fresh: layer.1, layer.2, layer.3, layer.4 and 319 more\n" in text
     assert "semantic," not in text
+    assert "discriminators, left over" not in text  # those that did not fit
     assert "│ semantic       │ 0    │ 0         │ 0     │ 324       │" in text
 
 

@@ -1,0 +1,46 @@
+"""Every command that the READMEs show composes, and every recipe says how it is called."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moss_train.commands._compose import compose, to_plain
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("recipes/*/README.md")), ROOT / "recipes/BENCHMARKS.md"]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Page and command line of every call of the program in a block of shell."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if match := re.search(r"-m moss_train (\w.*)", line):
+                    yield page.relative_to(ROOT).as_posix(), match[1]
+
+
+def words(line: str) -> list[str]:
+    """What the shell makes of the words of a line: quotes, braces and comments are its own."""
+    done = subprocess.run(["bash", "-fc", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(commands())))
+def test_a_command_of_a_page_composes(page: str, line: str) -> None:
+    verb, *overrides = words(line)
+    if verb != "doctor" or overrides:
+        assert to_plain(compose(verb, overrides), verb)
+
+
+def test_there_are_commands_to_test() -> None:
+    assert {line.split()[0] for _, line in commands()} >= {"pack", "fit", "export", "encode", "decode", "evaluate"}
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("recipes/*/run.sh")), ids=lambda path: path.parent.name)
+def test_a_recipe_explains_itself(script: Path) -> None:
+    done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout.startswith("# ")
+    assert f"recipes/{script.parent.name}/run.sh" in script.read_text() or script.parent.name == "quickstart"
