@@ -177,7 +177,7 @@ def test_clips_are_chosen_in_turn_and_brought_to_the_format(recordings):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("validation.data=/nowhere", "validation.data: input=/nowhere does not exist"),
+        ("validation.data=/nowhere", "validation.data=/nowhere does not exist"),
         ("validation.levels=[5]", "validation.levels=[5]: the model has levels 1 to 4"),
         ("validation.metrics=[loudness]", "validation.metrics: unknown metric 'loudness'"),
         ("validation.every_updates=0", "validation.every_updates=0 has to be a whole number from 1"),
