@@ -3,7 +3,6 @@
 import ast
 import difflib
 import textwrap
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +74,13 @@ def verb_help(verb: str, extra_directory: Path | None = None) -> str:
 
 
 def group_options(group: str, directories: list[Path]) -> dict[str, str]:
-    """Return the files of a config group by name, with the first sentence of the comment at the top of each."""
+    """Return the files of a config group by name, with the first comment line of each."""
     options = {}
     for directory in directories:
         for path in sorted((directory / group).glob("*.yaml")):
-            lines = (line for line in path.read_text("utf-8").splitlines() if not line.startswith("# @package"))
-            comment = " ".join(
-                line.lstrip("# ").rstrip() for line in takewhile(lambda line: line.startswith("#"), lines)
-            )
-            options[path.stem] = comment.partition(". ")[0].rstrip(".")
+            lines = path.read_text("utf-8").splitlines()
+            comments = (line for line in lines if line.startswith("#") and not line.startswith("# @package"))
+            options[path.stem] = next(comments, "").lstrip("# ").rstrip()
     return options
 
 
