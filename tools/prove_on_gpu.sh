@@ -57,3 +57,7 @@ for log in "$out"/*.log; do
     printf '\n== %s\n' "$(basename "$log" .log)"
     grep -E '^\||real time|parameters,|audio-s|mel distance =|Error|error' "$log" | awk '!seen[$0]++' | tail -n 24
 done
+if [ -e "$out/evaluation/table.md" ]; then
+    printf '\n== the model, as evaluated\n'
+    head -n 40 "$out/evaluation/table.md"
+fi
