@@ -86,7 +86,7 @@ def time_table(result: Estimate) -> Table:
     """How fast the stages go and how long they last."""
     columns = ("stage", "updates", "audio-s", "s/update", "stepping", "audio-s/s", "updates/h", "audio hours", "days")
     table = Table(
-        *columns, title="time (audio-s: per update; stepping: its share for sums of gradients and optimizers)"
+        *columns, title="time (audio-s per update; audio-s/s are audio-h/h; stepping: share of sums and optimizers)"
     )
     for s in result.stages:
         seconds = s.computing + s.stepping
