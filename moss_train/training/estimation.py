@@ -162,20 +162,21 @@ def stage_estimate(
     costs = stage_costs(stage, config, arguments, tokenizer, machine)
     peak, _ = machine.peak(config["trainer"])
     operations = stage.batch_seconds * sum(cost.total + cost.recomputed for cost in costs.values())
-    learning = parameters.tokenizer + parameters.semantic + (parameters.discriminators if stage.adversarial else 0)
-    sent = (2 if config["trainer"]["reduce_dtype"] == "bf16" else 4) * learning
     return StageEstimate(
         stage,
         costs,
         audio_seconds=stage.updates * stage.batch_seconds,
         computing=operations / (machine.gpus * machine.mfu * peak),
-        stepping=sum_seconds(sent, machine) + UPDATE_BYTES * learning / (GPUS[machine.gpu].bandwidth * 1e12),
+        stepping=stepping_seconds(stage, config["trainer"], parameters, machine),
     )
 
 
-def sum_seconds(size: float, machine: Machine) -> float:
-    """Time of a sum of `size` bytes over all GPUs; each sends and receives 2 (n - 1) / n of them."""
-    return 2 * (machine.gpus - 1) / machine.gpus * size / (machine.bus_gb_per_second * GB)
+def stepping_seconds(stage: Stage, trainer: Node, parameters: StateSize, machine: Machine) -> float:
+    """Time of an update beside its audio: each GPU sends 2 (n - 1) / n of the gradients, and steps all optimizers."""
+    learning = parameters.tokenizer + parameters.semantic + (parameters.discriminators if stage.adversarial else 0)
+    sent = 2 * (machine.gpus - 1) / machine.gpus * learning * (2 if trainer["reduce_dtype"] == "bf16" else 4)
+    moved = UPDATE_BYTES * learning
+    return sent / (machine.bus_gb_per_second * GB) + moved / (GPUS[machine.gpu].bandwidth * 1e12)
 
 
 def stage_costs(

@@ -3,8 +3,10 @@
 python recipes/cat_1b6/plan.py > recipes/cat_1b6/README.md
 """
 
+from dataclasses import replace
+
 from moss_train.commands._compose import compose, to_plain
-from moss_train.training.estimation import GB, Machine, estimate
+from moss_train.training.estimation import GB, Estimate, Machine, estimate, stepping_seconds
 from moss_train.training.initialization import plan_beginning
 from moss_train.training.run import measure
 
@@ -72,17 +74,9 @@ def main() -> None:
     config = to_plain(compose("fit", ["experiment=cat_1b6", "trainer.reduce_dtype=bf16"]), "fit")
     beginning = plan_beginning(config)
     parameters = measure(beginning.arguments, config)
-    plans = {
-        gpus: estimate(
-            config,
-            beginning.arguments,
-            beginning.tokenizer_config,
-            parameters,
-            Machine("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND),
-        )
-        for gpus in GPUS
-    }
-    one = plans[GPUS[0]]
+    machines = {gpus: Machine("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND) for gpus in GPUS}
+    one = estimate(config, beginning.arguments, beginning.tokenizer_config, parameters, machines[GPUS[0]])
+    plans = {gpus: on_more(one, config["trainer"], machine) for gpus, machine in machines.items()}
     used = sum(stage.audio_seconds for stage in one.stages) / 3600
     byte_rate = FLAC_KBIT_PER_SECOND * 1000 / 8
     storage = HOURS * 3600 * byte_rate
@@ -115,7 +109,20 @@ def main() -> None:
     )
 
 
-def row(plan, gpus: int, byte_rate: float) -> str:
+def on_more(plan: Estimate, trainer: dict, machine: Machine) -> Estimate:
+    """The estimate for the first number of GPUs, carried over to another."""
+    stages = [
+        replace(
+            stage,
+            computing=stage.computing * GPUS[0] / machine.gpus,
+            stepping=stepping_seconds(stage.stage, trainer, plan.parameters, machine),
+        )
+        for stage in plan.stages
+    ]
+    return replace(plan, stages=stages)
+
+
+def row(plan: Estimate, gpus: int, byte_rate: float) -> str:
     """The plan for a number of GPUs, from its estimate."""
     rates = [stage.rate for stage in plan.stages]
     stepping = " / ".join(f"{stage.stepping / (stage.computing + stage.stepping):.0%}" for stage in plan.stages)

@@ -9,10 +9,11 @@ from moss_train.cli import main
 from moss_train.commands._compose import compose, to_plain
 from moss_train.commands.estimate import in_days
 from moss_train.training.costs import Cost, discriminators_cost, layers_cost, tokenizer_costs
-from moss_train.training.estimation import Machine, estimate
+from moss_train.training.estimation import Machine, stepping_seconds
 from moss_train.training.initialization import plan_beginning
 from moss_train.training.resources import StateSize
 from moss_train.training.scaling_law import read_scaling_law
+from moss_train.training.stages import Stage
 
 TINY = ["estimate", "experiment=cat_tiny", "trainer.precision=bf16-mixed", "gpus=1"]
 
@@ -141,22 +142,20 @@ def expected_rate(text: str, mfu: float) -> float:
     return 5.76 / (computing + stepping)
 
 
-def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16(published):
+def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16():
     """2 (n - 1) / n of the gradients of tokenizer and text LM at 300 GB/s, and 48 bytes of memory per parameter."""
-    found = {}
-    for gpus, sent in ((1, "fp32"), (8, "fp32"), (64, "fp32"), (64, "bf16")):
-        config = published | {"trainer": published["trainer"] | {"reduce_dtype": sent}}
-        beginning = plan_beginning(config)
-        machine = Machine("h100", gpus, 0.4, 0.3, 15.0, 300.0)
-        size = StateSize(1_700_000_000, 300_000_000, 40_000_000)
-        stages = estimate(config, beginning.arguments, beginning.tokenizer_config, size, machine).stages
-        assert stages[0].computing * gpus == pytest.approx(stages[0].operations * 18000 / (0.4 * 989.4e12))
-        found[gpus, sent] = stages[0].stepping, stages[1].stepping
+    size = StateSize(1_700_000_000, 300_000_000, 40_000_000)
     step = 48 * 2.0e9 / 3.35e12
-    assert found[1, "fp32"] == pytest.approx((step, step * 2.04 / 2.0))
-    assert found[8, "fp32"][0] == pytest.approx(step + 2 * 7 / 8 * 8.0e9 / 300e9)
-    assert found[64, "fp32"][0] == pytest.approx(step + 2 * 63 / 64 * 8.0e9 / 300e9)
-    assert found[64, "bf16"][0] == pytest.approx(step + 2 * 63 / 64 * 4.0e9 / 300e9)
+
+    def seconds(gpus: int, sent: str, **options: bool) -> float:
+        machine = Machine("h100", gpus, 0.4, 0.3, 15.0, 300.0)
+        return stepping_seconds(Stage("s", 10, 60.0, **options), {"reduce_dtype": sent}, size, machine)
+
+    assert seconds(1, "fp32") == pytest.approx(step)
+    assert seconds(1, "fp32", adversarial=True) == pytest.approx(step * 2.04 / 2.0)
+    assert seconds(8, "fp32") == pytest.approx(step + 2 * 7 / 8 * 8.0e9 / 300e9)
+    assert seconds(64, "fp32") == pytest.approx(step + 2 * 63 / 64 * 8.0e9 / 300e9)
+    assert seconds(64, "bf16") == pytest.approx(step + 2 * 63 / 64 * 4.0e9 / 300e9)
 
 
 def test_operations_of_the_discriminators(published):

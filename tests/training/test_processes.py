@@ -111,7 +111,7 @@ def sharded(small_overrides, packed, tmp_path_factory) -> Path:
 
 
 def watched(packed: Path) -> list[str]:
-    validation = {"data": packed, "max_clips": 3, "every_updates": 3, "samples_every_updates": 3}
+    validation = {"data": packed, "max_clips": 2, "every_updates": 4, "samples_every_updates": 8}
     return ["ema={decay: 0.9}", *(f"validation.{name}={value}" for name, value in validation.items())]
 
 
