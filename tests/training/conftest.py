@@ -1,6 +1,9 @@
 """Small configurations of the real recipe."""
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from moss_train.training import CatModule
 from moss_train.training.initialization import module_arguments
 from moss_train.training.run import open_stream
 from moss_train.types import UpdateBatch
+
+from .runs import FIT
 
 SMALL = [
     "tokenizer.stages.0={patch_size: 240, output_dimension: 16, d_model: 32, num_heads: 2, num_layers: 1}",
@@ -102,3 +107,21 @@ def finetune_config(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return to_plain(compose("fit", given), "fit")
 
     return make
+
+
+@pytest.fixture
+def start(small_overrides) -> Iterator:
+    """Start `fit` in a process of its own; what a test leaves running is killed."""
+    processes = []
+
+    def run(
+        directory: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable, *FIT), **environment: str
+    ) -> subprocess.Popen:
+        command = [*launcher, *small_overrides, f"run_dir={directory}", *overrides]
+        processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()

@@ -4,11 +4,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
-from moss_train.training.csv_writer import read_table
+from moss_train.training.csv_writer import column, read_table
 from moss_train.training.metrics import CLOCK_COLUMNS
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
+
+FIT = ["-m", "moss_train", "fit"]
+CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")
 
 
 def values(directory: Path) -> list[dict[str, str]]:
@@ -44,3 +48,14 @@ def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> Non
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def assert_same_course(directory: Path, whole: Path) -> None:
+    """The same clips in every update to the last one, and losses within what another order of sums explains."""
+    ours, theirs = read_table(directory / "metrics.csv"), read_table(whole / "metrics.csv")
+    assert [[row[name] for name in CLIPS] for row in ours] == [[row[name] for name in CLIPS] for row in theirs]
+    for name in ("loss/generator", "loss/semantic", "loss/discriminators", "loss/feature", "text_accuracy"):
+        assert column(ours, name) == pytest.approx(column(theirs, name), rel=1e-3), name
+    for name in ("progress", "callbacks"):
+        counts = [state(run)[name] for run in (directory, whole)]
+        assert_equal(*counts)

@@ -1,49 +1,24 @@
 """Runs of two processes from the command line, started by Lightning, torchrun and srun; killed, and told to stop."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from moss_train.cli import main
 from moss_train.training.csv_writer import column, read_table
 from moss_train.training.trainer import count_processes
 from moss_train.utils.checkpoints import list_checkpoints, read_manifest
 from moss_train.utils.errors import UserError
 
-from .gradients import network_errors
-from .runs import assert_equal, state, values, wait_for_rows
+from .runs import FIT, assert_equal, assert_same_course, state, values, wait_for_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
-FIT = ["-m", "moss_train", "fit"]
-CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")
-SHARDED = ("trainer.devices=2", "trainer.strategy=fsdp")
 ENDLESS = ["stages.0.updates=100000", "checkpoint.every_updates=1000"]
-
-
-@pytest.fixture
-def start(small_overrides) -> Iterator:
-    """Start `fit` in a process of its own; what a test leaves running is killed."""
-    processes = []
-
-    def run(
-        directory: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable, *FIT), **environment: str
-    ) -> subprocess.Popen:
-        command = [*launcher, *small_overrides, f"run_dir={directory}", *overrides]
-        processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}))
-        return processes[-1]
-
-    yield run
-    for process in processes:
-        process.kill()
-        process.wait()
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -72,17 +47,6 @@ def pair(small_overrides, tmp_path_factory) -> Path:
     return directory
 
 
-def assert_same_course(directory: Path, whole: Path) -> None:
-    """The same clips in every update to the last one, and losses within what another order of sums explains."""
-    ours, theirs = read_table(directory / "metrics.csv"), read_table(whole / "metrics.csv")
-    assert [[row[name] for name in CLIPS] for row in ours] == [[row[name] for name in CLIPS] for row in theirs]
-    for name in ("loss/generator", "loss/semantic", "loss/discriminators", "loss/feature", "text_accuracy"):
-        assert column(ours, name) == pytest.approx(column(theirs, name), rel=1e-3), name
-    for name in ("progress", "callbacks"):
-        counts = [state(run)[name] for run in (directory, whole)]
-        assert_equal(*counts)
-
-
 def test_two_processes_train_like_one(pair, whole):
     assert_same_course(pair, whole)
 
@@ -99,58 +63,6 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(start, whole, tmp
     assert start(directory, "stop_at_update=6").wait(timeout=240) == 0
     assert start(directory, "trainer.devices=2").wait(timeout=240) == 0
     assert_same_course(directory, whole)
-
-
-@pytest.fixture(scope="module")
-def sharded(small_overrides, packed, tmp_path_factory) -> Path:
-    """The small recipe by two processes that share tokenizer and text LM, with averaged weights and validation."""
-    directory = tmp_path_factory.mktemp("runs") / "sharded"
-    command = [sys.executable, *FIT, *small_overrides, f"run_dir={directory}", *SHARDED, *watched(packed)]
-    assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
-    return directory
-
-
-def watched(packed: Path) -> list[str]:
-    validation = {"data": packed, "max_clips": 2, "every_updates": 4, "samples_every_updates": 8}
-    return ["ema={decay: 0.9}", *(f"validation.{name}={value}" for name, value in validation.items())]
-
-
-def newest_removed(source: Path, directory: Path) -> Path:
-    """A copy of a finished run that has to do its last updates again."""
-    shutil.copytree(source, directory)
-    shutil.rmtree(list_checkpoints(directory / "checkpoints")[-1])
-    return directory
-
-
-def test_sharded_processes_train_like_one(sharded, whole):
-    assert_same_course(sharded, whole)
-
-
-def test_a_killed_sharded_run_goes_on_to_the_last_bit(start, sharded, packed, tmp_path):
-    directory = tmp_path / "run"
-    process = start(directory, *SHARDED, *watched(packed))
-    wait_for_rows(directory, 3, process)
-    process.kill()
-    process.wait()
-    assert start(directory, *SHARDED, *watched(packed)).wait(timeout=240) == 0
-    assert values(directory) == values(sharded)
-    assert_equal(state(directory), state(sharded))
-    tables = [read_table(run / "validation.csv") for run in (directory, sharded)]
-    assert [row["mel_distance"] for row in tables[0]] == [row["mel_distance"] for row in tables[1]]
-
-
-def test_a_run_goes_on_with_another_strategy(small_overrides, start, sharded, whole, packed, tmp_path):
-    """A checkpoint of sharded processes for one process, with its averaged weights, and the other way round."""
-    alone = newest_removed(sharded, tmp_path / "alone")
-    assert main(["fit", *small_overrides, f"run_dir={alone}", *watched(packed)]) == 0
-    together = newest_removed(whole, tmp_path / "together")
-    assert start(together, *SHARDED).wait(timeout=240) == 0
-    for directory, other in ((alone, sharded), (together, whole)):
-        assert_same_course(directory, other)
-        found, expected = state(directory)["state_dict"], state(other)["state_dict"]
-        assert found.keys() == expected.keys()
-        errors = network_errors(found, expected)
-        assert max(errors.values()) < 1e-4, errors
 
 
 def test_a_killed_process_ends_the_run_with_an_error(start, tmp_path):
