@@ -30,6 +30,7 @@ from moss_train.training.stages import Schedule, StageMoment
 from moss_train.training.updates import do_update
 from moss_train.types import Batch, UpdateBatch
 from moss_train.utils.build import build
+from moss_train.utils.errors import UserError
 
 Node = Mapping[str, Any]
 
@@ -123,7 +124,10 @@ class CatModule(lightning.LightningModule):
         """One update: gradients of every micro-batch for both sides, then one step of each optimizer."""
         moment = self.schedule.at(self.update)
         self._choose_parts(moment)
-        do_update(self, batch, moment)
+        try:
+            do_update(self, batch, moment)
+        except torch.OutOfMemoryError as error:
+            raise UserError(out_of_memory(self, batch)) from error
         if self.average is not None:
             self.average.add(self.update)
         self.update += 1
@@ -180,6 +184,17 @@ class CatModule(lightning.LightningModule):
         self.update, self.position = progress["update"], progress["position"]
         if self.average is not None and CHECKPOINT_KEY in checkpoint:
             self.average.load_state_dict(checkpoint[CHECKPOINT_KEY])
+
+
+def out_of_memory(module: CatModule, batch: UpdateBatch) -> str:
+    """What a device could not hold, and what to do about it."""
+    largest = max((micro_batch.audio for micro_batch in batch.micro_batches), key=lambda audio: audio.numel())
+    clips, seconds = largest.shape[0], largest.shape[2] / module.tokenizer.sampling_rate
+    return (
+        f"out of memory on {module.device} in update {module.update}, whose largest micro-batch is {clips} clips of "
+        f"{seconds:.1f} s: use trainer.precision=bf16-mixed, trainer.activation_checkpointing, trainer.strategy=fsdp "
+        "or a lower data.micro_batch_seconds (with allow_changes=true); it goes on from the newest checkpoint"
+    )
 
 
 def stages_of(model: MossAudioTokenizerModel) -> list[ProjectedTransformer]:

@@ -1,5 +1,7 @@
 """Streaming equals offline for streams many windows long, in any chunks, for items that come and go."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -177,6 +179,28 @@ def test_flush_ends_a_stream_and_reset_starts_it_anew():
     assert stream.flush()[1].tolist() == [0]
     stream.reset()
     assert torch.equal(stream.encode(audio)[0], first)
+
+
+def tensors_alive():
+    gc.collect()
+    return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
+
+
+def test_a_thousand_streams_left_in_the_middle_of_a_frame_leave_nothing_behind():
+    """New streams, and one slot of a stream that clients take one after the other."""
+    model = small_model(6)
+    audio = noise(2, 1, HOP + HOP // 2)
+    shared = model.stream(batch_size=2)
+    expected = shared.encode(audio)[0]
+    before = tensors_alive()
+    for _ in range(500):
+        model.stream().encode(audio[:1])
+        shared.reset(torch.tensor([False, True]))
+        lengths = torch.tensor([0, audio.shape[2]])
+        codes, frames = shared.encode(audio, lengths)
+        assert frames.tolist() == [0, 1]
+        assert torch.equal(codes[:, 1, :1], expected[:, 1, :1])
+    assert tensors_alive() <= before + 10
 
 
 def stream_pieces(stream, pieces, rows, batch_size):

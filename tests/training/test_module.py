@@ -128,3 +128,20 @@ def test_an_adversarial_stage_needs_discriminators(small_config):
 def test_unknown_arguments_name_their_place(small_config):
     with pytest.raises(UserError, match=r"discriminators\[0\].*num_periods"):
         CatModule(**module_arguments(small_config("+discriminators.0.num_periods=3")))
+
+
+def test_a_full_device_is_one_line_that_says_what_to_do(module, update):
+    def allocate(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    module.tokenizer.decoder[0].register_forward_pre_hook(allocate)
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    largest = max((batch.audio for batch in update.micro_batches), key=torch.Tensor.numel)
+    size = rf"{largest.shape[0]} clips of {largest.shape[2] / 24000:.1f} s"
+    with pytest.raises(
+        UserError, match=rf"out of memory on cpu in update 0, .* {size}: use trainer.precision"
+    ) as caught:
+        module.training_step(update, 0)
+    assert "\n" not in str(caught.value)
+    assert module.update == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
