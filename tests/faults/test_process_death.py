@@ -4,8 +4,11 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
+
+from moss_train.training.csv_writer import read_table
 
 from .harness import SCALE, Fit, assert_same_run
 
@@ -71,6 +74,24 @@ def test_ctrl_c_ends_with_130_and_a_resume_goes_on(whole: Fit, make_fit) -> None
     assert "Traceback" not in outcome.log
     fit.finish()
     assert_same_run(fit, whole)
+
+
+def test_sigterm_during_a_validation_waits_for_it_and_a_resume_goes_on(make_fit, packed: Path) -> None:
+    validation = {"data": packed, "max_clips": 2, "every_updates": 3, "samples_clips": "null"}
+    options = [f"validation.{name}={value}" for name, value in validation.items()]
+    fit, undisturbed = make_fit("stopped", *options), make_fit("whole", *options)
+    undisturbed.finish()
+    outcome = fit.run(fault={"calls": ["validate", 1, 100], "signal": signal.SIGTERM})
+    assert outcome.status == 128 + signal.SIGTERM, outcome.log[-3000:]
+    update = int(fit.newest().name.rpartition("-")[2])
+    assert 0 < update < 12
+    assert [int(row["update"]) for row in read_table(fit.directory / "validation.csv")][-1] <= update
+    fit.finish()
+    assert_same_run(fit, undisturbed)
+    tables = [read_table(run.directory / "validation.csv") for run in (fit, undisturbed)]
+    scores = [[(row["update"], row["mel_distance"], row["text_nats"]) for row in table] for table in tables]
+    assert scores[0] == scores[1]
+    assert [row[0] for row in scores[0]] == ["0", "3", "6", "9", "12"]
 
 
 @pytest.mark.parametrize(
