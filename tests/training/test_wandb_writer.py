@@ -101,8 +101,9 @@ def test_no_key_is_quietly_offline_and_a_resume_keeps_the_id(tmp_path, capfd):
         writer.close()
     media = list((directory / "wandb").rglob("*levels-04*.flac"))
     assert len(media) == 2
-    runs = list((directory / "wandb").glob("offline-run-*"))  # named by the second and the id
-    assert {path.name.rpartition("-")[2] for path in runs} == {run_id(directory)}
+    runs = list((directory / "wandb").glob("offline-run-*"))
+    # Named by the second, the id, and a number when there is one of this second.
+    assert {path.name.split("-")[3] for path in runs} == {run_id(directory)}
     assert capfd.readouterr() == ("", "")
 
 
