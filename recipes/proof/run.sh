@@ -3,7 +3,7 @@
 #   bash recipes/proof/run.sh [folder [variant [override ...]]]
 # folder: what recipes/debian_audio/run.sh made (data/debian_audio): train, train.jsonl and heldout.jsonl.
 # variant: all (default), without_text, without_adversarial or without_dropout leave one part of the objective out.
-# Forty minutes of one core. A second call goes on where the first stopped; `rm -r out/proof/<variant>` starts anew.
+# Forty minutes of one core (estimate). A second call goes on where the first stopped; `rm -r out/proof/<variant>` starts anew.
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
