@@ -107,14 +107,21 @@ def in_days(days: float) -> str:
 
 
 def memory_table(result: Estimate, machine: Machine) -> Table:
-    """Memory of one GPU by kind, replicated and divided among the GPUs."""
-    table = Table("GiB on each GPU", "DDP", f"FSDP over {machine.gpus}", title="memory")
-    for kind, size in result.memory.state.items():
-        table.add_row(kind, f"{size / GIB:.2f}", f"{result.memory.sharded[kind] / GIB:.2f}")
-    sums = (sum(sizes.values()) / GIB for sizes in (result.memory.state, result.memory.sharded))
+    """Memory of one GPU by kind, for each way to place the state."""
+    placed = placements(result, machine)
+    table = Table("GiB on each GPU", *placed, title="memory")
+    for kind in result.memory.state:
+        table.add_row(kind, *(f"{sizes[kind] / GIB:.2f}" for sizes in placed.values()))
     table.add_section()
-    table.add_row("together", *(f"{total:.2f}" for total in sums))
+    table.add_row("together", *(f"{sum(sizes.values()) / GIB:.2f}" for sizes in placed.values()))
     return table
+
+
+def placements(result: Estimate, machine: Machine) -> dict[str, dict[str, float]]:
+    """Bytes of the state on each GPU by kind: whole, and divided where there are several GPUs."""
+    if machine.gpus == 1:
+        return {"1 GPU": result.memory.state}
+    return {"DDP": result.memory.state, f"FSDP over {machine.gpus}": result.memory.sharded}
 
 
 def memory_lines(config: dict[str, Any], result: Estimate, machine: Machine) -> list[str]:
@@ -122,7 +129,7 @@ def memory_lines(config: dict[str, Any], result: Estimate, machine: Machine) -> 
     memory, micro = result.memory, config["data"]["micro_batch_seconds"]
     available = GPUS[machine.gpu].memory * GB
     lines = []
-    for name, state in (("DDP", memory.state), ("FSDP", memory.sharded)):
+    for name, state in placements(result, machine).items():
         left = available - sum(state.values())
         longest = [left / size for size in (memory.per_second, memory.per_second_checkpointed)]
         verdict = "fits" if longest[0] >= micro else "does not fit" if longest[1] < micro else "fits checkpointed only"

@@ -77,6 +77,18 @@ def test_activation_checkpointing_takes_longer_and_less_memory(capsys):
     assert operations(texts[0], "reconstruction") == operations(texts[1], "reconstruction")
 
 
+def test_sharded_memory_is_shown_where_there_is_something_to_divide(capsys):
+    assert main(TINY) == 0
+    alone = capsys.readouterr().out
+    assert "FSDP" not in alone
+    assert "1 GPU: data.micro_batch_seconds=12 fits" in alone
+    assert main([*TINY[:-1], "gpus=4"]) == 0
+    text = capsys.readouterr().out
+    whole, quarter = map(float, re.search(r"│ AdamW moments +│ ([\d.]+) +│ ([\d.]+)", text).groups())
+    assert 0 < quarter < whole == float(re.search(r"│ AdamW moments +│ ([\d.]+)", alone)[1])
+    assert "FSDP over 4: data.micro_batch_seconds=12 fits" in text
+
+
 def write_scaling(path: Path, exponent: float = -0.1, most: float = 1e16) -> Path:
     """What tools/scaling.py writes."""
     law = {"coefficient": 100.0, "exponent": exponent, "r_squared": 0.98}
