@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Angles of frames: cosine and sine [B, T, 1, D / 2] float32 (B may be 1), and on a CPU both as one complex number.
+    """Angles of frames: cosine and sine [B, T, 1, D / 2] float32 (B may be 1), and both as one complex number.
 
-    A complex product is one pass over the data, the real form is seven; compilers and other devices take the real one.
+    A complex product is one pass over the data, the real form is seven; compilers and MPS (without
+    `phase`) take the real one.
     """
 
     cosine: Tensor
@@ -28,7 +29,7 @@ def rotation(positions: Tensor, head_dim: int, max_period: float) -> Rotation:
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
     angles = positions.to(dtype)[:, :, None, None] * max_period**-exponent
     cosine, sine = torch.cos(angles).float(), torch.sin(angles).float()
-    return Rotation(cosine, sine, torch.complex(cosine, sine) if positions.device.type == "cpu" else None)
+    return Rotation(cosine, sine, None if positions.device.type == "mps" else torch.complex(cosine, sine))
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

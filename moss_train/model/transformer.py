@@ -23,7 +23,10 @@ class LayerScale(nn.Module):
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         """Add a branch [B, T, D] with this gain to the residual stream [B, T, D]."""
-        return torch.addcmul(residual, branch, self.scale)
+        if not residual.is_cuda:
+            return torch.addcmul(residual, branch, self.scale)
+        with torch.autocast("cuda", enabled=False):  # it would make a float32 copy of the branch and keep it
+            return torch.addcmul(residual, branch, self.scale)
 
 
 class TransformerLayer(nn.Module):

@@ -138,5 +138,6 @@ def judge(
     if module.measures_output_gradient:
         weights = weights_at(objective.weights, moment)
         observed |= squared_output_gradients(terms, weights, copy)
-    (gradient,) = torch.autograd.grad(weighted, copy)
+    with torch.autocast(crop.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(weighted, copy)
     return Judgement(terms, weighted.detach(), (crop * gradient).sum(), loss, observed)

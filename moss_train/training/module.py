@@ -133,6 +133,11 @@ class CatModule(lightning.LightningModule):
         self.update += 1
         self.position = batch.next_position
 
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, outside its autocast: what went forward in float32 comes back in float32."""
+        with torch.autocast(loss.device.type, enabled=False):
+            super().manual_backward(loss, *args, **kwargs)
+
     def parts(self) -> dict[str, nn.Module]:
         """What a stage can train on the generator side, by name (see `PARTS`)."""
         parts = {name: getattr(self.tokenizer, name) for name in ("encoder", "quantizer", "decoder")}

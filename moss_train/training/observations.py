@@ -61,5 +61,6 @@ def squared_output_gradients(
     ends at the output.
     """
     seen = {name: weights[name] * terms[name] for name in OUTPUT_TERMS if name in terms}
-    gradients = {name: torch.autograd.grad(term, output, retain_graph=True)[0] for name, term in seen.items()}
+    with torch.autocast(output.device.type, enabled=False):
+        gradients = {name: torch.autograd.grad(term, output, retain_graph=True)[0] for name, term in seen.items()}
     return {OUTPUT_GRADIENT + name: gradient.float().square().sum() for name, gradient in gradients.items()}

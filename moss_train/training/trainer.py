@@ -110,6 +110,7 @@ def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbac
         torch.set_num_threads(settings["num_threads"])
         os.environ["OMP_NUM_THREADS"] = str(settings["num_threads"])  # Lightning chooses where there is none
     torch.set_float32_matmul_precision(settings["matmul_precision"])
+    torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100 builds a graph for every new length
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
