@@ -14,7 +14,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
     if options.experiment:
         settings = to_plain(compose("fit", [f"experiment={options.experiment}"]), "fit")["tokenizer"]
         torch.manual_seed(0)
-        models: dict[str, Any] = {"ours": MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(**settings))}
+        with torch.device(options.device):  # a CPU takes long to draw the weights of a large model
+            models: dict[str, Any] = {"ours": MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(**settings))}
     else:
         models = {"ours": MossAudioTokenizerModel.from_pretrained(options.model or options.reference, dtype=dtype)}
     if options.reference:
@@ -77,19 +78,32 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                 yield task, batch, options.stream_seconds, frames
 
 
-def prepare(model: Any, config: MossAudioTokenizerConfig, case: Case) -> Callable[[], Any]:
-    """The call that a case measures."""
+def prepare(model: Any, config: MossAudioTokenizerConfig, case: Case, is_alone: bool) -> Callable[[], Any]:
+    """The call that a case measures; chunks go through `stream`, or beside another model through what both have."""
     task, batch, seconds, chunk = case
     generator = torch.Generator().manual_seed(0)
     frames = max(1, round(seconds * config.frame_rate))
     options = {"chunk_duration": chunk / config.frame_rate} if chunk else {}
     if task == "encode":
         shape = (batch, config.number_channels, frames * config.downsample_rate)
-        audio = (torch.randn(shape, generator=generator) * 0.1).to(model.device)
-        return lambda: model.encode(audio, return_dict=True, **options)
-    size = config.quantizer_kwargs["codebook_size"]
-    codes = torch.randint(0, size, (config.num_quantizers, batch, frames), generator=generator).to(model.device)
-    return lambda: model.decode(codes, return_dict=True, **options)
+        whole = (torch.randn(shape, generator=generator) * 0.1).to(model.device)
+    else:
+        shape = (config.num_quantizers, batch, frames)
+        size = config.quantizer_kwargs["codebook_size"]
+        whole = torch.randint(0, size, shape, generator=generator).to(model.device)
+    if chunk and is_alone:
+        stream = model.stream(batch, chunk_frames=chunk)
+        step = chunk * config.downsample_rate if task == "encode" else chunk
+        return lambda: streamed(stream, getattr(stream, task), whole.split(step, dim=2))
+    return lambda: getattr(model, task)(whole, return_dict=True, **options)
+
+
+def streamed(stream: Any, call: Callable[[torch.Tensor], Any], chunks: Sequence[torch.Tensor]) -> None:
+    """From the start of a stream to its end, each result read before the next chunk comes."""
+    stream.reset()
+    for chunk in chunks:
+        result, _ = call(chunk)
+        result[..., -1:].cpu()
 
 
 def measure(call: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> tuple[float, float]:
@@ -132,7 +146,7 @@ def run(models: dict[str, Any], case: Case, repeats: int, clock: Callable[[], fl
     """One row: the median time and the memory of every model; a refused case has the reason instead."""
     config = models["ours"].config
     row: dict[str, Any] = dict(zip(("task", "batch", "seconds", "chunk_frames"), case, strict=True))
-    calls = {name: prepare(model, config, case) for name, model in models.items()}
+    calls = {name: prepare(model, config, case, len(models) == 1) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):  # the first one warms up
         for name, call in list(calls.items()):
@@ -179,8 +193,8 @@ def main() -> None:
     for case in cases(options):
         rows.append(run(models, case, options.repeats, CLOCKS[options.clock]))
         print(table_line(rows[-1]), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1))
+        if options.out:
+            options.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ and so does the second forward of activation checkpointing where it is on. Other
 """
 
 import argparse
+import gc
 import json
 import platform
 import resource
@@ -37,6 +38,7 @@ from moss_train.training.module import CatModule
 from moss_train.training.run import open_stream
 from moss_train.training.trainer import build_trainer, choose_accelerator
 from moss_train.types import Batch, UpdateBatch
+from moss_train.utils.errors import UserError
 from moss_train.utils.flops import FlopCounter
 
 TEXT_TOKENS_PER_SECOND = 14  # bytes of read English
@@ -196,6 +198,12 @@ class Meter(Callback):
             self.stack.close()
         self.last_end = time.perf_counter()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        forget(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        forget(trainer, pl_module)
+
     def result(self, case: Case, peak_tflops: float) -> Result:
         """The numbers, once the run is over."""
         elapsed = self.end - self.begin
@@ -210,6 +218,15 @@ class Meter(Callback):
             peak_gib=peak_memory() / 2**30,
             data_wait=self.wait / elapsed,
         )
+
+
+def forget(trainer: Trainer, module: LightningModule) -> None:
+    """Drop weights and moments, which Lightning would copy from the device, 26 GB for the largest model."""
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
+    for parameter in module.parameters():
+        parameter.grad = None
+        parameter.data = parameter.data.new_empty(0)
 
 
 def activities() -> list[ProfilerActivity]:
@@ -241,15 +258,19 @@ def measure(config: dict[str, Any], case: Case, options: argparse.Namespace) -> 
         settings = case_config(config, case, options)
         accelerator = choose_accelerator(settings["trainer"]["accelerator"])
         trainer = build_trainer({**settings["trainer"], "devices": 1}, accelerator, [meter])
-        module = CatModule(**module_arguments(settings))
+        with torch.device(accelerator):  # a CPU takes half a minute to draw the weights of cat_1b6 (estimate)
+            module = CatModule(**module_arguments(settings))
         trainer.fit(module, updates_of(settings, case, module, options))
         if profile_path is not None:
             write_profile(meter.profiler, profile_path)
         return meter.result(case, options.peak_tflops)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, UserError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
         return Result(case, failure=f"out of memory: {str(error).split('.')[0]}")
     finally:
         meter.stack.close()
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -281,7 +302,11 @@ def write_profile(profiler: Any, path: Path) -> None:
     events = profiler.key_averages()
     table = events.table(sort_by=f"self_{device}_time_total", row_limit=30, max_name_column_width=60)
     if device == "cuda":
-        kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [
+            event
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        ]
         span = max(event.time_range.end for event in kernels) - min(event.time_range.start for event in kernels)
         busy = sum(event.time_range.elapsed_us() for event in kernels)
         table += f"\nidle between the first and the last kernel: {1 - busy / span:.1%} of {span / 1e6:.3f} s\n"
@@ -319,9 +344,9 @@ def main() -> None:
             continue
         results.append(measure(config, case, options))
         print(table(results[-1:]).splitlines()[-1], flush=True)
+        if options.out is not None:
+            options.out.write_text(json.dumps([asdict(result) for result in results], indent=1))
     print(f"\n{options.experiment}: {machine()}; MFU of {options.peak_tflops:g} TFLOP/s\n{table(results)}")
-    if options.out is not None:
-        options.out.write_text(json.dumps([asdict(result) for result in results], indent=1))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from moss_train.training.initialization import module_arguments
 from moss_train.training.module import CatModule
 from moss_train.training.short_runs import packed_clips, shortened, train_in_memory
 
-PACE_UPDATES = 6
+PACE_UPDATES = 16  # more than data workers read ahead
 EXPERIMENTS = {"tiny": "cat_tiny", "small": "cat_small"}
 # About as many parameters as the experiment's encoder and decoder.
 DAC_SIZES = {
@@ -162,8 +162,8 @@ class Pace(Callback):
 
     @property
     def seconds_per_update(self) -> float:
-        """Mean of the later half."""
-        later = self.ends[len(self.ends) // 2 - 1 :]
+        """Mean of the last six."""
+        later = self.ends[-7:]
         return (later[-1] - later[0]) / (len(later) - 1)
 
 
@@ -184,7 +184,8 @@ def compare(config: dict[str, Any], system: str, options: argparse.Namespace) ->
     module = build_module(whole, system, options.size)
     seconds = seconds_of(whole, module)
     clips = packed_clips(whole, options.heldout, module, options.clips, options.longest_seconds)
-    tokenizer = module.tokenizer.eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # Lightning leaves it on the CPU
+    tokenizer = module.tokenizer.to(device).eval()
     report = depth_report(tokenizer, clips, quarter_depths(tokenizer.config.num_quantizers))
     audio = sum(stage["updates"] * stage["batch_seconds"] for stage in whole["stages"])
     parameters = [sum(p.numel() for p in part.parameters()) for part in (tokenizer.encoder, tokenizer.decoder)]
@@ -244,9 +245,9 @@ def main() -> None:
     for system in options.systems:
         rows.append(compare(config, system, options))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
+        if options.out is not None:
+            options.out.write_text(json.dumps(rows, indent=1))
     print(f"\n{options.minutes:g} minutes per system, torch {torch.__version__}\n{table(rows)}")
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ train=${2:-} heldout=${3:-}
 limit=${LIMIT:-570}
 experiment=${EXPERIMENT:-cat_1b6}
 python=${PYTHON:-.venv/bin/python}
+workers=$(($(nproc) > 2 ? $(nproc) - 2 : 1))
 model=${MODEL:-cat_small}
 steps=${STEPS:-training profile inference ladder shards peers scaling model evaluate}
-export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD"
+export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 # Runs one step with its output in $out/<name>.log; a step that fails or runs out of time does not stop the others.
 step() {
@@ -35,20 +36,24 @@ step() {
 bench=("$python" tools/bench_training.py --limit-seconds $((limit * 3 / 4)))
 step training "${bench[@]}" --experiment "$experiment" --out "$out/training.json"
 step profile "${bench[@]}" --experiment "$experiment" --lm without --clips 10 --updates 2 --profile "$out/profile"
-step inference "$python" tools/bench_inference.py --experiment "$experiment" --dtype bfloat16 --out "$out/inference.json"
+step inference "$python" tools/bench_inference.py --experiment "$experiment" --dtype bfloat16 --repeats 3 --chunk-frames 1 4 \
+    --stream-seconds 5 --out "$out/inference.json"
 for size in 256 384 512 768; do
     step ladder "${bench[@]}" --experiment cat_ladder_$size --lm without --clips 10 --out "$out/ladder_$size.json"
     [ ! -e "$out/ladder.log" ] || mv "$out/ladder.log" "$out/ladder_$size.log"
 done
 if [ -n "$train" ]; then
-    step shards "${bench[@]}" --experiment "$experiment" --lm without --shards "$train" --out "$out/shards.json"
-    step peers "$python" tools/compare_peers.py --train "$train" --heldout "$heldout" --minutes 2 --out "$out/peers.json"
-    step scaling "$python" tools/scaling.py --train "$train" --heldout "$heldout" --updates 300 --out "$out/scaling"
+    step shards "${bench[@]}" --experiment "$experiment" --lm without --shards "$train" --updates 40 --out "$out/shards.json" \
+        data.num_workers=$workers
+    step peers "$python" tools/compare_peers.py --train "$train" --heldout "$heldout" --minutes 2 --out "$out/peers.json" \
+        data.num_workers=$workers
+    step scaling "$python" tools/scaling.py --train "$train" --heldout "$heldout" --updates 300 --out "$out/scaling" \
+        data.num_workers=$workers
     # Told to terminate, it writes a checkpoint; status 124 says that there is more to do.
     # shellcheck disable=SC2086
     signal=TERM step model "$python" -m moss_train fit experiment=$model data.train="$train" validation.data="$heldout" \
-        validation.every_updates=200 checkpoint.every_updates=200 wandb=null run_dir="$out/model"
-    step evaluate "$python" -m moss_train evaluate model="$out/model" data="$heldout" out="$out/evaluation"
+        validation.every_updates=200 checkpoint.every_updates=200 wandb=null run_dir="$out/model" data.num_workers=$workers
+    step evaluate "$python" -m moss_train evaluate model="$out/model" data="$heldout" out="$out/evaluation" workers=$workers
 fi
 
 echo

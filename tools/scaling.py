@@ -90,6 +90,7 @@ def measure(config: dict[str, Any], scale: float, options: argparse.Namespace) -
     train_in_memory(settings, module, [meter])
     clips = packed_clips(settings, options.heldout, module, options.clips, options.longest_seconds)
     levels = module.tokenizer.config.num_quantizers
+    module.tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")  # Lightning leaves it on the CPU
     report = depth_report(module.tokenizer.eval(), clips, [levels])
     return {
         "scale": scale,
