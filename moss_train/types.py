@@ -29,6 +29,7 @@ class Batch:
     crop_units: Tensor  # [B] float32 in [0, 1)
     sample_ids: tuple[str, ...]
     domains: tuple[str, ...]
+    host: "Batch | None" = None  # what it was copied from by `to`: asking its lengths does not wait for the device
 
     @property
     def num_clips(self) -> int:
@@ -37,7 +38,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with its tensors on `device`; copies from pinned memory do not wait."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(self._map(lambda tensor: tensor.to(device, non_blocking=True)), host=self.host or self)
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; the DataLoader calls this when asked to pin."""

@@ -71,7 +71,7 @@ class TextLM(nn.Module):
 
         Args:
             states: [B, F, D] after the quantizer.
-            num_frames: [B] valid frames.
+            num_frames: [B] valid frames; these and the lengths of texts are best on the CPU, where they are read.
             text_tokens: [B, L] token ids, the end token last.
             text_lengths: [B], at least 1.
             task_ids: [B] index into TASKS.

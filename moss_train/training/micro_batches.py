@@ -50,7 +50,7 @@ def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: 
         reported |= squared_output_gradients(terms, weights, reconstruction)
     if module.semantic is not None:
         states = quantized.quantized if moment.taught else quantized.quantized.detach()
-        add_semantic(module, terms, reported, states, num_frames, batch, counts)
+        add_semantic(module, terms, reported, states, batch, counts)
     total = module.objective.total(terms, moment.stage.weights)
     generator_loss = total.detach()
     if module.shards is not None and "semantic" not in terms:
@@ -90,17 +90,19 @@ def add_semantic(
     terms: dict[str, Tensor],
     reported: dict[str, Tensor],
     states: Tensor,
-    num_frames: Tensor,
     batch: Batch,
     counts: UpdateCounts,
 ) -> None:
     """Cross entropy of the texts of those clips that have one, given the states [B, F, D] after the quantizer."""
     assert module.semantic is not None
-    with_text = (batch.text_lengths > 0).nonzero()[:, 0]
+    host = batch.host or batch
+    with_text = (host.text_lengths > 0).nonzero()[:, 0]
     if len(with_text) == 0:
         return
-    tensors = (states, num_frames, batch.text_tokens, batch.text_lengths, batch.task_ids)
-    prediction = module.semantic(*(tensor[with_text] for tensor in tensors))
+    num_frames, text_lengths = module.tokenizer.num_frames(host.audio_lengths[with_text]), host.text_lengths[with_text]
+    chosen = with_text.to(states.device, non_blocking=True)
+    texts, tasks = batch.text_tokens[chosen], batch.task_ids[chosen]
+    prediction = module.semantic(states[chosen], num_frames, texts, text_lengths, tasks)
     terms["semantic"] = prediction.loss_sum / counts.text_tokens.clamp(min=1)
     reported["text_accuracy"] = prediction.num_correct / counts.text_tokens.clamp(min=1)
 
