@@ -1,8 +1,6 @@
 """`python -m moss_train`."""
 
-import sys
-
-from moss_train.cli import main
+from moss_train.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program()

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,26 @@ class Arguments:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see python -m {PROGRAM} --help)")
+
+
+def run_program() -> NoReturn:
+    """Run one verb and end with its status.
+
+    When several processes train together, one that failed ends at once. Python would first run the farewells that torch
+    and Lightning have registered, and NCCL's waits for the others, who wait for this one in a collective.
+    """
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = EXIT_FAILED
+    distributed = sys.modules.get("torch.distributed")
+    is_connected = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if is_connected and status in (EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,8 +163,6 @@ def _one_line(error: BaseException) -> str:
 
 def _fail(verb: str, message: str, status: int, argv: list[str]) -> int:
     if "--traceback" in argv:
-        import traceback
-
         traceback.print_exc()
     print(f"{PROGRAM} {verb}: {message}" if verb else f"{PROGRAM}: {message}", file=sys.stderr)
     return status

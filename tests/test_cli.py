@@ -319,3 +319,25 @@ def test_bugs_keep_their_traceback(monkeypatch):
 def test_the_verb_decides_the_exit_status(monkeypatch, returned, status):
     monkeypatch.setattr("moss_train.commands.doctor.run", lambda config: returned)
     assert main(["doctor"]) == status
+
+
+CONNECTED = """
+import atexit, sys
+import torch.distributed as dist
+dist.init_process_group("gloo", f"file://{sys.argv[1]}", world_size=1, rank=0)
+atexit.register(print, "farewell")
+sys.argv = ["moss_train", *sys.argv[2:]]
+from moss_train.cli import run_program
+run_program()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "output"), [(["pack", "sampling_rat=3"], 2, ""), ([], 0, "farewell\n")]
+)
+def test_one_of_several_processes_that_fails_ends_without_farewell(tmp_path, arguments, status, output):
+    command = [sys.executable, "-c", CONNECTED, str(tmp_path / "rendezvous"), *(arguments or ["--version"])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stdout.removeprefix(f"moss_train {moss_train.__version__}\n") == output
+    assert ("did you mean sampling_rate" in done.stderr) == (status == 2)

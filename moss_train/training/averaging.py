@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moss_train.training.sharding import full_tensor, like, local_part
+from moss_train.training.sharding import like, local_part, whole_on_first_rank
 
 CHECKPOINT_KEY = "ema"
 """Place in a checkpoint: {"decay": float, "weights": {name as in the tokenizer's state dict: tensor}}."""
@@ -66,9 +66,9 @@ class WeightAverage:
             average.copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: whole tensors, whatever the strategy; all ranks have to call it."""
+        """For a checkpoint: whole tensors, whatever the strategy; all ranks have to call it, the first writes it."""
         averages = zip(self._names, self._averages, strict=True)
-        return {"decay": self.decay, "weights": {name: full_tensor(average) for name, average in averages}}
+        return {"decay": self.decay, "weights": {name: whole_on_first_rank(average) for name, average in averages}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on, from `start` on, with what a checkpoint holds."""

@@ -31,6 +31,15 @@ class ReplicatedStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Leave the module as it is."""
 
+    def teardown(self) -> None:
+        """Leave weights and moments where they are, too: on a GPU they would be copied to the machine's memory."""
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
 
 def num_ranks() -> int:
     """Processes that train together."""

@@ -54,7 +54,7 @@ def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: 
     total = module.objective.total(terms, moment.stage.weights)
     generator_loss = total.detach()
     if module.shards is not None and "semantic" not in terms:
-        total = total + nothing_from_lm(module, quantized.quantized)
+        total = total + nothing_from_lm(module, quantized.quantized, moment)
     if moment.judged or moment.discriminators_learn:
         judgement = judge(module, reconstruction, batch, counts, moment)
         total = total + judgement.surrogate
@@ -74,13 +74,18 @@ def keep_company(module: "CatModule", moment: StageMoment) -> None:
     silence = torch.zeros(1, tokenizer.config.number_channels, tokenizer.config.downsample_rate, device=module.device)
     quantized = tokenizer.quantizer(tokenizer.encode_latent(silence)).quantized
     nothing = 0.0 * tokenizer.decode_latent(quantized).sum()
-    module.manual_backward(nothing + nothing_from_lm(module, quantized if moment.taught else quantized.detach()))
+    module.manual_backward(nothing + nothing_from_lm(module, quantized, moment))
 
 
-def nothing_from_lm(module: "CatModule", states: Tensor) -> Tensor:
-    """Zero, by way of the text LM if there is one: in every micro-batch all ranks have to pass it or none."""
+def nothing_from_lm(module: "CatModule", quantized: Tensor, moment: StageMoment) -> Tensor:
+    """Zero, by way of the text LM if there is one: in every micro-batch all ranks have to pass it or none.
+
+    An LM that does not teach gets no gradient from its input, here as there: with one its own would come in another
+    order than on ranks that have text.
+    """
     if module.semantic is None:
-        return torch.zeros((), device=states.device)
+        return torch.zeros((), device=quantized.device)
+    states = quantized if moment.taught else quantized.detach()
     one = torch.ones(1, dtype=torch.int64, device=states.device)
     return 0.0 * module.semantic(states[:1, :1], one, 0 * one[None], one, 0 * one).loss_sum
 

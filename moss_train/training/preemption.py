@@ -1,5 +1,6 @@
 """A machine that is taken away: finish the update, write a checkpoint, say so by the exit status, come back."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moss_train.training.distributed import gather_over_ranks
 from moss_train.training.module import cat_module
 from moss_train.training.trainer import started_processes
 from moss_train.utils.errors import PreemptedError
@@ -57,10 +59,18 @@ def make_room(received: signal.Signals, update: int, trainer: Trainer) -> None:
     """
     if received == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and trainer.is_global_zero:
         requeue()
+    gather_over_ranks(None)  # srun ends the first rank with the first one that is gone
+    if "TORCHELASTIC_RUN_ID" in os.environ and trainer.local_rank == 0:
+        atexit.register(stop_torchrun)
     if trainer.local_rank == 0 or started_processes() is not None:
         raise PreemptedError(
             received, f"stopped by {received.name} at update {update}; the same command goes on from there"
         )
+
+
+def stop_torchrun() -> None:
+    """Tell the torchrun that started this process to end: by itself it starts again whatever did not end with 0."""
+    os.kill(os.getppid(), signal.SIGTERM)
 
 
 def requeue() -> None:

@@ -41,17 +41,18 @@ def count_parameters(module: nn.Module | None) -> int:
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def check_memory(size: StateSize, accelerator: str, processes: int = 1) -> None:
+def check_memory(size: StateSize, device: torch.device, processes: int = 1) -> None:
     """Refuse a run whose training state cannot fit, before it is allocated.
 
     Args:
+        device: of this process; no other GPU is touched, which would cost memory on it.
         processes: on this machine. On CPUs they share its memory, each with a state of its own; each GPU holds one.
 
     Raises:
         UserError: with what is needed and what is available, in GiB.
     """
-    if accelerator == "cuda":
-        available, where, copies = torch.cuda.mem_get_info()[0], "GPU memory", 1
+    if device.type == "cuda":
+        available, where, copies = torch.cuda.mem_get_info(device)[0], "GPU memory", 1
     else:
         available, where, copies = available_memory_bytes(), "memory", processes
     needed = size.bytes * copies

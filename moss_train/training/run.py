@@ -33,8 +33,8 @@ from moss_train.training.stages import Schedule
 from moss_train.training.trainer import (
     build_trainer,
     choose_accelerator,
-    count_processes,
     start_processes,
+    started_processes,
 )
 from moss_train.utils.build import build
 from moss_train.utils.checkpoints import list_checkpoints, resume_checkpoint
@@ -46,6 +46,8 @@ Node = Mapping[str, Any]
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
+PATIENCE_SECONDS = 10.0  # for processes of a killed run that have not noticed yet
+LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
 # What may differ between the parts of one run: it does not change what is learned.
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
 FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
@@ -78,17 +80,18 @@ def fit(config: Node) -> RunResult:
     stream = open_stream(filled, beginning.tokenizer_config)
     if not stream.num_with_text:
         beginning = without_text(beginning)
-    processes, nodes = count_processes(config["trainer"], accelerator)
-    shards = processes * nodes if config["trainer"]["strategy"] == "fsdp" else 1
-    check_memory(replace(measure(beginning.arguments, config), shards=shards), accelerator, processes)
+    size = measure(beginning.arguments, config)
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
     quantizer = beginning.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
     callbacks = observers.build_observers(filled, directory, last, stream, *sizes)
     preemption = PreemptionWatch()
     trainer = build_trainer(config["trainer"], accelerator, [preemption, *callbacks])
+    shards = trainer.world_size if config["trainer"]["strategy"] == "fsdp" else 1
+    check_memory(replace(size, shards=shards), trainer.strategy.root_device, trainer.num_devices)
     directory.mkdir(parents=True, exist_ok=True)
-    with exclusive(directory / LOCK_FILE, str(directory)) if trainer.is_global_zero else nullcontext():
+    patience = LAUNCHED_PATIENCE_SECONDS if started_processes() else PATIENCE_SECONDS
+    with exclusive(directory / LOCK_FILE, str(directory), patience) if trainer.is_global_zero else nullcontext():
         checkpoint = find_start(config, directory, trainer)
         update = read_progress(checkpoint)["update"]
         if checkpoint is None or update < last:

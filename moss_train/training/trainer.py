@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -74,9 +74,10 @@ def started_processes() -> tuple[int, int] | None:
 
 
 def is_srun_used() -> bool:
-    """Whether this process is a task of srun; a plain command inside an interactive allocation is not."""
+    """Whether this process is a task of srun; a plain command in a batch script or an interactive allocation is not."""
     return (
-        "SLURM_PROCID" in os.environ
+        "SLURM_STEP_ID" in os.environ
+        and "SLURM_PROCID" in os.environ
         and "SLURM_NTASKS" in os.environ
         and SLURMEnvironment.job_name()
         not in (
@@ -117,8 +118,11 @@ def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbac
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of Lightning about itself
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run that stops where it stands
     plugins: list[Any] = [DirectoryCheckpointIO()]
-    if is_srun_used() and not TorchElasticEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's saves beside our checkpoints
+    if not TorchElasticEnvironment.detect():
+        if is_srun_used():
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's saves beside our checkpoints
+        elif "SLURM_NTASKS" in os.environ:
+            plugins.append(LightningEnvironment())  # for which Lightning would wait for the tasks of a job
     return lightning.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -157,13 +161,15 @@ def start_processes(trainer: Trainer) -> None:
 def connect_after_restart(strategy: Any) -> None:
     """Connect what torchrun started, apart from what an earlier attempt of the group left in torchrun's store.
 
-    torchrun keeps one store for all attempts: without a prefix a process that is faster than the first one reads the
-    address of its dead predecessor.
+    torchrun may keep one store for all attempts: without a prefix a process that is faster than the first one reads the
+    address of its dead predecessor. Each machine counts its own attempts, so several need a store per attempt
+    (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, as in recipes/torchrun).
     """
     device = strategy.root_device
     rank, world_size, timeout = strategy.global_rank, strategy.world_size, strategy._timeout
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,

@@ -1,6 +1,7 @@
 """Files that are either complete or not there."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     names `path`, as that of a full disk does not by itself.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    # Processes in containers on several machines may have the same number.
+    temporary = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.{path.name}")
     try:
         with naming(path):
             yield temporary

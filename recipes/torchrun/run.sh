@@ -13,9 +13,12 @@ if [ "$nodes" -gt 1 ] && [ -z "${RENDEZVOUS:-}" ]; then
 fi
 if [ "$nodes" -gt 1 ]; then
     rendezvous=(--rdzv-backend=c10d --rdzv-id="${RUN_ID:-moss_train}" --rdzv-endpoint="$RENDEZVOUS")
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a store for each attempt, which the machines do not count alike
 else
     rendezvous=(--standalone)
 fi
+# A checkpoint may take minutes; torch before 2.14 does not read this and waits for 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}"
 # A process that dies ends its group; torchrun starts all of them again and the run goes on from its newest checkpoint.
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
     --max-restarts="${MAX_RESTARTS:-3}" "${rendezvous[@]}" -m moss_train fit "$@"

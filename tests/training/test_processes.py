@@ -19,6 +19,8 @@ from .runs import FIT, assert_equal, assert_same_course, state, values, wait_for
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
 ENDLESS = ["stages.0.updates=100000", "checkpoint.every_updates=1000"]
+STEP = {"SLURM_STEP_ID": "0"}  # srun's
+TORCHRUN = ("bash", str(RECIPES / "torchrun" / "run.sh"))
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -75,12 +77,37 @@ def test_a_killed_process_ends_the_run_with_an_error(start, tmp_path):
 def test_the_torchrun_recipe_starts_a_group_again_when_one_process_dies(start, pair, tmp_path):
     directory = tmp_path / "run"
     settings = {"PYTHON": sys.executable, "PROCESSES_PER_NODE": "2", "MAX_RESTARTS": "1"}
-    process = start(directory, launcher=("bash", str(RECIPES / "torchrun" / "run.sh")), **settings)
+    process = start(directory, launcher=TORCHRUN, **settings)
     wait_for_rows(directory, 3, process)
     os.kill(children(process)[1], signal.SIGKILL)
     assert process.wait(timeout=300) == 0
     assert values(directory) == values(pair)
     assert_equal(state(directory), state(pair))
+
+
+def test_several_machines_connect_again_when_a_process_of_one_dies(start, pair, tmp_path):
+    """Two torchruns that know of each other by address only, each with one process."""
+    directory = tmp_path / "run"
+    address = f"127.0.0.1:{31500 + os.getpid() % 2000}"
+    settings = {"PYTHON": sys.executable, "PROCESSES_PER_NODE": "1", "NODES": "2", "RENDEZVOUS": address}
+    agents = [start(directory, "trainer.timeout_seconds=60", launcher=TORCHRUN, **settings) for _ in range(2)]
+    wait_for_rows(directory, 3, agents[0])
+    os.kill(children(agents[1])[0], signal.SIGKILL)
+    assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
+    assert values(directory) == values(pair)
+    assert_equal(state(directory), state(pair))
+
+
+def test_torchrun_does_not_start_again_what_was_told_to_stop(start, tmp_path):
+    directory = tmp_path / "run"
+    settings = {"PYTHON": sys.executable, "PROCESSES_PER_NODE": "2"}
+    process = start(directory, *ENDLESS, launcher=TORCHRUN, **settings)
+    wait_for_rows(directory, 2, process)
+    os.kill(children(process)[1], signal.SIGTERM)
+    assert process.wait(timeout=120) != 0
+    last = int(read_table(directory / "metrics.csv")[-1]["update"])
+    checkpoint = list_checkpoints(directory / "checkpoints")[-1]
+    assert read_manifest(checkpoint)["update"] == last
 
 
 def test_sigterm_to_any_process_ends_all_after_a_checkpoint(start, tmp_path):
@@ -101,20 +128,24 @@ def test_several_machines_need_a_rendezvous(tmp_path):
 
 
 SRUN = """#!/usr/bin/env bash
-# As srun on one machine: so many tasks, each with its number; the exit status is the highest of theirs.
+# As srun on one machine: so many tasks, each with its number; the first that fails ends the others.
 [ "$1" = --kill-on-bad-exit=1 ] || exit 99
+[ "$SRUN_CPUS_PER_TASK" = "$SLURM_CPUS_PER_TASK" ] || exit 98
 shift
-for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
-highest=0
-for task in $(jobs -p); do wait "$task" || highest=$(($? > highest ? $? : highest)); done
-exit "$highest"
+for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_STEP_ID=0 SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
+for task in $(jobs -p); do
+    wait -n
+    status=$?
+    [ "$status" -eq 0 ] || { kill -KILL $(jobs -p) 2>/dev/null; exit "$status"; }
+done
 """
 
 
 def cluster(folder: Path) -> dict[str, str]:
     """The variables of a SLURM job of two tasks; on its PATH an srun, and an scontrol that writes down its calls."""
     (folder / "bin").mkdir()
-    scripts = {"srun": SRUN, "scontrol": f'#!/bin/sh\necho "$@" >> {folder / "calls"}\n'}
+    # Slow, so that a task that does not wait for the first one ends it before the job is requeued.
+    scripts = {"srun": SRUN, "scontrol": f'#!/bin/sh\nsleep 2\necho "$@" >> {folder / "calls"}\n'}
     for name, text in scripts.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
@@ -129,6 +160,7 @@ def cluster(folder: Path) -> dict[str, str]:
         "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_NNODES": "1",
         "SLURM_NODEID": "0",
+        "SLURM_CPUS_PER_TASK": "2",
     }
 
 
@@ -162,8 +194,9 @@ def test_every_recipe_is_a_script_that_bash_reads(script):
     [
         ({}, {}, (1, 1)),
         ({}, {"devices": 3, "num_nodes": 2}, (3, 2)),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "j"}, {}, (4, 2)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "bash"}, {}, (1, 1)),
+        ({**STEP, "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "j"}, {}, (4, 2)),
+        ({**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "bash"}, {}, (1, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "j"}, {}, (1, 1)),  # in the batch script itself
     ],
 )
 def test_processes_are_those_that_were_started_or_asked_for(monkeypatch, environment, settings, expected):
@@ -173,7 +206,7 @@ def test_processes_are_those_that_were_started_or_asked_for(monkeypatch, environ
 
 
 def test_another_number_than_srun_started_is_refused(monkeypatch):
-    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}.items():
+    for name, value in {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"trainer\.devices=2 .*4 processes were started on each of 2 machines"):
         count_processes({"devices": 2, "num_nodes": "auto"}, "cpu")

@@ -1,8 +1,11 @@
 import pytest
+import torch
 
 from moss_train.training import resources
 from moss_train.training.resources import StateSize, check_memory
 from moss_train.utils.errors import UserError
+
+CPU = torch.device("cpu")
 
 
 def test_the_moving_average_is_one_more_copy_of_the_tokenizer_alone():
@@ -14,6 +17,6 @@ def test_the_moving_average_is_one_more_copy_of_the_tokenizer_alone():
 def test_processes_on_cpus_share_the_memory_of_their_machine(monkeypatch):
     size = StateSize(2**26, 0, 0, has_average=True)  # 1.25 GiB
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: 2 * size.bytes)
-    check_memory(size, "cpu", processes=2)
+    check_memory(size, CPU, processes=2)
     with pytest.raises(UserError, match=r"at least 3.8 GiB for .* and moving average of 3 processes .* 2.5 GiB"):
-        check_memory(size, "cpu", processes=3)
+        check_memory(size, CPU, processes=3)
