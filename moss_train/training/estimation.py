@@ -6,6 +6,7 @@ how much of the audio comes with text.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from moss_train.model import MossAudioTokenizerConfig
@@ -141,33 +142,28 @@ def estimate(
     config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, parameters: StateSize, machine: Machine
 ) -> Estimate:
     """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
-    stages = [
-        stage_estimate(stage, config, arguments, tokenizer, parameters, machine)
-        for stage in Schedule.from_config(arguments["stages"]).stages
-    ]
+    costs = cache(lambda learning: lasting_costs(learning, config, arguments, tokenizer, machine))
+    stages = []
+    for stage in Schedule.from_config(arguments["stages"]).stages:
+        found = costs(tuple(stage.train)) | adversarial_costs(stage, config, arguments, tokenizer)
+        stages.append(stage_estimate(stage, found, config["trainer"], parameters, machine))
     everything = parameters.tokenizer + parameters.semantic + parameters.discriminators
     average = 4 * parameters.tokenizer if config.get("ema") else 0
     return Estimate(parameters, stages, memory_estimate(config, stages, parameters, machine), 12 * everything + average)
 
 
 def stage_estimate(
-    stage: Stage,
-    config: Node,
-    arguments: Node,
-    tokenizer: MossAudioTokenizerConfig,
-    parameters: StateSize,
-    machine: Machine,
+    stage: Stage, costs: dict[str, Cost], trainer: Node, parameters: StateSize, machine: Machine
 ) -> StageEstimate:
-    """Costs and times of one stage, for clips of `data.crop_seconds`."""
-    costs = stage_costs(stage, config, arguments, tokenizer, machine)
-    peak, _ = machine.peak(config["trainer"])
+    """Times of one stage, given its costs."""
+    peak, _ = machine.peak(trainer)
     operations = stage.batch_seconds * sum(cost.total + cost.recomputed for cost in costs.values())
     return StageEstimate(
         stage,
         costs,
         audio_seconds=stage.updates * stage.batch_seconds,
         computing=operations / (machine.gpus * machine.mfu * peak),
-        stepping=stepping_seconds(stage, config["trainer"], parameters, machine),
+        stepping=stepping_seconds(stage, trainer, parameters, machine),
     )
 
 
@@ -179,25 +175,32 @@ def stepping_seconds(stage: Stage, trainer: Node, parameters: StateSize, machine
     return sent / (machine.bus_gb_per_second * GB) + moved / (GPUS[machine.gpu].bandwidth * 1e12)
 
 
-def stage_costs(
-    stage: Stage, config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
+def lasting_costs(
+    learning: tuple[str, ...], config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
 ) -> dict[str, Cost]:
-    """Costs per audio-second by network; those of discriminators and LM as the mean over all audio."""
+    """Costs per audio-second of what every stage has, for clips of `data.crop_seconds`; the LM's as their mean."""
     half, seconds = is_half(config["trainer"]), config["data"]["crop_seconds"]
     again = config["trainer"]["activation_checkpointing"]
-    costs = tokenizer_costs(tokenizer, seconds, half, stage.train, again)
+    costs = tokenizer_costs(tokenizer, seconds, half, learning, again)
     costs["mel loss"] = loss_cost(tokenizer)
     if arguments["semantic"] is not None and machine.text_share:
         frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * machine.text_tokens_per_second))
         width = tokenizer.quantizer_kwargs["output_dim"]
-        clip = semantic_cost(arguments["semantic"], width, frames, tokens, half, "semantic" in stage.train)
+        clip = semantic_cost(arguments["semantic"], width, frames, tokens, half, "semantic" in learning)
         costs["text LM"] = clip * (machine.text_share / seconds)
-    if stage.adversarial:
-        crop = arguments["objective"]["crop_seconds"]
-        length = round(crop * tokenizer.sampling_rate)
-        forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, length, half)
-        costs["discriminators"] = judged_cost(forward, stage.discriminator_every) * (1 / seconds)
     return costs
+
+
+def adversarial_costs(
+    stage: Stage, config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig
+) -> dict[str, Cost]:
+    """Costs per audio-second that only an adversarial stage has."""
+    if not stage.adversarial:
+        return {}
+    length = round(arguments["objective"]["crop_seconds"] * tokenizer.sampling_rate)
+    half = is_half(config["trainer"])
+    forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, length, half)
+    return {"discriminators": judged_cost(forward, stage.discriminator_every) * (1 / config["data"]["crop_seconds"])}
 
 
 def judged_cost(forward: Cost, every: int) -> Cost:

@@ -123,10 +123,11 @@ def count_stages(module: CatModule, config: Mapping[str, Any]) -> dict[str, Stag
     if module.schedule.adversarial:
         nodes, length = module.hparams["discriminators"], module.objective.crop_length
         judging = discriminators_cost(nodes, tokenizer.number_channels, length, half).forward
+    codec = cache(lambda learning: sum(tokenizer_costs(tokenizer, seconds, half, learning, again).values(), loss))
     text = cache(lambda learns: text_operations(module, half, learns))
     return {
         stage.name: StageOperations(
-            sum(tokenizer_costs(tokenizer, seconds, half, stage.train, again).values(), loss),
+            codec(tuple(stage.train)),
             judging,
             text("semantic" in stage.train),
         )
