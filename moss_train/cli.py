@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     # Idle OpenMP threads spin long by default: beside any other process that made updates of 0.4 s take half a minute.
     # Not at all (OMP_WAIT_POLICY=PASSIVE) costs twice the time on small models, this little costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Batches have many lengths: blocks of fixed size would leave gaps in the memory of a GPU.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault(
         "HF_HUB_DISABLE_PROGRESS_BARS", "1"
     )  # transformers shows two for every model, read or written

@@ -1,7 +1,7 @@
 """What has come out of the training stream: hours by domain, and bad samples by kind with a ceiling on their share."""
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +25,11 @@ counts."""
 
 MIN_SAMPLES = 1000
 """The share of bad samples is taken of at least so many, so that the first bad one does not end a run."""
+
+RECENT_UPDATES = 20
+RECENT_BAD_SHARE = 0.5
+"""Of the samples of so many updates in a row at most this share may be bad, or `max_bad_share` if that is more: late in
+a run its share of all samples would let it go on without data for days."""
 
 
 def kind_of(reason: str) -> str:
@@ -51,6 +56,7 @@ class StreamCounter:
         self._num_clips = 0
         self._named: set[str] = set()
         self._last_line = ""
+        self._recent: deque[tuple[int, int]] = deque(maxlen=RECENT_UPDATES)  # used and bad samples of an update
 
     @property
     def hours(self) -> dict[str, float]:
@@ -93,14 +99,26 @@ class StreamCounter:
     def add_counts(self, counts: Mapping[str, float]) -> None:
         """Add the numbers of one update, summed over ranks; other names than those of `counts` are left alone.
 
-        Raises UserError when too large a share of all samples was lost, with the kinds and the last reason.
+        Raises UserError when too large a share of all samples or of the recent ones was lost, with the kinds and the
+        last reason.
         """
-        self._num_clips += int(counts["used_clips"])
+        used = int(counts["used_clips"])
+        self._num_clips += used
+        self._recent.append((used, int(sum(value for name, value in counts.items() if name.startswith("bad/")))))
         for name, value in counts.items():
             group, _, key = name.partition("/")
             if value and group in ("samples", "bad"):
                 (self._samples if group == "samples" else self._kinds)[key] += int(value)
+        self._check_recent()
         self._check_share(self._last_line)
+
+    def _check_recent(self) -> None:
+        used, bad = (sum(column) for column in zip(*self._recent, strict=True))
+        if len(self._recent) == RECENT_UPDATES and bad > max(RECENT_BAD_SHARE, self._max_bad_share) * (used + bad):
+            raise UserError(
+                f"{bad} of the {used + bad} samples of the last {RECENT_UPDATES} updates could not be used: is the "
+                f"data still in reach? The same command goes on from the newest checkpoint. {self._last_line}".rstrip()
+            )
 
     def _check_share(self, last: str) -> None:
         num_bad = sum(self._kinds.values())

@@ -42,7 +42,7 @@ class ShardFiles:
         self._capacity = capacity
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self._span: _Span | None = None
-        self._given_up: dict[str, tuple[float, OSError]] = {}  # remote shard -> until when, and why
+        self._given_up: dict[str, tuple[float, str]] = {}  # remote shard -> until when, and why
 
     def read(self, location: ClipLocation, offset: int, size: int) -> bytes:
         """Return bytes of a clip, its headers included; fewer where the shard ends. Raises OSError or SampleError."""
@@ -83,13 +83,14 @@ class ShardFiles:
 
     def _open_remote(self, location: ClipLocation) -> int:
         """Fetch and open; one that did not come after all attempts is not asked for again with each of its clips."""
-        until, reason = self._given_up.get(location.shard, (0.0, None))
-        if reason is not None and time.monotonic() < until:
-            raise reason
+        until, reason = self._given_up.pop(location.shard, (0.0, ""))
+        if time.monotonic() < until:
+            self._given_up[location.shard] = until, reason
+            raise OSError(reason)
         try:
             return open_shard(location.shard, location.shard_bytes, location.shard_sha256)
         except OSError as error:
-            self._given_up[location.shard] = (time.monotonic() + GIVEN_UP_SECONDS, error)
+            self._given_up[location.shard] = (time.monotonic() + GIVEN_UP_SECONDS, str(error))
             raise
 
     def close(self) -> None:

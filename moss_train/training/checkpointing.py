@@ -50,21 +50,32 @@ class DirectoryCheckpointIO(CheckpointIO):
 
 
 class CheckpointWriter(Callback):
-    """Saves at the start, every `every_updates` updates and at the end, and keeps the `keep` newest.
+    """Saves at the start, every `every_updates` updates, when a stage is over and at the end.
+
+    The `keep` newest stay, those at the end of a stage, and those of every `archive_every_updates` updates if that is
+    given: to go back to when something goes wrong unnoticed, and to try another second stage.
 
     The one at the start shows that the disk takes a checkpoint before hours are spent. The training waits until a
     checkpoint is on the disk for good; `clock` is told for how long.
     """
 
-    def __init__(self, directory: Path, every_updates: int, keep: int, clock: Clock) -> None:
+    def __init__(
+        self, directory: Path, every_updates: int, keep: int, archive_every_updates: int | None, clock: Clock
+    ) -> None:
         if every_updates < 1 or keep < 2:
             raise UserError(
                 f"checkpoint.every_updates={every_updates} must be at least 1 and checkpoint.keep={keep} at least 2 "
                 "(the newest may turn out damaged)"
             )
+        if archive_every_updates is not None and archive_every_updates % every_updates:
+            raise UserError(
+                f"checkpoint.archive_every_updates={archive_every_updates} must be a multiple of "
+                f"checkpoint.every_updates={every_updates}, or null"
+            )
         self.directory = directory
         self.every_updates = every_updates
         self.keep = keep
+        self.archive_every_updates = archive_every_updates
         self.clock = clock
         self.saved_update: int | None = None
 
@@ -75,7 +86,8 @@ class CheckpointWriter(Callback):
             self.save(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if cat_module(pl_module).update % self.every_updates == 0:
+        module = cat_module(pl_module)
+        if module.update % self.every_updates == 0 or module.update in module.schedule.ends:
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,7 +95,8 @@ class CheckpointWriter(Callback):
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what has not been saved; all ranks take part, the first one writes."""
-        update = cat_module(pl_module).update
+        module = cat_module(pl_module)
+        update, ends, archive = module.update, module.schedule.ends, self.archive_every_updates
         if update == self.saved_update:
             return
         self.saved_update, begin = update, time.perf_counter()
@@ -92,7 +105,11 @@ class CheckpointWriter(Callback):
             shutil.rmtree(path)  # damaged, or the run would have started from it
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            prune_checkpoints(self.directory, self.keep)
+            prune_checkpoints(
+                self.directory,
+                self.keep,
+                lambda update: update in ends or (archive is not None and update > 0 and update % archive == 0),
+            )
         self.clock.checkpoint_seconds += time.perf_counter() - begin
 
 

@@ -71,7 +71,11 @@ def build_observers(
     window = config["logging"]["window_updates"]
     clock = Clock()
     checkpoints = CheckpointWriter(
-        directory / "checkpoints", config["checkpoint"]["every_updates"], config["checkpoint"]["keep"], clock
+        directory / "checkpoints",
+        config["checkpoint"]["every_updates"],
+        config["checkpoint"]["keep"],
+        config["checkpoint"]["archive_every_updates"],
+        clock,
     )
     return [
         Notices(notices),

@@ -15,6 +15,7 @@ WHOLE = {
     "trainer.num_threads": 1,
     "checkpoint.every_updates": 1,
     "checkpoint.keep": 2,
+    "checkpoint.archive_every_updates": 1,
 }
 """Whole numbers by their least value."""
 
@@ -26,7 +27,7 @@ POSITIVE = (
     "trainer.timeout_seconds",
     "objective.crop_seconds",
 )
-OPTIONAL = frozenset({"stop_at_update", "trainer.num_threads"})
+OPTIONAL = frozenset({"stop_at_update", "trainer.num_threads", "checkpoint.archive_every_updates"})
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 PARTS = ("encoder", "quantizer", "decoder", "semantic")
@@ -132,6 +133,11 @@ class Schedule:
     def updates(self) -> int:
         """Updates of all stages together."""
         return sum(stage.updates for stage in self.stages)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Updates done when each stage is over."""
+        return tuple(accumulate(stage.updates for stage in self.stages))
 
     @property
     def adversarial(self) -> bool:

@@ -14,6 +14,7 @@ from moss_train.training.course import Course, depth_label, follow, is_depth, pa
 from moss_train.training.csv_writer import iterate_table, read_table
 from moss_train.training.environment import ENVIRONMENT_FILE
 from moss_train.training.module import CatModule, cat_module
+from moss_train.training.notices import warn
 from moss_train.training.progress_writer import clock
 from moss_train.training.skipped import SKIPPED_FILE
 from moss_train.utils.checkpoints import read_best
@@ -39,8 +40,12 @@ class Summary(Callback):
         self.counter = counter
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        try:
             write_summary(self.directory, cat_module(pl_module), self.counter.hours)
+        except Exception as error:  # the checkpoint is there, and a job may have to be put back into its queue
+            warn(f"{SUMMARY_FILE} could not be written: {type(error).__name__}: {error}")
 
 
 def write_summary(directory: Path, module: CatModule, hours: Mapping[str, float]) -> None:
@@ -122,6 +127,7 @@ def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def codebook_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """How the codebooks were used at last."""
+    rows = [row for row in rows if row["mean_usage"]]  # without clips there is none
     if not rows:
         return []
     last = rows[-1]

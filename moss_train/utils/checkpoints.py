@@ -220,9 +220,17 @@ def best_checkpoint(directory: Path) -> Path | None:
     return path
 
 
-def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the best and the `keep` newest checkpoints, and what interrupted writes left."""
+def prune_checkpoints(directory: Path, keep: int, is_kept: Callable[[int], bool] = lambda update: False) -> None:
+    """Delete what interrupted writes left, and all checkpoints but the best and the `keep` newest.
+
+    Args:
+        is_kept: whether the checkpoint after so many updates stays for good.
+    """
     best = read_best(directory)
-    old = [path for path in list_checkpoints(directory)[:-keep] if best is None or path.name != best.name]
+    old = [
+        path
+        for path in list_checkpoints(directory)[:-keep]
+        if (best is None or path.name != best.name) and not is_kept(int(path.name.removeprefix(PREFIX)))
+    ]
     for path in [*old, *Path(directory).glob(f"{PARTIAL}*")]:
         shutil.rmtree(path, ignore_errors=True)

@@ -20,7 +20,8 @@ SHARD_BYTES = 2 * 10**9
 GPU_HOURS_PER_FAILURE = 50_000  # order of a published large run: 419 unexpected stops in 54 days on 16,384 H100
 RESTART_MINUTES = 15.0
 CHECKPOINT_MINUTES = 30.0
-KEPT_CHECKPOINTS = 3  # two newest and the best
+CHECKPOINT_GB_PER_SECOND = 0.5
+ARCHIVE_UPDATES = 60_000
 
 TEXT = """# cat_1b6 on three million hours
 
@@ -36,6 +37,7 @@ on your machines shows, and print the plan again.
 | FLAC, 24 kHz mono | {kbit} kbit/s | corpora lie between 150 and 300; `inspect` tells |
 | one unexpected stop per | {failure:,} GPU-hours | order of what was published for 16,384 H100 |
 | restart | {restart:.0f} min | until the first update |
+| checkpoints | {speed} GB/s | written, hashed and read back while all GPUs wait: `checkpoint_seconds` in metrics.csv |
 
 | counted | |
 |---|---|
@@ -43,7 +45,8 @@ on your machines shows, and print the plan again.
 | stage 1 / stage 2 | {cost1:.1f} / {cost2:.1f} GFLOP per audio-second |
 | audio used by both stages | {used:,.0f} hours, {passes:.2f} passes over {hours:,} hours |
 | shards of {shard:.0f} GB | {num_shards:,.0f}, {storage:,.0f} TB |
-| checkpoint | {checkpoint:.1f} GB; {kept} kept: {kept_size:.0f} GB |
+| checkpoint | {checkpoint:.1f} GB |
+| kept: two newest, best, end of stage 1, one in {archive:,} updates | {kept}: {kept_size:.0f} GB |
 
 | H100 GPUs | audio-s/s | read GB/s | stepping | stage 1, days | stage 2 | GPU-hours | stops | lost | days in all |
 |---|---|---|---|---|---|---|---|---|---|
@@ -53,8 +56,9 @@ Stepping: share of stage 1 / 2 in which gradients are summed (in bf16, after the
 The published batch is fixed, so with more GPUs each computes less between two sums, and the same money buys less. A
 larger batch is another recipe.
 
-Lost per stop: half of the {cadence:.0f} minutes between checkpoints and the restart. `checkpoint.every_updates` for
-that cadence at {first} GPUs: {every:,}.
+Lost: per stop half of the {cadence:.0f} minutes between checkpoints and the restart, and the time of all checkpoints.
+`checkpoint.every_updates` for that cadence at {first} GPUs: {every:,}; with more, raise it in proportion. Validate in
+the same updates, as the experiment does, so that the best checkpoint is a regular one.
 
 Run it, the same command after every stop:
 
@@ -63,7 +67,8 @@ SHARDS=/shards NODES=8 RENDEZVOUS=node0:29400 bash recipes/cat_1b6/torchrun.sh n
 SHARDS=/shards NODES=8 bash recipes/cat_1b6/slurm.sh name=first                            # or as a SLURM job
 ```
 
-`settings.sh` holds what both pass on: the sets, `checkpoint.every_updates={every}`, `trainer.reduce_dtype=bf16`.
+`settings.sh` holds what both pass on: the sets, `trainer.reduce_dtype=bf16`, `checkpoint.every_updates={every}` and
+`checkpoint.archive_every_updates={archive_plain}`.
 
 `python tools/simulate_cluster.py` checks the data order for 256 ranks over a million shards before the first GPU is
 rented; `python -m moss_train estimate experiment=cat_1b6 gpus=64` prints the memory of each GPU."""
@@ -80,7 +85,10 @@ def main() -> None:
     used = sum(stage.audio_seconds for stage in one.stages) / 3600
     byte_rate = FLAC_KBIT_PER_SECOND * 1000 / 8
     storage = HOURS * 3600 * byte_rate
-    updates_per_hour = one.stages[0].updates_per_hour
+    every = 1000 * round(one.stages[0].updates_per_hour * CHECKPOINT_MINUTES / 60 / 1000)
+    updates = sum(stage.stage.updates for stage in one.stages)
+    writing_days = updates / every * one.checkpoint_bytes / (CHECKPOINT_GB_PER_SECOND * GB) / 86400
+    kept = 4 + updates // ARCHIVE_UPDATES
     print(
         TEXT.format(
             **vars(parameters),
@@ -99,12 +107,15 @@ def main() -> None:
             num_shards=storage / SHARD_BYTES,
             storage=storage / 1e12,
             checkpoint=one.checkpoint_bytes / GB,
-            kept=KEPT_CHECKPOINTS,
-            kept_size=KEPT_CHECKPOINTS * one.checkpoint_bytes / GB,
-            rows="\n".join(row(plan, gpus, byte_rate) for gpus, plan in plans.items()),
+            kept=kept,
+            kept_size=kept * one.checkpoint_bytes / GB,
+            speed=CHECKPOINT_GB_PER_SECOND,
+            archive=ARCHIVE_UPDATES,
+            archive_plain=ARCHIVE_UPDATES,
+            rows="\n".join(row(plan, gpus, byte_rate, writing_days) for gpus, plan in plans.items()),
             cadence=CHECKPOINT_MINUTES,
             first=GPUS[0],
-            every=1000 * round(updates_per_hour * CHECKPOINT_MINUTES / 60 / 1000),
+            every=every,
         )
     )
 
@@ -122,13 +133,13 @@ def on_more(plan: Estimate, trainer: dict, machine: Machine) -> Estimate:
     return replace(plan, stages=stages)
 
 
-def row(plan: Estimate, gpus: int, byte_rate: float) -> str:
-    """The plan for a number of GPUs, from its estimate."""
+def row(plan: Estimate, gpus: int, byte_rate: float, writing_days: float) -> str:
+    """The plan for a number of GPUs, from its estimate and what all checkpoints take."""
     rates = [stage.rate for stage in plan.stages]
     stepping = " / ".join(f"{stage.stepping / (stage.computing + stage.stepping):.0%}" for stage in plan.stages)
     gpu_hours = plan.days * 24 * gpus
     stops = gpu_hours / GPU_HOURS_PER_FAILURE
-    lost_days = stops * (CHECKPOINT_MINUTES / 2 + RESTART_MINUTES) / 60 / 24
+    lost_days = stops * (CHECKPOINT_MINUTES / 2 + RESTART_MINUTES) / 60 / 24 + writing_days
     total = plan.days + lost_days
     days = (f"{stage.days:.2f}" for stage in plan.stages)
     numbers = (f"{rates[0]:,.0f}", f"{max(rates) * byte_rate / GB:.2f}", stepping, *days)

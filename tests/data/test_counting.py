@@ -90,3 +90,17 @@ def test_a_share_above_the_ceiling_stops(monkeypatch: pytest.MonkeyPatch) -> Non
         counter.add(bad)
     with pytest.raises(UserError, match="max_bad_share=2 has to be"):
         StreamCounter(24000, max_bad_share=2)
+
+
+def test_data_out_of_reach_late_in_a_run_stops_it_within_twenty_updates() -> None:
+    """A share of all samples alone would let it go on for a thousand updates."""
+    counter = StreamCounter(24000, max_bad_share=0.01)
+    counter.load_state_dict({"samples": {"speech": 10**9}, "kinds": {}, "num_clips": 10**6})
+    good, gone = ({"used_clips": used, "bad/file": bad} for used, bad in ((10.0, 0.0), (0.0, 10.0)))
+    for _ in range(counting.RECENT_UPDATES):
+        counter.add_counts(good)
+    for _ in range(counting.RECENT_UPDATES // 2):
+        counter.add_counts(gone)
+    with pytest.raises(UserError, match=r"110 of the 200 samples of the last 20 updates .* is the data still in reach"):
+        counter.add_counts(gone)
+    assert counter.bad == {"file": 110}

@@ -34,7 +34,8 @@ def test_the_published_recipe_runs_through_both_stages(whole):
     assert column(rows, "loss/semantic")
     expected = [0.5e-4, 1e-4, 1e-4]
     assert column(rows, "learning_rate/generator")[:3] == pytest.approx(expected)
-    assert [path.name for path in list_checkpoints(whole / "checkpoints")] == ["update-00000006", "update-00000008"]
+    kept = ["update-00000004", "update-00000006", "update-00000008"]  # the end of the first stage and two
+    assert [path.name for path in list_checkpoints(whole / "checkpoints")] == kept
 
 
 def test_a_killed_run_resumes_to_the_last_bit(whole, small_overrides, tmp_path):
@@ -148,6 +149,11 @@ def test_a_machine_that_is_too_small_is_told_so_before_anything_is_written(packe
         ("trainer.accelerator=tpu", "not one of auto, cpu, cuda"),
         ("stop_at_update=1.5", "stop_at_update=1.5 has to be a whole number, at least 0"),
         ("checkpoint.every_updates=often", "checkpoint.every_updates=often has to be a whole number, at least 1"),
+        ("checkpoint.archive_every_updates=0", "archive_every_updates=0 has to be a whole number, at least 1"),
+        (
+            "checkpoint.archive_every_updates=3",
+            "archive_every_updates=3 must be a multiple of checkpoint.every_updates=2",
+        ),
         ("data.num_workers=-1", "data.num_workers=-1 has to be a whole number, at least 0"),
         ("seed=99999999999999999999", "seed=99999999999999999999 has to be a whole number"),
         ("trainer.num_threads=0", "trainer.num_threads=0 has to be a whole number, at least 1"),

@@ -1,6 +1,7 @@
 import json
 import struct
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from moss_train.training.course import follow, panels
 from moss_train.training.csv_writer import read_table
 from moss_train.training.progress_writer import clock
 from moss_train.training.run import fit
-from moss_train.training.summary import validation_table
+from moss_train.training.summary import codebook_lines, validation_table
 
 
 def test_a_run_ends_with_a_summary(whole):
@@ -69,3 +70,17 @@ def test_samples_of_skipped_updates_are_written_down(small_overrides, tmp_path, 
     assert [entry["update"] for entry in entries] == [2, 3, 4]
     assert all("loss/reconstruction" in entry["not_finite"] for entry in entries)
     assert all(entry["sample_ids"] and entry["rank"] == 0 for entry in entries)
+
+
+def test_a_summary_that_cannot_be_written_is_a_warning(small_config, capsys):
+    config = small_config("stop_at_update=1")
+    (Path(config["run_dir"]) / "summary.md").mkdir(parents=True)
+    assert fit(config).update == 1
+    assert "warning: summary.md could not be written: " in capsys.readouterr().err
+
+
+def test_updates_without_clips_have_no_codebooks_to_speak_of():
+    used = {"update": "100", "usage/0": "0.9", "mean_usage": "0.9", "mean_perplexity": "7.0", "frames": "50"}
+    empty = dict.fromkeys(used, "") | {"update": "200"}
+    assert codebook_lines([used, empty]) == codebook_lines([used])
+    assert codebook_lines([empty]) == []

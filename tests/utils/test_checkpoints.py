@@ -80,6 +80,13 @@ def test_pruning_keeps_the_newest_and_removes_interrupted_writes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["update-00000002", "update-00000003"]
 
 
+def test_pruning_leaves_what_is_kept_for_good(tmp_path):
+    for update in range(1, 9):
+        save(tmp_path, update)
+    prune_checkpoints(tmp_path, 2, lambda update: update % 3 == 0)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "7", "8"]
+
+
 def test_the_best_checkpoint_survives_pruning_until_a_better_one(tmp_path):
     for update in (1, 2, 3, 4):
         save(tmp_path, update)
