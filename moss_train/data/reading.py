@@ -50,6 +50,7 @@ class ClipReader:
         )
         for offset, size, suffix in members:
             try:
+                self._files.fetch(location)
                 block = self._files.read(location, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
                 header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except OSError as error:

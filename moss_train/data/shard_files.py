@@ -42,25 +42,25 @@ class ShardFiles:
         self._capacity = capacity
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self._span: _Span | None = None
-        self._given_up: dict[str, tuple[float, str]] = {}  # remote shard -> until when, and why
+        self._given_up: dict[str, tuple[float, tuple]] = {}  # remote shard -> until when, arguments of the error
 
     def read(self, location: ClipLocation, offset: int, size: int) -> bytes:
         """Return bytes of a clip, its headers included; fewer where the shard ends. Raises OSError or SampleError."""
-        span = self._span_of(location)
-        if span is None:
+        span = self._span
+        if span is None or span.location is not location:
             return os.pread(self.descriptor(location), size, offset)
         return span.content[offset - span.begin : offset - span.begin + size]
 
     def open_audio(self, location: ClipLocation) -> BinaryIO:
         """Return the audio of a clip as a file of its own. Raises OSError or SampleError."""
         name = f"{location.shard} at byte {location.audio_offset}"
-        if self._span_of(location) is not None:
+        if self.fetch(location) is not None:
             return NamedBytes(self.read(location, location.audio_offset, location.audio_size), name)
         member = _Member(self.descriptor(location), location.audio_offset, location.audio_size, name)
         return io.BufferedReader(member, _READ_BYTES)
 
-    def _span_of(self, location: ClipLocation) -> "_Span | None":
-        """Bytes of a whole clip, None for a long one; those of the last clip are kept."""
+    def fetch(self, location: ClipLocation) -> "_Span | None":
+        """Read a whole clip at once, unless it is long (None); what is read of it next comes from there."""
         if self._span is not None and self._span.location is location:
             return self._span
         begin = min(location.audio_offset, location.json_offset) - tarfile.BLOCKSIZE
@@ -83,14 +83,14 @@ class ShardFiles:
 
     def _open_remote(self, location: ClipLocation) -> int:
         """Fetch and open; one that did not come after all attempts is not asked for again with each of its clips."""
-        until, reason = self._given_up.pop(location.shard, (0.0, ""))
+        until, reason = self._given_up.pop(location.shard, (0.0, ()))
         if time.monotonic() < until:
             self._given_up[location.shard] = until, reason
-            raise OSError(reason)
+            raise OSError(*reason)
         try:
             return open_shard(location.shard, location.shard_bytes, location.shard_sha256)
         except OSError as error:
-            self._given_up[location.shard] = (time.monotonic() + GIVEN_UP_SECONDS, str(error))
+            self._given_up[location.shard] = (time.monotonic() + GIVEN_UP_SECONDS, error.args)
             raise
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -196,9 +196,14 @@ def test_clips_are_scaled_to_the_peak_and_silence_stays(packed: Path) -> None:
 
 
 def test_moving_keeps_everything(uninterrupted: list[UpdateBatch]) -> None:
-    assert_equal(uninterrupted[0].to("cpu"), uninterrupted[0])
-    moved = uninterrupted[0].to("meta").micro_batches[0]
-    assert {value.device.type for value in vars(moved).values() if isinstance(value, Tensor)} == {"meta"}
+    """And what it was moved from answers for its lengths, also after a second move."""
+    update = uninterrupted[0]
+    moved = update.to("cpu").to("cpu")
+    assert all(there.host is here for there, here in zip(moved.micro_batches, update.micro_batches, strict=True))
+    without = tuple(replace(batch, host=None) for batch in moved.micro_batches)
+    assert_equal(replace(moved, micro_batches=without), update)
+    meta = update.to("meta").micro_batches[0]
+    assert {value.device.type for value in vars(meta).values() if isinstance(value, Tensor)} == {"meta"}
 
 
 def test_large_updates_need_few_open_files(packed: Path) -> None:
