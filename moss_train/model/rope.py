@@ -9,8 +9,8 @@ from torch import Tensor
 class Rotation(NamedTuple):
     """Angles of frames: cosine and sine [B, T, 1, D / 2] float32 (B may be 1), and both as one complex number.
 
-    A complex product is one pass over the data, the real form is seven; compilers and MPS (without
-    `phase`) take the real one.
+    A complex product is one pass over the data, the real form is seven; compilers take the real one, and MPS, which has
+    no `phase`.
     """
 
     cosine: Tensor

@@ -60,7 +60,7 @@ def make_room(received: signal.Signals, update: int, trainer: Trainer) -> None:
     if received == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and trainer.is_global_zero:
         requeue()
     gather_over_ranks(None)  # srun ends the first rank with the first one that is gone
-    if "TORCHELASTIC_RUN_ID" in os.environ and trainer.local_rank == 0:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         atexit.register(stop_torchrun)
     if trainer.local_rank == 0 or started_processes() is not None:
         raise PreemptedError(
@@ -70,7 +70,9 @@ def make_room(received: signal.Signals, update: int, trainer: Trainer) -> None:
 
 def stop_torchrun() -> None:
     """Tell the torchrun that started this process to end: by itself it starts again whatever did not end with 0."""
-    os.kill(os.getppid(), signal.SIGTERM)
+    parent = os.getppid()
+    if parent > 1:  # else it is gone, and this the first process of the machine
+        os.kill(parent, signal.SIGTERM)
 
 
 def requeue() -> None:

@@ -224,13 +224,11 @@ def prune_checkpoints(directory: Path, keep: int, is_kept: Callable[[int], bool]
     """Delete what interrupted writes left, and all checkpoints but the best and the `keep` newest.
 
     Args:
-        is_kept: whether the checkpoint after so many updates stays for good.
+        is_kept: whether the checkpoint after so many updates stays for good; so does one with another name than ours.
     """
     best = read_best(directory)
-    old = [
-        path
-        for path in list_checkpoints(directory)[:-keep]
-        if (best is None or path.name != best.name) and not is_kept(int(path.name.removeprefix(PREFIX)))
-    ]
+    own = [path for path in list_checkpoints(directory) if path.name.removeprefix(PREFIX).isdigit()]
+    spared = [path for path in own if is_kept(int(path.name.removeprefix(PREFIX))) or (best and path.name == best.name)]
+    old = [path for path in own[:-keep] if path not in spared]
     for path in [*old, *Path(directory).glob(f"{PARTIAL}*")]:
         shutil.rmtree(path, ignore_errors=True)

@@ -82,7 +82,8 @@ def peak_memory(task, seconds):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure peak memory")
 @pytest.mark.parametrize("task", ["encode", "decode"])
 def test_an_hour_needs_the_memory_of_ten_minutes(task):
-    assert peak_memory(task, 3600) < 1.2 * peak_memory(task, 600)
+    """On a busy machine the measure is off by a quarter; what grew with the length would be six times as much."""
+    assert peak_memory(task, 3600) < 2 * peak_memory(task, 600)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -83,8 +83,9 @@ def test_pruning_keeps_the_newest_and_removes_interrupted_writes(tmp_path):
 def test_pruning_leaves_what_is_kept_for_good(tmp_path):
     for update in range(1, 9):
         save(tmp_path, update)
+    (tmp_path / "update-00000002").rename(tmp_path / "update-00000002-mine")
     prune_checkpoints(tmp_path, 2, lambda update: update % 3 == 0)
-    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "7", "8"]
+    assert [path.name[14:] for path in list_checkpoints(tmp_path)] == ["2-mine", "3", "6", "7", "8"]
 
 
 def test_the_best_checkpoint_survives_pruning_until_a_better_one(tmp_path):
