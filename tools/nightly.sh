@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What is too long for every change: more kills, more random input, 2,000 updates of one run, kills by the clock, known
-# vulnerabilities. FAULTS_SCALE (10) multiplies kills and examples; KILLS (20) is the number of kills by the clock.
+# What is too long for every change: long tests, more kills, more random input, 2,000 updates of one run, kills by the
+# clock, known vulnerabilities. FAULTS_SCALE (10) multiplies kills and examples; KILLS (20) is the number of kills by the clock.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,6 +13,8 @@ part() { # name, command...: run it, remember whether it failed
     echo "== $1" >&2
     "${@:2}" || failed+=("$1")
 }
+
+part "long tests" "$bin/python" -m pytest -q -m nightly tests
 
 # The fault matrix, several times over, with fresh random input where the ordinary run repeats the same.
 part "fault matrix" env FAULTS_SCALE="${FAULTS_SCALE:-10}" "$bin/python" -m pytest -q --timeout 3600 \

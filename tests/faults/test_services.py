@@ -27,7 +27,7 @@ NO_SERVER = "http://127.0.0.1:9"
 """The discard port: nobody listens."""
 
 
-@pytest.mark.parametrize("where", ["down", "silent"])
+@pytest.mark.parametrize("where", ["down", pytest.param("silent", marks=pytest.mark.nightly)])
 def test_training_does_not_need_wandb(whole: Fit, make_fit, where: str) -> None:
     """A server that is down, and one that takes the connection and never answers: a warning, and the same run."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

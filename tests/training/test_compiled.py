@@ -24,7 +24,7 @@ def fit(overrides: list[str], *more: str) -> None:
     assert main(["fit", *overrides, *FEW_PARTS, *more]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_compiled_run_resumes_to_the_last_bit(small_overrides, tmp_path):
     """Stopped after the discriminators' head start, in which their graphs serve one backward pass; later it is two."""

@@ -85,7 +85,7 @@ def test_the_torchrun_recipe_starts_a_group_again_when_one_process_dies(start, p
     assert_equal(state(directory), state(pair))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_several_machines_connect_again_when_a_process_of_one_dies(start, pair, tmp_path):
     """Two torchruns that know of each other by address only, each with one process."""
     directory = tmp_path / "run"
