@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from moss_train.utils.workers import end_with_pool
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Submit = Callable[..., "Future[Any]"]
@@ -53,14 +55,6 @@ def _end_when_told_by(parent: int) -> None:
     os._exit(0)
 
 
-def _end_with_starter() -> None:
-    """As above for a worker of a fork server, whose parent is the server."""
-    starter = multiprocessing.parent_process()
-    assert starter is not None
-    starter.join()
-    os._exit(1)
-
-
 @contextmanager
 def worker_pool(num_workers: int, preload: str = __name__) -> Iterator[Submit]:
     """Give a `submit` for so many processes; for one process the work is done in this one, at once.
@@ -80,9 +74,8 @@ def worker_pool(num_workers: int, preload: str = __name__) -> Iterator[Submit]:
 
 
 def _start_pool_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its workers
+    end_with_pool()
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_starter, daemon=True).start()
 
 
 def _do_now(function: Callable[..., Any], *args: Any) -> "Future[Any]":

@@ -16,6 +16,7 @@ from moss_train.evaluation.rendering import Condition, EvaluationClip, Rendered
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
+from moss_train.utils.workers import end_with_pool
 
 
 class Renderer(Protocol):
@@ -109,6 +110,7 @@ _worker_metrics: Mapping[str, Metric] = {}
 
 def _start_worker(metrics: Mapping[str, Metric]) -> None:
     global _worker_metrics
+    end_with_pool()
     _worker_metrics = metrics
 
 
@@ -146,5 +148,8 @@ def _scorer(metrics: Mapping[str, Metric], num_workers: int) -> Iterator[Any]:
     if num_workers == 0:
         yield score_here
         return
-    with ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (metrics,)) as pool:
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (metrics,))
+    try:
         yield lambda clip, key, rendered: pool.submit(_score_in_worker, task_of(clip, key, rendered))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,6 +1,11 @@
 """Rendering, resuming, workers, pairs of files."""
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +130,25 @@ def test_two_runs_and_workers_give_the_same_bytes(tmp_path):
         tables.append(table_without_times(evaluation))
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "workers")
     assert tables[0] == tables[1] == tables[2]
+
+
+def test_an_interrupt_is_for_the_parent_not_for_its_workers(tmp_path):
+    """Ctrl-C reaches all processes of a terminal; a worker that dies of it breaks the pool, or leaves it hanging."""
+    rows, reached = tmp_path / ROWS_FILE, []
+
+    def interrupt_workers() -> None:
+        while not rows.exists() or not rows.read_text():  # before that they may still be starting
+            time.sleep(0.01)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+            reached.append(worker.pid)
+
+    thread = threading.Thread(target=interrupt_workers)
+    thread.start()
+    evaluation, _ = run(tmp_path, small.tones(8), num_workers=1)
+    thread.join()
+    assert len(reached) == 1
+    assert [row.failure for row in evaluation.rows] == [None] * 8
 
 
 def test_the_order_of_the_clips_changes_no_mean(tmp_path):
