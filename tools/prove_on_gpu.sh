@@ -6,11 +6,12 @@
 #   bash tools/prove_on_gpu.sh OUT [TRAIN_SHARDS HELDOUT_SHARDS]
 # STEPS="training inference" runs a part; LIMIT is the seconds that each step may take, 570 by default; EXPERIMENT is what
 # the first two measure, cat_1b6 by default; MODEL is what is trained, "cat_small" by default, with overrides if there are
-# any. PYTHON is the interpreter, that of the checkout's .venv by default.
+# any. PYTHON is the interpreter, that of the checkout's .venv by default. To try the script on a CPU: SIZE=tiny (small) for
+# peers and scaling, MINUTES (2) per peer, UPDATES (300) per size.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-[ $# -eq 1 ] || [ $# -eq 3 ] || { sed -n 2,9p "$0"; exit 2; }
+[ $# -eq 1 ] || [ $# -eq 3 ] || { sed -n 2,10p "$0"; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 train=${2:-} heldout=${3:-}
@@ -19,6 +20,7 @@ experiment=${EXPERIMENT:-cat_1b6}
 python=${PYTHON:-.venv/bin/python}
 workers=$(($(nproc) > 2 ? $(nproc) - 2 : 1))
 model=${MODEL:-cat_small}
+size=${SIZE:-small}
 steps=${STEPS:-training profile inference ladder shards peers scaling model evaluate}
 export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
@@ -45,9 +47,11 @@ done
 if [ -n "$train" ]; then
     step shards "${bench[@]}" --experiment "$experiment" --lm without --shards "$train" --updates 40 --out "$out/shards.json" \
         data.num_workers=$workers
-    step peers "$python" tools/compare_peers.py --train "$train" --heldout "$heldout" --minutes 2 --out "$out/peers.json" \
+    step peers "$python" tools/compare_peers.py --size $size --train "$train" --heldout "$heldout" \
+        --minutes "${MINUTES:-2}" --out "$out/peers.json" \
         data.num_workers=$workers
-    step scaling "$python" tools/scaling.py --train "$train" --heldout "$heldout" --updates 300 --out "$out/scaling" \
+    step scaling "$python" tools/scaling.py --experiment cat_$size --train "$train" --heldout "$heldout" \
+        --updates "${UPDATES:-300}" --out "$out/scaling" \
         data.num_workers=$workers
     # Told to terminate, it writes a checkpoint; status 124 says that there is more to do.
     # shellcheck disable=SC2086

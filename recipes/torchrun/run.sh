@@ -17,7 +17,7 @@ if [ "$nodes" -gt 1 ]; then
 else
     rendezvous=(--standalone)
 fi
-# A checkpoint may take minutes; torch before 2.14 does not read this and waits for 30 seconds.
+# A checkpoint may take minutes; torch 2.11 does not read this and waits for 30 seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}"
 # A process that dies ends its group; torchrun starts all of them again and the run goes on from its newest checkpoint.
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$processes" \
