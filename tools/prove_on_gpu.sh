@@ -40,9 +40,9 @@ step training "${bench[@]}" --experiment "$experiment" --out "$out/training.json
 step profile "${bench[@]}" --experiment "$experiment" --lm without --clips 10 --updates 2 --profile "$out/profile"
 step inference "$python" tools/bench_inference.py --experiment "$experiment" --dtype bfloat16 --repeats 3 --chunk-frames 1 4 \
     --stream-seconds 5 --out "$out/inference.json"
-for size in 256 384 512 768; do
-    step ladder "${bench[@]}" --experiment cat_ladder_$size --lm without --clips 10 --out "$out/ladder_$size.json"
-    [ ! -e "$out/ladder.log" ] || mv "$out/ladder.log" "$out/ladder_$size.log"
+for width in 256 384 512 768; do
+    step ladder "${bench[@]}" --experiment cat_ladder_$width --lm without --clips 10 --out "$out/ladder_$width.json"
+    [ ! -e "$out/ladder.log" ] || mv "$out/ladder.log" "$out/ladder_$width.log"
 done
 if [ -n "$train" ]; then
     step shards "${bench[@]}" --experiment "$experiment" --lm without --shards "$train" --updates 40 --out "$out/shards.json" \
