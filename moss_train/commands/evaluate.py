@@ -21,6 +21,7 @@ from moss_train.evaluation.naturalness import Dnsmos
 from moss_train.evaluation.other_codecs import load_codec
 from moss_train.evaluation.outputs import Evaluation, write_outputs
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
+from moss_train.evaluation.pitch import pitch_metrics
 from moss_train.evaluation.recognition import BACKENDS, choose_backend
 from moss_train.evaluation.rendering import CodecRenderer, EvaluationClip
 from moss_train.evaluation.results import ClipRow, Results
@@ -43,7 +44,7 @@ EXAMPLES = (
     "python -m moss_train evaluate pairs=/other/codec out=scores",
 )
 
-METRICS = ("text_model", "stoi", "pesq", "spectral", "si_sdr", "speaker", "recognition", "dnsmos")
+METRICS = ("text_model", "stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "speaker", "recognition", "dnsmos")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def _metrics(config: dict[str, Any]) -> dict[str, Metric]:
     known: dict[str, Metric] = {
         "speaker": similarity(config["speaker_model"]),
         **native_metrics(profile),
+        **pitch_metrics(),
         "recognition": choose_backend(config["recognition"], config["recognition_model"]),
         "dnsmos": Dnsmos(),
     }

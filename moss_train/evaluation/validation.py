@@ -7,11 +7,12 @@ from moss_train.evaluation.distances import PROFILES
 from moss_train.evaluation.metrics import Metric, Pair, columns_of, score_pair
 from moss_train.evaluation.native import native_metrics
 from moss_train.evaluation.naturalness import Dnsmos
+from moss_train.evaluation.pitch import pitch_metrics
 from moss_train.evaluation.recognition import choose_backend
 from moss_train.evaluation.rendering import CodecRenderer, Condition, EvaluationClip, Rendition
 from moss_train.evaluation.results import ClipRow, ConditionRow
 from moss_train.evaluation.speaker import Ge2eSimilarity
-from moss_train.evaluation.summary import summarize
+from moss_train.evaluation.summary import ALL_DOMAINS, summarize
 from moss_train.utils.errors import UserError
 
 
@@ -20,6 +21,7 @@ def validation_metrics(names: Sequence[str]) -> dict[str, Metric]:
     known: dict[str, Metric] = {
         "speaker": Ge2eSimilarity(None),
         **native_metrics(PROFILES["official"]),
+        **pitch_metrics(),
         "recognition": choose_backend("auto", None),
         "dnsmos": Dnsmos(),
     }
@@ -43,10 +45,13 @@ def validation_scores(
 def mean_scores(
     rows: Sequence[ClipRow], conditions: Sequence[Condition], metrics: Mapping[str, Metric]
 ) -> dict[str, float]:
-    """Means over clips by `domain/measure/levels`."""
+    """Means over clips by `domain/measure/levels`, and those of all domains, which may be a single one."""
+    table = summarize(rows, conditions, columns_of(metrics))
+    is_one_domain = len({row.domain for row in table}) == 1
     return {
-        f"{row.domain}/{key}/{row.condition.num_quantizers}": estimate.mean
-        for row in summarize(rows, conditions, columns_of(metrics))
+        f"{domain}/{key}/{row.condition.num_quantizers}": estimate.mean
+        for row in table
+        for domain in ((ALL_DOMAINS, row.domain) if is_one_domain else (row.domain,))
         for key, estimate in row.estimates.items()
     }
 

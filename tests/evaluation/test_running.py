@@ -192,6 +192,14 @@ def test_validation_gives_the_means_of_the_table(tmp_path):
     assert scores == {}
 
 
+def test_validation_of_one_domain_gives_the_means_of_all(tmp_path):
+    scores = validation_scores(small.BitCodec(), small.tones(2), (1, 8), METRICS)
+    domains = {name.split("/")[0] for name in scores}
+    assert len(domains) == 2
+    assert "all" in domains
+    assert all(value == scores["/".join(["all", *name.split("/")[1:]])] for name, value in scores.items())
+
+
 def test_a_codec_that_fails_on_a_clip_is_a_failure_of_that_clip():
     class Fragile(small.BitCodec):
         def encode(self, audio):
