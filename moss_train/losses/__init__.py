@@ -4,10 +4,13 @@ from moss_train.losses.adversarial import discriminator_loss, feature_matching_l
 from moss_train.losses.mel import MultiScaleMelLoss, log_mel_spectrogram, multi_scale_mel_distance
 from moss_train.losses.quantization import codebook_loss, commitment_loss
 from moss_train.losses.stereo import MidSideLoss
+from moss_train.losses.waveform import ComplexSTFTLoss, WaveformLoss
 
 __all__ = [
+    "ComplexSTFTLoss",
     "MidSideLoss",
     "MultiScaleMelLoss",
+    "WaveformLoss",
     "codebook_loss",
     "commitment_loss",
     "discriminator_loss",

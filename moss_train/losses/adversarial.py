@@ -1,50 +1,124 @@
-"""Least-squares adversarial losses and relative feature matching.
+"""Least-squares adversarial losses and feature matching.
 
 They take the logits and features of K sub-discriminators, each with the clip as first axis. A value is averaged within
-a clip first and then summed over clips and divided by `num_samples`, the number of clips of the whole update (all
+a clip first and then summed over clips and divided by `num_clips`, the number of clips of the whole update (all
 micro-batches, all ranks), so that the values of parts add up to the value of the whole.
+
+Papers and public code differ in how they go on. The technical report (arXiv 2602.10934) takes means over
+sub-discriminators and layers and divides feature distances by the size of the features. Public code of its authors and
+of others (HiFi-GAN, DAC) takes sums of plain distances, which are ten to a hundred times larger at the same weights.
 """
 
 from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+AdversarialReduction = Literal["mean", "sum"]
+FeatureReduction = Literal["relative_mean", "absolute_sum"]
+HIFI_GAN_FACTOR = 2.0  # of the absolute sum, as in HiFi-GAN's code
 
 
 def discriminator_loss(
-    real_logits: Sequence[Tensor], generated_logits: Sequence[Tensor], num_samples: Tensor | int
+    real_logits: Sequence[Tensor],
+    generated_logits: Sequence[Tensor],
+    num_clips: Tensor | int,
+    reduction: AdversarialReduction = "mean",
 ) -> Tensor:
-    """LSGAN loss of the discriminators: mean over K of (1 - D(x))^2 + D(x^)^2 (arXiv 1611.04076).
+    """Compute the discriminators' LSGAN loss (arXiv 1611.04076): mean or sum over K of (1 - D(x))^2 + D(x^)^2.
 
     Both arguments: K tensors [B, ...]. The generated waveform has to be detached by the caller.
     """
     pairs = zip(real_logits, generated_logits, strict=True)
     losses = [_mean_square(1 - real.float()) + _mean_square(generated.float()) for real, generated in pairs]
-    return torch.stack(losses).mean(0).sum() / num_samples
+    return _reduce(losses, reduction).sum() / num_clips
 
 
-def generator_loss(generated_logits: Sequence[Tensor], num_samples: Tensor | int) -> Tensor:
-    """LSGAN loss of the generator: mean over K of (1 - D(x^))^2. Argument: K tensors [B, ...]."""
+def generator_loss(
+    generated_logits: Sequence[Tensor], num_clips: Tensor | int, reduction: AdversarialReduction = "mean"
+) -> Tensor:
+    """Compute the generator's LSGAN loss: mean or sum over K of (1 - D(x^))^2. Argument: K tensors [B, ...]."""
     losses = [_mean_square(1 - generated.float()) for generated in generated_logits]
-    return torch.stack(losses).mean(0).sum() / num_samples
+    return _reduce(losses, reduction).sum() / num_clips
 
 
 def feature_matching_loss(
     real_features: Sequence[Sequence[Tensor]],
     generated_features: Sequence[Sequence[Tensor]],
-    num_samples: Tensor | int,
+    num_clips: Tensor | int,
     eps: float = 1e-5,
+    reduction: FeatureReduction = "relative_mean",
 ) -> Tensor:
-    """L1 between features relative to their size: mean over K and layers of mean|D(x) - D(x^)| / max(mean|D(x)|, eps).
+    """Compute the L1 distance between the features of real and generated audio.
 
-    Both arguments: for each of K sub-discriminators its layers, each [B, ...]; D(x) gets no gradient. The ratio is
-    taken per clip: a ratio over the batch would not be the mean of the ratios of its parts.
+    `relative_mean`: mean over K and over layers of mean|D(x) - D(x^)| / max(mean|D(x)|, eps), a ratio per clip: a ratio
+    over the batch would not be the mean of the ratios of its parts. `absolute_sum`: twice the sum over K and layers of
+    mean|D(x) - D(x^)|; whoever wants the last layer in it passes the logits as one more layer.
+
+    Both arguments: for each of K sub-discriminators its layers, each [B, ...]; D(x) gets no gradient. Distances are
+    taken in float32: bfloat16 features that agree to three digits would cancel to noise.
     """
-    losses = [
-        torch.stack([_relative_distance(*pair, eps) for pair in zip(real, generated, strict=True)]).mean(0)
-        for real, generated in zip(real_features, generated_features, strict=True)
-    ]
-    return torch.stack(losses).mean(0).sum() / num_samples
+    check_reduction(reduction, FeatureReduction)
+    depths = [len(layers) for layers in real_features]
+    if depths != [len(layers) for layers in generated_features]:
+        raise ValueError(f"expected equally many layers, got {depths} and {[len(x) for x in generated_features]}")
+    real = [layer.detach() for layers in real_features for layer in layers]
+    generated = [layer for layers in generated_features for layer in layers]
+    distances, sizes = _MeanDistances.apply(len(real), *real, *generated)
+    if reduction == "absolute_sum":
+        return HIFI_GAN_FACTOR * distances.sum() / num_clips
+    layers_share = torch.tensor([1 / (depth * len(depths)) for depth in depths for _ in range(depth)])
+    ratios = distances / sizes.clamp(min=eps)
+    return (ratios * layers_share.to(ratios.device, non_blocking=True)[:, None]).sum() / num_clips
+
+
+class _MeanDistances(torch.autograd.Function):
+    """mean|D(x) - D(x^)| and mean|D(x)| of every layer and clip, [layers, B] float32 each.
+
+    Layer by layer it would be ten small kernels for each; operations on the whole list are a few in all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, num_layers: int, *layers: Tensor) -> tuple[Tensor, Tensor]:
+        real, generated = _as_float(layers[:num_layers]), _as_float(layers[num_layers:])
+        difference = torch._foreach_sub(generated, real)
+        counts = torch.tensor([layer[0].numel() for layer in real]).to(real[0].device, non_blocking=True)[:, None]
+        distances, sizes = _clip_norms(difference) / counts, _clip_norms(real) / counts
+        torch._foreach_sign_(difference)
+        if layers[num_layers].dtype != torch.float32:
+            signs = [torch.empty_like(layer) for layer in layers[num_layers:]]
+            torch._foreach_copy_(signs, difference)
+            difference = tuple(signs)
+        ctx.save_for_backward(counts, *difference)
+        ctx.mark_non_differentiable(sizes)
+        return distances, sizes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        counts, *signs = ctx.saved_tensors
+        scales = (gradient / counts).unbind()
+        gradients = [
+            sign * scale.to(sign.dtype).view(-1, *[1] * (sign.dim() - 1))
+            for sign, scale in zip(signs, scales, strict=True)
+        ]
+        return (None, *[None] * len(signs), *gradients)
+
+
+def _as_float(layers: Sequence[Tensor]) -> list[Tensor]:
+    if all(layer.dtype == torch.float32 for layer in layers):
+        return list(layers)
+    copies = [torch.empty_like(layer, dtype=torch.float32) for layer in layers]
+    torch._foreach_copy_(copies, list(layers))
+    return copies
+
+
+def _clip_norms(layers: Sequence[Tensor]) -> Tensor:
+    """L1 norm of every clip of every layer: L tensors [B, ...] -> [L, B]."""
+    clips = [clip for layer in layers for clip in layer.unbind()]
+    return torch.stack(torch._foreach_norm(clips, 1)).view(len(layers), -1)
 
 
 def _mean_square(x: Tensor) -> Tensor:
@@ -52,8 +126,14 @@ def _mean_square(x: Tensor) -> Tensor:
     return x.square().flatten(1).mean(1)
 
 
-def _relative_distance(real: Tensor, generated: Tensor, eps: float) -> Tensor:
-    """[B, ...] twice -> [B]. In float32: bfloat16 features that agree to three digits would cancel to noise."""
-    real = real.detach().float().flatten(1)
-    distance = (real - generated.float().flatten(1)).abs().mean(1)
-    return distance / real.abs().mean(1).clamp(min=eps)
+def _reduce(losses: Sequence[Tensor], reduction: AdversarialReduction) -> Tensor:
+    """K tensors [B] -> [B]."""
+    check_reduction(reduction, AdversarialReduction)
+    stacked = torch.stack(list(losses))
+    return stacked.sum(0) if reduction == "sum" else stacked.mean(0)
+
+
+def check_reduction(reduction: str, kinds: Any) -> None:
+    """Raise ValueError for a reduction that is none of `kinds`, a Literal."""
+    if reduction not in get_args(kinds):
+        raise ValueError(f"reduction must be one of {', '.join(get_args(kinds))}, got {reduction!r}")

@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 def commitment_loss(
-    latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_samples: Tensor | int
+    latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
 ) -> Tensor:
     """Pulls the latents to their rows, which get no gradient.
 
     latents, rows [N, B, T, D]; frame_mask [B, T] bool, true for valid frames; level_mask [N, B] bool, true for levels
-    in use; num_samples: clips of the whole update. Returns a scalar, float32.
+    in use; num_clips: clips of the whole update. Returns a scalar, float32.
     """
-    return _squared_distance(latents, rows.detach(), frame_mask, level_mask) / num_samples
+    return _squared_distance(latents, rows.detach(), frame_mask, level_mask) / num_clips
 
 
 def codebook_loss(
-    latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_samples: Tensor | int
+    latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
 ) -> Tensor:
     """Pulls the rows to the latents that chose them, which get no gradient. Arguments as for `commitment_loss`."""
-    return _squared_distance(latents.detach(), rows, frame_mask, level_mask) / num_samples
+    return _squared_distance(latents.detach(), rows, frame_mask, level_mask) / num_clips
 
 
 def _squared_distance(latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor) -> Tensor:

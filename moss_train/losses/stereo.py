@@ -21,9 +21,9 @@ class MidSideLoss(nn.Module):
         self.window_lengths = tuple(window_lengths)
 
     def forward(
-        self, reference: Tensor, degraded: Tensor, lengths: Tensor, num_samples: Tensor | int | None = None
+        self, reference: Tensor, degraded: Tensor, lengths: Tensor, num_clips: Tensor | int | None = None
     ) -> Tensor:
-        """Sum over clips divided by `num_samples`: the clips of the whole update, by default of this batch.
+        """Sum over clips divided by `num_clips`: the clips of the whole update, by default of this batch.
 
         reference, degraded [B, 2, T], lengths [B] samples. Returns a scalar, float32; no gradient to the reference.
         ValueError for audio that has not two channels.
@@ -36,7 +36,7 @@ class MidSideLoss(nn.Module):
         with torch.autocast(reference.device.type, enabled=False):
             clips = zip(reference.detach().float(), degraded.float(), lengths.tolist(), strict=True)
             losses = [self._clip_loss(target[:, :length], x[:, :length]) for target, x, length in clips]
-        return torch.stack(losses).sum() / (len(losses) if num_samples is None else num_samples)
+        return torch.stack(losses).sum() / (len(losses) if num_clips is None else num_clips)
 
     def _clip_loss(self, reference: Tensor, degraded: Tensor) -> Tensor:
         # The transform reflects half a window at either end, which a shorter clip does not have.

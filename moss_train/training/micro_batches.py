@@ -43,7 +43,7 @@ def accumulate(module: "CatModule", batch: Batch, counts: UpdateCounts, moment: 
     num_frames = tokenizer.num_frames(batch.audio_lengths)
     frame_mask = torch.arange(latent.shape[1], device=latent.device) < num_frames[:, None]
     module.code_counts.add(quantized.codes, frame_mask)
-    terms = module.objective.codec_terms(batch, reconstruction, quantized, frame_mask, counts)
+    terms = module.objective.codec_terms(batch, reconstruction, quantized, frame_mask, counts, moment.stage.weights)
     reported: dict[str, Tensor] = {}
     if module.measures_output_gradient:
         weights = weights_at(module.objective.weights, moment)

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.losses import (
+    ComplexSTFTLoss,
     MidSideLoss,
     MultiScaleMelLoss,
+    WaveformLoss,
     codebook_loss,
     commitment_loss,
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
 )
+from moss_train.losses.adversarial import AdversarialReduction, FeatureReduction, check_reduction
 from moss_train.model.quantizer import QuantizerOutput
 from moss_train.types import Batch
 
@@ -30,6 +33,8 @@ WEIGHTS = {
     "adversarial": 1.0,
     "feature": 2.0,
     "mid_side": 0.0,
+    "complex_stft": 0.0,
+    "waveform": 0.0,
 }
 
 
@@ -59,9 +64,11 @@ class Objective(nn.Module):
         weights: of the terms that differ from WEIGHTS (the published ones).
         crop_seconds: length of the random crop that the discriminators see, per clip.
         quantizer_dropout: share of clips that use a random prefix of the levels (1.0 in the paper); the others use all.
+        adversarial_reduction: of the LSGAN losses over sub-discriminators, "mean" (the paper) or "sum" (public code).
+        feature_reduction: of feature matching, "relative_mean" or "absolute_sum" (see `feature_matching_loss`).
 
     Raises:
-        ValueError: an unknown term, or a share outside 0 ... 1.
+        ValueError: an unknown term or reduction, or a share outside 0 ... 1.
     """
 
     def __init__(
@@ -70,14 +77,26 @@ class Objective(nn.Module):
         weights: Mapping[str, float] | None = None,
         crop_seconds: float = 1.0,
         quantizer_dropout: float = 1.0,
+        adversarial_reduction: AdversarialReduction = "mean",
+        feature_reduction: FeatureReduction = "relative_mean",
     ) -> None:
         super().__init__()
+        reductions = {"adversarial": AdversarialReduction, "feature": FeatureReduction}
+        for name, value in (("adversarial", adversarial_reduction), ("feature", feature_reduction)):
+            try:
+                check_reduction(value, reductions[name])
+            except ValueError as error:
+                raise ValueError(f"objective.{name}_reduction: {error}") from error
+        self.adversarial_reduction = adversarial_reduction
+        self.feature_reduction = feature_reduction
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f"objective.quantizer_dropout={quantizer_dropout} has to be from 0 to 1")
         self.quantizer_dropout = quantizer_dropout
         self.weights = with_weights(WEIGHTS, weights or {})
         self.mel = MultiScaleMelLoss(sampling_rate)
         self.mid_side = MidSideLoss()
+        self.complex_stft = ComplexSTFTLoss()
+        self.waveform = WaveformLoss()
         self.crop_length = round(crop_seconds * sampling_rate)
 
     def num_quantizers(self, batch: Batch, available: int) -> Tensor:
@@ -101,12 +120,14 @@ class Objective(nn.Module):
         quantized: QuantizerOutput,
         frame_mask: Tensor,
         counts: UpdateCounts,
+        changes: Mapping[str, float] | None = None,
     ) -> dict[str, Tensor]:
-        """Terms that need no other network.
+        """Compute the terms that need no other network; those that are optional only where they have a weight.
 
         Args:
             reconstruction: [B, C, T].
             frame_mask: [B, F] bool, true for valid frames of codes.
+            changes: the stage's own weights.
         """
         arguments = (quantized.latents, quantized.rows, frame_mask, quantized.level_mask, counts.clips)
         terms = {
@@ -114,27 +135,34 @@ class Objective(nn.Module):
             "commitment": commitment_loss(*arguments),
             "codebook": codebook_loss(*arguments),
         }
-        if self.weights["mid_side"]:
-            terms["mid_side"] = self.mid_side(batch.audio, reconstruction, batch.audio_lengths, counts.clips)
+        weights = with_weights(self.weights, changes or {})
+        optional = {"mid_side": self.mid_side, "complex_stft": self.complex_stft, "waveform": self.waveform}
+        for name, loss in optional.items():
+            if weights[name]:
+                terms[name] = loss(batch.audio, reconstruction, batch.audio_lengths, counts.clips)
         return terms
 
     def judge_terms(
         self, real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], counts: UpdateCounts
     ) -> dict[str, Tensor]:
         """The generator's adversarial and feature matching terms."""
-        features, wanted = [output.features for output in generated], [output.features for output in real]
+        takes_logits = self.feature_reduction == "absolute_sum"  # as one more layer, like the public code
+        wanted, features = (
+            [(*output.features, output.logits) if takes_logits else output.features for output in outputs]
+            for outputs in (real, generated)
+        )
+        logits = [output.logits for output in generated]
         return {
-            "adversarial": generator_loss([output.logits for output in generated], counts.clips),
-            "feature": feature_matching_loss(wanted, features, counts.clips),
+            "adversarial": generator_loss(logits, counts.clips, self.adversarial_reduction),
+            "feature": feature_matching_loss(wanted, features, counts.clips, reduction=self.feature_reduction),
         }
 
     def discriminator_term(
         self, real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], counts: UpdateCounts
     ) -> Tensor:
         """The discriminators' own loss. Its gradient is taken for their parameters only."""
-        return discriminator_loss(
-            [output.logits for output in real], [output.logits for output in generated], counts.clips
-        )
+        logits = [[output.logits for output in outputs] for outputs in (real, generated)]
+        return discriminator_loss(*logits, counts.clips, self.adversarial_reduction)
 
     def total(self, terms: Mapping[str, Tensor], changes: Mapping[str, float]) -> Tensor:
         """Weighted sum of the generator's terms; `changes` are the stage's own weights."""

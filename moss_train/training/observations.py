@@ -10,7 +10,7 @@ from moss_train.training.objective import with_weights
 from moss_train.training.stages import StageMoment
 
 OUTPUT_GRADIENT = "output_gradient/"
-OUTPUT_TERMS = ("reconstruction", "adversarial", "feature", "mid_side")
+OUTPUT_TERMS = ("reconstruction", "adversarial", "feature", "mid_side", "complex_stft", "waveform")
 """The terms that see the decoder's output."""
 
 OBSERVED = ("discriminator/real", "discriminator/generated", *(OUTPUT_GRADIENT + name for name in OUTPUT_TERMS))
@@ -36,7 +36,7 @@ class CodeCounts:
 
 
 def mean_logits(
-    real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], num_samples: Tensor | int
+    real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], num_clips: Tensor | int
 ) -> dict[str, Tensor]:
     """Mean verdict on real and on generated audio, 1 for real and 0 for generated where the discriminators are sure.
 
@@ -47,7 +47,7 @@ def mean_logits(
         f"discriminator/{name}": torch.stack([output.logits.detach().float().flatten(1).mean(1) for output in outputs])
         .mean(0)
         .sum()
-        / num_samples
+        / num_clips
         for name, outputs in sides.items()
     }
 

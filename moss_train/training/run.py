@@ -50,6 +50,11 @@ PATIENCE_SECONDS = 10.0  # for processes of a killed run that have not noticed y
 LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
 # What may differ between the parts of one run: it does not change what is learned.
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
+# Keys that older runs do not have, and what they meant without.
+ADDED_KEYS = {
+    "objective": {"adversarial_reduction": "mean", "feature_reduction": "relative_mean"},
+    "objective.weights": {"complex_stft": 0.0, "waveform": 0.0},
+}
 FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
 
 
@@ -224,7 +229,7 @@ def refuse_changes(config: Node, directory: Path) -> None:
     path = directory / CONFIG_FILE
     if config["allow_changes"] or not path.exists():
         return
-    changes = differences(governing(read_config(path)), governing(config))
+    changes = differences(governing(with_added_keys(read_config(path))), governing(config))
     if changes:
         raise UserError(
             f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
@@ -241,6 +246,18 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         raise UserError(f"{path} is not the configuration of a run; restore it, or remove it")
     return config
+
+
+def with_added_keys(config: Node, added: Mapping[str, Node] = ADDED_KEYS) -> dict[str, Any]:
+    """Return the configuration of an older run with the keys that have come since, at the values it ran with."""
+    found = dict(config)
+    for path, values in added.items():
+        place = found
+        for key in path.split("."):
+            place[key] = dict(place.get(key) or {})
+            place = place[key]
+        place |= {name: value for name, value in values.items() if name not in place}
+    return found
 
 
 def governing(config: Node) -> dict[str, Any]:

@@ -11,13 +11,68 @@ def test_discriminator_loss_by_hand():
     generated = [torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[[0.0]], [[3.0]]])]
     # First: clip 0 has 1/2 + 1/2, clip 1 has 1/4 + 1/4. Second: clip 0 has 1 + 0, clip 1 has 0 + 9.
     expected = ((1.0 + 1.0) / 2 + (0.5 + 9.0) / 2) / 2
-    assert discriminator_loss(real, generated, num_samples=2).item() == pytest.approx(expected)
+    assert discriminator_loss(real, generated, num_clips=2).item() == pytest.approx(expected)
 
 
 def test_generator_loss_by_hand():
     generated = [torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[[0.0]], [[3.0]]])]
     expected = ((0.5 + 1.0) / 2 + (0.25 + 4.0) / 2) / 2
-    assert generator_loss(generated, num_samples=2).item() == pytest.approx(expected)
+    assert generator_loss(generated, num_clips=2).item() == pytest.approx(expected)
+
+
+def test_sums_over_discriminators_by_hand():
+    real = [torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[[2.0]], [[1.0]]])]
+    generated = [torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[[0.0]], [[3.0]]])]
+    # As above, but the two discriminators are added: per clip, then the mean over the two clips.
+    expected = ((1.0 + 1.0) + (0.5 + 9.0)) / 2
+    assert discriminator_loss(real, generated, 2, reduction="sum").item() == pytest.approx(expected)
+    expected = ((0.5 + 1.0) + (0.25 + 4.0)) / 2
+    assert generator_loss(generated, 2, reduction="sum").item() == pytest.approx(expected)
+
+
+def test_absolute_feature_matching_is_twice_the_sum_over_layers_and_discriminators():
+    real = [
+        [torch.tensor([[1.0, -1.0], [9.0, 9.0]]), torch.tensor([[2.0], [2.0]])],
+        [torch.tensor([[4.0], [4.0]])],
+    ]
+    generated = [
+        [torch.tensor([[1.5, -0.5], [9.9, 8.1]]), torch.tensor([[2.0], [3.0]])],
+        [torch.tensor([[0.0], [4.0]])],
+    ]
+    clip_0, clip_1 = 0.5 + 0.0 + 4.0, 0.9 + 1.0 + 0.0
+    loss = feature_matching_loss(real, generated, 2, reduction="absolute_sum")
+    assert loss.item() == pytest.approx(2 * (clip_0 + clip_1) / 2)
+
+
+@pytest.mark.parametrize("loss", [generator_loss, feature_matching_loss])
+def test_an_unknown_reduction_is_refused(loss):
+    layers = [torch.zeros(1, 1)] if loss is generator_loss else [[torch.zeros(1, 1)]]
+    arguments = (layers, 1) if loss is generator_loss else (layers, layers, 1)
+    with pytest.raises(ValueError, match="median"):
+        loss(*arguments, reduction="median")
+
+
+def test_feature_matching_of_many_layers_is_that_of_the_formula():
+    """Value and gradient of the operations on whole lists, against autograd through the formula layer by layer."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 2, 5, 7), (3, 4, 11), (3, 1)]
+    real, generated = (
+        [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)] for _ in range(2)
+    )
+    leaves = [layer.requires_grad_() for layers in generated for layer in layers]
+    ratios = [
+        torch.stack(
+            [
+                (x - y).flatten(1).abs().mean(1) / x.flatten(1).abs().mean(1).clamp(min=1e-5)
+                for x, y in zip(*pair, strict=True)
+            ]
+        ).mean(0)
+        for pair in zip(real, generated, strict=True)
+    ]
+    expected = torch.stack(ratios).mean(0).sum() / 5
+    found = feature_matching_loss(real, generated, 5)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(3 * found, leaves), torch.autograd.grad(3 * expected, leaves))
 
 
 def test_perfect_discriminator_has_no_loss_and_undecided_one_a_half():

@@ -18,7 +18,7 @@ def two_levels_two_clips():
 @pytest.mark.parametrize("loss", [commitment_loss, codebook_loss])
 def test_value_with_dropped_levels_and_padding(loss):
     # Clip 0: 1 + 4. Clip 1: 1, the second level is dropped. Mean over the two clips.
-    assert loss(*two_levels_two_clips(), num_samples=2).item() == pytest.approx((5 + 1) / 2)
+    assert loss(*two_levels_two_clips(), num_clips=2).item() == pytest.approx((5 + 1) / 2)
 
 
 def test_gradients_reach_one_side_each():

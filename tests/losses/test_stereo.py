@@ -24,7 +24,7 @@ def test_halves_with_the_global_count_add_up_and_padding_is_ignored():
     lengths = torch.tensor([6000, 3000, 500])
     loss = MidSideLoss()
     whole = loss(reference, degraded, lengths)
-    parts = [loss(reference[p], degraded[p], lengths[p], num_samples=3) for p in (slice(0, 1), slice(1, 3))]
+    parts = [loss(reference[p], degraded[p], lengths[p], num_clips=3) for p in (slice(0, 1), slice(1, 3))]
     torch.testing.assert_close(sum(parts), whole)
     short = loss(reference[1:2, :, :3000], degraded[1:2, :, :3000], lengths[1:2])
     torch.testing.assert_close(loss(reference[1:2], degraded[1:2], lengths[1:2]), short)

@@ -28,7 +28,7 @@ def make_batch(lengths: list[int], crop_units: list[float]) -> Batch:
 
 
 def test_published_weights_make_the_total():
-    terms = {name: torch.tensor(1.0) for name in WEIGHTS if name != "mid_side"}
+    terms = {name: torch.tensor(1.0) for name in WEIGHTS}
     objective = Objective(RATE)
     assert objective.total(terms, {}).item() == pytest.approx(20 + 15 + 0.25 + 1 + 1 + 2)
     assert objective.total(terms, {"semantic": 0.0}).item() == pytest.approx(19.25)
@@ -74,6 +74,42 @@ def test_adversarial_terms_of_known_values():
     terms = objective.judge_terms(real, generated, counts)
     assert terms["adversarial"].item() == pytest.approx(0.5625)
     assert terms["feature"].item() == pytest.approx(0.5)
+
+
+def test_sums_instead_of_means_have_known_values():
+    """Two discriminators: LSGAN added up, features by twice their absolute distance, logits included."""
+    objective = Objective(RATE, adversarial_reduction="sum", feature_reduction="absolute_sum")
+    counts = UpdateCounts(torch.tensor(1), torch.ones(7), torch.tensor(0))
+
+    def judged(logits: tuple[float, float], feature: float) -> list[DiscriminatorOutput]:
+        return [DiscriminatorOutput(torch.full((1, 4), x), (torch.full((1, 5), feature),) * 3) for x in logits]
+
+    real, generated = judged((0.5, 1.0), 2.0), judged((0.25, 0.0), 1.5)
+    assert objective.discriminator_term(real, generated, counts).item() == pytest.approx(0.25 + 0.0625)
+    terms = objective.judge_terms(real, generated, counts)
+    assert terms["adversarial"].item() == pytest.approx(0.5625 + 1.0)
+    assert terms["feature"].item() == pytest.approx(2 * (6 * 0.5 + 0.25 + 1.0))
+
+
+@pytest.mark.parametrize("name", ["adversarial_reduction", "feature_reduction"])
+def test_an_unknown_reduction_is_refused_by_its_path(name):
+    with pytest.raises(ValueError, match=f"objective.{name}.*median"):
+        Objective(RATE, **{name: "median"})
+
+
+@pytest.mark.parametrize("name", ["complex_stft", "waveform"])
+def test_optional_terms_exist_where_they_have_a_weight(name):
+    batch = make_batch([2400], [0.0])
+    zeros = torch.zeros(2, 1, 3, 4)
+    quantized = QuantizerOutput(zeros, zeros, zeros, zeros, level_mask=torch.ones(2, 1, dtype=torch.bool))
+    mask = torch.ones(1, 3, dtype=torch.bool)
+
+    def terms(objective: Objective, **stage: float) -> dict:
+        return objective.codec_terms(batch, -batch.audio, quantized, mask, objective.count([batch]), stage)
+
+    assert name not in terms(Objective(RATE))
+    assert terms(Objective(RATE, {name: 2.0}))[name] == terms(Objective(RATE), **{name: 1.0})[name] > 0
+    assert name not in terms(Objective(RATE, {name: 2.0}), **{name: 0.0})
 
 
 def test_crops_start_where_the_clip_says_and_stay_inside_it():

@@ -17,7 +17,7 @@ from moss_train.training.csv_writer import column, read_table
 from moss_train.training.metrics import COLUMNS
 from moss_train.training.objective import WEIGHTS
 from moss_train.training.observations import OUTPUT_TERMS
-from moss_train.training.run import differences, fit
+from moss_train.training.run import differences, fit, with_added_keys
 from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
 from moss_train.utils.errors import UserError
 
@@ -172,6 +172,17 @@ def test_impossible_configurations_are_one_line_and_leave_nothing(small_override
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(run.glob("checkpoints"))
+
+
+def test_a_run_that_began_before_a_key_existed_is_unchanged():
+    old = {"objective": {"crop_seconds": 1.0, "weights": {"feature": 2.0}}}
+    found = with_added_keys(old)
+    assert found["objective"]["feature_reduction"] == "relative_mean"
+    assert found["objective"]["weights"] == {"feature": 2.0, "complex_stft": 0.0, "waveform": 0.0}
+    assert old == {"objective": {"crop_seconds": 1.0, "weights": {"feature": 2.0}}}
+    assert with_added_keys({"objective": {"feature_reduction": "absolute_sum"}})["objective"]["feature_reduction"] == (
+        "absolute_sum"
+    )
 
 
 def test_differences_name_every_leaf():

@@ -1,0 +1,64 @@
+"""Losses that keep the phase: a complex STFT loss and the L1 distance of waveforms.
+
+The mel loss of the published objective sees magnitudes of mel bins only. A small model can lower it with harmonics in
+the wrong place, which is heard as a wrong pitch. These two terms see where a waveform is, not only how loud its bands
+are. Both are off unless they are given a weight.
+
+A value is a mean within a clip first, then summed over clips and divided by the number of clips of the whole update.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moss_train.losses.masking import zero_beyond
+from moss_train.utils.spectral import HOPS_PER_WINDOW, normalized_stft
+
+
+class ComplexSTFTLoss(nn.Module):
+    """Multi-resolution STFT loss on linear scale: L1 of real parts, of imaginary parts and of magnitudes.
+
+    Sum over windows of the mean over channels, bins and the clip's frames of |Re X - Re X^| + |Im X - Im X^| +
+    ||X| - |X^||, for an STFT that is divided by sqrt(sum of window^2), Hann windows, a hop of a quarter window.
+
+    Args:
+        window_lengths: in samples, multiples of 4.
+    """
+
+    def __init__(self, window_lengths: Sequence[int] = (512, 1024, 2048)) -> None:
+        super().__init__()
+        if any(length % HOPS_PER_WINDOW for length in window_lengths) or not window_lengths:
+            raise ValueError(f"window_lengths must be multiples of {HOPS_PER_WINDOW}, got {list(window_lengths)}")
+        self.window_lengths = tuple(window_lengths)
+
+    def forward(
+        self, reference: Tensor, degraded: Tensor, lengths: Tensor, num_clips: Tensor | int | None = None
+    ) -> Tensor:
+        """Compute the loss of a batch, its sum over clips divided by `num_clips` (by default those of this batch).
+
+        reference, degraded [B, C, T], lengths [B] samples. Returns a scalar, float32; no gradient to the reference.
+        """
+        reference, degraded = (zero_beyond(x.float(), lengths) for x in (reference.detach(), degraded))
+        losses = [self._clip_losses(reference, degraded, lengths, length) for length in self.window_lengths]
+        return torch.stack(losses).sum() / (len(lengths) if num_clips is None else num_clips)
+
+    def _clip_losses(self, reference: Tensor, degraded: Tensor, lengths: Tensor, window_length: int) -> Tensor:
+        """Losses at one resolution, [B]; frame t counts when its centre lies inside the clip."""
+        hop = window_length // HOPS_PER_WINDOW
+        real, generated = (normalized_stft(x, window_length, hop) for x in (reference, degraded))
+        parts = torch.view_as_real(real - generated).abs().sum(-1)
+        per_frame = (parts + (real.abs() - generated.abs()).abs()).mean(dim=(1, 2))
+        frames = -(-lengths // hop)
+        return zero_beyond(per_frame, frames).sum(-1) / frames.clamp(min=1)
+
+
+class WaveformLoss(nn.Module):
+    """Mean absolute difference of the samples of a clip."""
+
+    def forward(
+        self, reference: Tensor, degraded: Tensor, lengths: Tensor, num_clips: Tensor | int | None = None
+    ) -> Tensor:
+        """Compute the loss of a batch. Arguments and result as of `ComplexSTFTLoss.forward`."""
+        difference = zero_beyond(reference.detach().float() - degraded.float(), lengths).abs().mean(1).sum(-1)
+        return (difference / lengths.clamp(min=1)).sum() / (len(lengths) if num_clips is None else num_clips)
