@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from moss_train.audio import audio_info, read_audio, resample, to_pcm16, write_audio
+from moss_train.audio.io import audio_info, read_audio, resample, to_pcm16, write_audio
 from moss_train.utils.errors import UserError
 
 RECORDINGS = Path(__file__).parents[1] / "recipes" / "quickstart" / "audio"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import read_audio
-from moss_train.evaluation.depths import depth_report
+from moss_train.audio.io import read_audio
+from moss_train.evaluation.per_level import depth_report
 from moss_train.losses.mel import multi_scale_mel_distance
 from moss_train.model import MossAudioTokenizerModel
 

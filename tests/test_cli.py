@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 import moss_train
-from moss_train.cli import main
-from moss_train.commands._compose import compose, prepare_overrides, to_plain
-from moss_train.commands._help import find_verbs
-from moss_train.commands._inputs import refuse_missing_inputs
+from moss_train.cli.compose import compose, prepare_overrides, to_plain
+from moss_train.cli.help import find_verbs
+from moss_train.cli.inputs import refuse_missing_inputs
+from moss_train.cli.main import main
 from moss_train.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,7 @@ def test_help_of_fit_lists_the_experiments(capsys):
 
 def test_help_needs_no_heavy_import():
     code = (
-        "import sys; from moss_train.cli import main; main(['--help']); main(['pack', '--help']);"
+        "import sys; from moss_train.cli.main import main; main(['--help']); main(['pack', '--help']);"
         "print('HEAVY', sorted({'torch', 'hydra', 'numpy', 'transformers', 'rich'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -257,7 +257,7 @@ def test_program_exits_with_status_2_and_no_traceback(tmp_path):
 def test_inputs_that_are_not_there_are_refused_before_anything_heavy_is_imported(tmp_path, arguments, message):
     program = """
 import sys
-from moss_train.cli import main
+from moss_train.cli.main import main
 print(main(sys.argv[1:]), {"torch", "lightning"} & set(sys.modules))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -327,7 +327,7 @@ import torch.distributed as dist
 dist.init_process_group("gloo", f"file://{sys.argv[1]}", world_size=1, rank=0)
 atexit.register(print, "farewell")
 sys.argv = ["moss_train", *sys.argv[2:]]
-from moss_train.cli import run_program
+from moss_train.cli.main import run_program
 run_program()
 """
 

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from moss_train.commands._compose import compose
-from moss_train.commands._help import default_groups, find_verbs, group_options, verb_help
-from moss_train.utils.build import check_node, iterate_targets
+from moss_train.cli.compose import compose
+from moss_train.cli.help import default_groups, find_verbs, group_options, verb_help
+from moss_train.config.build import check_node, iterate_targets
 from moss_train.utils.paths import config_directory
 
 CONFIGS = config_directory()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.commands._compose import compose, to_plain
+from moss_train.cli.compose import compose, to_plain
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("recipes/*/README.md")), ROOT / "recipes/BENCHMARKS.md"]

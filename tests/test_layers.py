@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "moss_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"types", "audio", "utils"},
+    0: {"batch", "audio", "config", "utils"},
     1: {"model", "discriminators", "losses", "semantic"},
+    1.5: {"plotting"},
     2: {"data", "evaluation", "export"},
     3: {"training", "inference"},
     4: {"cli", "__main__", "commands"},
@@ -23,18 +24,18 @@ LAYERS = {
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 
 FENCES = {
-    "hydra": {"cli", "commands", "utils/build.py"},
+    "hydra": {"cli", "config/build.py"},
     "lightning": {"training"},
     "pytorch_lightning": {"training"},
     "wandb": {"training"},
     # In evaluation, only when used: other people's codecs and the networks behind two measures are its classes.
-    "transformers": {"model", "semantic", "evaluation/speaker_wavlm.py", "evaluation/recognition.py"},
+    "transformers": {"model", "semantic", "evaluation/metrics/speaker_wavlm.py", "evaluation/metrics/asr.py"},
     "webdataset": {"data"},
     "soundfile": {"audio", "data"},
     "auraloss": {"losses", "evaluation"},
     "pesq": {"evaluation"},
     "pystoi": {"evaluation"},
-    "matplotlib": {"evaluation"},
+    "matplotlib": {"evaluation", "plotting"},
     "faster_whisper": {"evaluation"},
     "pocketsphinx": {"evaluation"},
     "speechmos": {"evaluation"},

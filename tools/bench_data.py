@@ -21,13 +21,13 @@ from pathlib import Path
 import soundfile
 import torch
 
-from moss_train.audio import read_audio
-from moss_train.data.clips import PackOptions
-from moss_train.data.loader import make_loader
-from moss_train.data.manifest import list_clips
-from moss_train.data.packing import pack
-from moss_train.data.remote import CACHE_VARIABLE
-from moss_train.data.stream import AudioStream, ClipFormat
+from moss_train.audio.io import read_audio
+from moss_train.data.pack.manifest import list_clips
+from moss_train.data.pack.pack import pack
+from moss_train.data.pack.preprocess import PackOptions
+from moss_train.data.shards.remote import CACHE_VARIABLE
+from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 
 RATE = 24000
 CLIP_SECONDS = 10

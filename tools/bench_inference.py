@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from moss_train.commands._compose import compose, to_plain
+from moss_train.cli.compose import compose, to_plain
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

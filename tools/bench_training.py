@@ -6,7 +6,7 @@
     python tools/bench_training.py --experiment cat_1b6 --profile profile --clips 10 --stages reconstruction
 
 A case is a stage of the experiment, with or without the text LM, on clips of one length or of lengths between two.
-The FLOPs of its first update are counted operation by operation (moss_train.utils.flops), later updates are timed. MFU
+The FLOPs of its first update are counted operation by operation, later updates are timed. MFU
 is the counted FLOPs per second over `--peak-tflops` (dense bf16 of an H100); causal attention counts in full, as usual,
 and so does the second forward of activation checkpointing where it is on. Other keys of `fit` can follow as overrides.
 """
@@ -30,16 +30,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from moss_train.commands._compose import compose, to_plain
-from moss_train.data.loader import make_loader
-from moss_train.data.stream import split_by_length
-from moss_train.training.initialization import module_arguments
+from moss_train.batch import Batch, UpdateBatch
+from moss_train.cli.compose import compose, to_plain
+from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.stream import split_by_length
+from moss_train.training.cost.flop_counter import FlopCounter
 from moss_train.training.module import CatModule
-from moss_train.training.run import open_stream
-from moss_train.training.trainer import build_trainer, choose_accelerator
-from moss_train.types import Batch, UpdateBatch
+from moss_train.training.run.fit import open_stream
+from moss_train.training.run.trainer import build_trainer, choose_accelerator
+from moss_train.training.run.warm_start import module_arguments
 from moss_train.utils.errors import UserError
-from moss_train.utils.flops import FlopCounter
 
 TEXT_TOKENS_PER_SECOND = 14  # bytes of read English
 H100_PEAK_TFLOPS = 989.0

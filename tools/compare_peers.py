@@ -33,12 +33,12 @@ from transformers.models.mimi.modeling_mimi import (
     MimiTransformerModel,
 )
 
-from moss_train.commands._compose import compose, to_plain
-from moss_train.evaluation.depths import DepthReport, depth_report, quarter_depths
+from moss_train.cli.compose import compose, to_plain
+from moss_train.evaluation.per_level import DepthReport, depth_report, quarter_depths
 from moss_train.model import MossAudioTokenizerModel
-from moss_train.training.initialization import module_arguments
 from moss_train.training.module import CatModule
-from moss_train.training.short_runs import packed_clips, shortened, train_in_memory
+from moss_train.training.run.short_runs import packed_clips, shortened, train_in_memory
+from moss_train.training.run.warm_start import module_arguments
 
 PACE_UPDATES = 16  # more than data workers read ahead
 EXPERIMENTS = {"tiny": "cat_tiny", "small": "cat_small"}

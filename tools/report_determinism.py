@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moss_train.audio import read_audio
+from moss_train.audio.io import read_audio
 from moss_train.export import load_tokenizer
 from moss_train.model import MossAudioTokenizerModel
 

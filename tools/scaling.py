@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moss_train.commands._compose import compose, to_plain
-from moss_train.evaluation.depths import depth_report
-from moss_train.training.initialization import module_arguments
+from moss_train.batch import UpdateBatch
+from moss_train.cli.compose import compose, to_plain
+from moss_train.evaluation.per_level import depth_report
+from moss_train.training.cost.flop_counter import FlopCounter
 from moss_train.training.module import CatModule
-from moss_train.training.short_runs import packed_clips, shortened, train_in_memory
-from moss_train.types import UpdateBatch
-from moss_train.utils.flops import FlopCounter
+from moss_train.training.run.short_runs import packed_clips, shortened, train_in_memory
+from moss_train.training.run.warm_start import module_arguments
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from synthetic_corpus import DOMAINS, RATE, Domain, load_corpus, write_indexes
 
-from moss_train.data.corpus import Corpus, DomainOrder
-from moss_train.data.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan
+from moss_train.data.stream.corpus import Corpus, DomainOrder
+from moss_train.data.stream.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan
 
 RANKS_PER_NODE = 8
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from moss_train.data.corpus import Corpus
-from moss_train.data.index import FORMAT, INDEX_FILE, ShardIndex, read_index
-from moss_train.data.shard_table import ShardRecord
-from moss_train.data.shards import FORMAT_VERSION, SAMPLE_ARRAYS
+from moss_train.data.shards.format import FORMAT_VERSION, SAMPLE_ARRAYS
+from moss_train.data.shards.index import FORMAT, INDEX_FILE, ShardIndex, ShardRecord, read_index
+from moss_train.data.stream.corpus import Corpus
 
 RATE = 24000
 BYTES_PER_SECOND = 26_000

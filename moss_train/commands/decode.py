@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from moss_train.audio import WRITABLE_FORMATS
-from moss_train.commands._report import as_list, positive, print_report
-from moss_train.data.code_shards import is_code_folder
+from moss_train.audio.io import WRITABLE_FORMATS
+from moss_train.cli.console import as_list, positive, print_report
+from moss_train.data.shards.codes import is_code_folder
 from moss_train.export.loading import load_tokenizer
-from moss_train.inference.chunks import chunk_seconds
-from moss_train.inference.corpus import find_codes
-from moss_train.inference.decoding import Decoder, decode_files
+from moss_train.inference.decode import Decoder, decode_files
 from moss_train.inference.device import choose_device
+from moss_train.inference.encode import chunk_seconds
+from moss_train.inference.files import find_codes
 from moss_train.inference.shards import decode_shards
 from moss_train.utils.errors import UserError
 

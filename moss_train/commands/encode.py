@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from moss_train.commands._report import as_list, positive, print_report
+from moss_train.cli.console import as_list, positive, print_report
 from moss_train.export.loading import load_tokenizer
-from moss_train.inference.chunks import chunk_seconds
-from moss_train.inference.codes import CODES_FORMATS
-from moss_train.inference.corpus import find_audio
 from moss_train.inference.device import choose_device
-from moss_train.inference.encoding import Encoder, encode_files
+from moss_train.inference.encode import Encoder, chunk_seconds, encode_files
+from moss_train.inference.files import CODES_FORMATS, find_audio
 from moss_train.inference.shards import EncodeJob, encode_shards
 from moss_train.utils.errors import UserError
 

@@ -6,13 +6,20 @@ from rich.console import Console
 from rich.table import Table
 
 from moss_train.semantic.portable import spelled_out
-from moss_train.training.estimation import GB, UPDATE_BYTES, Estimate, Machine, estimate
-from moss_train.training.gpus import GPUS
-from moss_train.training.initialization import plan_beginning
-from moss_train.training.resources import GIB
-from moss_train.training.run import build_schedule, measure
-from moss_train.training.scaling_law import ScalingLaw, read_scaling_law
-from moss_train.training.utilization import measured_share
+from moss_train.training.cost.estimate import (
+    GB,
+    UPDATE_BYTES,
+    Estimate,
+    Machine,
+    ScalingLaw,
+    estimate,
+    read_scaling_law,
+)
+from moss_train.training.cost.gpu_specs import GPUS
+from moss_train.training.cost.mfu import measured_share
+from moss_train.training.run.fit import build_schedule, measure
+from moss_train.training.run.memory_check import GIB
+from moss_train.training.run.warm_start import plan_beginning
 
 SUMMARY = "Say what a run will need before it starts: parameters, memory, operations, days."
 

@@ -1,40 +1,75 @@
-"""`evaluate`: how well a codec reconstructs, at every bitrate."""
+"""Evaluate a model, another codec or pairs of files on clips (see configs/evaluate.yaml)."""
 
+import hashlib
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moss_train.audio import RESAMPLER
-from moss_train.commands._evaluation_data import choose_clips, cut_clips, find_clips
-from moss_train.commands._report import as_list
-from moss_train.evaluation.cat_codec import CatCodec
-from moss_train.evaluation.codecs import Codec, check_levels
-from moss_train.evaluation.comparison import load_evaluation
-from moss_train.evaluation.distances import PROFILES, Profile
-from moss_train.evaluation.metrics import Metric, split_available
-from moss_train.evaluation.native import native_metrics
-from moss_train.evaluation.naturalness import Dnsmos
-from moss_train.evaluation.other_codecs import load_codec
-from moss_train.evaluation.outputs import Evaluation, write_outputs
+from moss_train.audio.io import RESAMPLER
+from moss_train.cli.console import as_list
+from moss_train.data.clips import FileClip, ShardClip, list_sources
+from moss_train.evaluation.codecs.base import CatCodec, Codec, check_levels
+from moss_train.evaluation.codecs.published_table import load_codec
+from moss_train.evaluation.metrics.asr import BACKENDS, choose_backend
+from moss_train.evaluation.metrics.base import Metric, split_available
+from moss_train.evaluation.metrics.dnsmos import Dnsmos
+from moss_train.evaluation.metrics.signal import PROFILES, Profile, native_metrics
+from moss_train.evaluation.metrics.speaker import Ge2eSimilarity
+from moss_train.evaluation.metrics.speaker_wavlm import WavLMSimilarity
+from moss_train.evaluation.metrics.text_lm import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
 from moss_train.evaluation.pitch import pitch_metrics
-from moss_train.evaluation.recognition import BACKENDS, choose_backend
-from moss_train.evaluation.rendering import CodecRenderer, EvaluationClip
+from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip
+from moss_train.evaluation.report.comparison import load_evaluation
+from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import ClipRow, Results
-from moss_train.evaluation.running import Renderer, evaluate
-from moss_train.evaluation.speaker import Ge2eSimilarity
-from moss_train.evaluation.speaker_wavlm import WavLMSimilarity
-from moss_train.evaluation.summary import POLICIES
-from moss_train.evaluation.text_model import TextCrossEntropy, text_lm_of_checkpoint
+from moss_train.evaluation.runner import Renderer, evaluate
+from moss_train.evaluation.statistics import POLICIES
 from moss_train.export.loading import find_checkpoint, load_tokenizer
 from moss_train.inference.device import choose_device
 from moss_train.model import MossAudioTokenizerModel
-from moss_train.utils.checkpoints import read_payload
+from moss_train.utils.checkpoint import read_payload
 from moss_train.utils.errors import UserError
+
+
+def find_clips(sources: Sequence[str], domain: str) -> list[EvaluationClip]:
+    """All clips of all sources in their order. Raises UserError for what cannot be listed and for an id given twice."""
+    return [EvaluationClip(clip.id, clip.domain, clip.read, clip.labels) for clip in list_sources(sources, domain)]
+
+
+def cut_clips(clips: Sequence[EvaluationClip], seconds: float | None) -> list[EvaluationClip]:
+    """Pieces of equal length without overlap; what is left of a clip is dropped, and texts, which no longer fit."""
+    return list(clips) if seconds is None else [piece for clip in clips for piece in _pieces(clip, seconds)]
+
+
+def _pieces(clip: EvaluationClip, seconds: float) -> Iterator[EvaluationClip]:
+    assert isinstance(clip.read, FileClip | ShardClip)
+    try:
+        num_samples, rate = clip.read.length()
+    except UserError:
+        yield clip  # reading it will fail again, and then it is counted
+        return
+    length = round(seconds * rate)
+    labels = {key: value for key, value in clip.labels.items() if key not in ("text", "task")}
+    for index in range(num_samples // length):
+        read = replace(clip.read, start=index * length, num_samples=length)
+        yield EvaluationClip(f"{clip.id}@{index * seconds:g}s", clip.domain, read, labels)
+
+
+def choose_clips(clips: Sequence[EvaluationClip], per_domain: int | None, seed: int) -> list[EvaluationClip]:
+    """At most so many clips of every domain, in their order; the choice depends on ids and seed only."""
+    if per_domain is None:
+        return list(clips)
+    kept: set[str] = set()
+    for domain in {clip.domain for clip in clips}:
+        members = [clip.id for clip in clips if clip.domain == domain]
+        kept |= set(sorted(members, key=lambda id: hashlib.sha256(f"{seed} {id}".encode()).digest())[:per_domain])
+    return [clip for clip in clips if clip.id in kept]
+
 
 SUMMARY = "Measure a codec at every bitrate: the published table's columns, with a report."
 EXAMPLES = (

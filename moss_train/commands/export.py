@@ -6,7 +6,7 @@ from typing import Any
 from moss_train.export import export
 from moss_train.export.loading import find_checkpoint
 from moss_train.export.writing import check_target
-from moss_train.utils.checkpoints import best_checkpoint
+from moss_train.utils.checkpoint import best_checkpoint
 from moss_train.utils.errors import UserError
 
 SUMMARY = "Write a trained tokenizer as a Hugging Face model folder."

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from moss_train.training.run import fit
+from moss_train.training.run.fit import fit
 
 SUMMARY = "Train a tokenizer, or go on with a run that was stopped."
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_train.audio import write_audio
-from moss_train.commands._report import as_list
-from moss_train.data.inspection import ClipFacts, DropLimits, Inspection, find_bad, inspect_folder
-from moss_train.data.processes import num_cores
-from moss_train.data.randomness import permutation
-from moss_train.data.reading import ClipReader
-from moss_train.data.report_page import render_page
-from moss_train.evaluation.histograms import Histogram, Scatter, save_histograms
+from moss_train.audio.io import write_audio
+from moss_train.cli.console import as_list
+from moss_train.data.inspect.measure import ClipFacts, DropLimits, Inspection, find_bad, inspect_folder
+from moss_train.data.inspect.report import render_page
+from moss_train.data.stream.rng import permutation
+from moss_train.data.stream.sample_reader import ClipReader
+from moss_train.plotting import Histogram, Scatter, save_histograms
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import counted
 from moss_train.utils.progress import progress
-from moss_train.utils.wording import counted
+from moss_train.utils.workers import num_cores
 
 SUMMARY = "Verify packed shards and report what is in them; writes a list of clips to drop."
 EXAMPLES = (

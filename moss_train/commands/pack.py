@@ -8,13 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from moss_train.data.clips import PackOptions
-from moss_train.data.counting import kinds_of
-from moss_train.data.journal import JOURNAL_FILE, unfinished_folder
-from moss_train.data.manifest import MANIFEST_SUFFIXES, list_clips, read_drop_list
-from moss_train.data.packing import PackReport, check_target, pack
+from moss_train.data.pack.manifest import MANIFEST_SUFFIXES, list_clips, read_drop_list
+from moss_train.data.pack.pack import PackReport, check_target, pack
+from moss_train.data.pack.preprocess import PackOptions
+from moss_train.data.pack.resume import JOURNAL_FILE, unfinished_folder
+from moss_train.data.stream.sample_stats import kinds_of
+from moss_train.utils.files import counted
 from moss_train.utils.progress import progress
-from moss_train.utils.wording import counted
 
 SUMMARY = (
     "Pack a folder of audio, a manifest, a Kaldi folder or a saved dataset into shards for training and evaluation."

@@ -1,189 +1,100 @@
-"""From one file to what is stored of it: read, checked, cut when it is long, resampled, encoded as FLAC."""
+"""Clips of folders, manifests and shards in one list, each read when it is needed: what is measured, not trained on."""
 
-import io
-import itertools
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from moss_train.audio import AudioSource, audio_info, read_audio, resample, write_audio
-from moss_train.data.manifest import SourceClip
-from moss_train.data.saved_dataset import open_row
+from moss_train.audio.io import audio_info, read_audio
+from moss_train.data.pack.manifest import list_clips
+from moss_train.data.shards.index import INDEX_FILE, ClipLocation, ShardIndex
+from moss_train.data.stream.sample_reader import ClipReader, SampleError
 from moss_train.utils.errors import UserError
 
-RATE_LIMITS = (2000, 768_000)
-"""Sampling rates in Hz that are believed; anything else is a damaged header."""
-
-PEAK_LIMIT = 8.0
-"""Highest believed absolute sample: more is not audio in [-1, 1] with overs but, say, integers in a float file."""
-
-_RESAMPLER_REACH = 16  # samples at the lower rate that reach into a resampled sample, generously
+_LABELS = ("text", "task", "language", "speaker")
 
 
 @dataclass(frozen=True)
-class PackOptions:
-    """How clips are stored and which are left out."""
+class FileClip:
+    """Reads an audio file, or a piece of it."""
 
-    sampling_rate: int = 24000
-    num_channels: int = 1
-    min_seconds: float = 0.1  # shorter clips are left out
-    shard_bytes: int = 256 * 2**20  # a shard is closed once it has this size
-    max_bad_share: float = 0.0  # share of unreadable files beyond which packing stops
-    max_seconds: float | None = 600.0  # longer clips are left out, unless they are cut
-    segment_seconds: float | None = 60.0  # longer clips without text are cut into equal parts of at most this
-    min_level_db: float | None = None  # clips with a lower level, in dB below full scale, are left out
+    path: Path
+    start: int = 0
+    num_samples: int | None = None
 
-    def __post_init__(self) -> None:
-        if not RATE_LIMITS[0] <= self.sampling_rate <= RATE_LIMITS[1]:
-            raise UserError(f"sampling_rate={self.sampling_rate} is outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]} Hz")
-        if self.num_channels < 1 or self.min_seconds < 0 or self.shard_bytes < 1:
-            raise UserError("num_channels and shard_bytes have to be at least 1, min_seconds at least 0")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share={self.max_bad_share} has to be between 0 and 1")
-        for name in ("max_seconds", "segment_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > max(self.min_seconds, 0.01):
-                raise UserError(f"{name}={value} has to be above min_seconds={self.min_seconds}, or null")
+    def __call__(self) -> tuple[Tensor, int]:
+        """Audio [C, T] and its rate in Hz."""
+        return read_audio(self.path, start=self.start, num_frames=self.num_samples)
+
+    def length(self) -> tuple[int, int]:
+        """Samples and rate in Hz."""
+        info = audio_info(self.path)
+        return info.num_samples, info.sampling_rate
 
 
 @dataclass(frozen=True)
-class ReadyClip:
-    """A clip as it is stored."""
+class ShardClip:
+    """Reads a clip of a shard, or a piece of it."""
+
+    reader: ClipReader
+    rate: int
+    location: ClipLocation
+    start: int = 0
+    num_samples: int | None = None
+
+    def __call__(self) -> tuple[Tensor, int]:
+        """Audio [C, T] and its rate in Hz."""
+        wanted = self.location.num_samples - self.start if self.num_samples is None else self.num_samples
+        try:
+            return self.reader.read_audio(self.location, self.start, wanted), self.rate
+        except SampleError as error:
+            raise UserError(f"{self.location.shard}, clip at byte {self.location.audio_offset}: {error}") from error
+
+    def length(self) -> tuple[int, int]:
+        """Samples and rate in Hz."""
+        return self.location.num_samples, self.rate
+
+
+@dataclass(frozen=True)
+class ListedClip:
+    """One clip of a list."""
 
     id: str
-    flac: bytes
-    num_samples: int
+    domain: str
+    read: Callable[[], tuple[Tensor, int]]  # audio [C, T] and its rate in Hz; raises UserError
+    labels: dict[str, str] = field(default_factory=dict)  # text, task, language, speaker, where known
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A clip that is not stored."""
+def list_sources(sources: Sequence[str], domain: str) -> list[ListedClip]:
+    """All clips of all sources in their order; `domain` is for clips that do not say one.
 
-    kind: str  # too short, too long, silent or unreadable
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A part of a long clip: samples at the rate of its file."""
-
-    start: int
-    num_samples: int
-
-
-@dataclass(frozen=True)
-class LongClip:
-    """A clip that is stored in parts, each made by `prepare_segment`."""
-
-    segments: tuple[Segment, ...]
+    Raises UserError for what cannot be listed and for an id given twice.
+    """
+    clips: dict[str, ListedClip] = {}
+    for source in (Path(source).expanduser() for source in sources):
+        found = _shard_clips(source) if (source / INDEX_FILE).is_file() else _file_clips(source, domain)
+        for clip in found:
+            if clip.id in clips:
+                raise UserError(f"data={source}: the clip {clip.id!r} is in an earlier source too; give each an id")
+            clips[clip.id] = clip
+    return list(clips.values())
 
 
-def prepare(clip: SourceClip, options: PackOptions) -> ReadyClip | LongClip | LeftOut:
-    """Make one clip ready to be stored. Problems with the file come back as LeftOut, so that they can be counted."""
-    try:
-        source = open_clip(clip)
-        rate, begin, num_samples = _extent(clip, source)
-        seconds = num_samples / rate
-        if options.segment_seconds is not None and seconds > options.segment_seconds and clip.text is None:
-            return LongClip(cut(begin, num_samples, rate, options))
-        if options.max_seconds is not None and seconds > options.max_seconds:
-            return LeftOut("too long")
-        whole = begin == 0 and clip.end_seconds is None
-        audio, _ = read_audio(
-            source, num_channels=options.num_channels, start=begin, num_frames=None if whole else num_samples
-        )
-        return _finish(audio, rate, clip, clip.id, options)
-    except UserError as error:
-        return LeftOut("unreadable", str(error))
+def _file_clips(source: Path, domain: str) -> Iterator[ListedClip]:
+    for clip in list_clips(source, domain).clips:
+        labels = {key: value for key, value in clip.labels().items() if key in _LABELS}
+        yield ListedClip(clip.id, clip.domain, FileClip(clip.path), labels)
 
 
-def prepare_segment(segment: Segment, clip: SourceClip, options: PackOptions) -> ReadyClip | LeftOut:
-    """Make one part of a long clip ready to be stored, as if the whole had been resampled and then cut."""
-    try:
-        source = open_clip(clip)
-        rate, begin, num_samples = _extent(clip, source)
-        unit, out_unit = _units(rate, options.sampling_rate)
-        margin = unit * math.ceil(_RESAMPLER_REACH * max(1, unit / out_unit) / unit)
-        left = min(margin, segment.start - begin)
-        right = min(margin, begin + num_samples - segment.start - segment.num_samples)
-        audio, _ = read_audio(
-            source,
-            num_channels=options.num_channels,
-            start=segment.start - left,
-            num_frames=left + segment.num_samples + right,
-        )
-        _check_peak(audio, clip)
-        if rate != options.sampling_rate:
-            audio = resample(audio, rate, options.sampling_rate)
-        skipped = left // unit * out_unit
-        audio = audio[:, skipped : skipped + math.ceil(segment.num_samples * out_unit / unit)]
-        segment_id = f"{clip.id}#{segment.start / rate:.3f}"
-        return _finish(audio, options.sampling_rate, clip, segment_id, options)
-    except UserError as error:
-        return LeftOut("unreadable", str(error))
-
-
-def open_clip(clip: SourceClip) -> AudioSource:
-    """Return what `read_audio` takes: the file, or the bytes of one row of a saved dataset."""
-    return clip.path if clip.row is None else open_row(clip.path, clip.row)
-
-
-def _extent(clip: SourceClip, source: AudioSource) -> tuple[int, int, int]:
-    """Sampling rate of the file, first sample and number of samples of the clip in it."""
-    info = audio_info(source)
-    if not isinstance(source, str | Path):
-        source.seek(0)
-    rate = info.sampling_rate
-    if not RATE_LIMITS[0] <= rate <= RATE_LIMITS[1]:
-        raise UserError(f"{clip.path} has a sampling rate of {rate} Hz, outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]}")
-    begin = round(clip.start_seconds * rate)
-    end = info.num_samples if clip.end_seconds is None else round(clip.end_seconds * rate)
-    if not begin <= end <= info.num_samples:
-        raise UserError(
-            f"{clip.path} has {info.seconds:.3f} s, asked for {clip.start_seconds:.3f} to {end / rate:.3f} s"
-        )
-    return rate, begin, end - begin
-
-
-def cut(begin: int, num_samples: int, rate: int, options: PackOptions) -> tuple[Segment, ...]:
-    """Cut a clip into equal parts of at most `segment_seconds`, at places that fall on samples of both rates."""
-    assert options.segment_seconds is not None
-    unit, _ = _units(rate, options.sampling_rate)
-    count = math.ceil(num_samples / max(unit, math.floor(options.segment_seconds * rate / unit) * unit))
-    places = [round(num_samples * index / count / unit) * unit for index in range(count)] + [num_samples]
-    return tuple(Segment(begin + first, last - first) for first, last in itertools.pairwise(places))
-
-
-def _units(rate: int, wanted_rate: int) -> tuple[int, int]:
-    """The shortest stretch that is a whole number of samples at both rates."""
-    common = math.gcd(rate, wanted_rate)
-    return rate // common, wanted_rate // common
-
-
-def _check_peak(audio: Tensor, clip: SourceClip) -> None:
-    peak = audio.abs().max().item() if audio.numel() else 0.0
-    if peak > PEAK_LIMIT:
-        raise UserError(f"{clip.path} has samples up to {peak:.3g}; audio has to lie in [-1, 1]")
-
-
-def _finish(audio: Tensor, rate: int, clip: SourceClip, clip_id: str, options: PackOptions) -> ReadyClip | LeftOut:
-    """Check, resample and encode audio [C, T]."""
-    _check_peak(audio, clip)
-    if rate != options.sampling_rate:
-        audio = resample(audio, rate, options.sampling_rate)
-    seconds = audio.shape[-1] / options.sampling_rate
-    if seconds < options.min_seconds or seconds == 0:
-        return LeftOut("too short")
-    if options.min_level_db is not None and level_db(audio) < options.min_level_db:
-        return LeftOut("silent")
-    flac = io.BytesIO()
-    write_audio(flac, audio, options.sampling_rate, format="flac")
-    return ReadyClip(clip_id, flac.getvalue(), audio.shape[-1])
-
-
-def level_db(audio: Tensor) -> float:
-    """Root mean square of [C, T] in dB below full scale; -inf for digital silence."""
-    power = audio.square().mean().item()
-    return 10 * math.log10(power) if power > 0 else -math.inf
+def _shard_clips(source: Path) -> Iterator[ListedClip]:
+    index = ShardIndex.load(source)
+    reader = ClipReader(index.sampling_rate, index.num_channels)
+    for row in range(len(index)):
+        location = index.locate(row)
+        try:
+            stored = reader.read_labels(location)
+        except SampleError as error:
+            raise UserError(f"{location.shard}, clip at byte {location.json_offset}: {error}") from error
+        labels = {key: stored[key] for key in _LABELS if key in stored}
+        yield ListedClip(stored["id"], stored["domain"], ShardClip(reader, index.sampling_rate, location), labels)

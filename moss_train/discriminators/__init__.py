@@ -1,8 +1,8 @@
 """Discriminators: functions of one waveform that return logits and features."""
 
 from moss_train.discriminators.base import Discriminator, DiscriminatorOutput, DiscriminatorSet
-from moss_train.discriminators.complex_stft import ComplexSTFTDiscriminator, MultiResolutionSTFTDiscriminator
 from moss_train.discriminators.multi_period import MultiPeriodDiscriminator, PeriodDiscriminator
+from moss_train.discriminators.multi_resolution_stft import ComplexSTFTDiscriminator, MultiResolutionSTFTDiscriminator
 
 __all__ = [
     "ComplexSTFTDiscriminator",

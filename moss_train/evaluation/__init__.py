@@ -1,7 +1,6 @@
 """Measures and figures; they are given iterators of clips and know nothing of models and data sets."""
 
-from moss_train.evaluation.figures import save_spectrograms
-from moss_train.evaluation.mel import (
+from moss_train.evaluation.baselines import (
     BASELINES,
     ClipDistances,
     MelReport,
@@ -11,6 +10,7 @@ from moss_train.evaluation.mel import (
     mel_report,
     shaped_noise,
 )
+from moss_train.plotting import save_spectrograms
 
 __all__ = [
     "BASELINES",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moss_train.audio import read_audio, resample
-from moss_train.evaluation.rendering import Condition, EvaluationClip, Rendered, Rendition, check_audio
+from moss_train.audio.io import read_audio, resample
+from moss_train.evaluation.reconstruct import Condition, EvaluationClip, Rendered, Rendition, check_audio
 from moss_train.utils.errors import UserError
 
 LAYOUTS = (("gt_audios", "syn_audios"), ("reference", "reconstruction"), ("original", "reconstructed"))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moss_train.evaluation.metrics import Column, Metric, MetricError, Pair
+from moss_train.evaluation.metrics.base import Column, Metric, MetricError, Pair
 
 RATE = 16_000
 """Sampling rate in Hz of both measures."""

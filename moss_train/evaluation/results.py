@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moss_train.audio import write_audio
-from moss_train.evaluation.rendering import Condition, EvaluationClip, Rendered, Rendition
+from moss_train.audio.io import write_audio
+from moss_train.evaluation.reconstruct import Condition, EvaluationClip, Rendered, Rendition
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import written_whole
 

@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
-from moss_train.evaluation.codecs import Codec
-from moss_train.evaluation.distances import PROFILES
-from moss_train.evaluation.metrics import Metric, Pair, columns_of, score_pair
-from moss_train.evaluation.native import native_metrics
-from moss_train.evaluation.naturalness import Dnsmos
+from moss_train.evaluation.codecs.base import Codec
+from moss_train.evaluation.metrics.asr import choose_backend
+from moss_train.evaluation.metrics.base import Metric, Pair, columns_of, score_pair
+from moss_train.evaluation.metrics.dnsmos import Dnsmos
+from moss_train.evaluation.metrics.signal import PROFILES, native_metrics
+from moss_train.evaluation.metrics.speaker import Ge2eSimilarity
 from moss_train.evaluation.pitch import pitch_metrics
-from moss_train.evaluation.recognition import choose_backend
-from moss_train.evaluation.rendering import CodecRenderer, Condition, EvaluationClip, Rendition
+from moss_train.evaluation.reconstruct import CodecRenderer, Condition, EvaluationClip, Rendition
 from moss_train.evaluation.results import ClipRow, ConditionRow
-from moss_train.evaluation.speaker import Ge2eSimilarity
-from moss_train.evaluation.summary import ALL_DOMAINS, summarize
+from moss_train.evaluation.statistics import ALL_DOMAINS, summarize
 from moss_train.utils.errors import UserError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moss_train.export.training_state import STATE_FOLDER, read_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
-from moss_train.utils.checkpoints import CHECKPOINT_FILE, find_damage, newest_checkpoint, read_payload
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, find_damage, newest_checkpoint, read_payload
 from moss_train.utils.errors import UserError
 from moss_train.utils.hub import from_pretrained, refuse_missing_model
 

@@ -10,7 +10,7 @@ from moss_train.export.loading import load_tokenizer, open_source
 from moss_train.export.training_state import STATE_FOLDER, Network, write_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
-from moss_train.utils.wording import counted
+from moss_train.utils.files import counted
 
 MODEL_CARD = """---
 library_name: transformers

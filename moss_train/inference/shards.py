@@ -11,24 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moss_train.audio import write_audio
-from moss_train.data.cluster import EXECUTORS, ray_pool
-from moss_train.data.code_shards import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
-from moss_train.data.index import ARRAYS_FILE, ClipLocation, ShardIndex
-from moss_train.data.journal import JOURNAL_FILE, finished_or_resumable
-from moss_train.data.packing import check_target
-from moss_train.data.processes import ordered
-from moss_train.data.reading import ClipReader
-from moss_train.data.shards import sha256_of
+from moss_train.audio.io import write_audio
+from moss_train.data.pack.pack import check_target
+from moss_train.data.pack.ray import EXECUTORS, ray_pool
+from moss_train.data.pack.resume import JOURNAL_FILE, finished_or_resumable
+from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
+from moss_train.data.shards.format import sha256_of
+from moss_train.data.shards.index import ARRAYS_FILE, ClipLocation, ShardIndex
+from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.export.loading import load_tokenizer
 from moss_train.inference.batching import group_by_length, read_ahead
-from moss_train.inference.chunks import chunk_seconds
-from moss_train.inference.corpus import Report, relative_target
-from moss_train.inference.decoding import Decoder
-from moss_train.inference.encoding import Encoder
+from moss_train.inference.decode import Decoder
+from moss_train.inference.encode import Encoder, chunk_seconds
+from moss_train.inference.files import Report, relative_target
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import written_whole
 from moss_train.utils.progress import progress
+from moss_train.utils.workers import ordered
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
+from moss_train.audio.stft import stft_magnitudes
 from moss_train.losses.masking import zero_beyond
-from moss_train.utils.spectral import stft_magnitudes
 
 WINDOW_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 NUM_MELS = (5, 10, 20, 40, 80, 160, 320)
@@ -125,7 +125,7 @@ def log_mel_spectrogram(
 def mel_bank(sampling_rate: int, window_length: int, num_mels: int, device: torch.device) -> Tensor:
     """Slaney mel filters from 0 Hz to the Nyquist frequency, each of unit area: [window_length // 2 + 1, num_mels].
 
-    Cached outside the modules for the reasons given in `moss_train.utils.spectral`.
+    Cached outside the modules for the reasons given in `moss_train.audio.stft`.
     """
     with torch.inference_mode(False), torch.device("cpu"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="At least one mel filterbank has all zero values")

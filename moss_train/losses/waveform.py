@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moss_train.audio.stft import HOPS_PER_WINDOW, normalized_stft
 from moss_train.losses.masking import zero_beyond
-from moss_train.utils.spectral import HOPS_PER_WINDOW, normalized_stft
 
 
 class ComplexSTFTLoss(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from moss_train.semantic.text import PretrainedText
+from moss_train.semantic.text_encoder import PretrainedText
 from moss_train.utils.errors import UserError
 from moss_train.utils.hub import from_pretrained
 

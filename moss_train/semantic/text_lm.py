@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from moss_train.semantic.text import TextEncoder
-from moss_train.types import TASKS
+from moss_train.batch import TASKS
+from moss_train.semantic.text_encoder import TextEncoder
 from moss_train.utils.hub import from_pretrained
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moss_train.training.objective import UpdateCounts
-from moss_train.training.observations import mean_logits, squared_output_gradients, weights_at
-from moss_train.training.stages import StageMoment
-from moss_train.types import Batch
+from moss_train.batch import Batch
+from moss_train.training.step.diagnostics import mean_logits, squared_output_gradients, weights_at
+from moss_train.training.step.objective import UpdateCounts
+from moss_train.training.step.schedule import StageMoment
 
 if TYPE_CHECKING:
     from moss_train.training.module import CatModule

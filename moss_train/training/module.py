@@ -16,20 +16,20 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from moss_train.batch import Batch, UpdateBatch
+from moss_train.config.build import build
 from moss_train.discriminators import DiscriminatorSet
 from moss_train.export.loading import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.transformer import ProjectedTransformer
-from moss_train.training.averaging import CHECKPOINT_KEY, WeightAverage
-from moss_train.training.distributed import check_equal_start
-from moss_train.training.objective import Objective
-from moss_train.training.observations import CodeCounts
-from moss_train.training.optimizers import build_adamw, group_options
-from moss_train.training.sharding import Shards
-from moss_train.training.stages import Schedule, StageMoment
+from moss_train.training.distributed.collectives import check_equal_start
+from moss_train.training.distributed.fsdp import Shards
+from moss_train.training.step.diagnostics import CodeCounts
+from moss_train.training.step.ema import CHECKPOINT_KEY, WeightAverage
+from moss_train.training.step.objective import Objective
+from moss_train.training.step.optimizers import build_adamw, group_options
+from moss_train.training.step.schedule import Schedule, StageMoment
 from moss_train.training.updates import do_update
-from moss_train.types import Batch, UpdateBatch
-from moss_train.utils.build import build
 from moss_train.utils.errors import UserError
 
 Node = Mapping[str, Any]

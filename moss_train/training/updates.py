@@ -9,7 +9,8 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from moss_train.training.distributed import (
+from moss_train.batch import UpdateBatch
+from moss_train.training.distributed.collectives import (
     gather_over_ranks,
     max_over_ranks,
     num_ranks,
@@ -17,13 +18,12 @@ from moss_train.training.distributed import (
     sum_over_ranks,
     sum_to_host,
 )
+from moss_train.training.distributed.fsdp import is_sharded
 from moss_train.training.micro_batches import accumulate, keep_company
-from moss_train.training.objective import WEIGHTS, UpdateCounts
-from moss_train.training.observations import OBSERVED
-from moss_train.training.optimizers import scale_gradients, set_learning_rate, squared_norm
-from moss_train.training.sharding import is_sharded
-from moss_train.training.stages import StageMoment
-from moss_train.types import UpdateBatch
+from moss_train.training.step.diagnostics import OBSERVED
+from moss_train.training.step.objective import WEIGHTS, UpdateCounts
+from moss_train.training.step.optimizers import scale_gradients, set_learning_rate, squared_norm
+from moss_train.training.step.schedule import StageMoment
 
 if TYPE_CHECKING:
     from moss_train.training.module import CatModule

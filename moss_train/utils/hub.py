@@ -1,15 +1,44 @@
-"""Models by name: a folder here, or a repository of the Hugging Face hub, which is waited for only shortly.
-
-Left alone, its client tries five times, for half a minute, whenever a name is mistyped and there is no network.
-"""
+"""Access to the Hugging Face hub, with time-outs instead of waits."""
 
 import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moss_train.utils.errors import UserError
-from moss_train.utils.network import why_unreachable
+
+
+def in_time(question: Callable[[], str | None], seconds: float, otherwise: str) -> str | None:
+    """The answer to a question, or `otherwise` after so many seconds."""
+    answers: list[str | None] = []
+    thread = threading.Thread(target=lambda: answers.append(question()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else otherwise
+
+
+def why_unreachable(url: str, seconds: float) -> str | None:
+    """Why a server does not answer, None when it does, whatever it says; known after so many seconds at most."""
+    return in_time(lambda: _ask(url, seconds), seconds, f"{url} did not answer in {seconds:g} s")
+
+
+def _ask(url: str, seconds: float) -> str | None:
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, ssl.SSLError):
+            return None  # it is there; whoever asks in earnest may know its certificate
+        return f"{url} cannot be reached ({reason or type(error).__name__})"
+    return None
+
 
 HUB_SECONDS = 5.0
 

@@ -1,9 +1,18 @@
-"""What the workers of every pool of processes have in common."""
+"""Worker processes: pools that end with their parent, and work in order."""
 
 import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
 
 
 def end_with_pool() -> None:
@@ -18,3 +27,95 @@ def _end_with_starter() -> None:
     assert starter is not None
     starter.join()
     os._exit(1)
+
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Submit = Callable[..., "Future[Any]"]
+
+ORPHAN_CHECK_SECONDS = 1.0
+TASKS_PER_PROCESS = 3  # begun ahead for each process, so that none waits for a long neighbour
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def start_worker() -> None:
+    """One thread per forked worker (more only get in each other's way), and none that outlives a killed parent.
+
+    A cluster that takes the machine away signals every process. The parent finishes what it does and needs its workers
+    for that, so they end when the parent says so, not when anybody else does.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with_parent(parent: int) -> None:
+    """Wait, in a thread, until the process `parent` is gone, and end this one at once."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK_SECONDS)
+    os._exit(1)
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def worker_pool(num_workers: int, preload: str = __name__) -> Iterator[Submit]:
+    """Give a `submit` for so many processes; for one process the work is done in this one, at once.
+
+    The processes are forked from a clean one that has imported `preload`, never from this one with its threads.
+    """
+    if num_workers <= 1:
+        yield _do_now
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_pool_worker)
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_pool_worker() -> None:
+    end_with_pool()
+    torch.set_num_threads(1)
+
+
+def _do_now(function: Callable[..., Any], *args: Any) -> "Future[Any]":
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function(*args))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def ordered(
+    submit: Submit, function: Callable[..., Result], tasks: Iterable[Task], *args: Any, ahead: int
+) -> Iterator[tuple[Task, Result]]:
+    """Yield every task with `function(task, *args)`, in the order of the tasks; at most `ahead` are begun early.
+
+    Raises OSError when a process ends abruptly, as it does when the system runs out of memory.
+    """
+    waiting: deque[tuple[Task, Future[Result]]] = deque()
+    try:
+        for task in tasks:
+            waiting.append((task, submit(function, task, *args)))
+            if len(waiting) >= ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    except BrokenProcessPool as error:
+        raise OSError("a worker process ended abruptly, most likely for lack of memory; use fewer workers") from error

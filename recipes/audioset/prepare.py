@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from moss_train.data.manifest import AUDIO_SUFFIXES, write_manifest
+from moss_train.data.pack.manifest import AUDIO_SUFFIXES, write_manifest
 
 
 def main(segments: Path, labels: Path, audio: Path, manifest: Path) -> None:

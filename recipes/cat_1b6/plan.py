@@ -5,10 +5,10 @@ python recipes/cat_1b6/plan.py > recipes/cat_1b6/README.md
 
 from dataclasses import replace
 
-from moss_train.commands._compose import compose, to_plain
-from moss_train.training.estimation import GB, Estimate, Machine, estimate, stepping_seconds
-from moss_train.training.initialization import plan_beginning
-from moss_train.training.run import measure
+from moss_train.cli.compose import compose, to_plain
+from moss_train.training.cost.estimate import GB, Estimate, Machine, estimate, stepping_seconds
+from moss_train.training.run.fit import measure
+from moss_train.training.run.warm_start import plan_beginning
 
 HOURS = 3_000_000
 GPUS = (64, 256, 512)

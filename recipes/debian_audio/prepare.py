@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from moss_train.audio import audio_info
+from moss_train.audio.io import audio_info
 from moss_train.utils.errors import UserError
 
 MAX_CHARACTERS_PER_SECOND = 25.0  # above it the recording is of a shorter wording

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from moss_train.audio import audio_info
-from moss_train.data.manifest import write_manifest
+from moss_train.audio.io import audio_info
+from moss_train.data.pack.manifest import write_manifest
 
 CHUNK_SECONDS = 5
 

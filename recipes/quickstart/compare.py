@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moss_train.audio import read_audio
-from moss_train.evaluation.figures import save_spectrograms
-from moss_train.evaluation.mel import MelReport, Reconstructions, mean_power_spectrum, mel_report
+from moss_train.audio.io import read_audio
+from moss_train.evaluation.baselines import MelReport, Reconstructions, mean_power_spectrum, mel_report
+from moss_train.plotting import save_spectrograms
 
 SAMPLING_RATE = 24000
 PEAK = 0.7

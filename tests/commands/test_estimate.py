@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Config
 
-from moss_train.cli import main
-from moss_train.commands._compose import compose, to_plain
+from moss_train.cli.compose import compose, to_plain
+from moss_train.cli.main import main
 from moss_train.commands.estimate import in_days
-from moss_train.training.costs import Cost, discriminators_cost, layers_cost, tokenizer_costs
-from moss_train.training.estimation import Machine, stepping_seconds
-from moss_train.training.initialization import plan_beginning
-from moss_train.training.resources import StateSize
-from moss_train.training.scaling_law import read_scaling_law
-from moss_train.training.stages import Stage
+from moss_train.training.cost.estimate import Machine, read_scaling_law, stepping_seconds
+from moss_train.training.cost.flops import Cost, discriminators_cost, layers_cost, tokenizer_costs
+from moss_train.training.run.memory_check import StateSize
+from moss_train.training.run.warm_start import plan_beginning
+from moss_train.training.step.schedule import Stage
 
 TINY = ["estimate", "experiment=cat_tiny", "trainer.precision=bf16-mixed", "gpus=1"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import read_audio, write_audio
-from moss_train.cli import main
+from moss_train.audio.io import read_audio, write_audio
+from moss_train.cli.main import main
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 
 PAIRS = Path(__file__).parents[1] / "data" / "metrics"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.cli import main
+from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
-from moss_train.data.index import ShardIndex
+from moss_train.data.shards.index import ShardIndex
 
 
 def test_the_report_is_written_and_its_list_is_taken_by_pack(

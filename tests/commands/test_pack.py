@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.cli import main
-from moss_train.data.index import ShardIndex
+from moss_train.cli.main import main
+from moss_train.data.shards.index import ShardIndex
 
 
 def test_finished_shards_are_announced_after_an_error_and_taken_over(

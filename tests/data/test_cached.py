@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.data.cached import pack_cached, split
-from moss_train.data.clips import PackOptions
-from moss_train.data.index import ShardIndex
-from moss_train.data.manifest import list_clips
+from moss_train.data.pack.manifest import list_clips
+from moss_train.data.pack.on_the_fly import pack_cached, split
+from moss_train.data.pack.preprocess import PackOptions
+from moss_train.data.shards.index import ShardIndex
 from moss_train.utils.errors import UserError
 
 

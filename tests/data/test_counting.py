@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.data import counting
-from moss_train.data.counting import StreamCounter, kind_of
-from moss_train.data.index import ClipLocation, ShardIndex
-from moss_train.data.loader import make_loader
-from moss_train.data.stream import AudioStream, ClipFormat
-from moss_train.types import UpdateBatch
+from moss_train.batch import UpdateBatch
+from moss_train.data.shards.index import ClipLocation, ShardIndex
+from moss_train.data.stream import sample_stats as counting
+from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.sample_stats import StreamCounter, kind_of
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
 
 CLIP_FORMAT = ClipFormat(24000, 1, 1920)

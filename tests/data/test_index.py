@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from moss_train.data.index import ShardIndex
-from moss_train.data.reading import ClipReader, SampleError
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.sample_reader import ClipReader, SampleError
 from moss_train.utils.errors import UserError
 
 
@@ -48,7 +48,7 @@ def test_a_shard_that_was_cut_or_is_gone_is_found_at_once(copy: Path) -> None:
 def test_of_many_shards_some_are_looked_at_and_the_others_when_they_are_read(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moss_train.data.index.CHECKED_AT_LOAD", 2)
+    monkeypatch.setattr("moss_train.data.shards.index.CHECKED_AT_LOAD", 2)
     shard = copy / ShardIndex.load(copy).shards[1].file
     shard.write_bytes(shard.read_bytes()[:-512])
     index = ShardIndex.load(copy)

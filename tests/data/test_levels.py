@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import read_audio
-from moss_train.data.levels import adjust_level
-from moss_train.data.loader import make_loader
-from moss_train.data.loudness import loudness, power_spectrum
-from moss_train.data.stream import AudioStream, ClipFormat
+from moss_train.audio.io import read_audio
+from moss_train.audio.loudness import loudness, power_spectrum
+from moss_train.data.stream.gain import adjust_level
+from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
 
 

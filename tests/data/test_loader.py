@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moss_train.audio import read_audio
-from moss_train.data.index import ShardIndex
-from moss_train.data.loader import make_loader
-from moss_train.data.processes import num_cores
-from moss_train.data.reading import iterate_clips
-from moss_train.data.stream import AudioStream, ClipFormat
-from moss_train.types import TASKS, Batch, UpdateBatch
+from moss_train.audio.io import read_audio
+from moss_train.batch import TASKS, Batch, UpdateBatch
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.sample_reader import iterate_clips
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
+from moss_train.utils.workers import num_cores
 
 UPDATES = [(number, 8.0 if number < 3 else 12.0) for number in range(6)]
 
@@ -222,8 +222,8 @@ def test_workers_end_when_the_training_process_is_killed(packed):
     """Their results are larger than a pipe holds, so a worker that waited for a reader would wait for ever."""
     script = f"""
 import sys, time
-from moss_train.data.loader import make_loader
-from moss_train.data.stream import AudioStream, ClipFormat
+from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 stream = AudioStream([{str(packed)!r}], ClipFormat(24000, 1, 1920), crop_seconds=5.0, max_seconds=10.0)
 updates = [(i, 60.0) for i in range(100)]
 loader = make_loader(stream, text_encoder=None, position=0, updates=updates, micro_batch_seconds=60, num_workers=1)

@@ -11,12 +11,12 @@ import pytest
 import soundfile
 import torch
 
-from moss_train.audio import read_audio, write_audio
+from moss_train.audio.io import read_audio, write_audio
 from moss_train.commands import pack as pack_command
-from moss_train.data import packing
-from moss_train.data.index import ShardIndex
-from moss_train.data.manifest import SourceClip, SourceList, list_clips
-from moss_train.data.reading import iterate_clips
+from moss_train.data.pack import pack as packing
+from moss_train.data.pack.manifest import SourceClip, SourceList, list_clips
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.utils.errors import UserError
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.data.index import ClipLocation, ShardIndex
-from moss_train.data.levels import scale_to_peak
-from moss_train.data.reading import ClipReader, SampleError, iterate_clips
-from moss_train.data.shard_files import ShardFiles
+from moss_train.data.shards.index import ClipLocation, ShardIndex
+from moss_train.data.shards.reader import ShardFiles
+from moss_train.data.stream.gain import scale_to_peak
+from moss_train.data.stream.sample_reader import ClipReader, SampleError, iterate_clips
 
 
 @pytest.fixture

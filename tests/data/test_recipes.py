@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.audio import read_audio, write_audio
+from moss_train.audio.io import read_audio, write_audio
 from moss_train.commands import pack as pack_command
-from moss_train.data.reading import iterate_clips
-from moss_train.data.shards import sha256_of
+from moss_train.data.shards.format import sha256_of
+from moss_train.data.stream.sample_reader import iterate_clips
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from moss_train.commands import pack as pack_command
-from moss_train.data import remote
-from moss_train.data.index import ShardIndex
-from moss_train.data.loader import make_loader
-from moss_train.data.reading import iterate_clips
-from moss_train.data.shards import sha256_of
-from moss_train.data.stream import AudioStream, ClipFormat
+from moss_train.data.shards import remote
+from moss_train.data.shards.format import sha256_of
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.sample_reader import iterate_clips
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from moss_train.commands import pack as pack_command
-from moss_train.data.clips import PackOptions
-from moss_train.data.journal import finished_or_resumable, unfinished_folder
-from moss_train.data.manifest import list_clips
-from moss_train.data.packing import pack
+from moss_train.data.pack.manifest import list_clips
+from moss_train.data.pack.pack import pack
+from moss_train.data.pack.preprocess import PackOptions
+from moss_train.data.pack.resume import finished_or_resumable, unfinished_folder
 from moss_train.utils.errors import UserError
 
 SHARD_BYTES = 300_000

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import read_audio, resample, write_audio
+from moss_train.audio.io import read_audio, resample, write_audio
 from moss_train.commands import pack as pack_command
-from moss_train.data.clips import PackOptions, cut, prepare_segment
-from moss_train.data.index import ShardIndex
-from moss_train.data.manifest import SourceClip, list_clips
-from moss_train.data.reading import iterate_clips
+from moss_train.data.pack.manifest import SourceClip, list_clips
+from moss_train.data.pack.preprocess import PackOptions, cut, prepare_segment
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.utils.errors import UserError
 
 

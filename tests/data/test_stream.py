@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moss_train.data.stream import AudioStream, ClipFormat, SampleRef
+from moss_train.data.stream.stream import AudioStream, ClipFormat, SampleRef
 from moss_train.utils.errors import UserError
 
 FORMAT = ClipFormat(sampling_rate=24000, num_channels=1, hop_length=1920)

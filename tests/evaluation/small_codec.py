@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moss_train.evaluation.distances import PROFILES
-from moss_train.evaluation.native import SiSdr, SpectralDistances
-from moss_train.evaluation.outputs import Evaluation
-from moss_train.evaluation.rendering import CodecRenderer, EvaluationClip
+from moss_train.evaluation.metrics.signal import PROFILES, SiSdr, SpectralDistances
+from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip
+from moss_train.evaluation.report.write import Evaluation
 from moss_train.evaluation.results import Results
-from moss_train.evaluation.running import evaluate
+from moss_train.evaluation.runner import evaluate
 from moss_train.utils.errors import UserError
 
 RATE = 24_000

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import read_audio
-from moss_train.evaluation.cat_codec import CatCodec
-from moss_train.evaluation.metrics import MetricError, Pair
-from moss_train.evaluation.naturalness import Dnsmos
-from moss_train.evaluation.recognition import ErrorRates, choose_backend, words
-from moss_train.evaluation.speaker import Ge2eEncoder, Ge2eSimilarity, partial_starts
-from moss_train.evaluation.speaker_wavlm import SpeakerVerifier, WavLMSimilarity, load_weights, our_name
-from moss_train.evaluation.text_model import TextCrossEntropy, text_lm_of_checkpoint
+from moss_train.audio.io import read_audio
+from moss_train.evaluation.codecs.base import CatCodec
+from moss_train.evaluation.metrics.asr import ErrorRates, choose_backend, words
+from moss_train.evaluation.metrics.base import MetricError, Pair
+from moss_train.evaluation.metrics.dnsmos import Dnsmos
+from moss_train.evaluation.metrics.speaker import Ge2eEncoder, Ge2eSimilarity, partial_starts
+from moss_train.evaluation.metrics.speaker_wavlm import SpeakerVerifier, WavLMSimilarity, load_weights, our_name
+from moss_train.evaluation.metrics.text_lm import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.semantic import ByteText, TextLM
 from moss_train.utils.errors import UserError

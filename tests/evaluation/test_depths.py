@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moss_train.evaluation.depths import DepthReport, depth_report, quarter_depths
+from moss_train.evaluation.per_level import DepthReport, depth_report, quarter_depths
 from moss_train.losses.mel import multi_scale_mel_distance
 from tests.model.small_models import small_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moss_train.evaluation import save_spectrograms
-from moss_train.evaluation.figures import NUM_MELS, _decibels, _slaney_mel
+from moss_train.plotting import NUM_MELS, _decibels, _slaney_mel
 
 RATE = 24_000
 

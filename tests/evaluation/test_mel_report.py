@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import read_audio
+from moss_train.audio.io import read_audio
 from moss_train.evaluation import Reconstructions, low_pass, mean_power_spectrum, mel_report, shaped_noise
 from moss_train.losses import multi_scale_mel_distance
 

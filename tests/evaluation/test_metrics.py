@@ -8,10 +8,9 @@ import pytest
 import torch
 from torchaudio.functional import lowpass_biquad
 
-from moss_train.audio import read_audio
-from moss_train.evaluation.distances import PROFILES
-from moss_train.evaluation.metrics import Column, Pair, score_pair, split_available
-from moss_train.evaluation.native import Pesq, SiSdr, SpectralDistances, Stoi, native_metrics
+from moss_train.audio.io import read_audio
+from moss_train.evaluation.metrics.base import Column, Pair, score_pair, split_available
+from moss_train.evaluation.metrics.signal import PROFILES, Pesq, SiSdr, SpectralDistances, Stoi, native_metrics
 
 PAIRS = Path(__file__).parents[1] / "data" / "metrics"
 EXPECTED = json.loads((PAIRS / "expected.json").read_text())["per_file"]

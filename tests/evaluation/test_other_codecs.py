@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from moss_train.evaluation.codec_adapters import (
+from moss_train.evaluation.codecs.adapters import (
     BigCodec,
     DacCodec,
     EncodecCodec,
@@ -23,8 +23,8 @@ from moss_train.evaluation.codec_adapters import (
     SpeechTokenizerCodec,
     Xcodec2Codec,
 )
-from moss_train.evaluation.codecs import bitrate, check_levels
-from moss_train.evaluation.other_codecs import CODECS, load_codec
+from moss_train.evaluation.codecs.base import bitrate, check_levels
+from moss_train.evaluation.codecs.published_table import CODECS, load_codec
 from moss_train.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -227,7 +227,7 @@ def test_published_bitrates_follow_from_the_facts_of_the_codecs():
 )
 def test_codecs_without_their_package_say_what_to_do(name, package, way_out, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr("moss_train.evaluation.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("moss_train.evaluation.metrics.base.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"package {package} is not installed.*{way_out}"):
         load_codec(name, "weights", CPU)
 

@@ -12,10 +12,9 @@ import small_codec as small
 from chromium import Browser, browser, find_browser
 from small_codec import METRICS, run
 
-from moss_train.evaluation.comparison import compare, load_evaluation
-from moss_train.evaluation.distances import PROFILES
-from moss_train.evaluation.native import SpectralDistances
-from moss_train.evaluation.outputs import write_outputs
+from moss_train.evaluation.metrics.signal import PROFILES, SpectralDistances
+from moss_train.evaluation.report.comparison import compare, load_evaluation
+from moss_train.evaluation.report.write import write_outputs
 from moss_train.utils.errors import UserError
 
 

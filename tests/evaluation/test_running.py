@@ -13,15 +13,15 @@ import small_codec as small
 import torch
 from small_codec import METRICS, run
 
-from moss_train.audio import read_audio, write_audio
-from moss_train.evaluation.metrics import Pair
-from moss_train.evaluation.outputs import Evaluation, make_table, write_outputs
+from moss_train.audio.io import read_audio, write_audio
+from moss_train.evaluation.metrics.base import Pair
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
-from moss_train.evaluation.rendering import CodecRenderer, Condition, fit_length, impostors, pcm16
+from moss_train.evaluation.reconstruct import CodecRenderer, Condition, fit_length, impostors, pcm16
+from moss_train.evaluation.report.tables import comma_separated
+from moss_train.evaluation.report.write import Evaluation, make_table, write_outputs
 from moss_train.evaluation.results import ROWS_FILE, TIMES_FILE, Results
-from moss_train.evaluation.running import evaluate
-from moss_train.evaluation.summary import summarize
-from moss_train.evaluation.tables import comma_separated
+from moss_train.evaluation.runner import evaluate
+from moss_train.evaluation.statistics import summarize
 from moss_train.evaluation.validation import validation_scores
 from moss_train.utils.errors import UserError
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from moss_train.evaluation.codebooks import count_codes, effective_bitrate, level_use
-from moss_train.evaluation.metrics import Column
-from moss_train.evaluation.rendering import Condition
+from moss_train.evaluation.metrics.base import Column
+from moss_train.evaluation.metrics.codebooks import count_codes, effective_bitrate, level_use
+from moss_train.evaluation.reconstruct import Condition
+from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated, latex, markdown
 from moss_train.evaluation.results import ClipRow, ConditionRow
-from moss_train.evaluation.summary import bootstrap, paired_difference, summarize
-from moss_train.evaluation.tables import Table, codebook_csv, comma_separated, latex, markdown
+from moss_train.evaluation.statistics import bootstrap, paired_difference, summarize
 
 DEEP, SHALLOW = Condition("x", 8, 800.0), Condition("x", 1, 100.0)
 SCORE = Column("score", "Score", True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moss_train.cli import main
+from moss_train.cli.main import main
 from moss_train.export import load_tokenizer
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError

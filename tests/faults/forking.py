@@ -49,7 +49,7 @@ def run(job: dict[str, Any]) -> int:
     tempfile.tempdir = None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it
     inject(job["fault"])
-    from moss_train.cli import main
+    from moss_train.cli.main import main
 
     return main(job["arguments"])
 

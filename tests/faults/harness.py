@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from moss_train.training.csv_writer import read_table
-from moss_train.training.metrics import CLOCK_COLUMNS
-from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
+from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
+from moss_train.training.loggers.csv import read_table
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 
 LIMIT_SECONDS = 180.0
 """A command that takes longer hangs: about twenty times what it needs beside other work."""

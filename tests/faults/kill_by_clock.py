@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import TINY, Fit, Launcher, assert_same_run
 
-from moss_train.cli import main as command_line
+from moss_train.cli.main import main as command_line
 
 ROOT = Path(__file__).parents[2]
 LONG = ("stages.0.updates=150", "stages.1.updates=150", "checkpoint.every_updates=5", "data.num_workers=1")

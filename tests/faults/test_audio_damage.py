@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from moss_train.data.clips import LeftOut, PackOptions, ReadyClip, prepare
-from moss_train.data.manifest import SourceClip, list_clips
-from moss_train.data.packing import pack
-from moss_train.data.reading import iterate_clips
+from moss_train.data.pack.manifest import SourceClip, list_clips
+from moss_train.data.pack.pack import pack
+from moss_train.data.pack.preprocess import LeftOut, PackOptions, ReadyClip, prepare
+from moss_train.data.stream.sample_reader import iterate_clips
 
 from .harness import SCALE
 

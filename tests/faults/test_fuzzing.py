@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moss_train.data.code_shards import CodeShards
-from moss_train.data.index import ShardIndex
-from moss_train.data.journal import Journal
-from moss_train.data.manifest import list_clips, read_drop_list
-from moss_train.data.stream import AudioStream, ClipFormat
+from moss_train.data.pack.manifest import list_clips, read_drop_list
+from moss_train.data.pack.resume import Journal
+from moss_train.data.shards.codes import CodeShards
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.export.loading import load_tokenizer
-from moss_train.inference.codes import read_codes
-from moss_train.utils.checkpoints import CHECKPOINT_FILE, MANIFEST, best_checkpoint, newest_checkpoint
+from moss_train.inference.files import read_codes
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, best_checkpoint, newest_checkpoint
 from moss_train.utils.errors import UserError
 
 from .harness import SCALE

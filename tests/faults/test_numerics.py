@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from moss_train.commands._compose import compose, to_plain
-from moss_train.data.loader import make_loader
+from moss_train.batch import UpdateBatch
+from moss_train.cli.compose import compose, to_plain
+from moss_train.data.stream.loader import make_loader
 from moss_train.export.loading import tokenizer_config
 from moss_train.training import CatModule
-from moss_train.training.initialization import module_arguments
-from moss_train.training.run import open_stream
-from moss_train.training.trainer import build_trainer
-from moss_train.types import UpdateBatch
+from moss_train.training.run.fit import open_stream
+from moss_train.training.run.trainer import build_trainer
+from moss_train.training.run.warm_start import module_arguments
 
 from .harness import TINY, assert_equal
 

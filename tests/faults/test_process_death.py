@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.training.csv_writer import read_table
+from moss_train.training.loggers.csv import read_table
 
 from .harness import SCALE, Fit, assert_same_run
 
@@ -100,7 +100,7 @@ def test_sigterm_during_a_validation_waits_for_it_and_a_resume_goes_on(make_fit,
 def test_a_lost_data_worker_ends_the_run_and_nothing_else_is_lost(whole: Fit, make_fit, how: str, message: str) -> None:
     """As the out-of-memory killer or a dead network disk does it: nobody waits for ever for a batch."""
     fit = make_fit("worker", "data.num_workers=2")
-    limit = {"moss_train.data.loader.WORKER_TIMEOUT_SECONDS": 5}
+    limit = {"moss_train.data.stream.loader.WORKER_TIMEOUT_SECONDS": 5}
     outcome = fit.run(fault={"worker": [4, how], "constants": limit if how == "hang" else {}})
     assert outcome.status > 0, outcome.log[-3000:]
     assert message in outcome.log

@@ -14,10 +14,10 @@ from typing import ClassVar
 
 import pytest
 
-from moss_train.data import remote
-from moss_train.data.index import ShardIndex
-from moss_train.data.loader import make_loader
-from moss_train.data.stream import AudioStream, ClipFormat
+from moss_train.data.shards import remote
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 
 from .harness import Fit, Job, Launcher, assert_same_run
 
@@ -36,7 +36,7 @@ def test_training_does_not_need_wandb(whole: Fit, make_fit, where: str) -> None:
         outcome = fit.finish(
             "wandb=online",
             environment={"WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40, "NO_PROXY": "*"},
-            fault={"constants": {"moss_train.training.wandb_access.CHECK_SECONDS": 3.0}},
+            fault={"constants": {"moss_train.training.loggers.wandb.CHECK_SECONDS": 3.0}},
         )
     assert "wandb is offline" in outcome.log
     assert_same_run(fit, whole)

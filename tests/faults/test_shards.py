@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from moss_train.batch import UpdateBatch
 from moss_train.commands import pack as pack_command
-from moss_train.data.index import ClipLocation, ShardIndex
-from moss_train.data.loader import make_loader
-from moss_train.data.reading import ClipReader, SampleError
-from moss_train.data.shards import read_shard, sha256_of
-from moss_train.data.stream import AudioStream, ClipFormat
-from moss_train.types import UpdateBatch
+from moss_train.data.shards.format import read_shard, sha256_of
+from moss_train.data.shards.index import ClipLocation, ShardIndex
+from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.sample_reader import ClipReader, SampleError
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
 
 from .harness import SCALE
@@ -340,7 +340,7 @@ def test_a_source_is_a_folder_or_a_url_and_never_a_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOSS_TRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("moss_train.data.remote.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("moss_train.data.shards.remote.FIRST_WAIT_SECONDS", 0.01)
     with pytest.raises(UserError):
         ShardIndex.load(source)
     assert not (tmp_path / "canary").exists()

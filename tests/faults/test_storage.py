@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.training.csv_writer import read_table
-from moss_train.utils.checkpoints import CHECKPOINT_FILE, MANIFEST, find_damage, newest_checkpoint
+from moss_train.training.loggers.csv import read_table
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, find_damage, newest_checkpoint
 
 from .harness import Fit, assert_same_run
 

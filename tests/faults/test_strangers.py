@@ -17,11 +17,11 @@ import yaml
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
-from moss_train.cli import main
+from moss_train.cli.main import main
 from moss_train.export.loading import load_tokenizer
-from moss_train.inference.codes import read_codes
+from moss_train.inference.files import read_codes
 from moss_train.training import CatModule
-from moss_train.utils.checkpoints import CHECKPOINT_FILE, MANIFEST, describe_file
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, describe_file
 from moss_train.utils.errors import UserError
 
 from .harness import Fit
@@ -85,8 +85,8 @@ def test_a_malicious_checkpoint_is_refused(tmp_path: Path, canary: Path, whole: 
         {"_target_": "os.system", "command": "touch {canary}"},
         {"_target_": "subprocess.Popen", "args": ["touch", "{canary}"]},
         {"_target_": "builtins.eval", "_args_": ["open('{canary}', 'w')"]},
-        {"_target_": "moss_train.cli.subprocess.run", "args": "touch {canary}", "shell": True},
-        {"_target_": "moss_train.training.preemption.subprocess.run", "args": ["touch", "{canary}"]},
+        {"_target_": "moss_train.cli.main.subprocess.run", "args": "touch {canary}", "shell": True},
+        {"_target_": "moss_train.training.distributed.preemption.subprocess.run", "args": ["touch", "{canary}"]},
     ],
 )
 def test_hyperparameters_name_no_code_but_ours(tmp_path: Path, canary: Path, whole: Fit, node: dict) -> None:

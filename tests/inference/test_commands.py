@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import read_audio, write_audio
-from moss_train.cli import main
-from moss_train.inference.codes import read_codes
+from moss_train.audio.io import read_audio, write_audio
+from moss_train.cli.main import main
+from moss_train.inference.files import read_codes
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 
 RECORDING = sorted((Path(__file__).parents[2] / "recipes/quickstart/audio/speech").rglob("*.flac"))[0]

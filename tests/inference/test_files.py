@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from moss_train.audio import read_audio, write_audio
+from moss_train.audio.io import read_audio, write_audio
 from moss_train.inference.batching import group_by_length, read_ahead
-from moss_train.inference.codes import CODES_FORMATS, CodesInfo, read_codes, read_codes_header, write_codes
-from moss_train.inference.corpus import find_audio, find_codes, relative_target
-from moss_train.inference.decoding import Decoder, decode_files
+from moss_train.inference.decode import Decoder, decode_files
 from moss_train.inference.device import choose_device
-from moss_train.inference.encoding import Encoder, encode_files
+from moss_train.inference.encode import Encoder, encode_files
+from moss_train.inference.files import (
+    CODES_FORMATS,
+    CodesInfo,
+    find_audio,
+    find_codes,
+    read_codes,
+    read_codes_header,
+    relative_target,
+    write_codes,
+)
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import read_audio
-from moss_train.cli import main
-from moss_train.data.code_shards import CodeShards, is_code_folder
-from moss_train.data.index import ShardIndex
-from moss_train.data.journal import unfinished_folder
-from moss_train.data.reading import iterate_clips
+from moss_train.audio.io import read_audio
+from moss_train.cli.main import main
+from moss_train.data.pack.resume import unfinished_folder
+from moss_train.data.shards.codes import CodeShards, is_code_folder
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.inference import shards as shards_module
-from moss_train.inference.decoding import Decoder
+from moss_train.inference.decode import Decoder
 from moss_train.inference.shards import EncodeJob, decode_shards, encode_shards
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError

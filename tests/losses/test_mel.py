@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import read_audio
+from moss_train.audio.io import read_audio
 from moss_train.losses import MultiScaleMelLoss, log_mel_spectrogram, multi_scale_mel_distance
 from moss_train.losses.mel import mel_bank
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from moss_train.audio.stft import normalized_stft
 from moss_train.losses import ComplexSTFTLoss, WaveformLoss
-from moss_train.utils.spectral import normalized_stft
 
 LOSSES = [ComplexSTFTLoss(), WaveformLoss()]
 

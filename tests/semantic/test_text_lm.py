@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from moss_train.config.build import build
 from moss_train.semantic import ByteText, PretrainedText, TextLM
-from moss_train.utils.build import build
 
 CONFIG = {
     "hidden_size": 16,

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from moss_train.cli import main
-from moss_train.commands._compose import compose, to_plain
-from moss_train.data.loader import make_loader
+from moss_train.batch import UpdateBatch
+from moss_train.cli.compose import compose, to_plain
+from moss_train.cli.main import main
+from moss_train.data.stream.loader import make_loader
 from moss_train.export.loading import tokenizer_config
 from moss_train.training import CatModule
-from moss_train.training.initialization import module_arguments
-from moss_train.training.run import open_stream
-from moss_train.types import UpdateBatch
+from moss_train.training.run.fit import open_stream
+from moss_train.training.run.warm_start import module_arguments
 
 from .runs import FIT
 

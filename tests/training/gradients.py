@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from moss_train.batch import Batch
 from moss_train.training import CatModule, micro_batches
-from moss_train.types import Batch
 
 
 def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> dict[str, torch.Tensor]:

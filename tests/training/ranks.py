@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moss_train.batch import UpdateBatch
 from moss_train.training import CatModule
-from moss_train.training.sharding import full_tensor
+from moss_train.training.distributed.fsdp import full_tensor
 from moss_train.training.updates import Side, compute_terms, reduce
-from moss_train.types import UpdateBatch
 
 
 def gradients(

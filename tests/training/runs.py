@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.training.csv_writer import column, read_table
-from moss_train.training.metrics import CLOCK_COLUMNS
-from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
+from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
+from moss_train.training.loggers.csv import column, read_table
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 
 FIT = ["-m", "moss_train", "fit"]
 CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")

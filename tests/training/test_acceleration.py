@@ -4,12 +4,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moss_train.cli import main
+from moss_train.cli.main import main
 from moss_train.model.rope import rotation
 from moss_train.training import CatModule
-from moss_train.training.acceleration import checkpoint_activations, compile_blocks, compiled_parts
-from moss_train.training.averaging import WeightAverage
-from moss_train.training.initialization import module_arguments
+from moss_train.training.run.optimizations import checkpoint_activations, compile_blocks, compiled_parts
+from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.step.ema import WeightAverage
 from moss_train.utils.errors import UserError
 
 from .gradients import accumulate, network_errors

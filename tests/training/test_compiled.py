@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moss_train.cli import main
+from moss_train.cli.main import main
 
 from .runs import assert_equal, state, values
 

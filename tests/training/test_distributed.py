@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from moss_train.data.loader import make_loader
+from moss_train.batch import Batch, UpdateBatch
+from moss_train.data.stream.loader import make_loader
 from moss_train.export.loading import tokenizer_config
 from moss_train.training import CatModule
-from moss_train.training.distributed import fingerprint, make_buckets, sum_to_host
-from moss_train.training.initialization import module_arguments
-from moss_train.training.run import open_stream
-from moss_train.types import Batch, UpdateBatch
+from moss_train.training.distributed.collectives import fingerprint, make_buckets, sum_to_host
+from moss_train.training.run.fit import open_stream
+from moss_train.training.run.warm_start import module_arguments
 
 from . import ranks
 from .gradients import network_errors
@@ -73,7 +73,7 @@ def without_text(batch: UpdateBatch) -> UpdateBatch:
 @pytest.fixture(scope="module")
 def update(small_overrides) -> tuple[dict, UpdateBatch]:
     """Module arguments of the small recipe and a real update of several micro-batches, some clips with text."""
-    from moss_train.commands._compose import compose, to_plain
+    from moss_train.cli.compose import compose, to_plain
 
     config = to_plain(compose("fit", [*small_overrides, "run_dir=unused"]), "fit")
     config["stages"][0]["semantic_warmup_updates"] = 1

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.cli import main
-from moss_train.training.csv_writer import column, read_table
-from moss_train.utils.checkpoints import list_checkpoints
+from moss_train.cli.main import main
+from moss_train.training.loggers.csv import column, read_table
+from moss_train.utils.checkpoint import list_checkpoints
 
 QUICK = [
     "experiment=finetune",

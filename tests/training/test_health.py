@@ -1,6 +1,6 @@
 import pytest
 
-from moss_train.training.health import HealthLimits, HealthWriter
+from moss_train.training.callbacks.health import HealthLimits, HealthWriter
 
 LIMITS = HealthLimits(window_updates=20, grace_updates=100)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio import resample
-from moss_train.cli import main
+from moss_train.audio.io import resample
+from moss_train.cli.main import main
 from moss_train.export.loading import ModelSource, find_checkpoint, load_tokenizer, open_source, read_checkpoint
 from moss_train.training import CatModule
-from moss_train.training.adaptation import WeightReport
-from moss_train.training.initialization import RECORD_FILE, Beginning, initialize, plan_beginning, print_reports
-from moss_train.training.run import fit
+from moss_train.training.run.fit import fit
+from moss_train.training.run.resize_model import WeightReport
+from moss_train.training.run.warm_start import RECORD_FILE, Beginning, initialize, plan_beginning, print_reports
 from moss_train.utils.errors import UserError
 
 FIRST, LAST = "encoder.1.input_proj.weight", "decoder.6.output_proj.weight"

@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch import Callback
 
 from moss_train.training import CatModule
-from moss_train.training.initialization import module_arguments
-from moss_train.training.short_runs import train_in_memory
+from moss_train.training.run.short_runs import train_in_memory
+from moss_train.training.run.warm_start import module_arguments
 
 WATCHED = ("tokenizer.quantizer.input_proj", "tokenizer.encoder.1.input_proj", "semantic.projection", "discriminators")
 

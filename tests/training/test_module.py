@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moss_train.batch import Batch, UpdateBatch
 from moss_train.training import CatModule
-from moss_train.training.initialization import module_arguments
-from moss_train.training.stages import Schedule
-from moss_train.types import Batch, UpdateBatch
+from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.step.schedule import Schedule
 from moss_train.utils.errors import UserError
 
 from .gradients import accumulate, network_errors, pick

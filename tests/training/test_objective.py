@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from moss_train.batch import Batch
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.model.quantizer import QuantizerOutput
-from moss_train.training.objective import WEIGHTS, Objective, UpdateCounts
-from moss_train.types import Batch
+from moss_train.training.step.objective import WEIGHTS, Objective, UpdateCounts
 
 RATE = 24000
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moss_train.discriminators import DiscriminatorOutput
-from moss_train.training.codebook_metrics import codebook_columns, codebook_row
-from moss_train.training.metrics import split_metrics
-from moss_train.training.observations import CodeCounts, mean_logits, squared_output_gradients, weights_at
-from moss_train.training.stages import Stage, StageMoment
+from moss_train.training.callbacks.codebooks import codebook_columns, codebook_row
+from moss_train.training.callbacks.metrics import split_metrics
+from moss_train.training.step.diagnostics import CodeCounts, mean_logits, squared_output_gradients, weights_at
+from moss_train.training.step.schedule import Stage, StageMoment
 
 STAGE = Stage("s", 10, 1.0, adversarial=True, discriminator_warmup_updates=2, adversarial_ramp_updates=4)
 

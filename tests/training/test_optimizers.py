@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from moss_train.model.transformer import TransformerLayer
-from moss_train.training.optimizers import (
+from moss_train.training.step.optimizers import (
     build_adamw,
     parameter_groups,
     scale_gradients,

@@ -8,12 +8,12 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from moss_train.cli import main
+from moss_train.cli.main import main
 from moss_train.export.loading import open_source
 from moss_train.training import CatModule
-from moss_train.training.csv_writer import column, read_table
-from moss_train.training.initialization import RECORD_FILE, initialize, plan_beginning
-from moss_train.training.run import fit
+from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.run.fit import fit
+from moss_train.training.run.warm_start import RECORD_FILE, initialize, plan_beginning
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.training.csv_writer import column, read_table
-from moss_train.training.trainer import count_processes
-from moss_train.utils.checkpoints import list_checkpoints, read_manifest
+from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.run.trainer import count_processes
+from moss_train.utils.checkpoint import list_checkpoints, read_manifest
 from moss_train.utils.errors import UserError
 
 from .runs import FIT, assert_equal, assert_same_course, state, values, wait_for_rows

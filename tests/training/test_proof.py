@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.cli import main
+from moss_train.cli.main import main
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "proof"
 

@@ -9,16 +9,16 @@ import sys
 import pytest
 import torch
 
-from moss_train.cli import main
+from moss_train.cli.main import main
 from moss_train.export.loading import load_tokenizer
 from moss_train.training import CatModule
-from moss_train.training import resources as resource_room
-from moss_train.training.csv_writer import column, read_table
-from moss_train.training.metrics import COLUMNS
-from moss_train.training.objective import WEIGHTS
-from moss_train.training.observations import OUTPUT_TERMS
-from moss_train.training.run import differences, fit, with_added_keys
-from moss_train.utils.checkpoints import CHECKPOINT_FILE, list_checkpoints
+from moss_train.training.callbacks.metrics import COLUMNS
+from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.run import memory_check as resource_room
+from moss_train.training.run.fit import differences, fit, with_added_keys
+from moss_train.training.step.diagnostics import OUTPUT_TERMS
+from moss_train.training.step.objective import WEIGHTS
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 from moss_train.utils.errors import UserError
 
 from .runs import assert_equal, state, values, wait_for_rows

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.cli import main
-from moss_train.training.csv_writer import read_table
-from moss_train.utils.checkpoints import list_checkpoints
+from moss_train.cli.main import main
+from moss_train.training.loggers.csv import read_table
+from moss_train.utils.checkpoint import list_checkpoints
 
 from .gradients import network_errors
 from .runs import FIT, assert_equal, assert_same_course, state, values, wait_for_rows

@@ -1,6 +1,6 @@
 """Schedules scaled to a number of updates."""
 
-from moss_train.training.short_runs import shortened
+from moss_train.training.run.short_runs import shortened
 
 STAGES = (
     {"name": "first", "updates": 700, "warmup_updates": 100, "learning_rate": 1e-3},

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from moss_train.training.stages import Schedule, Stage
+from moss_train.training.step.schedule import Schedule, Stage
 
 STAGES = [
     {"name": "one", "updates": 10, "batch_seconds": 8.0, "warmup_updates": 4, "learning_rate": 1e-3},

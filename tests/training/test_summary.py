@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.commands._compose import compose, to_plain
-from moss_train.training.course import follow, panels
-from moss_train.training.csv_writer import read_table
-from moss_train.training.progress_writer import clock
-from moss_train.training.run import fit
-from moss_train.training.summary import codebook_lines, validation_table
+from moss_train.cli.compose import compose, to_plain
+from moss_train.training.callbacks.summary import codebook_lines, follow, panels, validation_table
+from moss_train.training.loggers.csv import read_table
+from moss_train.training.loggers.progress import clock
+from moss_train.training.run.fit import fit
 
 
 def test_a_run_ends_with_a_summary(whole):

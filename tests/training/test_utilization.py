@@ -7,14 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import shape_wrapper
 
-from moss_train.cli import main
-from moss_train.training.acceleration import checkpoint_activations
-from moss_train.training.costs import FORMULAS, Cost
-from moss_train.training.csv_writer import column, read_table
-from moss_train.training.gpus import GPUS, device_peak, gpu_of
-from moss_train.training.progress_writer import ProgressWriter
-from moss_train.training.stages import Stage, StageMoment
-from moss_train.training.utilization import (
+from moss_train.batch import Batch
+from moss_train.cli.main import main
+from moss_train.training.cost.flop_counter import FlopCounter
+from moss_train.training.cost.flops import FORMULAS, Cost
+from moss_train.training.cost.gpu_specs import GPUS, device_peak, gpu_of
+from moss_train.training.cost.mfu import (
     StageOperations,
     TextOperations,
     UpdateContent,
@@ -22,9 +20,11 @@ from moss_train.training.utilization import (
     count_stages,
     measured_share,
 )
-from moss_train.types import Batch
+from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.loggers.progress import ProgressWriter
+from moss_train.training.run.optimizations import checkpoint_activations
+from moss_train.training.step.schedule import Stage, StageMoment
 from moss_train.utils.errors import UserError
-from moss_train.utils.flops import FlopCounter
 
 from .gradients import accumulate
 from .runs import values

@@ -5,16 +5,16 @@ import sys
 import pytest
 import torch
 
-from moss_train.audio import read_audio
-from moss_train.cli import main
-from moss_train.data.listing import list_sources
-from moss_train.data.stream import ClipFormat
+from moss_train.audio.io import read_audio
+from moss_train.cli.main import main
+from moss_train.data.clips import list_sources
+from moss_train.data.stream.stream import ClipFormat
 from moss_train.export.loading import load_tokenizer
 from moss_train.losses import multi_scale_mel_distance
-from moss_train.training.csv_writer import column, read_table
-from moss_train.training.heldout import load_held_out
-from moss_train.training.scoring import depths, scores
-from moss_train.utils.checkpoints import best_checkpoint, list_checkpoints, read_best
+from moss_train.training.callbacks.scoring import depths, scores
+from moss_train.training.callbacks.validation_data import load_held_out
+from moss_train.training.loggers.csv import column, read_table
+from moss_train.utils.checkpoint import best_checkpoint, list_checkpoints, read_best
 
 from .runs import assert_equal, state, values
 

@@ -8,11 +8,10 @@ import threading
 import pytest
 import torch
 
-from moss_train.audio import write_audio
-from moss_train.training import wandb_access
-from moss_train.training.run_log import ClipSample
-from moss_train.training.wandb_access import find_key, why_offline
-from moss_train.training.wandb_writer import WandbWriter, run_id
+from moss_train.audio.io import write_audio
+from moss_train.training.loggers import wandb as wandb_access
+from moss_train.training.loggers.base import ClipSample
+from moss_train.training.loggers.wandb import WandbWriter, find_key, run_id, why_offline
 
 KEY = "a" * 40
 

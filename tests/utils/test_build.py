@@ -3,9 +3,9 @@ import functools
 import pytest
 import torch
 
+from moss_train.config.build import build, iterate_targets, resolve_target
 from moss_train.losses.mel import MultiScaleMelLoss
 from moss_train.model import MossAudioTokenizerConfig
-from moss_train.utils.build import build, iterate_targets, resolve_target
 from moss_train.utils.errors import UserError
 
 MEL = "moss_train.losses.mel.MultiScaleMelLoss"
@@ -62,12 +62,12 @@ def test_partial_waits_for_its_last_arguments():
         "torch.load",
         "torch.hub.load",
         "moss_train_evil.Thing",
-        "moss_train.utils.build.hydra.utils.instantiate",
-        "moss_train.audio.soundfile.write",
-        "moss_train.audio.write_audio",
-        "moss_train.cli.main",
-        "moss_train.utils.build.build",
-        "moss_train.audio.torch.load",
+        "moss_train.config.build.hydra.utils.instantiate",
+        "moss_train.audio.io.soundfile.write",
+        "moss_train.audio.io.write_audio",
+        "moss_train.cli.main.main",
+        "moss_train.config.build.build",
+        "moss_train.audio.io.torch.load",
         None,
         3,
     ],

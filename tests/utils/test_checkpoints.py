@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.utils.checkpoints import (
+from moss_train.utils.checkpoint import (
     BestCheckpoint,
     best_checkpoint,
     checkpoint_name,

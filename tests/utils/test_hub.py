@@ -11,7 +11,7 @@ from transformers import AutoConfig, Qwen2Config
 
 from moss_train.utils import hub
 from moss_train.utils.errors import UserError
-from moss_train.utils.network import why_unreachable
+from moss_train.utils.hub import why_unreachable
 
 
 class Refuses(http.server.BaseHTTPRequestHandler):

@@ -4,12 +4,12 @@ import sys
 import pytest
 
 from moss_train.utils.errors import UserError
-from moss_train.utils.locks import exclusive
+from moss_train.utils.files import exclusive
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from moss_train.utils.locks import exclusive
+from moss_train.utils.files import exclusive
 with exclusive(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     time.sleep(60)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moss_train.utils.spectral import normalized_hann_window, normalized_stft, stft_magnitudes
+from moss_train.audio.stft import normalized_hann_window, normalized_stft, stft_magnitudes
 
 
 def test_window_has_unit_energy():

@@ -1,4 +1,4 @@
-from moss_train.utils.wording import counted
+from moss_train.utils.files import counted
 
 
 def test_one_is_no_plural():

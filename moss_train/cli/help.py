@@ -1,0 +1,154 @@
+"""The texts of `--help`, made from the command modules and their commented YAML without importing either."""
+
+import ast
+import difflib
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moss_train.utils.paths import PACKAGE_DIRECTORY, config_directory
+
+JOINED_KEYS = frozenset({"data.train", "validation.data", "input"})
+_EXPERIMENT = "experiment"
+
+_OPTIONS = """\
+  -h, --help         this text
+  --cfg job          print the composed configuration and stop
+  --config-dir DIR   a folder with your own YAML files, laid out like configs/ (DIR/experiment/mine.yaml)
+  --traceback        show the Python traceback of an error
+  --version          the version of moss_train"""
+
+_OVERRIDES = f"""\
+  key=value          changes a value; nested keys take dots: data.path=/my/audio
+  key=[a,b]          a list; quote it when the shell would expand it
+  group=name         chooses one of the files of a group, as in experiment=finetune
+  +key=value, ~key   adds a key, removes a key
+  A key given several times becomes a list if it names paths ({", ".join(sorted(JOINED_KEYS))}), so that
+  data.train=/shards/{{speech,music}} may be left to the shell. Paths may hold spaces and other special characters;
+  quote them for the shell only. A leading ~ is the home folder."""
+
+
+def find_verbs() -> dict[str, str]:
+    """Return the summary of every verb by name, read from the sources so that no command is imported."""
+    directory = PACKAGE_DIRECTORY / "commands"
+    files = sorted(path for path in directory.glob("*.py") if not path.name.startswith("_"))
+    return {path.stem: _constant(path, "SUMMARY", "") for path in files}
+
+
+def program_help(verbs: dict[str, str]) -> str:
+    """Return the text of `moss_train --help`: every verb with its summary, the options, the override syntax."""
+    width = max(map(len, verbs), default=0)
+    lines = [f"  {verb:<{width}}  {summary}" for verb, summary in verbs.items()]
+    return "\n".join(
+        [
+            "Trains neural audio tokenizers from raw audio and hands them over as Hugging Face models.",
+            "\nUsage: python -m moss_train <verb> [options] [key=value ...]",
+            "\nVerbs:",
+            *lines,
+            f"\nOptions:\n{_OPTIONS}",
+            f"\nValues:\n{_OVERRIDES}",
+            "\npython -m moss_train <verb> --help shows a verb's configuration with its comments.",
+        ]
+    )
+
+
+def verb_help(verb: str, extra_directory: Path | None = None) -> str:
+    """Return the text of `<verb> --help`: usage, experiments, groups, the commented YAML, examples."""
+    directories = [directory for directory in (config_directory(), extra_directory) if directory is not None]
+    text = _read_verb_config(verb, directories)
+    config = yaml.safe_load(text) or {}
+    module = PACKAGE_DIRECTORY / "commands" / f"{verb}.py"
+    parts = [
+        _constant(module, "SUMMARY", ""),
+        f"\nUsage: python -m moss_train {verb} [options] [key=value ...]",
+        f"\nOptions:\n{_OPTIONS}",
+        f"\nValues:\n{_OVERRIDES}",
+        *_group_parts(config, directories),
+        f"\nConfiguration (configs/{verb}.yaml):\n{textwrap.indent(text.strip(), '  ')}",
+        "\nExamples:",
+        *[f"  {example}" for example in _constant(module, "EXAMPLES", ()) or _examples(verb, config, directories)],
+    ]
+    return "\n".join(parts)
+
+
+def group_options(group: str, directories: list[Path]) -> dict[str, str]:
+    """Return the files of a config group by name, with the first comment line of each."""
+    options = {}
+    for directory in directories:
+        for path in sorted((directory / group).glob("*.yaml")):
+            lines = path.read_text("utf-8").splitlines()
+            comments = (line for line in lines if line.startswith("#") and not line.startswith("# @package"))
+            options[path.stem] = next(comments, "").lstrip("# ").rstrip()
+    return options
+
+
+def unknown(kind: str, word: str, known: list[str]) -> str:
+    """Return the message for a word that does not exist: the nearest one that does, or all there are."""
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known) or 'none'}"
+    return f"unknown {kind} {word!r}: {hint}"
+
+
+def default_groups(config: dict[str, Any]) -> dict[str, str | None]:
+    """Return the groups in a verb's defaults list with the option each stands at."""
+    groups: dict[str, str | None] = {}
+    for entry in config.get("defaults") or []:
+        if isinstance(entry, dict):
+            for key, value in entry.items():
+                groups[key.removeprefix("optional ").removeprefix("override ").split("@")[0].lstrip("/")] = value
+    return groups
+
+
+def mandatory_keys(config: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys whose value is `???`."""
+    keys = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            keys += mandatory_keys(value, f"{prefix}{key}.")
+        elif value == "???":
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def _group_parts(config: dict[str, Any], directories: list[Path]) -> list[str]:
+    parts = []
+    groups = default_groups(config)
+    for group in sorted(groups, key=lambda name: name != _EXPERIMENT):
+        options = group_options(group, directories)
+        if not options:
+            continue
+        title = "Experiments (experiment=<name>)" if group == _EXPERIMENT else f"Group {group} ({group}=<name>)"
+        width = max(map(len, options))
+        lines = []
+        for name, comment in options.items():
+            default = " (default)" if name == groups[group] else ""
+            lines.append(f"  {name:<{width}}  {comment}{default}".rstrip())
+        parts.append("\n".join([f"\n{title}:", *lines]))
+    return parts
+
+
+def _examples(verb: str, config: dict[str, Any], directories: list[Path]) -> list[str]:
+    required = " ".join(f"{key}=<{key.split('.')[-1]}>" for key in mandatory_keys(config))
+    start = f"python -m moss_train {verb}"
+    if _EXPERIMENT in default_groups(config):
+        experiment = next(iter(group_options(_EXPERIMENT, directories)), "<name>")
+        start = f"{start} experiment={experiment}"
+    return [f"{start} {required}".rstrip(), f"{start} {required} --cfg job".replace("  ", " ")]
+
+
+def _read_verb_config(verb: str, directories: list[Path]) -> str:
+    for directory in directories:
+        path = directory / f"{verb}.yaml"
+        if path.is_file():
+            return path.read_text("utf-8")
+    raise FileNotFoundError(f"the configuration of {verb} is missing: {directories[0] / verb}.yaml")
+
+
+def _constant(path: Path, name: str, default: Any) -> Any:
+    for statement in ast.parse(path.read_text("utf-8")).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return ast.literal_eval(statement.value)  # type: ignore[attr-defined]
+    return default

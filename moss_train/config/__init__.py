@@ -1,0 +1,1 @@
+"""Configuration: its schema, and the builder of `_target_` nodes."""

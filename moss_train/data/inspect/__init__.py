@@ -1,0 +1,1 @@
+"""Measure packed audio and report on it."""

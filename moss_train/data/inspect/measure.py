@@ -1,0 +1,176 @@
+"""Look at every clip of packed folders: what is in them, and which clips should not be."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from moss_train.audio.io import to_pcm16
+from moss_train.audio.loudness import bandwidth, loudness, power_spectrum
+from moss_train.data.pack.preprocess import level_db
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.sample_reader import ClipReader, SampleError
+from moss_train.utils.errors import UserError
+from moss_train.utils.workers import TASKS_PER_PROCESS, ordered, worker_pool
+
+FULL_SCALE = 32766 / 32768
+_END_SECONDS = 0.005
+_END_RANGE_DB = 6.0
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What was measured of one clip; zeros when it could not be read, and then `error` says why."""
+
+    row: int  # of its folder's index
+    id: str
+    domain: str
+    seconds: float
+    language: str = "none"
+    task: str = "none"
+    num_characters: int = 0  # of the text
+    loudness_lufs: float = -math.inf
+    level_db: float = -math.inf
+    peak: float = 0.0
+    clipped_share: float = 0.0  # of samples at full scale
+    bandwidth_hz: float = 0.0
+    ends_abruptly: bool = False  # clips with text only: as loud at the very end as on average
+    digest: str = ""  # of the samples
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class DropLimits:
+    """Which clips should be dropped."""
+
+    silent_db: float = -60.0
+    clipped_share: float = 0.01
+    max_characters_per_second: float = 40.0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One packed folder as it was found."""
+
+    index: ShardIndex
+    problems: tuple[str, ...]  # files whose bytes are not those of the index
+    clips: tuple[ClipFacts, ...]
+
+
+def inspect_folder(
+    folder: str | Path, num_workers: int, on_clips: Callable[[int], None] = lambda count: None
+) -> Inspection:
+    """Verify and measure a packed folder. Raises UserError when its index is damaged or a shard missing or cut."""
+    index = ShardIndex.load(folder)
+    problems, clips = _problems(index.verify_arrays), []
+    with worker_pool(num_workers, "moss_train.data.inspect.measure") as submit:
+        shards = ((str(folder), number) for number in range(len(index.shards)))
+        for _, (found, facts) in ordered(submit, _inspect_shard, shards, ahead=TASKS_PER_PROCESS * num_workers):
+            problems += found
+            clips += facts
+            on_clips(len(facts))
+    return Inspection(index, tuple(problems), tuple(clips))
+
+
+def _inspect_shard(task: tuple[str, int]) -> tuple[list[str], list[ClipFacts]]:
+    folder, number = task
+    index = _index(folder)
+    reader = ClipReader(index.sampling_rate, index.num_channels)
+    problems = _problems(lambda: index.verify_shard(index.shards[number]))
+    return problems, [inspect_clip(index, reader, row) for row in index.shards.rows_of(number)]
+
+
+def _problems(verify: Callable[[], None]) -> list[str]:
+    try:
+        verify()
+    except (UserError, OSError) as error:
+        return [str(error)]
+    return []
+
+
+@lru_cache(maxsize=4)
+def _index(folder: str) -> ShardIndex:
+    return ShardIndex.load(folder)
+
+
+def inspect_clip(index: ShardIndex, reader: ClipReader, row: int) -> ClipFacts:
+    """Measure one clip."""
+    location = index.locate(row)
+    domain = index.shards[index.shards.shard_of(row)].domain
+    seconds = location.num_samples / index.sampling_rate
+    clip_id = f"{Path(location.shard).name}@{location.audio_offset}"
+    try:
+        reader.check_headers(location)
+        labels = reader.read_labels(location)
+        clip_id = labels["id"]
+        audio = reader.read_audio(location, 0, location.num_samples)
+    except SampleError as error:
+        return ClipFacts(row, clip_id, domain, seconds, error=str(error))
+    power = power_spectrum(audio)
+    return ClipFacts(
+        row=row,
+        id=clip_id,
+        domain=domain,
+        seconds=seconds,
+        language=labels.get("language", "none"),
+        task=labels.get("task", "none"),
+        num_characters=len(labels.get("text", "")),
+        loudness_lufs=loudness(power, index.sampling_rate),
+        level_db=level_db(audio),
+        peak=audio.abs().max().item(),
+        clipped_share=(audio.abs() >= FULL_SCALE).float().mean().item(),
+        bandwidth_hz=bandwidth(power, index.sampling_rate),
+        ends_abruptly=location.has_text and ends_abruptly(audio, index.sampling_rate),
+        digest=hashlib.sha256(to_pcm16(audio).numpy().tobytes()).hexdigest()[:32],
+    )
+
+
+def ends_abruptly(audio: Tensor, sampling_rate: int) -> bool:
+    """Whether [C, T] is about as loud in its last 5 ms as on average: cut off, rather than faded to the room."""
+    end = audio[:, -max(1, round(_END_SECONDS * sampling_rate)) :]
+    return level_db(end) > level_db(audio) - _END_RANGE_DB
+
+
+def find_bad(clips: Sequence[ClipFacts], limits: DropLimits) -> dict[str, str]:
+    """Return id -> reason of the clips that should be dropped; of equal recordings the first stays."""
+    bad: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    ids = Counter(clip.id for clip in clips)
+    for clip in clips:
+        reason = _bad_reason(clip, limits)
+        if not reason and clip.digest in seen:
+            reason = f"duplicate of {seen[clip.digest]}"
+        if not reason and ids[clip.id] > 1:
+            reason = "duplicate id"
+        if reason:
+            bad.setdefault(clip.id, reason)
+        else:
+            seen[clip.digest] = clip.id
+    return bad
+
+
+def _bad_reason(clip: ClipFacts, limits: DropLimits) -> str:
+    if clip.error:
+        return f"unreadable: {clip.error}"
+    if clip.level_db < limits.silent_db:
+        return f"silent: {clip.level_db:.1f} dB"
+    if clip.clipped_share > limits.clipped_share:
+        return f"clipped: {clip.clipped_share:.1%} of the samples"
+    if clip.task != "caption" and clip.num_characters > limits.max_characters_per_second * clip.seconds:
+        return f"text: {clip.num_characters} characters in {clip.seconds:.2f} s"
+    return ""
+
+
+def summarize(clips: Sequence[ClipFacts]) -> dict[str, dict[str, float]]:
+    """Hours by domain, language and task."""
+    hours: dict[str, dict[str, float]] = {"domain": {}, "language": {}, "task": {}}
+    for clip in clips:
+        for kind, sums in hours.items():
+            name = getattr(clip, kind)
+            sums[name] = sums.get(name, 0.0) + clip.seconds / 3600
+    return {kind: dict(sorted(sums.items())) for kind, sums in hours.items()}

@@ -1,0 +1,1 @@
+"""Pack audio files into shards."""

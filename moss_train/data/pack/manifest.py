@@ -1,0 +1,271 @@
+"""The list of clips to pack: a folder tree, a JSONL or CSV manifest, a Kaldi folder or a saved dataset."""
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moss_train.batch import TASKS
+from moss_train.data.pack.foreign_datasets import is_kaldi, is_saved_dataset, iterate_rows, iterate_utterances
+from moss_train.utils.errors import UserError
+
+AUDIO_SUFFIXES = frozenset(
+    f".{name}"
+    for name in "aif aifc aiff au caf flac mp3 oga ogg opus rf64 snd sph w64 wav wave".split()  # noqa: SIM905
+)
+"""Suffixes that are taken from a folder; manifests may name any file that libsndfile reads."""
+
+DOMAIN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+_KEYS = ("path", "id", "domain", "text", "task", "language", "speaker")
+_TIMES = ("start_seconds", "end_seconds")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what stands for a byte that is not UTF-8
+_JSON_SUFFIXES = (".jsonl", ".ndjson")
+_TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+MANIFEST_SUFFIXES = (*_JSON_SUFFIXES, *_TABLE_SUFFIXES)
+
+Entries = Iterator[tuple[str, dict[str, Any] | UserError]]
+"""Place and content of every line, or what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class SourceClip:
+    """One clip to pack, as its file name or its manifest line describes it."""
+
+    path: Path
+    id: str
+    domain: str
+    text: str | None = None
+    task: str | None = None  # one of TASKS, set exactly where there is text
+    language: str | None = None
+    speaker: str | None = None
+    start_seconds: float = 0.0  # part of the file that is the clip
+    end_seconds: float | None = None
+    row: int | None = None  # of the saved dataset that `path` belongs to
+
+    def labels(self) -> dict[str, str]:
+        """What is stored beside the audio: the labels that are there."""
+        values = {"domain": self.domain, "text": self.text, "task": self.task}
+        values |= {"language": self.language, "speaker": self.speaker}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class SourceList:
+    """Clips in their fixed order, with what was passed over while listing them."""
+
+    source: Path
+    clips: tuple[SourceClip, ...]
+    ignored: dict[str, int] = field(default_factory=dict)  # suffixes or manifest keys without effect, with counts
+    bad: tuple[tuple[str, str], ...] = ()  # (place, reason) of lines that are no clip
+
+
+def list_clips(source: Path, domain: str) -> SourceList:
+    """List the clips of a source; `domain` is for clips that do not say one.
+
+    Lines of a manifest that are no clip are named in the result. Raises UserError when there is no clip at all.
+    """
+    check_domain(domain, "domain")
+    suffix = source.suffix.lower()
+    if not source.exists():
+        raise UserError(f"input={source} does not exist; give a folder of audio files or a .jsonl manifest")
+    if is_kaldi(source):
+        return _list_entries(source, iterate_utterances(source), domain)
+    if source.is_dir():
+        saved = is_saved_dataset(source)
+        return _list_entries(source, iterate_rows(source), domain) if saved else _list_folder(source, domain)
+    if suffix in _JSON_SUFFIXES:
+        return _list_entries(source, _iterate_json(source), domain)
+    if suffix in _TABLE_SUFFIXES:
+        return _list_entries(source, _iterate_table(source, _TABLE_SUFFIXES[suffix]), domain)
+    raise UserError(f"input={source} is neither a folder nor a .jsonl, .csv, .tsv or .scp manifest")
+
+
+def read_drop_list(path: Path) -> dict[str, str]:
+    """Read a drop list, one JSON object with `id` and maybe `reason` per line, as id -> reason. Raises UserError."""
+    dropped = {}
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"drop={path} cannot be read ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line or "{}")
+            if line.strip():
+                dropped[str(entry["id"])] = str(entry.get("reason", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}:{number}: not a JSON object with an 'id' ({line!r})") from error
+    return dropped
+
+
+def check_domain(domain: str, where: str) -> str:
+    """Return the domain, or raise UserError when it cannot be part of a file name."""
+    if not isinstance(domain, str) or not DOMAIN_PATTERN.fullmatch(domain):
+        raise UserError(f"{where}: domain {domain!r} has to be letters, digits, '-' and '_' (it names the shards)")
+    return domain
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder; linked folders are followed once, hidden names are passed over."""
+    seen: set[str] = set()
+    for root, directories, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            directories.clear()
+            continue
+        seen.add(real)
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+
+
+def _list_folder(folder: Path, domain: str) -> SourceList:
+    paths: list[Path] = []
+    ignored: dict[str, int] = {}
+    for path in _walk(folder):
+        suffix = path.suffix.lower()
+        if suffix in AUDIO_SUFFIXES:
+            paths.append(path)
+        else:
+            ignored[suffix or "no suffix"] = ignored.get(suffix or "no suffix", 0) + 1
+    if not paths:
+        found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(ignored.items())) or "no files"
+        raise UserError(f"input={folder} has no audio files (found {found}); libsndfile's formats are read")
+    clips = sorted((_readable(path.relative_to(folder)), path) for path in paths)
+    return SourceList(folder, tuple(SourceClip(path, id, domain) for id, path in clips), ignored)
+
+
+def _readable(path: Path) -> str:
+    """Path as text that can be stored: bytes that are not UTF-8 are written as \\xNN."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
+    clips: list[SourceClip] = []
+    bad: list[tuple[str, str]] = []
+    ignored: dict[str, int] = {}
+    places: dict[str, str] = {}
+    folder = source if source.is_dir() else source.parent
+    for where, entry in entries:
+        try:
+            if isinstance(entry, UserError):
+                raise entry
+            clip = _clip_from_entry(entry, folder, domain, where)
+            if clip.id in places:
+                raise UserError(f"{where}: {clip.id!r} is already on {places[clip.id]}; give every clip its own 'id'")
+        except UserError as error:
+            bad.append((where, str(error)))
+            continue
+        places[clip.id] = f"line {where.rpartition(':')[2]}" if ":" in where else where
+        clips.append(clip)
+        for key in set(entry) - {*_KEYS, *_TIMES, "row"}:
+            ignored[key] = ignored.get(key, 0) + 1
+    if not clips:
+        raise UserError(bad[0][1] if bad else f"{source} has no lines; write one JSON object with a 'path' per clip")
+    return SourceList(source, tuple(clips), ignored, tuple(bad))
+
+
+def _iterate_json(manifest: Path) -> Entries:
+    with manifest.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{manifest}:{number}"
+                yield where, _or_error(_parse_line, line, where)
+
+
+def _iterate_table(manifest: Path, delimiter: str) -> Entries:
+    """Rows of a table with a header; empty cells are left out."""
+    with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:  # the reader goes on with the next line
+                where = f"{manifest}:{rows.line_num + 1}"
+                yield where, UserError(f"{where}: not a line of UTF-8 CSV ({error})")
+                continue
+            where = f"{manifest}:{rows.line_num}"
+            yield where, _or_error(_parse_row, row, where)
+
+
+def _or_error(parse: Callable[..., dict], line: Any, where: str) -> dict[str, Any] | UserError:
+    try:
+        return parse(line, where)
+    except UserError as error:
+        return error
+
+
+def _parse_row(row: dict, where: str) -> dict:
+    entry: dict[str, Any] = {key: value for key, value in row.items() if key and value}
+    if None in row or not entry.get("path"):
+        header = ", ".join(key for key in row if key)
+        raise UserError(f"{where}: every row needs a 'path' and no more cells than the header has ({header})")
+    if any(_SURROGATE.search(value) for value in entry.values()):
+        raise UserError(f"{where}: not a line of UTF-8 CSV")
+    return entry | {key: _number(entry[key], where) for key in _TIMES if key in entry}
+
+
+def _number(value: object, where: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UserError(f"{where}: a time has to be a number of seconds, 0 or more, got {value!r}")
+    return number
+
+
+def _parse_line(line: bytes, where: str) -> dict:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a line of JSON ({error})") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
+        found = f", this one has {', '.join(map(repr, entry))}" if isinstance(entry, dict) and entry else ""
+        raise UserError(f"{where}: every line has to be a JSON object with a 'path'{found}")
+    for key in _KEYS:
+        if entry.get(key) is not None and not isinstance(entry[key], str):
+            raise UserError(f"{where}: {key!r} has to be a string, got {entry[key]!r}")
+    entry.pop("row", None)
+    return entry | {key: _number(entry[key], where) for key in _TIMES if entry.get(key) is not None}
+
+
+def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> SourceClip:
+    clip_domain = check_domain(entry.get("domain") or domain, where)
+    text = (entry.get("text") or "").strip() or None
+    task = entry.get("task") or ("asr" if clip_domain == "speech" else "caption")
+    if task not in TASKS:
+        raise UserError(f"{where}: unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+    path = folder / entry["path"]
+    if not path.is_file():
+        raise UserError(f"{where}: no such file: {path}")
+    return SourceClip(
+        path=path,
+        id=entry.get("id") or entry["path"],
+        domain=clip_domain,
+        text=text,
+        task=task if text else None,
+        language=entry.get("language") or None,
+        speaker=entry.get("speaker") or None,
+        start_seconds=entry.get("start_seconds") or 0.0,
+        end_seconds=entry.get("end_seconds"),
+        row=entry.get("row"),
+    )
+
+
+def write_manifest(path: Path, entries: Iterable[dict[str, Any]]) -> int:
+    """Write a JSONL manifest, values that are None left out, and return the number of its lines."""
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for entry in entries:
+            values = {key: value for key, value in entry.items() if value is not None}
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            count += 1
+    return count

@@ -1,0 +1,111 @@
+"""A folder of audio or a manifest, packed on the fly: once for the same files and the same format, then found again."""
+
+import hashlib
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from moss_train.audio.io import RESAMPLER
+from moss_train.data.pack.manifest import SourceClip, SourceList, list_clips
+from moss_train.data.pack.pack import PackReport, pack
+from moss_train.data.pack.preprocess import PackOptions
+from moss_train.data.shards.format import FORMAT_VERSION
+from moss_train.data.shards.index import INDEX_FILE
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import counted, exclusive
+from moss_train.utils.progress import progress
+
+LOCK_FILE = ".lock"
+LONGEST_WAIT_SECONDS = 7 * 24 * 3600.0  # for another process that packs the same files
+NUM_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class PackedSource:
+    """Where the clips of a source lie.
+
+    Attributes:
+        key: hash of everything that decides what is in the shards: names, labels, sizes and times of the files, format.
+        train, heldout: packed folders; `heldout` is None when nothing was held out.
+    """
+
+    key: str
+    train: Path
+    heldout: Path | None
+
+
+def pack_cached(source: Path, cache: Path, options: PackOptions, *, domain: str, heldout_share: float) -> PackedSource:
+    """Pack a source into `cache`, or find it there; a line says which, and where.
+
+    Packing that was interrupted goes on after its last finished shard. Of several processes one packs and the others
+    wait.
+
+    Raises:
+        UserError: nothing to pack, too many unreadable files, or a share that cannot be held out.
+    """
+    if not 0 <= heldout_share < 1:
+        raise UserError(f"data.heldout_share={heldout_share} has to be at least 0 and below 1")
+    sources = list_clips(source, domain)
+    heldout, train = split(sources, heldout_share)
+    found = locate(cache, listing_key(sources, options, heldout_share), bool(heldout.clips))
+    cache.mkdir(parents=True, exist_ok=True)
+    with exclusive(cache / LOCK_FILE, str(cache), LONGEST_WAIT_SECONDS):
+        parts = [(train, found.train)] + ([(heldout, found.heldout)] if found.heldout is not None else [])
+        todo = [(part, folder) for part, folder in parts if not (folder / INDEX_FILE).exists()]
+        for part, folder in todo:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            say_what_was_left_out(pack_with_progress(part, folder, options))
+    count = f"{counted(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
+    print(f"{source}: {count}, {'packed into' if todo else 'found packed in'} {found.train.parent}", file=sys.stderr)
+    return found
+
+
+def locate(cache: Path, key: str, has_heldout: bool) -> PackedSource:
+    """Where the shards of a key lie, or will."""
+    folder = cache / key[:16]
+    return PackedSource(key, folder / "train", folder / "heldout" if has_heldout else None)
+
+
+def listing_key(sources: SourceList, options: PackOptions, heldout_share: float) -> str:
+    """Hash of the files by name, size and time, of their labels, and of the format in which they are packed."""
+    settings = asdict(options) | {"heldout_share": heldout_share, "resampler": RESAMPLER, "format": FORMAT_VERSION}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for clip in sources.clips:
+        status = clip.path.stat()
+        part = (clip.start_seconds, clip.end_seconds, clip.row)
+        line = [clip.id, clip.labels(), part, status.st_size, status.st_mtime_ns]
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
+
+
+def split(sources: SourceList, heldout_share: float) -> tuple[SourceList, SourceList]:
+    """A share of the files, one at least, and the others; which ones depends on their names alone.
+
+    Nothing is held out of a single file.
+    """
+    count = math.ceil(heldout_share * len(sources.clips)) if len(sources.clips) > 1 else 0
+    order = sorted(sources.clips, key=lambda clip: hashlib.sha256(clip.id.encode()).digest())
+    chosen = {clip.id for clip in order[:count]}
+
+    def part(wanted: bool) -> SourceList:
+        clips: tuple[SourceClip, ...] = tuple(clip for clip in sources.clips if (clip.id in chosen) == wanted)
+        return replace(sources, clips=clips)
+
+    return part(True), part(False)
+
+
+def pack_with_progress(sources: SourceList, folder: Path, options: PackOptions) -> PackReport:
+    """`pack` with a progress bar."""
+    with progress(f"packing {folder.name}", total=len(sources.clips)) as bar:
+        return pack(sources, folder, options, on_clip=lambda seconds: bar.advance())
+
+
+def say_what_was_left_out(report: PackReport) -> None:
+    """One line for clips that could not be used, with the first reasons."""
+    kinds = [f"{count} {kind}" for kind, count in sorted(report.left_out.items())]
+    if report.bad:
+        kinds.append(f"{len(report.bad)} unreadable ({'; '.join(reason for _, reason in report.bad[:NUM_SHOWN])})")
+    if kinds:
+        print(f"left out: {', '.join(kinds)}", file=sys.stderr)

@@ -1,0 +1,226 @@
+"""Pack clips into shards: a FLAC and a JSON per clip, a domain per shard, the same bytes for the same input.
+
+Processes read and encode, this one writes, in the order of the list. A shard ends at the first clip that brings it to
+its size, so what is in it depends neither on the number of processes nor on where an earlier attempt was killed.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moss_train.audio.io import RESAMPLER
+from moss_train.data.pack.manifest import SourceClip, SourceList
+from moss_train.data.pack.preprocess import LeftOut, LongClip, PackOptions, ReadyClip, prepare, prepare_segment
+from moss_train.data.pack.ray import EXECUTORS, ray_pool
+from moss_train.data.pack.resume import Journal, ShardInputs, finished_or_resumable, take_over
+from moss_train.data.shards.format import FORMAT_VERSION, ShardWriter, read_shard
+from moss_train.data.shards.index import INDEX_FILE, IndexBuilder
+from moss_train.data.stream.sample_stats import kinds_of
+from moss_train.utils.errors import UserError
+from moss_train.utils.workers import TASKS_PER_PROCESS, Submit, num_cores, ordered, worker_pool
+
+CLIPS_PER_PROCESS = 200
+"""So many clips are worth starting a process for, when the number of processes is not given."""
+
+_NOT_CONTENT = ("max_bad_share",)  # options that do not change what is in a shard
+
+Outcome = ReadyClip | LeftOut
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was packed and what was not."""
+
+    index: dict  # content of index.json
+    left_out: dict[str, int]  # clips by kind: too short, too long, silent, dropped
+    bad: tuple[tuple[str, str], ...]  # (clip id or line, reason) of unreadable files and of lines that are no clip
+    ignored: dict[str, int]  # suffixes or manifest keys without effect
+    num_resumed: int  # shards that an earlier attempt had finished
+
+    @property
+    def too_short(self) -> int:
+        """Clips shorter than `min_seconds`."""
+        return self.left_out.get("too short", 0)
+
+
+def pack(
+    sources: SourceList,
+    target: Path,
+    options: PackOptions,
+    *,
+    overwrite: bool = False,
+    num_workers: int | None = None,
+    executor: str = "local",
+    drop: frozenset[str] = frozenset(),
+    on_clip: Callable[[float], None] = lambda seconds: None,
+) -> PackReport:
+    """Pack every clip of a list into a new folder of shards with an index.
+
+    `on_clip` hears the seconds of every clip, 0 when it was left out. `drop` are ids of clips, or of parts of long
+    ones, to leave out. The folder appears under its name when it is complete, and not at all otherwise; the shards that
+    were finished before an error or a kill are taken over by the next call. Raises UserError, naming the file or line,
+    for input that cannot be packed.
+    """
+    check_target(target, overwrite)
+    with finished_or_resumable(target) as folder, _pool(executor, num_workers, len(sources.clips)) as (submit, ahead):
+        packer = _Packer(folder, sources, options, drop)
+        todo, num_resumed = packer.resume()
+        for _ in range(len(sources.clips) - len(todo)):
+            on_clip(0.0)
+        try:
+            for number, outcomes in _prepared(submit, sources, todo, options, ahead):
+                on_clip(packer.add(number, outcomes))
+            index = packer.finish()
+        finally:
+            packer.abandon()
+        return PackReport(index, dict(packer.left_out), tuple(packer.bad), sources.ignored, num_resumed)
+
+
+@contextmanager
+def _pool(executor: str, num_workers: int | None, num_clips: int) -> Iterator[tuple[Submit, int]]:
+    """Give a `submit` and how many tasks to begin ahead."""
+    if executor not in EXECUTORS:
+        raise UserError(f"executor={executor} has to be one of {', '.join(EXECUTORS)}")
+    if executor == "ray":
+        with ray_pool() as (submit, cores):
+            yield submit, TASKS_PER_PROCESS * (num_workers or cores)
+        return
+    count = num_workers or min(num_cores(), 1 + num_clips // CLIPS_PER_PROCESS)
+    with worker_pool(count, "moss_train.data.pack.preprocess") as submit:
+        yield submit, 1 if count == 1 else TASKS_PER_PROCESS * count
+
+
+def _prepared(
+    submit: Submit, sources: SourceList, todo: list[int], options: PackOptions, ahead: int
+) -> Iterator[tuple[int, Iterator[Outcome]]]:
+    """Yield the number of every clip with what becomes of it: one outcome, or one for each part of a long clip."""
+    clips = (sources.clips[number] for number in todo)
+    for number, (clip, result) in zip(todo, ordered(submit, prepare, clips, options, ahead=ahead), strict=True):
+        if isinstance(result, LongClip):
+            parts = ordered(submit, prepare_segment, result.segments, clip, options, ahead=ahead)
+            yield number, (outcome for _, outcome in parts)
+        else:
+            yield number, iter([result])
+
+
+class _Packer:
+    """Sorts clips into one open shard per domain, and indexes and records every shard as it is closed."""
+
+    def __init__(self, folder: Path, sources: SourceList, options: PackOptions, drop: frozenset[str]) -> None:
+        self.left_out: Counter[str] = Counter()
+        self.bad: list[tuple[str, str]] = list(sources.bad)
+        self._folder, self._sources, self._options, self._drop = folder, sources, options, drop
+        content = {name: value for name, value in asdict(options).items() if name not in _NOT_CONTENT}
+        self._settings = content | {"resampler": RESAMPLER, "drop": sorted(drop), "format": FORMAT_VERSION}
+        self._journal = Journal(folder)
+        self._open: dict[str, ShardWriter] = {}
+        self._inputs: dict[str, ShardInputs] = {}
+        self._num_shards: Counter[str] = Counter()
+        self._index = IndexBuilder(options.sampling_rate, options.num_channels)
+
+    def resume(self) -> tuple[list[int], int]:
+        """Take over finished shards; return the numbers of the clips still to do and how many shards there are."""
+        kept = take_over(self._folder, self._sources.clips, self._settings, self._options.sampling_rate)
+        done: dict[str, int] = {}
+        for shard, contents in kept:
+            self._index.add(shard.file, shard.domain, contents)
+            self._num_shards[shard.domain] += 1
+            self.left_out.update(shard.left_out)
+            self.bad += [(clip_id, reason) for clip_id, reason in shard.bad]
+            done[shard.domain] = shard.last
+        self._check_share()
+        clips = enumerate(self._sources.clips)
+        return [number for number, clip in clips if number > done.get(clip.domain, -1)], len(kept)
+
+    def add(self, number: int, outcomes: Iterator[Outcome]) -> float:
+        """Store what becomes of one clip and return its seconds, 0 when it is left out."""
+        clip = self._sources.clips[number]
+        if clip.domain not in self._inputs:
+            self._inputs[clip.domain] = ShardInputs(self._settings)
+        self._inputs[clip.domain].add(number, clip)
+        num_samples = 0
+        for part, outcome in enumerate(outcomes):
+            if isinstance(outcome, LeftOut):
+                self._leave_out(clip, outcome)
+            elif {outcome.id, clip.id} & self._drop:
+                self._leave_out(clip, LeftOut("dropped"))
+            else:
+                key = f"{number:09d}" if outcome.id == clip.id else f"{number:09d}-{part:06d}"
+                self._writer(clip.domain).write(key, outcome, clip.labels())
+                num_samples += outcome.num_samples
+        if clip.domain in self._open and self._open[clip.domain].num_bytes >= self._options.shard_bytes:
+            self._close(clip.domain)
+        return num_samples / self._options.sampling_rate
+
+    def finish(self) -> dict:
+        """Close the last shards, write the index and return its content."""
+        for domain in list(self._open):
+            self._close(domain)
+        if not self._num_shards:
+            minimum = f"min_seconds={self._options.min_seconds}"
+            others = "".join(f", {count} {kind}" for kind, count in self.left_out.items() if kind != "too short")
+            raise UserError(
+                f"input={self._sources.source}: nothing to pack, {self.left_out['too short']} clips are shorter than "
+                f"{minimum}{others} and {len(self.bad)} could not be read"
+            )
+        return self._index.write(self._folder)
+
+    def abandon(self) -> None:
+        """Let go of shards that are still open after an error."""
+        while self._open:
+            self._open.popitem()[1].abandon()
+
+    def _leave_out(self, clip: SourceClip, outcome: LeftOut) -> None:
+        inputs = self._inputs[clip.domain]
+        if outcome.kind != "unreadable":
+            self.left_out[outcome.kind] += 1
+            inputs.left_out[outcome.kind] += 1
+            return
+        self.bad.append((clip.id, outcome.reason))
+        inputs.bad.append([clip.id, outcome.reason])
+        self._check_share()
+
+    def _check_share(self) -> None:
+        """Raise UserError when too many files and lines are bad."""
+        share, total = self._options.max_bad_share, len(self._sources.clips) + len(self._sources.bad)
+        if len(self.bad) <= share * total:
+            return
+        last = self.bad[-1][1]
+        if share == 0:
+            raise UserError(f"{self.bad[0][1]}; repair or remove it, or leave such clips out with max_bad_share=0.01")
+        raise UserError(
+            f"{len(self.bad)} of {total} clips cannot be used ({kinds_of(self.bad)}), more than max_bad_share={share} "
+            f"allows; the last: {last}"
+        )
+
+    def _writer(self, domain: str) -> ShardWriter:
+        if domain not in self._open:
+            path = self._folder / f"{domain}-{self._num_shards[domain]:06d}.tar"
+            self._open[domain] = ShardWriter(path, self._options.sampling_rate)
+            self._num_shards[domain] += 1
+        return self._open[domain]
+
+    def _close(self, domain: str) -> None:
+        writer, inputs = self._open.pop(domain), self._inputs.pop(domain)
+        writer.close()
+        contents = read_shard(writer.path, self._options.sampling_rate)
+        if len(contents.labels) != writer.num_clips:
+            raise OSError(f"{writer.path}: {len(contents.labels)} of {writer.num_clips} clips came back after writing")
+        self._index.add(writer.path.name, domain, contents)
+        self._journal.add(inputs.finished(writer.path.name, domain, contents.sha256))
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to touch anything but an empty or missing folder or, with `overwrite`, an earlier result."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir():
+        raise UserError(f"out={target} exists and is not a folder")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"out={target} exists and is not empty; give another folder or overwrite=true")
+    if not (target / INDEX_FILE).is_file():
+        raise UserError(f"out={target} is not a folder of packed shards; overwrite=true does not replace it")

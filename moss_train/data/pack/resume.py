@@ -1,0 +1,184 @@
+"""What an unfinished folder knows about its finished shards, so that a killed job goes on after the last of them."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moss_train.data.pack.manifest import SourceClip
+from moss_train.data.shards.format import ShardContents, read_shard
+from moss_train.utils.errors import UserError
+
+JOURNAL_FILE = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """One line of the journal."""
+
+    file: str
+    domain: str
+    last: int  # number of the last clip of its domain that was looked at before the shard was closed
+    inputs: str  # hash of everything that decides the content of the shard
+    sha256: str
+    left_out: dict[str, int]  # by kind, since the domain's previous shard
+    bad: list[list[str]]  # clip id and reason, likewise
+
+
+class Journal:
+    """The journal of one unfinished folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / JOURNAL_FILE
+
+    def read(self) -> list[FinishedShard]:
+        """Return the lines that are whole; a kill may cut the last one."""
+        shards = []
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
+            try:
+                shards.append(FinishedShard(**json.loads(line)))
+            except (ValueError, TypeError):
+                break
+        return shards
+
+    def replace(self, shards: list[FinishedShard]) -> None:
+        """Start anew with these lines."""
+        self._write("wb", shards)
+
+    def add(self, shard: FinishedShard) -> None:
+        """Append a line and put it on the disk."""
+        self._write("ab", [shard])
+
+    def _write(self, mode: str, shards: list[FinishedShard]) -> None:
+        with self._path.open(mode) as file:
+            file.writelines(json.dumps(asdict(shard)).encode() + b"\n" for shard in shards)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class ShardInputs:
+    """What has gone into one shard so far: the clips that were looked at, stored or left out."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.last = -1
+        self.left_out: Counter[str] = Counter()
+        self.bad: list[list[str]] = []
+        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+
+    def add(self, number: int, clip: SourceClip) -> None:
+        """Count one clip, with size and time of its file."""
+        try:
+            status = clip.path.stat()
+            state = (status.st_size, status.st_mtime_ns)
+        except OSError:
+            state = (-1, -1)
+        self.last = number
+        self._digest.update(repr((number, clip, state)).encode("utf-8", "surrogateescape"))
+
+    def finished(self, file: str, domain: str, sha256: str) -> FinishedShard:
+        """The line of the journal for the shard."""
+        return FinishedShard(
+            file, domain, self.last, self._digest.hexdigest(), sha256, dict(self.left_out), list(self.bad)
+        )
+
+
+def take_over(
+    folder: Path, clips: Sequence[SourceClip], settings: dict[str, Any], sampling_rate: int
+) -> list[tuple[FinishedShard, ShardContents]]:
+    """Return the shards that an earlier attempt finished and that this one would make again; delete everything else.
+
+    Each is read and compared with its recorded hash. After a shard that does not fit, the later ones of its domain go.
+    """
+    journal = Journal(folder)
+    kept: list[tuple[FinishedShard, ShardContents]] = []
+    ends: dict[str, int] = {}
+    broken: set[str] = set()
+    for shard in journal.read():
+        contents = None
+        if shard.domain not in broken and shard.inputs == _inputs(shard, clips, settings, ends.get(shard.domain, -1)):
+            contents = _read_unchanged(folder / shard.file, shard.sha256, sampling_rate)
+        if contents is None:
+            broken.add(shard.domain)
+            continue
+        kept.append((shard, contents))
+        ends[shard.domain] = shard.last
+    names = {shard.file for shard, _ in kept} | {JOURNAL_FILE}
+    if kept:
+        journal.replace([shard for shard, _ in kept])
+    else:
+        names.clear()
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+    return kept
+
+
+def _inputs(shard: FinishedShard, clips: Sequence[SourceClip], settings: dict[str, Any], before: int) -> str:
+    inputs = ShardInputs(settings)
+    for number in range(before + 1, min(shard.last + 1, len(clips))):
+        if clips[number].domain == shard.domain:
+            inputs.add(number, clips[number])
+    return inputs.finished("", "", "").inputs
+
+
+def _read_unchanged(path: Path, sha256: str, sampling_rate: int) -> ShardContents | None:
+    try:
+        contents = read_shard(path, sampling_rate)
+    except (OSError, ValueError, tarfile.TarError):
+        return None
+    return contents if contents.sha256 == sha256 else None
+
+
+def unfinished_folder(target: Path) -> Path:
+    """Where the shards of `target` are made before it appears."""
+    target = target.resolve()
+    return target.parent / f".{target.name}.partial"
+
+
+@contextmanager
+def finished_or_resumable(target: Path) -> Iterator[Path]:
+    """Give the folder beside `target` in which it is made; it takes its name when the block ends without error.
+
+    After an error or a kill it stays, unless no shard was finished, and the next call gives it again. Raises UserError
+    when another process is at work on it.
+    """
+    target, folder = target.resolve(), unfinished_folder(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is making {target}; wait for it or give another out=") from error
+        try:
+            yield folder
+        except BaseException:
+            if not (folder / JOURNAL_FILE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        (folder / JOURNAL_FILE).unlink(missing_ok=True)
+        _give_name(folder, target)
+    finally:
+        os.close(lock)
+
+
+def _give_name(folder: Path, target: Path) -> None:
+    """Put a folder in the place of what is there."""
+    replaced = target.parent / f".{target.name}.replaced-{os.getpid()}"
+    if target.exists():
+        target.rename(replaced)
+    try:
+        folder.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)

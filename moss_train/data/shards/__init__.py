@@ -1,0 +1,1 @@
+"""The shard format: index, reading, remote folders, codes."""

@@ -1,0 +1,183 @@
+"""Shards of codes: the tars of `pack` with `<key>.npy` in the place of the audio, and the same kind of index."""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from webdataset import TarWriter
+
+from moss_train.data.shards.format import sha256_of
+from moss_train.data.shards.index import ARRAYS_FILE, INDEX_FILE, ShardRecord
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import written_whole
+
+CODES_FORMAT = "moss_train codes"
+CODES_VERSION = 1
+
+CODE_ARRAYS = {
+    "num_samples": np.dtype(np.int64),  # of the audio, per channel
+    "num_frames": np.dtype(np.int64),
+    "has_text": np.dtype(np.bool_),
+    "codes_offset": np.dtype(np.int64),  # bytes from the start of the tar
+    "codes_size": np.dtype(np.int64),
+    "json_offset": np.dtype(np.int64),
+    "json_size": np.dtype(np.int64),
+    "shard": np.dtype(np.int32),
+}
+
+
+@dataclass(frozen=True)
+class CodesSource:
+    """What made the codes; equal values make equal codes."""
+
+    model: str  # where the model came from, as it was named
+    fingerprint: str  # of the encoder and quantizer weights
+    num_levels: int
+    sampling_rate: int  # Hz, of the waveforms
+    frame_rate: float  # Hz
+    num_channels: int
+    audio_sha256: str  # of the arrays of the audio shards' index
+
+
+@dataclass(frozen=True)
+class CodedClip:
+    """One clip of a code shard."""
+
+    key: str
+    codes: Tensor  # [N, frames] int64
+    labels: dict  # the JSON of the audio clip: id, num_samples, sampling_rate, text ...
+
+
+def write_code_shard(path: Path, clips: list[CodedClip]) -> None:
+    """Write a shard, complete or not at all; the same clips give the same bytes."""
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        tar = TarWriter(file, compress=False, encoder=False, mtime=0, user="", group="")
+        for clip in clips:
+            text = json.dumps(clip.labels, ensure_ascii=False, sort_keys=True).encode()
+            tar.write({"__key__": clip.key, "json": text, "npy": _to_bytes(clip.codes)})
+        tar.close()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _to_bytes(codes: Tensor) -> bytes:
+    small = codes.numel() == 0 or int(codes.max()) < 2**15
+    buffer = io.BytesIO()
+    np.save(buffer, codes.to(torch.int16 if small else torch.int32).numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def write_code_index(folder: Path, shards: list[tuple[str, str]], source: CodesSource) -> dict:
+    """Index finished shards, given as (file, domain), by reading them, and return the content of index.json."""
+    records, parts = [], []
+    for number, (file, domain) in enumerate(shards):
+        arrays = _read_headers(folder / file)
+        arrays["shard"] = np.full(len(arrays["num_samples"]), number, np.int32)
+        parts.append(arrays)
+        seconds = int(arrays["num_samples"].sum()) / source.sampling_rate
+        size = (folder / file).stat().st_size
+        records.append(ShardRecord(file, domain, len(arrays["num_samples"]), size, sha256_of(folder / file), seconds))
+    columns = {
+        name: torch.from_numpy(np.concatenate([part[name].astype(dtype) for part in parts]))
+        for name, dtype in CODE_ARRAYS.items()
+    }
+    (folder / ARRAYS_FILE).write_bytes(save(columns))
+    index = {
+        "format": CODES_FORMAT,
+        "version": CODES_VERSION,
+        "source": asdict(source),
+        "num_samples": sum(record.num_samples for record in records),
+        "arrays_sha256": sha256_of(folder / ARRAYS_FILE),
+        "shards": [asdict(record) for record in records],
+    }
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return index
+
+
+def _read_headers(path: Path) -> dict[str, np.ndarray]:
+    rows = []
+    with tarfile.open(path, "r:") as tar:
+        members = list(tar)
+        for text, codes in zip(members[::2], members[1::2], strict=True):
+            content, array = tar.extractfile(text), tar.extractfile(codes)
+            assert content is not None, text.name
+            assert array is not None, codes.name
+            labels = json.loads(content.read())
+            num_frames = np.load(io.BytesIO(array.read()), allow_pickle=False).shape[1]
+            places = (codes.offset_data, codes.size, text.offset_data, text.size)
+            rows.append((labels["num_samples"], num_frames, "text" in labels, *places))
+    names = list(CODE_ARRAYS)[:-1]
+    columns = list(zip(*rows, strict=True)) or [()] * len(names)
+    return {name: np.array(column, CODE_ARRAYS[name]) for name, column in zip(names, columns, strict=True)}
+
+
+def is_code_folder(folder: Path) -> bool:
+    """Whether `encode shards=` wrote the folder."""
+    try:
+        return json.loads((folder / INDEX_FILE).read_text("utf-8")).get("format") == CODES_FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+class CodeShards:
+    """A folder of code shards with its index; rows are clips."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Load and check the index. Raises UserError when it is damaged or does not fit the shards' sizes."""
+        self.folder = Path(folder)
+        try:
+            index = json.loads((self.folder / INDEX_FILE).read_text("utf-8"))
+            if (index["format"], index["version"]) != (CODES_FORMAT, CODES_VERSION):
+                raise UserError(f"{self.folder} is not a folder of codes of this version; encode the shards again")
+            self.source = CodesSource(**index["source"])
+            self.shards = tuple(ShardRecord(**record) for record in index["shards"])
+            with safe_open(self.folder / ARRAYS_FILE, "pt") as file:
+                self.arrays = {name: file.get_tensor(name).numpy() for name in CODE_ARRAYS}
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the index of {self.folder} is damaged ({error}); encode the shards again") from error
+        for shard in self.shards:
+            path = self.folder / Path(shard.file).name
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                raise UserError(f"{path} is missing or has not the {shard.bytes} bytes of its index")
+
+    def __len__(self) -> int:
+        return len(self.arrays["num_samples"])
+
+    def verify(self) -> None:
+        """Compare every byte with the hashes of the index. Raises UserError."""
+        for shard in self.shards:
+            if sha256_of(self.folder / Path(shard.file).name) != shard.sha256:
+                raise UserError(f"{self.folder / shard.file} is damaged: its hash differs from the index")
+
+    def read(self, row: int) -> tuple[Tensor, dict]:
+        """Read the codes [N, frames] int64 and the JSON of one clip. Raises UserError."""
+        values = {name: self.arrays[name][row].item() for name in CODE_ARRAYS}
+        path = self.folder / Path(self.shards[values["shard"]].file).name
+        try:
+            with path.open("rb") as file:
+                file.seek(values["json_offset"])
+                labels = json.loads(file.read(values["json_size"]))
+                file.seek(values["codes_offset"])
+                codes = np.load(io.BytesIO(file.read(values["codes_size"])), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged at clip {row} ({error}); encode it again") from error
+        if codes.shape != (self.source.num_levels, values["num_frames"]):
+            raise UserError(f"{path}, clip {row}: codes of shape {codes.shape} do not fit the index")
+        return torch.from_numpy(codes.astype(np.int64)), labels
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor, dict]]:
+        """Yield id, codes [N, frames] and JSON of every clip, in the order of the index."""
+        for row in range(len(self)):
+            codes, labels = self.read(row)
+            yield labels["id"], codes, labels

@@ -1,0 +1,125 @@
+"""Shards: ordinary webdataset tar files of `<key>.flac` and `<key>.json`, and what an index has to know about one.
+
+The index is always made by reading a finished tar, never from what the writer believes it wrote.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from webdataset import TarWriter
+
+from moss_train.data.pack.preprocess import ReadyClip
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import naming
+
+FORMAT_VERSION = 1
+
+SAMPLE_ARRAYS = {
+    "num_samples": np.dtype(np.int64),  # length of the clip, per channel
+    "has_text": np.dtype(np.bool_),
+    "audio_offset": np.dtype(np.int64),  # bytes from the start of the tar
+    "audio_size": np.dtype(np.int64),
+    "json_offset": np.dtype(np.int64),
+    "json_size": np.dtype(np.int64),
+    "json_crc32": np.dtype(np.uint32),  # FLAC has checksums of its own
+}
+"""What the index stores per sample of a shard, in the order of the tar."""
+
+LATER_ARRAYS = frozenset({"json_crc32"})
+"""What folders of earlier versions lack."""
+
+
+@dataclass(frozen=True)
+class ShardContents:
+    """What one finished shard holds."""
+
+    arrays: dict[str, np.ndarray]  # as SAMPLE_ARRAYS, each [samples]
+    labels: tuple[dict, ...]  # the JSON of every sample
+    num_bytes: int
+    sha256: str
+
+
+class ShardWriter:
+    """Writes one shard; the same samples give the same bytes."""
+
+    def __init__(self, path: Path, sampling_rate: int) -> None:
+        self.path = path
+        self._sampling_rate = sampling_rate
+        self._file = path.open("xb")
+        self._tar = TarWriter(self._file, compress=False, encoder=False, mtime=0, user="", group="")
+        self.num_bytes = 0
+        self.num_clips = 0
+
+    def write(self, key: str, clip: ReadyClip, labels: dict) -> None:
+        """Append one clip with the labels that go into its JSON beside id, length and rate."""
+        facts = {"id": clip.id, "num_samples": clip.num_samples, "sampling_rate": self._sampling_rate}
+        text = json.dumps(labels | facts, ensure_ascii=False, sort_keys=True).encode()
+        with naming(self.path):
+            self.num_bytes += self._tar.write({"__key__": key, "flac": clip.flac, "json": text})
+        self.num_clips += 1
+
+    def close(self) -> None:
+        """Finish the tar and put it on the disk for good."""
+        with naming(self.path):
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def abandon(self) -> None:
+        """Let go of a shard that will not be finished; the disk that has no room for its end either is known."""
+        for part in (self._tar, self._file):
+            with suppress(OSError):
+                part.close()
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_shard(path: Path, sampling_rate: int) -> ShardContents:
+    """Read a finished shard's headers and JSON. Raises UserError for members that do not pair up as clips."""
+    rows, labels = [], []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = iter(tar)
+            for audio in members:
+                content, row = _read_clip(tar, audio, next(members, None), sampling_rate)
+                rows.append(row)
+                labels.append(content)
+    except (tarfile.TarError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from error
+    columns = list(zip(*rows, strict=True)) or [()] * len(SAMPLE_ARRAYS)
+    arrays = {
+        name: np.array(column, dtype) for (name, dtype), column in zip(SAMPLE_ARRAYS.items(), columns, strict=True)
+    }
+    return ShardContents(arrays, tuple(labels), path.stat().st_size, sha256_of(path))
+
+
+def _read_clip(
+    tar: tarfile.TarFile, audio: tarfile.TarInfo, text: tarfile.TarInfo | None, sampling_rate: int
+) -> tuple[dict, tuple]:
+    """The JSON of one clip, and its values of SAMPLE_ARRAYS. Raises ValueError."""
+    key = audio.name.removesuffix(".flac")
+    if text is None or audio.name != f"{key}.flac" or text.name != f"{key}.json":
+        raise ValueError(f"{audio.name} is not a <key>.flac followed by its <key>.json")
+    file = tar.extractfile(text) if audio.isreg() and text.isreg() else None
+    if file is None:
+        raise ValueError(f"{audio.name} or {text.name} is not a file, but a link, folder or device")
+    raw = file.read()
+    content = json.loads(raw)
+    if not isinstance(content, dict) or not isinstance(content.get("num_samples"), int):
+        raise ValueError(f"{text.name} does not describe a clip")
+    if content.get("sampling_rate") != sampling_rate:
+        raise ValueError(f"{audio.name} is at {content.get('sampling_rate')} Hz, not {sampling_rate}")
+    offsets = (audio.offset_data, audio.size, text.offset_data, text.size)
+    return content, (content["num_samples"], "text" in content, *offsets, zlib.crc32(raw))

@@ -1,0 +1,139 @@
+"""Bytes of clips out of shards: by offset from local files, or from the cache of remote ones."""
+
+import io
+import os
+import tarfile
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from moss_train.audio.io import NamedBytes
+from moss_train.data.shards.index import ClipLocation
+from moss_train.data.shards.remote import is_remote, open_shard
+
+SPAN_BYTES = 2**22
+"""A clip of at most this size in its tar is read in one go; a crop of a longer one costs no more than it needs."""
+
+GIVEN_UP_SECONDS = 600.0
+"""A remote shard that did not come is tried again after this time."""
+
+_READ_BYTES = 2**18  # at once, of longer clips
+_OPEN_REMOTE = 8  # an open file takes space after the cache has deleted it
+
+
+class SampleError(ValueError):
+    """One sample cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One clip as it lies in its tar, with both headers."""
+
+    location: ClipLocation
+    begin: int  # byte of the tar
+    content: bytes
+
+
+class ShardFiles:
+    """Keeps the last few shards open; reads by offset, so processes may share the descriptors after a fork."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+        self._span: _Span | None = None
+        self._given_up: dict[str, tuple[float, tuple]] = {}  # remote shard -> until when, arguments of the error
+
+    def read(self, location: ClipLocation, offset: int, size: int) -> bytes:
+        """Return bytes of a clip, its headers included; fewer where the shard ends. Raises OSError or SampleError."""
+        span = self._span
+        if span is None or span.location is not location:
+            return os.pread(self.descriptor(location), size, offset)
+        return span.content[offset - span.begin : offset - span.begin + size]
+
+    def open_audio(self, location: ClipLocation) -> BinaryIO:
+        """Return the audio of a clip as a file of its own. Raises OSError or SampleError."""
+        name = f"{location.shard} at byte {location.audio_offset}"
+        if self.fetch(location) is not None:
+            return NamedBytes(self.read(location, location.audio_offset, location.audio_size), name)
+        member = _Member(self.descriptor(location), location.audio_offset, location.audio_size, name)
+        return io.BufferedReader(member, _READ_BYTES)
+
+    def fetch(self, location: ClipLocation) -> "_Span | None":
+        """Read a whole clip at once, unless it is long (None); what is read of it next comes from there."""
+        if self._span is not None and self._span.location is location:
+            return self._span
+        begin = min(location.audio_offset, location.json_offset) - tarfile.BLOCKSIZE
+        end = max(location.audio_offset + location.audio_size, location.json_offset + location.json_size)
+        self._span = None
+        if begin >= 0 and end - begin <= SPAN_BYTES:
+            self._span = _Span(location, begin, os.pread(self.descriptor(location), end - begin, begin))
+        return self._span
+
+    def descriptor(self, location: ClipLocation) -> int:
+        """Return an open descriptor of a clip's shard. Raises OSError, or SampleError for a shard of another size."""
+        path = location.shard
+        if path not in self._descriptors:
+            remote = is_remote(path)
+            self._descriptors[path] = self._open_remote(location) if remote else _open_local(location)
+            if len(self._descriptors) > (min(self._capacity, _OPEN_REMOTE) if remote else self._capacity):
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors.move_to_end(path)
+        return self._descriptors[path]
+
+    def _open_remote(self, location: ClipLocation) -> int:
+        """Fetch and open; one that did not come after all attempts is not asked for again with each of its clips."""
+        until, reason = self._given_up.pop(location.shard, (0.0, ()))
+        if time.monotonic() < until:
+            self._given_up[location.shard] = until, reason
+            raise OSError(*reason)
+        try:
+            return open_shard(location.shard, location.shard_bytes, location.shard_sha256)
+        except OSError as error:
+            self._given_up[location.shard] = (time.monotonic() + GIVEN_UP_SECONDS, error.args)
+            raise
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __getstate__(self) -> dict:
+        return {"_capacity": self._capacity, "_descriptors": OrderedDict(), "_span": None, "_given_up": {}}
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _open_local(location: ClipLocation) -> int:
+    descriptor = os.open(location.shard, os.O_RDONLY | os.O_CLOEXEC)
+    found = os.fstat(descriptor).st_size
+    if found != location.shard_bytes:
+        os.close(descriptor)
+        raise SampleError(f"{location.shard} has {found} bytes, the index says {location.shard_bytes}")
+    return descriptor
+
+
+class _Member(io.RawIOBase):
+    """One member of a tar as a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, size: int, name: str) -> None:
+        self._descriptor, self._offset, self._size, self._position = descriptor, offset, size, 0
+        self.name = name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, origin + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._size - self._position)]
+        count = os.preadv(self._descriptor, [view], self._offset + self._position)
+        self._position += count
+        return count

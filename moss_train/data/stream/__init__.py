@@ -1,0 +1,1 @@
+"""The training stream, a function of (seed, position), and the loaders that read it."""

@@ -1,0 +1,160 @@
+"""Read samples out of shards by seek, and check everything about them: a bad sample is reported, never let through."""
+
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from moss_train.audio.io import read_audio
+from moss_train.batch import TASKS
+from moss_train.data.shards.index import ClipLocation
+from moss_train.data.shards.reader import SampleError, ShardFiles
+from moss_train.data.stream.corpus import Corpus
+from moss_train.data.stream.gain import adjust_level, scale_to_peak
+from moss_train.data.stream.stream import ClipFormat, SampleRef
+from moss_train.utils.errors import UserError
+
+TextEncoder = Callable[[str], Sequence[int]]
+
+_MAX_JSON_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class TrainingClip:
+    """One sample of the stream as it was read."""
+
+    ref: SampleRef
+    sample_id: str
+    audio: Tensor  # [C, T] float32
+    tokens: tuple[int, ...]  # empty for a clip without text
+    task_id: int  # -1 for a clip without text
+
+
+class ClipReader:
+    """Reads and checks clips of shards that have one sampling rate and number of channels."""
+
+    def __init__(self, sampling_rate: int, num_channels: int) -> None:
+        self._sampling_rate = sampling_rate
+        self._num_channels = num_channels
+        self._files = ShardFiles()
+
+    def check_headers(self, location: ClipLocation) -> None:
+        """Compare the tar headers in front of a clip's two members with the index. Raises SampleError."""
+        members = (
+            (location.audio_offset, location.audio_size, ".flac"),
+            (location.json_offset, location.json_size, ".json"),
+        )
+        for offset, size, suffix in members:
+            try:
+                self._files.fetch(location)
+                block = self._files.read(location, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except OSError as error:
+                raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
+            except tarfile.HeaderError as error:
+                raise SampleError(f"damaged tar header in front of byte {offset} ({error})") from error
+            if not header.isreg():
+                raise SampleError(f"{header.name} is not a file of the tar, but of type {header.type!r}")
+            if header.size != size or not header.name.endswith(suffix):
+                raise SampleError(
+                    f"tar header says {header.name} with {header.size} bytes, the index {suffix} with {size}"
+                )
+
+    def read_labels(self, location: ClipLocation) -> dict:
+        """Read and check a clip's JSON. Raises SampleError."""
+        if location.json_size > _MAX_JSON_BYTES:
+            raise SampleError(f"JSON has {location.json_size} bytes, more than {_MAX_JSON_BYTES}")
+        try:
+            content = self._files.read(location, location.json_offset, location.json_size)
+            labels = json.loads(content)
+        except OSError as error:
+            raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise SampleError(f"damaged JSON ({error})") from error
+        self._check_labels(labels, location)
+        if location.json_crc32 not in (None, zlib.crc32(content)):
+            raise SampleError("JSON was altered: its checksum differs from the index")
+        return labels
+
+    def read_audio(self, location: ClipLocation, start: int, num_frames: int) -> Tensor:
+        """Read a part of a clip as float32 [C, T]. Raises SampleError."""
+        try:
+            to_end = start + num_frames == location.num_samples  # then a file longer than its index is noticed too
+            file = self._files.open_audio(location)
+            audio, rate = read_audio(file, start=start, num_frames=None if to_end else num_frames)
+        except OSError as error:
+            raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
+        except UserError as error:
+            raise SampleError(str(error)) from error
+        found, wanted = (rate, *audio.shape), (self._sampling_rate, self._num_channels, num_frames)
+        if found != wanted:
+            raise SampleError(f"rate, channels and length are {found}, the index says {wanted}")
+        return audio
+
+    def _check_labels(self, labels: object, location: ClipLocation) -> None:
+        if not isinstance(labels, dict) or not isinstance(labels.get("id"), str):
+            raise SampleError("JSON without an id")
+        found = (labels.get("sampling_rate"), labels.get("num_samples"), "text" in labels)
+        wanted = (self._sampling_rate, location.num_samples, location.has_text)
+        if found != wanted:
+            raise SampleError(f"JSON says rate, length and text {found}, the index says {wanted}")
+        if location.has_text and (not isinstance(labels["text"], str) or labels.get("task") not in TASKS):
+            raise SampleError(f"text without a known task: {labels.get('task')!r}")
+
+
+class SampleReader:
+    """Turns references into clips that are ready for training."""
+
+    def __init__(self, clip_format: ClipFormat, text_encoder: TextEncoder | None) -> None:
+        self._clips = ClipReader(clip_format.sampling_rate, clip_format.num_channels)
+        self._format = clip_format
+        self._text_encoder = text_encoder
+
+    def read(self, ref: SampleRef) -> TrainingClip:
+        """Read one sample. Raises SampleError, its first argument the reason, its second the sample's id."""
+        sample_id = f"{Path(ref.location.shard).name}@{ref.location.audio_offset}"
+        try:
+            self._clips.check_headers(ref.location)
+            labels = self._clips.read_labels(ref.location)
+            sample_id = labels["id"]
+            audio = self._clips.read_audio(ref.location, ref.start, ref.num_frames)
+            tokens = self._encode(labels["text"]) if ref.with_text else ()
+        except SampleError as error:
+            raise SampleError(str(error), sample_id) from error
+        task_id = TASKS.index(labels["task"]) if tokens else -1
+        return TrainingClip(ref, sample_id, adjust_level(audio, self._format, ref.gain_unit), tokens, task_id)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if self._text_encoder is None:
+            return ()
+        try:
+            tokens = tuple(self._text_encoder(text))
+        except Exception as error:  # whatever a tokenizer raises for odd text must not stop the run
+            raise SampleError(f"the text encoder raised {type(error).__name__}: {error}") from error
+        if not tokens:
+            raise SampleError("the text encoder gives no tokens")
+        return tokens
+
+
+def iterate_clips(
+    sources: Sequence[str | Path], *, sampling_rate: int, num_channels: int, peak: float | None = None
+) -> Iterator[tuple[str, Tensor, dict]]:
+    """Yield the id, the whole audio [C, T] and the JSON of every clip, in the order of the index.
+
+    Raises UserError, naming shard and clip, for a clip that cannot be read: an evaluation must not lose any.
+    """
+    corpus = Corpus.load(sources, sampling_rate=sampling_rate, num_channels=num_channels)
+    reader = ClipReader(sampling_rate, num_channels)
+    for row in range(len(corpus)):
+        location = corpus.locate(row)
+        try:
+            reader.check_headers(location)
+            labels = reader.read_labels(location)
+            audio = reader.read_audio(location, 0, location.num_samples)
+        except SampleError as error:
+            raise UserError(f"{location.shard}, clip at byte {location.audio_offset}: {error}") from error
+        yield labels["id"], scale_to_peak(audio, peak), labels

@@ -1,0 +1,141 @@
+"""What has come out of the training stream: hours by domain, and bad samples by kind with a ceiling on their share."""
+
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moss_train.batch import UpdateBatch
+from moss_train.utils.errors import UserError
+
+BAD_KINDS = {
+    "missing file": r": no such file:",
+    "repeated id": r" is already on ",
+    "line": r": (?:not a line of|every (?:line|row)|unknown task|domain '|'\w+' has to be|a time has to)",
+    "tar header": r"tar header",
+    "file": r"^cannot read",
+    "JSON": r"JSON (?:has|without)|damaged JSON",
+    "text": r"^text without|^the text encoder",
+    "values": r"NaN or infinite",
+    "index": r"the index says",
+    "audio": r"is damaged|not audio|cut off|asked for",
+}
+"""Kinds of bad samples, each with a pattern of the reasons that `pack` and `SampleReader` give; the first that fits
+counts."""
+
+MIN_SAMPLES = 1000
+"""The share of bad samples is taken of at least so many, so that the first bad one does not end a run."""
+
+RECENT_UPDATES = 20
+RECENT_BAD_SHARE = 0.5
+"""Of the samples of so many updates in a row at most this share may be bad, or `max_bad_share` if that is more: late in
+a run its share of all samples would let it go on without data for days."""
+
+
+def kind_of(reason: str) -> str:
+    """Return the kind of a bad sample, "other" when none fits."""
+    return next((kind for kind, pattern in BAD_KINDS.items() if re.search(pattern, reason)), "other")
+
+
+def kinds_of(bad: Iterable[tuple[str, str]]) -> str:
+    """How many there are of every kind of (name, reason), as text, the most frequent first."""
+    kinds = Counter(kind_of(reason) for _, reason in bad)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+class StreamCounter:
+    """Counts what a run has used and lost. `max_bad_share` is the share of samples that may be lost."""
+
+    def __init__(self, sampling_rate: int, *, max_bad_share: float = 0.01) -> None:
+        if not 0 <= max_bad_share <= 1:
+            raise UserError(f"max_bad_share={max_bad_share} has to be between 0 and 1")
+        self._sampling_rate = sampling_rate
+        self._max_bad_share = max_bad_share
+        self._samples: Counter[str] = Counter()  # audio samples by domain
+        self._kinds: Counter[str] = Counter()
+        self._num_clips = 0
+        self._named: set[str] = set()
+        self._last_line = ""
+        self._recent: deque[tuple[int, int]] = deque(maxlen=RECENT_UPDATES)  # used and bad samples of an update
+
+    @property
+    def hours(self) -> dict[str, float]:
+        """Hours of audio used so far, by domain."""
+        return {domain: count / self._sampling_rate / 3600 for domain, count in sorted(self._samples.items())}
+
+    @property
+    def bad(self) -> dict[str, int]:
+        """Samples lost so far, by kind."""
+        return dict(sorted(self._kinds.items()))
+
+    def add(self, batch: UpdateBatch) -> list[str]:
+        """Count one update of the only rank: `name_lost` and `add_counts` in one."""
+        lines = self.name_lost(batch)
+        self.add_counts(self.counts(batch, {name for micro in batch.micro_batches for name in micro.domains}))
+        return lines
+
+    def name_lost(self, batch: UpdateBatch) -> list[str]:
+        """Return a line for every bad sample of this rank that has not been named before."""
+        lines = []
+        for sample_id, reason in batch.dropped:
+            if sample_id not in self._named:
+                self._named.add(sample_id)
+                lines.append(f"left out {sample_id}: {reason}")
+        self._last_line = lines[-1] if lines else ""
+        return lines
+
+    def counts(self, batch: UpdateBatch, domains: Iterable[str]) -> dict[str, float]:
+        """Numbers of one update by name, which may be summed over ranks: the same names for the same domains."""
+        counts = {f"samples/{domain}": 0.0 for domain in sorted(domains)}
+        counts |= {f"bad/{kind}": 0.0 for kind in (*BAD_KINDS, "other")} | {"used_clips": 0.0}
+        for micro_batch in batch.micro_batches:
+            counts["used_clips"] += micro_batch.num_clips
+            for domain, length in zip(micro_batch.domains, micro_batch.audio_lengths.tolist(), strict=True):
+                counts[f"samples/{domain}"] += length
+        for _, reason in batch.dropped:
+            counts[f"bad/{kind_of(reason)}"] += 1
+        return counts
+
+    def add_counts(self, counts: Mapping[str, float]) -> None:
+        """Add the numbers of one update, summed over ranks; other names than those of `counts` are left alone.
+
+        Raises UserError when too large a share of all samples or of the recent ones was lost, with the kinds and the
+        last reason.
+        """
+        used = int(counts["used_clips"])
+        self._num_clips += used
+        self._recent.append((used, int(sum(value for name, value in counts.items() if name.startswith("bad/")))))
+        for name, value in counts.items():
+            group, _, key = name.partition("/")
+            if value and group in ("samples", "bad"):
+                (self._samples if group == "samples" else self._kinds)[key] += int(value)
+        self._check_recent()
+        self._check_share(self._last_line)
+
+    def _check_recent(self) -> None:
+        used, bad = (sum(column) for column in zip(*self._recent, strict=True))
+        if len(self._recent) == RECENT_UPDATES and bad > max(RECENT_BAD_SHARE, self._max_bad_share) * (used + bad):
+            raise UserError(
+                f"{bad} of the {used + bad} samples of the last {RECENT_UPDATES} updates could not be used: is the "
+                f"data still in reach? The same command goes on from the newest checkpoint. {self._last_line}".rstrip()
+            )
+
+    def _check_share(self, last: str) -> None:
+        num_bad = sum(self._kinds.values())
+        num_samples = self._num_clips + num_bad
+        if num_bad <= self._max_bad_share * max(num_samples, MIN_SAMPLES):
+            return
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
+        raise UserError(
+            f"{num_bad} of {num_samples} samples could not be used ({kinds}), more than max_bad_share="
+            f"{self._max_bad_share} allows; find them with `moss_train inspect`. {last}".rstrip()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts as plain data, for a checkpoint."""
+        return {"samples": dict(self._samples), "kinds": dict(self._kinds), "num_clips": self._num_clips}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from an earlier `state_dict`."""
+        self._samples, self._kinds = Counter(state["samples"]), Counter(state["kinds"])
+        self._num_clips = state["num_clips"]

@@ -1,0 +1,241 @@
+"""The training stream: an endless sequence of samples whose every element is a function of (seed, position).
+
+`position` is the number of samples consumed, the one integer that a resume needs. What a rank or a worker does never
+changes the sequence. C channels, T samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from moss_train.data.shards.index import ClipLocation
+from moss_train.data.stream.corpus import Corpus, DomainOrder
+from moss_train.data.stream.mixing import DomainMixture, domain_shares
+from moss_train.data.stream.rng import units
+from moss_train.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClipFormat:
+    """How a model wants its clips."""
+
+    sampling_rate: int  # Hz
+    num_channels: int
+    hop_length: int  # samples per frame; batches are padded to whole frames
+    peak: float | None = None  # used audio is scaled to this highest absolute sample; silence stays silent
+    loudness_lufs: float | None = None  # or to this loudness, as far as full scale allows
+    gain_db: tuple[float, float] | None = None  # then by a random gain between these, as far as full scale allows
+
+    def __post_init__(self) -> None:
+        for name in ("sampling_rate", "num_channels", "hop_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} has to be at least 1")
+        if self.peak is not None and not 0 < self.peak <= 1:
+            raise UserError(f"peak={self.peak} has to be above 0 and at most 1, or null")
+        if self.peak is not None and self.loudness_lufs is not None:
+            raise UserError(f"peak={self.peak} and loudness_lufs={self.loudness_lufs} exclude each other")
+        if self.loudness_lufs is not None and not -70 <= self.loudness_lufs <= 0:
+            raise UserError(f"loudness_lufs={self.loudness_lufs} has to be between -70 and 0, or null")
+        if self.gain_db is not None and not -60 <= self.gain_db[0] <= self.gain_db[1] <= 60:
+            raise UserError(f"gain_db={list(self.gain_db)} has to be [lowest, highest] between -60 and 60, or null")
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """One sample of the stream: which part of which clip, and its random numbers. All that a worker has to know."""
+
+    position: int
+    domain: str
+    location: ClipLocation
+    start: int  # first sample used
+    num_frames: int  # samples used, per channel
+    with_text: bool
+    quantizer_unit: float
+    crop_unit: float
+    gain_unit: float = 0.5
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """What one rank reads for one generator update."""
+
+    micro_batches: tuple[tuple[SampleRef, ...], ...]
+    next_position: int  # position of the stream after this update, the same on every rank
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of consecutive positions, as arrays [positions]."""
+
+    domains: np.ndarray  # places in `AudioStream.domains`
+    rows: np.ndarray  # clips, as rows of the corpus
+    starts: np.ndarray  # first sample used
+    lengths: np.ndarray  # samples used, per channel
+    with_text: np.ndarray
+    quantizer_units: np.ndarray
+    crop_units: np.ndarray
+    gain_units: np.ndarray
+
+
+class AudioStream:
+    """Clips of packed folders, mixed by domain, in an order that depends on the seed and the position alone.
+
+    Clips with text are used whole; if longer than `max_seconds` they are used without their text. Clips without text
+    are cropped to `crop_seconds`. `weights` are shares of audio seconds per domain, None for what is available.
+    `min_length_ratio` bounds the padding inside a micro-batch: shortest over longest clip.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str | Path] | Corpus,
+        clip_format: ClipFormat,
+        *,
+        crop_seconds: float,
+        max_seconds: float = 30.0,
+        weights: Mapping[str, float] | None = None,
+        seed: int = 0,
+        window_shards: int = 8,
+        min_length_ratio: float = 0.7,
+    ) -> None:
+        _check_options(crop_seconds, max_seconds, seed, window_shards, min_length_ratio)
+        self.clip_format = clip_format
+        self.seed = seed
+        self.min_length_ratio = min_length_ratio
+        rate = clip_format.sampling_rate
+        self._crop_length, self._max_length = round(crop_seconds * rate), round(max_seconds * rate)
+        if not isinstance(sources, Corpus):
+            sources = Corpus.load(sources, sampling_rate=rate, num_channels=clip_format.num_channels)
+        self._corpus = sources
+        ranges = self._corpus.shard_ranges()
+        self.domains = tuple(ranges)
+        self._orders = [DomainOrder(name, ranges[name], seed=seed, window_shards=window_shards) for name in ranges]
+        used, self.available_seconds, self.longest_seconds = self._measure()
+        self._mixture = DomainMixture(
+            domain_shares(self.domains, used, list(self.available_seconds.values()), weights), seed
+        )
+        self.block_size = self._mixture.block_size
+        self._block = lru_cache(maxsize=4)(self._make_block)
+
+    @property
+    def num_clips(self) -> dict[str, int]:
+        """Clips per domain: the samples of one pass."""
+        return {order.domain: order.num_clips for order in self._orders}
+
+    def block(self, number: int) -> Block:
+        """All samples of one block: `block_size` positions from `number * block_size`."""
+        return self._block(number)
+
+    def plan_update(
+        self, position: int, batch_seconds: float, micro_batch_seconds: float, rank: int = 0, world_size: int = 1
+    ) -> UpdatePlan:
+        """Plan one update of one rank: its micro-batches, and the stream's position afterwards.
+
+        Consecutive samples are taken until their used audio reaches `batch_seconds`, whatever the number of ranks. They
+        are dealt to the ranks by length, so that each gets as many seconds, and split so that count times longest stays
+        within `micro_batch_seconds`. With fewer samples than ranks some ranks have no micro-batches.
+        """
+        rate = self.clip_format.sampling_rate
+        lengths = self._lengths_until(position, round(batch_seconds * rate))
+        mine = deal(lengths, rank, world_size)
+        groups = split_by_length(lengths[mine], round(micro_batch_seconds * rate), self.min_length_ratio)
+        refs = tuple(tuple(self.sample(position + int(mine[i])) for i in group) for group in groups)
+        return UpdatePlan(refs, position + len(lengths))
+
+    def sample(self, position: int) -> SampleRef:
+        """Return the sample at one position."""
+        number, place = divmod(position, self.block_size)
+        block = self._block(number)
+        return SampleRef(
+            position=position,
+            domain=self.domains[block.domains[place]],
+            location=self._corpus.locate(int(block.rows[place])),
+            start=int(block.starts[place]),
+            num_frames=int(block.lengths[place]),
+            with_text=bool(block.with_text[place]),
+            quantizer_unit=float(block.quantizer_units[place]),
+            crop_unit=float(block.crop_units[place]),
+            gain_unit=float(block.gain_units[place]),
+        )
+
+    def _lengths_until(self, position: int, total: int) -> np.ndarray:
+        """Used lengths of consecutive samples from `position` until their sum reaches `total`, at least one."""
+        parts: list[np.ndarray] = []
+        samples = 0
+        while samples < total or not parts:
+            number, place = divmod(position, self.block_size)
+            lengths = self._block(number).lengths[place:]
+            sums = samples + np.cumsum(lengths)
+            parts.append(lengths[: int(np.searchsorted(sums, total)) + 1])
+            position += len(parts[-1])
+            samples = int(sums[len(parts[-1]) - 1])
+        return np.concatenate(parts)
+
+    def _make_block(self, number: int) -> Block:
+        domains, firsts, counts = self._mixture.block(number)
+        rows = np.empty(len(domains), np.int64)
+        for label, (order, first, count) in enumerate(zip(self._orders, firsts, counts, strict=True)):
+            rows[domains == label] = order.rows(first, count)
+        whole = self._corpus.column("num_samples", rows)
+        lengths, with_text = self._used(whole, self._corpus.column("has_text", rows))
+        room = whole - lengths + 1
+        draw = {
+            purpose: units(self.seed, purpose, number, count=len(rows))
+            for purpose in ("start", "quantizer", "crop", "gain")
+        }
+        starts = (draw["start"] * room).astype(np.int64)
+        return Block(domains, rows, starts, lengths, with_text, draw["quantizer"], draw["crop"], draw["gain"])
+
+    def _used(self, lengths: np.ndarray, has_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Used length of clips, and whether their text is used."""
+        with_text = has_text & (lengths <= self._max_length)
+        return np.where(with_text, lengths, np.minimum(lengths, self._crop_length)), with_text
+
+    def _measure(self) -> tuple[list[float], dict[str, float], float]:
+        """Mean used seconds and available seconds per domain, and the longest used seconds of all."""
+        rate = self.clip_format.sampling_rate
+        means, available, longest = [], {}, 0
+        self.num_with_text = 0  # clips whose text is used
+        for order in self._orders:
+            used_samples = samples = 0
+            for lengths, has_text in self._corpus.stretches(order.domain):
+                used, with_text = self._used(lengths, has_text)
+                self.num_with_text += int(with_text.sum())
+                used_samples += int(used.sum())
+                samples += int(lengths.sum())
+                longest = max(longest, int(used.max()))
+            means.append(used_samples / order.num_clips / rate)
+            available[order.domain] = samples / rate
+        return means, available, longest / rate
+
+
+def _check_options(crop: float, longest: float, seed: int, window_shards: int, min_length_ratio: float) -> None:
+    if not 0 < crop <= longest:
+        raise UserError(f"crop_seconds={crop} has to be above 0 and at most max_seconds={longest}")
+    if seed < 0 or window_shards < 1:
+        raise UserError(f"seed={seed} has to be at least 0 and window_shards={window_shards} at least 1")
+    if not 0 <= min_length_ratio <= 1:
+        raise UserError(f"min_length_ratio={min_length_ratio} has to be between 0 and 1")
+
+
+def deal(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """Return one rank's share of samples, longest first: sorted by length and dealt there and back over the ranks."""
+    order = np.argsort(-lengths, kind="stable")
+    turns = np.arange(len(order)) // world_size
+    places = np.arange(len(order)) % world_size
+    return order[np.where(turns % 2 == 0, places, world_size - 1 - places) == rank]
+
+
+def split_by_length(lengths: np.ndarray, limit: int, min_ratio: float) -> list[range]:
+    """Split lengths, longest first, into runs whose count times longest is at most `limit` and shortest large enough.
+
+    A clip that is longer than the limit makes a run of its own.
+    """
+    groups, first = [], 0
+    for i, length in enumerate(lengths):
+        if i > first and ((i - first + 1) * lengths[first] > limit or length < min_ratio * lengths[first]):
+            groups.append(range(first, i))
+            first = i
+    return [*groups, range(first, len(lengths))] if len(lengths) else []

@@ -1,0 +1,117 @@
+"""Mel distances of reconstructions beside three signals that need no model: silence, noise and a low-pass.
+
+A distance alone says little. Silence is what an untrained or collapsed model gives, noise with the spectrum of the
+training set knows nothing of the clip but its level, and the low-pass keeps everything below 2 kHz.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moss_train.audio.stft import normalized_stft
+from moss_train.losses.mel import multi_scale_mel_distance
+
+BASELINES = ("silence", "noise", "low_pass")
+LOW_PASS_HZ = 2000.0
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """A clip and what systems made of it, for example one per number of quantizer levels."""
+
+    clip_id: str
+    original: Tensor  # [C, T]
+    outputs: Mapping[str, Tensor]  # name -> [C, T]
+
+
+@dataclass(frozen=True)
+class ClipDistances:
+    """Mel distances of one clip to its original."""
+
+    clip_id: str
+    distances: Mapping[str, float]  # name of a system or baseline -> distance, 0 is identical
+
+
+@dataclass(frozen=True)
+class MelReport:
+    """Mel distances of a set of clips, every clip with the same columns."""
+
+    clips: tuple[ClipDistances, ...]
+
+    def means(self) -> dict[str, float]:
+        """Mean over clips of every system and baseline, each clip counted once whatever its length."""
+        return {name: fmean(clip.distances[name] for clip in self.clips) for name in self.clips[0].distances}
+
+
+def mel_report(
+    clips: Iterable[Reconstructions], *, noise_spectrum: Tensor, sampling_rate: int, seed: int = 0
+) -> MelReport:
+    """Mel distance of every output and of the three baselines to the original, clip by clip.
+
+    noise_spectrum [bins]: `mean_power_spectrum` of the training clips. The noise of a clip is a function of the seed
+    and of the clip's place in the sequence. ValueError when there is no clip or when the clips' columns differ.
+    """
+    results: list[ClipDistances] = []
+    for index, clip in enumerate(clips):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        noise = shaped_noise(clip.original, noise_spectrum, generator)
+        low_passed = low_pass(clip.original, sampling_rate)
+        baselines = (torch.zeros_like(clip.original), noise, low_passed)
+        candidates = {**clip.outputs, **dict(zip(BASELINES, baselines, strict=True))}
+        distances = {name: _distance(clip.original, audio, sampling_rate) for name, audio in candidates.items()}
+        if results and distances.keys() != results[0].distances.keys():
+            raise ValueError(f"clip {clip.clip_id} has {list(distances)}, expected {list(results[0].distances)}")
+        results.append(ClipDistances(clip.clip_id, distances))
+    if not results:
+        raise ValueError("a mel report needs at least one clip, got none")
+    return MelReport(tuple(results))
+
+
+def mean_power_spectrum(clips: Iterable[Tensor], window_length: int = 2048) -> Tensor:
+    """Mean power per frequency over all frames and channels of all clips [C, T].
+
+    Returns [window_length // 2 + 1] float64. ValueError when there is no clip.
+    """
+    total, num_frames = torch.zeros(window_length // 2 + 1, dtype=torch.float64), 0
+    for clip in clips:
+        power = normalized_stft(clip.cpu(), window_length, window_length // 4).abs().double().square()
+        total += power.sum(dim=(0, 2))
+        num_frames += power.shape[0] * power.shape[2]
+    if num_frames == 0:
+        raise ValueError("a mean spectrum needs at least one clip, got none")
+    return total / num_frames
+
+
+def shaped_noise(clip: Tensor, power_spectrum: Tensor, generator: torch.Generator) -> Tensor:
+    """Gaussian noise with the shape of a power spectrum and the RMS level of a clip [C, T], channel by channel."""
+    num_samples = clip.shape[-1]
+    white = torch.fft.rfft(torch.randn(clip.shape, generator=generator))
+    gain = F.interpolate(
+        power_spectrum.float().sqrt().view(1, 1, -1), size=white.shape[-1], mode="linear", align_corners=True
+    )
+    noise = torch.fft.irfft(white * gain[0], n=num_samples).to(clip.device)
+    return noise * (_rms(clip.float()) / _rms(noise).clamp(min=1e-12))
+
+
+def low_pass(clip: Tensor, sampling_rate: int, cutoff_hz: float = LOW_PASS_HZ) -> Tensor:
+    """Removes everything above `cutoff_hz` exactly: a brick wall on the Fourier transform of the whole clip [C, T].
+
+    The transform sees the clip as periodic, so a jump between its two ends rings at both.
+    """
+    spectrum = torch.fft.rfft(clip.float())
+    frequencies = torch.fft.rfftfreq(clip.shape[-1], 1 / sampling_rate, device=clip.device)
+    return torch.fft.irfft(spectrum.masked_fill(frequencies > cutoff_hz, 0), n=clip.shape[-1])
+
+
+def _rms(x: Tensor) -> Tensor:
+    """[C, T] -> [C, 1]."""
+    return x.square().mean(-1, keepdim=True).sqrt()
+
+
+def _distance(original: Tensor, audio: Tensor, sampling_rate: int) -> float:
+    length = torch.tensor([original.shape[-1]], device=original.device)
+    return multi_scale_mel_distance(original[None], audio.to(original.device)[None], length, sampling_rate).item()

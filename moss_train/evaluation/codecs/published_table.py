@@ -1,0 +1,145 @@
+"""Loads other codecs by name: through transformers, their own packages, or the code of their repositories.
+
+Weights are read from a path or from what the hub has already stored on this machine; nothing is downloaded.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moss_train.evaluation.codecs.adapters import (
+    BigCodec,
+    DacCodec,
+    EncodecCodec,
+    HiggsCodec,
+    MimiCodec,
+    MimoCodec,
+    Qwen3TtsCodec,
+    SpeechTokenizerCodec,
+    WrappedCodec,
+    Xcodec2Codec,
+    XYTokenizerCodec,
+)
+from moss_train.evaluation.codecs.base import Codec
+from moss_train.evaluation.metrics.base import missing_package
+from moss_train.utils.errors import UserError
+
+OWN_ENVIRONMENT = "an environment of its own, with this package installed into it by pip install --no-deps"
+_WAY_OUT = "or score its output, written as WAV into reference/ and reconstruction/ folders, with pairs=<folder>"
+
+
+def load_codec(name: str, weights: str | None, device: torch.device, code: str | None = None) -> Codec:
+    """Build a codec by name. Raises UserError for unknown names and missing weights, packages or code, with what to do.
+
+    code: folder of the codec's repository, for the one whose code is neither in a package nor beside its weights.
+    """
+    if name not in CODECS:
+        raise UserError(f"codec={name} has to be one of {', '.join(CODECS)}")
+    if (code is None) == (name == "mimo"):
+        raise UserError(
+            "codec=mimo needs code=<folder of its repository>, in which src/mimo_audio_tokenizer lies"
+            if code is None
+            else f"code={code} has no effect with codec={name}"
+        )
+    if weights is None:
+        raise UserError(
+            f"codec={name} needs weights=<folder>, or the name of a repository that is stored on this machine"
+        )
+    try:
+        return _LOADERS[name](weights, code).to(device)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"weights={weights}: {_first_line(error)}") from error
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"codec={name}: its code does not run beside transformers {_transformers().__version__} "
+            f"({_first_line(error)}): give it {OWN_ENVIRONMENT}; {_WAY_OUT}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _transformers() -> Any:
+    return importlib.import_module("transformers")
+
+
+def _from_transformers(class_name: str, weights: str, **options: Any) -> Any:
+    transformers = _transformers()
+    if not hasattr(transformers, class_name):
+        raise UserError(f"transformers {transformers.__version__} has no {class_name}: install a newer one")
+    return getattr(transformers, class_name).from_pretrained(weights, local_files_only=True, **options)
+
+
+def _of_transformers(class_name: str, adapter: Callable[[Any], WrappedCodec]) -> Callable[..., WrappedCodec]:
+    return lambda weights, code: adapter(_from_transformers(class_name, weights))
+
+
+def _package(name: str, distribution: str, hint: str = "") -> Any:
+    if reason := missing_package(name, hint):
+        raise UserError(f"codec needs the package {distribution}: {reason}; {_WAY_OUT}")
+    return importlib.import_module(name)
+
+
+def _xcodec2(weights: str, code: None) -> WrappedCodec:
+    return Xcodec2Codec(
+        _from_transformers("Xcodec2Model", weights), _from_transformers("AutoFeatureExtractor", weights)
+    )
+
+
+def _speechtokenizer(weights: str, code: None) -> WrappedCodec:
+    package = _package("speechtokenizer", "speechtokenizer")
+    paths = [Path(weights) / name for name in ("config.json", "SpeechTokenizer.pt")]
+    if missing := next((path for path in paths if not path.is_file()), None):
+        raise UserError(f"weights={weights}: there is no {missing.name}")
+    return SpeechTokenizerCodec(package.SpeechTokenizer.load_from_checkpoint(*map(str, paths)))
+
+
+def _bigcodec(weights: str, code: None) -> WrappedCodec:
+    return BigCodec(_package("bigcodec", "bigcodec").BigCodec.from_pretrained(weights, local_files_only=True))
+
+
+def _qwen3_tts(weights: str, code: None) -> WrappedCodec:
+    hint = f"it pins an older transformers: give it {OWN_ENVIRONMENT}"
+    _package("qwen_tts", "qwen-tts", hint)
+    core = importlib.import_module("qwen_tts.core")
+    return Qwen3TtsCodec(core.Qwen3TTSTokenizerV2Model.from_pretrained(weights, local_files_only=True))
+
+
+def _mimo(weights: str, code: str) -> WrappedCodec:
+    folders = (Path(code), Path(code) / "src")
+    parent = next((folder for folder in folders if (folder / "mimo_audio_tokenizer").is_dir()), None)
+    if parent is None:
+        raise UserError(f"code={code}: there is no mimo_audio_tokenizer or src/mimo_audio_tokenizer")
+    sys.path.insert(0, str(parent.resolve()))
+    package = importlib.import_module("mimo_audio_tokenizer.modeling_audio_tokenizer")
+    return MimoCodec(package.MiMoAudioTokenizer.from_pretrained(weights, local_files_only=True))
+
+
+def _xy_tokenizer(weights: str, code: None) -> WrappedCodec:
+    # The code that lies beside the weights is run: whoever gives the path trusts it.
+    names = ("AutoModel", "AutoFeatureExtractor")
+    return XYTokenizerCodec(*(_from_transformers(name, weights, trust_remote_code=True) for name in names))
+
+
+_LOADERS: dict[str, Callable[..., WrappedCodec]] = {
+    "encodec": _of_transformers("EncodecModel", EncodecCodec),
+    "dac": _of_transformers("DacModel", DacCodec),
+    "mimi": _of_transformers("MimiModel", MimiCodec),
+    "higgs": _of_transformers("HiggsAudioV2TokenizerModel", HiggsCodec),
+    "xcodec2": _xcodec2,
+    "speechtokenizer": _speechtokenizer,
+    "bigcodec": _bigcodec,
+    "qwen3_tts": _qwen3_tts,
+    "mimo": _mimo,
+    "xy_tokenizer": _xy_tokenizer,
+}
+
+CODECS = tuple(_LOADERS)
+"""Names that `load_codec` knows: all systems of the published table."""

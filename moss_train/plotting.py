@@ -1,0 +1,222 @@
+"""Figures: spectrograms, curves and histograms. The only module that draws with matplotlib."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from moss_train.losses.mel import log_mel_spectrogram
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
+
+
+WINDOW_LENGTH = 1024
+NUM_MELS = 128
+RANGE_DB = 80.0
+SPECTROGRAM_INCHES = (9.0, 1.75)
+
+
+def save_spectrograms(
+    waveforms: Mapping[str, Tensor], sampling_rate: int, path: str | Path | BinaryIO, title: str = ""
+) -> None:
+    """Log-mel spectrograms of several versions of one clip, one below the other, as a PNG.
+
+    waveforms: name -> [C, T], the original first; channels are averaged. All panels share time, frequency and a colour
+    scale in decibels below the loudest point of the first. Needs matplotlib (extra `eval`). ValueError without
+    waveforms.
+    """
+    if not waveforms:
+        raise ValueError("a spectrogram figure needs at least one waveform, got none")
+    # The object interface, not pyplot: no global state, no window, no backend to choose.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width, height = SPECTROGRAM_INCHES
+    figure = Figure(figsize=(width, 0.7 + height * len(waveforms)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(waveforms), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    levels = {name: _decibels(waveform, sampling_rate) for name, waveform in waveforms.items()}
+    loudest = next(iter(levels.values())).max().item()
+    for panel, (name, level) in zip(axes, levels.items(), strict=True):
+        seconds = waveforms[name].shape[-1] / sampling_rate
+        image = _draw_spectrogram(panel, name, (level - loudest).clamp(min=-RANGE_DB), seconds)
+    _label_frequencies(axes[0], sampling_rate)
+    axes[-1].set_xlabel("time (s)")
+    figure.supylabel("frequency (kHz, mel scale)", fontsize="medium")
+    figure.colorbar(image, ax=list(axes), label="level (dB)", pad=0.01, fraction=0.03, aspect=12 * len(axes))
+    if title:
+        figure.suptitle(title, fontsize="large")
+    figure.savefig(path, dpi=130)
+
+
+def _decibels(waveform: Tensor, sampling_rate: int) -> Tensor:
+    """[C, T] -> [NUM_MELS, frames] in dB."""
+    mono = waveform.detach().float().cpu().mean(0)
+    return 20 * log_mel_spectrogram(mono, sampling_rate, WINDOW_LENGTH, NUM_MELS, floor=1e-8)
+
+
+def _draw_spectrogram(panel: "Axes", name: str, level: Tensor, seconds: float) -> "AxesImage":
+    panel.set_title(name, loc="left", fontsize="medium", pad=3)
+    return panel.imshow(
+        level.numpy(),
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma",
+        vmin=-RANGE_DB,
+        vmax=0,
+        extent=(0, seconds, 0, NUM_MELS),
+    )
+
+
+def _label_frequencies(panel: "Axes", sampling_rate: int) -> None:
+    """Ticks at round frequencies, placed by the Slaney scale: linear to 1 kHz, logarithmic above."""
+    nyquist = sampling_rate / 2
+    kilohertz = [value for value in (0, 1, 2, 4, 8, 16) if value * 1000 <= nyquist]
+    # The centre of row i, drawn at i + 0.5, is the (i + 1)-th of NUM_MELS + 1 equal steps on the mel scale.
+    rows = [_slaney_mel(value * 1000) / _slaney_mel(nyquist) * (NUM_MELS + 1) - 0.5 for value in kilohertz]
+    panel.set_yticks(rows)
+    panel.set_yticklabels([str(value) for value in kilohertz])
+
+
+def _slaney_mel(hertz: float) -> float:
+    return hertz * 3 / 200 if hertz < 1000 else 15 + math.log(hertz / 1000) / (math.log(6.4) / 27)
+
+
+CURVE_COLUMNS = 2
+CURVE_INCHES = (5.2, 2.9)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: a name, updates, and values."""
+
+    name: str
+    updates: Sequence[float]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves that share an axis."""
+
+    title: str
+    curves: Sequence[Curve]
+    logarithmic: bool = False
+    dots: bool = False  # few values, each one a measurement
+
+
+def save_curves(panels: Sequence[Panel], path: Path, title: str, marks: Mapping[str, float] | None = None) -> None:
+    """Draw panels as a PNG; `marks` are updates to name, such as the beginnings of stages. Needs matplotlib."""
+    # The object interface, not pyplot: no global state, no window, no backend to choose.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // CURVE_COLUMNS)
+    figure = Figure(figsize=(CURVE_INCHES[0] * CURVE_COLUMNS, CURVE_INCHES[1] * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, CURVE_COLUMNS, squeeze=False).flatten()
+    for panel, place in zip(panels, axes, strict=False):
+        _draw_curves(place, panel, marks or {})
+    for place in axes[len(panels) :]:
+        place.set_axis_off()
+    figure.suptitle(title, fontsize="large")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_curves(axes: "Axes", panel: Panel, marks: Mapping[str, float]) -> None:
+    for curve in panel.curves:
+        style = "-o" if panel.dots else "-"
+        axes.plot(curve.updates, curve.values, style, label=curve.name, linewidth=1.2, markersize=3)
+    for name, update in marks.items():
+        axes.axvline(update, color="0.6", linestyle=":", linewidth=1)
+        axes.annotate(f" {name}", (update, 1), xycoords=("data", "axes fraction"), va="top", fontsize=7, color="0.4")
+    axes.set_title(panel.title, fontsize="medium", loc="left")
+    axes.set_xlabel("update", fontsize="small")
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    if panel.logarithmic:
+        axes.set_yscale("log")
+    if len(panel.curves) > 1:
+        axes.legend(fontsize=7)
+
+
+NUM_BINS = 50
+HISTOGRAM_INCHES = (4.2, 2.6)
+HISTOGRAM_COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values of one quantity, by group."""
+
+    label: str  # with the unit
+    values: Mapping[str, np.ndarray]
+    logarithmic: bool = False
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Pairs of two quantities, by group."""
+
+    x_label: str
+    y_label: str
+    values: Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def save_histograms(panels: Sequence[Histogram | Scatter], path: str | Path, title: str = "") -> None:
+    """Draw every panel into one PNG, groups stacked in one colour each. Needs matplotlib (extra `eval`)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // HISTOGRAM_COLUMNS)
+    size = (HISTOGRAM_INCHES[0] * HISTOGRAM_COLUMNS, HISTOGRAM_INCHES[1] * rows + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, HISTOGRAM_COLUMNS, squeeze=False).flat
+    groups = sorted({group for panel in panels for group in panel.values})
+    colours = {group: f"C{number % 10}" for number, group in enumerate(groups)}
+    for panel, axis in zip(panels, axes, strict=False):
+        if isinstance(panel, Histogram):
+            _draw_histogram(axis, panel, colours)
+        else:
+            _draw_scatter(axis, panel, colours)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(figure.axes)[len(panels) :]:
+        axis.set_visible(False)
+    handles = [figure.axes[0].plot([], [], "s", color=colour, label=group)[0] for group, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(8, max(1, len(groups))), frameon=False)
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_histogram(axis, panel: Histogram, colours: Mapping[str, str]) -> None:
+    values = {group: array[np.isfinite(array)] for group, array in panel.values.items()}
+    values = {group: array[array > 0] if panel.logarithmic else array for group, array in values.items()}
+    values = {group: array for group, array in sorted(values.items()) if len(array)}
+    axis.set_xlabel(panel.label)
+    axis.set_ylabel("clips")
+    if not values:
+        return
+    joined = np.concatenate(list(values.values()))
+    low, high = float(joined.min()), float(joined.max())
+    if panel.logarithmic:
+        bins = np.geomspace(low, max(high, low * 1.01), NUM_BINS + 1)
+        axis.set_xscale("log")
+    else:
+        bins = np.linspace(low, max(high, low + 1e-6), NUM_BINS + 1)
+    axis.hist(list(values.values()), bins=bins, stacked=True, color=[colours[group] for group in values])
+
+
+def _draw_scatter(axis, panel: Scatter, colours: Mapping[str, str]) -> None:
+    for group, (x, y) in sorted(panel.values.items()):
+        axis.plot(x, y, ".", markersize=2, alpha=0.6, color=colours[group])
+    axis.set_xlabel(panel.x_label)
+    axis.set_ylabel(panel.y_label)

@@ -1,0 +1,174 @@
+"""Everything that watches a run, put together from its configuration."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from moss_train.data.stream.sample_stats import StreamCounter
+from moss_train.data.stream.stream import AudioStream
+from moss_train.evaluation.metrics.base import split_available
+from moss_train.evaluation.validation import validation_metrics
+from moss_train.training.callbacks.checkpoint import BestKeeper, CheckpointWriter, check_metric
+from moss_train.training.callbacks.codebooks import CodebookMetrics, codebook_columns
+from moss_train.training.callbacks.health import HealthLimits, HealthWriter
+from moss_train.training.callbacks.metrics import COLUMNS, Clock, StreamWatch, UpdateMetrics
+from moss_train.training.callbacks.run_records import EnvironmentRecord, Notices, SkipRecord
+from moss_train.training.callbacks.samples import Sampler
+from moss_train.training.callbacks.scoring import depths
+from moss_train.training.callbacks.summary import Summary
+from moss_train.training.callbacks.validation import Validation, ValidationPlan
+from moss_train.training.callbacks.validation_data import load_held_out
+from moss_train.training.cost.mfu import Utilization
+from moss_train.training.loggers.base import RunLog, Writer
+from moss_train.training.loggers.csv import CsvWriter
+from moss_train.training.loggers.progress import ProgressWriter
+from moss_train.training.loggers.tensorboard import TensorBoardWriter
+from moss_train.training.loggers.wandb import MODES, WandbWriter
+from moss_train.utils.errors import UserError
+
+Node = Mapping[str, Any]
+KEYS = frozenset({"wandb", "tensorboard", "logging", "validation", "health"})
+"""What of a run's configuration is about watching it, and changes nothing of what is learned."""
+
+NO_VALIDATION = "no validation: give held-out audio as validation.data=<packed folders, folder or manifest>"
+NO_PICTURES = 'samples come without spectrograms: matplotlib is not installed (pip install "moss_train[eval]")'
+
+
+def build_observers(
+    config: Node, directory: Path, last: int, stream: AudioStream, num_quantizers: int, codebook_size: int
+) -> list[Callback]:
+    """The callbacks of a run, in their order: a checkpoint never lies behind an update that was not logged.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+        last: update at which it ends.
+        stream: of the training data.
+        num_quantizers: levels of the model.
+        codebook_size: codes per level.
+
+    Raises:
+        UserError: a setting that cannot work.
+    """
+    check_counts("logging", {name: value for name, value in config["logging"].items() if name != "peak_tflops"})
+    notices: list[str] = []
+    plan = plan_validation(config, stream, num_quantizers, notices)
+    tables = {
+        "metrics": COLUMNS,
+        "codebooks": codebook_columns(num_quantizers),
+        "audio_hours": ("update", *stream.domains),
+        **({} if plan is None else {"validation": plan.columns}),
+    }
+    writers = build_writers(config, directory, last, tables)
+    run_log = RunLog([*writers, HealthWriter(directory, health_limits(config["health"]), codebook_size)])
+    counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
+    window = config["logging"]["window_updates"]
+    clock = Clock()
+    checkpoints = CheckpointWriter(
+        directory / "checkpoints",
+        config["checkpoint"]["every_updates"],
+        config["checkpoint"]["keep"],
+        config["checkpoint"]["archive_every_updates"],
+        clock,
+    )
+    return [
+        Notices(notices),
+        EnvironmentRecord(directory),
+        SkipRecord(directory),
+        UpdateMetrics(run_log, clock, Utilization(config), config["logging"]["gradient_shares_every_updates"]),
+        StreamWatch(counter, stream.domains, run_log, window),
+        CodebookMetrics(run_log, window),
+        *([] if plan is None else [build_validation(config, directory, stream, plan, run_log, checkpoints)]),
+        checkpoints,
+        Summary(directory, counter),
+        clock,
+    ]
+
+
+def health_limits(settings: Node) -> HealthLimits:
+    """The limits of the warnings, with errors that name the configuration path."""
+    try:
+        return HealthLimits(**settings)
+    except ValueError as error:
+        raise UserError(f"health.{error}") from error
+
+
+def check_counts(place: str, settings: Node) -> None:
+    """Raise UserError for a number that has to be a count, by its configuration path."""
+    for name, value in settings.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{place}.{name}={value} has to be a whole number from 1")
+
+
+def build_writers(config: Node, directory: Path, last: int, tables: Mapping[str, Sequence[str]]) -> list[Writer]:
+    """CSV files and the progress bar always, Weights & Biases and TensorBoard as configured."""
+    writers: list[Writer] = [CsvWriter(directory / f"{name}.csv", columns) for name, columns in tables.items()]
+    writers.append(ProgressWriter(last))
+    every_updates = config["logging"]["every_updates"]
+    if config["tensorboard"]:
+        writers.append(TensorBoardWriter(directory / "tensorboard", every_updates))
+    if config["wandb"] not in (None, *MODES):
+        raise UserError(f"wandb={config['wandb']} is not one of {', '.join(MODES)}, null")
+    if config["wandb"] is not None:
+        writers.append(WandbWriter(directory, config["wandb"], every_updates, dict(config)))
+    return writers
+
+
+def plan_validation(
+    config: Node, stream: AudioStream, num_quantizers: int, notices: list[str]
+) -> ValidationPlan | None:
+    """Read the held-out clips and choose the measures; None without held-out audio, which is a notice then."""
+    settings = config["validation"]
+    data = settings["data"] or config["data"].get("heldout")
+    if not data:
+        notices.append(NO_VALIDATION)
+        return None
+    counts = ("every_updates", "max_clips", "metrics_clips", "samples_every_updates", "samples_clips")
+    check_counts("validation", {name: settings[name] for name in counts})
+    levels = settings["levels"]
+    if levels is not None and not all(isinstance(n, int) and 1 <= n <= num_quantizers for n in levels):
+        raise UserError(f"validation.levels={levels}: the model has levels 1 to {num_quantizers}")
+    try:
+        metrics, missing = split_available(validation_metrics(settings["metrics"]))
+    except UserError as error:
+        raise UserError(f"validation.metrics: {error}") from error
+    notices += [f"validation without {name}: {reason}" for name, reason in missing.items()]
+    if settings["samples_clips"] and find_spec("matplotlib") is None:
+        notices.append(NO_PICTURES)
+    clips = load_held_out(
+        [data] if isinstance(data, str) else data,
+        stream.clip_format,
+        max_clips=settings["max_clips"],
+        max_seconds=config["data"]["max_seconds"],
+    )
+    return ValidationPlan(
+        clips, depths(num_quantizers, levels), settings["every_updates"], metrics, settings["metrics_clips"]
+    )
+
+
+def build_validation(
+    config: Node,
+    directory: Path,
+    stream: AudioStream,
+    plan: ValidationPlan,
+    run_log: RunLog,
+    checkpoints: CheckpointWriter,
+) -> Validation:
+    """The validation with its keeper of the best checkpoint and its samples, each where it is wanted."""
+    settings, metric = config["validation"], config["checkpoint"]["best"]
+    keeper = sampler = None
+    if metric is not None:
+        check_metric(metric, plan.columns)
+        keeper = BestKeeper(checkpoints.directory, metric, plan.higher, checkpoints.save)
+    if settings["samples_clips"] is not None:
+        sampler = Sampler(
+            directory / "samples",
+            plan.clips[: settings["samples_clips"]],
+            plan.levels[1:] or plan.levels,
+            stream.clip_format.sampling_rate,
+            settings["samples_every_updates"],
+        )
+    return Validation(run_log, plan, keeper, sampler)

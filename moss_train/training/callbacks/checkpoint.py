@@ -1,0 +1,173 @@
+"""When checkpoints are written and which of them stay: the newest, the last of every stage, the best."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moss_train.training.callbacks.metrics import Clock
+from moss_train.training.module import cat_module
+from moss_train.utils.checkpoint import (
+    CHECKPOINT_FILE,
+    BestCheckpoint,
+    checkpoint_name,
+    prune_checkpoints,
+    read_best,
+    read_manifest,
+    read_payload,
+    record_best,
+    write_checkpoint,
+)
+from moss_train.utils.errors import UserError
+
+HIGHER_IS_BETTER = ("text_accuracy", "mean_usage", "mean_perplexity", "usage", "perplexity")
+
+
+class BestKeeper:
+    """Has a checkpoint written whenever a score is better than ever, and records which one it is.
+
+    Args:
+        directory: of the checkpoints.
+        metric: column of `validation.csv`.
+        higher: columns, beside those of HIGHER_IS_BETTER, of which more is better.
+        save: writes the checkpoint of this update, unless it is there.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        metric: str,
+        higher: frozenset[str],
+        save: Callable[[Trainer, LightningModule], None],
+    ) -> None:
+        self.directory = directory
+        self.metric = metric
+        self.sign = -1.0 if metric in higher or metric.partition("/")[0] in HIGHER_IS_BETTER else 1.0
+        self.save = save
+        self.best: BestCheckpoint | None = None
+
+    def start(self, trainer: Trainer, update: int) -> None:
+        """Remember the best checkpoint so far, unless it belongs to updates that are about to be done again."""
+        best = trainer.strategy.broadcast(read_best(self.directory))
+        self.best = best if best is not None and best.metric == self.metric and best.update <= update else None
+
+    def consider(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Any]) -> None:
+        """Keep the checkpoint of this update if its score is the best one; the same on every rank."""
+        value = scores.get(self.metric)
+        if value is None or not math.isfinite(value):
+            return
+        if self.best is not None and self.sign * value >= self.sign * self.best.value:
+            return
+        self.save(trainer, pl_module)
+        update = cat_module(pl_module).update
+        self.best = BestCheckpoint(checkpoint_name(update), update, self.metric, value)
+        if trainer.is_global_zero:
+            record_best(self.directory, self.best)
+
+
+def check_metric(metric: str, columns: tuple[str, ...]) -> str:
+    """The metric, or UserError when no validation has it."""
+    if metric not in columns[2:]:
+        raise UserError(f"checkpoint.best={metric} is no score of the validation, which has {', '.join(columns[2:])}")
+    return metric
+
+
+class DirectoryCheckpointIO(CheckpointIO):
+    """Lightning's plugin point: a checkpoint is a verified directory, read without unpickling objects."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        def write(directory: Path) -> None:
+            # Given a path, torch hides why a disk takes no more.
+            with (directory / CHECKPOINT_FILE).open("wb") as file:
+                torch.save(checkpoint, file)
+
+        write_checkpoint(Path(path), write, info=checkpoint["progress"])
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable | None = None,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        # Mapped, the ranks of a machine share one copy. On a CPU the optimizer would keep the mapping of a file that
+        # is deleted later.
+        mmap = torch.cuda.is_available()
+        return read_payload(Path(path), map_location=map_location or "cpu", mmap=mmap)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        raise UserError(f"{path}: checkpoints are removed by their retention, not through Lightning")
+
+
+class CheckpointWriter(Callback):
+    """Saves at the start, every `every_updates` updates, when a stage is over and at the end.
+
+    The `keep` newest stay, those at the end of a stage, and those of every `archive_every_updates` updates if that is
+    given: to go back to when something goes wrong unnoticed, and to try another second stage.
+
+    The one at the start shows that the disk takes a checkpoint before hours are spent. The training waits until a
+    checkpoint is on the disk for good; `clock` is told for how long.
+    """
+
+    def __init__(
+        self, directory: Path, every_updates: int, keep: int, archive_every_updates: int | None, clock: Clock
+    ) -> None:
+        if every_updates < 1 or keep < 2:
+            raise UserError(
+                f"checkpoint.every_updates={every_updates} must be at least 1 and checkpoint.keep={keep} at least 2 "
+                "(the newest may turn out damaged)"
+            )
+        if archive_every_updates is not None and archive_every_updates % every_updates:
+            raise UserError(
+                f"checkpoint.archive_every_updates={archive_every_updates} must be a multiple of "
+                f"checkpoint.every_updates={every_updates}, or null"
+            )
+        self.directory = directory
+        self.every_updates = every_updates
+        self.keep = keep
+        self.archive_every_updates = archive_every_updates
+        self.clock = clock
+        self.saved_update: int | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not on_train_start, which a run without a single update never reaches.
+        self.saved_update = None if trainer.ckpt_path is None else read_manifest(Path(trainer.ckpt_path))["update"]
+        if self.saved_update is None:
+            self.save(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        module = cat_module(pl_module)
+        if module.update % self.every_updates == 0 or module.update in module.schedule.ends:
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer, pl_module)
+
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what has not been saved; all ranks take part, the first one writes."""
+        module = cat_module(pl_module)
+        update, ends, archive = module.update, module.schedule.ends, self.archive_every_updates
+        if update == self.saved_update:
+            return
+        self.saved_update, begin = update, time.perf_counter()
+        path = self.directory / checkpoint_name(update)
+        if trainer.is_global_zero and path.exists():
+            shutil.rmtree(path)  # damaged, or the run would have started from it
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            prune_checkpoints(
+                self.directory,
+                self.keep,
+                lambda update: update in ends or (archive is not None and update > 0 and update % archive == 0),
+            )
+        self.clock.checkpoint_seconds += time.perf_counter() - begin
+
+
+def read_progress(checkpoint: Path | None) -> Mapping[str, int]:
+    """Update and stream position of a checkpoint; zeros for None."""
+    return {"update": 0, "position": 0} if checkpoint is None else read_manifest(checkpoint)

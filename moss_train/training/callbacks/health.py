@@ -1,0 +1,208 @@
+"""Signs that a run goes wrong, each a warning that says what to do, once per occurrence."""
+
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moss_train.training.callbacks.run_records import warn
+from moss_train.training.loggers.base import Row, Writer
+from moss_train.utils.files import written_whole
+
+
+@dataclass(frozen=True)
+class HealthLimits:
+    """What counts as a sign of trouble. Warnings need it to last `window_updates`, so that no single update alarms.
+
+    Attributes:
+        window_updates: updates that are looked at together.
+        grace_updates: at the start of a run, in which codebooks are not judged.
+        min_codebook_use: perplexity of a level over the size of its codebook.
+        max_discriminator_margin: mean verdict on real minus that on generated audio; 1 is a perfect discriminator.
+        min_discriminator_margin: and 0 one that has learned nothing.
+        max_gradient_growth: median gradient norm of the last quarter of the window over that of the rest.
+        max_data_wait: share of the time that is spent waiting for data.
+        max_checkpoint_time: share of the time that is spent writing checkpoints.
+    """
+
+    window_updates: int = 200
+    grace_updates: int = 1000
+    min_codebook_use: float = 0.02
+    max_discriminator_margin: float = 0.95
+    min_discriminator_margin: float = 0.02
+    max_gradient_growth: float = 10.0
+    max_data_wait: float = 0.25
+    max_checkpoint_time: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 10 if name == "window_updates" else 0
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
+                raise ValueError(f"{name}={value} has to be a number from {least}")
+
+
+class Alarm:
+    """Sounds when a sign appears, and again only after it was gone for a while: a value near its limit is one sign."""
+
+    CALM = 10  # judgements in a row without the sign
+
+    def __init__(self, sound: Callable[[str], None]) -> None:
+        self.sound = sound
+        self.calm: dict[str, int] = {}  # judgements since a sign was there, of those that were
+
+    def judge(self, sign: str, is_there: bool, message: Callable[[], str]) -> None:
+        """Take note of one sign."""
+        if is_there and self.calm.get(sign, self.CALM) >= self.CALM:
+            self.sound(message())
+        if is_there:
+            self.calm[sign] = 0
+        elif sign in self.calm:
+            self.calm[sign] += 1
+
+
+@dataclass
+class Between:
+    """What the time since a judged checkpoint went into."""
+
+    updates: int = 0
+    update_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+
+
+class HealthWriter(Writer):
+    """Reads the log as it is written; prints warnings and keeps them in `warnings.txt` of the run directory.
+
+    Args:
+        directory: of the run.
+        limits: what counts as trouble.
+        codebook_size: codes per level.
+    """
+
+    def __init__(self, directory: Path, limits: HealthLimits, codebook_size: int) -> None:
+        self.path = directory / "warnings.txt"
+        self.limits = limits
+        self.codebook_size = codebook_size
+        self.alarm = Alarm(self._sound)
+        self.rows: deque[Row] = deque(maxlen=limits.window_updates)
+        self.between = Between()
+
+    def start(self, update: int) -> None:
+        """Forget what was warned of about updates that are about to be done again."""
+        if self.path.exists():
+            lines = self.path.read_text("utf-8", errors="replace").splitlines()
+            with written_whole(self.path) as path:
+                path.write_text("".join(f"{line}\n" for line in lines if update_of(line) <= update), "utf-8")
+
+    def _sound(self, message: str) -> None:
+        warn(message)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(message + "\n")
+
+    def write(self, table: str, row: Row) -> None:
+        """Look at a row."""
+        if table == "codebooks":
+            self._judge_codebooks(row)
+        if table != "metrics":
+            return
+        self.rows.append(row)
+        self._judge_checkpoints(row)
+        if row["update"] % max(1, self.limits.window_updates // 10) == 0 and len(self.rows) == self.rows.maxlen:
+            self._judge_discriminators(row["update"])
+            self._judge_gradients(row["update"])
+            self._judge_data(row["update"])
+
+    def _judge_codebooks(self, row: Row) -> None:
+        if row["update"] <= self.limits.grace_updates or row.get("frames", 0) < 4 * self.codebook_size:
+            return
+        least = self.limits.min_codebook_use * self.codebook_size
+        levels = {name.partition("/")[2]: row[name] for name in row if name.startswith("perplexity/")}
+        poor = {level: value for level, value in levels.items() if value < least}
+
+        def message() -> str:
+            named = ", ".join(f"{level} ({value:.1f})" for level, value in list(poor.items())[:8])
+            return (
+                f"update {row['update']}: the codebooks of {len(poor)} of {len(levels)} levels have collapsed, level "
+                f"(perplexity of {self.codebook_size}) {named}: lower the learning rate, raise "
+                "objective.weights.codebook, and see whether the training audio is silent (`moss_train inspect`)"
+            )
+
+        self.alarm.judge("codebooks", bool(poor), message)
+
+    def _judge_discriminators(self, update: int) -> None:
+        # Not in their head start, in which they have yet to learn.
+        judged = [row for row in self.rows if "loss/adversarial" in row]
+        margins = [row["discriminator/real"] - row["discriminator/generated"] for row in judged]
+        if len(margins) < len(self.rows):
+            return
+        margin, count = statistics.fmean(margins), len(margins)
+        self.alarm.judge(
+            "discriminators win",
+            margin > self.limits.max_discriminator_margin,
+            lambda: (
+                f"update {update}: the discriminators tell real from generated audio almost perfectly (mean margin "
+                f"{margin:.2f} over {count} updates), which teaches little: lower discriminator_learning_rate, "
+                "raise discriminator_every, or raise objective.weights.feature"
+            ),
+        )
+        self.alarm.judge(
+            "discriminators lose",
+            margin < self.limits.min_discriminator_margin,
+            lambda: (
+                f"update {update}: the discriminators cannot tell real from generated audio (mean margin {margin:.2f} "
+                f"over {count} updates): raise discriminator_learning_rate or discriminator_warmup_updates"
+            ),
+        )
+
+    def _judge_gradients(self, update: int) -> None:
+        for side in ("generator", "discriminators"):
+            norms = [row[f"gradient_norm/{side}"] for row in self.rows if f"gradient_norm/{side}" in row]
+            recent = self.limits.window_updates // 4
+            if len(norms) < len(self.rows):
+                continue
+            before, now = statistics.median(norms[:-recent]), statistics.median(norms[-recent:])
+            self.alarm.judge(
+                f"gradients of {side}",
+                now > self.limits.max_gradient_growth * before,
+                lambda side=side, before=before, now=now: (  # type: ignore[misc]
+                    f"update {update}: gradients of the {side} explode, norm {now:.3g} after {before:.3g}: lower the "
+                    "learning rate, lengthen warmup_updates, or go back to an earlier checkpoint"
+                ),
+            )
+
+    def _judge_data(self, update: int) -> None:
+        waited = sum(row["data_wait_seconds"] for row in self.rows)
+        total = sum(row["update_seconds"] for row in self.rows)
+        share = waited / total if total else 0.0
+        self.alarm.judge(
+            "data",
+            share > self.limits.max_data_wait,
+            lambda: (
+                f"update {update}: {share:.0%} of the time is spent waiting for data: raise data.num_workers, or move "
+                "the shards to a faster disk"
+            ),
+        )
+
+    def _judge_checkpoints(self, row: Row) -> None:
+        seconds, between = row["checkpoint_seconds"], self.between
+        if between.updates:  # the one at the start has no updates before it
+            between.checkpoint_seconds += seconds
+        if seconds and between.updates >= self.limits.window_updates:
+            share = between.checkpoint_seconds / (between.checkpoint_seconds + between.update_seconds)
+            self.alarm.judge(
+                "checkpoints",
+                share > self.limits.max_checkpoint_time,
+                lambda: (
+                    f"update {row['update'] - 1}: {share:.0%} of the time is spent writing checkpoints, {seconds:.1f} "
+                    "s for the last one: raise checkpoint.every_updates, or put run_dir on a faster disk"
+                ),
+            )
+            self.between = between = Between()
+        between.updates += 1
+        between.update_seconds += row["update_seconds"]
+
+
+def update_of(line: str) -> int:
+    """The update that a line of `warnings.txt` is about."""
+    number = line.removeprefix("update ").partition(":")[0]
+    return int(number) if number.isdigit() else 0

@@ -1,0 +1,163 @@
+"""Records of a run: its environment, startup messages, and updates that were skipped."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moss_train.batch import UpdateBatch
+from moss_train.training.module import CatModule, cat_module
+from moss_train.utils.files import written_whole
+from moss_train.utils.memory import available_memory_bytes
+from moss_train.utils.paths import PACKAGE_DIRECTORY
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class Notices(Callback):
+    """Says at the start of a run what it will not do, once and not on every rank."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            print(*self.lines, sep="\n", end="\n" if self.lines else "", file=sys.stderr)
+
+
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = (
+    "moss_train",
+    "torch",
+    "torchaudio",
+    "lightning",
+    "transformers",
+    "webdataset",
+    "auraloss",
+    "soundfile",
+    "numpy",
+)
+
+
+class EnvironmentRecord(Callback):
+    """Records every start of the run in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            record_start(self.directory, cat_module(pl_module).update, trainer.world_size)
+
+
+def record_start(directory: Path, update: int, num_processes: int) -> None:
+    """Add this start of a run to its file; an unreadable file is replaced."""
+    path = directory / ENVIRONMENT_FILE
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        starts = []
+    start = {"update": update, "processes": num_processes, **describe()}
+    with written_whole(path) as whole:
+        whole.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
+
+
+def describe() -> dict[str, Any]:
+    """Time, command, code, versions and hardware of this process."""
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "directory": os.getcwd(),
+        "git": git_commit(PACKAGE_DIRECTORY),
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
+        "cuda": torch.version.cuda,
+        "machine": platform.node(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(available_memory_bytes() / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package; None for one that is used from its folder."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit(directory: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that holds the code, and whether files differ from it; None outside of one."""
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changed": bool(changes)}
+
+
+def cpu_name() -> str:
+    """Model of the processor, as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+SKIPPED_FILE = "skipped.jsonl"
+
+
+class SkipRecord(Callback):
+    """Writes a line per rank for every skipped update, the last one before the run stops included."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / SKIPPED_FILE
+        self.batch: UpdateBatch | None = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
+    ) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._record(trainer, cat_module(pl_module))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._record(trainer, cat_module(pl_module))
+
+    def _record(self, trainer: Trainer, module: CatModule) -> None:
+        batch, self.batch = self.batch, None
+        bad = [name for name, value in module.metrics.items() if not math.isfinite(value)]
+        if batch is None or not bad:
+            return
+        ids = [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids]
+        entry = {
+            "update": batch.update + 1,  # as in metrics.csv
+            "rank": trainer.global_rank,
+            "not_finite": bad,
+            "next_position": batch.next_position,
+            "sample_ids": ids,
+        }
+        # One write at the end of the file: ranks share it.
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,0 +1,127 @@
+"""Something to listen to and to read: what the model makes of fixed held-out clips in the course of the training."""
+
+import gc
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moss_train.audio.io import write_audio
+from moss_train.batch import TASKS
+from moss_train.plotting import save_spectrograms
+from moss_train.training.callbacks.scoring import Reconstruction, reconstruct
+from moss_train.training.callbacks.validation_data import HeldOutClip
+from moss_train.training.loggers.base import ClipSample
+from moss_train.training.module import CatModule
+from moss_train.utils.files import written_whole
+
+ORIGINAL = "original"
+TRUTH = "truth"
+MAX_TOKENS = 256  # of a transcript
+
+
+class Sampler:
+    """Writes reconstructions as FLAC, spectrograms as PNG and the LM's transcripts beside the truth.
+
+    Args:
+        directory: `samples` of the run.
+        clips: held-out clips, the same ones all along.
+        levels: numbers of quantizer levels to decode, ascending.
+        sampling_rate: of the model.
+        every_updates: updates between samples; they are made with the first validation from there on.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        clips: Sequence[HeldOutClip],
+        levels: Sequence[int],
+        sampling_rate: int,
+        every_updates: int,
+    ) -> None:
+        self.directory = directory
+        self.clips = clips
+        self.names = [f"{i}-{plain_name(clip.id)}" for i, clip in enumerate(clips, start=1)]
+        self.levels = tuple(levels)
+        self.sampling_rate = sampling_rate
+        self.every_updates = every_updates
+        self.draws = find_spec("matplotlib") is not None
+
+    def make(self, module: CatModule, is_main: bool) -> list[ClipSample]:
+        """The samples of this update; none when it is not their turn.
+
+        Every rank computes them, for networks that are sharded over ranks, and one writes.
+        """
+        if module.update % self.every_updates and module.update != module.schedule.updates:
+            return []
+        samples = []
+        folder = self.directory / f"update-{module.update:08d}"
+        for name, clip in zip(self.names, self.clips, strict=True):
+            made = reconstruct(module.tokenizer, clip, self.levels)
+            texts = transcripts(module, clip, made)
+            if is_main:
+                samples.append(self._write(folder, name, clip, made, texts))
+        if is_main:
+            self._write_texts(folder, samples)
+        gc.collect()  # pictures are full of cycles: a dozen of them, 50 MB, would wait for a collection
+        return samples
+
+    def _write(
+        self, folder: Path, name: str, clip: HeldOutClip, made: Reconstruction, texts: Mapping[str, str]
+    ) -> ClipSample:
+        audio = {ORIGINAL: clip.audio[:, : clip.length]} | {label(count): made.audio[count] for count in self.levels}
+        paths = {key: folder / f"{name}.{key}.flac" for key in audio}
+        paths[ORIGINAL] = self.directory / ORIGINAL / f"{name}.flac"
+        for key, path in paths.items():
+            if key != ORIGINAL or not path.exists():
+                with written_whole(path) as whole:
+                    write_audio(whole, audio[key].nan_to_num().clamp(-1, 1), self.sampling_rate)
+        return ClipSample(int(folder.name[-8:]), name, paths, self._draw(folder / f"{name}.png", audio, clip), texts)
+
+    def _draw(self, path: Path, audio: Mapping[str, Tensor], clip: HeldOutClip) -> Path | None:
+        if not self.draws:
+            return None
+        with written_whole(path) as whole:
+            save_spectrograms(audio, self.sampling_rate, whole, title=f"{clip.id}, update {int(path.parent.name[-8:])}")
+        return path
+
+    def _write_texts(self, folder: Path, samples: Sequence[ClipSample]) -> None:
+        """`transcripts.md`: the LM's reading of every clip with text, greedily, with the audio of each depth."""
+        lines = [f"# Transcripts at update {int(folder.name[-8:])}", ""]
+        for sample in samples:
+            if sample.texts:
+                lines += [f"## {sample.name}", "", "| heard | text |", "|---|---|"]
+                lines += [
+                    f"| {key} | {json.dumps(text, ensure_ascii=False)[1:-1]} |" for key, text in sample.texts.items()
+                ]
+                lines.append("")
+        if len(lines) > 2:
+            with written_whole(folder / "transcripts.md") as whole:
+                whole.write_text("\n".join(lines), "utf-8")
+
+
+def transcripts(module: CatModule, clip: HeldOutClip, made: Reconstruction) -> dict[str, str]:
+    """The truth and what the LM reads at every depth; empty without LM or text."""
+    if module.semantic is None or clip.text is None:
+        return {}
+    task = torch.tensor([TASKS.index(clip.task)], device=module.device)
+    texts = {TRUTH: clip.text}
+    for count, states in made.states.items():
+        tokens = module.semantic.generate(states, task, min(MAX_TOKENS, 2 * len(module.semantic.text(clip.text))))
+        texts[label(count)] = module.semantic.text.decode(tokens)
+    return texts
+
+
+def label(num_quantizers: int) -> str:
+    """Name of a depth in file names; sorts by depth."""
+    return f"levels-{num_quantizers:02d}"
+
+
+def plain_name(clip_id: str) -> str:
+    """A clip's id as part of a file name."""
+    stem = re.sub(r"\.(aiff?|flac|mp3|ogg|opus|wav)$", "", clip_id, flags=re.IGNORECASE)
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._")[-60:] or "clip"

@@ -1,0 +1,250 @@
+"""Write `summary.md`: a one-page overview of the run with its curves."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moss_train.data.stream.sample_stats import StreamCounter
+from moss_train.plotting import Curve, Panel, save_curves
+from moss_train.training.callbacks.run_records import ENVIRONMENT_FILE, SKIPPED_FILE, warn
+from moss_train.training.loggers.csv import iterate_table, read_table
+from moss_train.training.loggers.progress import clock
+from moss_train.training.module import CatModule, cat_module
+from moss_train.utils.checkpoint import read_best
+from moss_train.utils.files import written_whole
+
+POINTS = 400
+LOSSES = ("loss/reconstruction", "loss/semantic", "loss/codebook")  # the commitment term has the codebook term's value
+ADVERSARIAL = ("loss/discriminators", "loss/adversarial", "loss/feature")
+VERDICTS = ("discriminator/real", "discriminator/generated")
+NORMS = ("gradient_norm/generator", "gradient_norm/discriminators")
+TIMES = ("update_seconds", "data_wait_seconds", "other_seconds", "checkpoint_seconds", "audio_seconds")
+
+
+@dataclass
+class Course:
+    """Means over stretches of updates, and sums over the whole run."""
+
+    num_updates: int = 0
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    stages: dict[str, int] = field(default_factory=dict)  # name -> first update
+    bins: dict[str, dict[int, tuple[float, int]]] = field(default_factory=lambda: defaultdict(dict))
+    stretch: int = 1
+
+    def curves(self, names: Iterable[str]) -> list[Curve]:
+        """The named columns, those without any value left out."""
+        curves = []
+        for name in names:
+            points = self.bins.get(name, {})
+            places = [(number + 0.5) * self.stretch for number in points]
+            if points:
+                curves.append(Curve(name.partition("/")[2], places, [total / n for total, n in points.values()]))
+        return curves
+
+
+def follow(rows: Iterable[Mapping[str, str]], updates: int) -> Course:
+    """Read the rows of `metrics.csv` of a run of so many updates, one at a time."""
+    course = Course(stretch=max(1, updates // POINTS))
+    columns = (*LOSSES, *ADVERSARIAL, *VERDICTS, *NORMS)
+    for row in rows:
+        update = int(row["update"])
+        course.num_updates = update
+        course.stages.setdefault(row["stage"], update)
+        for name in columns:
+            if row.get(name):
+                total, count = course.bins[name].get(update // course.stretch, (0.0, 0))
+                course.bins[name][update // course.stretch] = (total + float(row[name]), count + 1)
+        for name in TIMES:
+            course.sums[name] += float(row.get(name) or 0)
+    return course
+
+
+def panels(
+    course: Course, validation: Sequence[Mapping[str, str]], codebooks: Sequence[Mapping[str, str]]
+) -> list[Panel]:
+    """What a person wants to see of a run first; subjects without values are left out."""
+    depths = [name for name in (validation[0] if validation else ()) if is_depth(name)]
+    mel = [held_out_curve(validation, name, depth_label(name)) for name in depths]
+    text = [
+        held_out_curve(validation, name, label)
+        for name, label in (("text_nats", "hearing the clip"), ("text_nats_blind", "not hearing it"))
+        if validation and validation[0].get(name)
+    ]
+    use = [held_out_curve(codebooks, "mean_usage", "codes in use")] if codebooks else []
+    wanted = [
+        Panel("training losses", course.curves(LOSSES), logarithmic=True),
+        Panel("held out: mel distance", mel, dots=True),
+        Panel("adversarial losses", course.curves(ADVERSARIAL)),
+        Panel("held out: LM cross entropy (nats per token)", text, dots=True),
+        Panel("mean verdict of the discriminators", course.curves(VERDICTS)),
+        Panel("gradient norms before clipping", course.curves(NORMS), logarithmic=True),
+        Panel("use of the codebooks, mean over levels", use, dots=len(codebooks) < 40),
+    ]
+    return [panel for panel in wanted if panel.curves]
+
+
+def is_depth(name: str) -> bool:
+    """Whether a column of `validation.csv` is the mel distance of a depth, all domains together."""
+    return name.startswith("mel_distance/") and name.rpartition("/")[0] == "mel_distance"
+
+
+def depth_label(name: str) -> str:
+    """Such a column in words."""
+    count = name.rpartition("/")[2]
+    return f"{count} level" if count == "1" else f"{count} levels"
+
+
+def held_out_curve(rows: Sequence[Mapping[str, str]], name: str, label: str) -> Curve:
+    """One column of a table as a curve."""
+    kept = [row for row in rows if row.get(name)]
+    return Curve(label, [int(row["update"]) for row in kept], [float(row[name]) for row in kept])
+
+
+SUMMARY_FILE = "summary.md"
+PICTURE_FILE = "summary.png"
+NO_PICTURE = (
+    'Loss curves: none, matplotlib is not installed (`pip install "moss_train[eval]"`); the numbers are in metrics.csv.'
+)
+
+
+class Summary(Callback):
+    """Writes the summary whenever training ends, finished or stopped.
+
+    Args:
+        directory: of the run.
+        counter: of the audio that was used.
+    """
+
+    def __init__(self, directory: Path, counter: StreamCounter) -> None:
+        self.directory = directory
+        self.counter = counter
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        try:
+            write_summary(self.directory, cat_module(pl_module), self.counter.hours)
+        except Exception as error:  # the checkpoint is there, and a job may have to be put back into its queue
+            warn(f"{SUMMARY_FILE} could not be written: {type(error).__name__}: {error}")
+
+
+def write_summary(directory: Path, module: CatModule, hours: Mapping[str, float]) -> None:
+    """Write `summary.md`, and its picture where matplotlib is there."""
+    updates = module.schedule.updates
+    course = follow(iterate_table(directory / "metrics.csv"), module.update)
+    validation, codebooks = (read_table(directory / f"{name}.csv") for name in ("validation", "codebooks"))
+    name = f"{directory.parent.name}/{directory.name}"
+    picture = [NO_PICTURE]
+    if find_spec("matplotlib") is not None and (drawn := panels(course, validation, codebooks)):
+        with written_whole(directory / PICTURE_FILE) as path:
+            save_curves(drawn, path, f"{name}, {module.update} updates", course.stages)
+        picture = [f"![Curves of the run]({PICTURE_FILE})"]
+    state = "Finished" if module.update >= updates else "Stopped"
+    lines = [f"# {name}", "", f"{state} at update {module.update} of {updates}.", ""]
+    lines += [*facts(directory, course, hours), "", *picture, "", *validation_table(validation)]
+    lines += [*codebook_lines(codebooks), *trouble(directory)]
+    with written_whole(directory / SUMMARY_FILE) as path:
+        path.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+
+
+def facts(directory: Path, course: Course, hours: Mapping[str, float]) -> list[str]:
+    """Time, audio, machine and checkpoints as a table."""
+    sums = course.sums
+    busy = max(sums["update_seconds"], 1e-9)
+    stages = ", ".join(f"{name} from {first}" for name, first in course.stages.items())
+    audio = ", ".join(f"{domain} {count:.2f} h" for domain, count in hours.items())
+    best = read_best(directory / "checkpoints")
+    rows = {
+        "stages, by their first update": stages or "none",
+        "time in updates": f"{clock(busy)} ({busy:.0f} s), {sums['data_wait_seconds'] / busy:.1%} waiting for data",
+        "time between updates": f"{sums['other_seconds']:.0f} s (validation, samples, checkpoints), "
+        f"{sums['checkpoint_seconds']:.0f} s of it for checkpoints",
+        "audio used": f"{audio}; {sums['audio_seconds'] / busy:.1f} audio-s/s",
+        "machine": machine(directory),
+        "best checkpoint": "none" if best is None else f"{best.name} ({best.metric} {best.value:.4g})",
+    }
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def machine(directory: Path) -> str:
+    """The last start's hardware and versions in a line."""
+    try:
+        starts = json.loads((directory / ENVIRONMENT_FILE).read_text())["starts"]
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+    last: dict[str, Any] = starts[-1]
+    hardware = f"{len(last['gpus'])} x {last['gpus'][0]}" if last["gpus"] else f"{last['cpus']} CPUs, {last['cpu']}"
+    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "lightning", "moss_train"))
+    counts = f"processes: {last['processes']}, starts: {len(starts)}"
+    return f"{hardware}; {counts}; {versions}"
+
+
+def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Scores on held-out audio: at most twelve rows, first and last among them."""
+    if not rows:
+        return ["No validation: `validation.data` was not set.", ""]
+    text = [name for name in ("text_nats", "text_nats_blind", "text_accuracy") if rows[0].get(name)]
+    depths = [name for name in rows[0] if is_depth(name)]
+    titles = [
+        "update",
+        *(f"mel, {depth_label(name)}" for name in depths),
+        *(t.replace("_", " ") for t in text),
+    ]
+    places = sorted({round(i * (len(rows) - 1) / 11) for i in range(12)})
+    lines = [
+        f"## Held out: {float(rows[-1]['clips']):.0f} clips",
+        "",
+        f"| {' | '.join(titles)} |",
+        "|---" * len(titles) + "|",
+    ]
+    for row in (rows[place] for place in places):
+        values = [f"{float(row[name]):.3f}" if row[name] else "" for name in (*depths, *text)]
+        lines.append(f"| {' | '.join([row['update'], *values])} |")
+    if text:
+        lines += ["", "text nats: cross entropy of the LM per text token; blind: the same without hearing the clip."]
+    return [*lines, ""]
+
+
+def codebook_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """How the codebooks were used at last."""
+    rows = [row for row in rows if row["mean_usage"]]  # without clips there is none
+    if not rows:
+        return []
+    last = rows[-1]
+    usage = [float(last[name]) for name in last if name.startswith("usage/")]
+    well = sum(value >= 0.8 for value in usage)
+    return [
+        f"Codebooks at update {last['update']}: {well} of {len(usage)} levels use 80 % of their codes or more; mean "
+        f"usage {float(last['mean_usage']):.1%}, mean perplexity {float(last['mean_perplexity']):.1f} over "
+        f"{float(last['frames']):.0f} frames.",
+        "",
+    ]
+
+
+def trouble(directory: Path) -> list[str]:
+    """Warnings and skipped updates."""
+    warnings = directory / "warnings.txt"
+    found = warnings.read_text("utf-8", errors="replace").splitlines() if warnings.exists() else []
+    lines = [f"- {line}" for line in found]
+    skipped = directory / SKIPPED_FILE
+    if skipped.exists():
+        numbers = skipped_updates(skipped)
+        lines.append(f"- {len(numbers)} updates skipped as not finite, samples in {SKIPPED_FILE}: {numbers[:10]}")
+    return ["## Warnings", "", *(lines or ["None."])]
+
+
+def skipped_updates(path: Path) -> list[int]:
+    """Updates that a record of skipped ones names, without a line that a full disk cut short."""
+    numbers = set()
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            numbers.add(int(json.loads(line)["update"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return sorted(numbers)

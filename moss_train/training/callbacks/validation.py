@@ -1,0 +1,216 @@
+"""Validation by update count: scores on held-out audio, without a trace in the training."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from moss_train.evaluation.metrics.base import Metric, columns_of
+from moss_train.evaluation.reconstruct import Condition, Rendition, pcm16
+from moss_train.evaluation.results import ClipRow
+from moss_train.evaluation.statistics import ALL_DOMAINS
+from moss_train.evaluation.validation import mean_scores, score_renditions
+from moss_train.training.callbacks.checkpoint import BestKeeper
+from moss_train.training.callbacks.codebooks import codebook_columns
+from moss_train.training.callbacks.samples import Sampler
+from moss_train.training.callbacks.scoring import BLIND, Reconstruction, mel_sums, reconstruct, scores, text_sums
+from moss_train.training.callbacks.validation_data import HeldOutClip
+from moss_train.training.distributed.collectives import gather_over_ranks, num_ranks, sum_over_ranks, sum_to_host
+from moss_train.training.loggers.base import RunLog
+from moss_train.training.module import CatModule, cat_module
+
+SYSTEM = "validation"
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """On what and how often a run is validated.
+
+    Attributes:
+        clips: held-out clips, the same on every rank.
+        levels: numbers of quantizer levels to decode, ascending; the last is all.
+        every_updates: generator updates between validations; there is one at the start and one at the end too.
+        metrics: further measures, by name; they take time.
+        metrics_clips: how many of the clips they are applied to.
+    """
+
+    clips: Sequence[HeldOutClip]
+    levels: tuple[int, ...]
+    every_updates: int
+    metrics: Mapping[str, Metric]
+    metrics_clips: int
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains of the clips."""
+        return tuple(sorted({clip.domain for clip in self.clips}))
+
+    @property
+    def higher(self) -> frozenset[str]:
+        """Columns of further measures of which more is better."""
+        better = [column.key for column in columns_of(self.metrics) if column.is_higher_better]
+        return frozenset(name for key in better for name in self._places(key))
+
+    def _places(self, key: str) -> list[str]:
+        return [f"{domain}/{key}/{count}" for domain in (ALL_DOMAINS, *self.domains) for count in self.levels]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of `validation.csv`."""
+        mel = [
+            f"mel_distance/{place}{count}" for place in ("", *(f"{d}/" for d in self.domains)) for count in self.levels
+        ]
+        text = [f"text_nats/{count}" for count in self.levels]
+        text = ["text_nats", "text_nats_blind", "text_accuracy", *text] if any(clip.text for clip in self.clips) else []
+        further = [name for column in columns_of(self.metrics) for name in self._places(column.key)]
+        codebooks = codebook_columns(self.levels[-1])[2:]
+        return ("update", "seconds", "clips", "mel_distance", *text, *mel, *further, *codebooks)
+
+
+class Validation(Callback):
+    """Scores the model on held-out clips, hands the log a row, keeps the best checkpoint, has samples made.
+
+    With `ema` it is the averaged weights of the tokenizer that are scored and heard.
+
+    The clips are shared out over the ranks. Every rank makes the same number of passes through every network, so that
+    it works with networks that are sharded over ranks.
+    """
+
+    def __init__(
+        self, run_log: RunLog, plan: ValidationPlan, keeper: BestKeeper | None, sampler: Sampler | None
+    ) -> None:
+        self.run_log = run_log
+        self.plan = plan
+        self.keeper = keeper
+        self.sampler = sampler
+        self.done_update: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        update = cat_module(pl_module).update
+        if self.keeper is not None:
+            self.keeper.start(trainer, update)
+        if update == 0:
+            self._validate(trainer, pl_module)
+        else:
+            self.done_update = update
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if cat_module(pl_module).update % self.plan.every_updates == 0:
+            self._validate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cat_module(pl_module)
+        if module.update == module.schedule.updates:
+            self._validate(trainer, pl_module)
+
+    def _validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cat_module(pl_module)
+        if module.update == self.done_update:
+            return
+        self.done_update = module.update
+        started = time.perf_counter()
+        with looking(trainer, module), module.averaged_weights():
+            row = validate(module, self.plan)
+            samples = self.sampler.make(module, trainer.is_global_zero) if self.sampler is not None else []
+        seconds = time.perf_counter() - started
+        self.run_log.write("validation", {"update": module.update, "seconds": seconds, **row})
+        self.run_log.show(samples)
+        if self.keeper is not None:
+            self.keeper.consider(trainer, pl_module, row)
+
+
+@contextmanager
+def looking(trainer: Trainer, module: CatModule) -> Iterator[None]:
+    """Evaluation mode in the run's precision, without gradients; modes and random generators are restored."""
+    modes = [(part, part.training) for part in module.modules()]
+    devices = [module.device] if module.device.type == "cuda" else []
+    module.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), trainer.precision_plugin.val_step_context():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
+    """Scores of the model on the clips of a plan, the same on every rank."""
+    rank, ranks = (torch.distributed.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
+    sums = dict.fromkeys(sum_names(plan), 0.0)
+    counts = torch.zeros_like(module.code_counts.counts, device=module.device)
+    rows: list[tuple[int, ClipRow]] = []
+    for turn in range(-(-len(plan.clips) // ranks)):
+        place = turn * ranks + rank
+        clip = plan.clips[min(place, len(plan.clips) - 1)]
+        made = reconstruct(module.tokenizer, clip, plan.levels)
+        found = text_of(module, plan, clip, made)
+        if place >= len(plan.clips):
+            continue  # this rank has kept the others company
+        found |= mel_sums(clip, made, module.tokenizer.sampling_rate) | {"clips": 1.0, f"clips/{clip.domain}": 1.0}
+        sums |= {name: sums[name] + value for name, value in found.items()}
+        counts.scatter_add_(1, made.codes, torch.ones_like(made.codes))
+        if place < plan.metrics_clips and plan.metrics:
+            rows.append((place, score_clip(clip, made, plan.metrics, module.tokenizer.sampling_rate)))
+    total = sum_to_host(sums, module.device)
+    row = scores(total, sum_over_ranks(counts).cpu(), plan.levels)
+    return row | further_scores(plan, rows)
+
+
+def sum_names(plan: ValidationPlan) -> list[str]:
+    """Names of all sums, the same on every rank whatever its clips are."""
+    mel = [f"mel_distance/{place}{count}" for place in ("", *(f"{d}/" for d in plan.domains)) for count in plan.levels]
+    text = [f"{kind}/{name}" for kind in ("nats", "correct") for name in (*plan.levels, *BLIND)]
+    return ["clips", *(f"clips/{domain}" for domain in plan.domains), *mel, "text_tokens", *text]
+
+
+def text_of(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, made: Reconstruction) -> dict[str, float]:
+    """The LM's sums for one clip; nothing for a clip without text, which sharded networks pass all the same."""
+    if module.semantic is None or (clip.text is None and num_ranks() == 1):
+        return {}
+    other = next_with_text(plan.clips, clip)
+    states = None
+    if other is not None or num_ranks() > 1:
+        states = reconstruct_states(module, other or clip, plan.levels[-1])
+    found = text_sums(module.semantic, clip, made, states, clip.text or "-")
+    if other is None:
+        found["nats/other"] = math.inf  # several ranks passed the clip's own states, in step with the others
+    return {} if clip.text is None else found
+
+
+def reconstruct_states(module: CatModule, clip: HeldOutClip, levels: int) -> Tensor:
+    """States [1, F, D] of a clip with all levels."""
+    latent = module.tokenizer.encode_latent(clip.audio[None].to(module.device))
+    return module.tokenizer.quantizer(latent, torch.tensor([levels], device=latent.device)).quantized
+
+
+def next_with_text(clips: Sequence[HeldOutClip], clip: HeldOutClip) -> HeldOutClip | None:
+    """The clip with text after this one, going round; None when it is the only one."""
+    place = next(i for i, item in enumerate(clips) if item is clip)
+    others = [*clips[place + 1 :], *clips[:place]]
+    return next((item for item in others if item.text is not None), None)
+
+
+def score_clip(clip: HeldOutClip, made: Reconstruction, metrics: Mapping[str, Metric], sampling_rate: int) -> ClipRow:
+    """Apply further measures to a clip as 16-bit audio."""
+    wanted = pcm16(clip.audio[:, : clip.length].cpu())
+    pairs = [
+        Rendition(Condition(SYSTEM, count), wanted, pcm16(audio.cpu()), sampling_rate)
+        for count, audio in made.audio.items()
+    ]
+    labels = {"domain": clip.domain} | ({} if clip.text is None else {"text": clip.text})
+    return score_renditions(clip.id, labels, clip.length / sampling_rate, pairs, metrics)
+
+
+def further_scores(plan: ValidationPlan, rows: Sequence[tuple[int, ClipRow]]) -> dict[str, float]:
+    """Means of the further measures over the clips of all ranks."""
+    if not plan.metrics:
+        return {}
+    everyone = sorted((item for items in gather_over_ranks(list(rows)) for item in items), key=lambda item: item[0])
+    conditions = [Condition(SYSTEM, count) for count in plan.levels]
+    return mean_scores([row for _, row in everyone], conditions, plan.metrics)

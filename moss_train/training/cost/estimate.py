@@ -1,0 +1,291 @@
+"""Estimate memory, time and cost of a run before it starts."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moss_train.model import MossAudioTokenizerConfig
+from moss_train.training.cost.flops import Cost, discriminators_cost, loss_cost, semantic_cost, tokenizer_costs
+from moss_train.training.cost.gpu_specs import GPUS, is_half
+from moss_train.training.run.memory_check import GIB, StateSize
+from moss_train.training.step.schedule import Schedule, Stage
+from moss_train.utils.errors import UserError
+
+FAR = 10.0
+"""Extrapolation beyond so many times the largest measured compute is far."""
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """mel distance = coefficient * FLOP^exponent, on held-out clips with all levels.
+
+    Attributes:
+        r_squared: how well it fits the measured runs.
+        least, most: compute of the measured runs in FLOP.
+        sizes: how many of them there are.
+        origin: experiment and device, for people.
+    """
+
+    coefficient: float
+    exponent: float
+    r_squared: float
+    least: float
+    most: float
+    sizes: int
+    origin: str
+
+    def distance(self, flops: float) -> float:
+        """Predicted mel distance after so much compute."""
+        return self.coefficient * math.exp(self.exponent * math.log(flops))
+
+    def verdict(self, flops: float) -> str:
+        """How far a prediction lies from what was measured."""
+        if self.exponent >= 0:
+            return "predicts nothing: the measured distance does not fall with compute"
+        if flops <= self.most:
+            return "inside the measured range" if flops >= self.least else "below the measured range"
+        factor = flops / self.most
+        text = f"{factor:,.3g} times the largest measured compute"
+        return f"{text}: a far extrapolation, hardly more than a guess" if factor > FAR else text
+
+
+def read_scaling_law(path: str | Path) -> ScalingLaw:
+    """Read the file of tools/scaling.py. Raises UserError when it is missing or not such a file."""
+    try:
+        record: Mapping[str, Any] = json.loads(Path(path).read_text("utf-8"))
+        law, flops = record["law"], [float(point["flops"]) for point in record["points"]]
+        found = ScalingLaw(
+            coefficient=float(law["coefficient"]),
+            exponent=float(law["exponent"]),
+            r_squared=float(law["r_squared"]),
+            least=min(flops),
+            most=max(flops),
+            sizes=len(flops),
+            origin=f"{record['experiment']}, {record['device']}",
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"scaling={path} is not a scaling.json of tools/scaling.py ({error!r})") from error
+    if not (found.least > 0 and found.coefficient > 0 and math.isfinite(found.coefficient + found.exponent)):
+        raise UserError(f"scaling={path} has a law or computes that cannot be: {found}")
+    return found
+
+
+Node = Mapping[str, Any]
+GB = 1e9
+UPDATE_BYTES = 48  # per parameter in the memory of a GPU: copied for the sum 8, norm 4, clipping 8, AdamW 28
+CONTEXT_BYTES = GIB  # of the CUDA context and its libraries, an assumption
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is to be trained on.
+
+    Attributes:
+        gpu, gpus: name in GPUS, and how many.
+        mfu: share of the peak that the operations reach, those done a second time included; an assumption until it is
+            measured (`hfu` in metrics.csv).
+        text_share: of the audio that comes with text, an assumption about the data.
+        text_tokens_per_second: of such audio, likewise.
+        bus_gb_per_second: of a sum over all GPUs, as nccl-tests report it (busbw), an assumption about the network.
+
+    Raises:
+        UserError: an unknown GPU, or a number out of range.
+    """
+
+    gpu: str
+    gpus: int
+    mfu: float
+    text_share: float
+    text_tokens_per_second: float
+    bus_gb_per_second: float
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise UserError(f"gpu={self.gpu} is not known: there are {', '.join(GPUS)}")
+        if self.gpus < 1 or not 0 < self.mfu <= 1 or not 0 <= self.text_share <= 1 or self.text_tokens_per_second < 0:
+            raise UserError(
+                f"gpus={self.gpus} has to be at least 1, mfu={self.mfu} above 0 and at most 1, text_share="
+                f"{self.text_share} between 0 and 1, text_tokens_per_second={self.text_tokens_per_second} at least 0"
+            )
+        if not self.bus_gb_per_second > 0:
+            raise UserError(f"bus_gb_per_second={self.bus_gb_per_second} has to be above 0")
+
+    def peak(self, trainer: Node) -> tuple[float, str]:
+        """Peak in FLOP/s of one GPU for the configured precision, and the name of the format."""
+        return GPUS[self.gpu].peak(trainer)
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage of a run.
+
+    Attributes:
+        costs: per audio-second, by network.
+        audio_seconds: in the whole stage.
+        computing: seconds of an update in which all GPUs work on its audio.
+        stepping: seconds of an update after that: gradients are summed over the GPUs, then the optimizers step.
+    """
+
+    stage: Stage
+    costs: dict[str, Cost]
+    audio_seconds: float
+    computing: float
+    stepping: float
+
+    @property
+    def rate(self) -> float:
+        """Audio-seconds per second on all GPUs."""
+        return self.stage.batch_seconds / (self.computing + self.stepping)
+
+    @property
+    def operations(self) -> float:
+        """Operations per audio-second, each once."""
+        return sum(cost.total for cost in self.costs.values())
+
+    @property
+    def recomputed(self) -> float:
+        """Operations per audio-second that are done a second time."""
+        return sum(cost.recomputed for cost in self.costs.values())
+
+    @property
+    def days(self) -> float:
+        """Days for the whole stage."""
+        return self.audio_seconds / self.rate / 86400
+
+    @property
+    def updates_per_hour(self) -> float:
+        """Updates in an hour."""
+        return self.rate * 3600 / self.stage.batch_seconds
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU.
+
+    Attributes:
+        state: weights, gradients and so on by kind, when every GPU has all of them.
+        sharded: the same when tokenizer and LM are divided among the GPUs.
+        per_second: kept between forward and backward, per second of a micro-batch; of the most expensive stage.
+        per_second_checkpointed: the same when every layer computes its activations again.
+        per_second_saved: what `trainer.activation_checkpointing` takes off `per_second`.
+    """
+
+    state: dict[str, float]
+    sharded: dict[str, float]
+    per_second: float
+    per_second_checkpointed: float
+    per_second_saved: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that `estimate` prints."""
+
+    parameters: StateSize
+    stages: list[StageEstimate]
+    memory: MemoryEstimate
+    checkpoint_bytes: float
+
+    @property
+    def days(self) -> float:
+        """Days of all stages."""
+        return sum(stage.days for stage in self.stages)
+
+
+def estimate(
+    config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, parameters: StateSize, machine: Machine
+) -> Estimate:
+    """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
+    costs = cache(lambda learning: lasting_costs(learning, config, arguments, tokenizer, machine))
+    stages = []
+    for stage in Schedule.from_config(arguments["stages"]).stages:
+        found = costs(tuple(stage.train)) | adversarial_costs(stage, config, arguments, tokenizer)
+        stages.append(stage_estimate(stage, found, config["trainer"], parameters, machine))
+    everything = parameters.tokenizer + parameters.semantic + parameters.discriminators
+    average = 4 * parameters.tokenizer if config.get("ema") else 0
+    return Estimate(parameters, stages, memory_estimate(config, stages, parameters, machine), 12 * everything + average)
+
+
+def stage_estimate(
+    stage: Stage, costs: dict[str, Cost], trainer: Node, parameters: StateSize, machine: Machine
+) -> StageEstimate:
+    """Times of one stage, given its costs."""
+    peak, _ = machine.peak(trainer)
+    operations = stage.batch_seconds * sum(cost.total + cost.recomputed for cost in costs.values())
+    return StageEstimate(
+        stage,
+        costs,
+        audio_seconds=stage.updates * stage.batch_seconds,
+        computing=operations / (machine.gpus * machine.mfu * peak),
+        stepping=stepping_seconds(stage, trainer, parameters, machine),
+    )
+
+
+def stepping_seconds(stage: Stage, trainer: Node, parameters: StateSize, machine: Machine) -> float:
+    """Time of an update beside its audio: each GPU sends 2 (n - 1) / n of the gradients, and steps all optimizers."""
+    learning = parameters.tokenizer + parameters.semantic + (parameters.discriminators if stage.adversarial else 0)
+    sent = 2 * (machine.gpus - 1) / machine.gpus * learning * (2 if trainer["reduce_dtype"] == "bf16" else 4)
+    moved = UPDATE_BYTES * learning
+    return sent / (machine.bus_gb_per_second * GB) + moved / (GPUS[machine.gpu].bandwidth * 1e12)
+
+
+def lasting_costs(
+    learning: tuple[str, ...], config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
+) -> dict[str, Cost]:
+    """Costs per audio-second of what every stage has, for clips of `data.crop_seconds`; the LM's as their mean."""
+    half, seconds = is_half(config["trainer"]), config["data"]["crop_seconds"]
+    again = config["trainer"]["activation_checkpointing"]
+    costs = tokenizer_costs(tokenizer, seconds, half, learning, again)
+    costs["mel loss"] = loss_cost(tokenizer)
+    if arguments["semantic"] is not None and machine.text_share:
+        frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * machine.text_tokens_per_second))
+        width = tokenizer.quantizer_kwargs["output_dim"]
+        clip = semantic_cost(arguments["semantic"], width, frames, tokens, half, "semantic" in learning)
+        costs["text LM"] = clip * (machine.text_share / seconds)
+    return costs
+
+
+def adversarial_costs(
+    stage: Stage, config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig
+) -> dict[str, Cost]:
+    """Costs per audio-second that only an adversarial stage has."""
+    if not stage.adversarial:
+        return {}
+    length = round(arguments["objective"]["crop_seconds"] * tokenizer.sampling_rate)
+    half = is_half(config["trainer"])
+    forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, length, half)
+    return {"discriminators": judged_cost(forward, stage.discriminator_every) * (1 / config["data"]["crop_seconds"])}
+
+
+def judged_cost(forward: Cost, every: int) -> Cost:
+    """Cost of the adversarial terms of a crop from that of one forward, averaged over updates.
+
+    Two forwards, real and generated; in every `every`-th update four for the discriminators' own gradients (weights and
+    inputs, twice); one for the generator's gradient.
+    """
+    backward = 1 + 4 / every
+    return Cost(2 * forward.forward, backward * forward.forward, 2 * forward.kept, 2 * forward.kept)
+
+
+def memory_estimate(
+    config: Node, stages: list[StageEstimate], parameters: StateSize, machine: Machine
+) -> MemoryEstimate:
+    """Memory of one GPU by kind."""
+    divided = parameters.tokenizer + parameters.semantic
+    whole = parameters.discriminators
+    kinds = {"weights": 4, "gradients": 4, "AdamW moments": 8}
+    state = {kind: size * float(divided + whole) for kind, size in kinds.items()}
+    sharded = {kind: size * (divided / machine.gpus + whole) for kind, size in kinds.items()}
+    if config.get("ema"):
+        state["moving average"] = 4.0 * parameters.tokenizer
+        sharded["moving average"] = 4.0 * parameters.tokenizer / machine.gpus
+    if is_half(config["trainer"]):
+        state["bf16 copies of weights"] = sharded["bf16 copies of weights"] = 2.0 * (divided + whole)
+    state["CUDA context (assumed)"] = sharded["CUDA context (assumed)"] = CONTEXT_BYTES
+    sums = [sum(stage.costs.values(), Cost()) for stage in stages]
+    most = max(sums, key=lambda cost: cost.kept)
+    return MemoryEstimate(state, sharded, most.kept, max(cost.kept_checkpointed for cost in sums), most.saved)

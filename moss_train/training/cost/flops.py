@@ -1,0 +1,273 @@
+"""What a second of audio costs: floating-point operations and memory, counted on tensors without values.
+
+Every kind of layer runs once, forward and backward, under torch's FLOP counter, on tensors without data; the cost of a
+stage is that of its layers. An addition and a multiplication are two operations. Causal attention counts the pairs that
+it needs, not those of the whole square.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from moss_train.audio.stft import normalized_hann_window
+from moss_train.config.build import build
+from moss_train.discriminators import DiscriminatorSet
+from moss_train.losses import MultiScaleMelLoss
+from moss_train.model import MossAudioTokenizerConfig
+from moss_train.model.architecture import frames_per_code_frame
+from moss_train.model.modeling_moss_audio_tokenizer import MossAudioTokenizerModel
+from moss_train.model.quantizer import ResidualLFQ
+from moss_train.model.rope import rotation
+from moss_train.model.transformer import ProjectedTransformer
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations and bytes of one part.
+
+    Attributes:
+        forward: operations of a pass.
+        backward: operations of its gradients, those that the training takes.
+        kept: bytes that autograd keeps between forward and backward, without the weights.
+        kept_checkpointed: the same where all layers compute their activations again: their inputs, and what the layer
+            in hand needs, one in every stage (a little too much: they are not there at the same time).
+        saved: what `kept` would be more without `trainer.activation_checkpointing`.
+        recomputed: operations of a pass that are done a second time for it.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    kept: float = 0.0
+    kept_checkpointed: float = 0.0
+    saved: float = 0.0
+    recomputed: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
+
+    def __mul__(self, factor: float) -> "Cost":
+        return Cost(*(getattr(self, f.name) * factor for f in fields(Cost)))
+
+    @property
+    def total(self) -> float:
+        """Operations of forward and backward, each once."""
+        return self.forward + self.backward
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Tensors have shapes but no values, and nothing of them stays behind in a cache."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        normalized_hann_window.cache_clear()
+
+
+def attention_forward(
+    query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, attn_mask: Any = None, **_: Any
+) -> int:
+    """Operations of fused attention of the given shapes [B, H, T, D]: two products over the pairs that it needs.
+
+    A square mask is a causal one: transformers writes it out for tensors without values.
+    """
+    batch, heads, queries, width = query
+    is_causal = causal or (attn_mask is not None and queries == key[-2])
+    pairs = queries * (queries + 1) // 2 if is_causal else queries * key[-2]
+    return 4 * batch * heads * width * pairs
+
+
+def attention_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *rest: Any, attn_mask: Any = None, **_: Any
+) -> int:
+    """Twice the forward; what the kernel computes again is not counted."""
+    return 2 * attention_forward(query, key, value, 0.0, rest[3], attn_mask)
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
+def count(module: nn.Module, run: Callable[[], Any], half: bool) -> Cost:
+    """Cost of `run`, a pass through `module` that returns a tensor, or several to be differentiated together.
+
+    Args:
+        half: products in bfloat16, as on a GPU with bf16-mixed.
+    """
+    weights = {tensor.untyped_storage()._cdata for tensor in module.parameters()}
+    shapes = {tuple(tensor.shape) for tensor in module.parameters() if tensor.ndim > 1}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        is_cast_weight = tuple(tensor.shape) in shapes or tuple(tensor.shape[::-1]) in shapes
+        if storage._cdata not in weights and not is_cast_weight:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    precision = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
+    watch = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward, precision, watch:
+        result = run()
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    differentiable = [output.float().sum() for output in outputs if output.requires_grad]
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as backward:
+        if differentiable:
+            torch.stack(differentiable).sum().backward()
+    return Cost(forward.get_total_flops(), backward.get_total_flops(), sum(kept.values()))
+
+
+def stage_cost(
+    stage: ProjectedTransformer, frames: int, half: bool, learns: bool, passes: bool, recomputes: bool = False
+) -> Cost:
+    """Cost of a stage for one clip of so many frames, from its projections and one of its layers.
+
+    Args:
+        learns: whether its weights get gradients.
+        passes: whether what comes before it needs the gradient of its input.
+        recomputes: whether its layers compute their activations again.
+    """
+    layers = stage.transformer.layers
+    layer: Any = layers[0]
+    stage.requires_grad_(learns)
+    width = stage.d_model
+    rotations = rotation(torch.arange(frames)[None], width // stage.transformer.num_heads, stage.transformer.max_period)
+    x = torch.zeros(1, frames, width, requires_grad=learns or passes)
+    one = count(layer, lambda: layer(x, rotations), half)
+    total = layers_cost(one, len(layers), x.nbytes, recomputes)
+    for projection, needs_input in ((stage.input_proj, passes), (stage.output_proj, learns or passes)):
+        if isinstance(projection, nn.Linear):
+            given = torch.zeros(1, frames, projection.in_features, requires_grad=needs_input)
+            part = count(projection, lambda p=projection, g=given: p(g), half)  # type: ignore[misc]
+            total = total + Cost(part.forward, part.backward, part.kept, part.kept)
+    return total
+
+
+def layers_cost(one: Cost, number: int, input_bytes: int, recomputes: bool) -> Cost:
+    """Cost of equal layers from that of one. Where nothing is kept, nothing is computed again."""
+    kept = one.kept * number
+    least = min(kept, input_bytes * number + one.kept) if kept else 0.0
+    recomputes = recomputes and kept > 0
+    return Cost(
+        one.forward * number,
+        one.backward * number,
+        kept=least if recomputes else kept,
+        kept_checkpointed=least,
+        saved=kept - least if recomputes else 0.0,
+        recomputed=one.forward * number if recomputes else 0.0,
+    )
+
+
+def tokenizer_costs(
+    config: MossAudioTokenizerConfig,
+    seconds: float,
+    half: bool,
+    learning: Sequence[str],
+    checkpointed: Sequence[float] = (),
+) -> dict[str, Cost]:
+    """Cost per audio-second of encoder, quantizer and decoder, for clips of a length.
+
+    Args:
+        learning: which of the three learn.
+        checkpointed: frame rates of the stages that compute their activations again.
+    """
+    code_frames = max(1, round(seconds * config.frame_rate))
+    shallow = one_layer_each(config)
+    costs = {"encoder": Cost(), "quantizer": Cost(), "decoder": Cost()}
+    # Gradients pass through a part when one before it learns; the audio itself needs none.
+    passing = {"encoder": False, "decoder": bool({"encoder", "quantizer"} & set(learning))}
+    with without_data():
+        model = MossAudioTokenizerModel(shallow)
+        for name in ("encoder", "decoder"):
+            frames = frames_per_code_frame(config, f"{name}_kwargs")
+            passes = passing[name]
+            for number, per_code_frame in frames.items():
+                stage: Any = getattr(model, name)[number]
+                stage.transformer.layers = nn.ModuleList(
+                    [stage.transformer.layers[0]] * getattr(config, f"{name}_kwargs")[number]["num_layers"]
+                )
+                learns, recomputes = name in learning, config.frame_rate * per_code_frame in checkpointed
+                costs[name] += stage_cost(stage, per_code_frame * code_frames, half, learns, passes, recomputes)
+                passes = passes or learns
+        costs["quantizer"] = quantizer_cost(
+            model.quantizer, config.quantizer_kwargs["input_dim"], code_frames, learning
+        )
+    return {name: cost * (config.frame_rate / code_frames) for name, cost in costs.items()}
+
+
+def one_layer_each(config: MossAudioTokenizerConfig) -> MossAudioTokenizerConfig:
+    """The architecture with a single layer in every stage: enough to count, quick to build."""
+    values = config.to_dict()
+    for name in ("encoder_kwargs", "decoder_kwargs"):
+        values[name] = [{**e, "num_layers": 1} if "num_layers" in e else e for e in values[name]]
+    return MossAudioTokenizerConfig(**values)
+
+
+def quantizer_cost(quantizer: ResidualLFQ, width: int, code_frames: int, learning: Sequence[str]) -> Cost:
+    """Cost of the quantizer, in float32, for the latent [1, code_frames, width] of one clip."""
+    quantizer.requires_grad_("quantizer" in learning)
+    latent = torch.zeros(1, code_frames, width, requires_grad="encoder" in learning)
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        output = quantizer(latent)
+        return output.quantized, output.latents, output.rows
+
+    cost = count(quantizer, run, half=False)
+    return Cost(cost.forward, cost.backward, cost.kept, cost.kept)
+
+
+def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, length: int, half: bool) -> Cost:
+    """Cost of one forward of all discriminators over a crop of so many samples, and what it keeps; no backward."""
+    precision = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
+    with without_data(), precision:
+        judges = DiscriminatorSet([build(node, path="discriminators") for node in nodes])
+        waveform = torch.zeros(1, num_channels, length)
+        with FlopCounterMode(display=False) as counter:
+            outputs = judges(waveform)
+    kept = [feature.nbytes for output in outputs for feature in (*output.features, output.logits)]
+    # A convolution keeps its input, which is the activated output of the layer before; the activation keeps its own.
+    bytes_kept = 2 * sum(kept)
+    return Cost(forward=counter.get_total_flops(), kept=bytes_kept, kept_checkpointed=bytes_kept)
+
+
+def loss_cost(config: MossAudioTokenizerConfig) -> Cost:
+    """Cost per audio-second of the reconstruction loss, in float32; its transforms are not counted as operations.
+
+    One second is computed: the filters that it makes depend on values.
+    """
+    loss, samples = MultiScaleMelLoss(config.sampling_rate), config.sampling_rate
+    audio = torch.zeros(1, config.number_channels, samples)
+    output = torch.zeros_like(audio, requires_grad=True)
+    cost = count(loss, lambda: loss(audio, output, torch.tensor([samples])), half=False)
+    return Cost(cost.forward, cost.backward, cost.kept, cost.kept)
+
+
+def semantic_cost(
+    node: Mapping[str, Any], latent_dim: int, frames: int, tokens: int, half: bool, learns: bool = True
+) -> Cost:
+    """Cost of the text LM for a clip of so many frames and text tokens, forward and backward.
+
+    Two shallow copies give the cost of a layer and of the rest. One that does not learn passes its gradient on all the
+    same.
+    """
+    costs = []
+    depth = node["config"]["num_hidden_layers"]
+    for layers in (1, 2):
+        shallow = {**node, "config": {**node["config"], "num_hidden_layers": layers}}
+        with without_data():
+            model = build(shallow, path="semantic", latent_dim=latent_dim).requires_grad_(learns)
+            states = torch.zeros(1, frames, latent_dim, requires_grad=True)
+            lengths = (torch.tensor([frames]), torch.zeros(1, tokens, dtype=torch.long), torch.tensor([tokens]))
+            costs.append(count(model, lambda m=model, s=states, n=lengths: m(s, *n, torch.tensor([0])).loss_sum, half))  # type: ignore[misc]
+    one, two = costs
+    return one + (two + one * -1.0) * (depth - 1)

@@ -1,0 +1,163 @@
+"""How much of its devices a run uses: the counted operations of an update over what they could have done in its time.
+
+MFU (model FLOPs utilisation) counts every operation once, HFU (hardware) also those that activation checkpointing does
+a second time (arXiv 2204.02311). Both count what the clips need, not their padding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from moss_train.semantic.portable import with_config
+from moss_train.training.callbacks.run_records import warn
+from moss_train.training.cost.flops import Cost, discriminators_cost, loss_cost, semantic_cost, tokenizer_costs
+from moss_train.training.cost.gpu_specs import device_peak, is_half
+from moss_train.training.loggers.csv import iterate_table
+from moss_train.training.module import CatModule
+from moss_train.training.step.schedule import StageMoment
+from moss_train.utils.errors import UserError
+
+UTILIZATION = ("mfu", "hfu")
+TEXT_LENGTH = 64  # frames and tokens of the clips on which the text LM is counted, and the double of them
+
+
+@dataclass(frozen=True)
+class UpdateContent:
+    """What an update was made of, over all ranks."""
+
+    audio_seconds: float
+    clips: float
+    clips_with_text: float
+    text_frames: float  # of clips with text
+    text_tokens: float
+    text_squares: float  # sum of the squares of both together, clip by clip
+
+
+@dataclass(frozen=True)
+class TextOperations:
+    """Operations of the text LM, forward and backward; its attention grows with the square of the length."""
+
+    per_clip: float = 0.0
+    per_frame: float = 0.0
+    per_token: float = 0.0
+    per_square: float = 0.0
+
+    def of(self, content: UpdateContent) -> float:
+        """Operations of an update."""
+        return (
+            self.per_clip * content.clips_with_text
+            + self.per_frame * content.text_frames
+            + self.per_token * content.text_tokens
+            + self.per_square * content.text_squares
+        )
+
+
+@dataclass(frozen=True)
+class StageOperations:
+    """Operations in one stage.
+
+    Attributes:
+        codec: per audio-second, of tokenizer and reconstruction loss.
+        judging: of one forward of all discriminators over the crop of a clip.
+    """
+
+    codec: Cost
+    judging: float
+    text: TextOperations
+
+    def of(self, content: UpdateContent, moment: StageMoment) -> float:
+        """Operations of an update, each once; see `judge` for how often the discriminators are passed."""
+        passes = moment.judged + 4 * moment.discriminators_learn
+        passes += 2 if passes else 0
+        return self.codec.total * content.audio_seconds + passes * self.judging * content.clips + self.text.of(content)
+
+
+class Utilization:
+    """Use of the devices, update by update; nothing where the peak of a device is not known, as on a CPU.
+
+    Args:
+        config: of the run.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.given = config["logging"].get("peak_tflops")
+        device_peak(None, config["trainer"], self.given)  # an impossible one is refused here
+        self.peak: float | None = None
+        self.stages: dict[str, StageOperations] = {}
+
+    def start(self, module: CatModule, device: torch.device, num_devices: int) -> None:
+        """Count what the stages cost, once, when there is a peak to compare it with; takes seconds."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        peak = device_peak(name, self.config["trainer"], self.given)
+        if peak is None:
+            return
+        try:
+            self.stages = count_stages(module, self.config)
+        except UserError as error:
+            warn(f"the log has no mfu: {error}")
+            return
+        self.peak = peak * num_devices
+
+    def shares(self, content: UpdateContent, moment: StageMoment, seconds: float) -> dict[str, float]:
+        """`mfu` and `hfu` of an update that took so many seconds."""
+        if self.peak is None:
+            return {}
+        stage = self.stages[moment.stage.name]
+        operations = stage.of(content, moment)
+        recomputed = stage.codec.recomputed * content.audio_seconds
+        possible = self.peak * seconds
+        return {"mfu": operations / possible, "hfu": (operations + recomputed) / possible}
+
+
+def count_stages(module: CatModule, config: Mapping[str, Any]) -> dict[str, StageOperations]:
+    """Count every stage by name, on clips of `data.crop_seconds`."""
+    tokenizer, half = module.tokenizer.config, is_half(config["trainer"])
+    seconds, again = config["data"]["crop_seconds"], config["trainer"]["activation_checkpointing"]
+    loss, judging = loss_cost(tokenizer), 0.0
+    if module.schedule.adversarial:
+        nodes, length = module.hparams["discriminators"], module.objective.crop_length
+        judging = discriminators_cost(nodes, tokenizer.number_channels, length, half).forward
+    codec = cache(lambda learning: sum(tokenizer_costs(tokenizer, seconds, half, learning, again).values(), loss))
+    text = cache(lambda learns: text_operations(module, half, learns))
+    return {
+        stage.name: StageOperations(
+            codec(tuple(stage.train)),
+            judging,
+            text("semantic" in stage.train),
+        )
+        for stage in module.schedule.stages
+    }
+
+
+def text_operations(module: CatModule, half: bool, learns: bool) -> TextOperations:
+    """Count the text LM. Raises UserError for one that cannot be counted."""
+    if module.semantic is None:
+        return TextOperations()
+    node = module.hparams["semantic"]
+    if node.get("pretrained") is not None:
+        node = with_config(node, module.semantic.language_model.config)
+    width = module.tokenizer.config.quantizer_kwargs["output_dim"]
+    n = TEXT_LENGTH
+    sizes = ((n, n), (2 * n, n), (n, 2 * n), (2 * n, 2 * n))
+    counted = torch.tensor([semantic_cost(node, width, *size, half, learns).total for size in sizes]).double()
+    equations = [[1.0, frames, tokens, (frames + tokens) ** 2] for frames, tokens in sizes]
+    return TextOperations(*torch.linalg.solve(torch.tensor(equations).double(), counted).tolist())
+
+
+def measured_share(directory: str | Path) -> float:
+    """The median `hfu` of a run. Raises UserError for a folder that is not a run, or one whose peak was not known."""
+    path = Path(directory) / "metrics.csv"
+    if not path.exists():
+        raise UserError(f"mfu={directory} is neither a number nor a run directory with a metrics.csv")
+    values = [float(row["hfu"]) for row in iterate_table(path) if row.get("hfu")]
+    if not values:
+        raise UserError(
+            f"mfu={directory}: its metrics.csv has no hfu (the peak of its device was not known); give a number"
+        )
+    return median(values)

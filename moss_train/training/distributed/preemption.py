@@ -1,0 +1,91 @@
+"""A machine that is taken away: finish the update, write a checkpoint, say so by the exit status, come back."""
+
+import atexit
+import os
+import signal
+import subprocess
+import warnings
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moss_train.training.distributed.collectives import gather_over_ranks
+from moss_train.training.module import cat_module
+from moss_train.training.run.trainer import started_processes
+from moss_train.utils.errors import PreemptedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+REQUEUE_SECONDS = 60
+
+
+class PreemptionWatch(Callback):
+    """Stops the run after the update in which SIGTERM or SIGUSR1 reached any of its processes.
+
+    The flag travels with the update's own sums, so all ranks stop after the same update without another collective.
+    `signal` is what was received. The checkpoint is the one that every run writes at its end.
+
+    Lightning's own handler runs a collective inside the handler, and its loop a broadcast with a host synchronisation
+    in every step; both are replaced.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        contributions = cat_module(pl_module).contributions
+
+        def note(number: int, frame: FrameType | None) -> None:
+            contributions[f"signal/{number}"] = 1.0
+
+        for number in SIGNALS:
+            contributions[f"signal/{number.value}"] = 0.0
+            signal.signal(number, note)  # Lightning restores the old handlers at the end
+        loop: Any = trainer.fit_loop.epoch_loop
+        if hasattr(loop, "_broadcast_sigterm_tensor"):
+            loop._broadcast_sigterm_tensor = lambda: None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        received = [number for number in SIGNALS if cat_module(pl_module).sums[f"signal/{number.value}"]]
+        if received:
+            self.signal = received[-1]
+            trainer.should_stop = True
+
+
+def make_room(received: signal.Signals, update: int, trainer: Trainer) -> None:
+    """End as a signal demands, after the last checkpoint; on SLURM SIGUSR1 means: put the job back into the queue.
+
+    A process that this run itself started ends as usual: Lightning kills a run in which one of them fails.
+    """
+    if received == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and trainer.is_global_zero:
+        requeue()
+    gather_over_ranks(None)  # srun ends the first rank with the first one that is gone
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        atexit.register(stop_torchrun)
+    if trainer.local_rank == 0 or started_processes() is not None:
+        raise PreemptedError(
+            received, f"stopped by {received.name} at update {update}; the same command goes on from there"
+        )
+
+
+def stop_torchrun() -> None:
+    """Tell the torchrun that started this process to end: by itself it starts again whatever did not end with 0."""
+    parent = os.getppid()
+    if parent > 1:  # else it is gone, and this the first process of the machine
+        os.kill(parent, signal.SIGTERM)
+
+
+def requeue() -> None:
+    """Put this SLURM job back into the queue; a failure is a warning, because the checkpoint is safe anyway."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        result = subprocess.run(
+            ["scontrol", "requeue", job], timeout=REQUEUE_SECONDS, capture_output=True, text=True, check=False
+        )
+        problem = result.stderr.strip() if result.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        warnings.warn(f"scontrol requeue {job} failed: {problem}; submit the job again by hand", stacklevel=2)

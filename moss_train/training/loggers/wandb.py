@@ -1,0 +1,187 @@
+"""Log a run to Weights & Biases, online or offline."""
+
+import base64
+import json
+import netrc
+import os
+import secrets
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from moss_train.training.callbacks.run_records import warn
+from moss_train.training.loggers.base import ClipSample, Row, Writer
+from moss_train.utils.hub import in_time
+
+CHECK_SECONDS = 10.0
+PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # older and newer name of the public server
+QUERY = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+
+
+def why_offline(base_url: str, seconds: float = CHECK_SECONDS) -> str | None:
+    """Why logging cannot be online, None when the server took our key.
+
+    Args:
+        base_url: of the server.
+        seconds: how long the whole check may take.
+    """
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return None  # exchanged by wandb itself
+    key = find_key(base_url)
+    if key is None:
+        return "no API key (wandb login, or WANDB_API_KEY)"
+    return in_time(lambda: ask_server(base_url, key, seconds), seconds, f"{base_url} did not answer in {seconds:g} s")
+
+
+def find_key(base_url: str) -> str | None:
+    """The API key of the environment or of the netrc file, where `wandb login` puts it."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    default = Path("~/.netrc").expanduser()
+    path = Path(os.environ.get("NETRC", default if default.exists() else Path("~/_netrc").expanduser()))
+    try:
+        entries = netrc.netrc(path)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    host = urlsplit(base_url).netloc
+    hosts = PUBLIC_HOSTS if host in PUBLIC_HOSTS else (host,)
+    found = [entry[2] for name in hosts if (entry := entries.hosts.get(name)) is not None]
+    return found[0] if found else None
+
+
+def ask_server(base_url: str, key: str, seconds: float) -> str | None:
+    """Ask the server whose key this is; why it cannot be used, None when it can."""
+    credentials = base64.b64encode(f"api:{key}".encode()).decode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Basic {credentials}"}
+    request = urllib.request.Request(f"{base_url.rstrip('/')}/graphql", QUERY, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            viewer = json.loads(answer.read(2**20))["data"]["viewer"]
+    except urllib.error.HTTPError as error:
+        return f"{base_url} refused the API key ({error.code})" if error.code in (401, 403) else f"{base_url}: {error}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{base_url} cannot be reached ({getattr(error, 'reason', None) or error or type(error).__name__})"
+    return None if viewer else f"{base_url} does not know the API key"
+
+
+MODES = ("auto", "online", "offline")
+ID_FILE = "wandb.json"
+INIT_SECONDS = 60.0
+FINISH_SECONDS = 60.0
+"""Longest wait for what is not uploaded yet; it stays in the run directory and `wandb sync` uploads it."""
+
+
+class WandbWriter(Writer):
+    """Logs the run of a directory under an id that stays the same when it resumes.
+
+    Args:
+        directory: run directory; its name and parent name the run.
+        mode: of MODES; auto is online when there is a key and the server takes it, else offline, which `wandb sync
+            --append <directory>/wandb/offline-run-*` uploads later.
+        every_updates: updates per row of the metrics table; other tables are logged whole.
+        config: of the run, shown beside it.
+    """
+
+    def __init__(self, directory: Path, mode: str, every_updates: int, config: dict[str, Any]) -> None:
+        self.directory = directory
+        self.mode = mode
+        self.every_updates = every_updates
+        self.config = config
+        self.run: Any = None
+
+    def start(self, update: int) -> None:
+        """Open or continue the run of this directory."""
+        self._attempt(self._open)
+
+    def _open(self) -> None:
+        # Imported here: it takes half a second.
+        import wandb
+
+        mode = self._choose_mode(wandb.Settings().base_url)
+        if mode == "disabled":
+            return
+        settings = wandb.Settings(
+            console="off", silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, disable_code=True
+        )
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "moss_train"),
+            group=self.directory.parent.name,
+            name=f"{self.directory.parent.name}-{self.directory.name}",
+            id=run_id(self.directory),
+            resume="allow",
+            mode=mode,
+            dir=str(self.directory),
+            config=self.config,
+            settings=settings,
+        )
+        # The axis is our clock, not the number of calls: a resumed run logs some updates a second time.
+        self.run.define_metric("update")
+        self.run.define_metric("*", step_metric="update")
+        if mode == "online":
+            print(f"wandb: {self.run.url}", file=sys.stderr)
+
+    def _choose_mode(self, base_url: str) -> Any:
+        wanted = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        if wanted not in ("auto", "online"):
+            return wanted
+        base_url = os.environ.get("WANDB_BASE_URL", base_url)
+        reason = why_offline(base_url)
+        # Most people without a key do not want to hear of it with every run.
+        if reason is not None and (wanted == "online" or "API key (" not in reason):
+            warn(f"wandb is offline: {reason}")
+        return "online" if reason is None else "offline"
+
+    def write(self, table: str, row: Row) -> None:
+        """Log one row; tables other than the first put their name before their columns."""
+        if self.run is None or (table == "metrics" and row["update"] % self.every_updates):
+            return
+        prefix = "" if table == "metrics" else f"{table}/"
+        values = {name if name == "update" else prefix + name: value for name, value in row.items()}
+        self._attempt(lambda: self.run.log(values))
+
+    def show(self, samples: Sequence[ClipSample]) -> None:
+        """Log audio and spectrograms."""
+        if self.run is not None:
+            self._attempt(lambda: self.run.log(as_media(samples)))
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self.run is not None:
+            self._attempt(self.run.finish)
+            self.run = None
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.run = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warn(f"wandb is off from here on: {reason}")
+
+
+def as_media(samples: Sequence[ClipSample]) -> dict[str, Any]:
+    """Samples as wandb's own kinds of values."""
+    import wandb
+
+    values: dict[str, Any] = {"update": samples[0].update} if samples else {}
+    for sample in samples:
+        for label, path in sample.audio.items():
+            values[f"samples/{sample.name}/{label}"] = wandb.Audio(str(path), caption=sample.texts.get(label))
+        if sample.picture is not None:
+            values[f"samples/{sample.name}/spectrograms"] = wandb.Image(str(sample.picture))
+    return values
+
+
+def run_id(directory: Path) -> str:
+    """The id of a run directory: drawn once, so that a new run of an old name does not continue the old one."""
+    path = directory / ID_FILE
+    try:
+        return str(json.loads(path.read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        drawn = secrets.token_hex(4)
+        path.write_text(json.dumps({"id": drawn}) + "\n")
+        return drawn

@@ -1,0 +1,85 @@
+"""Training on a plain folder of audio or a manifest: `data.path` becomes packed folders."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moss_train.data.pack.on_the_fly import PackedSource, pack_cached
+from moss_train.data.pack.preprocess import PackOptions
+from moss_train.utils.checkpoint import list_checkpoints
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import written_whole
+
+Node = Mapping[str, Any]
+RECORD_FILE = "packed.json"
+CACHE_FOLDER = "packed"
+
+
+def with_packed_folder(config: Node, tokenizer: Any, directory: Path) -> Node:
+    """The configuration with `data.train`, and `data.heldout` where it is empty, filled from `data.path`.
+
+    A run that has begun keeps the shards it began with, also when its files are gone by now.
+
+    Args:
+        tokenizer: configuration of the tokenizer, for sampling rate and channels.
+        directory: of the run.
+
+    Raises:
+        UserError: both `data.path` and `data.train` are given, nothing can be packed, or the files of a run changed.
+    """
+    data = config["data"]
+    if data["path"] is None:
+        return config
+    if data["train"]:
+        raise UserError("data.path and data.train are both set: give a folder of audio, or packed folders")
+    record = read_record(directory)
+    if record is not None and record.train.exists() and not Path(data["path"]).exists():
+        print(f"data.path={data['path']} is gone, going on with {record.train.parent}", file=sys.stderr)
+        packed = record
+    else:
+        packed = pack_for_run(data, tokenizer, directory)
+        if record is not None and record.key != packed.key and not config["allow_changes"]:
+            raise UserError(
+                f"the files of data.path={data['path']} are not those that {directory} was started with: use another "
+                "name=, or allow_changes=true to go on with them"
+            )
+        write_record(directory, packed)
+    heldout = [] if packed.heldout is None else [str(packed.heldout)]
+    filled = {**data, "train": [str(packed.train)], "heldout": data.get("heldout") or heldout}
+    return {**config, "data": filled}
+
+
+def pack_for_run(data: Node, tokenizer: Any, directory: Path) -> PackedSource:
+    """Pack `data.path` in the tokenizer's format into `data.cache`, by default with the run."""
+    options = PackOptions(
+        sampling_rate=tokenizer.sampling_rate,
+        num_channels=tokenizer.number_channels,
+        max_bad_share=data["max_bad_share"],
+    )
+    cache = directory / CACHE_FOLDER if data["cache"] is None else Path(data["cache"])
+    source = Path(data["path"]).expanduser()
+    try:
+        return pack_cached(source, cache, options, domain=data["domain"], heldout_share=data["heldout_share"])
+    except UserError as error:
+        raise UserError(str(error).replace("input=", "data.path=")) from error
+
+
+def read_record(directory: Path) -> PackedSource | None:
+    """What a run that has begun was started with; None for a new one."""
+    path = directory / RECORD_FILE
+    if not path.exists() or not list_checkpoints(directory / "checkpoints"):
+        return None
+    record = json.loads(path.read_text())
+    heldout = record["heldout"]
+    return PackedSource(record["key"], Path(record["train"]), None if heldout is None else Path(heldout))
+
+
+def write_record(directory: Path, packed: PackedSource) -> None:
+    """Note in the run directory which shards it learns from."""
+    heldout = None if packed.heldout is None else str(packed.heldout)
+    with written_whole(directory / RECORD_FILE) as path:
+        path.write_text(
+            json.dumps({"key": packed.key, "train": str(packed.train), "heldout": heldout}, indent=1) + "\n"
+        )

@@ -1,0 +1,281 @@
+"""One run: configuration in, run directory out; the same call again resumes it exactly."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from moss_train.config.build import build
+from moss_train.data.stream.loader import check_longest, make_loader
+from moss_train.data.stream.stream import AudioStream, ClipFormat
+from moss_train.training.callbacks import build as observers
+from moss_train.training.callbacks.checkpoint import read_progress
+from moss_train.training.distributed.preemption import PreemptionWatch, make_room
+from moss_train.training.module import CatModule
+from moss_train.training.run.data_source import with_packed_folder
+from moss_train.training.run.memory_check import StateSize, check_memory, count_parameters
+from moss_train.training.run.optimizations import prepare
+from moss_train.training.run.trainer import (
+    build_trainer,
+    choose_accelerator,
+    start_processes,
+    started_processes,
+)
+from moss_train.training.run.warm_start import (
+    Beginning,
+    initialize,
+    plain,
+    plan_beginning,
+    print_reports,
+    store_record,
+    without_text,
+)
+from moss_train.training.settings import check_numbers
+from moss_train.training.step.schedule import Schedule
+from moss_train.utils.checkpoint import list_checkpoints, resume_checkpoint
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import exclusive, written_whole
+
+Node = Mapping[str, Any]
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.csv"
+LOCK_FILE = ".lock"
+PATIENCE_SECONDS = 10.0  # for processes of a killed run that have not noticed yet
+LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
+# What may differ between the parts of one run: it does not change what is learned.
+FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
+# Keys that older runs do not have, and what they meant without.
+ADDED_KEYS = {
+    "objective": {"adversarial_reduction": "mean", "feature_reduction": "relative_mean"},
+    "objective.weights": {"complex_stft": 0.0, "waveform": 0.0},
+}
+FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run stands when `fit` returns."""
+
+    directory: Path
+    update: int
+    updates: int
+    rank: int = 0
+
+
+def fit(config: Node) -> RunResult:
+    """Train, or go on training, the run that a resolved `fit` configuration describes.
+
+    Raises:
+        UserError: what the user has to change; nothing has been allocated or written then.
+    """
+    check_numbers(config)
+    directory = Path(config["run_dir"])
+    if list_checkpoints(directory / "checkpoints"):
+        refuse_changes(config, directory)
+    beginning = plan_beginning(config, directory)
+    schedule = build_schedule(beginning.arguments["stages"])
+    accelerator = choose_accelerator(config["trainer"]["accelerator"])
+    filled = with_packed_folder(config, beginning.tokenizer_config, directory)
+    stream = open_stream(filled, beginning.tokenizer_config)
+    if not stream.num_with_text:
+        beginning = without_text(beginning)
+    size = measure(beginning.arguments, config)
+    last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
+    quantizer = beginning.tokenizer_config.quantizer_kwargs
+    sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
+    callbacks = observers.build_observers(filled, directory, last, stream, *sizes)
+    preemption = PreemptionWatch()
+    trainer = build_trainer(config["trainer"], accelerator, [preemption, *callbacks])
+    shards = trainer.world_size if config["trainer"]["strategy"] == "fsdp" else 1
+    check_memory(replace(size, shards=shards), trainer.strategy.root_device, trainer.num_devices)
+    directory.mkdir(parents=True, exist_ok=True)
+    patience = LAUNCHED_PATIENCE_SECONDS if started_processes() else PATIENCE_SECONDS
+    with exclusive(directory / LOCK_FILE, str(directory), patience) if trainer.is_global_zero else nullcontext():
+        checkpoint = find_start(config, directory, trainer)
+        update = read_progress(checkpoint)["update"]
+        if checkpoint is None or update < last:
+            update = train(config, checkpoint, beginning, stream, trainer, range(update, last))
+    if preemption.signal is not None:
+        make_room(preemption.signal, update, trainer)
+    return RunResult(directory, update, schedule.updates, trainer.global_rank)
+
+
+def find_start(config: Node, directory: Path, trainer: Trainer) -> Path | None:
+    """The newest sound checkpoint, None for a new run. Rank 0 looks, before it starts the others; all of them learn."""
+    checkpoint = None
+    if trainer.is_global_zero:
+        checkpoint = resume_checkpoint(directory / "checkpoints")
+        if checkpoint is None and (directory / METRICS_FILE).exists():
+            raise UserError(
+                f"{directory} has a {METRICS_FILE} but no checkpoints any more: put them back, or move the "
+                "directory away to start from scratch"
+            )
+        store_config(config, directory, is_new=checkpoint is None)
+    start_processes(trainer)
+    return trainer.strategy.broadcast(checkpoint)
+
+
+def train(
+    config: Node,
+    checkpoint: Path | None,
+    beginning: Beginning,
+    stream: AudioStream,
+    trainer: Trainer,
+    updates: range,
+) -> int:
+    """Do the given updates from a checkpoint, or from the start without one; returns the update reached."""
+    module = CatModule(**beginning.arguments)
+    prepare(module, config)
+    if checkpoint is None and beginning.source is not None:
+        reports = initialize(module, beginning)
+        if trainer.is_global_zero:
+            print_reports(beginning, reports, config["fresh_warmup_updates"])
+            store_record(Path(config["run_dir"]), beginning, reports)
+    loader = make_loader(
+        stream,
+        text_encoder=None if module.semantic is None else module.semantic.text,
+        position=read_progress(checkpoint)["position"],
+        updates=[(update, module.schedule.at(update).stage.batch_seconds) for update in updates],
+        micro_batch_seconds=config["data"]["micro_batch_seconds"],
+        num_workers=config["data"]["num_workers"],
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+    try:
+        trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
+    except SystemExit:
+        # Lightning turns Ctrl-C into an exit without a word.
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    return module.update
+
+
+def build_schedule(stages: Sequence[Node]) -> Schedule:
+    """The stages, with errors that name the configuration path."""
+    try:
+        return Schedule.from_config(stages)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"stages: {error}") from error
+
+
+def measure(arguments: dict[str, Any], config: Node) -> StateSize:
+    """Count a run's parameters on the meta device, where nothing is allocated, and try its other options there."""
+    semantic = arguments["semantic"]
+    try:
+        with torch.device("meta"):
+            module = CatModule(**arguments | {"semantic": None})
+            prepare(module, config)
+            module.configure_optimizers()
+            latent_dim = module.tokenizer.config.quantizer_kwargs["output_dim"]
+            is_small = semantic is not None and semantic.get("pretrained") is None
+            text_lm = build(semantic, path="semantic", latent_dim=latent_dim) if is_small else None
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    tokenizer, lm, judges = (count_parameters(part) for part in (module.tokenizer, text_lm, module.discriminators))
+    return StateSize(tokenizer, lm, judges, has_average=bool(config.get("ema")))
+
+
+def open_stream(config: Node, tokenizer: Any) -> AudioStream:
+    """The training stream in the tokenizer's format."""
+    data = config["data"]
+    if not data["train"]:
+        raise UserError(
+            "data.train is empty: give the folders that `moss_train pack` made, as data.train=/my/shards, or a folder "
+            "of audio files, as data.path=/my/audio"
+        )
+    clip_format = ClipFormat(
+        tokenizer.sampling_rate,
+        tokenizer.number_channels,
+        tokenizer.downsample_rate,
+        peak=data["peak"],
+        loudness_lufs=data["loudness_lufs"],
+        gain_db=None if data["gain_db"] is None else tuple(data["gain_db"]),
+    )
+    sources = [data["train"]] if isinstance(data["train"], str) else data["train"]
+    stream = AudioStream(
+        sources,
+        clip_format,
+        crop_seconds=data["crop_seconds"],
+        max_seconds=data["max_seconds"],
+        weights=data["weights"],
+        seed=config["seed"],
+        min_length_ratio=data["min_length_ratio"],
+    )
+    check_longest(stream, data["micro_batch_seconds"])
+    return stream
+
+
+def store_config(config: Node, directory: Path, is_new: bool) -> None:
+    """Write the resolved configuration, or compare it with the one that the run was started with.
+
+    Raises:
+        UserError: it differs in something that changes what is learned, and `allow_changes` is not set.
+    """
+    if not is_new:
+        refuse_changes(config, directory)
+    with written_whole(directory / CONFIG_FILE) as temporary:
+        temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def refuse_changes(config: Node, directory: Path) -> None:
+    """Raise UserError when a run began with another configuration, unless `allow_changes` is set."""
+    path = directory / CONFIG_FILE
+    if config["allow_changes"] or not path.exists():
+        return
+    changes = differences(governing(with_added_keys(read_config(path))), governing(config))
+    if changes:
+        raise UserError(
+            f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
+            "allow_changes=true to go on with the new values"
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration that a run directory stores. Raises UserError when it is damaged."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or remove it") from error
+    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+        raise UserError(f"{path} is not the configuration of a run; restore it, or remove it")
+    return config
+
+
+def with_added_keys(config: Node, added: Mapping[str, Node] = ADDED_KEYS) -> dict[str, Any]:
+    """Return the configuration of an older run with the keys that have come since, at the values it ran with."""
+    found = dict(config)
+    for path, values in added.items():
+        place = found
+        for key in path.split("."):
+            place[key] = dict(place.get(key) or {})
+            place = place[key]
+        place |= {name: value for name, value in values.items() if name not in place}
+    return found
+
+
+def governing(config: Node) -> dict[str, Any]:
+    """The part of a configuration that decides what is learned."""
+    kept = {key: value for key, value in config.items() if key not in FREE_KEYS}
+    return {**kept, "data": {key: value for key, value in kept["data"].items() if key not in FREE_DATA_KEYS}}
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Every leaf in which two configurations differ, as `path: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")
+        ]
+    return [] if old == new else [f"{path}: {old} -> {new}"]

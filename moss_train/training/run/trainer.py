@@ -1,0 +1,186 @@
+"""Lightning's Trainer as a run uses it, on one device or as one of many processes."""
+
+import atexit
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from moss_train.training.callbacks.checkpoint import DirectoryCheckpointIO
+from moss_train.training.distributed.collectives import ReplicatedStrategy
+from moss_train.training.distributed.fsdp import ShardedStrategy
+from moss_train.utils.errors import UserError
+from moss_train.utils.workers import end_with_parent
+
+STRATEGIES = ("ddp", "fsdp")
+PRECISIONS = ("32-true", "bf16-mixed")
+REDUCE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def choose_accelerator(wanted: str) -> str:
+    """`auto` becomes cuda where there is one."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"trainer.accelerator={wanted!r} is not one of auto, cpu, cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator=cuda, but torch sees no GPU; `python -m moss_train doctor` says more")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def count_processes(settings: Mapping[str, Any], accelerator: str) -> tuple[int, int]:
+    """Processes per machine and machines: as configured; "auto" is what torchrun or srun started, else every GPU.
+
+    Raises:
+        UserError: the configuration wants another number than was started.
+    """
+    started = started_processes()
+    alone = torch.cuda.device_count() if accelerator == "cuda" else 1
+    devices, nodes = (
+        default if settings[name] == "auto" else settings[name]
+        for name, default in zip(("devices", "num_nodes"), started or (alone, 1), strict=True)
+    )
+    for name, value in (("devices", devices), ("num_nodes", nodes)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"trainer.{name}={value} must be auto or a whole number from 1")
+    if started is not None and started != (devices, nodes):
+        raise UserError(
+            f"trainer.devices={devices} trainer.num_nodes={nodes}, but {started[0]} processes were started on each of "
+            f"{started[1]} machines: leave both at auto under torchrun and srun"
+        )
+    if accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise UserError(f"trainer.devices={devices}, but torch sees {torch.cuda.device_count()} GPUs here")
+    return devices, nodes
+
+
+def started_processes() -> tuple[int, int] | None:
+    """Processes per machine and machines that torchrun or srun started; None when this process was started alone."""
+    if TorchElasticEnvironment.detect():
+        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, world // local
+    if is_srun_used():
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return None
+
+
+def is_srun_used() -> bool:
+    """Whether this process is a task of srun; a plain command in a batch script or an interactive allocation is not."""
+    return (
+        "SLURM_STEP_ID" in os.environ
+        and "SLURM_PROCID" in os.environ
+        and "SLURM_NTASKS" in os.environ
+        and SLURMEnvironment.job_name()
+        not in (
+            "bash",
+            "interactive",
+        )
+    )
+
+
+def choose_strategy(settings: Mapping[str, Any], num_processes: int) -> Strategy | str:
+    """One process needs nothing special; several hold copies of everything, or shares of the large networks."""
+    if settings["strategy"] not in STRATEGIES:
+        raise UserError(f"trainer.strategy={settings['strategy']!r} is not one of {', '.join(STRATEGIES)}")
+    is_sharded = settings["strategy"] == "fsdp"
+    if num_processes == 1:
+        if is_sharded:
+            rank_zero_warn("trainer.strategy=fsdp has no effect: there is one process")
+        return "auto"
+    timeout = timedelta(seconds=settings["timeout_seconds"])
+    return ShardedStrategy(num_processes, timeout) if is_sharded else ReplicatedStrategy(timeout=timeout)
+
+
+def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbacks: list[Callback]) -> Trainer:
+    """Lightning's Trainer without its own clocks, loggers, bars and checkpoints; one pass over the run's loader."""
+    if settings["precision"] not in PRECISIONS:
+        raise UserError(f"trainer.precision={settings['precision']!r} is not one of {', '.join(PRECISIONS)}")
+    if settings["reduce_dtype"] not in REDUCE_DTYPES:
+        raise UserError(f"trainer.reduce_dtype={settings['reduce_dtype']!r} is not one of {', '.join(REDUCE_DTYPES)}")
+    devices, num_nodes = count_processes(settings, accelerator)
+    if settings["num_threads"] is not None:
+        torch.set_num_threads(settings["num_threads"])
+        os.environ["OMP_NUM_THREADS"] = str(settings["num_threads"])  # Lightning chooses where there is none
+    torch.set_float32_matmul_precision(settings["matmul_precision"])
+    torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100 builds a graph for every new length
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of Lightning about itself
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run that stops where it stands
+    plugins: list[Any] = [DirectoryCheckpointIO()]
+    if not TorchElasticEnvironment.detect():
+        if is_srun_used():
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's saves beside our checkpoints
+        elif "SLURM_NTASKS" in os.environ:
+            plugins.append(LightningEnvironment())  # for which Lightning would wait for the tasks of a job
+    return lightning.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=choose_strategy(settings, devices * num_nodes),
+        precision=settings["precision"],
+        max_epochs=1,
+        callbacks=trainer_callbacks,
+        plugins=plugins,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def start_processes(trainer: Trainer) -> None:
+    """Start the run's other processes, unless torchrun or srun did, and connect all of them.
+
+    Lightning does so inside `fit` only, where it finds it done. We need to agree on a checkpoint before. A process that
+    this one starts ends when this one is killed.
+    """
+    strategy = trainer.strategy
+    is_child = trainer.local_rank > 0 and started_processes() is None
+    if is_child:
+        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    if strategy.launcher is not None:
+        strategy.launcher.launch(lambda: None)
+    if TorchElasticEnvironment.detect() and trainer.world_size > 1:
+        connect_after_restart(strategy)
+    strategy.setup_environment()
+
+
+def connect_after_restart(strategy: Any) -> None:
+    """Connect what torchrun started, apart from what an earlier attempt of the group left in torchrun's store.
+
+    torchrun may keep one store for all attempts: without a prefix a process that is faster than the first one reads the
+    address of its dead predecessor. Each machine counts its own attempts, so several need a store per attempt
+    (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, as in recipes/torchrun).
+    """
+    device = strategy.root_device
+    rank, world_size, timeout = strategy.global_rank, strategy.world_size, strategy._timeout
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    atexit.register(_disconnect)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,267 @@
+"""What a run begins with: its architecture, and its weights when `init` names a model to go on from."""
+
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moss_train.export.loading import NETWORKS, ModelSource, open_source, tokenizer_config
+from moss_train.training.module import CatModule
+from moss_train.training.run.resize_model import WeightReport, changed_config, resampled_projections, take_weights
+from moss_train.utils.checkpoint import list_checkpoints
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import written_whole
+
+Node = Mapping[str, Any]
+RECORD_FILE = "initialization.json"
+PLAIN_ARGUMENTS = ("optimizers", "seed", "max_skipped_updates")
+SHOWN_NAMES = 4  # weights that are named, of those that were not simply kept
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How the module of a run is built and what it is given.
+
+    Attributes:
+        arguments: of `CatModule`, plain data.
+        source: where weights come from; None from scratch, and for a run that goes on from a checkpoint.
+        fresh: networks that `init` does not bring, or is not asked for.
+    """
+
+    arguments: dict[str, Any]
+    source: ModelSource | None = None
+    fresh: tuple[str, ...] = ()
+
+    @property
+    def tokenizer_config(self) -> Any:
+        """Architecture of the tokenizer; its errors were reported before."""
+        return tokenizer_config(self.arguments["tokenizer"])
+
+
+def plan_beginning(config: Node, directory: Path | None = None) -> Beginning:
+    """Decide on the architecture of a `fit` configuration; nothing is built yet.
+
+    Args:
+        directory: a run that has begun: what it began with is read from its record, so `init` may be gone by now.
+
+    Raises:
+        UserError: no architecture, one that cannot work, or changes that `init` does not allow.
+    """
+    if config["init"] is None:
+        return Beginning(complete_arguments(config, configured_tokenizer(config), configured_networks(config), ()))
+    # A record without a checkpoint is that of a run that was killed before it had any weights.
+    has_begun = directory is not None and list_checkpoints(directory / "checkpoints")
+    if directory is not None and has_begun and (directory / RECORD_FILE).exists():
+        record = json.loads((directory / RECORD_FILE).read_text())
+        networks = {name: record[name] for name in NETWORKS}
+        return Beginning(complete_arguments(config, record["tokenizer"], networks, record["fresh"]))
+    changes = config["tokenizer"] or {}
+    if "stages" in changes:
+        raise UserError(
+            "tokenizer and init are both set: the architecture comes with init, use experiment=finetune or "
+            "tokenizer=null"
+        )
+    source = open_source(config["init"])
+    tokenizer = plain(changed_config(source.tokenizer, changes).to_dict())
+    networks, fresh = restored_networks(config, source)
+    return Beginning(complete_arguments(config, tokenizer, networks, fresh), source, fresh)
+
+
+def module_arguments(config: Node) -> dict[str, Any]:
+    """Arguments of `CatModule` for a `fit` configuration, see `plan_beginning`."""
+    return plan_beginning(config).arguments
+
+
+def configured_tokenizer(config: Node) -> Node:
+    """The tokenizer node of a run from scratch; UserError when there is none, or none that can be built."""
+    if config["tokenizer"] is None or "stages" not in config["tokenizer"]:
+        raise UserError("tokenizer has no stages and init is null: choose an experiment, or give init=<model>")
+    try:
+        tokenizer_config(config["tokenizer"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"tokenizer: {error}") from error
+    return config["tokenizer"]
+
+
+def configured_networks(config: Node) -> dict[str, Any]:
+    """The nodes of text LM and discriminators as configured."""
+    return {name: config[name] for name in NETWORKS}
+
+
+def restored_networks(config: Node, source: ModelSource) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Nodes of LM and discriminators, and which of them start afresh.
+
+    What is configured as null or [] stays away. The rest comes with `init` when it has it and `restore` names it, and
+    is built as configured otherwise. A text LM that neither learns nor teaches is left out with a warning.
+    """
+    if unknown := set(config["restore"]) - set(NETWORKS):
+        raise UserError(f"restore={list(config['restore'])} has {sorted(unknown)}, not of {', '.join(NETWORKS)}")
+    networks = configured_networks(config)
+    if networks["semantic"] and not semantic_has_effect(config):
+        networks["semantic"] = None
+        warnings.warn(
+            f"train={list(config['train'])}: the encoder and the quantizer do not learn, so a text LM has nothing to "
+            "teach; it is left out (train=[decoder,semantic] would let the LM itself learn)",
+            stacklevel=2,
+        )
+    fresh = []
+    for name in NETWORKS:
+        if networks[name] and name in config["restore"] and name in source.nodes:
+            networks[name] = source.nodes[name]
+        elif networks[name]:
+            fresh.append(name)
+    return networks, tuple(fresh)
+
+
+def without_text(beginning: Beginning) -> Beginning:
+    """What a run begins with when no clip has a text that is used: no LM, or a warning for one that was asked for."""
+    if beginning.arguments["semantic"] is None:
+        return beginning
+    if beginning.source is None:
+        warnings.warn(
+            "no clip has a text that is used, so the text LM learns nothing; semantic=null saves its memory",
+            stacklevel=2,
+        )
+        return beginning
+    warnings.warn("no clip has a text that is used: the text LM is left out", stacklevel=2)
+    fresh = tuple(name for name in beginning.fresh if name != "semantic")
+    return replace(beginning, arguments=beginning.arguments | {"semantic": None}, fresh=fresh)
+
+
+def semantic_has_effect(config: Node) -> bool:
+    """Whether, in some stage, the text LM learns or something learns from it."""
+    parts = [stage.get("train", config["train"]) for stage in config["stages"]]
+    return any({"encoder", "quantizer", "semantic"} & set(names) for names in parts)
+
+
+def complete_arguments(
+    config: Node, tokenizer: Node, networks: Mapping[str, Any], fresh: Sequence[str]
+) -> dict[str, Any]:
+    """Arguments of `CatModule`: the architecture, and the rest as configured."""
+    channels = tokenizer_config(tokenizer).number_channels
+    judges = [with_channels(node, channels) for node in networks["discriminators"] or ()]
+    return {
+        "tokenizer": tokenizer,
+        "semantic": networks["semantic"],
+        "discriminators": judges,
+        "stages": stages_for(config, fresh),
+        "objective": objective_for(config["objective"], channels),
+        **{name: config[name] for name in PLAIN_ARGUMENTS},
+    }
+
+
+def objective_for(node: Node, channels: int) -> dict[str, Any]:
+    """The objective's node; a mid/side weight of null is 1 for stereo and 0 otherwise. UserError for one without it."""
+    weight = node["weights"]["mid_side"]
+    if weight and channels != 2:
+        raise UserError(f"objective.weights.mid_side={weight} needs two channels, the tokenizer has {channels}")
+    return {**node, "weights": {**node["weights"], "mid_side": float(channels == 2) if weight is None else weight}}
+
+
+def with_channels(node: Node, channels: int) -> Node:
+    """A discriminator's node for this number of channels; one for mono says nothing about them."""
+    others = {key: value for key, value in node.items() if key != "num_channels"}
+    return others if channels == 1 else {**others, "num_channels": channels}
+
+
+def stages_for(config: Node, fresh: Sequence[str]) -> list[dict[str, Any]]:
+    """The stages as configured; `train` of the run holds for those that do not name their own parts.
+
+    Networks that `init` does not bring get a head start of `fresh_warmup_updates`, in which they learn without being
+    listened to: discriminators in the first adversarial stage, the LM in the first of all.
+    """
+    stages = [{"train": config["train"], **stage} for stage in config["stages"]]
+    judging = [stage for stage in stages if stage.get("adversarial")]
+    starts = {"discriminators": judging[:1], "semantic": stages[:1]}
+    keys = {"discriminators": "discriminator_warmup_updates", "semantic": "semantic_warmup_updates"}
+    for name in fresh:
+        for stage in starts[name]:
+            stage[keys[name]] = max(stage.get(keys[name], 0), config["fresh_warmup_updates"])
+    return stages
+
+
+def initialize(module: CatModule, beginning: Beginning) -> dict[str, WeightReport]:
+    """Give a new module the weights of `init`; returns what became of them, by network.
+
+    Raises:
+        UserError: the architecture is that of `init`, but its weights are not complete.
+    """
+    assert beginning.source is not None
+    weights = beginning.source.load()
+    old, new = beginning.source.tokenizer, module.tokenizer.config
+    made = resampled_projections(old, new, weights["tokenizer"])
+    reports = {"tokenizer": take_weights(module.tokenizer, weights["tokenizer"], made)}
+    for name in NETWORKS:
+        part, own = getattr(module, name), weights.get(name, {})
+        if part is None:
+            reports[name] = WeightReport(left_over=tuple(own))
+        else:
+            reports[name] = take_weights(part, {} if name in beginning.fresh else own)
+    report = reports["tokenizer"]
+    if plain(old.to_dict()) == plain(new.to_dict()) and (report.fresh or report.left_over):
+        raise UserError(
+            f"init={beginning.source.path}: the weights do not fit the architecture; missing: "
+            f"{shown_names(report.fresh)}; left over: {shown_names(report.left_over)}"
+        )
+    return reports
+
+
+def store_record(directory: Path, beginning: Beginning, reports: Mapping[str, WeightReport]) -> None:
+    """Write what the run begins with, for a resume without `init` and for whoever asks later."""
+    names = ("tokenizer", *NETWORKS)
+    record = {
+        "init": None if beginning.source is None else beginning.source.path,
+        **{name: plain(beginning.arguments[name]) for name in names},
+        "fresh": list(beginning.fresh),
+        "weights": {name: asdict(report) for name, report in reports.items()},
+    }
+    with written_whole(directory / RECORD_FILE) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def print_reports(beginning: Beginning, reports: Mapping[str, WeightReport], warmup_updates: int) -> None:
+    """Say in a table what came with `init` and what did not; a network that starts afresh is a warning.
+
+    Weights are named where some of a network were kept and others not.
+    """
+    assert beginning.source is not None
+    table = Table("", "kept", "resampled", "fresh", "left over", title=f"weights from {beginning.source.path}")
+    for name, report in reports.items():
+        columns = (report.kept, report.resampled, report.fresh, report.left_over)
+        table.add_row(name, *(f"{len(names)}" for names in columns))
+    Console(file=sys.stderr, soft_wrap=False).print(table)
+    for name, report in reports.items():
+        others = tuple(left for left in report.left_over if left not in report.fresh)
+        kinds = {"resampled": report.resampled, "fresh": report.fresh, "left over": others}
+        for kind, names in kinds.items():
+            if names and report.kept:
+                print(f"{name}, {kind}: {shown_names(names)}", file=sys.stderr)
+    for name in beginning.fresh:
+        reason = "restore leaves out what init has" if name in beginning.source.nodes else "init has none"
+        warnings.warn(
+            f"{name} start afresh, {reason}; head start of {warmup_updates} updates (fresh_warmup_updates)",
+            stacklevel=2,
+        )
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    if not names:
+        return "none"
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f"{', '.join(names[:SHOWN_NAMES])}{more}"
+
+
+def plain(node: Any) -> Any:
+    """Containers and scalars only, as a checkpoint stores them; other values (a dtype, say) as text."""
+    if isinstance(node, Mapping):
+        return {str(key): plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [plain(value) for value in node]
+    return node if node is None or isinstance(node, str | int | float | bool) else str(node).removeprefix("torch.")

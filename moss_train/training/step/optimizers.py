@@ -1,0 +1,96 @@
+"""Optimizers and what happens between gradients and an update."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moss_train.model.transformer import LayerScale
+from moss_train.training.distributed.fsdp import local_part
+from moss_train.training.step.schedule import PARTS
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and clipping of one side (arXiv 1711.05101); the learning rate belongs to the stage.
+
+    `learning_rate_scale` multiplies it for some parts, as in {quantizer: 2.0}; `weight_decay_scale` does the same to
+    the weight decay, for a text LM can need far more than a tokenizer stands.
+    """
+
+    betas: Sequence[float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    learning_rate_scale: Mapping[str, float] = field(default_factory=dict)
+    weight_decay_scale: Mapping[str, float] = field(default_factory=dict)
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: matrices decay; norms, biases, LayerScale, codebooks and embeddings do not.
+
+    A parameter that modules share is there once; an output layer tied to an embedding counts as embedding.
+    """
+    decayed: dict[nn.Parameter, None] = {}
+    exempt: dict[nn.Parameter, None] = {}
+    for module in (module for root in modules for module in root.modules()):
+        is_exempt = isinstance(module, nn.LayerNorm | nn.Embedding | LayerScale)
+        for parameter in module.parameters(recurse=False):
+            is_vector = sum(size > 1 for size in parameter.shape) < 2
+            (exempt if is_exempt or is_vector else decayed)[parameter] = None
+    return [
+        {"params": [p for p in decayed if p not in exempt], "weight_decay": weight_decay},
+        {"params": list(exempt), "weight_decay": 0.0},
+    ]
+
+
+def build_adamw(parts: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> torch.optim.AdamW:
+    """AdamW over named parts, two groups for each (see `parameter_groups`), with its own rate and decay.
+
+    Raises:
+        ValueError: a factor for a part that does not exist, or one that is not above 0 (of the decay: below 0).
+    """
+    chosen = OptimizerSettings(**settings)
+    for name in ("learning_rate_scale", "weight_decay_scale"):
+        if unknown := set(getattr(chosen, name)) - {*parts, *PARTS}:
+            raise ValueError(f"{name}: unknown part {sorted(unknown)}, not of {PARTS}")
+    if any(not scale > 0 for scale in chosen.learning_rate_scale.values()):
+        raise ValueError(f"learning_rate_scale={dict(chosen.learning_rate_scale)} has to be above 0")
+    if any(not scale >= 0 for scale in chosen.weight_decay_scale.values()):
+        raise ValueError(f"weight_decay_scale={dict(chosen.weight_decay_scale)} has to be 0 or more")
+    groups = [
+        {**group, "scale": chosen.learning_rate_scale.get(name, 1.0)}
+        for name, part in parts.items()
+        for group in parameter_groups([part], chosen.weight_decay * chosen.weight_decay_scale.get(name, 1.0))
+    ]
+    on_cuda = any(p.is_cuda for group in groups for p in group["params"])
+    first, second = chosen.betas
+    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=chosen.eps, fused=on_cuda or None)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Rates are a function of the update number, so there is no scheduler state to save."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["scale"]
+
+
+def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What is set for each group, without its parameters; a checkpoint would bring back older values."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Sum of the squares of all gradients (scalar, float64; zero when there are none), of what this rank holds."""
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients, in place."""
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
