@@ -1,30 +1,75 @@
-"""Builds the objects that configurations and checkpoints name."""
+"""Build the objects that configurations and checkpoints name by `_target_`.
+
+Such a file may come from a stranger, so a name is looked up in a list and never searched for: for a name that is not
+listed nothing is imported and no attribute is read. The only other names are classes of packages that the user opened
+with `allow_package` in this process.
+"""
 
 import difflib
 import functools
+import importlib
 import inspect
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-
-import hydra.utils
-from hydra.errors import InstantiationException
 
 from moss_train.utils.errors import UserError
 
-TORCH_TARGETS = frozenset(
+TARGETS = frozenset(
     {
-        "torch.optim.AdamW",
+        "moss_train.discriminators.ComplexSTFTDiscriminator",
+        "moss_train.discriminators.MultiPeriodDiscriminator",
+        "moss_train.discriminators.MultiResolutionSTFTDiscriminator",
+        "moss_train.discriminators.PeriodDiscriminator",
+        "moss_train.losses.MidSideLoss",
+        "moss_train.losses.MultiScaleMelLoss",
+        "moss_train.model.MossAudioTokenizerConfig.from_stages",
+        "moss_train.semantic.ByteText",
+        "moss_train.semantic.PretrainedText",
+        "moss_train.semantic.TextLM",
         "torch.nn.GELU",
         "torch.nn.Identity",
         "torch.nn.LayerNorm",
         "torch.nn.LeakyReLU",
         "torch.nn.RMSNorm",
         "torch.nn.SiLU",
+        "torch.optim.AdamW",
     }
 )
-_SPECIAL_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_"})
-_CLOSED_ROOMS = ("moss_train.cli.main", "moss_train.commands", "moss_train.utils")
-_FUNCTION_ROOMS = tuple(f"moss_train.{room}." for room in ("model", "discriminators", "losses", "semantic", "training"))
+"""All that a `_target_` may name. A new part of the project that configurations choose is added here by hand; its
+arguments have to be safe with any plain value, because a stranger chooses them."""
+
+MAX_DEPTH = 64
+"""Of containers inside each other; no configuration comes near it."""
+
+MAX_VALUES = 100_000
+"""Of one depth; a pickle may hold one list many times over, so that a small file unfolds without end."""
+
+_SPECIAL_KEYS = frozenset({"_target_", "_partial_"})
+_allowed_packages: set[str] = set()
+
+
+def allow_package(name: str) -> None:
+    """Import a package and let `_target_` name its classes too, in this process.
+
+    For packages that the user names on the command line or in Python; never call it with a name out of a file. Only
+    modules that are imported by then are searched, and only for classes that they define.
+
+    Raises:
+        UserError: there is no such package, or it cannot be imported.
+    """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"{name!r} is not the name of a Python package")
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"the package {name} cannot be imported: {_first_line(error)}") from error
+    _allowed_packages.add(name)
+
+
+def allowed_packages() -> tuple[str, ...]:
+    """Return the packages of `allow_package`, for a process that is started to do the same work."""
+    return tuple(sorted(_allowed_packages))
 
 
 def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
@@ -39,21 +84,13 @@ def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
         The object, or a `functools.partial` when the node says `_partial_: true`. Containers arrive as dicts and lists.
 
     Raises:
-        UserError: a name outside the allow-list, an unknown or missing argument, a value that the constructor refuses.
+        UserError: a name outside the list, an unknown or missing argument, a value that the constructor refuses.
     """
-    if "_target_" not in node:
+    if not isinstance(node, Mapping) or "_target_" not in node:
         raise UserError(f"{path or 'the node'} has no _target_: name the class to build, as in _target_: {_example()}")
+    _check_depth(node, path)
     _check_tree(node, path, kwargs)
-    try:
-        factory = hydra.utils.instantiate({**node, "_partial_": True, "_convert_": "all"})
-        arguments = {**factory.keywords, **kwargs}
-        if node.get("_partial_"):
-            return functools.partial(factory.func, **arguments)
-        return factory.func(**arguments)
-    except InstantiationException as error:
-        raise _refused(node, path, error) from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{_place(path)}{node['_target_']} refused its arguments: {error}") from error
+    return _construct(node, path, kwargs)
 
 
 def iterate_targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -68,25 +105,19 @@ def iterate_targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[st
             yield from iterate_targets(value, f"{path}.{index}" if path else str(index))
 
 
-def resolve_target(name: str, path: str = "") -> Any:
-    """Return the class or function of an allowed name, so that data can never reach code outside the project.
-
-    `moss_train.x.os.system` is refused as well: what counts is where the object was defined, not how it is reached.
+def resolve_target(name: Any, path: str = "") -> Callable[..., Any]:
+    """Return what an allowed name stands for: a class, or the one class method of `TARGETS`.
 
     Raises:
-        UserError: the name is not allowed, or nothing of that name exists.
+        UserError: the name is not allowed, or an allowed package has no such class.
     """
-    if not isinstance(name, str) or not (name in TORCH_TARGETS or name.startswith("moss_train.")):
-        raise UserError(
-            f"{_place(path)}_target_ {name!r} is not allowed: use a class of moss_train or {_torch_names()}"
-        )
-    try:
-        target = hydra.utils.get_object(name)
-    except Exception as error:
-        raise UserError(f"{_place(path)}_target_ {name!r} cannot be found: {_first_line(error)}") from error
-    if name not in TORCH_TARGETS and not _may_be_named(target):
-        raise UserError(f"{_place(path)}_target_ {name!r} is not a class or function that a configuration may name")
-    return target
+    if isinstance(name, str):
+        if name in TARGETS:
+            return _listed(name)
+        for package in sorted(_allowed_packages):
+            if name.startswith(f"{package}."):
+                return _class_of_package(name, package, path)
+    raise UserError(f"{_place(path)}_target_ {name!r} is not allowed: use one of {', '.join(sorted(TARGETS))}")
 
 
 def check_node(node: Mapping[str, Any], path: str = "", given: Mapping[str, Any] | None = None) -> None:
@@ -94,7 +125,7 @@ def check_node(node: Mapping[str, Any], path: str = "", given: Mapping[str, Any]
 
     Arguments that stand in `given` count as present. Raises UserError as `build` does.
     """
-    strange = {key for key in node if str(key).startswith("_") and str(key).endswith("_")} - _SPECIAL_KEYS
+    strange = {str(key) for key in node if str(key).startswith("_") and str(key).endswith("_")} - _SPECIAL_KEYS
     if strange:
         raise UserError(f"{_place(path)}the keys {sorted(strange)} are not supported: give arguments by their names")
     target = resolve_target(node["_target_"], path)
@@ -112,12 +143,48 @@ def check_node(node: Mapping[str, Any], path: str = "", given: Mapping[str, Any]
         raise UserError(f"{_place(path)}{node['_target_']} needs {', '.join(missing)}")
 
 
-def _may_be_named(target: Any) -> bool:
-    """Allow classes of the rooms that hold parts; functions and class methods only where none touches files."""
-    module = getattr(target, "__module__", None) or ""
-    if inspect.isclass(target):
-        return module.startswith("moss_train.") and not module.startswith(_CLOSED_ROOMS)
-    return (inspect.isfunction(target) or inspect.ismethod(target)) and module.startswith(_FUNCTION_ROOMS)
+def _listed(name: str) -> Callable[..., Any]:
+    """Return what a name of `TARGETS` stands for; the modules are those of the project and torch itself."""
+    parts = name.split(".")
+    length = next(i for i, part in enumerate(parts) if part[0].isupper())
+    return functools.reduce(getattr, parts[length:], importlib.import_module(".".join(parts[:length])))
+
+
+def _class_of_package(name: str, package: str, path: str) -> Callable[..., Any]:
+    """Return a class that an imported module of the package holds and the package itself defines."""
+    module, _, last = name.rpartition(".")
+    found = vars(sys.modules[module]).get(last) if module in sys.modules else None
+    if not inspect.isclass(found):
+        raise UserError(f"{_place(path)}_target_ {name!r}: {package} has no such class in a module that it imports")
+    home = str(found.__module__)
+    if home != package and not home.startswith(f"{package}."):
+        raise UserError(f"{_place(path)}_target_ {name!r} is not allowed: the class comes from {home}, not {package}")
+    return found
+
+
+def _construct(node: Mapping[str, Any], path: str, given: Mapping[str, Any]) -> Any:
+    """Build the inner nodes of a checked node, then the node."""
+    target = resolve_target(node["_target_"], path)
+    own = {str(key): value for key, value in node.items() if key not in _SPECIAL_KEYS and key not in given}
+    arguments = {key: _construct_value(value, f"{path}.{key}" if path else key) for key, value in own.items()}
+    if node.get("_partial_"):
+        return functools.partial(target, **arguments, **given)
+    try:
+        return target(**arguments, **given)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{_place(path)}{node['_target_']} refused its arguments: {error}") from error
+
+
+def _construct_value(value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return _construct(value, path, {})
+        return {key: _construct_value(child, f"{path}.{key}") for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_construct_value(child, f"{path}.{index}") for index, child in enumerate(value)]
+    return value
 
 
 def _check_tree(node: Mapping[str, Any], path: str, given: Mapping[str, Any]) -> None:
@@ -126,6 +193,23 @@ def _check_tree(node: Mapping[str, Any], path: str, given: Mapping[str, Any]) ->
     for place, text in _iterate_strings(node, path):
         if "${" in text:
             raise UserError(f"{place} = {text!r} holds an interpolation: resolve the configuration before building it")
+
+
+def _check_depth(node: Any, path: str) -> None:
+    """Raise UserError for containers inside each other without end, on which recursion would break."""
+    level = [node]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for value in level
+            if isinstance(value, Mapping | list | tuple)
+            for child in (value.values() if isinstance(value, Mapping) else value)
+        ]
+        if not level:
+            return
+        if len(level) > MAX_VALUES:
+            raise UserError(f"{_place(path)}more than {MAX_VALUES} values in one node")
+    raise UserError(f"{_place(path)}more than {MAX_DEPTH} containers lie inside each other")
 
 
 def _iterate_strings(node: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -139,28 +223,12 @@ def _iterate_strings(node: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from _iterate_strings(value, path)
 
 
-def _refused(node: Mapping[str, Any], path: str, error: InstantiationException) -> Exception:
-    """Turn Hydra's wrapper back into what happened: a refused value, or the bug that was raised inside."""
-    cause = error.__cause__
-    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    key = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else ""
-    place = ".".join(part for part in (path, key) if part)
-    if cause is None or isinstance(cause, TypeError | ValueError):
-        return UserError(f"{_place(place)}{node['_target_']} cannot be built: {_first_line(cause or error)}")
-    return cause if isinstance(cause, Exception) else error
-
-
 def _place(path: str) -> str:
     return f"{path}: " if path else ""
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _torch_names() -> str:
-    return ", ".join(sorted(TORCH_TARGETS))
 
 
 def _example() -> str:

@@ -44,7 +44,7 @@ def spelled_out(node: Mapping[str, Any]) -> dict[str, Any]:
             "folder, or semantic.pretrained=null and the sizes of the LM in semantic.config"
         )
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"semantic.pretrained={path}: {' '.join(str(error).split())}") from error
     return with_config(node, config)

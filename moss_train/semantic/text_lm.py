@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from moss_train.batch import TASKS
 from moss_train.semantic.text_encoder import TextEncoder
-from moss_train.utils.hub import from_pretrained
+from moss_train.utils.hub import from_pretrained, refuse_kernels
 
 
 class TextPrediction(NamedTuple):
@@ -62,6 +62,7 @@ class TextLM(nn.Module):
         if pretrained is not None:
             # It comes in eval mode, without the dropout that its configuration may have.
             return from_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32).train()
+        refuse_kernels(config or {}, "semantic.config")
         return Qwen2ForCausalLM(Qwen2Config(**{"vocab_size": self.text.vocab_size, **(config or {})}))
 
     def forward(

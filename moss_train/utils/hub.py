@@ -5,7 +5,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,21 +62,52 @@ def looks_local(name: str) -> bool:
 def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     """`kind.from_pretrained` of a folder or a repository; without a network, of what was downloaded earlier.
 
+    Code that lies beside the weights is never run: left open, transformers would ask at a terminal whether it may.
+
     Raises:
         UserError: there is no such folder, or a repository that is neither at hand nor can be fetched.
     """
-    if Path(name).exists():
-        return kind.from_pretrained(name, **options)
-    if looks_local(name):
+    options = {**options, "trust_remote_code": False}
+    if looks_local(name) and not Path(name).exists():
         raise UserError(f"{name} does not exist")
-    if (problem := why_no_hub()) is None:
-        return kind.from_pretrained(name, **options)
+    if not Path(name).exists() and why_no_hub() is not None:
+        options["local_files_only"] = True
     try:
-        return kind.from_pretrained(name, local_files_only=True, **options)
+        _refuse_other_code(kind, name, options)
+        return kind.from_pretrained(name, **options)
     except OSError as error:
+        if "local_files_only" not in options or Path(name).exists():
+            raise
         raise UserError(
-            f"{name} is neither a folder in {Path.cwd()} nor in the cache of the Hugging Face hub, and {problem}"
+            f"{name} is neither a folder in {Path.cwd()} nor in the cache of the Hugging Face hub, and {why_no_hub()}"
         ) from error
+
+
+def refuse_kernels(config: Mapping[str, Any], place: str) -> None:
+    """Refuse a model's configuration that has transformers fetch and run compiled code, or another package's loader.
+
+    Raises:
+        UserError: an attention or expert implementation that is a repository's, or a quantization.
+    """
+    for key, value in config.items():
+        texts = value.values() if isinstance(value, Mapping) else [value]
+        if str(key).strip("_").startswith(("attn_implementation", "experts_implementation")) and any(
+            "/" in str(text) for text in texts
+        ):
+            raise UserError(f"{place}: {key}={value!r} names code of a repository, which is not run: remove it")
+        if key == "quantization_config" and value:
+            raise UserError(f"{place}: quantization_config is not supported: give the weights that were not quantized")
+        if isinstance(value, Mapping):
+            refuse_kernels(value, place)
+
+
+def _refuse_other_code(kind: Any, name: str, options: Mapping[str, Any]) -> None:
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    if kind is AutoTokenizer:
+        return
+    content, _ = PretrainedConfig.get_config_dict(name, local_files_only=options.get("local_files_only", False))
+    refuse_kernels(content, name)
 
 
 @cache

@@ -87,6 +87,9 @@ def test_a_malicious_checkpoint_is_refused(tmp_path: Path, canary: Path, whole: 
         {"_target_": "builtins.eval", "_args_": ["open('{canary}', 'w')"]},
         {"_target_": "moss_train.cli.main.subprocess.run", "args": "touch {canary}", "shell": True},
         {"_target_": "moss_train.training.distributed.preemption.subprocess.run", "args": ["touch", "{canary}"]},
+        {"_target_": "moss_train.training.distributed.preemption.requeue"},
+        {"_target_": "moss_train.training.distributed.preemption.stop_torchrun"},
+        {"_target_": "moss_train.training.run.fit.fit", "config": {"run_dir": "{canary}"}},
     ],
 )
 def test_hyperparameters_name_no_code_but_ours(tmp_path: Path, canary: Path, whole: Fit, node: dict) -> None:
@@ -178,6 +181,54 @@ def test_a_safetensors_header_that_lies_is_refused_at_once(model: Path, kind: st
     codes.write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="codes"):
         read_codes(codes)
+
+
+def poison_state(model: Path, canary: Path, name: str) -> None:
+    """Add a training state whose node would unpickle a second model folder."""
+    second = model.parent / "second"
+    second.mkdir()
+    (second / "config.json").write_text((model / "config.json").read_text())
+    torch.save({"x": Malice(canary)}, second / "pytorch_model.bin")
+    node: Any = {
+        "_target_": "moss_train.model.MossAudioTokenizerModel.from_pretrained",
+        "pretrained_model_name_or_path": str(second),
+        "weights_only": False,
+        "use_safetensors": False,
+    }
+    if name == "semantic":
+        node = {"_target_": "moss_train.semantic.TextLM", "pretrained": "owner/lm", "text": node}
+    folder = model / "training_state"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, folder / f"{name}.safetensors")
+    record = {"node": node if name == "semantic" else [node], "file": f"{name}.safetensors", "aliases": {}}
+    state = {"format": "moss_train training state", "version": 1, "networks": {name: record}}
+    (folder / "networks.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("name", ["semantic", "discriminators"])
+def test_the_training_state_of_a_model_folder_builds_only_listed_classes(
+    model: Path, packed: Path, tmp_path: Path, canary: Path, name: str, capsys
+) -> None:
+    """The whole command: it once unpickled the other folder's weights."""
+    poison_state(model, canary, name)
+    overrides = [f"init={model}", f"data.train={packed}", f"run_dir={tmp_path / 'run'}", "wandb=null"]
+    assert main(["fit", "experiment=finetune", *overrides, "trainer.accelerator=cpu"]) == 2
+    assert "'moss_train.model.MossAudioTokenizerModel.from_pretrained' is not allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["deep", "aliases", "node", "text", "huge number"])
+def test_a_training_state_that_makes_no_sense_is_one_line(model: Path, packed: Path, kind: str, capsys) -> None:
+    folder = model / "training_state"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "semantic.safetensors")
+    node = {"_target_": "moss_train.semantic.TextLM", "config": {}, "text": {}}
+    record = {"node": node, "file": "semantic.safetensors", "aliases": {}}
+    record |= {"aliases": {"aliases": 3}, "node": {"node": "x"}, "text": {"node": {**node, "text": 3}}}.get(kind, {})
+    state = {"format": "moss_train training state", "version": 1, "networks": {"semantic": record}}
+    text = {"deep": "[" * 100_000, "huge number": "1" * 10_000}.get(kind, json.dumps(state))
+    (folder / "networks.json").write_text(text)
+    assert main(["fit", "experiment=finetune", f"init={model}", f"data.train={packed}", "wandb=null"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()[-1]) < 400
 
 
 EVIL_YAML = "!!python/object/apply:os.system ['touch {canary}']"

@@ -1,14 +1,29 @@
 import functools
+import importlib
+import inspect
+import pkgutil
+import sys
 
 import pytest
 import torch
 
-from moss_train.config.build import build, iterate_targets, resolve_target
+import moss_train
+from moss_train.config import build as build_module
+from moss_train.config.build import (
+    MAX_DEPTH,
+    TARGETS,
+    allow_package,
+    allowed_packages,
+    build,
+    iterate_targets,
+    resolve_target,
+)
 from moss_train.losses.mel import MultiScaleMelLoss
 from moss_train.model import MossAudioTokenizerConfig
+from moss_train.semantic import ByteText
 from moss_train.utils.errors import UserError
 
-MEL = "moss_train.losses.mel.MultiScaleMelLoss"
+MEL = "moss_train.losses.MultiScaleMelLoss"
 STAGE = {"patch_size": 4, "output_dimension": 8, "d_model": 8, "num_heads": 1, "num_layers": 1}
 QUANTIZER = {"rvq_dim": 8, "num_quantizers": 2, "codebook_size": 4, "codebook_dim": 2}
 
@@ -54,6 +69,48 @@ def test_partial_waits_for_its_last_arguments():
     assert make([torch.nn.Parameter(torch.ones(1))]).defaults["lr"] == 0.2
 
 
+def public_names():
+    """Every public name of every module of the package, and every public attribute of every class among them."""
+    modules = ["moss_train", *(found.name for found in pkgutil.walk_packages(moss_train.__path__, "moss_train."))]
+    for module_name in modules:
+        if module_name.endswith("__main__"):
+            continue
+        module = importlib.import_module(module_name)
+        for name in dir(module):
+            if not name.startswith("_"):
+                yield f"{module_name}.{name}"
+                value = getattr(module, name)
+                if inspect.isclass(value):
+                    yield from (f"{module_name}.{name}.{inner}" for inner in dir(value) if not inner.startswith("_"))
+
+
+def test_of_all_names_of_the_package_only_those_of_the_list_are_accepted():
+    accepted, refused = set(), set()
+    for name in public_names():
+        try:
+            resolve_target(name)
+            accepted.add(name)
+        except UserError:
+            refused.add(name)
+    assert accepted == {name for name in TARGETS if name.startswith("moss_train.")}
+    assert len(refused) > 3000  # the walk went everywhere
+    assert {
+        "moss_train.model.MossAudioTokenizerModel.from_pretrained",
+        "moss_train.model.MossAudioTokenizerModel",
+        "moss_train.training.distributed.preemption.requeue",
+        "moss_train.training.distributed.preemption.stop_torchrun",
+        "moss_train.training.run.fit.fit",
+        "moss_train.training.CatModule.load_from_checkpoint",
+        "moss_train.semantic.portable.portable_node",
+        "moss_train.discriminators.multi_period.F",
+    } <= refused
+
+
+def test_whatever_the_list_names_is_a_class_but_for_the_architecture():
+    others = {name for name in TARGETS if not inspect.isclass(resolve_target(name))}
+    assert others == {"moss_train.model.MossAudioTokenizerConfig.from_stages"}
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -61,20 +118,84 @@ def test_partial_waits_for_its_last_arguments():
         "builtins.eval",
         "torch.load",
         "torch.hub.load",
+        "torch.nn.GELU.load_state_dict",
         "moss_train_evil.Thing",
-        "moss_train.config.build.hydra.utils.instantiate",
-        "moss_train.audio.io.soundfile.write",
-        "moss_train.audio.io.write_audio",
-        "moss_train.cli.main.main",
-        "moss_train.config.build.build",
-        "moss_train.audio.io.torch.load",
+        "moss_train.config.build.allow_package",
+        "moss_train.semantic.TextLM.__init__",
+        "moss_train.semantic.TextLM ",
+        ".moss_train.semantic.TextLM",
+        "",
         None,
         3,
+        ["os.system"],
+        {"a": 1},
     ],
 )
 def test_refuses_every_other_name(name):
-    with pytest.raises(UserError, match=r"^training\.loss: _target_ .* (is not allowed|is not a class)"):
+    with pytest.raises(UserError, match=r"^training\.loss: _target_ .* is not allowed"):
         build({"_target_": name, "x": 1}, path="training.loss")
+
+
+@pytest.fixture
+def friend(tmp_path, monkeypatch):
+    """A package of the user's, whose module `side` leaves a file when it is imported."""
+    (tmp_path / "friend").mkdir()
+    (tmp_path / "friend" / "__init__.py").write_text(
+        "from subprocess import Popen\nfrom moss_train.model import MossAudioTokenizerModel\nfrom . import parts\n"
+        "from .parts import Loss\ndef function(): raise AssertionError\n"
+    )
+    (tmp_path / "friend" / "parts.py").write_text(
+        "class Loss:\n    def __init__(self, width, inner=None): self.width, self.inner = width, inner\n"
+        "    @classmethod\n    def make(cls): raise AssertionError\nready = Loss(1)\n"
+    )
+    (tmp_path / "friend" / "side.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Loss:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(build_module, "_allowed_packages", set())
+    yield tmp_path
+    assert not (tmp_path / "canary").exists()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "friend"]:
+        del sys.modules[name]
+
+
+def test_a_package_is_closed_until_the_user_opens_it(friend):
+    node = {"_target_": "friend.Loss", "width": 3, "inner": [{"_target_": "friend.parts.Loss", "width": 4}]}
+    with pytest.raises(UserError, match="not allowed"):
+        build(node)
+    assert "friend" not in sys.modules
+    allow_package("friend")
+    assert allowed_packages() == ("friend",)
+    loss = build(node)
+    assert (type(loss).__module__, loss.width, loss.inner[0].width) == ("friend.parts", 3, 4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "friend.function",
+        "friend.Popen",
+        "friend.MossAudioTokenizerModel",
+        "friend.parts",
+        "friend.parts.ready",
+        "friend.Loss.make",
+        "friend.parts.Loss.make",
+        "friend.side.Loss",
+        "friend.nothing.Loss",
+        "friend2.Loss",
+        "friend.",
+        "friend",
+    ],
+)
+def test_of_an_open_package_only_its_own_classes_are_built_and_nothing_is_imported(friend, name):
+    allow_package("friend")
+    with pytest.raises(UserError, match="_target_"):
+        build({"_target_": name})
+
+
+@pytest.mark.parametrize("name", ["no_such_package_here", "", "a b", "../friend", "friend.nothing"])
+def test_what_cannot_be_imported_is_not_opened(friend, name):
+    with pytest.raises(UserError):
+        allow_package(name)
+    assert allowed_packages() == ()
 
 
 @pytest.mark.parametrize("wrap", [lambda node: node, lambda node: [node], lambda node: {"deep": [1, {"er": node}]}])
@@ -118,7 +239,7 @@ def test_refused_value_of_an_inner_node_says_where():
         build({"_target_": MEL, "sampling_rate": inner}, path="loss")
 
 
-@pytest.mark.parametrize("key", ["_args_", "_convert_x_", "__class__"])
+@pytest.mark.parametrize("key", ["_args_", "_recursive_", "_convert_x_", "__class__"])
 def test_refuses_other_special_keys(key):
     with pytest.raises(UserError, match="not supported"):
         build({"_target_": "torch.nn.SiLU", key: [1]})
@@ -134,9 +255,29 @@ def test_node_without_target():
         build({"width": 3}, path="model")
 
 
+@pytest.mark.parametrize("node", [None, 3, "moss_train.semantic.ByteText", ["_target_"]])
+def test_what_is_no_node_is_refused(node):
+    with pytest.raises(UserError, match="semantic has no _target_"):
+        build(node, path="semantic")
+
+
+def test_containers_without_end_are_refused_before_anything_recurses():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(UserError, match=f"semantic: more than {MAX_DEPTH} containers"):
+        build({"_target_": "moss_train.semantic.ByteText", "x": deep}, path="semantic")
+    laughs = ["x"]
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    with pytest.raises(UserError, match="values in one node"):
+        build({"_target_": "moss_train.semantic.ByteText", "x": laughs}, path="semantic")
+    assert isinstance(build({"_target_": "moss_train.semantic.ByteText"}), ByteText)
+
+
 def test_name_that_does_not_exist():
-    with pytest.raises(UserError, match=r"^loss: _target_ 'moss_train\.losses\.mel\.Nothing' cannot be found"):
-        resolve_target("moss_train.losses.mel.Nothing", "loss")
+    with pytest.raises(UserError, match=r"^loss: _target_ 'moss_train\.losses\.Nothing' is not allowed"):
+        resolve_target("moss_train.losses.Nothing", "loss")
 
 
 def test_iterate_targets_lists_parents_first():

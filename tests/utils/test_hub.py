@@ -1,14 +1,16 @@
 """Models that are named: a folder, or a repository of a hub that may not answer."""
 
 import http.server
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from transformers import AutoConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from moss_train.semantic import ByteText, TextLM
 from moss_train.utils import hub
 from moss_train.utils.errors import UserError
 from moss_train.utils.hub import why_unreachable
@@ -86,3 +88,42 @@ def test_a_tokenizer_is_here_or_has_an_owner(tmp_path, monkeypatch: pytest.Monke
     hub.refuse_missing_model("owner/my-tokenizer")
     (tmp_path / "my-tokenizer").mkdir()
     hub.refuse_missing_model("my-tokenizer")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "evil/kernel"},
+        {"_attn_implementation": "evil/kernel:attention"},
+        {"_attn_implementation_internal": "evil/kernel"},
+        {"attn_implementation": {"text_config": "evil/kernel"}},
+        {"text_config": {"attn_implementation": "evil/kernel"}},
+        {"experts_implementation": "evil/kernel"},
+        {"quantization_config": {"quant_method": "torchao"}},
+    ],
+)
+def test_a_configuration_cannot_ask_for_code_of_others(tmp_path, change: dict) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_key_value_heads=1, **sizes)).save_pretrained(tmp_path)
+    assert hub.from_pretrained(AutoModelForCausalLM, str(tmp_path)).config.hidden_size == 8
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=r"not run|not supported"):
+        hub.from_pretrained(AutoModelForCausalLM, str(tmp_path))
+    with pytest.raises(UserError, match=r"not run|not supported"):
+        TextLM(latent_dim=4, text=ByteText(), config={**sizes, **change})
+
+
+def test_code_beside_a_language_model_is_refused_without_a_question(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks at a terminal whether such code may run unless it is told; the canary must not appear."""
+    canary = tmp_path / "canary"
+    for name in ("config", "model", "tokenizer"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    map_ = {"AutoConfig": "config.C", "AutoModelForCausalLM": "model.M", "AutoTokenizer": ["tokenizer.T", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": map_}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": map_}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        with pytest.raises((OSError, ValueError)):
+            hub.from_pretrained(kind, str(tmp_path))
+    assert not canary.exists()

@@ -139,7 +139,7 @@ def _bundled_model() -> str:
 def _whisper(model: str | None) -> Callable[[Tensor, str], str]:
     from transformers import AutoProcessor, WhisperForConditionalGeneration
 
-    processor = AutoProcessor.from_pretrained(model, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     recogniser = WhisperForConditionalGeneration.from_pretrained(model, local_files_only=True).eval()
 
     def transcribe(audio: Tensor, language: str) -> str:
