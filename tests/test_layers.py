@@ -122,6 +122,33 @@ def test_the_model_runs_where_the_package_is_not_installed(path):
             assert top in MODEL_IMPORTS, f"{name(path)}:{entry.line} imports {entry.module}"
 
 
+def siblings(path: Path) -> set[str]:
+    """Files of the model folder that one of them imports, behind TYPE_CHECKING too."""
+    return {entry.module.split(".")[2] for entry in imports_of(path) if entry.relative}
+
+
+def test_the_model_has_no_circular_imports():
+    graph = {path.stem: siblings(path) for path in (PACKAGE / "model").glob("*.py") if path.stem != "__init__"}
+    while free := [stem for stem, needed in graph.items() if not needed & graph.keys()]:
+        for stem in free:
+            del graph[stem]
+    assert not graph, "these import each other in a circle"
+
+
+def test_the_modelling_file_imports_every_file_that_ships():
+    """Several releases of transformers copy only what a file of the model imports itself."""
+    for path in (PACKAGE / "model").glob("*_moss_audio_tokenizer.py"):
+        reached = {path.stem}
+        while more := {s for stem in reached for s in siblings(PACKAGE / "model" / f"{stem}.py")} - reached:
+            reached |= more
+        assert siblings(path) == reached - {path.stem}, f"{name(path)} does not import all that it needs"
+    assert siblings(PACKAGE / "model" / "modeling_moss_audio_tokenizer.py") == {
+        path.stem
+        for path in (PACKAGE / "model").glob("*.py")
+        if not path.stem.startswith(("__init__", "modeling", "feature_extraction", "processing"))
+    }
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_extras_are_imported_only_when_used(path):
     for entry in imports_of(path):

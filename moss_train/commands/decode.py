@@ -6,7 +6,7 @@ from typing import Any
 from moss_train.audio.io import WRITABLE_FORMATS
 from moss_train.cli.console import as_list, positive, print_report
 from moss_train.data.shards.codes import is_code_folder
-from moss_train.export.loading import load_tokenizer
+from moss_train.export.load import load_tokenizer
 from moss_train.inference.decode import Decoder, decode_files
 from moss_train.inference.device import choose_device
 from moss_train.inference.encode import chunk_seconds

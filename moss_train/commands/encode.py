@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.cli.console import as_list, positive, print_report
-from moss_train.export.loading import load_tokenizer
+from moss_train.export.load import load_tokenizer
 from moss_train.inference.device import choose_device
 from moss_train.inference.encode import Encoder, chunk_seconds, encode_files
 from moss_train.inference.files import CODES_FORMATS, find_audio

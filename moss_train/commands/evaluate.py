@@ -29,7 +29,7 @@ from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import ClipRow, Results
 from moss_train.evaluation.runner import Renderer, evaluate
 from moss_train.evaluation.statistics import POLICIES
-from moss_train.export.loading import find_checkpoint, load_tokenizer
+from moss_train.export.load import find_checkpoint, load_tokenizer
 from moss_train.inference.device import choose_device
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.checkpoint import read_payload

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.export import export
-from moss_train.export.loading import find_checkpoint
-from moss_train.export.writing import check_target
+from moss_train.export.load import find_checkpoint
+from moss_train.export.write import check_target
 from moss_train.utils.checkpoint import best_checkpoint
 from moss_train.utils.errors import UserError
 

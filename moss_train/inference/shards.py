@@ -19,7 +19,7 @@ from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, wri
 from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ARRAYS_FILE, ClipLocation, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
-from moss_train.export.loading import load_tokenizer
+from moss_train.export.load import load_tokenizer
 from moss_train.inference.batching import group_by_length, read_ahead
 from moss_train.inference.decode import Decoder
 from moss_train.inference.encode import Encoder, chunk_seconds

@@ -6,7 +6,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .architecture import as_entries, as_whole, check_architecture, check_positive, check_stages
+from .config_validation import (
+    as_entries,
+    as_whole,
+    check_architecture,
+    check_positive,
+    check_stages,
+    frames_per_code_frame,
+    stage_windows,
+)
 
 
 class MossAudioTokenizerConfig(PretrainedConfig):
@@ -57,7 +65,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         kwargs.setdefault("reversed_decoder_kwargs", None)
         super().__init__(**kwargs)
         if self.encoder_kwargs:
-            check_architecture(self)
+            check_architecture(vars(self))
 
     @classmethod
     def from_stages(
@@ -116,6 +124,18 @@ class MossAudioTokenizerConfig(PretrainedConfig):
     def num_quantizers(self) -> int:
         """Number of residual levels."""
         return self.quantizer_kwargs["num_quantizers"]
+
+    def frames_per_code_frame(self, name: str) -> dict[int, int]:
+        """Return the frames that each stage handles per frame of codes.
+
+        Args:
+            name: "encoder_kwargs" or "decoder_kwargs"; the keys of the result are indices into it.
+        """
+        return frames_per_code_frame(vars(self), name)
+
+    def stage_windows(self, name: str) -> dict[int, int]:
+        """Return each stage's attention window in its own frames, as `frames_per_code_frame` does."""
+        return stage_windows(vars(self), name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with `auto_map` as class references.

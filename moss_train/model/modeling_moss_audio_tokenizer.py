@@ -1,56 +1,64 @@
 """Cat: causal audio tokenizer with transformer (arXiv 2602.10934), the public model."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from .architecture import frames_per_code_frame, stage_windows
-from .cache import StageState
+# Several releases of transformers copy only the files that this one imports itself; so it imports all.
+from .argument_checks import check_audio, check_codes, chunk_frames, pad_together, valid_lengths
+from .attention import MultiheadAttention
+from .chunked import complete_frames, decode_chunked, decode_unbatched, encode_chunked, encode_unbatched
+from .codec import LatentCodec
+from .config_validation import check_architecture
 from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
-from .continuous import ContinuousDecoder
-from .initialization import initialize_weights
-from .inputs import check_audio, check_codes, chunk_frames, pad_together, valid_lengths
+from .cuda_graphs import GraphedStep
+from .kv_cache import StageState
 from .outputs import MossAudioTokenizerDecoderOutput, MossAudioTokenizerEncoderOutput, MossAudioTokenizerOutput
-from .passes import decode_each, decode_in_blocks, encode_each, encode_in_blocks, run_stages, whole_frames
-from .patching import PatchedPretransform
+from .prepacked_linear import LinearOps
 from .quantizer import ResidualLFQ
-from .streaming import MossAudioTokenizerStream
-from .transformer import ProjectedTransformer
+from .streaming import ContinuousDecoder, MossAudioTokenizerStream
+from .transformer import initialize_weights
+
+__all__ = [
+    "ContinuousDecoder",
+    "GraphedStep",
+    "LatentCodec",
+    "LinearOps",
+    "MossAudioTokenizerConfig",
+    "MossAudioTokenizerDecoderOutput",
+    "MossAudioTokenizerEncoderOutput",
+    "MossAudioTokenizerModel",
+    "MossAudioTokenizerOutput",
+    "MossAudioTokenizerStream",
+    "MultiheadAttention",
+    "ResidualLFQ",
+    "StageState",
+    "check_architecture",
+]
 
 OLDER_WEIGHT_NAMES = {
     r"self_attn\.in_proj_weight$": "self_attn.in_projs.0.weight",
     r"self_attn\.out_proj\.weight$": "self_attn.out_projs.0.weight",
 }
-Number = TypeVar("Number", int, Tensor)
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class MossAudioTokenizerModel(PreTrainedModel):
+class MossAudioTokenizerModel(LatentCodec):
     """Encoder, residual quantizer and decoder, with the interface of the released model.
 
     One deliberate difference: lengths count a started frame, zero-padded (the released code drops it).
     `encode` and `decode` run without gradients; `forward` is differentiable.
     """
 
-    config_class = MossAudioTokenizerConfig
     base_model_prefix = "moss_audio_tokenizer"
     main_input_name = "input_values"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["quantizer"]  # noqa: RUF012
-    config: MossAudioTokenizerConfig
 
     def __init__(self, config: MossAudioTokenizerConfig) -> None:
         super().__init__(config)
-        if not config.encoder_kwargs:
-            raise ValueError("the configuration has no encoder_kwargs; build it from a config.json or from_stages()")
-        self.encoder = build_modules(config, "encoder_kwargs")
-        self.quantizer = ResidualLFQ(**config.quantizer_kwargs)
-        self.decoder = build_modules(config, "decoder_kwargs")
         self._continuous_decoder: ContinuousDecoder | None = None
         self.post_init()
 
@@ -62,35 +70,6 @@ class MossAudioTokenizerModel(PreTrainedModel):
         """Of the waveform, in Hz."""
         return self.config.sampling_rate
 
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        """What encoder and decoder compute in by configuration; None for the weights' own dtype."""
-        return COMPUTE_DTYPES.get(getattr(self.config, "compute_dtype", None) or "fp32")
-
-    def _precision(self) -> AbstractContextManager:
-        dtype = self.compute_dtype
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
-    # Pieces that training puts together, differentiable.
-
-    def encode_latent(
-        self, audio: Tensor, states: list[StageState] | None = None, num_frames: Tensor | None = None
-    ) -> Tensor:
-        """Audio [B, C, F * hop] -> latent [B, F, D]; `states` continue streams (see `stream`)."""
-        frames = audio.shape[2] // self.config.downsample_rate
-        # Channels are interleaved in time: L0 R0 L1 R1 ...
-        x = audio.to(self.dtype).transpose(1, 2).reshape(audio.shape[0], -1, 1)
-        with self._precision():
-            return run_stages(self.encoder, x, states, num_frames, frames)
-
-    def decode_latent(
-        self, latent: Tensor, states: list[StageState] | None = None, num_frames: Tensor | None = None
-    ) -> Tensor:
-        """Quantized latent [B, F, D] -> audio [B, C, F * hop]."""
-        with self._precision():
-            x = run_stages(self.decoder, latent.to(self.dtype), states, num_frames, latent.shape[1])
-        return x.reshape(x.shape[0], -1, self.config.number_channels).transpose(1, 2)
-
     def forward(
         self,
         input_values: Tensor,
@@ -101,7 +80,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
         """Encode, quantize with the first `num_quantizers` levels and decode, with gradients; see `encode`."""
         levels = self.check_num_quantizers(num_quantizers)
         audio, lengths = self._prepare_audio(input_values, padding_mask)
-        audio = whole_frames(audio, lengths, slice(0, self.num_frames(audio.shape[2])), self.config.downsample_rate)
+        audio = complete_frames(audio, lengths, slice(0, self.num_frames(audio.shape[2])), self.config.downsample_rate)
         used = torch.full((audio.shape[0],), levels, device=audio.device)
         quantizer_output = self.quantizer(self.encode_latent(audio), used)
         reconstruction = self.decode_latent(quantizer_output.quantized)
@@ -123,7 +102,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
         chunk_duration: float | None = None,
         batch_invariant: bool = False,
     ) -> MossAudioTokenizerEncoderOutput | tuple[Tensor, ...]:
-        """Codes of a batch of waveforms.
+        """Return the codes of a batch of waveforms.
 
         Args:
             input_values: [B, C, T] or [B, T] samples at `sampling_rate`.
@@ -142,9 +121,9 @@ class MossAudioTokenizerModel(PreTrainedModel):
         frames = self.num_frames(lengths)
         if batch_invariant:
             clips = [clip[None, :, :length] for clip, length in zip(audio, lengths.tolist(), strict=True)]
-            codes, latent = encode_each(self, clips, levels, chunk)
+            codes, latent = encode_unbatched(self, clips, levels, chunk)
         else:
-            codes, latent = encode_in_blocks(self, audio, lengths, levels, chunk)
+            codes, latent = encode_chunked(self, audio, lengths, levels, chunk)
         codes *= torch.arange(codes.shape[2], device=codes.device) < frames[:, None]
         output = MossAudioTokenizerEncoderOutput(
             audio_codes=codes, audio_codes_lengths=frames, encoder_hidden_states=latent.transpose(1, 2)
@@ -161,7 +140,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
         num_quantizers: int | None = None,
         batch_invariant: bool = False,
     ) -> MossAudioTokenizerDecoderOutput | tuple[Tensor, ...]:
-        """Waveforms of codes [n, B, frames] of the first n levels (or [n, frames] of one clip).
+        """Return the waveforms of codes [n, B, frames] of the first n levels (or [n, frames] of one clip).
 
         Args:
             padding_mask: [B, frames], true for real frames; gives `audio_lengths`.
@@ -178,14 +157,14 @@ class MossAudioTokenizerModel(PreTrainedModel):
         frames = valid_lengths(padding_mask, codes.shape[1], codes.shape[2], codes.device)
         if batch_invariant:
             clips = [codes[:, item : item + 1, :count] for item, count in enumerate(frames.tolist())]
-            audio = decode_each(self, clips, chunk)
+            audio = decode_unbatched(self, clips, chunk)
         else:
-            audio = decode_in_blocks(self, codes, chunk)
+            audio = decode_chunked(self, codes, chunk)
         output = MossAudioTokenizerDecoderOutput(audio=audio, audio_lengths=frames * self.config.downsample_rate)
         return output if return_dict is not False else output.to_tuple()
 
     def batch_encode(self, waveforms: Sequence[Tensor], **options: Any) -> Any:
-        """`encode` for a list of waveforms [C, T] or [T] of different lengths."""
+        """Call `encode` for a list of waveforms [C, T] or [T] of different lengths."""
         return self.encode(*pad_together([clip if clip.ndim == 2 else clip[None] for clip in waveforms]), **options)
 
     def batch_decode(
@@ -197,7 +176,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
         finalize_indices: Sequence[int] | None = None,
         **options: Any,
     ) -> Any:
-        """`decode` for a list of codes [n, frames] of different lengths.
+        """Call `decode` for a list of codes [n, frames] of different lengths.
 
         Args:
             streaming: the list holds the next frames of streams that earlier calls began, in their order; further items
@@ -228,7 +207,7 @@ class MossAudioTokenizerModel(PreTrainedModel):
         return output if options.get("return_dict") is not False else output.to_tuple()
 
     def stream(self, batch_size: int = 1, **options: Any) -> MossAudioTokenizerStream:
-        """State for `batch_size` streams that are encoded or decoded chunk by chunk; see `MossAudioTokenizerStream`."""
+        """Start `batch_size` streams that are encoded or decoded chunk by chunk; see `MossAudioTokenizerStream`."""
         return MossAudioTokenizerStream(self, batch_size, **options)
 
     def compile_layers(self, **options: Any) -> None:
@@ -237,30 +216,12 @@ class MossAudioTokenizerModel(PreTrainedModel):
             for layer in stage.transformer.layers:
                 layer.compile(**options)
 
-    @staticmethod
-    def stages(modules: nn.ModuleList) -> list[ProjectedTransformer]:
-        """The transformer stages of an encoder or decoder."""
-        return [module for module in modules if isinstance(module, ProjectedTransformer)]
-
-    def num_frames(self, lengths: Number) -> Number:
-        """Frames of codes for a number of samples per channel; a started frame counts."""
-        return -(-lengths // self.config.downsample_rate)
-
-    def check_num_quantizers(self, num_quantizers: int | None) -> int:
-        """The number of levels to use, all by default; ValueError when there are not so many."""
-        available = self.config.num_quantizers
-        if num_quantizers is None:
-            return available
-        if not 1 <= num_quantizers <= available:
-            raise ValueError(f"num_quantizers must be between 1 and {available}, got {num_quantizers}")
-        return num_quantizers
-
     def check_codes(self, codes: Tensor) -> None:
         """Raise ValueError unless codes are [n, B, frames] integers of this model."""
         check_codes(self.config, codes)
 
     def _prepare_audio(self, audio: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Checked audio [B, C, T] on the model's device, and how many samples of each item are real."""
+        """Return checked audio [B, C, T] on the model's device, and how many samples of each item are real."""
         audio = check_audio(self.config, audio).to(self.device)
         if audio.shape[2] == 0:
             raise ValueError("the audio has no samples")
@@ -279,18 +240,3 @@ class MossAudioTokenizerModel(PreTrainedModel):
         # Renaming on load would be undone on save; the names written are always the released ones.
         model._weight_conversions = None
         return (model, info) if output_loading_info else model
-
-
-def build_modules(config: MossAudioTokenizerConfig, name: str) -> nn.ModuleList:
-    """Modules of `encoder_kwargs` or `decoder_kwargs`, indexed as in the released weights (patch modules count)."""
-    frames, windows = frames_per_code_frame(config, name), stage_windows(config, name)
-    flash = getattr(config, "attention_implementation", None) != "sdpa"
-    modules: list[nn.Module] = []
-    for number, entry in enumerate(getattr(config, name)):
-        options = {key: value for key, value in entry.items() if key not in ("module_type", "context_duration")}
-        if number in frames:
-            options |= {"window": windows[number], "frames_per_code_frame": frames[number], "flash": flash}
-            modules.append(ProjectedTransformer(**options))
-        else:
-            modules.append(PatchedPretransform(entry["patch_size"], is_downsample=name == "encoder_kwargs"))
-    return nn.ModuleList(modules)

@@ -1,18 +1,110 @@
 """Streams: audio in, codes out (and back) in chunks of any size, equal to the offline result."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import check_audio, check_codes
-from .lanes import Lane, join
+from .argument_checks import check_audio, check_codes
+from .chunked import block_frames
+from .codec import LatentCodec
+from .cuda_graphs import GraphedStep
+from .kv_cache import StageState
+from .outputs import MossAudioTokenizerDecoderOutput
 from .quantizer import FoldedQuantizer
 
-if TYPE_CHECKING:
-    from .modeling_moss_audio_tokenizer import MossAudioTokenizerModel
+
+class StreamGroup:
+    """Items of a stream that pass through the model together, and their state.
+
+    Args:
+        quantizer: shared by the groups of a stream.
+        batch_size: number of items.
+        num_quantizers: levels to encode.
+        chunk_frames: code frames per call that the buffers are sized for.
+        cuda_graphs: see `GraphedStep`.
+        first: another group of the stream, whose prepacked weights this one shares.
+    """
+
+    def __init__(
+        self,
+        model: LatentCodec,
+        quantizer: FoldedQuantizer,
+        batch_size: int,
+        num_quantizers: int,
+        chunk_frames: int,
+        cuda_graphs: bool,
+        first: "StreamGroup | None" = None,
+    ) -> None:
+        self.model = model
+        self.quantizer = quantizer
+        self.batch_size = batch_size
+        self.num_quantizers = num_quantizers
+        self.chunk_frames = chunk_frames
+        self.first = first
+        self.encode_step = GraphedStep(self._encode_step, cuda_graphs)
+        self.decode_step = GraphedStep(self._decode_step, cuda_graphs)
+        self._states: dict[str, list[StageState]] = {}
+
+    def states(self, part: str) -> list[StageState]:
+        """Return the buffers of the stages of "encoder" or "decoder", made when they are first needed."""
+        if part not in self._states and self.first is not None:
+            self._states[part] = [state.new_like() for state in self.first.states(part)]
+        elif part not in self._states:
+            self._states[part] = self.model.new_states(part, self.batch_size, self.chunk_frames)
+        return self._states[part]
+
+    def encode(self, audio: Tensor, counts: list[int]) -> Tensor:
+        """Encode audio [B, C, F * hop], of which each item's first `counts` frames are its own, to codes [N, B, F]."""
+        hop = self.model.config.downsample_rate
+        parts = [
+            self.encode_step(part, self._own_frames(counts, start, part.shape[2] // hop))
+            for start, part in self._blocks(audio, hop)
+        ]
+        empty = (self.num_quantizers, self.batch_size, 0)
+        return join(parts) if parts else torch.zeros(empty, dtype=torch.int64, device=audio.device)
+
+    def decode(self, codes: Tensor, counts: list[int]) -> Tensor:
+        """Decode codes [n, B, F], of which each item's first `counts` frames are its own, to audio [B, C, F * hop]."""
+        parts = [
+            self.decode_step(part, self._own_frames(counts, start, part.shape[2]))
+            for start, part in self._blocks(codes)
+        ]
+        empty = (self.batch_size, self.model.config.number_channels, 0)
+        return join(parts) if parts else torch.zeros(empty, dtype=self.model.dtype, device=codes.device)
+
+    def reset(self, items: Tensor) -> None:
+        """Start the given items' streams (bool [B] on the CPU) anew."""
+        for states in self._states.values():
+            for state in states:
+                state.reset(items.to(self.model.device))
+
+    def _blocks(self, codes_or_audio: Tensor, hop: int = 1) -> list[tuple[int, Tensor]]:
+        """Cut the last dimension into parts of bounded length, each with the frame it starts at."""
+        frames = codes_or_audio.shape[2] // hop
+        block = block_frames(self.model, None, frames)
+        return [(s, codes_or_audio[..., s * hop : (s + block) * hop]) for s in range(0, frames, block)]
+
+    def _own_frames(self, counts: list[int], start: int, length: int) -> Tensor | None:
+        """[B] how many of `length` frames from `start` are each item's own.
+
+        None says all; that spares a CPU some operations, while a CUDA graph is for any numbers of frames.
+        """
+        own = [min(max(count - start, 0), length) for count in counts]
+        if self.model.device.type == "cpu" and min(own) == length:
+            return None
+        return torch.tensor(own, device=self.model.device)
+
+    def _encode_step(self, audio: Tensor, num_frames: Tensor | None) -> Tensor:
+        latent = self.model.encode_latent(audio, self.states("encoder"), num_frames)
+        codes = self.quantizer.encode(latent, self.num_quantizers)
+        if num_frames is None:
+            return codes
+        return codes * (torch.arange(latent.shape[1], device=latent.device) < num_frames[:, None])
+
+    def _decode_step(self, codes: Tensor, num_frames: Tensor | None) -> Tensor:
+        return self.model.decode_latent(self.quantizer.decode(codes), self.states("decoder"), num_frames)
 
 
 class MossAudioTokenizerStream:
@@ -24,14 +116,14 @@ class MossAudioTokenizerStream:
     Args:
         num_quantizers: levels to encode, all by default.
         chunk_frames: code frames per call that the buffers are sized for; others are exact too, only slower.
-        cuda_graphs: on CUDA, replay captured graphs, one per shape of the input (see `StepRunner`).
+        cuda_graphs: on CUDA, replay captured graphs, one per shape of the input (see `GraphedStep`).
         batch_invariant: an item's results do not depend, to the last bit, on the other items or their number: each
             passes alone and unpadded, which costs the speed-up of batching. (They still depend on the chunks' sizes.)
     """
 
     def __init__(
         self,
-        model: "MossAudioTokenizerModel",
+        model: LatentCodec,
         batch_size: int = 1,
         num_quantizers: int | None = None,
         chunk_frames: int = 4,
@@ -46,10 +138,11 @@ class MossAudioTokenizerStream:
         self.num_quantizers = model.check_num_quantizers(num_quantizers)
         size = 1 if batch_invariant else batch_size
         quantizer = FoldedQuantizer(model.quantizer)
-        self.lanes = [
-            Lane(model, quantizer, size, self.num_quantizers, chunk_frames, cuda_graphs)
-            for _ in range(batch_size // size)
-        ]
+        self.groups: list[StreamGroup] = []
+        for _ in range(batch_size // size):
+            first = self.groups[0] if self.groups else None
+            group = StreamGroup(model, quantizer, size, self.num_quantizers, chunk_frames, cuda_graphs, first)
+            self.groups.append(group)
         self._pending = [self._no_samples() for _ in range(batch_size)]
 
     @torch.no_grad()
@@ -88,7 +181,7 @@ class MossAudioTokenizerStream:
 
     @torch.no_grad()
     def decode(self, codes: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Audio of the next frames of codes.
+        """Return the audio of the next frames of codes.
 
         Args:
             codes: [n, B, F] of the first n levels.
@@ -102,8 +195,8 @@ class MossAudioTokenizerStream:
         counts = self._counts(codes.shape[1], codes.shape[2], lengths)
         hop = self.model.config.downsample_rate
         parts = []
-        for lane, items, longest in self._lanes(counts, "decoder_states"):
-            audio = lane.decode(codes[:, items, :longest], counts[items])
+        for group, items, longest in self._groups(counts):
+            audio = group.decode(codes[:, items, :longest], counts[items])
             parts.append(pad_time(audio, codes.shape[2] * hop))
         return join(parts, dim=0), torch.tensor(counts, device=codes.device) * hop
 
@@ -112,9 +205,9 @@ class MossAudioTokenizerStream:
         chosen = torch.ones(self.batch_size, dtype=torch.bool) if items is None else items.cpu().bool()
         if chosen.shape != (self.batch_size,):
             raise ValueError(f"reset takes one bool for each of the {self.batch_size} items, got {tuple(chosen.shape)}")
-        size = self.lanes[0].batch_size
-        for lane, items in zip(self.lanes, chosen.split(size), strict=True):
-            lane.reset(items)
+        size = self.groups[0].batch_size
+        for group, items in zip(self.groups, chosen.split(size), strict=True):
+            group.reset(items)
         self._pending = [self._no_samples() if c else p for c, p in zip(chosen.tolist(), self._pending, strict=True)]
 
     def _no_samples(self) -> Tensor:
@@ -129,22 +222,76 @@ class MossAudioTokenizerStream:
             raise ValueError(f"lengths must be {batch} numbers from 0 to {longest}, got {counts}")
         return counts
 
-    def _lanes(self, counts: list[int], states: str) -> Iterator[tuple[Lane, slice, int]]:
-        """Each lane, its items, and the most frames that one of them brings."""
-        size = self.lanes[0].batch_size
-        for number, lane in enumerate(self.lanes):
-            lane.share_weights(self.lanes[0], states)
+    def _groups(self, counts: list[int]) -> Iterator[tuple[StreamGroup, slice, int]]:
+        """Yield each group, its items, and the most frames that one of them brings."""
+        size = self.groups[0].batch_size
+        for number, group in enumerate(self.groups):
             items = slice(number * size, (number + 1) * size)
-            yield lane, items, max(counts[items])
+            yield group, items, max(counts[items])
 
     def _encode_frames(self, audio: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
         """Codes of audio [B, C, F * hop], of which each item's first `counts` frames are its own."""
         hop = self.model.config.downsample_rate
         parts = []
-        for lane, items, longest in self._lanes(counts, "encoder_states"):
-            codes = lane.encode(audio[items, :, : longest * hop], counts[items])
+        for group, items, longest in self._groups(counts):
+            codes = group.encode(audio[items, :, : longest * hop], counts[items])
             parts.append(pad_time(codes, audio.shape[2] // hop))
         return join(parts, dim=1), torch.tensor(counts, device=audio.device)
+
+
+class ContinuousDecoder:
+    """Decode a changing list of streams, its rows, in `max_batch_size` fixed slots: continuous batching.
+
+    Rows are named by their place in the list. A row keeps its slot, so that leaving rows cost nothing.
+    """
+
+    def __init__(self, model: LatentCodec, max_batch_size: int) -> None:
+        self.max_batch_size = max_batch_size
+        self.stream = MossAudioTokenizerStream(model, max_batch_size)
+        self.slots: list[int] = []
+
+    def decode(self, codes: Sequence[Tensor], finalize_indices: Sequence[int] = ()) -> MossAudioTokenizerDecoderOutput:
+        """Return the audio of the next frames of every row.
+
+        Args:
+            codes: [n, frames] for each row in order; more of them than before are new rows at the end.
+            finalize_indices: rows that end with this call; the rows after them move up.
+
+        Returns:
+            Audio [rows, C, T] and each row's own number of samples, in the order of `codes`.
+
+        Raises:
+            ValueError: fewer rows than are active, more than `max_batch_size`, or no such row to finalize.
+        """
+        self._check(codes, finalize_indices)
+        free = [slot for slot in range(self.max_batch_size) if slot not in self.slots]
+        slots = [*self.slots, *free[: len(codes) - len(self.slots)]]
+        lengths = torch.zeros(self.max_batch_size, dtype=torch.int64)
+        longest = max(item.shape[1] for item in codes)
+        padded = codes[0].new_zeros(codes[0].shape[0], self.max_batch_size, longest)
+        for slot, item in zip(slots, codes, strict=True):
+            padded[:, slot, : item.shape[1]] = item
+            lengths[slot] = item.shape[1]
+        audio, samples = self.stream.decode(padded, lengths)
+        leaving = torch.zeros(self.max_batch_size, dtype=torch.bool)
+        leaving[[slots[row] for row in finalize_indices]] = True
+        self.stream.reset(leaving)
+        self.slots = [slot for slot in slots if not leaving[slot]]
+        return MossAudioTokenizerDecoderOutput(audio=audio[slots], audio_lengths=samples[slots])
+
+    def _check(self, codes: Sequence[Tensor], finalize_indices: Sequence[int]) -> None:
+        active = len(self.slots)
+        if not max(1, active) <= len(codes) <= self.max_batch_size:
+            raise ValueError(
+                f"{len(codes)} rows of codes for {active} active rows and max_batch_size={self.max_batch_size}; "
+                "end rows with finalize_indices, or start anew with reset_stream=True"
+            )
+        if any(item.ndim != 2 or item.shape[0] != codes[0].shape[0] for item in codes):
+            raise ValueError(
+                f"every row needs codes [n, frames] of equal n, got {[tuple(item.shape) for item in codes]}"
+            )
+        if any(not 0 <= row < len(codes) for row in finalize_indices):
+            raise ValueError(f"finalize_indices {list(finalize_indices)} must lie in 0..{len(codes) - 1}")
 
 
 def pad_time(x: Tensor, longest: int) -> Tensor:
@@ -156,3 +303,8 @@ def pad_rows(rows: list[Tensor]) -> Tensor:
     """Audio [C, T] of different T as one batch [B, C, T], silent behind."""
     longest = max(row.shape[1] for row in rows)
     return torch.stack([pad_time(row, longest) for row in rows])
+
+
+def join(parts: list[Tensor], dim: int = 2) -> Tensor:
+    """Concatenate, along time by default; a single part stays as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

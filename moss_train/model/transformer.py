@@ -1,4 +1,4 @@
-"""Pre-norm transformer stage between two linear projections."""
+"""Modules of encoder and decoder: patching, transformer stages between two projections, and their initial weights."""
 
 from typing import Any, cast
 
@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import MultiheadAttention
-from .cache import StageState, StreamChunk
-from .packing import Linears, PackedLinears
-from .rope import Rotation, rotation
+from .attention import MultiheadAttention, Rotation, rotation
+from .kv_cache import StageState, StreamChunk
+from .prepacked_linear import LinearOps, PrepackedLinearOps
 
 
 class LayerScale(nn.Module):
@@ -82,7 +81,7 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, angles)  # without the number equal layers are one graph to a compiler
         if chunk is not None:
-            chunk.finish()
+            chunk.advance()
         return x
 
 
@@ -91,8 +90,10 @@ class ProjectedTransformer(nn.Module):
 
     Args:
         window: frames each query may look back on, itself included.
-        options: `layer_scale` (initial gain), `max_period` (of the rotary embedding), `flash` (see
-            `MultiheadAttention`), `frames_per_code_frame`; the other keys of a released entry are fixed in Cat.
+        layer_scale: initial gain of the residual branches.
+        max_period: of the rotary embedding.
+        flash: see `MultiheadAttention`.
+        frames_per_code_frame: frames that the stage handles per frame of codes.
     """
 
     def __init__(
@@ -104,22 +105,26 @@ class ProjectedTransformer(nn.Module):
         num_layers: int,
         dim_feedforward: int,
         window: int,
-        **options: Any,
+        *,
+        layer_scale: float = 0.01,
+        max_period: float = 10000,
+        flash: bool = True,
+        frames_per_code_frame: int = 1,
     ) -> None:
         super().__init__()
-        sizes = (d_model, num_heads, dim_feedforward, window)
-        variant = (options.get("layer_scale", 0.01), options.get("flash", True))
-        layers = [TransformerLayer(*sizes, *variant) for _ in range(num_layers)]
+        layers = [
+            TransformerLayer(d_model, num_heads, dim_feedforward, window, layer_scale, flash) for _ in range(num_layers)
+        ]
         self.window = window
         self.d_model = d_model
-        self.frames_per_code_frame = options.get("frames_per_code_frame", 1)
+        self.frames_per_code_frame = frames_per_code_frame
         self.input_proj = projection(input_dimension, d_model)
-        self.transformer = Transformer(layers, options.get("max_period", 10000))
+        self.transformer = Transformer(layers, max_period)
         self.output_proj = projection(d_model, output_dimension)
 
     def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
         """[B, T, input_dimension] -> [B, T, output_dimension]."""
-        linear = Linears() if state is None else state.linears
+        linear = LinearOps() if state is None else state.linears
         return linear(self.output_proj, self.transformer(linear(self.input_proj, x), state, num_frames))
 
     def new_state(
@@ -130,21 +135,21 @@ class ProjectedTransformer(nn.Module):
         Args:
             longest_step: frames that one attention call takes; longer chunks take several calls.
             dtype: of keys and values, by default that of the weights.
-            pack: reorder the linear weights, as they are now, for many short chunks (see `PackedLinears`).
+            pack: reorder the linear weights, as they are now, for many short chunks (see `PrepackedLinearOps`).
         """
         layers, heads = self.transformer.layers, self.transformer.num_heads
         weight = next(layers.parameters())
         shape = (batch_size, self.window + longest_step, 2 * heads, self.d_model // heads)
         rings = [weight.new_zeros(shape, dtype=dtype) for _ in layers]
         position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        return StageState(position, rings, self.window, self._packed_linears() if pack else Linears())
+        return StageState(position, rings, self.window, self._prepacked_linears() if pack else LinearOps())
 
-    def _packed_linears(self) -> PackedLinears:
+    def _prepacked_linears(self) -> PrepackedLinearOps:
         gains: dict[nn.Module, Tensor] = {}
         for layer in cast(list[TransformerLayer], list(self.transformer.layers)):
             gains[layer.self_attn.out_projs[0]] = layer.layer_scale_1.scale
             gains[layer.linear2] = layer.layer_scale_2.scale
-        return PackedLinears(self, gains)
+        return PrepackedLinearOps(self, gains)
 
 
 def projection(input_dimension: int, output_dimension: int) -> nn.Module:
@@ -152,3 +157,58 @@ def projection(input_dimension: int, output_dimension: int) -> nn.Module:
     if input_dimension == output_dimension:
         return nn.Identity()
     return nn.Linear(input_dimension, output_dimension, bias=False)
+
+
+class PatchedPretransform(nn.Module):
+    """Join (encoder) or split (decoder) `patch_size` consecutive frames: a reshape without parameters.
+
+    Channel order is that of the released code: channel c, sample k of a patch become channel c * patch_size + k.
+    """
+
+    def __init__(self, patch_size: int, is_downsample: bool) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.is_downsample = is_downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T * p, C] -> [B, T, C * p] when downsampling, the inverse otherwise."""
+        batch, frames, channels = x.shape
+        patch = self.patch_size
+        if self.is_downsample:
+            x = x.reshape(batch, frames // patch, patch, channels)
+            return x.transpose(2, 3).reshape(batch, frames // patch, channels * patch)
+        x = x.reshape(batch, frames, channels // patch, patch)
+        return x.transpose(2, 3).reshape(batch, frames * patch, channels // patch)
+
+    def extra_repr(self) -> str:
+        return f"patch_size={self.patch_size}, is_downsample={self.is_downsample}"
+
+
+@torch.no_grad()
+def initialize_weights(module: nn.Module) -> None:
+    """Set a module's own parameters: Xavier linears, N(0, 1) codebooks, weight-norm gains equal to their norms.
+
+    The default of transformers (normal, 0.02) makes the whole model silent: every mel value lies under the log floor of
+    the reconstruction loss, its gradient is exactly zero, and nothing ever moves.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, LayerScale):
+        nn.init.constant_(module.scale, module.init)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight)
+    elif isinstance(module, nn.Conv1d):
+        initialize_weight_norm(module)
+
+
+def initialize_weight_norm(module: Any) -> None:
+    """Xavier directions, gains equal to their norms, zero bias."""
+    weight = module.parametrizations.weight
+    nn.init.xavier_normal_(weight.original1)
+    weight.original0.copy_(weight.original1.flatten(1).norm(dim=1)[:, None, None])
+    nn.init.zeros_(module.bias)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moss_train.batch import Batch, UpdateBatch
 from moss_train.config.build import build
 from moss_train.discriminators import DiscriminatorSet
-from moss_train.export.loading import tokenizer_config
+from moss_train.export.load import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training.distributed.collectives import check_equal_start

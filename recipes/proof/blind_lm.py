@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from moss_train.batch import TASKS, Batch
 from moss_train.config.build import build
 from moss_train.data.stream.loader import make_loader
-from moss_train.export.loading import tokenizer_config
+from moss_train.export.load import tokenizer_config
 from moss_train.semantic import TextLM
 from moss_train.training.callbacks.validation_data import HeldOutClip, load_held_out
 from moss_train.training.run.fit import CONFIG_FILE, build_schedule, open_stream, read_config

@@ -16,7 +16,7 @@ from moss_train.data.pack.resume import Journal
 from moss_train.data.shards.codes import CodeShards
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.stream import AudioStream, ClipFormat
-from moss_train.export.loading import load_tokenizer
+from moss_train.export.load import load_tokenizer
 from moss_train.inference.files import read_codes
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, best_checkpoint, newest_checkpoint
 from moss_train.utils.errors import UserError

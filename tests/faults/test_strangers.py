@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
 from moss_train.cli.main import main
-from moss_train.export.loading import load_tokenizer
+from moss_train.export.load import load_tokenizer
 from moss_train.inference.files import read_codes
 from moss_train.training import CatModule
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, describe_file

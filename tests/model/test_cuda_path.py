@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.attention import HAS_WINDOW_KERNEL, flash_attention, has_window_kernel
-from moss_train.model.cache import StreamChunk
+from moss_train.model.kv_cache import StreamChunk
 from moss_train.model.quantizer import ResidualLFQ
 
 from .small_models import small_config
@@ -81,19 +81,19 @@ def test_a_batch_passes(fake, dtype, frames):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("frames", [1, 4, 9])
 def test_a_streaming_step_never_waits_for_the_device(fake, dtype, frames):
-    lane = model_on_cuda(dtype).stream(2).lanes[0]
+    group = model_on_cuda(dtype).stream(2).groups[0]
     num_frames = empty(2, dtype=torch.int64)
     with torch.no_grad():
         for _ in range(3):
-            codes = lane._encode_step(empty(2, 1, frames * HOP, dtype=torch.float32), num_frames)
-            audio = lane._decode_step(codes, num_frames)
+            codes = group._encode_step(empty(2, 1, frames * HOP, dtype=torch.float32), num_frames)
+            audio = group._decode_step(codes, num_frames)
     assert (codes.shape, codes.dtype) == ((4, 2, frames), torch.int64)
     assert (audio.shape, audio.dtype) == ((2, 1, frames * HOP), dtype)
 
 
 def test_shapes_of_a_step_do_not_depend_on_what_the_host_counted(fake):
     """A graph that was captured in the first step is replayed in all later ones."""
-    states = model_on_cuda(torch.bfloat16).stream(2).lanes[0].encoder_states
+    states = model_on_cuda(torch.bfloat16).stream(2).groups[0].states("encoder")
     for state in states:
         assert not getattr(state.linears, "weights", {})
         num_frames = empty(2, dtype=torch.int64)
@@ -101,5 +101,5 @@ def test_shapes_of_a_step_do_not_depend_on_what_the_host_counted(fake):
         for _ in range(3):
             chunk = StreamChunk(state, 3, num_frames)
             masks.append(chunk.steps[0].mask.shape)
-            chunk.finish()
+            chunk.advance()
         assert masks == [(2, 1, 3, state.capacity)] * 3

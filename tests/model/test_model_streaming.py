@@ -238,7 +238,7 @@ def test_batch_invariant_streams_do_not_depend_on_their_company(dtype):
 def test_batch_invariant_streams_share_packed_weights():
     stream = small_model(8).stream(3, batch_invariant=True)
     stream.encode(noise(3, 1, HOP))
-    first, *others = [lane.encoder_states for lane in stream.lanes]
+    first, *others = [group.states("encoder") for group in stream.groups]
     assert len(others) == 2
     for states in others:
         assert all(a.linears is b.linears for a, b in zip(first, states, strict=True))
@@ -267,7 +267,7 @@ def test_illegal_calls_are_refused():
 def test_buffers_never_move(frames):
     model = small_model(7)
     stream = model.stream(2)
-    states = [*stream.lanes[0].encoder_states, *stream.lanes[0].decoder_states]
+    states = [*stream.groups[0].states("encoder"), *stream.groups[0].states("decoder")]
 
     def addresses():
         return [x.data_ptr() for state in states for x in (state.position, *state.rings)]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moss_train.model.rope import rotate, rotate_in_place, rotation
+from moss_train.model.attention import rotate, rotate_in_place, rotation
 
 
 def test_rotation_is_a_complex_product():

@@ -13,7 +13,7 @@ from moss_train.batch import UpdateBatch
 from moss_train.cli.compose import compose, to_plain
 from moss_train.cli.main import main
 from moss_train.data.stream.loader import make_loader
-from moss_train.export.loading import tokenizer_config
+from moss_train.export.load import tokenizer_config
 from moss_train.training import CatModule
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.warm_start import module_arguments

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moss_train.cli.main import main
-from moss_train.model.rope import rotation
+from moss_train.model.attention import rotation
 from moss_train.training import CatModule
 from moss_train.training.run.optimizations import checkpoint_activations, compile_blocks, compiled_parts
 from moss_train.training.run.warm_start import module_arguments

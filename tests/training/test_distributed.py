@@ -9,7 +9,7 @@ from torch import nn
 
 from moss_train.batch import Batch, UpdateBatch
 from moss_train.data.stream.loader import make_loader
-from moss_train.export.loading import tokenizer_config
+from moss_train.export.load import tokenizer_config
 from moss_train.training import CatModule
 from moss_train.training.distributed.collectives import fingerprint, make_buckets, sum_to_host
 from moss_train.training.run.fit import open_stream

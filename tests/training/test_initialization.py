@@ -8,7 +8,7 @@ import torch
 
 from moss_train.audio.io import resample
 from moss_train.cli.main import main
-from moss_train.export.loading import ModelSource, find_checkpoint, load_tokenizer, open_source, read_checkpoint
+from moss_train.export.load import ModelSource, find_checkpoint, load_tokenizer, open_source, read_checkpoint
 from moss_train.training import CatModule
 from moss_train.training.run.fit import fit
 from moss_train.training.run.resize_model import WeightReport

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moss_train.cli.main import main
-from moss_train.export.loading import load_tokenizer
+from moss_train.export.load import load_tokenizer
 from moss_train.training import CatModule
 from moss_train.training.callbacks.metrics import COLUMNS
 from moss_train.training.loggers.csv import column, read_table

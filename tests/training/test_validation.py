@@ -9,7 +9,7 @@ from moss_train.audio.io import read_audio
 from moss_train.cli.main import main
 from moss_train.data.clips import list_sources
 from moss_train.data.stream.stream import ClipFormat
-from moss_train.export.loading import load_tokenizer
+from moss_train.export.load import load_tokenizer
 from moss_train.losses import multi_scale_mel_distance
 from moss_train.training.callbacks.scoring import depths, scores
 from moss_train.training.callbacks.validation_data import load_held_out

@@ -20,10 +20,9 @@ from moss_train.config.build import build
 from moss_train.discriminators import DiscriminatorSet
 from moss_train.losses import MultiScaleMelLoss
 from moss_train.model import MossAudioTokenizerConfig
-from moss_train.model.architecture import frames_per_code_frame
+from moss_train.model.attention import rotation
 from moss_train.model.modeling_moss_audio_tokenizer import MossAudioTokenizerModel
 from moss_train.model.quantizer import ResidualLFQ
-from moss_train.model.rope import rotation
 from moss_train.model.transformer import ProjectedTransformer
 
 _aten = torch.ops.aten
@@ -189,7 +188,7 @@ def tokenizer_costs(
     with without_data():
         model = MossAudioTokenizerModel(shallow)
         for name in ("encoder", "decoder"):
-            frames = frames_per_code_frame(config, f"{name}_kwargs")
+            frames = config.frames_per_code_frame(f"{name}_kwargs")
             passes = passing[name]
             for number, per_code_frame in frames.items():
                 stage: Any = getattr(model, name)[number]

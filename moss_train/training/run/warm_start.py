@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moss_train.export.loading import NETWORKS, ModelSource, open_source, tokenizer_config
+from moss_train.export.load import NETWORKS, ModelSource, open_source, tokenizer_config
 from moss_train.training.module import CatModule
 from moss_train.training.run.resize_model import WeightReport, changed_config, resampled_projections, take_weights
 from moss_train.utils.checkpoint import list_checkpoints

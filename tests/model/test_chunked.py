@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.model import passes
+from moss_train.model import chunked
 
 from .small_models import num_real_differences, relative_error, small_model
 
@@ -24,9 +24,9 @@ def test_long_audio_in_blocks_equals_one_pass(monkeypatch, channels):
     hop = model.config.downsample_rate
     audio, mask = noise(2, channels, 230 * hop - 3), torch.arange(230 * hop - 3) < torch.tensor([[9**9], [700]])
     whole = model.encode(audio, mask)
-    monkeypatch.setattr(passes, "BLOCK_SECONDS", 37 / model.config.frame_rate)
+    monkeypatch.setattr(chunked, "BLOCK_SECONDS", 37 / model.config.frame_rate)
     blocks = model.encode(audio, mask)
-    assert passes.block_frames(model, None, 230) == 37
+    assert chunked.block_frames(model, None, 230) == 37
     assert relative_error(blocks.encoder_hidden_states, whole.encoder_hidden_states) < 1e-5
     assert num_real_differences(model, whole.encoder_hidden_states, blocks.audio_codes, whole.audio_codes) == 0
     decoded = model.decode(whole.audio_codes).audio
@@ -36,9 +36,9 @@ def test_long_audio_in_blocks_equals_one_pass(monkeypatch, channels):
 
 def test_short_clips_pass_in_one_piece():
     model = small_model()
-    assert passes.block_frames(model, None, 600) == 600
-    assert passes.block_frames(model, None, 601) == 300
-    assert passes.block_frames(model, 3, 601) == 3
+    assert chunked.block_frames(model, None, 600) == 600
+    assert chunked.block_frames(model, None, 601) == 300
+    assert chunked.block_frames(model, 3, 601) == 3
 
 
 PEAK_MEMORY = """

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from moss_train.export.loading import load_tokenizer, open_source
+from moss_train.export.load import load_tokenizer, open_source
 from moss_train.export.training_state import STATE_FOLDER, Network, write_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError

@@ -17,7 +17,7 @@ SMALLEST_PACKED = 2**17  # elements of a weight; smaller ones stay in the cache
 LARGEST_PACKED = 2**30  # bytes of an encoder's or decoder's weights: the packed ones are a second copy
 
 
-class Linears:
+class LinearOps:
     """Applies linear layers, each with what follows it, one operation after the other."""
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Linears:
         return gain(residual, linear(x))
 
 
-class PackedLinears(Linears):
+class PrepackedLinearOps(LinearOps):
     """The same with weights that are packed, as they are now, where that pays: float32, CPU, few rows, no gradient.
 
     Args:

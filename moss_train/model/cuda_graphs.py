@@ -12,7 +12,7 @@ Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 @dataclass(frozen=True)
-class CapturedStep:
+class CapturedGraph:
     """A graph with the buffers that it reads and writes."""
 
     graph: "torch.cuda.CUDAGraph"
@@ -26,7 +26,7 @@ class CapturedStep:
         return self.output.clone()
 
 
-class StepRunner:
+class GraphedStep:
     """Runs a step; on CUDA one graph per combination of input shapes is captured when it first comes up.
 
     Args:
@@ -44,7 +44,7 @@ class StepRunner:
         self.enabled = enabled
         self.num_replays = 0
         self.num_eager = 0
-        self._graphs: dict[Shapes, CapturedStep | None] = {}
+        self._graphs: dict[Shapes, CapturedGraph | None] = {}
 
     def __call__(self, value: Tensor, num_frames: Tensor | None) -> Tensor:
         if num_frames is not None and self.enabled and value.is_cuda:
@@ -55,7 +55,7 @@ class StepRunner:
         self.num_eager += 1
         return self.step(value, num_frames)
 
-    def _graph(self, *inputs: Tensor) -> CapturedStep | None:
+    def _graph(self, *inputs: Tensor) -> CapturedGraph | None:
         key = tuple((value.shape, value.dtype) for value in inputs)
         if key not in self._graphs:
             if len(self._graphs) >= LARGEST_NUMBER_OF_GRAPHS:
@@ -68,8 +68,8 @@ class StepRunner:
         return self._graphs[key]
 
 
-def capture(step: Callable[[Tensor, Tensor | None], Tensor], value: Tensor, num_frames: Tensor) -> CapturedStep:
-    """Warm up a step on copies of its inputs and capture it; the state stays as it is, see `StepRunner`."""
+def capture(step: Callable[[Tensor, Tensor | None], Tensor], value: Tensor, num_frames: Tensor) -> CapturedGraph:
+    """Warm up a step on copies of its inputs and capture it; the state stays as it is, see `GraphedStep`."""
     inputs = (value.clone(), torch.zeros_like(num_frames))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -80,4 +80,4 @@ def capture(step: Callable[[Tensor, Tensor | None], Tensor], value: Tensor, num_
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step(*inputs)
-    return CapturedStep(graph, inputs, output)
+    return CapturedGraph(graph, inputs, output)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moss_train.model.graphs import StepRunner
+from moss_train.model.cuda_graphs import GraphedStep
 
 from .small_models import small_model
 
@@ -33,7 +33,7 @@ def inputs(frames, seed=0):
 
 
 def buffers(stream):
-    states = [*stream.lanes[0].encoder_states, *stream.lanes[0].decoder_states]
+    states = [*stream.groups[0].states("encoder"), *stream.groups[0].states("decoder")]
     return [x for state in states for x in (state.position, *state.rings)]
 
 
@@ -41,8 +41,8 @@ def buffers(stream):
 def test_a_step_never_reads_from_the_device(stream, frames):
     audio, num_frames = inputs(frames)
     with torch.no_grad(), RefuseHostReads():
-        codes = stream.lanes[0].encode_step(audio, num_frames)
-        stream.lanes[0].decode_step(codes, num_frames)
+        codes = stream.groups[0].encode_step(audio, num_frames)
+        stream.groups[0].decode_step(codes, num_frames)
     with pytest.raises(AssertionError, match="makes the host wait"), RefuseHostReads():
         num_frames.sum().item()
 
@@ -53,7 +53,7 @@ def test_state_stays_where_it_is(stream, frames):
     with torch.no_grad():
         for seed in range(20):
             audio, num_frames = inputs(frames, seed)
-            stream.lanes[0].decode_step(stream.lanes[0].encode_step(audio, num_frames), num_frames)
+            stream.groups[0].decode_step(stream.groups[0].encode_step(audio, num_frames), num_frames)
     assert [buffer.data_ptr() for buffer in buffers(stream)] == before
 
 
@@ -63,16 +63,16 @@ def test_warming_up_leaves_the_state_as_it_is(stream):
     with torch.no_grad():
         for seed in range(20):
             audio, num_frames = inputs(1 + seed % 4, seed)
-            stream.lanes[0].encode_step(torch.randn(2, 1, 7 * HOP), torch.zeros_like(num_frames))
-            stream.lanes[0].decode_step(torch.ones(4, 2, 5, dtype=torch.int64), torch.zeros_like(num_frames))
-            codes = stream.lanes[0].encode_step(audio, num_frames)
-            assert torch.equal(codes, undisturbed.lanes[0].encode_step(audio, num_frames))
-            decoded = [s.lanes[0].decode_step(codes, num_frames)[0] for s in (stream, undisturbed)]
+            stream.groups[0].encode_step(torch.randn(2, 1, 7 * HOP), torch.zeros_like(num_frames))
+            stream.groups[0].decode_step(torch.ones(4, 2, 5, dtype=torch.int64), torch.zeros_like(num_frames))
+            codes = stream.groups[0].encode_step(audio, num_frames)
+            assert torch.equal(codes, undisturbed.groups[0].encode_step(audio, num_frames))
+            decoded = [s.groups[0].decode_step(codes, num_frames)[0] for s in (stream, undisturbed)]
             torch.testing.assert_close(*decoded, rtol=1e-5, atol=1e-5)  # a CPU looks at slots that may be filled
 
 
 def test_steps_without_a_graph_are_counted():
-    runner = StepRunner(lambda value, num_frames: value + num_frames, enabled=True)
+    runner = GraphedStep(lambda value, num_frames: value + num_frames, enabled=True)
     assert runner(torch.ones(1), torch.ones(1)).item() == 2
     assert (runner.num_eager, runner.num_replays) == (1, 0)
 
@@ -86,8 +86,8 @@ def test_replayed_graphs_equal_eager_steps():
         codes = [stream.encode(audio)[0] for stream in (graphed, eager)]
         assert torch.equal(*codes)
         torch.testing.assert_close(*(stream.decode(codes[0])[0] for stream in (graphed, eager)))
-    assert graphed.lanes[0].encode_step.num_eager == 0
-    assert graphed.lanes[0].encode_step.num_replays == 60
+    assert graphed.groups[0].encode_step.num_eager == 0
+    assert graphed.groups[0].encode_step.num_replays == 60
 
 
 def test_compiled_layers_give_the_same_codes():

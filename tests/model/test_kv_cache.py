@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moss_train.model.cache import StageState, StreamChunk
+from moss_train.model.kv_cache import StageState, StreamChunk
 
 WINDOW = 8
 
@@ -24,7 +24,7 @@ def visible_frames(state, frames, num_frames=None):
             for query in range(step.stop - step.start):
                 slots = step.mask[item, 0, query] == 0
                 seen[item].append(sorted(keys[item, 0, slots, 0].tolist()))
-    chunk.finish()
+    chunk.advance()
     return seen
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .packing import Linears
+from .prepacked_linear import LinearOps
 
 NUM_VIEWS = 8  # lengths of the part of a ring that is looked at while it fills
 
@@ -33,7 +33,7 @@ class StageState:
     position: Tensor
     rings: list[Tensor]
     window: int
-    linears: Linears = field(default_factory=Linears)
+    linears: LinearOps = field(default_factory=LinearOps)
     num_written: int = 0
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class StageState:
         if items.device.type == "cpu" and bool(items.all()):
             self.num_written = 0
 
-    def num_visible(self, frames: int) -> int:
+    def num_attended(self, frames: int) -> int:
         """Slots to look at after `frames` more: on a CPU those that may be filled; a CUDA graph has fixed shapes."""
         capacity = self.capacity
         if self.position.device.type != "cpu":
@@ -114,7 +114,7 @@ class StreamChunk:
         valid = stop if self.num_frames is None else self.num_frames[:, None].clamp(max=stop)
         newest = state.position[:, None] + (valid - 1)
         # How long before the newest frame each slot was written; a slot that was not is older than any window.
-        age = (newest - state.slot[:, : state.num_visible(stop)]) % capacity
+        age = (newest - state.slot[:, : state.num_attended(stop)]) % capacity
         age = age.masked_fill(age > newest, 2 * capacity)
         distance = age[:, None] - (newest - positions)[:, :, None]
         dtype = state.rings[0].dtype
@@ -128,7 +128,7 @@ class StreamChunk:
             slots = slots + torch.arange(len(slots), device=slots.device)[:, None] * (capacity + 1)
         return StreamStep(start, stop, slots.flatten(), mask)
 
-    def finish(self) -> None:
+    def advance(self) -> None:
         """Move every stream on by the frames it brought."""
         self.state.position += self.frames if self.num_frames is None else self.num_frames
         self.state.num_written = min(self.state.num_written + self.frames, self.state.capacity)

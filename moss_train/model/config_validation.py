@@ -1,11 +1,8 @@
-"""What an architecture may look like: every combination that cannot work is refused with the reason."""
+"""Validate an architecture: every combination that no model can be built from is refused with the reason."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
+from typing import Any
 
 STAGE_KEYS = {"patch_size", "output_dimension", "d_model", "num_heads", "num_layers"}
 OPTIONAL_STAGE_KEYS = {"dim_feedforward", "context_duration"}
@@ -23,23 +20,27 @@ CHOICES = {
 }
 
 
-def check_architecture(config: "MossAudioTokenizerConfig") -> None:
-    """Raise ValueError, with the offending values, for a configuration that no model can be built from."""
-    check_positive("config", vars(config), ("sampling_rate", "downsample_rate", "number_channels"))
-    check_positive("config", vars(config), ("causal_transformer_context_duration",), (int, float))
-    check_quantizer(config.quantizer_kwargs)
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Check the values of a configuration.
+
+    Raises:
+        ValueError: no model can be built from it, with the offending values.
+    """
+    check_positive("config", config, ("sampling_rate", "downsample_rate", "number_channels"))
+    check_positive("config", config, ("causal_transformer_context_duration",), (int, float))
+    check_quantizer(config["quantizer_kwargs"])
     for key, choices in CHOICES.items():
-        if getattr(config, key, None) not in choices:
-            raise ValueError(f"{key}={getattr(config, key)!r} is not one of {', '.join(map(str, choices[1:]))}")
-    if config.number_channels > 1 and not config.enable_channel_interleave:
-        raise ValueError(f"number_channels={config.number_channels} needs enable_channel_interleave=true")
-    check_modules(config, "encoder_kwargs", 1, config.quantizer_kwargs["input_dim"])
-    check_modules(config, "decoder_kwargs", config.quantizer_kwargs["output_dim"], 1)
+        if config.get(key) not in choices:
+            raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(map(str, choices[1:]))}")
+    if config["number_channels"] > 1 and not config["enable_channel_interleave"]:
+        raise ValueError(f"number_channels={config['number_channels']} needs enable_channel_interleave=true")
+    check_modules(config, "encoder_kwargs", 1, config["quantizer_kwargs"]["input_dim"])
+    check_modules(config, "decoder_kwargs", config["quantizer_kwargs"]["output_dim"], 1)
 
 
-def check_modules(config: "MossAudioTokenizerConfig", name: str, width: int, wanted: int) -> None:
+def check_modules(config: Mapping[str, Any], name: str, width: int, wanted: int) -> None:
     """Check the entries of an encoder or decoder: kinds, patch sizes, sizes that fit, windows of a frame or more."""
-    entries = getattr(config, name)
+    entries = config[name]
     for number, entry in enumerate(entries):
         where, kind = f"{name}[{number}]", entry.get("module_type")
         if not isinstance(kind, str) or kind not in ENTRY_KEYS:
@@ -51,10 +52,10 @@ def check_modules(config: "MossAudioTokenizerConfig", name: str, width: int, wan
         else:
             check_transformer(where, entry)
     patches = [entry["patch_size"] for entry in entries if "patch_size" in entry]
-    if math.prod(patches) != config.downsample_rate * config.number_channels:
+    if math.prod(patches) != config["downsample_rate"] * config["number_channels"]:
         raise ValueError(
             f"{name}: patch sizes {patches} multiply to {math.prod(patches)}, but downsample_rate "
-            f"{config.downsample_rate} x {config.number_channels} channel(s) is needed"
+            f"{config['downsample_rate']} x {config['number_channels']} channel(s) is needed"
         )
     check_widths(name, entries, width, wanted)
     for number, window in stage_windows(config, name).items():
@@ -144,26 +145,26 @@ def check_positive(
 
 
 def as_whole(key: str, value: Any) -> int:
-    """A whole number, which JSON may have written as 24000.0; ValueError for anything else."""
+    """Return a whole number, which JSON may have written as 24000.0; ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise ValueError(f"config: {key} must be a positive int, got {value!r}")
     return int(value)
 
 
 def as_entries(key: str, value: Any) -> list[dict[str, Any]]:
-    """A list of mappings, copied; ValueError for anything else."""
+    """Return a copied list of mappings; ValueError for anything else."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     if not is_list or not all(isinstance(entry, Mapping) for entry in value):
         raise ValueError(f"config: {key} must be a list of modules, got {value!r}")
     return [dict(entry) for entry in value]
 
 
-def frames_per_code_frame(config: "MossAudioTokenizerConfig", name: str) -> dict[int, int]:
-    """Frames that each Transformer entry of the named list handles per frame of codes, by index."""
+def frames_per_code_frame(config: Mapping[str, Any], name: str) -> dict[int, int]:
+    """Return the frames that each Transformer entry of `encoder_kwargs` or `decoder_kwargs` handles per code frame."""
     encodes = name == "encoder_kwargs"
-    frames = config.downsample_rate * config.number_channels if encodes else 1
+    frames = config["downsample_rate"] * config["number_channels"] if encodes else 1
     result = {}
-    for number, entry in enumerate(getattr(config, name)):
+    for number, entry in enumerate(config[name]):
         if "patch_size" not in entry:
             result[number] = frames
         else:
@@ -171,12 +172,12 @@ def frames_per_code_frame(config: "MossAudioTokenizerConfig", name: str) -> dict
     return result
 
 
-def stage_windows(config: "MossAudioTokenizerConfig", name: str) -> dict[int, int]:
-    """Attention window in frames of each Transformer entry, by index."""
-    entries = getattr(config, name)
+def stage_windows(config: Mapping[str, Any], name: str) -> dict[int, int]:
+    """Return the attention window, in frames, of each Transformer entry by its index."""
+    frame_rate = config["sampling_rate"] / config["downsample_rate"]
     windows = {}
     for number, frames in frames_per_code_frame(config, name).items():
-        seconds = entries[number].get("context_duration") or config.causal_transformer_context_duration
+        seconds = config[name][number].get("context_duration") or config["causal_transformer_context_duration"]
         # The small constant keeps 12.5 x 10 from becoming 124 through float rounding of the rate.
-        windows[number] = int(config.frame_rate * frames * seconds + 1e-6)
+        windows[number] = int(frame_rate * frames * seconds + 1e-6)
     return windows
