@@ -24,12 +24,19 @@ LAYERS = {
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 
 FENCES = {
-    "hydra": {"cli", "config/build.py"},
+    "hydra": {"cli"},
     "lightning": {"training"},
     "pytorch_lightning": {"training"},
     "wandb": {"training"},
     # In evaluation, only when used: other people's codecs and the networks behind two measures are its classes.
-    "transformers": {"model", "semantic", "evaluation/metrics/speaker_wavlm.py", "evaluation/metrics/asr.py"},
+    # In utils only to read a configuration before its model is loaded.
+    "transformers": {
+        "model",
+        "semantic",
+        "utils/hub.py",
+        "evaluation/metrics/speaker_wavlm.py",
+        "evaluation/metrics/asr.py",
+    },
     "webdataset": {"data"},
     "soundfile": {"audio", "data"},
     "auraloss": {"losses", "evaluation"},

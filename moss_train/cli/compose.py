@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from moss_train.cli.help import JOINED_KEYS, group_options
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import read_yaml
 from moss_train.utils.paths import config_directory
 
 
@@ -154,6 +155,7 @@ def _refuse_hidden_files(directory: Path) -> None:
         same = shipped / path.relative_to(directory)
         if same.is_file() and not same.samefile(path):
             raise UserError(f"{path} has the name of a shipped configuration and would not be read: rename it")
+        read_yaml(path)  # aliases that unfold without end are refused before Hydra unfolds them
 
 
 def _refuse_overwritten_containers(verb: str, overrides: list[str], extra_directory: Path | None) -> None:

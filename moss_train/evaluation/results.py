@@ -14,7 +14,7 @@ from torch import Tensor
 from moss_train.audio.io import write_audio
 from moss_train.evaluation.reconstruct import Condition, EvaluationClip, Rendered, Rendition
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import parse_json, read_json, written_whole
 
 ROWS_FILE = "per_clip.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -52,7 +52,7 @@ class ClipRow:
     @classmethod
     def from_json(cls, line: str) -> "ClipRow":
         """Read the line back. ValueError, KeyError or TypeError when it is torn."""
-        entry = json.loads(line)
+        entry = parse_json(line, "a row")
         rows = (item | {"condition": Condition(**item["condition"])} for item in entry["conditions"])
         return cls(**entry | {"conditions": tuple(ConditionRow(**row) for row in rows)})
 
@@ -155,7 +155,7 @@ def _end_torn_line(path: Path) -> None:
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(settings))
     if path.is_file():
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
         keys = [key for key in wanted | found if wanted.get(key) != found.get(key)]
         if keys:
             first = f"{keys[0]} was {found.get(keys[0])} and is {wanted.get(keys[0])}"
@@ -168,5 +168,5 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 def _read_times(path: Path) -> Times:
     if not path.is_file():
         return Times()
-    entry = json.loads(path.read_text("utf-8"))
+    entry = read_json(path)
     return Times(entry["audio"], entry["encode"], {int(key): value for key, value in entry["decode"].items()})

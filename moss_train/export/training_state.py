@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moss_train.semantic.portable import portable_node, with_local_text
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import read_json
 
 STATE_FOLDER = "training_state"
 STATE_FILE = "networks.json"
@@ -50,7 +51,7 @@ def read_training_state(folder: Path) -> dict[str, Network]:
         UserError: the folder is damaged or of another version.
     """
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
+        state = read_json(folder / STATE_FILE)
         if {key: state[key] for key in FORMAT} != FORMAT:
             raise UserError(f"{folder / STATE_FILE} is not a training state of version {FORMAT['version']}")
         networks = {}
@@ -60,7 +61,7 @@ def read_training_state(folder: Path) -> dict[str, Network]:
             node = with_local_text(record["node"], folder / "text") if name == "semantic" else record["node"]
             networks[name] = Network(node, weights)
         return networks
-    except (OSError, KeyError, TypeError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"the training state in {folder} is damaged ({error}); export it again") from error
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import read_json, written_whole
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 MANIFEST = "manifest.json"
@@ -94,7 +94,7 @@ def sync(path: Path) -> None:
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The `info` of a sound checkpoint's manifest."""
-    return json.loads((directory / MANIFEST).read_text())["info"]
+    return read_json(directory / MANIFEST)["info"]
 
 
 def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
 def find_damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint directory, None when every file has its recorded size and hash."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = read_json(directory / MANIFEST)
         files = manifest["files"]
         if not files or not isinstance(manifest["info"], dict):
             return f"{MANIFEST} lists no files or no progress"
@@ -199,7 +199,9 @@ def record_best(directory: Path, best: BestCheckpoint) -> None:
 def read_best(directory: Path) -> BestCheckpoint | None:
     """The record in a checkpoint folder; None when there is none, or none whose checkpoint is still there."""
     try:
-        best = BestCheckpoint(**json.loads((Path(directory) / BEST_FILE).read_text()))
+        best = BestCheckpoint(**read_json(Path(directory) / BEST_FILE))
+        if Path(best.name).name != best.name:
+            return None
         return best if (Path(directory) / best.name).is_dir() else None
     except (OSError, ValueError, TypeError):
         return None

@@ -2,13 +2,19 @@
 
 import errno
 import fcntl
+import json
+import math
 import os
 import secrets
+import stat
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from moss_train.utils.errors import UserError
 
@@ -84,3 +90,61 @@ def exclusive(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator
 def counted(number: int, noun: str) -> str:
     """A number with its noun, in the plural unless it is one: "1 shard", "2,663 clips"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+MAX_JSON_BYTES = 2**31
+"""Of a file that is read whole; the index of a million shards has a tenth of it."""
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that may come from anybody: any content but JSON is one UserError, also a bottomless one.
+
+    Raises:
+        UserError: not a regular file, too large, or not JSON.
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path} is not a file of at most {MAX_JSON_BYTES} bytes")
+    return parse_json(path.read_bytes(), str(path))
+
+
+MAX_YAML_BYTES = 2**22
+MAX_YAML_VALUES = 100_000
+"""Of a configuration, with every alias written out."""
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file that may come from anybody: plain data, of which aliases make no more than a person would write.
+
+    Raises:
+        UserError: not plain YAML, too large, or values inside themselves.
+        OSError: it cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        if len(content) > MAX_YAML_BYTES or _num_values(yaml.compose(content, yaml.SafeLoader), {}) > MAX_YAML_VALUES:
+            raise UserError(f"{path} has more than {MAX_YAML_BYTES} bytes or {MAX_YAML_VALUES} values")
+        return yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not plain YAML ({' '.join(str(error).split())})") from error
+
+
+def _num_values(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Values of a node with aliases written out, without bound for one that contains itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # while it is counted: whoever meets it again is inside it
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(node)]
+
+
+def parse_json(content: str | bytes, place: str) -> Any:
+    """Parse JSON that may come from anybody. Raises UserError, naming the place, for whatever is wrong with it."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{place}: not JSON that can be read ({reason})") from error

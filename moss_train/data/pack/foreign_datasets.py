@@ -1,6 +1,5 @@
 """Read Kaldi data folders and datasets saved with `datasets` as sources of clips."""
 
-import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from moss_train.audio.io import NamedBytes
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import read_json
 
 WAV_FILE = "wav.scp"
 _LABEL_FILES = {"text": ("text", "trans.txt"), "speaker": ("utt2spk",), "language": ("utt2lang",)}
@@ -122,13 +122,19 @@ def open_row(path: Path, row: int) -> NamedBytes:
 def _splits(folder: Path) -> list[tuple[str, Path]]:
     if not (folder / "dataset_dict.json").is_file():
         return [("", folder)]
-    splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-    return [(f"{name}/", folder / name) for name in splits]
+    path = folder / "dataset_dict.json"
+    try:
+        names = [str(name) for name in read_json(path)["splits"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not describe a saved dataset ({error})") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{path}: the split {outside[0]!r} is not the plain name of a folder")
+    return [(f"{name}/", folder / name) for name in names]
 
 
 def _data_files(folder: Path) -> list[Path]:
     try:
-        state = json.loads((folder / "state.json").read_text("utf-8"))
+        state = read_json(folder / "state.json")
         files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'state.json'} does not describe a saved dataset ({error})") from error

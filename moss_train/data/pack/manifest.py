@@ -5,14 +5,16 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moss_train.batch import TASKS
 from moss_train.data.pack.foreign_datasets import is_kaldi, is_saved_dataset, iterate_rows, iterate_utterances
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import counted, parse_json
 
 AUDIO_SUFFIXES = frozenset(
     f".{name}"
@@ -24,6 +26,8 @@ DOMAIN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 _KEYS = ("path", "id", "domain", "text", "task", "language", "speaker")
 _TIMES = ("start_seconds", "end_seconds")
+_MAX_LINE_BYTES = 2**22
+_MAX_LABEL_BYTES = 2**17  # of one clip; readers of shards take eight times as much
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what stands for a byte that is not UTF-8
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 _TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -95,7 +99,7 @@ def read_drop_list(path: Path) -> dict[str, str]:
         raise UserError(f"drop={path} cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line or "{}")
+            entry = parse_json(line or "{}", "line")
             if line.strip():
                 dropped[str(entry["id"])] = str(entry.get("reason", ""))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -111,16 +115,47 @@ def check_domain(domain: str, where: str) -> str:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder; linked folders are followed once, hidden names are passed over."""
+    """Yield every file below a folder; linked folders are followed once, hidden names are passed over.
+
+    Pipes, sockets and devices are passed over too: to open one may wait for ever. Links that lead out of the folder
+    are followed, because many keep their corpora so, with a warning: whoever passes the shards on passes these too.
+    """
     seen: set[str] = set()
-    for root, directories, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
+    top = os.path.realpath(folder)
+    outside: list[Path] = []
+    open_folders = [str(folder)]
+    while open_folders:
+        current = open_folders.pop()
+        real = os.path.realpath(current)
         if real in seen:
-            directories.clear()
             continue
         seen.add(real)
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
-        yield from (Path(root, name) for name in names if not name.startswith("."))
+        try:
+            with os.scandir(current) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            warnings.warn(f"{current} cannot be listed ({error.strerror}), its files are left out", stacklevel=2)
+            continue
+        inner = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            is_link = entry.is_symlink()
+            if is_link and not f"{os.path.realpath(entry.path)}{os.sep}".startswith(top + os.sep):
+                outside.append(Path(entry.path))
+            # Of a link in a circle the entry itself raises.
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                inner.append(entry.path)
+            elif (not os.path.exists(entry.path) or os.path.isfile(entry.path)) if is_link else entry.is_file():
+                # A broken link is reported when it is read.
+                yield Path(entry.path)
+        open_folders += reversed(inner)
+    if outside:
+        warnings.warn(
+            f"{counted(len(outside), 'link')} in {folder} lead out of it and are followed, as {outside[0]} -> "
+            f"{os.path.realpath(outside[0])}",
+            stacklevel=2,
+        )
 
 
 def _list_folder(folder: Path, domain: str) -> SourceList:
@@ -171,10 +206,19 @@ def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
 
 def _iterate_json(manifest: Path) -> Entries:
     with manifest.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_bounded_lines(file), start=1):
             if line.strip():
                 where = f"{manifest}:{number}"
                 yield where, _or_error(_parse_line, line, where)
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield lines; of one without end only so much that it is named as what it is."""
+    while line := file.readline(_MAX_LINE_BYTES):
+        rest = line
+        while rest and not rest.endswith(b"\n"):
+            rest = file.readline(_MAX_LINE_BYTES)
+        yield line
 
 
 def _iterate_table(manifest: Path, delimiter: str) -> Entries:
@@ -223,8 +267,8 @@ def _number(value: object, where: str) -> float:
 
 def _parse_line(line: bytes, where: str) -> dict:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line, "line")
+    except UserError as error:
         raise UserError(f"{where}: not a line of JSON ({error})") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         found = f", this one has {', '.join(map(repr, entry))}" if isinstance(entry, dict) and entry else ""
@@ -242,6 +286,9 @@ def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> Sour
     task = entry.get("task") or ("asr" if clip_domain == "speech" else "caption")
     if task not in TASKS:
         raise UserError(f"{where}: unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+    size = sum(len(value.encode("utf-8", "surrogatepass")) for value in entry.values() if isinstance(value, str))
+    if size > _MAX_LABEL_BYTES:
+        raise UserError(f"{where}: path, id, text and labels have {size} bytes, more than {_MAX_LABEL_BYTES}")
     path = folder / entry["path"]
     if not path.is_file():
         raise UserError(f"{where}: no such file: {path}")

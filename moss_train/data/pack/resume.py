@@ -16,6 +16,7 @@ from typing import Any
 from moss_train.data.pack.manifest import SourceClip
 from moss_train.data.shards.format import ShardContents, read_shard
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import parse_json
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -44,7 +45,7 @@ class Journal:
         shards = []
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
-                shards.append(FinishedShard(**json.loads(line)))
+                shards.append(FinishedShard(**parse_json(line, "a line of the journal")))
             except (ValueError, TypeError):
                 break
         return shards

@@ -18,7 +18,7 @@ from webdataset import TarWriter
 from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ARRAYS_FILE, INDEX_FILE, ShardRecord
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import parse_json, read_json, written_whole
 
 CODES_FORMAT = "moss_train codes"
 CODES_VERSION = 1
@@ -111,7 +111,7 @@ def _read_headers(path: Path) -> dict[str, np.ndarray]:
             content, array = tar.extractfile(text), tar.extractfile(codes)
             assert content is not None, text.name
             assert array is not None, codes.name
-            labels = json.loads(content.read())
+            labels = parse_json(content.read(), text.name)
             num_frames = np.load(io.BytesIO(array.read()), allow_pickle=False).shape[1]
             places = (codes.offset_data, codes.size, text.offset_data, text.size)
             rows.append((labels["num_samples"], num_frames, "text" in labels, *places))
@@ -123,7 +123,7 @@ def _read_headers(path: Path) -> dict[str, np.ndarray]:
 def is_code_folder(folder: Path) -> bool:
     """Whether `encode shards=` wrote the folder."""
     try:
-        return json.loads((folder / INDEX_FILE).read_text("utf-8")).get("format") == CODES_FORMAT
+        return read_json(folder / INDEX_FILE).get("format") == CODES_FORMAT
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -135,7 +135,7 @@ class CodeShards:
         """Load and check the index. Raises UserError when it is damaged or does not fit the shards' sizes."""
         self.folder = Path(folder)
         try:
-            index = json.loads((self.folder / INDEX_FILE).read_text("utf-8"))
+            index = read_json(self.folder / INDEX_FILE)
             if (index["format"], index["version"]) != (CODES_FORMAT, CODES_VERSION):
                 raise UserError(f"{self.folder} is not a folder of codes of this version; encode the shards again")
             self.source = CodesSource(**index["source"])
@@ -146,10 +146,34 @@ class CodeShards:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"the index of {self.folder} is damaged ({error}); encode the shards again") from error
+        if not self._places_fit():
+            raise UserError(
+                f"the index of {self.folder} is damaged: {ARRAYS_FILE} does not fit; encode the shards again"
+            )
         for shard in self.shards:
             path = self.folder / Path(shard.file).name
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 raise UserError(f"{path} is missing or has not the {shard.bytes} bytes of its index")
+
+    def _places_fit(self) -> bool:
+        """Whether every clip lies inside its shard, so that sizes of files bound what is read."""
+        arrays = self.arrays
+        rows = arrays["num_samples"].shape
+        if len(rows) != 1 or any(
+            array.shape != rows or array.dtype != CODE_ARRAYS[name] for name, array in arrays.items()
+        ):
+            return False
+        numbers = arrays["shard"]
+        if not len(numbers):
+            return True
+        if numbers.min() < 0 or numbers.max() >= len(self.shards):
+            return False
+        sizes = np.array([shard.bytes for shard in self.shards], np.int64)[numbers]
+        return all(
+            bool(((arrays[f"{part}_offset"] >= 0) & (arrays[f"{part}_offset"] <= sizes)).all())
+            and bool(((arrays[f"{part}_size"] >= 0) & (arrays[f"{part}_size"] <= sizes)).all())
+            for part in ("codes", "json")
+        )
 
     def __len__(self) -> int:
         return len(self.arrays["num_samples"])
@@ -167,10 +191,10 @@ class CodeShards:
         try:
             with path.open("rb") as file:
                 file.seek(values["json_offset"])
-                labels = json.loads(file.read(values["json_size"]))
+                labels = parse_json(file.read(values["json_size"]), str(path))
                 file.seek(values["codes_offset"])
                 codes = np.load(io.BytesIO(file.read(values["codes_size"])), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
             raise UserError(f"{path} is damaged at clip {row} ({error}); encode it again") from error
         if codes.shape != (self.source.num_levels, values["num_frames"]):
             raise UserError(f"{path}, clip {row}: codes of shape {codes.shape} do not fit the index")

@@ -17,7 +17,7 @@ from webdataset import TarWriter
 
 from moss_train.data.pack.preprocess import ReadyClip
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import naming
+from moss_train.utils.files import naming, parse_json
 
 FORMAT_VERSION = 1
 
@@ -31,6 +31,9 @@ SAMPLE_ARRAYS = {
     "json_crc32": np.dtype(np.uint32),  # FLAC has checksums of its own
 }
 """What the index stores per sample of a shard, in the order of the tar."""
+
+MAX_LABEL_BYTES = 2**20
+"""Of the JSON of one clip; pack writes none that comes near it."""
 
 LATER_ARRAYS = frozenset({"json_crc32"})
 """What folders of earlier versions lack."""
@@ -115,8 +118,10 @@ def _read_clip(
     file = tar.extractfile(text) if audio.isreg() and text.isreg() else None
     if file is None:
         raise ValueError(f"{audio.name} or {text.name} is not a file, but a link, folder or device")
+    if text.size > MAX_LABEL_BYTES:
+        raise ValueError(f"{text.name} has {text.size} bytes, more than {MAX_LABEL_BYTES}")
     raw = file.read()
-    content = json.loads(raw)
+    content = parse_json(raw, text.name)
     if not isinstance(content, dict) or not isinstance(content.get("num_samples"), int):
         raise ValueError(f"{text.name} does not describe a clip")
     if content.get("sampling_rate") != sampling_rate:

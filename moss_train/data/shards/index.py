@@ -19,6 +19,7 @@ from moss_train.data.pack.manifest import DOMAIN_PATTERN
 from moss_train.data.shards.format import FORMAT_VERSION, LATER_ARRAYS, SAMPLE_ARRAYS, ShardContents, sha256_of
 from moss_train.data.shards.remote import fetch_arrays, fetch_index, fetch_shard, is_remote
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import read_json
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
 
@@ -95,6 +96,8 @@ def _checked(record: ShardRecord, place: Path) -> ShardRecord:
         raise UserError(f"{place}: {record} is not the record of a shard; pack it again")
     if not _SHARD_NAME.fullmatch(record.file) or not DOMAIN_PATTERN.fullmatch(record.domain):
         raise UserError(f"{place}: shard {record.file!r} is not the plain name of a .tar file of a domain")
+    if not re.fullmatch("[0-9a-f]{64}", record.sha256):
+        raise UserError(f"{place}: {record.sha256!r} is not the hash of a shard; pack it again")
     return record
 
 
@@ -269,8 +272,8 @@ def read_index(folder: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{folder} is not a folder of packed shards (no {INDEX_FILE}); make one with `moss_train pack`")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        index = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); pack it again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"{path} is not an index of moss_train shards")

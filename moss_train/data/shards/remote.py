@@ -93,7 +93,12 @@ def open_shard(url: str, size: int, sha256: str) -> int:
 
 
 def _local_path(url: str, sha256: str) -> Path:
-    """Named by the content too: what another version of the folder left in the cache is never taken for this one."""
+    """Named by the content too: what another version of the folder left in the cache is never taken for this one.
+
+    Both names come out of the index, which may be anybody's; neither may lead out of the cache.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise OSError(errno.EINVAL, f"{url}: {sha256!r} is not a hash")
     parent, _, name = url.rpartition("/")
     return _folder_of(parent) / f"{sha256[:16]}-{name}"
 

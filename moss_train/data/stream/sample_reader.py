@@ -1,6 +1,5 @@
 """Read samples out of shards by seek, and check everything about them: a bad sample is reported, never let through."""
 
-import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,16 +10,16 @@ from torch import Tensor
 
 from moss_train.audio.io import read_audio
 from moss_train.batch import TASKS
+from moss_train.data.shards.format import MAX_LABEL_BYTES
 from moss_train.data.shards.index import ClipLocation
 from moss_train.data.shards.reader import SampleError, ShardFiles
 from moss_train.data.stream.corpus import Corpus
 from moss_train.data.stream.gain import adjust_level, scale_to_peak
 from moss_train.data.stream.stream import ClipFormat, SampleRef
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import parse_json
 
 TextEncoder = Callable[[str], Sequence[int]]
-
-_MAX_JSON_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,14 @@ class ClipReader:
 
     def read_labels(self, location: ClipLocation) -> dict:
         """Read and check a clip's JSON. Raises SampleError."""
-        if location.json_size > _MAX_JSON_BYTES:
-            raise SampleError(f"JSON has {location.json_size} bytes, more than {_MAX_JSON_BYTES}")
+        if location.json_size > MAX_LABEL_BYTES:
+            raise SampleError(f"JSON has {location.json_size} bytes, more than {MAX_LABEL_BYTES}")
         try:
             content = self._files.read(location, location.json_offset, location.json_size)
-            labels = json.loads(content)
+            labels = parse_json(content, "the labels")
         except OSError as error:
             raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
+        except UserError as error:
             raise SampleError(f"damaged JSON ({error})") from error
         self._check_labels(labels, location)
         if location.json_crc32 not in (None, zlib.crc32(content)):

@@ -1,6 +1,5 @@
 """Sets one evaluation against another: differences over the clips that both have."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from moss_train.evaluation.reconstruct import ANCHORS, Condition
 from moss_train.evaluation.results import ROWS_FILE, ClipRow, read_rows
 from moss_train.evaluation.statistics import Estimate, SummaryRow, paired_difference
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ def load_evaluation(folder: Path) -> OtherEvaluation:
     """Read an evaluation back. Raises UserError when the folder holds none that is finished."""
     path = folder / "results.json"
     try:
-        stored = json.loads(path.read_text("utf-8"))
+        stored = read_json(path)
         conditions = tuple(Condition(**entry) for entry in stored["conditions"])
         summary = tuple(_summary_row(entry) for entry in stored["rows"])
+        metrics = stored["metrics"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"compare={folder} holds no finished evaluation (no readable results.json)") from error
     rows = tuple(read_rows(folder / ROWS_FILE))
-    return OtherEvaluation(folder.resolve().name, rows, conditions, stored["metrics"], summary)
+    return OtherEvaluation(folder.resolve().name, rows, conditions, metrics, summary)
 
 
 def _summary_row(entry: dict) -> SummaryRow:

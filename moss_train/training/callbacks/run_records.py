@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train.batch import UpdateBatch
 from moss_train.training.module import CatModule, cat_module
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import read_json, written_whole
 from moss_train.utils.memory import available_memory_bytes
 from moss_train.utils.paths import PACKAGE_DIRECTORY
 
@@ -67,7 +67,7 @@ def record_start(directory: Path, update: int, num_processes: int) -> None:
     """Add this start of a run to its file; an unreadable file is replaced."""
     path = directory / ENVIRONMENT_FILE
     try:
-        starts = json.loads(path.read_text())["starts"]
+        starts = read_json(path)["starts"]
     except (OSError, ValueError, KeyError, TypeError):
         starts = []
     start = {"update": update, "processes": num_processes, **describe()}

@@ -1,6 +1,5 @@
 """Write `summary.md`: a one-page overview of the run with its curves."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from moss_train.training.loggers.csv import iterate_table, read_table
 from moss_train.training.loggers.progress import clock
 from moss_train.training.module import CatModule, cat_module
 from moss_train.utils.checkpoint import read_best
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import parse_json, read_json, written_whole
 
 POINTS = 400
 LOSSES = ("loss/reconstruction", "loss/semantic", "loss/codebook")  # the commitment term has the codebook term's value
@@ -175,7 +174,7 @@ def facts(directory: Path, course: Course, hours: Mapping[str, float]) -> list[s
 def machine(directory: Path) -> str:
     """The last start's hardware and versions in a line."""
     try:
-        starts = json.loads((directory / ENVIRONMENT_FILE).read_text())["starts"]
+        starts = read_json(directory / ENVIRONMENT_FILE)["starts"]
     except (OSError, ValueError, KeyError):
         return "unknown"
     last: dict[str, Any] = starts[-1]
@@ -244,7 +243,7 @@ def skipped_updates(path: Path) -> list[int]:
     numbers = set()
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
-            numbers.add(int(json.loads(line)["update"]))
+            numbers.add(int(parse_json(line, path.name)["update"]))
         except (ValueError, KeyError, TypeError):
             continue
     return sorted(numbers)

@@ -1,6 +1,5 @@
 """Estimate memory, time and cost of a run before it starts."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from moss_train.training.cost.gpu_specs import GPUS, is_half
 from moss_train.training.run.memory_check import GIB, StateSize
 from moss_train.training.step.schedule import Schedule, Stage
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import read_json
 
 FAR = 10.0
 """Extrapolation beyond so many times the largest measured compute is far."""
@@ -56,7 +56,7 @@ class ScalingLaw:
 def read_scaling_law(path: str | Path) -> ScalingLaw:
     """Read the file of tools/scaling.py. Raises UserError when it is missing or not such a file."""
     try:
-        record: Mapping[str, Any] = json.loads(Path(path).read_text("utf-8"))
+        record: Mapping[str, Any] = read_json(Path(path))
         law, flops = record["law"], [float(point["flops"]) for point in record["points"]]
         found = ScalingLaw(
             coefficient=float(law["coefficient"]),

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.loggers.base import ClipSample, Row, Writer
+from moss_train.utils.files import read_json
 from moss_train.utils.hub import in_time
 
 CHECK_SECONDS = 10.0
@@ -180,7 +181,7 @@ def run_id(directory: Path) -> str:
     """The id of a run directory: drawn once, so that a new run of an old name does not continue the old one."""
     path = directory / ID_FILE
     try:
-        return str(json.loads(path.read_text())["id"])
+        return str(read_json(path)["id"])
     except (OSError, ValueError, KeyError, TypeError):
         drawn = secrets.token_hex(4)
         path.write_text(json.dumps({"id": drawn}) + "\n")

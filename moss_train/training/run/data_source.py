@@ -10,7 +10,7 @@ from moss_train.data.pack.on_the_fly import PackedSource, pack_cached
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.utils.checkpoint import list_checkpoints
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import read_json, written_whole
 
 Node = Mapping[str, Any]
 RECORD_FILE = "packed.json"
@@ -71,7 +71,7 @@ def read_record(directory: Path) -> PackedSource | None:
     path = directory / RECORD_FILE
     if not path.exists() or not list_checkpoints(directory / "checkpoints"):
         return None
-    record = json.loads(path.read_text())
+    record = read_json(path)
     heldout = record["heldout"]
     return PackedSource(record["key"], Path(record["train"]), None if heldout is None else Path(heldout))
 

@@ -39,7 +39,7 @@ from moss_train.training.settings import check_numbers
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.checkpoint import list_checkpoints, resume_checkpoint
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import exclusive, written_whole
+from moss_train.utils.files import exclusive, read_yaml, written_whole
 
 Node = Mapping[str, Any]
 CONFIG_FILE = "config.yaml"
@@ -239,9 +239,9 @@ def refuse_changes(config: Node, directory: Path) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration that a run directory stores. Raises UserError when it is damaged."""
     try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); restore it, or remove it") from error
+        config = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error}; restore it, or remove it") from error
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         raise UserError(f"{path} is not the configuration of a run; restore it, or remove it")
     return config

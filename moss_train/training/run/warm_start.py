@@ -16,7 +16,7 @@ from moss_train.training.module import CatModule
 from moss_train.training.run.resize_model import WeightReport, changed_config, resampled_projections, take_weights
 from moss_train.utils.checkpoint import list_checkpoints
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import read_json, written_whole
 
 Node = Mapping[str, Any]
 RECORD_FILE = "initialization.json"
@@ -58,7 +58,7 @@ def plan_beginning(config: Node, directory: Path | None = None) -> Beginning:
     # A record without a checkpoint is that of a run that was killed before it had any weights.
     has_begun = directory is not None and list_checkpoints(directory / "checkpoints")
     if directory is not None and has_begun and (directory / RECORD_FILE).exists():
-        record = json.loads((directory / RECORD_FILE).read_text())
+        record = read_json(directory / RECORD_FILE)
         networks = {name: record[name] for name in NETWORKS}
         return Beginning(complete_arguments(config, record["tokenizer"], networks, record["fresh"]))
     changes = config["tokenizer"] or {}
