@@ -179,3 +179,95 @@ def test_debian_audio(tmp_path: Path, place: Callable, prepare: Callable, pack_c
     assert [entry["speaker"] for entry in map(json.loads, (tmp_path / "out" / "heldout.jsonl").open())] == [
         "pocketsphinx-librivox"
     ]
+
+
+VOICES = {"kathleen": ("data/{}.wav", None), "kerstin": ("verified/{}.flac", 1), "nathalie": ("verified/{}.flac", 1)}
+
+
+@pytest.fixture
+def voice_repositories(tmp_path: Path, place: Callable) -> Path:
+    """Small repositories of the three voices: one held-out recording each, one for training, one repeated text."""
+    heldout = (RECIPES / "cc0_voices" / "heldout.txt").read_text().split()
+    for voice, (pattern, has_table) in VOICES.items():
+        root = tmp_path / "served" / f"dataset-voice-{voice}"
+        held = next(name for name in heldout if name.startswith(voice)).removeprefix(f"{voice}_")
+        texts = {held: "Held out.", "again": "Held out.", "seen": f"Seen by {voice}."}
+        for number, (name, text) in enumerate(texts.items()):
+            path = place(root / pattern.format(name), number % 2)
+            if not has_table:
+                path.with_suffix(".txt").write_text(text + "\n")
+        place(root / "audio" / "not_wanted.wav")
+        if has_table:
+            (root / "metadata.csv").write_text("".join(f"{name}|{text}\n" for name, text in texts.items()))
+        for command in (
+            ["init", "--quiet"],
+            ["add", "."],
+            ["-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "--quiet", "-m", "x"],
+            ["config", "uploadpack.allowFilter", "true"],
+            ["config", "uploadpack.allowAnySHA1InWant", "true"],
+        ):
+            subprocess.run(["git", *command], cwd=root, check=True)
+    return tmp_path / "served"
+
+
+def test_cc0_voices_are_cloned_checked_split_and_packed(tmp_path: Path, voice_repositories: Path) -> None:
+    """The script is that of the recipe; only the counts and the list of held-out clips are those of the small tree."""
+    recipe = tmp_path / "checkout" / "recipes" / "cc0_voices"
+    shutil.copytree(RECIPES / "cc0_voices", recipe)
+    data = tmp_path / "data"
+    variables = {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(RECIPES.parent),
+        "CC0_MIRROR": f"file://{voice_repositories}",
+    }
+
+    def run(**more: str) -> subprocess.CompletedProcess:
+        environment = os.environ | variables | more
+        return subprocess.run(["bash", recipe / "run.sh", data], env=environment, capture_output=True, text=True)
+
+    few = run()
+    assert few.returncode == 1
+    assert "has 3 recordings with a text instead of 1593" in few.stderr
+    assert not list(data.glob("clones/*/audio"))  # sparse
+
+    shutil.rmtree(data / "clones" / "dataset-voice-kerstin" / "verified")  # as if interrupted
+    (data / "clones" / "dataset-voice-kerstin" / ".complete").unlink()
+    script = (recipe / "prepare.py").read_text()
+    for count in ("1593", "1359", "1115"):
+        script = script.replace(count, "3")
+    (recipe / "prepare.py").write_text(script)
+    missing = run()
+    assert missing.returncode == 1
+    assert "117 held-out clips are not there" in missing.stderr
+
+    present = [clip.stem for clip in data.glob("clones/*/*/*") if clip.suffix in (".wav", ".flac")]
+    names = [name for name in (recipe / "heldout.txt").read_text().split() if name.partition("_")[2] in present]
+    (recipe / "heldout.txt").write_text("\n".join(names) + "\n")
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert packed_texts(data / "train") == {f"{voice}_seen": f"Seen by {voice}." for voice in VOICES}
+    assert packed_texts(data / "heldout") == dict.fromkeys(names, "Held out.")
+
+
+def packed_texts(folder: Path) -> dict[str, str]:
+    clips = iterate_clips([folder], sampling_rate=24000, num_channels=1)
+    return {name: labels["text"] for name, _, labels in clips}
+
+
+def test_cc0_voices_of_a_folder_that_is_there(tmp_path: Path, place: Callable) -> None:
+    for part in ("train", "heldout"):
+        place(tmp_path / "voices" / f"{part}.flac")
+        (tmp_path / "voices" / f"{part}.jsonl").write_text(
+            json.dumps({"id": part, "path": f"{part}.flac", "text": "Yes."})
+        )
+    variables = {"PYTHON": sys.executable, "PYTHONPATH": str(RECIPES.parent), "CC0_MIRROR": "file:///nowhere"}
+
+    def run(voices: Path) -> subprocess.CompletedProcess:
+        environment = os.environ | variables | {"CC0_VOICES": str(voices)}
+        command = ["bash", RECIPES / "cc0_voices" / "run.sh", tmp_path / "data"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert run(tmp_path).returncode == 2
+    done = run(tmp_path / "voices")
+    assert done.returncode == 0, done.stderr
+    assert packed_texts(tmp_path / "data" / "heldout") == {"heldout": "Yes."}
