@@ -210,6 +210,7 @@ def voice_repositories(tmp_path: Path, place: Callable) -> Path:
     return tmp_path / "served"
 
 
+@pytest.mark.nightly
 def test_cc0_voices_are_cloned_checked_split_and_packed(tmp_path: Path, voice_repositories: Path) -> None:
     """The script is that of the recipe; only the counts and the list of held-out clips are those of the small tree."""
     recipe = tmp_path / "checkout" / "recipes" / "cc0_voices"
