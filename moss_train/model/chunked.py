@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .argument_checks import can_read
 from .codec import LatentCodec
 from .quantizer import FoldedQuantizer
 
@@ -57,8 +58,8 @@ def encode_unbatched(
 def complete_frames(audio: Tensor, lengths: Tensor, frames: slice, hop: int) -> Tensor:
     """Return the given frames of audio [B, C, T], silent beyond each item's length: [B, C, F * hop]."""
     part = audio[..., frames.start * hop : frames.stop * hop]
-    if audio.device.type == "cpu" and int(lengths.min()) >= frames.stop * hop:
-        return part  # another device would have to be waited for
+    if can_read(lengths) and int(lengths.min()) >= frames.stop * hop:
+        return part
     position = torch.arange(frames.start * hop, frames.start * hop + part.shape[2], device=audio.device)
     part = part.masked_fill((position >= lengths[:, None])[:, None], 0)
     return F.pad(part, (0, (frames.stop - frames.start) * hop - part.shape[2]))

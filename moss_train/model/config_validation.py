@@ -17,6 +17,7 @@ QUANTIZER_SIZES = {"input_dim", "rvq_dim", "output_dim", "num_quantizers", "code
 CHOICES = {
     "attention_implementation": (None, "sdpa", "flash_attention_2"),
     "compute_dtype": (None, "fp32", "bf16", "fp16"),
+    "part": (None, "encoder", "decoder"),
 }
 
 

@@ -34,7 +34,8 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         number_channels: of the waveform; several are interleaved in time.
         kwargs: also `attention_implementation` ("sdpa": torch's general kernels; "flash_attention_2" or not given: the
             windowed kernel where device and dtype have it) and `compute_dtype` ("bf16" or "fp16": automatic mixed
-            precision in encoder and decoder; "fp32" or not given: the weights' own dtype).
+            precision in encoder and decoder; "fp32" or not given: the weights' own dtype), `part` ("encoder" or
+            "decoder" for half a model) and `training_level_db` (RMS level of the training data).
 
     Raises:
         ValueError: an illegal combination, with the offending values.

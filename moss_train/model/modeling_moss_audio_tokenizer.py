@@ -1,5 +1,6 @@
 """Cat: causal audio tokenizer with transformer (arXiv 2602.10934), the public model."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 # Several releases of transformers copy only the files that this one imports itself; so it imports all.
-from .argument_checks import check_audio, check_codes, chunk_frames, pad_together, valid_lengths
+from .argument_checks import check_audio, check_codes, check_level, check_samples, chunk_frames, valid_lengths
 from .attention import MultiheadAttention
 from .chunked import complete_frames, decode_chunked, decode_unbatched, encode_chunked, encode_unbatched
 from .codec import LatentCodec
@@ -20,6 +21,7 @@ from .prepacked_linear import LinearOps
 from .quantizer import ResidualLFQ
 from .streaming import ContinuousDecoder, MossAudioTokenizerStream
 from .transformer import initialize_weights
+from .waveforms import as_tensor, pad_together, set_level
 
 __all__ = [
     "ContinuousDecoder",
@@ -54,7 +56,7 @@ class MossAudioTokenizerModel(LatentCodec):
     base_model_prefix = "moss_audio_tokenizer"
     main_input_name = "input_values"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerLayer"]  # noqa: RUF012
+    _no_split_modules = ["TransformerLayer", "ResidualLFQ"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["quantizer"]  # noqa: RUF012
 
     def __init__(self, config: MossAudioTokenizerConfig) -> None:
@@ -80,12 +82,13 @@ class MossAudioTokenizerModel(LatentCodec):
         """Encode, quantize with the first `num_quantizers` levels and decode, with gradients; see `encode`."""
         levels = self.check_num_quantizers(num_quantizers)
         audio, lengths = self._prepare_audio(input_values, padding_mask)
+        num_samples = audio.shape[2]
         audio = complete_frames(audio, lengths, slice(0, self.num_frames(audio.shape[2])), self.config.downsample_rate)
         used = torch.full((audio.shape[0],), levels, device=audio.device)
         quantizer_output = self.quantizer(self.encode_latent(audio), used)
         reconstruction = self.decode_latent(quantizer_output.quantized)
         output = MossAudioTokenizerOutput(
-            audio=reconstruction[..., : input_values.shape[-1]],
+            audio=reconstruction[..., :num_samples],
             audio_lengths=lengths,
             audio_codes=quantizer_output.codes[:levels],
             audio_codes_lengths=self.num_frames(lengths),
@@ -101,23 +104,25 @@ class MossAudioTokenizerModel(LatentCodec):
         return_dict: bool | None = None,
         chunk_duration: float | None = None,
         batch_invariant: bool = False,
+        loudness: float | None = None,
     ) -> MossAudioTokenizerEncoderOutput | tuple[Tensor, ...]:
         """Return the codes of a batch of waveforms.
 
         Args:
-            input_values: [B, C, T] or [B, T] samples at `sampling_rate`.
+            input_values: [B, C, T], [B, T] or [T] samples at `sampling_rate`, as a tensor, an array or lists.
             padding_mask: [B, T], true for real samples; padding stands at the end.
             num_quantizers: levels to compute, all by default.
             chunk_duration: seconds per chunk, a whole number of frames; the result is that of the whole clip.
             batch_invariant: codes do not depend, to the last bit, on what a clip is batched with or padded to: each
                 clip passes alone and unpadded, which costs the speed-up of batching.
+            loudness: bring every clip to this RMS level in dB relative to full scale first, say -20 (see `set_level`).
 
         Raises:
-            ValueError: an illegal shape, `num_quantizers` or `chunk_duration`.
+            ValueError: an illegal shape, `num_quantizers` or `chunk_duration`, or samples that are not finite.
         """
         levels = self.check_num_quantizers(num_quantizers)
         chunk = chunk_frames(self.config, chunk_duration)
-        audio, lengths = self._prepare_audio(input_values, padding_mask)
+        audio, lengths = self._prepare_audio(input_values, padding_mask, loudness)
         frames = self.num_frames(lengths)
         if batch_invariant:
             clips = [clip[None, :, :length] for clip, length in zip(audio, lengths.tolist(), strict=True)]
@@ -151,9 +156,10 @@ class MossAudioTokenizerModel(LatentCodec):
             ValueError: codes out of range, too many levels, or an illegal `chunk_duration`.
         """
         chunk = chunk_frames(self.config, chunk_duration)
-        codes = audio_codes[:, None] if audio_codes.ndim == 2 else audio_codes
-        check_codes(self.config, codes)
-        codes = codes[: self.check_num_quantizers(num_quantizers)].to(self.device, torch.int64)
+        self.check_part("decoder")
+        codes = as_tensor(audio_codes, "codes")
+        codes = check_codes(self.config, codes[:, None] if codes.ndim == 2 else codes)
+        codes = codes[: self.check_num_quantizers(num_quantizers)].to(self.execution_device, torch.int64)
         frames = valid_lengths(padding_mask, codes.shape[1], codes.shape[2], codes.device)
         if batch_invariant:
             clips = [codes[:, item : item + 1, :count] for item, count in enumerate(frames.tolist())]
@@ -165,7 +171,8 @@ class MossAudioTokenizerModel(LatentCodec):
 
     def batch_encode(self, waveforms: Sequence[Tensor], **options: Any) -> Any:
         """Call `encode` for a list of waveforms [C, T] or [T] of different lengths."""
-        return self.encode(*pad_together([clip if clip.ndim == 2 else clip[None] for clip in waveforms]), **options)
+        clips = [as_tensor(waveform, "waveforms") for waveform in waveforms]
+        return self.encode(*pad_together([clip if clip.ndim == 2 else clip[None] for clip in clips]), **options)
 
     def batch_decode(
         self,
@@ -188,6 +195,7 @@ class MossAudioTokenizerModel(LatentCodec):
         Raises:
             ValueError: as `decode`, or options that do not go together.
         """
+        codes = [as_tensor(item, "codes") for item in codes]
         if not streaming:
             if max_batch_size is not None or reset_stream or finalize_indices is not None:
                 raise ValueError("max_batch_size, reset_stream and finalize_indices need streaming=True")
@@ -220,18 +228,38 @@ class MossAudioTokenizerModel(LatentCodec):
         """Raise ValueError unless codes are [n, B, frames] integers of this model."""
         check_codes(self.config, codes)
 
-    def _prepare_audio(self, audio: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _prepare_audio(
+        self, values: Tensor, padding_mask: Tensor | None, loudness: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return checked audio [B, C, T] on the model's device, and how many samples of each item are real."""
-        audio = check_audio(self.config, audio).to(self.device)
+        self.check_part("encoder")
+        audio = check_audio(self.config, values)
         if audio.shape[2] == 0:
             raise ValueError("the audio has no samples")
-        return audio, valid_lengths(padding_mask, audio.shape[0], audio.shape[2], audio.device)
+        lengths = valid_lengths(padding_mask, audio.shape[0], audio.shape[2], audio.device)
+        check_samples(self.config, audio, lengths, self.warned)
+        if loudness is None:
+            check_level(self.config, audio, lengths, self.warned)
+        else:
+            audio = set_level(audio, loudness, lengths)
+        return audio.to(self.execution_device), lengths.to(self.execution_device)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a folder or repository in the released layout; a missing or left-over weight is a ValueError."""
+    def from_pretrained(
+        cls, source: Any, *args: Any, part: str | None = None, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a folder or repository in the released layout.
+
+        Args:
+            part: "encoder" or "decoder" loads only that half and the quantizer; the other's calls are then refused.
+
+        Raises:
+            ValueError: a missing or left-over weight, or a `part` that the folder does not have.
+        """
         kwargs.setdefault("key_mapping", OLDER_WEIGHT_NAMES)
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if part is not None:
+            kwargs["config"] = cls._config_of_part(source, part, kwargs)
+        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         problems = {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}
         if problems:
@@ -240,3 +268,18 @@ class MossAudioTokenizerModel(LatentCodec):
         # Renaming on load would be undone on save; the names written are always the released ones.
         model._weight_conversions = None
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _config_of_part(cls, source: Any, part: str, options: dict[str, Any]) -> MossAudioTokenizerConfig:
+        config = options.get("config")
+        if not isinstance(config, MossAudioTokenizerConfig):
+            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            location = {name: options[name] for name in names if name in options}
+            config = cls.config_class.from_pretrained(source if config is None else config, **location)
+        available = getattr(config, "part", None)
+        if part not in ("encoder", "decoder") or available not in (None, part):
+            choices = available or "encoder, decoder"
+            raise ValueError(f"part={part!r} is not in this model, which has {choices}")
+        config = copy.deepcopy(config)
+        config.part = part
+        return config

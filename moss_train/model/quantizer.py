@@ -3,7 +3,8 @@
 The scheme is that of the improved RVQGAN (arXiv 2306.06546) with weight-normalised projections around every level.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -131,7 +132,8 @@ class FoldedQuantizer:
 
     def __init__(self, quantizer: ResidualLFQ) -> None:
         levels = cast(list[LFQ], list(quantizer.quantizers))
-        with torch.no_grad(), torch.autocast(levels[0].codebook.weight.device.type, enabled=False):
+        device = levels[0].codebook.weight.device.type
+        with torch.no_grad(), fetched(quantizer), torch.autocast(device, enabled=False):
             self.project_in, self.project_out = folded(quantizer.input_proj), folded(quantizer.output_proj)
             in_weight, in_bias = map(torch.stack, zip(*(folded(level.in_proj) for level in levels), strict=True))
             out_weight, out_bias = map(torch.stack, zip(*(folded(level.out_proj) for level in levels), strict=True))
@@ -172,6 +174,19 @@ class FoldedQuantizer:
             return self.project_out(total)
 
 
+@contextmanager
+def fetched(module: nn.Module) -> Iterator[None]:
+    """Bring in the weights that accelerate keeps elsewhere (`device_map` with offload), which it does per forward."""
+    hooked = [(part, hook) for part in module.modules() if (hook := getattr(part, "_hf_hook", None)) is not None]
+    for part, hook in hooked:
+        hook.pre_forward(part)
+    try:
+        yield
+    finally:
+        for part, hook in hooked:
+            hook.post_forward(part, None)
+
+
 def folded(module: Any) -> "FoldedProjection":
     """A 1x1 convolution (or identity) with its weight norm multiplied out."""
     if isinstance(module, nn.Identity):
@@ -189,9 +204,22 @@ class FoldedProjection(NamedTuple):
         return x if self.weight is None else F.linear(x, self.weight, self.bias)
 
 
+class PointwiseConv1d(nn.Conv1d):
+    """1x1 convolution that can be pickled although its weight is parametrized."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__(input_dim, output_dim, kernel_size=1)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Describe a copy: torch gives a parametrized module a class of its own, which pickle cannot name."""
+        # The hooks of weight_norm are local functions; the copy makes its own.
+        state = {name: value for name, value in self.__dict__.items() if name != "_load_state_dict_pre_hooks"}
+        return pointwise, (self.in_channels, self.out_channels), state
+
+
 def pointwise(input_dim: int, output_dim: int) -> nn.Conv1d:
-    """Weight-normalised 1x1 convolution, kept as such for its parameter names."""
-    return weight_norm(nn.Conv1d(input_dim, output_dim, kernel_size=1))
+    """Build a weight-normalised 1x1 convolution, kept as such for its parameter names."""
+    return weight_norm(PointwiseConv1d(input_dim, output_dim))
 
 
 def apply_pointwise(module: Any, x: Tensor) -> Tensor:

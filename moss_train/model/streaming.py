@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .argument_checks import check_audio, check_codes
+from .argument_checks import check_audio, check_codes, check_samples
 from .chunked import block_frames
 from .codec import LatentCodec
 from .cuda_graphs import GraphedStep
@@ -78,7 +78,7 @@ class StreamGroup:
         """Start the given items' streams (bool [B] on the CPU) anew."""
         for states in self._states.values():
             for state in states:
-                state.reset(items.to(self.model.device))
+                state.reset(items.to(self.model.execution_device))
 
     def _blocks(self, codes_or_audio: Tensor, hop: int = 1) -> list[tuple[int, Tensor]]:
         """Cut the last dimension into parts of bounded length, each with the frame it starts at."""
@@ -92,9 +92,9 @@ class StreamGroup:
         None says all; that spares a CPU some operations, while a CUDA graph is for any numbers of frames.
         """
         own = [min(max(count - start, 0), length) for count in counts]
-        if self.model.device.type == "cpu" and min(own) == length:
+        if self.model.execution_device.type == "cpu" and min(own) == length:
             return None
-        return torch.tensor(own, device=self.model.device)
+        return torch.tensor(own, device=self.model.execution_device)
 
     def _encode_step(self, audio: Tensor, num_frames: Tensor | None) -> Tensor:
         latent = self.model.encode_latent(audio, self.states("encoder"), num_frames)
@@ -156,8 +156,11 @@ class MossAudioTokenizerStream:
         Returns:
             codes [N, B, frames], zero beyond each item's own, and, as [B] int64, how many of the frames are its own.
         """
-        chunk = check_audio(self.model.config, chunk).to(self.model.device)
+        self.model.check_part("encoder")
+        chunk = check_audio(self.model.config, chunk)
         counts = self._counts(chunk.shape[0], chunk.shape[2], lengths)
+        check_samples(self.model.config, chunk, torch.tensor(counts), self.model.warned)
+        chunk = chunk.to(self.model.execution_device)
         hop = self.model.config.downsample_rate
         if chunk.shape[2] % hop == 0 and min(counts) == chunk.shape[2] and not any(x.shape[1] for x in self._pending):
             return self._encode_frames(chunk, [chunk.shape[2] // hop] * self.batch_size)
@@ -190,8 +193,8 @@ class MossAudioTokenizerStream:
         Returns:
             audio [B, C, F * hop] and, as [B] int64, how many samples of it are each item's own.
         """
-        check_codes(self.model.config, codes)
-        codes = codes.to(self.model.device, torch.int64)
+        self.model.check_part("decoder")
+        codes = check_codes(self.model.config, codes).to(self.model.execution_device, torch.int64)
         counts = self._counts(codes.shape[1], codes.shape[2], lengths)
         hop = self.model.config.downsample_rate
         parts = []
@@ -211,7 +214,7 @@ class MossAudioTokenizerStream:
         self._pending = [self._no_samples() if c else p for c, p in zip(chosen.tolist(), self._pending, strict=True)]
 
     def _no_samples(self) -> Tensor:
-        return torch.zeros(self.model.config.number_channels, 0, device=self.model.device)
+        return torch.zeros(self.model.config.number_channels, 0, device=self.model.execution_device)
 
     def _counts(self, batch: int, longest: int, lengths: Tensor | None) -> list[int]:
         """Samples or frames that each item brings, checked."""
