@@ -4,7 +4,9 @@ Waveforms are float32 [C, T] in [-1, 1], C channels, T samples.
 """
 
 import io
-import re
+import os
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,16 +17,22 @@ import torch
 import torchaudio.functional
 from torch import Tensor
 
+from moss_train.audio_containers import scan
+from moss_train.audio_window import DamagedError, Layout, Piece, PieceFile, Remark, Window
+from moss_train.utils.bad_data import Fault, SampleError
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import refuse_special
 
 RESAMPLER = "torchaudio.functional.resample sinc_interp_hann width 6 rolloff 0.99"
 """Name of the method behind `resample`, recorded wherever resampled audio is stored."""
 
 WRITABLE_FORMATS = ("wav", "flac")
 
-_SHORT_CHUNK = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
-_UNKNOWN_CHUNK_SIZE = 0x7FFFF000  # at and above it: written to a pipe, the length was not known
-_OGG_WITHOUT_END = "File ended unexpectedly without an End-Of-Stream flag"
+PEAK_LIMIT = 8.0
+"""Highest believed absolute sample: more is not audio in [-1, 1] with overs but, say, integers in a float file."""
+
+CONVERTIBLE_SUFFIXES = frozenset(f".{name}" for name in "3gp aac amr m4a m4b mka mkv mov mp4 webm wma".split())  # noqa: SIM905
+"""Formats of phones and browsers, which libsndfile does not read."""
 
 AudioSource = str | Path | BinaryIO
 
@@ -39,12 +47,13 @@ class NamedBytes(io.BytesIO):
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What the header of an audio file says."""
+    """What is in an audio file."""
 
     sampling_rate: int  # Hz
     num_channels: int
     num_samples: int  # per channel
     format: str  # libsndfile's name, such as WAV or FLAC
+    remarks: tuple[Remark, ...] = ()  # what is worth telling about it
 
     @property
     def seconds(self) -> float:
@@ -56,31 +65,192 @@ def _describe(source: AudioSource) -> str:
     return str(source) if isinstance(source, str | Path) else getattr(source, "name", "audio in memory")
 
 
-def _open(source: AudioSource) -> soundfile.SoundFile:
+@dataclass(frozen=True)
+class _Part:
+    """One piece of a recording, its header read."""
+
+    piece: Piece
+    num_samples: int
+
+
+class _Recording:
+    """An open audio file: everything that lies in it, however many pieces that are. A context manager."""
+
+    def __init__(self, source: AudioSource, is_whole: bool) -> None:
+        self.name = _describe(source)
+        self._file, self._owned = _open_bytes(source, self.name), isinstance(source, str | Path)
+        try:
+            layout = self._layout(source, is_whole)
+            self.remarks = layout.remarks
+            self._first = self._open(layout.pieces[0])
+            first = self._first
+            self.rate, self.channels, self.format, self.subtype = _format(first)
+            self.parts = [_Part(layout.pieces[0], self._length(first, layout.pieces[0]))]
+            for piece in layout.pieces[1:]:
+                with self._open(piece) as file:
+                    if _format(file) != _format(first):
+                        raise SampleError(
+                            Fault.AUDIO,
+                            f"{self.name} is several files joined together, of {self.rate} and {file.samplerate} Hz, "
+                            f"{self.channels} and {file.channels} channels; take them apart",
+                        )
+                    self.parts.append(_Part(piece, self._length(file, piece)))
+            self.num_samples = sum(part.num_samples for part in self.parts)
+        except BaseException:
+            self._close()
+            raise
+
+    def __enter__(self) -> "_Recording":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._first.close()
+        self._close()
+
+    def _close(self) -> None:
+        if self._owned:
+            self._file.close()
+
+    def _layout(self, source: AudioSource, is_whole: bool) -> Layout:
+        """The pieces; those of a file are remembered, as many parts of it are read one by one."""
+        try:
+            if is_whole:
+                return Layout((Piece(0, self._file.seek(0, os.SEEK_END)),))
+            if not isinstance(source, str | Path):
+                return scan(Window(self._file))
+            status = os.fstat(self._file.fileno())
+            key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            if key not in _LAYOUTS:
+                if len(_LAYOUTS) >= _MAX_LAYOUTS:
+                    _LAYOUTS.pop(next(iter(_LAYOUTS), key), None)
+                _LAYOUTS[key] = scan(Window(self._file))
+            return _LAYOUTS[key]
+        except DamagedError as error:
+            raise SampleError(Fault.AUDIO, f"{self.name} {error}") from error
+        except OSError as error:
+            raise SampleError(Fault.FILE, f"cannot read {self.name}: {error.strerror or error}") from error
+
+    def _open(self, piece: Piece) -> soundfile.SoundFile:
+        self._file.seek(0)
+        is_all = not piece.head and piece.begin == 0 and piece.end == self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
+        try:
+            return soundfile.SoundFile(self._file if is_all else io.BufferedReader(PieceFile(self._file, piece)))
+        except soundfile.LibsndfileError as error:
+            reason = error.error_string.strip().rstrip(".")
+            raise SampleError(
+                Fault.AUDIO, f"{self.name} is not audio that libsndfile can read ({reason}){_advice(self.name)}"
+            ) from error
+
+    def _length(self, file: soundfile.SoundFile, piece: Piece) -> int:
+        num_samples = file.frames
+        if num_samples >= _ENDLESS:
+            num_samples = sum(len(block) for block in _blocks(file, _ENDLESS, self.name))
+            file.seek(0)
+        if piece.num_samples not in (None, num_samples):
+            raise SampleError(
+                Fault.LENGTH,
+                f"{self.name} has {piece.num_samples} samples by its frames, {num_samples} by its header; convert it",
+            )
+        return num_samples
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Read `count` samples from `start` on as float32 [samples, channels]. Raises SampleError when some lack."""
+        blocks: list[np.ndarray] = []
+        begin = 0
+        for number, part in enumerate(self.parts):
+            first, last = max(start, begin), min(start + count, begin + part.num_samples)
+            if first < last:
+                blocks += self._read_part(number, first - begin, last - first)
+            begin += part.num_samples
+        if not blocks:
+            return np.zeros((0, self.channels), np.float32)
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+    def _read_part(self, number: int, start: int, count: int) -> list[np.ndarray]:
+        piece, skipped = self.parts[number].piece, start
+        at_once = self.format in _AT_ONCE
+        if piece.mp3 is not None:
+            piece, skipped = piece.mp3.piece_at(start)
+        elif at_once and start + _MARGIN > self.parts[number].num_samples - _MARGIN:
+            skipped = min(start, _MARGIN)
+        elif at_once:
+            skipped = 0
+        file = self._first if piece is self.parts[0].piece else self._open(piece)
+        try:
+            if piece.mp3 is None:
+                file.seek(start - skipped if at_once else start)
+            if at_once:
+                samples = file.read(skipped + count, dtype="float32", always_2d=True)
+                if len(samples) != skipped + count:
+                    found = max(0, len(samples) - skipped)
+                    raise SampleError(Fault.AUDIO, f"{self.name} is damaged: {found} of {count} samples could be read")
+                return [samples[skipped:]]
+            return list(_blocks(file, count, self.name))
+        except soundfile.LibsndfileError as error:
+            raise SampleError(Fault.AUDIO, f"{self.name} is damaged ({error.error_string.strip()})") from error
+        finally:
+            if file is not self._first:
+                file.close()
+
+
+_LAYOUTS: dict[tuple[int, int, int, int], Layout] = {}
+_MAX_LAYOUTS = 64
+_AT_ONCE = ("OGG", "MP3")  # libsndfile seeks wrongly in MP3 and near the end of Vorbis; soundfile after every read
+_MARGIN = 2**19  # samples at the end of an Ogg file that are not sought in
+_ENDLESS = 2**62  # libsndfile's number of samples when it does not know
+_BLOCK_VALUES = 2**22  # samples of all channels that are read at once, so that no header decides about the memory
+
+
+def _format(file: soundfile.SoundFile) -> tuple[int, int, str, str]:
+    return file.samplerate, file.channels, file.format, file.subtype
+
+
+def _blocks(file: soundfile.SoundFile, count: int, name: str) -> Iterator[np.ndarray]:
+    """Yield `count` samples from where the file stands as float32 [samples, channels], all there are if endless."""
+    limit = max(1, _BLOCK_VALUES // file.channels)
+    done = 0
+    while done < count:
+        block = file.read(min(limit, count - done), dtype="float32", always_2d=True)
+        done += len(block)
+        if len(block):
+            yield block
+        elif count >= _ENDLESS:
+            return
+        else:
+            raise SampleError(Fault.AUDIO, f"{name} is damaged: {done} of {count} samples could be read")
+
+
+def _open_bytes(source: AudioSource, name: str) -> BinaryIO:
+    """Open a file. Raises SampleError for what is no ordinary file: opening a pipe would wait without end."""
+    if not isinstance(source, str | Path):
+        return source
     try:
-        # Opened by Python first: libsndfile reports every system error, a missing file included, as "System error".
-        return soundfile.SoundFile(Path(source).open("rb") if isinstance(source, str | Path) else source)
-    except OSError as error:
-        raise UserError(f"cannot read {_describe(source)}: {error.strerror or error}") from error
-    except soundfile.LibsndfileError as error:
-        reason = error.error_string.strip().rstrip(".")
-        raise UserError(f"{_describe(source)} is not audio that libsndfile can read ({reason})") from error
+        # By Python: libsndfile reports every system error, a missing file included, as "System error".
+        refuse_special(Path(source), name)
+        return Path(source).open("rb")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, SampleError):
+            raise
+        fault = Fault.MISSING_FILE if isinstance(error, FileNotFoundError) else Fault.FILE
+        raise SampleError(fault, f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _refuse_truncated(file: soundfile.SoundFile, name: str) -> None:
-    """libsndfile silently shortens cut WAV, AIFF and Ogg files; only its parser's log tells."""
-    log = file.extra_info
-    short = _SHORT_CHUNK.search(log)
-    if short is not None and int(short[2]) < int(short[1]) < _UNKNOWN_CHUNK_SIZE:
-        raise UserError(f"{name} is cut off: {short[2]} of {short[1]} bytes of audio are there")
-    if _OGG_WITHOUT_END in log:
-        raise UserError(f"{name} is cut off: the Ogg stream has no end")
+def _advice(name: str) -> str:
+    """What to do about a file in a format of phones and browsers."""
+    suffix = Path(name).suffix.lower()
+    if suffix not in CONVERTIBLE_SUFFIXES:
+        return ""
+    return f"; convert it: ffmpeg -i {shlex.quote(name)} {shlex.quote(str(Path(name).with_suffix('.flac')))}"
 
 
 def audio_info(source: AudioSource) -> AudioInfo:
-    """Read the header of an audio file. Raises UserError, naming the file, when it is missing or not audio."""
-    with _open(source) as file:
-        return AudioInfo(file.samplerate, file.channels, file.frames, file.format)
+    """Return what is in an audio file: the bytes decide, not its header.
+
+    Raises SampleError, naming the file, when it is missing, not audio, cut off, or nothing says how long it is.
+    """
+    with _Recording(source, is_whole=False) as file:
+        return AudioInfo(file.rate, file.channels, file.num_samples, file.format, file.remarks)
 
 
 def read_audio(
@@ -90,33 +260,42 @@ def read_audio(
     num_channels: int | None = None,
     start: int = 0,
     num_frames: int | None = None,
+    is_whole: bool = False,
 ) -> tuple[Tensor, int]:
     """Read audio as float32 [C, T] with its sampling rate, resampled and with channels converted when asked to.
 
-    `start` and `num_frames` count samples per channel at the file's own rate; None reads to the end. Raises UserError,
-    naming the file, when it cannot be read, is shorter than its header or the request says, or holds NaN or infinity.
+    `start` and `num_frames` count samples per channel at the file's own rate; None reads to the end. `is_whole`: the
+    file was written by `pack`, so its header is right and its bytes need not be looked at first. Raises SampleError,
+    naming the file, when it cannot be read, is shorter than its header or the request says, or holds samples that are
+    NaN, infinite or far above full scale.
     """
-    with _open(source) as file:
-        wanted = file.frames - start if num_frames is None else num_frames
-        if start < 0 or wanted < 0 or start + wanted > file.frames:
-            raise UserError(f"{_describe(source)} has {file.frames} samples, asked for {start} to {start + wanted}")
-        try:
-            _refuse_truncated(file, _describe(source))
-            file.seek(start)
-            samples = file.read(wanted, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{_describe(source)} is damaged ({error.error_string.strip()})") from error
-        rate, integers = file.samplerate, file.subtype.startswith("PCM")
-    if len(samples) != wanted:
-        raise UserError(f"{_describe(source)} is damaged: {len(samples)} of {wanted} samples could be read")
-    if not integers and not np.isfinite(samples).all():
-        raise UserError(f"{_describe(source)} contains NaN or infinite samples")
+    with _Recording(source, is_whole) as file:
+        wanted = file.num_samples - start if num_frames is None else num_frames
+        if start < 0 or wanted < 0 or start + wanted > file.num_samples:
+            raise SampleError(
+                Fault.AUDIO, f"{file.name} has {file.num_samples} samples, asked for {start} to {start + wanted}"
+            )
+        samples = file.read(start, wanted)
+        rate, name = file.rate, file.name
+        if not file.subtype.startswith("PCM"):
+            check_values(samples, name, start)
     audio = torch.from_numpy(np.ascontiguousarray(samples.T))
     if num_channels is not None:
-        audio = convert_channels(audio, num_channels, _describe(source))
+        audio = convert_channels(audio, num_channels, name)
     if sampling_rate is not None and sampling_rate != rate:
         return resample(audio, rate, sampling_rate), sampling_rate
     return audio, rate
+
+
+def check_values(samples: np.ndarray, name: str, start: int = 0) -> None:
+    """Raise SampleError for samples [samples, channels] that are NaN, infinite or no audio in [-1, 1] with overs."""
+    peak = max(samples.max(initial=0.0), -samples.min(initial=0.0))  # NaN when there is one
+    if peak <= PEAK_LIMIT:
+        return
+    if not np.isfinite(peak):
+        first = start + int(np.flatnonzero(~np.isfinite(samples).all(axis=1))[0])
+        raise SampleError(Fault.VALUES, f"{name} contains NaN or infinite samples, the first is number {first}")
+    raise SampleError(Fault.VALUES, f"{name} has samples up to {peak:.3g}; audio has to lie in [-1, 1]")
 
 
 def convert_channels(audio: Tensor, num_channels: int, name: str = "audio") -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from moss_train.utils.bad_data import Fault, SampleError
 from moss_train.utils.errors import UserError
 
 
@@ -46,6 +47,40 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+_SPECIAL = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISDIR, "a folder"),
+)
+
+
+def special_kind(path: Path) -> str | None:
+    """Return what a path is when it is no ordinary file: "a named pipe", "a link into nowhere"; None for a file.
+
+    Raises FileNotFoundError when nothing is there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            return "a link into nowhere"
+        raise
+    except OSError as error:
+        if path.is_symlink():
+            return f"a link that leads nowhere ({error.strerror})"
+        raise
+    return next((name for is_kind, name in _SPECIAL if is_kind(mode)), None)
+
+
+def refuse_special(path: Path, name: str) -> None:
+    """Raise SampleError unless a path is an ordinary file, without opening it: a pipe would wait for its other end."""
+    kind = special_kind(path)
+    if kind is not None:
+        raise SampleError(Fault.SPECIAL_FILE, f"{name} is {kind}, not a file")
 
 
 WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre and NFS, as they may be mounted

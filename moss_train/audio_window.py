@@ -1,0 +1,115 @@
+"""Parts of audio files: bytes by position in bounded memory, and stretches that look like files of their own."""
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from moss_train.audio_mp3 import Mp3Stream
+
+BLOCK_BYTES = 2**18
+
+
+class DamagedError(ValueError):
+    """A file is not whole, or nothing says how much audio it has; the message says what, as in "is cut off"."""
+
+
+class Remark(StrEnum):
+    """What is worth telling of a file that was read all the same."""
+
+    NO_END_MARK = "without an end mark (recorded by a program that was stopped, or cut between two pages)"
+    STARTS_INSIDE = "beginning inside an MP3 frame"
+    LENGTH_UNKNOWN = "with a header that does not know the length: read to the end"
+    JOINED = "made of several files joined together, all of them read"
+    CLAMPED = "with an end a few samples behind their recording: taken to its end"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a file that libsndfile reads as one file: `head`, the bytes from `begin` to `end`, `tail`."""
+
+    begin: int
+    end: int
+    head: bytes = b""
+    tail: bytes = b""
+    mp3: "Mp3Stream | None" = None
+    num_samples: int | None = None  # per channel, where it is known and libsndfile might guess
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The pieces of a file in their order."""
+
+    pieces: tuple[Piece, ...]
+    remarks: tuple[Remark, ...] = ()
+
+
+class Window:
+    """Random access to the bytes of a file, a block in memory at a time."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = file.seek(0, os.SEEK_END)
+        self._begin, self._block = 0, b""
+
+    def at(self, position: int, count: int) -> bytes:
+        """Return `count` bytes from a position on; fewer where the file ends, none in front of its begin."""
+        offset = position - self._begin
+        if offset >= 0 and offset + count <= len(self._block):
+            return self._block[offset : offset + count]
+        if position < 0 or position >= self.size:
+            return b""
+        self._file.seek(position)
+        self._begin, self._block = position, self._file.read(max(BLOCK_BYTES, count))
+        return self._block[:count]
+
+    def blocks(self, begin: int, end: int, overlap: int = 0) -> Iterator[tuple[int, bytes]]:
+        """Yield (position, bytes) of stretches that cover `begin` to `end`, each `overlap` bytes into the next."""
+        for position in range(begin, end, BLOCK_BYTES):
+            yield position, self.at(position, min(BLOCK_BYTES + overlap, end - position))
+
+    def find_all(self, pattern: bytes, begin: int, end: int) -> Iterator[int]:
+        """Yield every position of a pattern in ascending order."""
+        for position, block in self.blocks(begin, end, len(pattern) - 1):
+            found = block.find(pattern)
+            while found >= 0:
+                yield position + found
+                found = block.find(pattern, found + 1)
+
+
+class PieceFile(io.RawIOBase):
+    """A piece as a file of its own, to be wrapped in `io.BufferedReader`."""
+
+    def __init__(self, file: BinaryIO, piece: Piece) -> None:
+        self._file, self._piece, self._position = file, piece, 0
+        self._size = len(piece.head) + piece.end - piece.begin + len(piece.tail)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, origin + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._size - self._position)]
+        inner = self._position - len(self._piece.head)
+        length = self._piece.end - self._piece.begin
+        if inner < 0:
+            content = self._piece.head[self._position : self._position + len(view)]
+        elif inner < length:
+            self._file.seek(self._piece.begin + inner)
+            content = self._file.read(min(len(view), length - inner))
+        else:
+            content = self._piece.tail[inner - length : inner - length + len(view)]
+        count = len(content)
+        view[:count] = content
+        self._position += count
+        return count
