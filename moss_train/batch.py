@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moss_train.utils.bad_data import BadSample
+
 TASKS = ("asr", "multi_speaker_asr", "caption")
 """Names of the text tasks; the place of a name is its id in `Batch.task_ids`."""
 
@@ -77,7 +79,7 @@ class UpdateBatch:
     micro_batches: tuple[Batch, ...]
     update: int  # number of this update
     next_position: int  # sample position of the stream after this update; all that a resume needs
-    dropped: tuple[tuple[str, str], ...]  # (sample id, reason) of samples that could not be read
+    dropped: tuple[BadSample, ...]  # samples that could not be read
 
     def to(self, device: torch.device | str) -> "UpdateBatch":
         """Return the update with every micro-batch on `device`."""

@@ -1,8 +1,10 @@
 """Figures: spectrograms, curves and histograms. The only module that draws with matplotlib."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -21,7 +23,57 @@ NUM_MELS = 128
 RANGE_DB = 80.0
 SPECTROGRAM_INCHES = (9.0, 1.75)
 
+_FALLBACK_FONTS = (  # for what matplotlib's own font lacks: Chinese, Japanese and Korean, where one is installed
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "Noto Sans JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "IPAGothic",
+    "Microsoft YaHei",
+    "SimHei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Arial Unicode MS",
+)
 
+
+@lru_cache(maxsize=1)
+def _families() -> tuple[str, ...]:
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ("DejaVu Sans", *(name for name in _FALLBACK_FONTS if name in installed))
+
+
+@lru_cache(maxsize=1)
+def _known_characters() -> frozenset[int]:
+    from matplotlib import font_manager
+
+    files = [font_manager.findfont(name) for name in _families()]
+    return frozenset(code for file in files for code in font_manager.get_font(file).get_charmap())
+
+
+@contextmanager
+def _fonts() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context({"font.family": list(_families())}):
+        yield
+
+
+def drawable(text: str) -> str:
+    """Return a text as a figure can show it: on one line, no formula, escaped when no font has its characters."""
+    text = " ".join(text.split())
+    if not text.isprintable() or not all(ord(character) in _known_characters() for character in text):
+        text = text.encode("ascii", "backslashreplace").decode()
+    return text.replace("$", r"\$")
+
+
+@_fonts()
 def save_spectrograms(
     waveforms: Mapping[str, Tensor], sampling_rate: int, path: str | Path | BinaryIO, title: str = ""
 ) -> None:
@@ -51,7 +103,7 @@ def save_spectrograms(
     figure.supylabel("frequency (kHz, mel scale)", fontsize="medium")
     figure.colorbar(image, ax=list(axes), label="level (dB)", pad=0.01, fraction=0.03, aspect=12 * len(axes))
     if title:
-        figure.suptitle(title, fontsize="large")
+        figure.suptitle(drawable(title), fontsize="large")
     figure.savefig(path, dpi=130)
 
 
@@ -62,7 +114,7 @@ def _decibels(waveform: Tensor, sampling_rate: int) -> Tensor:
 
 
 def _draw_spectrogram(panel: "Axes", name: str, level: Tensor, seconds: float) -> "AxesImage":
-    panel.set_title(name, loc="left", fontsize="medium", pad=3)
+    panel.set_title(drawable(name), loc="left", fontsize="medium", pad=3)
     return panel.imshow(
         level.numpy(),
         origin="lower",
@@ -112,6 +164,7 @@ class Panel:
     dots: bool = False  # few values, each one a measurement
 
 
+@_fonts()
 def save_curves(panels: Sequence[Panel], path: Path, title: str, marks: Mapping[str, float] | None = None) -> None:
     """Draw panels as a PNG; `marks` are updates to name, such as the beginnings of stages. Needs matplotlib."""
     # The object interface, not pyplot: no global state, no window, no backend to choose.
@@ -126,18 +179,18 @@ def save_curves(panels: Sequence[Panel], path: Path, title: str, marks: Mapping[
         _draw_curves(place, panel, marks or {})
     for place in axes[len(panels) :]:
         place.set_axis_off()
-    figure.suptitle(title, fontsize="large")
+    figure.suptitle(drawable(title), fontsize="large")
     figure.savefig(path, dpi=110)
 
 
 def _draw_curves(axes: "Axes", panel: Panel, marks: Mapping[str, float]) -> None:
     for curve in panel.curves:
         style = "-o" if panel.dots else "-"
-        axes.plot(curve.updates, curve.values, style, label=curve.name, linewidth=1.2, markersize=3)
+        axes.plot(curve.updates, curve.values, style, label=drawable(curve.name), linewidth=1.2, markersize=3)
     for name, update in marks.items():
         axes.axvline(update, color="0.6", linestyle=":", linewidth=1)
         axes.annotate(f" {name}", (update, 1), xycoords=("data", "axes fraction"), va="top", fontsize=7, color="0.4")
-    axes.set_title(panel.title, fontsize="medium", loc="left")
+    axes.set_title(drawable(panel.title), fontsize="medium", loc="left")
     axes.set_xlabel("update", fontsize="small")
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
@@ -170,6 +223,7 @@ class Scatter:
     values: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
+@_fonts()
 def save_histograms(panels: Sequence[Histogram | Scatter], path: str | Path, title: str = "") -> None:
     """Draw every panel into one PNG, groups stacked in one colour each. Needs matplotlib (extra `eval`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -190,10 +244,12 @@ def save_histograms(panels: Sequence[Histogram | Scatter], path: str | Path, tit
         axis.spines[["top", "right"]].set_visible(False)
     for axis in list(figure.axes)[len(panels) :]:
         axis.set_visible(False)
-    handles = [figure.axes[0].plot([], [], "s", color=colour, label=group)[0] for group, colour in colours.items()]
+    handles = [
+        figure.axes[0].plot([], [], "s", color=colour, label=drawable(group))[0] for group, colour in colours.items()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(8, max(1, len(groups))), frameon=False)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(drawable(title))
     figure.savefig(path, dpi=110)
 
 

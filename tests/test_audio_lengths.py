@@ -10,10 +10,10 @@ import pytest
 import soundfile
 import torch
 
+from moss_train.audio.containers import _ogg_checksum
 from moss_train.audio.io import AudioInfo, NamedBytes, audio_info, read_audio
-from moss_train.audio_containers import _ogg_checksum
-from moss_train.audio_mp3 import parse_header
-from moss_train.audio_window import Remark
+from moss_train.audio.mp3 import parse_header
+from moss_train.audio.window import Remark
 from moss_train.utils.bad_data import Fault, SampleError
 
 RATE = 24000

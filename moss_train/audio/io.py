@@ -7,6 +7,7 @@ import io
 import os
 import shlex
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,8 +18,8 @@ import torch
 import torchaudio.functional
 from torch import Tensor
 
-from moss_train.audio_containers import scan
-from moss_train.audio_window import DamagedError, Layout, Piece, PieceFile, Remark, Window
+from moss_train.audio.containers import scan
+from moss_train.audio.window import DamagedError, Layout, Piece, PieceFile, Remark, Window
 from moss_train.utils.bad_data import Fault, SampleError
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import refuse_special
@@ -329,8 +330,8 @@ def write_audio(target: str | Path | BinaryIO, audio: Tensor, sampling_rate: int
     if format not in WRITABLE_FORMATS:
         raise UserError(f"cannot write {target}: the suffix has to be one of {', '.join(WRITABLE_FORMATS)}")
     try:
-        soundfile.write(
-            target, to_pcm16(audio.detach().cpu()).T.numpy(), sampling_rate, subtype="PCM_16", format=format.upper()
-        )
+        with Path(target).open("wb") if isinstance(target, str | Path) else nullcontext(target) as file:
+            samples = to_pcm16(audio.detach().cpu()).T.numpy()
+            soundfile.write(file, samples, sampling_rate, subtype="PCM_16", format=format.upper())
     except (OSError, soundfile.LibsndfileError) as error:
         raise UserError(f"cannot write {target}: {error}") from error

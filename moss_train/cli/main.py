@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -76,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         "HF_HUB_DISABLE_PROGRESS_BARS", "1"
     )  # transformers shows two for every model, read or written
     warnings.formatwarning = _one_line_warning
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show ends no command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     verb = next((argument for argument in argv if argument in help_texts.find_verbs()), "")
     try:
         return _run(parse_arguments(argv))

@@ -29,13 +29,13 @@ def run(config: dict[str, Any]) -> int:
         return _run_shards(config, batch_seconds, out)
     if config["format"] not in CODES_FORMATS:
         raise UserError(f"format={config['format']} has to be one of {', '.join(CODES_FORMATS)}")
-    works = find_audio(as_list(config["input"]), out, f".{config['format']}")
+    found = find_audio(as_list(config["input"]), out, f".{config['format']}")
     device = choose_device(config["device"])
     model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
     chunk_duration = chunk_seconds(model, config["streaming"], config["chunk_duration"])
     name, levels = str(config["model"]), config["num_quantizers"]
     encoder = Encoder(model, name, levels, chunk_duration, config["batch_invariant"])
-    return print_report(encode_files(encoder, works, batch_seconds), out, "encode")
+    return print_report(encode_files(encoder, found.works, batch_seconds, found.failures), out, "encode")
 
 
 def _run_shards(config: dict[str, Any], batch_seconds: float, out: Path) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from moss_train.audio.io import RESAMPLER
 from moss_train.cli.console import as_list
-from moss_train.data.clips import FileClip, ShardClip, list_sources
+from moss_train.data.clips import FileClip, ShardClip, UnreadableClip, list_sources
 from moss_train.evaluation.codecs.base import CatCodec, Codec, check_levels
 from moss_train.evaluation.codecs.published_table import load_codec
 from moss_train.evaluation.metrics.asr import BACKENDS, choose_backend
@@ -47,6 +47,9 @@ def cut_clips(clips: Sequence[EvaluationClip], seconds: float | None) -> list[Ev
 
 
 def _pieces(clip: EvaluationClip, seconds: float) -> Iterator[EvaluationClip]:
+    if isinstance(clip.read, UnreadableClip):
+        yield clip
+        return
     assert isinstance(clip.read, FileClip | ShardClip)
     try:
         num_samples, rate = clip.read.length()

@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from moss_train.data.pack.manifest import MANIFEST_SUFFIXES, list_clips, read_drop_list
-from moss_train.data.pack.pack import PackReport, check_target, pack
+from moss_train.data.pack.manifest import MANIFEST_SUFFIXES, how_to_convert, list_clips, read_drop_list
+from moss_train.data.pack.pack import SILENT, PackReport, check_target, pack
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.pack.resume import JOURNAL_FILE, unfinished_folder
-from moss_train.data.stream.sample_stats import kinds_of
+from moss_train.utils.bad_data import count_faults
 from moss_train.utils.files import counted
 from moss_train.utils.progress import progress
 
@@ -83,13 +83,17 @@ def _print_report(report: PackReport, out: str) -> None:
         notes.append(f"taken over from an earlier attempt: {counted(report.num_resumed, 'shard')}")
     notes += [f"left out: {counted(count, 'clip')} {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())]
     if report.bad:
-        notes.append(
-            f"left out: {counted(len(report.bad), 'clip')} that cannot be used ({kinds_of(report.bad)}), among them:"
-        )
-        notes += [f"  {reason}" for _, reason in report.bad[:_NUM_BAD_SHOWN]]
+        number, kinds = counted(len(report.bad), "clip"), count_faults(report.bad)
+        notes.append(f"left out: {number} that cannot be used ({kinds}), among them:")
+        notes += [f"  {bad.reason}" for bad in report.bad[:_NUM_BAD_SHOWN]]
+    notes += [f"packed: {counted(count, 'clip')} {remark}" for remark, count in sorted(report.remarks.items())]
+    if report.remarks.get(SILENT) == report.index["num_samples"]:
+        notes.append("warning: every clip is digital silence; nothing can be learned from them")
     if report.ignored:
         ignored = ", ".join(f"{name} ({count})" for name, count in sorted(report.ignored.items()))
         notes.append(f"without effect (file suffixes or manifest keys): {ignored}")
+    if advice := how_to_convert(report.ignored):
+        notes.append(f"phone and browser formats are not read{advice}")
     if any(suffix in report.ignored for suffix in MANIFEST_SUFFIXES):
         notes.append("texts and other labels are read of a manifest only: give it as input instead of its folder")
     console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moss_train.audio.io import audio_info, read_audio
-from moss_train.data.pack.manifest import list_clips
+from moss_train.audio.io import read_audio
+from moss_train.data.pack.manifest import SourceClip, list_clips
+from moss_train.data.pack.preprocess import find_extent, open_clip
 from moss_train.data.shards.index import INDEX_FILE, ClipLocation, ShardIndex
-from moss_train.data.stream.sample_reader import ClipReader, SampleError
+from moss_train.data.stream.sample_reader import ClipReader
+from moss_train.utils.bad_data import BadSample, SampleError
 from moss_train.utils.errors import UserError
 
 _LABELS = ("text", "task", "language", "speaker")
@@ -17,20 +19,38 @@ _LABELS = ("text", "task", "language", "speaker")
 
 @dataclass(frozen=True)
 class FileClip:
-    """Reads an audio file, or a piece of it."""
+    """Reads a clip of a folder or manifest, or a piece of it."""
 
-    path: Path
+    clip: SourceClip
     start: int = 0
     num_samples: int | None = None
 
     def __call__(self) -> tuple[Tensor, int]:
         """Audio [C, T] and its rate in Hz."""
-        return read_audio(self.path, start=self.start, num_frames=self.num_samples)
+        source = open_clip(self.clip)
+        extent = find_extent(self.clip, source)
+        num_samples = extent.num_samples - self.start if self.num_samples is None else self.num_samples
+        return read_audio(source, start=extent.begin + self.start, num_frames=num_samples)
 
     def length(self) -> tuple[int, int]:
         """Samples and rate in Hz."""
-        info = audio_info(self.path)
-        return info.num_samples, info.sampling_rate
+        extent = find_extent(self.clip, open_clip(self.clip))
+        return extent.num_samples, extent.rate
+
+
+@dataclass(frozen=True)
+class UnreadableClip:
+    """Stands for a line or file that is no clip: it is counted like a clip that cannot be read."""
+
+    bad: BadSample
+
+    def __call__(self) -> tuple[Tensor, int]:
+        """Raises SampleError."""
+        raise SampleError(self.bad.fault, self.bad.reason, self.bad.name)
+
+    def length(self) -> tuple[int, int]:
+        """Raises SampleError."""
+        raise SampleError(self.bad.fault, self.bad.reason, self.bad.name)
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,9 @@ class ShardClip:
         try:
             return self.reader.read_audio(self.location, self.start, wanted), self.rate
         except SampleError as error:
-            raise UserError(f"{self.location.shard}, clip at byte {self.location.audio_offset}: {error}") from error
+            raise SampleError(
+                error.fault, f"{self.location.shard}, clip at byte {self.location.audio_offset}: {error}"
+            ) from error
 
     def length(self) -> tuple[int, int]:
         """Samples and rate in Hz."""
@@ -82,9 +104,12 @@ def list_sources(sources: Sequence[str], domain: str) -> list[ListedClip]:
 
 
 def _file_clips(source: Path, domain: str) -> Iterator[ListedClip]:
-    for clip in list_clips(source, domain).clips:
+    found = list_clips(source, domain, "data")
+    for bad in found.bad:
+        yield ListedClip(bad.name, domain, UnreadableClip(bad))
+    for clip in found.clips:
         labels = {key: value for key, value in clip.labels().items() if key in _LABELS}
-        yield ListedClip(clip.id, clip.domain, FileClip(clip.path), labels)
+        yield ListedClip(clip.id, clip.domain, FileClip(clip), labels)
 
 
 def _shard_clips(source: Path) -> Iterator[ListedClip]:

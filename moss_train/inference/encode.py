@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -86,16 +87,19 @@ class Encoder:
         )
 
 
-def encode_files(encoder: Encoder, works: Sequence[Work], batch_seconds: float) -> Report:
+def encode_files(
+    encoder: Encoder, works: Sequence[Work], batch_seconds: float, failures: Sequence[tuple[Path, str]] = ()
+) -> Report:
     """Encode what is not there yet, clips of similar length together; what cannot be read is reported and passed over.
 
     Args:
         batch_seconds: padded audio per batch; a longer clip is a batch of its own.
+        failures: what was listed and is no clip, to be reported with the others.
 
     Raises:
         UserError: a codes file that is there already comes from another model or has another number of levels.
     """
-    report = Report(0, 0, [])
+    report = Report(0, 0, list(failures))
     todo = [work for work in works if not _is_present(encoder, work, report)]
     todo, seconds = _measure(todo, report)
     groups = group_by_length(todo, seconds, batch_seconds)

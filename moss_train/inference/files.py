@@ -1,8 +1,10 @@
 """Files of codes and of audio: names, formats, and the list of what is to be encoded or decoded."""
 
+import hashlib
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -14,9 +16,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from moss_train.data.pack.manifest import list_clips
+from moss_train.data.pack.manifest import AUDIO_SUFFIXES, is_list, list_clips
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import MAX_NAME_BYTES, written_whole
+
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 CODES_FORMATS = ("safetensors", "npz")
 
@@ -125,23 +129,34 @@ class Report:
     failures: list[tuple[Path, str]]
 
 
-def find_audio(inputs: Sequence[str], out: Path, suffix: str = ".safetensors") -> list[Work]:
+@dataclass(frozen=True)
+class FoundAudio:
+    """What to encode, and (file or line, reason) of what is no clip."""
+
+    works: list[Work]
+    failures: list[tuple[Path, str]]
+
+
+def find_audio(inputs: Sequence[str], out: Path, suffix: str = ".safetensors") -> FoundAudio:
     """List the audio of files, folders and JSONL manifests; targets keep relative paths and end in `suffix`.
 
     Raises UserError when something does not exist, nothing is found, or two files would get the same target.
     """
     pairs: list[tuple[Path, str]] = []
+    failures: list[tuple[Path, str]] = []
     for text in inputs:
         path = Path(text).expanduser()
-        if path.is_file() and path.suffix.lower() not in (".jsonl", ".ndjson"):
+        prefix = f"{path.name}/" if len(inputs) > 1 and path.is_dir() else ""
+        is_single = path.is_file() and not is_list(path)
+        if is_single:
             pairs.append((path, path.name))
-        else:
-            prefix = f"{path.name}/" if len(inputs) > 1 and path.is_dir() else ""
-            clips = list_clips(path, domain="audio").clips
-            if any(clip.start_seconds or clip.end_seconds is not None or clip.row is not None for clip in clips):
-                raise UserError(f"input={path} names parts of files; pack it and give shards= instead")
-            pairs += [(clip.path, prefix + clip.id) for clip in clips]
-    return _with_targets(pairs, out, suffix)
+            continue
+        found = list_clips(path, domain="audio")
+        if any(clip.start_seconds or clip.end_seconds is not None or clip.row is not None for clip in found.clips):
+            raise UserError(f"input={path} names parts of files; pack it and give shards= instead")
+        pairs += [(clip.path, prefix + clip.id) for clip in found.clips]
+        failures += [(Path(bad.name), bad.reason) for bad in found.bad]
+    return FoundAudio(_with_targets(pairs, out, suffix, AUDIO_SUFFIXES), failures)
 
 
 def find_codes(inputs: Sequence[str], out: Path, suffix: str) -> list[Work]:
@@ -160,23 +175,51 @@ def find_codes(inputs: Sequence[str], out: Path, suffix: str) -> list[Work]:
             pairs.append((path, path.name))
         else:
             raise UserError(f"input={path} does not exist; give a codes file or a folder that encode wrote")
-    return _with_targets(pairs, out, suffix)
+    return _with_targets(pairs, out, suffix, frozenset(f".{name}" for name in CODES_FORMATS))
 
 
-def relative_target(name: str, suffix: str) -> PurePosixPath:
-    """Return the place of a clip below the output folder; absolute names and `..` cannot lead out of it."""
+def targets_of(names: Sequence[str], suffix: str, stripped: Collection[str] = AUDIO_SUFFIXES) -> list[PurePosixPath]:
+    """Return the places of clips below the output folder.
+
+    Suffixes of audio give way to `suffix`, but where two clips would get one name both keep theirs: `same.wav` and
+    `same.flac`. Absolute names and `..` cannot lead out of the folder.
+
+    Args:
+        names: ids or relative paths of all the clips.
+        stripped: suffixes that give way.
+    """
+    short = [_relative(name, suffix, stripped) for name in names]
+    counts = Counter(short)
+    return [
+        place if counts[place] == 1 else _relative(name, suffix, ()) for place, name in zip(short, names, strict=True)
+    ]
+
+
+def _relative(name: str, suffix: str, stripped: Collection[str]) -> PurePosixPath:
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..", ".")]
     if not parts:
         raise UserError(f"cannot make a file name from the clip id {name!r}")
-    parts[-1] = re.sub(r"\.[A-Za-z0-9]{1,11}$", "", parts[-1]) or parts[-1]
-    return PurePosixPath(*parts[:-1], parts[-1] + suffix)
+    found = PurePosixPath(parts[-1]).suffix
+    if found.lower() in stripped:
+        parts[-1] = parts[-1].removesuffix(found)
+    return PurePosixPath(*(_possible(part, "") for part in parts[:-1]), _possible(parts[-1], suffix))
 
 
-def _with_targets(pairs: list[tuple[Path, str]], out: Path, suffix: str) -> list[Work]:
-    work = [Work(source, out / relative_target(name, suffix)) for source, name in pairs]
-    counts = Counter(item.target for item in work)
-    twice = next((target for target, count in counts.items() if count > 1), None)
+def _possible(name: str, suffix: str) -> str:
+    """A name that file systems take: control characters written out, cut and numbered by its hash when too long."""
+    content = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", name).encode("utf-8", "backslashreplace")
+    room = MAX_NAME_BYTES - len(suffix)
+    if len(content) > room:
+        digest = hashlib.sha256(content).hexdigest()[:12]
+        content = content[: room - 13].decode("utf-8", "ignore").encode() + f"-{digest}".encode()
+    return os.fsdecode(content) + suffix  # also where names are not UTF-8
+
+
+def _with_targets(pairs: list[tuple[Path, str]], out: Path, suffix: str, stripped: Collection[str]) -> list[Work]:
+    places = targets_of([name for _, name in pairs], suffix, stripped)
+    works = [Work(source, out / place) for (source, _), place in zip(pairs, places, strict=True)]
+    twice = next((target for target, count in Counter(item.target for item in works).items() if count > 1), None)
     if twice is not None:
-        first, second = [item.source for item in work if item.target == twice][:2]
+        first, second = [item.source for item in works if item.target == twice][:2]
         raise UserError(f"{first} and {second} would both become {twice}; rename one or give them in separate runs")
-    return work
+    return works

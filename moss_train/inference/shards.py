@@ -23,7 +23,7 @@ from moss_train.export.load import load_tokenizer
 from moss_train.inference.batching import group_by_length, read_ahead
 from moss_train.inference.decode import Decoder
 from moss_train.inference.encode import Encoder, chunk_seconds
-from moss_train.inference.files import Report, relative_target
+from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import written_whole
 from moss_train.utils.progress import progress
@@ -202,23 +202,33 @@ def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_
     report = Report(0, 0, [])
     rows = range(len(shards))
     seconds = [int(shards.arrays["num_frames"][row]) / shards.source.frame_rate for row in rows]
-    written: set[Path] = set()
+    places = targets_of([_id_of(shards, row) for row in rows], suffix)
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise UserError(f"{folder}: two clips would become {out / twice}")
     with progress("decoding", total=len(rows)) as bar:
         for outcomes in read_ahead(group_by_length(rows, seconds, batch_seconds), shards.read):
             report.failures += [(folder, str(result)) for _, result in outcomes if isinstance(result, Exception)]
             todo = []
-            for codes, labels in (result for _, result in outcomes if not isinstance(result, Exception)):
-                target = out / relative_target(labels["id"], suffix)
-                if target in written:
-                    raise UserError(f"{folder}: two clips would become {target}")
-                written.add(target)
+            for row, result in outcomes:
+                if isinstance(result, Exception):
+                    continue
+                target = out / places[row]
                 if target.exists():
                     report.num_present += 1
                 else:
-                    todo.append((target, codes, labels))
+                    todo.append((target, *result))
             _decode_group(decoder, todo, report)
             bar.advance(len(outcomes))
     return report
+
+
+def _id_of(shards: CodeShards, row: int) -> str:
+    """The id of a clip, or a name for one that cannot be read, which is reported when it is its turn."""
+    try:
+        return str(shards.labels(row)["id"])
+    except (UserError, KeyError, TypeError):
+        return f"row {row} of {len(shards)}"
 
 
 def _check_model(decoder: Decoder, source: CodesSource, folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from moss_train.utils.errors import UserError
 
@@ -39,8 +39,7 @@ class SampleError(UserError):
         return self.reason
 
 
-@dataclass(frozen=True)
-class BadSample:
+class BadSample(NamedTuple):
     """A clip, file or line that was left out."""
 
     name: str  # id of the clip, or place of the line

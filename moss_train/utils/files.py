@@ -19,6 +19,8 @@ import yaml
 from moss_train.utils.bad_data import Fault, SampleError
 from moss_train.utils.errors import UserError
 
+MAX_NAME_BYTES = 255  # of one name, in the file systems of Linux
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -29,7 +31,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes in containers on several machines may have the same number.
-    temporary = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.{path.name}")
+    begin = f".{os.getpid()}.{secrets.token_hex(4)}."
+    suffix = path.suffix if len(os.fsencode(path.suffix)) < 50 else ""
+    room = MAX_NAME_BYTES - len(begin) - len(os.fsencode(suffix))
+    temporary = path.with_name(begin + os.fsdecode(os.fsencode(path.name.removesuffix(suffix))[:room]) + suffix)
     try:
         with naming(path):
             yield temporary

@@ -155,7 +155,7 @@ def test_damaged_audio_is_dropped_by_name_and_the_rest_stays(
     assert all(sample_id.endswith(".flac") and "damaged" in reason for sample_id, reason in dropped)
     for ours, intact in zip(updates, uninterrupted, strict=True):
         ids = sorted(sample_id for batch in ours.micro_batches for sample_id in batch.sample_ids)
-        lost = [sample_id for sample_id, _ in ours.dropped]
+        lost = [sample_id for sample_id, *_ in ours.dropped]
         assert sorted(ids + lost) == sorted(
             sample_id for batch in intact.micro_batches for sample_id in batch.sample_ids
         )
@@ -172,7 +172,7 @@ def test_a_shard_that_vanishes_is_reported_and_does_not_stop_the_loader(packed: 
     (update,) = loader
     assert update.micro_batches == ()
     assert len(update.dropped) == update.next_position
-    assert all("No such file" in reason for _, reason in update.dropped)
+    assert all("No such file" in reason for _, reason, _ in update.dropped)
 
 
 def test_a_text_encoder_that_fails_loses_only_the_clips_with_text(packed: Path) -> None:
@@ -180,11 +180,11 @@ def test_a_text_encoder_that_fails_loses_only_the_clips_with_text(packed: Path) 
         raise KeyError(text)
 
     updates = load(packed, text_encoder=broken)
-    reasons = {reason.split(":")[0] for update in updates for _, reason in update.dropped}
+    reasons = {reason.split(":")[0] for update in updates for _, reason, _ in update.dropped}
     assert reasons == {"the text encoder raised KeyError"}
     assert all(not batch.text_lengths.any() for update in updates for batch in update.micro_batches)
     empty = load(packed, text_encoder=lambda text: [])
-    assert {reason for update in empty for _, reason in update.dropped} == {"the text encoder gives no tokens"}
+    assert {reason for update in empty for _, reason, _ in update.dropped} == {"the text encoder gives no tokens"}
 
 
 def test_clips_are_scaled_to_the_peak_and_silence_stays(packed: Path) -> None:

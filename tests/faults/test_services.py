@@ -102,7 +102,7 @@ def test_a_shard_that_does_not_come_is_given_up_and_named(packed: Path, served, 
     found = sum(batch.num_clips for batch in update.micro_batches)
     assert len(update.dropped) == index.shards[number].num_samples
     assert found + len(update.dropped) == len(index)
-    assert all(f"{handler.bad} after {remote.ATTEMPTS} attempts" in reason for _, reason in update.dropped)
+    assert all(f"{handler.bad} after {remote.ATTEMPTS} attempts" in reason for _, reason, _ in update.dropped)
     assert 1 < len(handler.requests) <= remote.ATTEMPTS  # one may end on a connection that the server has closed
     assert time.monotonic() - start < 60
 

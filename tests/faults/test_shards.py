@@ -120,7 +120,7 @@ def check_against(intact: dict[str, tuple[torch.Tensor, str]], update: UpdateBat
     """What came through is what was packed, the rest is named, and together they are all. Returns how many are lost."""
     found = contents(update)
     assert len(found) + len(update.dropped) == len(intact)
-    assert len({name for name, _ in update.dropped} | found.keys()) == len(intact)
+    assert len({name for name, *_ in update.dropped} | found.keys()) == len(intact)
     for name, (audio, text) in found.items():
         assert torch.equal(audio, intact[name][0]), name
         assert text == intact[name][1]

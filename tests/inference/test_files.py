@@ -18,7 +18,7 @@ from moss_train.inference.files import (
     find_codes,
     read_codes,
     read_codes_header,
-    relative_target,
+    targets_of,
     write_codes,
 )
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
@@ -55,7 +55,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def encode(model, source, out, batch_seconds=10.0, **options):
-    return encode_files(Encoder(model, "tiny", **options), find_audio([str(source)], out), batch_seconds)
+    return encode_files(Encoder(model, "tiny", **options), find_audio([str(source)], out).works, batch_seconds)
 
 
 def test_batched_codes_equal_those_of_single_clips(model, corpus, tmp_path):
@@ -203,8 +203,8 @@ def test_read_ahead_keeps_order_and_errors():
 def test_manifest_ids_name_the_codes(corpus, tmp_path):
     lines = [{"path": "sound/clip0.wav", "id": "a/first"}, {"path": str(corpus / "sound/clip1.wav"), "id": "../../b.x"}]
     (corpus / "clips.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    works = find_audio([str(corpus / "clips.jsonl")], tmp_path)
-    assert [work.target for work in works] == [tmp_path / "a/first.safetensors", tmp_path / "b.safetensors"]
+    works = find_audio([str(corpus / "clips.jsonl")], tmp_path).works
+    assert [work.target for work in works] == [tmp_path / "a/first.safetensors", tmp_path / "b.x.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_manifest_ids_name_the_codes(corpus, tmp_path):
     ],
 )
 def test_targets_stay_below_the_output_folder(name, target):
-    assert relative_target(name, ".out").as_posix() == target
+    assert targets_of([name], ".out")[0].as_posix() == target
 
 
 def test_two_files_with_one_target_are_refused(corpus, tmp_path):

@@ -165,7 +165,7 @@ def test_codes_lie_inside_their_shards(tmp_path: Path, change: dict) -> None:
 
 
 def test_a_folder_to_pack_has_links_loops_pipes_and_devices(tmp_path: Path) -> None:
-    """All ends; only files are listed; what lies outside is named in a warning."""
+    """All ends; only files are listed, what is none is named; what lies outside is named in a warning."""
     folder, other = tmp_path / "folder", tmp_path / "other"
     (folder / "a").mkdir(parents=True)
     other.mkdir()
@@ -184,7 +184,8 @@ def test_a_folder_to_pack_has_links_loops_pipes_and_devices(tmp_path: Path) -> N
         worker.start()
         worker.join(20)
     assert not worker.is_alive()
-    assert [clip.id for clip in found[0].clips] == ["a/x.wav", "out/private.wav", "self.wav"]
+    assert [clip.id for clip in found[0].clips] == ["a/x.wav", "out/private.wav"]
+    assert [bad.name for bad in found[0].bad] == ["pipe.wav", "self.wav", "zero.wav"]
     (message,) = [str(entry.message) for entry in caught]
     assert "2 links" in message
     assert str(other) in message

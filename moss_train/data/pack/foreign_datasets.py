@@ -45,7 +45,9 @@ def _cut(segments: Path, recordings: dict[str, tuple[str, str]]) -> Iterator[tup
     for name, (where, value) in _read_table(segments).items():
         try:
             recording, start, end = value.split()
-            times = {"start_seconds": float(start), "end_seconds": float(end)}
+            times: dict[str, float | None] = {"start_seconds": float(start), "end_seconds": float(end)}
+            if times["end_seconds"] == -1:  # to the end of the recording
+                times["end_seconds"] = None
             path = recordings[recording][1]
         except (ValueError, KeyError) as error:
             raise UserError(f"{where}: not `utterance recording start end` of a known recording ({error})") from error

@@ -1,20 +1,23 @@
 """The list of clips to pack: a folder tree, a JSONL or CSV manifest, a Kaldi folder or a saved dataset."""
 
 import csv
+import gzip
 import json
 import math
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+from moss_train.audio.io import CONVERTIBLE_SUFFIXES
 from moss_train.batch import TASKS
 from moss_train.data.pack.foreign_datasets import is_kaldi, is_saved_dataset, iterate_rows, iterate_utterances
+from moss_train.utils.bad_data import BadSample, Fault, SampleError
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import counted, parse_json
+from moss_train.utils.files import counted, parse_json, special_kind
 
 AUDIO_SUFFIXES = frozenset(
     f".{name}"
@@ -28,8 +31,9 @@ _KEYS = ("path", "id", "domain", "text", "task", "language", "speaker")
 _TIMES = ("start_seconds", "end_seconds")
 _MAX_LINE_BYTES = 2**22
 _MAX_LABEL_BYTES = 2**17  # of one clip; readers of shards take eight times as much
+_NEMO_KEYS = ("audio_filepath", "offset", "duration")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what stands for a byte that is not UTF-8
-_JSON_SUFFIXES = (".jsonl", ".ndjson")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 MANIFEST_SUFFIXES = (*_JSON_SUFFIXES, *_TABLE_SUFFIXES)
 
@@ -66,28 +70,59 @@ class SourceList:
     source: Path
     clips: tuple[SourceClip, ...]
     ignored: dict[str, int] = field(default_factory=dict)  # suffixes or manifest keys without effect, with counts
-    bad: tuple[tuple[str, str], ...] = ()  # (place, reason) of lines that are no clip
+    bad: tuple[BadSample, ...] = ()  # lines that are no clip, and names in a folder that are no ordinary file
+    key: str = "input"  # that the source was given by
 
 
-def list_clips(source: Path, domain: str) -> SourceList:
-    """List the clips of a source; `domain` is for clips that do not say one.
+def list_clips(source: Path, domain: str, key: str = "input") -> SourceList:
+    """List the clips of a folder, a manifest, a Kaldi folder, a saved dataset or a single audio file.
 
-    Lines of a manifest that are no clip are named in the result. Raises UserError when there is no clip at all.
+    Lines and files that are no clip are named in the result.
+
+    Args:
+        domain: of clips that do not say one.
+        key: by which the source was given, for messages.
+
+    Raises:
+        UserError: there is no clip at all.
     """
     check_domain(domain, "domain")
-    suffix = source.suffix.lower()
     if not source.exists():
-        raise UserError(f"input={source} does not exist; give a folder of audio files or a .jsonl manifest")
+        raise UserError(f"{key}={source} does not exist; give a folder of audio files or a .jsonl manifest")
+    name = source.name.lower()
+    packed = name.endswith(".gz")
+    suffix = Path(name.removesuffix(".gz")).suffix
     if is_kaldi(source):
-        return _list_entries(source, iterate_utterances(source), domain)
-    if source.is_dir():
+        found = _list_entries(source, iterate_utterances(source), domain)
+    elif source.is_dir():
         saved = is_saved_dataset(source)
-        return _list_entries(source, iterate_rows(source), domain) if saved else _list_folder(source, domain)
-    if suffix in _JSON_SUFFIXES:
-        return _list_entries(source, _iterate_json(source), domain)
-    if suffix in _TABLE_SUFFIXES:
-        return _list_entries(source, _iterate_table(source, _TABLE_SUFFIXES[suffix]), domain)
-    raise UserError(f"input={source} is neither a folder nor a .jsonl, .csv, .tsv or .scp manifest")
+        found = _list_entries(source, iterate_rows(source), domain) if saved else _list_folder(source, domain, key)
+    elif suffix in _JSON_SUFFIXES:
+        found = _list_entries(source, _iterate_json(source), domain)
+    elif suffix in _TABLE_SUFFIXES and not packed:
+        found = _list_entries(source, _iterate_table(source, _TABLE_SUFFIXES[suffix]), domain)
+    elif suffix in AUDIO_SUFFIXES and not packed:
+        found = SourceList(source, (SourceClip(source, _readable(Path(source.name)), domain),))
+    elif suffix in CONVERTIBLE_SUFFIXES:
+        raise UserError(f"{key}={source} is in a format that libsndfile does not read{how_to_convert([suffix])}")
+    else:
+        raise UserError(
+            f"{key}={source} is neither a folder nor an audio file nor a .jsonl, .json, .csv, .tsv or .scp manifest"
+        )
+    return replace(found, key=key)
+
+
+def is_list(path: Path) -> bool:
+    """Whether a file lists clips, by its name."""
+    return path.name.lower().removesuffix(".gz").endswith((*MANIFEST_SUFFIXES, ".scp"))
+
+
+def how_to_convert(suffixes: Iterable[str]) -> str:
+    """What to do about files in formats of phones and browsers; nothing when none of the suffixes is one."""
+    found = sorted(set(suffixes) & CONVERTIBLE_SUFFIXES)
+    if not found:
+        return ""
+    return f"; convert each {' and '.join(found)} file: ffmpeg -i clip{found[0]} clip.flac"
 
 
 def read_drop_list(path: Path) -> dict[str, str]:
@@ -117,8 +152,9 @@ def check_domain(domain: str, where: str) -> str:
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield every file below a folder; linked folders are followed once, hidden names are passed over.
 
-    Pipes, sockets and devices are passed over too: to open one may wait for ever. Links that lead out of the folder
-    are followed, because many keep their corpora so, with a warning: whoever passes the shards on passes these too.
+    What is neither a folder nor a file is yielded too and must not be opened: a pipe may wait for ever. Links that lead
+    out of the folder are followed, because many keep their corpora so, with a warning: whoever passes the shards on
+    passes these too.
     """
     seen: set[str] = set()
     top = os.path.realpath(folder)
@@ -146,8 +182,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             # Of a link in a circle the entry itself raises.
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
                 inner.append(entry.path)
-            elif (not os.path.exists(entry.path) or os.path.isfile(entry.path)) if is_link else entry.is_file():
-                # A broken link is reported when it is read.
+            else:
                 yield Path(entry.path)
         open_folders += reversed(inner)
     if outside:
@@ -158,20 +193,35 @@ def _walk(folder: Path) -> Iterator[Path]:
         )
 
 
-def _list_folder(folder: Path, domain: str) -> SourceList:
-    paths: list[Path] = []
+def _list_folder(folder: Path, domain: str, key: str) -> SourceList:
+    clips: list[tuple[str, Path]] = []
+    bad: list[BadSample] = []
     ignored: dict[str, int] = {}
     for path in _walk(folder):
         suffix = path.suffix.lower()
-        if suffix in AUDIO_SUFFIXES:
-            paths.append(path)
-        else:
+        name = _readable(path.relative_to(folder))
+        if suffix not in AUDIO_SUFFIXES:
             ignored[suffix or "no suffix"] = ignored.get(suffix or "no suffix", 0) + 1
-    if not paths:
+        elif reason := _why_no_file(path):
+            bad.append(BadSample(name, f"{path} is {reason}, not a file", Fault.SPECIAL_FILE))
+        else:
+            clips.append((name, path))
+    if not clips and bad:
+        raise UserError(f"{key}={folder} has no audio files: {bad[0].reason}")
+    if not clips:
         found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(ignored.items())) or "no files"
-        raise UserError(f"input={folder} has no audio files (found {found}); libsndfile's formats are read")
-    clips = sorted((_readable(path.relative_to(folder)), path) for path in paths)
-    return SourceList(folder, tuple(SourceClip(path, id, domain) for id, path in clips), ignored)
+        advice = how_to_convert(ignored) or "; libsndfile's formats are read"
+        raise UserError(f"{key}={folder} has no audio files (found {found}){advice}")
+    listed = tuple(SourceClip(path, id, domain) for id, path in sorted(clips))
+    return SourceList(folder, listed, ignored, tuple(sorted(bad)))
+
+
+def _why_no_file(path: Path) -> str | None:
+    """What is wrong with a path that is no ordinary file; it is never opened."""
+    try:
+        return special_kind(path)
+    except OSError as error:
+        return f"out of reach ({error.strerror})"
 
 
 def _readable(path: Path) -> str:
@@ -181,7 +231,7 @@ def _readable(path: Path) -> str:
 
 def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
     clips: list[SourceClip] = []
-    bad: list[tuple[str, str]] = []
+    bad: list[BadSample] = []
     ignored: dict[str, int] = {}
     places: dict[str, str] = {}
     folder = source if source.is_dir() else source.parent
@@ -191,40 +241,53 @@ def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
                 raise entry
             clip = _clip_from_entry(entry, folder, domain, where)
             if clip.id in places:
-                raise UserError(f"{where}: {clip.id!r} is already on {places[clip.id]}; give every clip its own 'id'")
+                raise SampleError(
+                    Fault.REPEATED_ID,
+                    f"{where}: {clip.id!r} is already on {places[clip.id]}; give every clip its own 'id'",
+                )
         except UserError as error:
-            bad.append((where, str(error)))
+            bad.append(BadSample(where, str(error), error.fault if isinstance(error, SampleError) else Fault.LINE))
             continue
         places[clip.id] = f"line {where.rpartition(':')[2]}" if ":" in where else where
         clips.append(clip)
-        for key in set(entry) - {*_KEYS, *_TIMES, "row"}:
+        for key in set(entry) - {*_KEYS, *_TIMES, *_NEMO_KEYS, "row"}:
             ignored[key] = ignored.get(key, 0) + 1
     if not clips:
-        raise UserError(bad[0][1] if bad else f"{source} has no lines; write one JSON object with a 'path' per clip")
+        raise UserError(
+            bad[0].reason if bad else f"{source} has no lines; write one JSON object with a 'path' per clip"
+        )
     return SourceList(source, tuple(clips), ignored, tuple(bad))
 
 
 def _iterate_json(manifest: Path) -> Entries:
-    with manifest.open("rb") as file:
-        for number, line in enumerate(_bounded_lines(file), start=1):
+    opener = gzip.open if manifest.name.lower().endswith(".gz") else open
+    with cast(BinaryIO, opener(manifest, "rb")) as file:
+        for number, line in enumerate(_bounded_lines(file, manifest), start=1):
+            if number == 1 and line.lstrip()[:1] == b"[":
+                raise UserError(f"{manifest} is one list; write one JSON object per line: jq -c '.[]' {manifest}")
             if line.strip():
                 where = f"{manifest}:{number}"
                 yield where, _or_error(_parse_line, line, where)
 
 
-def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+def _bounded_lines(file: BinaryIO, manifest: Path) -> Iterator[bytes]:
     """Yield lines; of one without end only so much that it is named as what it is."""
-    while line := file.readline(_MAX_LINE_BYTES):
-        rest = line
-        while rest and not rest.endswith(b"\n"):
-            rest = file.readline(_MAX_LINE_BYTES)
-        yield line
+    try:
+        while line := file.readline(_MAX_LINE_BYTES):
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(_MAX_LINE_BYTES)
+            yield line
+    except (OSError, EOFError) as error:  # of a damaged .gz
+        raise UserError(f"{manifest} cannot be read ({error})") from error
 
 
 def _iterate_table(manifest: Path, delimiter: str) -> Entries:
     """Rows of a table with a header; empty cells are left out."""
     with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
+        if rows.fieldnames is not None:
+            rows.fieldnames = [name.strip() for name in rows.fieldnames]
         while True:
             try:
                 row = next(rows)
@@ -246,13 +309,24 @@ def _or_error(parse: Callable[..., dict], line: Any, where: str) -> dict[str, An
 
 
 def _parse_row(row: dict, where: str) -> dict:
-    entry: dict[str, Any] = {key: value for key, value in row.items() if key and value}
+    entry: dict[str, Any] = _with_our_keys({key: value for key, value in row.items() if key and value}, where)
     if None in row or not entry.get("path"):
         header = ", ".join(key for key in row if key)
         raise UserError(f"{where}: every row needs a 'path' and no more cells than the header has ({header})")
-    if any(_SURROGATE.search(value) for value in entry.values()):
+    if any(_SURROGATE.search(value) for value in entry.values() if isinstance(value, str)):
         raise UserError(f"{where}: not a line of UTF-8 CSV")
     return entry | {key: _number(entry[key], where) for key in _TIMES if key in entry}
+
+
+def _with_our_keys(entry: dict, where: str) -> dict:
+    """An entry in which `audio_filepath`, `offset` and `duration`, as NeMo writes them, are `path` and times."""
+    entry = {("path" if key == "audio_filepath" else key): value for key, value in entry.items()}
+    start, seconds = entry.pop("offset", None), entry.pop("duration", None)
+    if start is not None:
+        entry.setdefault("start_seconds", start)
+    if seconds is not None and "end_seconds" not in entry:
+        entry["end_seconds"] = _number(entry.get("start_seconds") or 0, where) + _number(seconds, where)
+    return entry
 
 
 def _number(value: object, where: str) -> float:
@@ -270,13 +344,19 @@ def _parse_line(line: bytes, where: str) -> dict:
         entry = parse_json(line, "line")
     except UserError as error:
         raise UserError(f"{where}: not a line of JSON ({error})") from error
+    if isinstance(entry, dict):
+        entry = _with_our_keys(entry, where)
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         found = f", this one has {', '.join(map(repr, entry))}" if isinstance(entry, dict) and entry else ""
         raise UserError(f"{where}: every line has to be a JSON object with a 'path'{found}")
     for key in _KEYS:
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise UserError(f"{where}: {key!r} has to be a string, got {entry[key]!r}")
+        if key != "path" and isinstance(entry.get(key), str) and _SURROGATE.search(entry[key]):
+            raise UserError(f"{where}: {key!r} is not valid Unicode ({entry[key]!r})")
     entry.pop("row", None)
+    if entry.get("end_seconds") == -1:  # as Kaldi writes the end of a recording
+        entry["end_seconds"] = None
     return entry | {key: _number(entry[key], where) for key in _TIMES if entry.get(key) is not None}
 
 
@@ -290,11 +370,17 @@ def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> Sour
     if size > _MAX_LABEL_BYTES:
         raise UserError(f"{where}: path, id, text and labels have {size} bytes, more than {_MAX_LABEL_BYTES}")
     path = folder / entry["path"]
-    if not path.is_file():
-        raise UserError(f"{where}: no such file: {path}")
+    try:
+        reason = special_kind(path)
+    except FileNotFoundError as error:
+        raise SampleError(Fault.MISSING_FILE, f"{where}: no such file: {path}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte or half a character in the name
+        raise SampleError(Fault.FILE, f"{where}: no such file: {str(path)!r} ({error})") from error
+    if reason is not None:
+        raise SampleError(Fault.SPECIAL_FILE, f"{where}: no such file: {path} is {reason}")
     return SourceClip(
         path=path,
-        id=entry.get("id") or entry["path"],
+        id=entry.get("id") or _readable(Path(entry["path"])),
         domain=clip_domain,
         text=text,
         task=task if text else None,

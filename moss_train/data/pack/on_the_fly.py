@@ -36,7 +36,9 @@ class PackedSource:
     heldout: Path | None
 
 
-def pack_cached(source: Path, cache: Path, options: PackOptions, *, domain: str, heldout_share: float) -> PackedSource:
+def pack_cached(
+    source: Path, cache: Path, options: PackOptions, *, domain: str, heldout_share: float, key: str = "input"
+) -> PackedSource:
     """Pack a source into `cache`, or find it there; a line says which, and where.
 
     Packing that was interrupted goes on after its last finished shard. Of several processes one packs and the others
@@ -47,7 +49,7 @@ def pack_cached(source: Path, cache: Path, options: PackOptions, *, domain: str,
     """
     if not 0 <= heldout_share < 1:
         raise UserError(f"data.heldout_share={heldout_share} has to be at least 0 and below 1")
-    sources = list_clips(source, domain)
+    sources = list_clips(source, domain, key)
     heldout, train = split(sources, heldout_share)
     found = locate(cache, listing_key(sources, options, heldout_share), bool(heldout.clips))
     cache.mkdir(parents=True, exist_ok=True)
@@ -106,6 +108,8 @@ def say_what_was_left_out(report: PackReport) -> None:
     """One line for clips that could not be used, with the first reasons."""
     kinds = [f"{count} {kind}" for kind, count in sorted(report.left_out.items())]
     if report.bad:
-        kinds.append(f"{len(report.bad)} unreadable ({'; '.join(reason for _, reason in report.bad[:NUM_SHOWN])})")
+        kinds.append(f"{len(report.bad)} unreadable ({'; '.join(bad.reason for bad in report.bad[:NUM_SHOWN])})")
     if kinds:
         print(f"left out: {', '.join(kinds)}", file=sys.stderr)
+    for remark, count in sorted(report.remarks.items()):
+        print(f"{counted(count, 'clip')} {remark}", file=sys.stderr)

@@ -17,12 +17,14 @@ from moss_train.data.pack.ray import EXECUTORS, ray_pool
 from moss_train.data.pack.resume import Journal, ShardInputs, finished_or_resumable, take_over
 from moss_train.data.shards.format import FORMAT_VERSION, ShardWriter, read_shard
 from moss_train.data.shards.index import INDEX_FILE, IndexBuilder
-from moss_train.data.stream.sample_stats import kinds_of
+from moss_train.utils.bad_data import BadSample, Fault, count_faults
 from moss_train.utils.errors import UserError
 from moss_train.utils.workers import TASKS_PER_PROCESS, Submit, num_cores, ordered, worker_pool
 
 CLIPS_PER_PROCESS = 200
 """So many clips are worth starting a process for, when the number of processes is not given."""
+
+SILENT = "that are digital silence"
 
 _NOT_CONTENT = ("max_bad_share",)  # options that do not change what is in a shard
 
@@ -35,9 +37,10 @@ class PackReport:
 
     index: dict  # content of index.json
     left_out: dict[str, int]  # clips by kind: too short, too long, silent, dropped
-    bad: tuple[tuple[str, str], ...]  # (clip id or line, reason) of unreadable files and of lines that are no clip
+    bad: tuple[BadSample, ...]  # unreadable files and lines that are no clip
     ignored: dict[str, int]  # suffixes or manifest keys without effect
     num_resumed: int  # shards that an earlier attempt had finished
+    remarks: dict[str, int]  # clips that were packed all the same, by what is worth telling of them
 
     @property
     def too_short(self) -> int:
@@ -75,7 +78,9 @@ def pack(
             index = packer.finish()
         finally:
             packer.abandon()
-        return PackReport(index, dict(packer.left_out), tuple(packer.bad), sources.ignored, num_resumed)
+        return PackReport(
+            index, dict(packer.left_out), tuple(packer.bad), sources.ignored, num_resumed, dict(packer.remarks)
+        )
 
 
 @contextmanager
@@ -110,7 +115,8 @@ class _Packer:
 
     def __init__(self, folder: Path, sources: SourceList, options: PackOptions, drop: frozenset[str]) -> None:
         self.left_out: Counter[str] = Counter()
-        self.bad: list[tuple[str, str]] = list(sources.bad)
+        self.bad: list[BadSample] = list(sources.bad)
+        self.remarks: Counter[str] = Counter()
         self._folder, self._sources, self._options, self._drop = folder, sources, options, drop
         content = {name: value for name, value in asdict(options).items() if name not in _NOT_CONTENT}
         self._settings = content | {"resampler": RESAMPLER, "drop": sorted(drop), "format": FORMAT_VERSION}
@@ -128,7 +134,8 @@ class _Packer:
             self._index.add(shard.file, shard.domain, contents)
             self._num_shards[shard.domain] += 1
             self.left_out.update(shard.left_out)
-            self.bad += [(clip_id, reason) for clip_id, reason in shard.bad]
+            self.bad += [BadSample(name, reason, Fault(fault)) for name, reason, fault in shard.bad]
+            self.remarks.update(shard.remarks)
             done[shard.domain] = shard.last
         self._check_share()
         clips = enumerate(self._sources.clips)
@@ -150,6 +157,7 @@ class _Packer:
                 key = f"{number:09d}" if outcome.id == clip.id else f"{number:09d}-{part:06d}"
                 self._writer(clip.domain).write(key, outcome, clip.labels())
                 num_samples += outcome.num_samples
+                self._note(clip, outcome)
         if clip.domain in self._open and self._open[clip.domain].num_bytes >= self._options.shard_bytes:
             self._close(clip.domain)
         return num_samples / self._options.sampling_rate
@@ -162,8 +170,8 @@ class _Packer:
             minimum = f"min_seconds={self._options.min_seconds}"
             others = "".join(f", {count} {kind}" for kind, count in self.left_out.items() if kind != "too short")
             raise UserError(
-                f"input={self._sources.source}: nothing to pack, {self.left_out['too short']} clips are shorter than "
-                f"{minimum}{others} and {len(self.bad)} could not be read"
+                f"{self._sources.key}={self._sources.source}: nothing to pack, {self.left_out['too short']} clips are "
+                f"shorter than {minimum}{others} and {len(self.bad)} could not be read"
             )
         return self._index.write(self._folder)
 
@@ -172,14 +180,19 @@ class _Packer:
         while self._open:
             self._open.popitem()[1].abandon()
 
+    def _note(self, clip: SourceClip, outcome: ReadyClip) -> None:
+        for remark in (*outcome.remarks, *([SILENT] if outcome.is_silent else [])):
+            self.remarks[remark] += 1
+            self._inputs[clip.domain].remarks[remark] += 1
+
     def _leave_out(self, clip: SourceClip, outcome: LeftOut) -> None:
         inputs = self._inputs[clip.domain]
         if outcome.kind != "unreadable":
             self.left_out[outcome.kind] += 1
             inputs.left_out[outcome.kind] += 1
             return
-        self.bad.append((clip.id, outcome.reason))
-        inputs.bad.append([clip.id, outcome.reason])
+        self.bad.append(BadSample(clip.id, outcome.reason, outcome.fault))
+        inputs.bad.append([clip.id, outcome.reason, str(outcome.fault)])
         self._check_share()
 
     def _check_share(self) -> None:
@@ -187,12 +200,14 @@ class _Packer:
         share, total = self._options.max_bad_share, len(self._sources.clips) + len(self._sources.bad)
         if len(self.bad) <= share * total:
             return
-        last = self.bad[-1][1]
+        last = self.bad[-1].reason
         if share == 0:
-            raise UserError(f"{self.bad[0][1]}; repair or remove it, or leave such clips out with max_bad_share=0.01")
+            raise UserError(
+                f"{self.bad[0].reason}; repair or remove it, or leave such clips out with max_bad_share=0.01"
+            )
         raise UserError(
-            f"{len(self.bad)} of {total} clips cannot be used ({kinds_of(self.bad)}), more than max_bad_share={share} "
-            f"allows; the last: {last}"
+            f"{len(self.bad)} of {total} clips cannot be used ({count_faults(self.bad)}), more than "
+            f"max_bad_share={share} allows; the last: {last}"
         )
 
     def _writer(self, domain: str) -> ShardWriter:

@@ -9,15 +9,17 @@ from pathlib import Path
 from torch import Tensor
 
 from moss_train.audio.io import AudioSource, audio_info, read_audio, resample, write_audio
+from moss_train.audio.window import Remark
 from moss_train.data.pack.foreign_datasets import open_row
 from moss_train.data.pack.manifest import SourceClip
+from moss_train.utils.bad_data import Fault, SampleError, fault_of
 from moss_train.utils.errors import UserError
 
 RATE_LIMITS = (2000, 768_000)
 """Sampling rates in Hz that are believed; anything else is a damaged header."""
 
-PEAK_LIMIT = 8.0
-"""Highest believed absolute sample: more is not audio in [-1, 1] with overs but, say, integers in a float file."""
+END_TOLERANCE = 0.01
+"""Seconds that a part of a recording may end behind it, as rounded times do: it is taken to the end then."""
 
 _RESAMPLER_REACH = 16  # samples at the lower rate that reach into a resampled sample, generously
 
@@ -55,6 +57,8 @@ class ReadyClip:
     id: str
     flac: bytes
     num_samples: int
+    remarks: tuple[Remark, ...] = ()
+    is_silent: bool = False  # digital silence
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class LeftOut:
 
     kind: str  # too short, too long, silent or unreadable
     reason: str = ""
+    fault: Fault = Fault.OTHER  # of the unreadable
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def prepare(clip: SourceClip, options: PackOptions) -> ReadyClip | LongClip | Le
     """Make one clip ready to be stored. Problems with the file come back as LeftOut, so that they can be counted."""
     try:
         source = open_clip(clip)
-        rate, begin, num_samples = _extent(clip, source)
+        extent = find_extent(clip, source)
+        rate, begin, num_samples = extent.rate, extent.begin, extent.num_samples
         seconds = num_samples / rate
         if options.segment_seconds is not None and seconds > options.segment_seconds and clip.text is None:
             return LongClip(cut(begin, num_samples, rate, options))
@@ -94,16 +100,17 @@ def prepare(clip: SourceClip, options: PackOptions) -> ReadyClip | LongClip | Le
         audio, _ = read_audio(
             source, num_channels=options.num_channels, start=begin, num_frames=None if whole else num_samples
         )
-        return _finish(audio, rate, clip, clip.id, options)
+        return _finish(audio, rate, clip.id, options, extent.remarks)
     except UserError as error:
-        return LeftOut("unreadable", str(error))
+        return LeftOut("unreadable", str(error), fault_of(error))
 
 
 def prepare_segment(segment: Segment, clip: SourceClip, options: PackOptions) -> ReadyClip | LeftOut:
     """Make one part of a long clip ready to be stored, as if the whole had been resampled and then cut."""
     try:
         source = open_clip(clip)
-        rate, begin, num_samples = _extent(clip, source)
+        extent = find_extent(clip, source)
+        rate, begin, num_samples = extent.rate, extent.begin, extent.num_samples
         unit, out_unit = _units(rate, options.sampling_rate)
         margin = unit * math.ceil(_RESAMPLER_REACH * max(1, unit / out_unit) / unit)
         left = min(margin, segment.start - begin)
@@ -114,15 +121,15 @@ def prepare_segment(segment: Segment, clip: SourceClip, options: PackOptions) ->
             start=segment.start - left,
             num_frames=left + segment.num_samples + right,
         )
-        _check_peak(audio, clip)
         if rate != options.sampling_rate:
             audio = resample(audio, rate, options.sampling_rate)
         skipped = left // unit * out_unit
         audio = audio[:, skipped : skipped + math.ceil(segment.num_samples * out_unit / unit)]
         segment_id = f"{clip.id}#{segment.start / rate:.3f}"
-        return _finish(audio, options.sampling_rate, clip, segment_id, options)
+        remarks = extent.remarks if segment.start == begin else ()  # once per recording
+        return _finish(audio, options.sampling_rate, segment_id, options, remarks)
     except UserError as error:
-        return LeftOut("unreadable", str(error))
+        return LeftOut("unreadable", str(error), fault_of(error))
 
 
 def open_clip(clip: SourceClip) -> AudioSource:
@@ -130,21 +137,37 @@ def open_clip(clip: SourceClip) -> AudioSource:
     return clip.path if clip.row is None else open_row(clip.path, clip.row)
 
 
-def _extent(clip: SourceClip, source: AudioSource) -> tuple[int, int, int]:
-    """Sampling rate of the file, first sample and number of samples of the clip in it."""
+@dataclass(frozen=True)
+class Extent:
+    """Where a clip lies in its file, in samples at the file's rate."""
+
+    rate: int  # Hz
+    begin: int
+    num_samples: int
+    remarks: tuple[Remark, ...]
+
+
+def find_extent(clip: SourceClip, source: AudioSource) -> Extent:
+    """Find the clip in its file. Raises SampleError when it ends later than the file by more than END_TOLERANCE."""
     info = audio_info(source)
     if not isinstance(source, str | Path):
         source.seek(0)
-    rate = info.sampling_rate
+    rate, remarks = info.sampling_rate, info.remarks
     if not RATE_LIMITS[0] <= rate <= RATE_LIMITS[1]:
-        raise UserError(f"{clip.path} has a sampling rate of {rate} Hz, outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]}")
+        raise SampleError(
+            Fault.AUDIO,
+            f"{clip.path} has a sampling rate of {rate} Hz, outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]}",
+        )
     begin = round(clip.start_seconds * rate)
     end = info.num_samples if clip.end_seconds is None else round(clip.end_seconds * rate)
+    if info.num_samples < end <= info.num_samples + END_TOLERANCE * rate:
+        end, remarks = info.num_samples, (*remarks, Remark.CLAMPED)
     if not begin <= end <= info.num_samples:
-        raise UserError(
-            f"{clip.path} has {info.seconds:.3f} s, asked for {clip.start_seconds:.3f} to {end / rate:.3f} s"
+        raise SampleError(
+            Fault.LENGTH,
+            f"{clip.path} has {info.seconds:.3f} s, asked for {clip.start_seconds:.3f} to {end / rate:.3f} s",
         )
-    return rate, begin, end - begin
+    return Extent(rate, begin, end - begin, remarks)
 
 
 def cut(begin: int, num_samples: int, rate: int, options: PackOptions) -> tuple[Segment, ...]:
@@ -162,15 +185,10 @@ def _units(rate: int, wanted_rate: int) -> tuple[int, int]:
     return rate // common, wanted_rate // common
 
 
-def _check_peak(audio: Tensor, clip: SourceClip) -> None:
-    peak = audio.abs().max().item() if audio.numel() else 0.0
-    if peak > PEAK_LIMIT:
-        raise UserError(f"{clip.path} has samples up to {peak:.3g}; audio has to lie in [-1, 1]")
-
-
-def _finish(audio: Tensor, rate: int, clip: SourceClip, clip_id: str, options: PackOptions) -> ReadyClip | LeftOut:
+def _finish(
+    audio: Tensor, rate: int, clip_id: str, options: PackOptions, remarks: tuple[Remark, ...]
+) -> ReadyClip | LeftOut:
     """Check, resample and encode audio [C, T]."""
-    _check_peak(audio, clip)
     if rate != options.sampling_rate:
         audio = resample(audio, rate, options.sampling_rate)
     seconds = audio.shape[-1] / options.sampling_rate
@@ -180,7 +198,7 @@ def _finish(audio: Tensor, rate: int, clip: SourceClip, clip_id: str, options: P
         return LeftOut("silent")
     flac = io.BytesIO()
     write_audio(flac, audio, options.sampling_rate, format="flac")
-    return ReadyClip(clip_id, flac.getvalue(), audio.shape[-1])
+    return ReadyClip(clip_id, flac.getvalue(), audio.shape[-1], remarks, not bool(audio.any()))
 
 
 def level_db(audio: Tensor) -> float:

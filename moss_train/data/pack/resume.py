@@ -9,12 +9,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moss_train.data.pack.manifest import SourceClip
 from moss_train.data.shards.format import ShardContents, read_shard
+from moss_train.utils.bad_data import Fault
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import parse_json
 
@@ -31,7 +32,8 @@ class FinishedShard:
     inputs: str  # hash of everything that decides the content of the shard
     sha256: str
     left_out: dict[str, int]  # by kind, since the domain's previous shard
-    bad: list[list[str]]  # clip id and reason, likewise
+    bad: list[list[str]]  # clip id, reason and kind of fault, likewise
+    remarks: dict[str, int] = field(default_factory=dict)  # by what is worth telling of a clip, likewise
 
 
 class Journal:
@@ -45,7 +47,8 @@ class Journal:
         shards = []
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
-                shards.append(FinishedShard(**parse_json(line, "a line of the journal")))
+                shard = FinishedShard(**parse_json(line, "a line of the journal"))
+                shards.append(replace(shard, bad=[[*bad, Fault.OTHER][:3] for bad in shard.bad]))
             except (ValueError, TypeError):
                 break
         return shards
@@ -72,6 +75,7 @@ class ShardInputs:
         self.last = -1
         self.left_out: Counter[str] = Counter()
         self.bad: list[list[str]] = []
+        self.remarks: Counter[str] = Counter()
         self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 
     def add(self, number: int, clip: SourceClip) -> None:
@@ -87,7 +91,14 @@ class ShardInputs:
     def finished(self, file: str, domain: str, sha256: str) -> FinishedShard:
         """The line of the journal for the shard."""
         return FinishedShard(
-            file, domain, self.last, self._digest.hexdigest(), sha256, dict(self.left_out), list(self.bad)
+            file,
+            domain,
+            self.last,
+            self._digest.hexdigest(),
+            sha256,
+            dict(self.left_out),
+            list(self.bad),
+            dict(self.remarks),
         )
 
 

@@ -184,21 +184,29 @@ class CodeShards:
             if sha256_of(self.folder / Path(shard.file).name) != shard.sha256:
                 raise UserError(f"{self.folder / shard.file} is damaged: its hash differs from the index")
 
+    def labels(self, row: int) -> dict:
+        """Read the JSON of one clip. Raises UserError."""
+        path = self.folder / Path(self.shards[int(self.arrays["shard"][row])].file).name
+        try:
+            with path.open("rb") as file:
+                file.seek(int(self.arrays["json_offset"][row]))
+                return parse_json(file.read(int(self.arrays["json_size"][row])), str(path))
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+            raise UserError(f"{path} is damaged at clip {row} ({error}); encode it again") from error
+
     def read(self, row: int) -> tuple[Tensor, dict]:
         """Read the codes [N, frames] int64 and the JSON of one clip. Raises UserError."""
         values = {name: self.arrays[name][row].item() for name in CODE_ARRAYS}
         path = self.folder / Path(self.shards[values["shard"]].file).name
         try:
             with path.open("rb") as file:
-                file.seek(values["json_offset"])
-                labels = parse_json(file.read(values["json_size"]), str(path))
                 file.seek(values["codes_offset"])
                 codes = np.load(io.BytesIO(file.read(values["codes_size"])), allow_pickle=False)
         except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
             raise UserError(f"{path} is damaged at clip {row} ({error}); encode it again") from error
         if codes.shape != (self.source.num_levels, values["num_frames"]):
             raise UserError(f"{path}, clip {row}: codes of shape {codes.shape} do not fit the index")
-        return torch.from_numpy(codes.astype(np.int64)), labels
+        return torch.from_numpy(codes.astype(np.int64)), self.labels(row)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, dict]]:
         """Yield id, codes [N, frames] and JSON of every clip, in the order of the index."""

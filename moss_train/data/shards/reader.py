@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from moss_train.audio.io import NamedBytes
 from moss_train.data.shards.index import ClipLocation
 from moss_train.data.shards.remote import is_remote, open_shard
+from moss_train.utils.bad_data import Fault, SampleError
 
 SPAN_BYTES = 2**22
 """A clip of at most this size in its tar is read in one go; a crop of a longer one costs no more than it needs."""
@@ -20,10 +21,6 @@ GIVEN_UP_SECONDS = 600.0
 
 _READ_BYTES = 2**18  # at once, of longer clips
 _OPEN_REMOTE = 8  # an open file takes space after the cache has deleted it
-
-
-class SampleError(ValueError):
-    """One sample cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def _open_local(location: ClipLocation) -> int:
     found = os.fstat(descriptor).st_size
     if found != location.shard_bytes:
         os.close(descriptor)
-        raise SampleError(f"{location.shard} has {found} bytes, the index says {location.shard_bytes}")
+        raise SampleError(Fault.INDEX, f"{location.shard} has {found} bytes, the index says {location.shard_bytes}")
     return descriptor
 
 

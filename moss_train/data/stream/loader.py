@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moss_train.batch import Batch, UpdateBatch
-from moss_train.data.stream.sample_reader import SampleError, SampleReader, TextEncoder, TrainingClip
+from moss_train.data.stream.sample_reader import SampleReader, TextEncoder, TrainingClip
 from moss_train.data.stream.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan
+from moss_train.utils.bad_data import BadSample, SampleError
 from moss_train.utils.errors import UserError
 from moss_train.utils.workers import num_cores, start_worker
 
@@ -61,19 +62,18 @@ class _PlannedUpdates(Dataset[UpdateBatch]):
 
     def __getitem__(self, item: PlannedUpdate) -> UpdateBatch:
         update, plan = item
-        dropped: list[tuple[str, str]] = []
+        dropped: list[BadSample] = []
         groups = [self._read(refs, dropped) for refs in plan.micro_batches]
         batches = tuple(collate(clips, self._hop_length) for clips in groups if clips)
         return UpdateBatch(batches, update, plan.next_position, tuple(dropped))
 
-    def _read(self, refs: Sequence[SampleRef], dropped: list[tuple[str, str]]) -> list[TrainingClip]:
+    def _read(self, refs: Sequence[SampleRef], dropped: list[BadSample]) -> list[TrainingClip]:
         clips = []
         for ref in refs:
             try:
                 clips.append(self._reader.read(ref))
             except SampleError as error:
-                reason, sample_id = error.args
-                dropped.append((sample_id, reason))
+                dropped.append(BadSample(error.clip_id, error.reason, error.fault))
         return clips
 
 

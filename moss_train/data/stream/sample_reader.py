@@ -12,10 +12,11 @@ from moss_train.audio.io import read_audio
 from moss_train.batch import TASKS
 from moss_train.data.shards.format import MAX_LABEL_BYTES
 from moss_train.data.shards.index import ClipLocation
-from moss_train.data.shards.reader import SampleError, ShardFiles
+from moss_train.data.shards.reader import ShardFiles
 from moss_train.data.stream.corpus import Corpus
 from moss_train.data.stream.gain import adjust_level, scale_to_peak
 from moss_train.data.stream.stream import ClipFormat, SampleRef
+from moss_train.utils.bad_data import Fault, SampleError
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import parse_json
 
@@ -53,30 +54,37 @@ class ClipReader:
                 block = self._files.read(location, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
                 header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except OSError as error:
-                raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
+                raise SampleError(Fault.FILE, f"cannot read {location.shard}: {error.strerror}") from error
             except tarfile.HeaderError as error:
-                raise SampleError(f"damaged tar header in front of byte {offset} ({error})") from error
+                raise SampleError(
+                    Fault.TAR_HEADER, f"damaged tar header in front of byte {offset} ({error})"
+                ) from error
             if not header.isreg():
-                raise SampleError(f"{header.name} is not a file of the tar, but of type {header.type!r}")
+                raise SampleError(
+                    Fault.TAR_HEADER, f"{header.name} is not a file of the tar, but of type {header.type!r}"
+                )
             if header.size != size or not header.name.endswith(suffix):
                 raise SampleError(
-                    f"tar header says {header.name} with {header.size} bytes, the index {suffix} with {size}"
+                    Fault.TAR_HEADER,
+                    f"tar header says {header.name} with {header.size} bytes, the index {suffix} with {size}",
                 )
 
     def read_labels(self, location: ClipLocation) -> dict:
         """Read and check a clip's JSON. Raises SampleError."""
         if location.json_size > MAX_LABEL_BYTES:
-            raise SampleError(f"JSON has {location.json_size} bytes, more than {MAX_LABEL_BYTES}")
+            raise SampleError(Fault.JSON, f"JSON has {location.json_size} bytes, more than {MAX_LABEL_BYTES}")
         try:
             content = self._files.read(location, location.json_offset, location.json_size)
             labels = parse_json(content, "the labels")
         except OSError as error:
-            raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
+            raise SampleError(Fault.FILE, f"cannot read {location.shard}: {error.strerror}") from error
+        except SampleError:
+            raise
         except UserError as error:
-            raise SampleError(f"damaged JSON ({error})") from error
+            raise SampleError(Fault.JSON, f"damaged JSON ({error})") from error
         self._check_labels(labels, location)
         if location.json_crc32 not in (None, zlib.crc32(content)):
-            raise SampleError("JSON was altered: its checksum differs from the index")
+            raise SampleError(Fault.JSON, "JSON was altered: its checksum differs from the index")
         return labels
 
     def read_audio(self, location: ClipLocation, start: int, num_frames: int) -> Tensor:
@@ -84,25 +92,23 @@ class ClipReader:
         try:
             to_end = start + num_frames == location.num_samples  # then a file longer than its index is noticed too
             file = self._files.open_audio(location)
-            audio, rate = read_audio(file, start=start, num_frames=None if to_end else num_frames)
+            audio, rate = read_audio(file, start=start, num_frames=None if to_end else num_frames, is_whole=True)
         except OSError as error:
-            raise SampleError(f"cannot read {location.shard}: {error.strerror}") from error
-        except UserError as error:
-            raise SampleError(str(error)) from error
+            raise SampleError(Fault.FILE, f"cannot read {location.shard}: {error.strerror}") from error
         found, wanted = (rate, *audio.shape), (self._sampling_rate, self._num_channels, num_frames)
         if found != wanted:
-            raise SampleError(f"rate, channels and length are {found}, the index says {wanted}")
+            raise SampleError(Fault.INDEX, f"rate, channels and length are {found}, the index says {wanted}")
         return audio
 
     def _check_labels(self, labels: object, location: ClipLocation) -> None:
         if not isinstance(labels, dict) or not isinstance(labels.get("id"), str):
-            raise SampleError("JSON without an id")
+            raise SampleError(Fault.JSON, "JSON without an id")
         found = (labels.get("sampling_rate"), labels.get("num_samples"), "text" in labels)
         wanted = (self._sampling_rate, location.num_samples, location.has_text)
         if found != wanted:
-            raise SampleError(f"JSON says rate, length and text {found}, the index says {wanted}")
+            raise SampleError(Fault.INDEX, f"JSON says rate, length and text {found}, the index says {wanted}")
         if location.has_text and (not isinstance(labels["text"], str) or labels.get("task") not in TASKS):
-            raise SampleError(f"text without a known task: {labels.get('task')!r}")
+            raise SampleError(Fault.TEXT, f"text without a known task: {labels.get('task')!r}")
 
 
 class SampleReader:
@@ -114,7 +120,7 @@ class SampleReader:
         self._text_encoder = text_encoder
 
     def read(self, ref: SampleRef) -> TrainingClip:
-        """Read one sample. Raises SampleError, its first argument the reason, its second the sample's id."""
+        """Read one sample. Raises SampleError with the id of the clip."""
         sample_id = f"{Path(ref.location.shard).name}@{ref.location.audio_offset}"
         try:
             self._clips.check_headers(ref.location)
@@ -123,7 +129,7 @@ class SampleReader:
             audio = self._clips.read_audio(ref.location, ref.start, ref.num_frames)
             tokens = self._encode(labels["text"]) if ref.with_text else ()
         except SampleError as error:
-            raise SampleError(str(error), sample_id) from error
+            raise SampleError(error.fault, error.reason, sample_id) from error
         task_id = TASKS.index(labels["task"]) if tokens else -1
         return TrainingClip(ref, sample_id, adjust_level(audio, self._format, ref.gain_unit), tokens, task_id)
 
@@ -133,9 +139,9 @@ class SampleReader:
         try:
             tokens = tuple(self._text_encoder(text))
         except Exception as error:  # whatever a tokenizer raises for odd text must not stop the run
-            raise SampleError(f"the text encoder raised {type(error).__name__}: {error}") from error
+            raise SampleError(Fault.TEXT, f"the text encoder raised {type(error).__name__}: {error}") from error
         if not tokens:
-            raise SampleError("the text encoder gives no tokens")
+            raise SampleError(Fault.TEXT, "the text encoder gives no tokens")
         return tokens
 
 

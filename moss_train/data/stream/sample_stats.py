@@ -1,27 +1,12 @@
 """What has come out of the training stream: hours by domain, and bad samples by kind with a ceiling on their share."""
 
-import re
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moss_train.batch import UpdateBatch
+from moss_train.utils.bad_data import Fault
 from moss_train.utils.errors import UserError
-
-BAD_KINDS = {
-    "missing file": r": no such file:",
-    "repeated id": r" is already on ",
-    "line": r": (?:not a line of|every (?:line|row)|unknown task|domain '|'\w+' has to be|a time has to)",
-    "tar header": r"tar header",
-    "file": r"^cannot read",
-    "JSON": r"JSON (?:has|without)|damaged JSON",
-    "text": r"^text without|^the text encoder",
-    "values": r"NaN or infinite",
-    "index": r"the index says",
-    "audio": r"is damaged|not audio|cut off|asked for",
-}
-"""Kinds of bad samples, each with a pattern of the reasons that `pack` and `SampleReader` give; the first that fits
-counts."""
 
 MIN_SAMPLES = 1000
 """The share of bad samples is taken of at least so many, so that the first bad one does not end a run."""
@@ -30,17 +15,6 @@ RECENT_UPDATES = 20
 RECENT_BAD_SHARE = 0.5
 """Of the samples of so many updates in a row at most this share may be bad, or `max_bad_share` if that is more: late in
 a run its share of all samples would let it go on without data for days."""
-
-
-def kind_of(reason: str) -> str:
-    """Return the kind of a bad sample, "other" when none fits."""
-    return next((kind for kind, pattern in BAD_KINDS.items() if re.search(pattern, reason)), "other")
-
-
-def kinds_of(bad: Iterable[tuple[str, str]]) -> str:
-    """How many there are of every kind of (name, reason), as text, the most frequent first."""
-    kinds = Counter(kind_of(reason) for _, reason in bad)
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 class StreamCounter:
@@ -77,23 +51,23 @@ class StreamCounter:
     def name_lost(self, batch: UpdateBatch) -> list[str]:
         """Return a line for every bad sample of this rank that has not been named before."""
         lines = []
-        for sample_id, reason in batch.dropped:
-            if sample_id not in self._named:
-                self._named.add(sample_id)
-                lines.append(f"left out {sample_id}: {reason}")
+        for bad in batch.dropped:
+            if bad.name not in self._named:
+                self._named.add(bad.name)
+                lines.append(f"left out {bad.name}: {bad.reason}")
         self._last_line = lines[-1] if lines else ""
         return lines
 
     def counts(self, batch: UpdateBatch, domains: Iterable[str]) -> dict[str, float]:
         """Numbers of one update by name, which may be summed over ranks: the same names for the same domains."""
         counts = {f"samples/{domain}": 0.0 for domain in sorted(domains)}
-        counts |= {f"bad/{kind}": 0.0 for kind in (*BAD_KINDS, "other")} | {"used_clips": 0.0}
+        counts |= {f"bad/{fault}": 0.0 for fault in Fault} | {"used_clips": 0.0}
         for micro_batch in batch.micro_batches:
             counts["used_clips"] += micro_batch.num_clips
             for domain, length in zip(micro_batch.domains, micro_batch.audio_lengths.tolist(), strict=True):
                 counts[f"samples/{domain}"] += length
-        for _, reason in batch.dropped:
-            counts[f"bad/{kind_of(reason)}"] += 1
+        for bad in batch.dropped:
+            counts[f"bad/{bad.fault}"] += 1
         return counts
 
     def add_counts(self, counts: Mapping[str, float]) -> None:

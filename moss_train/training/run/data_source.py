@@ -60,10 +60,9 @@ def pack_for_run(data: Node, tokenizer: Any, directory: Path) -> PackedSource:
     )
     cache = directory / CACHE_FOLDER if data["cache"] is None else Path(data["cache"])
     source = Path(data["path"]).expanduser()
-    try:
-        return pack_cached(source, cache, options, domain=data["domain"], heldout_share=data["heldout_share"])
-    except UserError as error:
-        raise UserError(str(error).replace("input=", "data.path=")) from error
+    return pack_cached(
+        source, cache, options, domain=data["domain"], heldout_share=data["heldout_share"], key="data.path"
+    )
 
 
 def read_record(directory: Path) -> PackedSource | None:

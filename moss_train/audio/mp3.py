@@ -10,7 +10,7 @@ from array import array
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from moss_train.audio_window import DamagedError, Piece, Remark, Window
+from moss_train.audio.window import DamagedError, Piece, Remark, Window
 
 _BITRATES = {  # kbit/s by MPEG version 1 or 2 and layer, ISO 11172-3 and 13818-3
     (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),

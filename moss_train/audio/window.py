@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
-    from moss_train.audio_mp3 import Mp3Stream
+    from moss_train.audio.mp3 import Mp3Stream
 
 BLOCK_BYTES = 2**18
 

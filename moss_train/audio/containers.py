@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from moss_train.audio_mp3 import id3_size, parse_header, scan_mp3
-from moss_train.audio_window import DamagedError, Layout, Piece, Remark, Window
+from moss_train.audio.mp3 import id3_size, parse_header, scan_mp3
+from moss_train.audio.window import DamagedError, Layout, Piece, Remark, Window
 
 Scan = tuple[list[Piece], list[Remark]]
 
