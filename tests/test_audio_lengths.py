@@ -10,9 +10,9 @@ import pytest
 import soundfile
 import torch
 
-from moss_train.audio.containers import _ogg_checksum
 from moss_train.audio.io import AudioInfo, NamedBytes, audio_info, read_audio
 from moss_train.audio.mp3 import parse_header
+from moss_train.audio.ogg import page_checksum
 from moss_train.audio.window import Remark
 from moss_train.utils.bad_data import Fault, SampleError
 
@@ -218,7 +218,7 @@ def test_an_ogg_file_without_its_end_flag_is_read_with_a_remark() -> None:
     content = encoded("opus")
     last = content.rindex(b"OggS")
     page = replaced(content[last:], 5, bytes([content[last + 5] & ~4]))
-    page = replaced(page, 22, struct.pack("<I", _ogg_checksum(page)))
+    page = replaced(page, 22, struct.pack("<I", page_checksum(page)))
     open_ended = content[:last] + page
     assert audio_info(NamedBytes(open_ended, "clip")).remarks == (Remark.NO_END_MARK,)
     assert read(open_ended).shape[1] >= len(SPEECH)

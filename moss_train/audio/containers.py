@@ -5,16 +5,14 @@ first of several joined files, and shortens Ogg files that were cut. So the byte
 a list of pieces that libsndfile reads rightly, or `DamagedError`.
 """
 
-import re
 import struct
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from moss_train.audio.flac import scan_flac
 from moss_train.audio.mp3 import id3_size, parse_header, scan_mp3
+from moss_train.audio.ogg import scan_ogg
 from moss_train.audio.window import DamagedError, Layout, Piece, Remark, Window
-
-Scan = tuple[list[Piece], list[Remark]]
 
 _UNKNOWN_SIZE = 0x7FFFF000  # at and above it: written to a pipe, the length was not known
 _MAX_HEAD = 2**24  # bytes in front of the audio that are repeated with another size in them
@@ -56,7 +54,7 @@ def scan(window: Window) -> Layout:
     pieces: list[Piece] = []
     remarks: list[Remark] = []
     if window.at(begin, 4) == b"OggS":
-        pieces, remarks = _scan_ogg(window, begin)
+        pieces, remarks = scan_ogg(window, begin)
     elif _begins_mp3(window, begin):
         pieces, remarks = scan_mp3(window, begin)
     else:
@@ -80,7 +78,7 @@ def _scanner(magic: bytes) -> Scanner | None:
     """What finds the end of one file of a format, and the byte where a joined one begins."""
     if magic in _FORMATS:
         return _scan_chunks
-    return {b"fLaC": _scan_flac, b".snd": _scan_au, b"NIST": _scan_sphere}.get(magic)
+    return {b"fLaC": scan_flac, b".snd": _scan_au, b"NIST": _scan_sphere}.get(magic)
 
 
 def _begins_mp3(window: Window, begin: int) -> bool:
@@ -94,13 +92,13 @@ def _begins_mp3(window: Window, begin: int) -> bool:
         frame = parse_header(window.at(place, 4))
         following = None if frame is None else parse_header(window.at(place + frame.size, 4))
         if frame is not None and following is not None and following.kind == frame.kind:
-            return place == begin or bool(begin) or _begins_near(window, place, frame.size)
+            return place == begin or bool(begin) or _begins_near(window, place)
         if place > begin + 4096:
             break
     return False
 
 
-def _begins_near(window: Window, place: int, size: int) -> bool:
+def _begins_near(window: Window, place: int) -> bool:
     """Whether a third frame follows: in random bytes two headers in a row do occur."""
     position = place
     for _ in range(4):
@@ -227,177 +225,3 @@ def _sized(window: Window, begin: int, audio: int, size: int, magic: bytes) -> t
     if rest > 1 and window.at(end, min(rest, _MAX_HEAD)).strip(b"\0"):
         raise DamagedError(f"has {rest} bytes behind the {size} bytes of audio of its header")
     return Piece(begin, end), [], None
-
-
-_FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
-_FLAC_BLOCK_SIZES = {1: 192, **{code: 576 << code - 2 for code in range(2, 6)}} | {
-    code: 256 << code - 8 for code in range(8, 16)
-}
-_FLAC_TAILS = (2**16, 2**20)  # bytes at the end in which the last frame is looked for
-_FLAC_GUESSES = 4  # other bytes may look like a frame header
-
-
-def _scan_flac(window: Window, begin: int) -> tuple[Piece, list[Remark], int | None]:
-    info = window.at(begin, 42)
-    if len(info) < 42 or info[4] & 0x7F != 0:
-        return Piece(begin, window.size), [], None
-    stated = int.from_bytes(info[18:26], "big") & (2**36 - 1)
-    following = next((place for place in _flac_markers(window, begin + 42)), None)
-    end = _without_tag(window, begin, window.size if following is None else following)
-    fixed = struct.unpack(">H", info[8:10])[0]
-    for count, (place, last) in enumerate(_last_flac_frames(window, begin, end, fixed)):
-        if stated and last == stated:
-            return Piece(begin, end), [], following
-        # A header that says less than there is, or nothing: the last frame is one that is whole up to the end.
-        if last > stated and count < _FLAC_GUESSES and not _crc16(window.at(place, end - place)):
-            break
-    else:
-        if stated:
-            return Piece(begin, end), [], following  # less than stated: libsndfile finds out where it ends
-        raise DamagedError("is cut off in its last frame, and does not say in its header how long it is")
-    head = bytearray(info)
-    head[18:26] = (int.from_bytes(info[18:26], "big") & ~(2**36 - 1) | last).to_bytes(8, "big")
-    if stated:
-        head[26:42] = bytes(16)  # the checksum is that of less audio
-    return Piece(begin + 42, end, bytes(head)), [Remark.LENGTH_UNKNOWN], following
-
-
-def _flac_markers(window: Window, begin: int) -> Iterator[int]:
-    for place in window.find_all(b"fLaC", begin, window.size):
-        if window.at(place + 4, 4) in (b"\x00\x00\x00\x22", b"\x80\x00\x00\x22"):
-            yield place
-
-
-def _without_tag(window: Window, begin: int, end: int) -> int:
-    """The end without an ID3 tag or zeros behind the audio, or one in front of a joined file."""
-    if window.at(end - 128, 3) == b"TAG":
-        end -= 128
-    return end
-
-
-def _last_flac_frames(window: Window, begin: int, end: int, fixed_size: int) -> Iterator[tuple[int, int]]:
-    """Yield place and last sample of what look like frame headers, from the last backwards."""
-    done = end
-    for tail in _FLAC_TAILS:
-        origin = max(begin, end - tail)
-        block = window.at(origin, end - origin)
-        for found in reversed(list(_FLAC_SYNC.finditer(block, 0, done - origin))):
-            last = _flac_frame_end(block[found.start() : found.start() + 16], fixed_size)
-            if last is not None:
-                yield origin + found.start(), last
-        done = origin
-
-
-def _flac_frame_end(header: bytes, fixed_size: int) -> int | None:
-    """The number of samples up to the end of a frame; None when the bytes are no header of one."""
-    if len(header) < 6 or header[3] & 1 or header[3] >> 1 & 7 in (3, 7) or header[3] >> 4 > 10:
-        return None
-    is_variable, size_code, rate_code = header[1] & 1, header[2] >> 4, header[2] & 15
-    if size_code == 0 or rate_code == 15:
-        return None
-    first = header[4]
-    length = 1 if first < 0x80 else 8 - (first ^ 0xFF).bit_length()
-    if (0x80 <= first < 0xC0) or length > 7 or len(header) < 4 + length + 5:
-        return None
-    number = first if length == 1 else first & (0x7F >> length)
-    for byte in header[5 : 4 + length]:
-        number = number << 6 | byte & 0x3F
-    position = 4 + length
-    block_size = _FLAC_BLOCK_SIZES.get(size_code, 0)
-    if size_code in (6, 7):
-        width = size_code - 5
-        block_size = int.from_bytes(header[position : position + width], "big") + 1
-        position += width
-    position += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
-    if len(header) <= position or _crc8(header[:position]) != header[position]:
-        return None
-    return (number if is_variable else number * fixed_size) + block_size
-
-
-def _crc8(content: bytes) -> int:
-    value = 0
-    for byte in content:
-        value = _CRC8[value ^ byte]
-    return value
-
-
-def _crc16(content: bytes) -> int:
-    """0 for a whole FLAC frame, whose last two bytes are the checksum of the others."""
-    value = 0
-    for byte in content:
-        value = (value << 8 & 0xFFFF) ^ _CRC16[value >> 8 ^ byte]
-    return value
-
-
-def _crc_table(polynomial: int, width: int) -> tuple[int, ...]:
-    table = []
-    for byte in range(256):
-        value = byte << width - 8
-        for _ in range(8):
-            value = (value << 1) ^ (polynomial if value >> width - 1 else 0)
-        table.append(value & (1 << width) - 1)
-    return tuple(table)
-
-
-_CRC8, _CRC16 = _crc_table(0x107, 8), _crc_table(0x18005, 16)
-
-
-_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-
-
-def _ogg_checksum(page: bytes) -> int:
-    """The checksum of a page: CRC-32 with the bits of every byte, and of the result, the other way round."""
-    blank = page[:22] + bytes(4) + page[26:]
-    value = zlib.crc32(blank.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
-    return int(f"{value:032b}"[::-1], 2)
-
-
-def _scan_ogg(window: Window, begin: int) -> Scan:
-    """Pages in a row; a first page of a stream behind other pages begins another link of the chain."""
-    position, link = begin, begin
-    pieces: list[Piece] = []
-    remarks: list[Remark] = []
-    numbers: dict[int, int] = {}  # of the last page, by stream
-    is_open: dict[int, bool] = {}  # whether a stream of the link has not ended
-    in_front, last = True, begin
-    while position < window.size:
-        head = window.at(position, 27)
-        if head[:4] != b"OggS":
-            rest = window.at(position, min(_MAX_HEAD, window.size - position))
-            if not rest.strip(b"\0") or (rest[:3] == b"TAG" and len(rest) == 128):
-                break
-            if b"OggS".startswith(rest[:4]):
-                raise DamagedError("is cut off in its last page")
-            raise DamagedError(f"is damaged: byte {position} does not begin a page of Ogg")
-        size = 27 + head[26] + sum(window.at(position + 27, head[26])) if len(head) == 27 else 27
-        if position + size > window.size:
-            raise DamagedError("is cut off in its last page")
-        page = window.at(position, size)
-        flags, (serial, number, checksum) = head[5], struct.unpack("<III", head[14:26])
-        if _ogg_checksum(page) != checksum:
-            raise DamagedError(f"is damaged: the checksum of the page of Ogg at byte {position} differs")
-        if flags & 2 and not in_front:
-            pieces.append(_ogg_link(window, link, last, position, is_open, remarks))
-            link, numbers, is_open = position, {}, {}
-        if not flags & 2 and serial in numbers and number != (numbers[serial] + 1) & 0xFFFFFFFF:
-            raise DamagedError(f"is damaged: pages of Ogg are missing in front of byte {position}")
-        in_front, numbers[serial], is_open[serial], last = bool(flags & 2), number, not flags & 4, position
-        position += size
-    pieces.append(_ogg_link(window, link, last, position, is_open, remarks))
-    return pieces, remarks
-
-
-def _ogg_link(
-    window: Window, begin: int, last: int, end: int, is_open: dict[int, bool], remarks: list[Remark]
-) -> Piece:
-    """One link of a chain, its last page at byte `last`; the end flag is set where it is missing."""
-    if not any(is_open.values()):
-        return Piece(begin, end)
-    remarks.append(Remark.NO_END_MARK)
-    page = bytearray(window.at(last, end - last))
-    (serial,) = struct.unpack("<I", page[14:18])
-    if [stream for stream, still in is_open.items() if still] != [serial]:
-        return Piece(begin, end)
-    page[5] |= 4  # libsndfile calls a file without it malformed
-    page[22:26] = struct.pack("<I", _ogg_checksum(bytes(page)))
-    return Piece(begin, last, tail=bytes(page))

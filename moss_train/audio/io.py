@@ -9,13 +9,13 @@ import shlex
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import torch
-import torchaudio.functional
 from torch import Tensor
 
 from moss_train.audio.containers import scan
@@ -120,12 +120,7 @@ class _Recording:
             if not isinstance(source, str | Path):
                 return scan(Window(self._file))
             status = os.fstat(self._file.fileno())
-            key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            if key not in _LAYOUTS:
-                if len(_LAYOUTS) >= _MAX_LAYOUTS:
-                    _LAYOUTS.pop(next(iter(_LAYOUTS), key), None)
-                _LAYOUTS[key] = scan(Window(self._file))
-            return _LAYOUTS[key]
+            return _scan_file(str(source), (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
         except DamagedError as error:
             raise SampleError(Fault.AUDIO, f"{self.name} {error}") from error
         except OSError as error:
@@ -195,8 +190,13 @@ class _Recording:
                 file.close()
 
 
-_LAYOUTS: dict[tuple[int, int, int, int], Layout] = {}
-_MAX_LAYOUTS = 64
+@lru_cache(maxsize=64)
+def _scan_file(path: str, state: tuple[int, ...]) -> Layout:
+    """The layout of a file that has not changed since; `state` is what would tell."""
+    with open(path, "rb") as file:
+        return scan(Window(file))
+
+
 _AT_ONCE = ("OGG", "MP3")  # libsndfile seeks wrongly in MP3 and near the end of Vorbis; soundfile after every read
 _MARGIN = 2**19  # samples at the end of an Ogg file that are not sought in
 _ENDLESS = 2**62  # libsndfile's number of samples when it does not know
@@ -312,6 +312,8 @@ def convert_channels(audio: Tensor, num_channels: int, name: str = "audio") -> T
 
 def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Resample [..., T] from one rate in Hz to another; the result has ceil(T * to_rate / from_rate) samples."""
+    import torchaudio.functional  # here, because many commands start without ever resampling
+
     return torchaudio.functional.resample(audio, from_rate, to_rate)
 
 

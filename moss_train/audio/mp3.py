@@ -107,10 +107,10 @@ class Mp3Stream:
         """A frame that says how many frames and bytes follow, in the format of the others."""
         (bits,) = struct.unpack(">I", self.header)
         bits = (bits | 1 << 16) & ~(1 << 9)  # without checksum and padding
+        frame, header = self.frame, self.header
         for index in range(1, 15):
             header = struct.pack(">I", bits & ~(15 << 12) | index << 12)
-            frame = parse_header(header)
-            assert frame is not None
+            frame = parse_header(header) or self.frame
             if frame.size >= frame.tag_offset + 16:
                 break
         size = min(num_bytes + frame.size, 0xFFFFFFFF)

@@ -88,23 +88,23 @@ class ListedClip:
     labels: dict[str, str] = field(default_factory=dict)  # text, task, language, speaker, where known
 
 
-def list_sources(sources: Sequence[str], domain: str) -> list[ListedClip]:
+def list_sources(sources: Sequence[str], domain: str, key: str = "data") -> list[ListedClip]:
     """All clips of all sources in their order; `domain` is for clips that do not say one.
 
     Raises UserError for what cannot be listed and for an id given twice.
     """
     clips: dict[str, ListedClip] = {}
     for source in (Path(source).expanduser() for source in sources):
-        found = _shard_clips(source) if (source / INDEX_FILE).is_file() else _file_clips(source, domain)
+        found = _shard_clips(source) if (source / INDEX_FILE).is_file() else _file_clips(source, domain, key)
         for clip in found:
             if clip.id in clips:
-                raise UserError(f"data={source}: the clip {clip.id!r} is in an earlier source too; give each an id")
+                raise UserError(f"{key}={source}: the clip {clip.id!r} is in an earlier source too; give each an id")
             clips[clip.id] = clip
     return list(clips.values())
 
 
-def _file_clips(source: Path, domain: str) -> Iterator[ListedClip]:
-    found = list_clips(source, domain, "data")
+def _file_clips(source: Path, domain: str, key: str) -> Iterator[ListedClip]:
+    found = list_clips(source, domain, key)
     for bad in found.bad:
         yield ListedClip(bad.name, domain, UnreadableClip(bad))
     for clip in found.clips:

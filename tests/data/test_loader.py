@@ -152,7 +152,7 @@ def test_damaged_audio_is_dropped_by_name_and_the_rest_stays(
     updates = load(copy, num_workers=1)
     dropped = [entry for update in updates for entry in update.dropped]
     assert dropped
-    assert all(sample_id.endswith(".flac") and "damaged" in reason for sample_id, reason in dropped)
+    assert all(sample_id.endswith(".flac") and "damaged" in reason for sample_id, reason, _ in dropped)
     for ours, intact in zip(updates, uninterrupted, strict=True):
         ids = sorted(sample_id for batch in ours.micro_batches for sample_id in batch.sample_ids)
         lost = [sample_id for sample_id, *_ in ours.dropped]

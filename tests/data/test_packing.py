@@ -154,7 +154,7 @@ def test_bad_folders_are_refused(tmp_path: Path, pack_config: Callable) -> None:
     check_refused(tmp_path, pack_config(input=tmp_path / "gone", out=out), "input=.*gone does not exist")
     check_refused(tmp_path, pack_config(input=tmp_path / "empty", out=out), "no audio files .found no files")
     check_refused(tmp_path, pack_config(input=tmp_path / "texts", out=out), r"no audio files .found 1 \.m4a")
-    check_refused(tmp_path, pack_config(input=tmp_path / "list.txt", out=out), "neither a folder nor a .jsonl")
+    check_refused(tmp_path, pack_config(input=tmp_path / "list.txt", out=out), "neither a folder nor an audio file")
     check_refused(tmp_path, pack_config(input=tmp_path / "m.jsonl", out=out), "has no lines")
     check_refused(tmp_path, pack_config(input=tmp_path / "texts", out=out, domain="a/b"), "domain: domain 'a/b'")
     check_refused(tmp_path, pack_config(input=tmp_path, out=out, sampling_rate=0), "sampling_rate=0 is outside")

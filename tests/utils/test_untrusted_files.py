@@ -199,7 +199,7 @@ def test_a_line_without_end_is_one_bad_line(tmp_path: Path, line: bytes) -> None
     (tmp_path / "m.jsonl").write_bytes(line + b'\n{"path": "x.wav", "id": "good"}\n')
     listed = list_clips(tmp_path / "m.jsonl", "speech")
     assert [clip.id for clip in listed.clips] == ["good"]
-    assert [place.rpartition(":")[2] for place, _ in listed.bad] == ["1"]
+    assert [place.rpartition(":")[2] for place, *_ in listed.bad] == ["1"]
 
 
 def test_labels_that_no_reader_takes_are_not_packed(tmp_path: Path) -> None:

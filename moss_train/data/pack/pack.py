@@ -24,7 +24,7 @@ from moss_train.utils.workers import TASKS_PER_PROCESS, Submit, num_cores, order
 CLIPS_PER_PROCESS = 200
 """So many clips are worth starting a process for, when the number of processes is not given."""
 
-SILENT = "that are digital silence"
+SILENT = "of digital silence"
 
 _NOT_CONTENT = ("max_bad_share",)  # options that do not change what is in a shard
 

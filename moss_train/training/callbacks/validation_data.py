@@ -39,7 +39,7 @@ def load_held_out(
         UserError: there is none, or one cannot be read; before the training, not in the middle of it.
     """
     try:
-        chosen = take_turns(list_sources(sources, "heldout"))[:max_clips]
+        chosen = take_turns(list_sources(sources, "heldout", "validation.data"))[:max_clips]
         clips = [read_clip(clip, clip_format, max_seconds) for clip in chosen]
     except UserError as error:
         raise UserError(f"validation.data: {error}") from error

@@ -1,0 +1,123 @@
+"""The number of samples in a FLAC file, where its header does not know it or says too little.
+
+The last frame says how far it reaches, and its checksum whether it is whole. Joined files begin with a header again.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+
+from moss_train.audio.window import DamagedError, Piece, Remark, Window
+
+_FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
+_FLAC_BLOCK_SIZES = {1: 192, **{code: 576 << code - 2 for code in range(2, 6)}} | {
+    code: 256 << code - 8 for code in range(8, 16)
+}
+_FLAC_TAILS = (2**16, 2**20)  # bytes at the end in which the last frame is looked for
+_FLAC_GUESSES = 4  # other bytes may look like a frame header
+
+
+def scan_flac(window: Window, begin: int) -> tuple[Piece, list[Remark], int | None]:
+    """Find the FLAC file at a byte and the byte of one that is joined to it. Raises DamagedError when it is cut off."""
+    info = window.at(begin, 42)
+    if len(info) < 42 or info[4] & 0x7F != 0:
+        return Piece(begin, window.size), [], None
+    stated = int.from_bytes(info[18:26], "big") & (2**36 - 1)
+    following = next((place for place in _flac_markers(window, begin + 42)), None)
+    end = _without_tag(window, begin, window.size if following is None else following)
+    fixed = struct.unpack(">H", info[8:10])[0]
+    for count, (place, last) in enumerate(_last_flac_frames(window, begin, end, fixed)):
+        if stated and last == stated:
+            return Piece(begin, end), [], following
+        # A header that says less than there is, or nothing: the last frame is one that is whole up to the end.
+        if last > stated and count < _FLAC_GUESSES and not _crc16(window.at(place, end - place)):
+            break
+    else:
+        if stated:
+            return Piece(begin, end), [], following  # less than stated: libsndfile finds out where it ends
+        raise DamagedError("is cut off in its last frame, and does not say in its header how long it is")
+    head = bytearray(info)
+    head[18:26] = (int.from_bytes(info[18:26], "big") & ~(2**36 - 1) | last).to_bytes(8, "big")
+    if stated:
+        head[26:42] = bytes(16)  # the checksum is that of less audio
+    return Piece(begin + 42, end, bytes(head)), [Remark.LENGTH_UNKNOWN], following
+
+
+def _flac_markers(window: Window, begin: int) -> Iterator[int]:
+    for place in window.find_all(b"fLaC", begin, window.size):
+        if window.at(place + 4, 4) in (b"\x00\x00\x00\x22", b"\x80\x00\x00\x22"):
+            yield place
+
+
+def _without_tag(window: Window, begin: int, end: int) -> int:
+    """The end without an ID3 tag or zeros behind the audio, or one in front of a joined file."""
+    if window.at(end - 128, 3) == b"TAG":
+        end -= 128
+    return end
+
+
+def _last_flac_frames(window: Window, begin: int, end: int, fixed_size: int) -> Iterator[tuple[int, int]]:
+    """Yield place and last sample of what look like frame headers, from the last backwards."""
+    done = end
+    for tail in _FLAC_TAILS:
+        origin = max(begin, end - tail)
+        block = window.at(origin, end - origin)
+        for found in reversed(list(_FLAC_SYNC.finditer(block, 0, done - origin))):
+            last = _flac_frame_end(block[found.start() : found.start() + 16], fixed_size)
+            if last is not None:
+                yield origin + found.start(), last
+        done = origin
+
+
+def _flac_frame_end(header: bytes, fixed_size: int) -> int | None:
+    """The number of samples up to the end of a frame; None when the bytes are no header of one."""
+    if len(header) < 6 or header[3] & 1 or header[3] >> 1 & 7 in (3, 7) or header[3] >> 4 > 10:
+        return None
+    is_variable, size_code, rate_code = header[1] & 1, header[2] >> 4, header[2] & 15
+    if size_code == 0 or rate_code == 15:
+        return None
+    first = header[4]
+    length = 1 if first < 0x80 else 8 - (first ^ 0xFF).bit_length()
+    if (0x80 <= first < 0xC0) or length > 7 or len(header) < 4 + length + 5:
+        return None
+    number = first if length == 1 else first & (0x7F >> length)
+    for byte in header[5 : 4 + length]:
+        number = number << 6 | byte & 0x3F
+    position = 4 + length
+    block_size = _FLAC_BLOCK_SIZES.get(size_code, 0)
+    if size_code in (6, 7):
+        width = size_code - 5
+        block_size = int.from_bytes(header[position : position + width], "big") + 1
+        position += width
+    position += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    if len(header) <= position or _crc8(header[:position]) != header[position]:
+        return None
+    return (number if is_variable else number * fixed_size) + block_size
+
+
+def _crc8(content: bytes) -> int:
+    value = 0
+    for byte in content:
+        value = _CRC8[value ^ byte]
+    return value
+
+
+def _crc16(content: bytes) -> int:
+    """0 for a whole FLAC frame, whose last two bytes are the checksum of the others."""
+    value = 0
+    for byte in content:
+        value = (value << 8 & 0xFFFF) ^ _CRC16[value >> 8 ^ byte]
+    return value
+
+
+def _crc_table(polynomial: int, width: int) -> tuple[int, ...]:
+    table = []
+    for byte in range(256):
+        value = byte << width - 8
+        for _ in range(8):
+            value = (value << 1) ^ (polynomial if value >> width - 1 else 0)
+        table.append(value & (1 << width) - 1)
+    return tuple(table)
+
+
+_CRC8, _CRC16 = _crc_table(0x107, 8), _crc_table(0x18005, 16)
