@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,27 @@ def test_extras_are_imported_only_when_used(path):
     for entry in imports_of(path):
         extra = entry.module.split(".")[0] in EXTRAS
         assert not (extra and entry.at_import), f"{name(path)}:{entry.line} imports {entry.module} at the top"
+
+
+def test_training_imports_itself_in_no_circle():
+    """Wherever an import stands: at the top, in a function or behind TYPE_CHECKING."""
+    files = {module_name(path): path for path in (PACKAGE / "training").rglob("*.py")}
+    graph = {
+        name: {target for entry in imports_of(path) for target in known_modules(entry.module, files)} - {name}
+        for name, path in files.items()
+        if path.name != "__init__.py"
+    }
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def known_modules(imported: str, files: dict[str, Path]) -> set[str]:
+    """The module that an imported name is, or is part of."""
+    return {
+        name for name in (imported, imported.rpartition(".")[0]) if name in files and files[name].stem != "__init__"
+    }
 
 
 def test_the_fence_reader_sees_every_form(tmp_path):

@@ -1,15 +1,29 @@
 """Losses of the joint training, each a sum over clips divided by a count of the whole update."""
 
-from moss_train.losses.adversarial import discriminator_loss, feature_matching_loss, generator_loss
+from moss_train.losses.adversarial import (
+    FeatureMatchingLoss,
+    LeastSquaresLoss,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_loss,
+)
+from moss_train.losses.base import AdversarialLoss, AudioLoss, QuantizerLoss
 from moss_train.losses.mel import MultiScaleMelLoss, log_mel_spectrogram, multi_scale_mel_distance
-from moss_train.losses.quantization import codebook_loss, commitment_loss
+from moss_train.losses.quantization import CodebookLoss, CommitmentLoss, codebook_loss, commitment_loss
 from moss_train.losses.stereo import MidSideLoss
 from moss_train.losses.waveform import ComplexSTFTLoss, WaveformLoss
 
 __all__ = [
+    "AdversarialLoss",
+    "AudioLoss",
+    "CodebookLoss",
+    "CommitmentLoss",
     "ComplexSTFTLoss",
+    "FeatureMatchingLoss",
+    "LeastSquaresLoss",
     "MidSideLoss",
     "MultiScaleMelLoss",
+    "QuantizerLoss",
     "WaveformLoss",
     "codebook_loss",
     "commitment_loss",

@@ -16,9 +16,60 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moss_train.losses.base import AdversarialLoss, Judged
+
 AdversarialReduction = Literal["mean", "sum"]
 FeatureReduction = Literal["relative_mean", "absolute_sum"]
 HIFI_GAN_FACTOR = 2.0  # of the absolute sum, as in HiFi-GAN's code
+
+
+class LeastSquaresLoss(AdversarialLoss):
+    """LSGAN loss of the generator, and of the discriminators (see `generator_loss`, `discriminator_loss`).
+
+    Args:
+        reduction: over sub-discriminators, "mean" (the technical report) or "sum" (public code).
+    """
+
+    def __init__(self, reduction: AdversarialReduction = "mean") -> None:
+        super().__init__()
+        check_reduction(reduction, AdversarialReduction)
+        self.reduction = reduction
+
+    def forward(self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int) -> Tensor:
+        """Compute the generator's loss."""
+        return generator_loss([output.logits for output in generated], num_clips, self.reduction)
+
+    def discriminator_loss(
+        self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int
+    ) -> Tensor:
+        """Compute the discriminators' own loss; its gradient is taken for their weights only."""
+        logits = [[output.logits for output in outputs] for outputs in (real, generated)]
+        return discriminator_loss(*logits, num_clips, self.reduction)
+
+
+class FeatureMatchingLoss(AdversarialLoss):
+    """L1 distance between the features of real and generated audio (see `feature_matching_loss`).
+
+    Args:
+        reduction: "relative_mean" (the technical report), or "absolute_sum" (public code), which takes the logits as
+            one more layer.
+        eps: least size of features that the relative mean divides by.
+    """
+
+    def __init__(self, reduction: FeatureReduction = "relative_mean", eps: float = 1e-5) -> None:
+        super().__init__()
+        check_reduction(reduction, FeatureReduction)
+        self.reduction = reduction
+        self.eps = eps
+
+    def forward(self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int) -> Tensor:
+        """Compute the loss; the features of real audio get no gradient."""
+        takes_logits = self.reduction == "absolute_sum"
+        layers = [
+            [(*output.features, output.logits) if takes_logits else output.features for output in outputs]
+            for outputs in (real, generated)
+        ]
+        return feature_matching_loss(*layers, num_clips, self.eps, self.reduction)
 
 
 def discriminator_loss(

@@ -10,9 +10,10 @@ from functools import lru_cache
 
 import torch
 import torchaudio
-from torch import Tensor, nn
+from torch import Tensor
 
 from moss_train.audio.stft import stft_magnitudes
+from moss_train.losses.base import AudioLoss
 from moss_train.losses.masking import zero_beyond
 
 WINDOW_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -20,7 +21,7 @@ NUM_MELS = (5, 10, 20, 40, 80, 160, 320)
 FLOOR = 1e-5
 
 
-class MultiScaleMelLoss(nn.Module):
+class MultiScaleMelLoss(AudioLoss):
     """Sum over scales of the mean over mel bins and valid frames of |log10 max(mel, floor)| differences.
 
     It has no parameters and no buffers. Below the floor there is no gradient: a model whose output is silent everywhere
@@ -48,23 +49,22 @@ class MultiScaleMelLoss(nn.Module):
         self.num_mels = tuple(num_mels)
         self.floor = floor
 
-    def frame_counts(self, lengths: Tensor) -> Tensor:
-        """Valid frames of every scale, over all clips: what `forward` divides by, to be summed over an update.
+    def counts(self, lengths: Tensor) -> Tensor:
+        """Return the valid frames of every scale over all clips: what `forward` divides by.
 
         lengths [B] samples -> [number of scales] int64.
         """
         return torch.stack([counts.sum() for counts in self._clip_frames(lengths)])
 
-    def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, num_frames: Tensor | None = None) -> Tensor:
-        """Loss of a batch: sum over its clips, divided by `num_frames`, so that micro-batches and ranks add up.
+    def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Loss of a batch: sum over its clips, divided by `counts`, so that micro-batches and ranks add up.
 
-        reference, degraded [B, C, T], lengths [B] samples (what lies beyond is ignored), num_frames [number of scales]:
-        `frame_counts` of the whole update, by default of this batch. Channels are averaged. Returns a scalar, float32;
-        the gradient reaches `degraded` only.
+        reference, degraded [B, C, T], lengths [B] samples (what lies beyond is ignored), counts [number of scales]:
+        those of the whole update, by default of this batch. Channels are averaged. Returns a scalar, float32; the
+        gradient reaches `degraded` only.
         """
-        if num_frames is None:
-            num_frames = self.frame_counts(lengths)
-        return (self._frame_sums(reference, degraded, lengths).sum(1) / num_frames.clamp(min=1)).sum()
+        counts = self.counts(lengths) if counts is None else counts
+        return (self._frame_sums(reference, degraded, lengths).sum(1) / counts.clamp(min=1)).sum()
 
     @torch.no_grad()
     def distances(self, reference: Tensor, degraded: Tensor, lengths: Tensor) -> Tensor:

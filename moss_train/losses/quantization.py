@@ -7,6 +7,28 @@ summed over clips and divided by the number of clips of the whole update, so tha
 
 from torch import Tensor
 
+from moss_train.losses.base import QuantizerLoss
+
+
+class CommitmentLoss(QuantizerLoss):
+    """Keeps the latents near the rows that they chose (see `commitment_loss`)."""
+
+    def forward(
+        self, latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+    ) -> Tensor:
+        """Compute the loss."""
+        return commitment_loss(latents, rows, frame_mask, level_mask, num_clips)
+
+
+class CodebookLoss(QuantizerLoss):
+    """Moves the rows to the latents that chose them (see `codebook_loss`)."""
+
+    def forward(
+        self, latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+    ) -> Tensor:
+        """Compute the loss."""
+        return codebook_loss(latents, rows, frame_mask, level_mask, num_clips)
+
 
 def commitment_loss(
     latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int

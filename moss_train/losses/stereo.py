@@ -4,64 +4,80 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from auraloss.freq import SumAndDifferenceSTFTLoss
 from torch import Tensor, nn
 
+from moss_train.losses.base import AudioLoss
+from moss_train.losses.masking import zero_beyond
 
-class MidSideLoss(nn.Module):
-    """Multi-resolution STFT loss of L + R and L - R (arXiv 2010.10291), clip by clip.
+SMALLEST_POWER = 1e-8  # of an STFT bin, as in auraloss
+
+
+class MidSideLoss(AudioLoss):
+    """Multi-resolution STFT loss of L + R and L - R (arXiv 2010.10291), each clip at its own length.
 
     A loss on each channel alone is blind to a channel of opposite polarity; the difference signal is not. Logarithmic
     plus linear magnitude; spectral convergence is left out: it divides by the norm of the reference, and the
-    difference signal of a clip with two equal channels is silence.
+    difference signal of a clip with two equal channels is silence. The value is that of auraloss for each clip alone;
+    here all clips are one batch.
+
+    Args:
+        window_lengths: in samples; the hop is a quarter.
     """
 
     def __init__(self, window_lengths: Sequence[int] = (512, 1024, 2048)) -> None:
         super().__init__()
         self.window_lengths = tuple(window_lengths)
 
-    def forward(
-        self, reference: Tensor, degraded: Tensor, lengths: Tensor, num_clips: Tensor | int | None = None
-    ) -> Tensor:
-        """Sum over clips divided by `num_clips`: the clips of the whole update, by default of this batch.
-
-        reference, degraded [B, 2, T], lengths [B] samples. Returns a scalar, float32; no gradient to the reference.
-        ValueError for audio that has not two channels.
-        """
+    def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Compute the loss of a batch (see `AudioLoss.forward`). ValueError for audio that has not two channels."""
         if reference.shape[1] != 2 or degraded.shape != reference.shape:
             raise ValueError(
                 "the mid/side loss needs two tensors of one shape [B, 2, T], "
                 f"got {list(reference.shape)} and {list(degraded.shape)}; leave it out for mono audio"
             )
         with torch.autocast(reference.device.type, enabled=False):
-            clips = zip(reference.detach().float(), degraded.float(), lengths.tolist(), strict=True)
-            losses = [self._clip_loss(target[:, :length], x[:, :length]) for target, x, length in clips]
-        return torch.stack(losses).sum() / (len(losses) if num_clips is None else num_clips)
+            pair = [_mid_and_side(zero_beyond(x.float(), lengths)) for x in (reference.detach(), degraded)]
+            # The transform reflects half a window at either end, which a shorter clip does not have.
+            longest = max(self.window_lengths)
+            pair = [nn.functional.pad(x, (0, max(0, longest - x.shape[-1]))) for x in pair]
+            lengths = lengths.clamp(min=longest)
+            losses = [self._clip_losses(*pair, lengths, length) for length in self.window_lengths]
+        return torch.stack(losses).mean(0).sum() / (len(lengths) if counts is None else counts)
 
-    def _clip_loss(self, reference: Tensor, degraded: Tensor) -> Tensor:
-        # The transform reflects half a window at either end, which a shorter clip does not have.
-        missing = max(self.window_lengths) - reference.shape[-1]
-        if missing > 0:
-            reference, degraded = (nn.functional.pad(x, (0, missing)) for x in (reference, degraded))
-        mid_side = _sum_and_difference(self.window_lengths, reference.device)
-        return mid_side(degraded.unsqueeze(0), reference.unsqueeze(0))
+    def _clip_losses(self, reference: Tensor, degraded: Tensor, lengths: Tensor, window_length: int) -> Tensor:
+        """Mean over mid and side, bins and the clip's frames at one resolution, [B]."""
+        wanted, got = (_magnitudes(x, lengths, window_length) for x in (reference, degraded))
+        distances = (wanted - got).abs() + (wanted.log() - got.log()).abs()
+        frames = lengths // (window_length // 4) + 1
+        return zero_beyond(distances.mean(dim=(1, 2)), frames).sum(-1) / frames
 
 
-@lru_cache(maxsize=8)
-def _sum_and_difference(window_lengths: tuple[int, ...], device: torch.device) -> SumAndDifferenceSTFTLoss:
-    """The loss with its windows on `device`. They are plain attributes: made with the module, they would stay on the
-    meta device, and moved in validation they would become inference tensors.
-    """
-    with torch.inference_mode(False), torch.device("cpu"):
-        loss = SumAndDifferenceSTFTLoss(
-            fft_sizes=list(window_lengths),
-            hop_sizes=[length // 4 for length in window_lengths],
-            win_lengths=list(window_lengths),
-            window="hann_window",
-            w_sc=0.0,
-            w_log_mag=1.0,
-            w_lin_mag=1.0,
-        )
-        for scale in loss.mrstft.stft_losses:
-            scale.window = scale.window.to(device)
-    return loss
+def _mid_and_side(audio: Tensor) -> Tensor:
+    """[B, 2, T] -> [B, 2, T]: sum and difference of the channels."""
+    left, right = audio.unbind(1)
+    return torch.stack((left + right, left - right), dim=1)
+
+
+def _magnitudes(audio: Tensor, lengths: Tensor, window_length: int) -> Tensor:
+    """STFT magnitudes of clips that are reflected at their own ends: [B, C, T] -> [B, C, bins, frames]."""
+    places = torch.arange(-(window_length // 2), audio.shape[-1] + window_length // 2, device=audio.device).abs()
+    last = lengths[:, None] - 1
+    places = torch.where(places > last, 2 * last - places, places).clamp(min=0)
+    reflected = audio.gather(2, places[:, None].expand(-1, audio.shape[1], -1))
+    spectrum = torch.stft(
+        reflected.flatten(0, 1),
+        n_fft=window_length,
+        hop_length=window_length // 4,
+        window=_hann_window(window_length, audio.device),
+        center=False,
+        return_complex=True,
+    )
+    power = spectrum.real.square() + spectrum.imag.square()
+    return power.clamp(min=SMALLEST_POWER).sqrt().unflatten(0, audio.shape[:2])
+
+
+@lru_cache(maxsize=16)
+def _hann_window(window_length: int, device: torch.device) -> Tensor:
+    """Periodic window, made outside inference mode, in which autograd could not save it (see `utils.spectral`)."""
+    with torch.inference_mode(False):
+        return torch.hann_window(window_length, device="cpu").to(device)

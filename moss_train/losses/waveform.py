@@ -10,13 +10,14 @@ A value is a mean within a clip first, then summed over clips and divided by the
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moss_train.audio.stft import HOPS_PER_WINDOW, normalized_stft
+from moss_train.losses.base import AudioLoss
 from moss_train.losses.masking import zero_beyond
 
 
-class ComplexSTFTLoss(nn.Module):
+class ComplexSTFTLoss(AudioLoss):
     """Multi-resolution STFT loss on linear scale: L1 of real parts, of imaginary parts and of magnitudes.
 
     Sum over windows of the mean over channels, bins and the clip's frames of |Re X - Re X^| + |Im X - Im X^| +
@@ -32,16 +33,11 @@ class ComplexSTFTLoss(nn.Module):
             raise ValueError(f"window_lengths must be multiples of {HOPS_PER_WINDOW}, got {list(window_lengths)}")
         self.window_lengths = tuple(window_lengths)
 
-    def forward(
-        self, reference: Tensor, degraded: Tensor, lengths: Tensor, num_clips: Tensor | int | None = None
-    ) -> Tensor:
-        """Compute the loss of a batch, its sum over clips divided by `num_clips` (by default those of this batch).
-
-        reference, degraded [B, C, T], lengths [B] samples. Returns a scalar, float32; no gradient to the reference.
-        """
+    def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Compute the loss of a batch (see `AudioLoss.forward`)."""
         reference, degraded = (zero_beyond(x.float(), lengths) for x in (reference.detach(), degraded))
         losses = [self._clip_losses(reference, degraded, lengths, length) for length in self.window_lengths]
-        return torch.stack(losses).sum() / (len(lengths) if num_clips is None else num_clips)
+        return torch.stack(losses).sum() / (len(lengths) if counts is None else counts)
 
     def _clip_losses(self, reference: Tensor, degraded: Tensor, lengths: Tensor, window_length: int) -> Tensor:
         """Losses at one resolution, [B]; frame t counts when its centre lies inside the clip."""
@@ -53,12 +49,10 @@ class ComplexSTFTLoss(nn.Module):
         return zero_beyond(per_frame, frames).sum(-1) / frames.clamp(min=1)
 
 
-class WaveformLoss(nn.Module):
+class WaveformLoss(AudioLoss):
     """Mean absolute difference of the samples of a clip."""
 
-    def forward(
-        self, reference: Tensor, degraded: Tensor, lengths: Tensor, num_clips: Tensor | int | None = None
-    ) -> Tensor:
-        """Compute the loss of a batch. Arguments and result as of `ComplexSTFTLoss.forward`."""
+    def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Compute the loss of a batch (see `AudioLoss.forward`)."""
         difference = zero_beyond(reference.detach().float() - degraded.float(), lengths).abs().mean(1).sum(-1)
-        return (difference / lengths.clamp(min=1)).sum() / (len(lengths) if num_clips is None else num_clips)
+        return (difference / lengths.clamp(min=1)).sum() / (len(lengths) if counts is None else counts)

@@ -183,6 +183,8 @@ def build_modules(config: MossAudioTokenizerConfig, name: str) -> nn.ModuleList:
             layer_scale=entry.get("layer_scale", 0.01),
             max_period=entry.get("max_period", 10000),
             frames_per_code_frame=frames[number],
+            takes_audio=name == "encoder_kwargs" and number == min(frames),
+            makes_audio=name == "decoder_kwargs" and number == max(frames),
         )
         modules.append(stage)
     return nn.ModuleList(modules)

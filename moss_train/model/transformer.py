@@ -1,5 +1,7 @@
 """Modules of encoder and decoder: patching, transformer stages between two projections, and their initial weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -94,6 +96,8 @@ class ProjectedTransformer(nn.Module):
         max_period: of the rotary embedding.
         flash: see `MultiheadAttention`.
         frames_per_code_frame: frames that the stage handles per frame of codes.
+        takes_audio, makes_audio: whether the linear in reads, or the linear out writes, samples of a waveform. That one
+            computes in float32 under autocast too: bfloat16 keeps a waveform to 55 dB only.
     """
 
     def __init__(
@@ -110,6 +114,8 @@ class ProjectedTransformer(nn.Module):
         max_period: float = 10000,
         flash: bool = True,
         frames_per_code_frame: int = 1,
+        takes_audio: bool = False,
+        makes_audio: bool = False,
     ) -> None:
         super().__init__()
         layers = [
@@ -118,6 +124,8 @@ class ProjectedTransformer(nn.Module):
         self.window = window
         self.d_model = d_model
         self.frames_per_code_frame = frames_per_code_frame
+        self.takes_audio = takes_audio
+        self.makes_audio = makes_audio
         self.input_proj = projection(input_dimension, d_model)
         self.transformer = Transformer(layers, max_period)
         self.output_proj = projection(d_model, output_dimension)
@@ -125,7 +133,11 @@ class ProjectedTransformer(nn.Module):
     def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
         """[B, T, input_dimension] -> [B, T, output_dimension]."""
         linear = LinearOps() if state is None else state.linears
-        return linear(self.output_proj, self.transformer(linear(self.input_proj, x), state, num_frames))
+        with float32_math(self.input_proj, self.takes_audio) as precise:
+            x = linear(self.input_proj, x.float() if precise else x)
+        x = self.transformer(x, state, num_frames)
+        with float32_math(self.output_proj, self.makes_audio) as precise:
+            return linear(self.output_proj, x.float() if precise else x)
 
     def new_state(
         self, batch_size: int, longest_step: int, dtype: torch.dtype | None = None, pack: bool = False
@@ -150,6 +162,17 @@ class ProjectedTransformer(nn.Module):
             gains[layer.self_attn.out_projs[0]] = layer.layer_scale_1.scale
             gains[layer.linear2] = layer.layer_scale_2.scale
         return PrepackedLinearOps(self, gains)
+
+
+@contextmanager
+def float32_math(module: nn.Module, wanted: bool) -> Iterator[bool]:
+    """Switch autocast off for a module with float32 weights if that is wanted; yields whether it did."""
+    weight = next(module.parameters(), None)
+    if not wanted or weight is None or weight.dtype != torch.float32:
+        yield False
+        return
+    with torch.autocast(weight.device.type, enabled=False):
+        yield True
 
 
 def projection(input_dimension: int, output_dimension: int) -> nn.Module:

@@ -3,36 +3,45 @@
 One clock, `update`, counts generator updates. Lightning's `global_step` counts the steps of both optimizers and is not
 used. Everything random about a batch was drawn with it, so a step depends on weights, optimizers and batch alone.
 
-Numbers of an update are the same on every rank and cost one synchronisation: `metrics` are those of the update itself.
-What callbacks put into `contributions` before an update (the same names on every rank) is in `sums` after it, summed
-over the ranks.
+The update itself is `step/update.py`. Callbacks get its result as `outputs` of `on_train_batch_end` (see
+`update_result`); numbers of theirs that are to be summed over the ranks with it come from functions in `counters`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from moss_train.batch import Batch, UpdateBatch
+from moss_train.batch import UpdateBatch
 from moss_train.config.build import build
 from moss_train.discriminators import DiscriminatorSet
 from moss_train.export.load import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.transformer import ProjectedTransformer
-from moss_train.training.distributed.collectives import check_equal_start
+from moss_train.training.distributed.collectives import check_equal_start, gather_over_ranks
 from moss_train.training.distributed.fsdp import Shards
-from moss_train.training.step.diagnostics import CodeCounts
 from moss_train.training.step.ema import CHECKPOINT_KEY, WeightAverage
-from moss_train.training.step.objective import Objective
+from moss_train.training.step.objective import Objective, with_weights
 from moss_train.training.step.optimizers import build_adamw, group_options
 from moss_train.training.step.schedule import Schedule, StageMoment
-from moss_train.training.updates import do_update
+from moss_train.training.step.update import Networks, OptimizerGroup, UpdateResult, run_update
 from moss_train.utils.errors import UserError
 
 Node = Mapping[str, Any]
+RESULT = "result"  # of an update, in what Lightning hands to callbacks
+BALANCE_KEY = "gradient_balance"
+
+
+class NonFiniteError(FloatingPointError):
+    """Too many updates in a row were not finite; `result` is that of the last one."""
+
+    def __init__(self, message: str, result: UpdateResult) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class CatModule(lightning.LightningModule):
@@ -78,18 +87,16 @@ class CatModule(lightning.LightningModule):
             judges = [build(node, path=f"discriminators[{i}]") for i, node in enumerate(discriminators)]
             self.discriminators = DiscriminatorSet(judges) if judges else None
         self.objective = Objective(self.tokenizer.sampling_rate, **(objective or {}))
+        for stage in self.schedule.stages:
+            with_weights(self.objective.weights, stage.weights)
         self.update = 0
         self.position = 0
-        self.skipped_in_a_row = 0
+        self.consecutive_skipped = 0
         self.reduce_dtype: torch.dtype | None = None
         self.shards: Shards | None = None
         self.average: WeightAverage | None = None
-        self.metrics: dict[str, float] = {}
-        self.contributions: dict[str, float] = {}
-        self.sums: dict[str, float] = {}
-        quantizer = self.tokenizer.config.quantizer_kwargs
-        self.code_counts = CodeCounts(quantizer["num_quantizers"], quantizer["codebook_size"])
-        self.measures_output_gradient = False
+        self.shares_every_updates: int | None = None
+        self.counters: list[Callable[[UpdateBatch], Mapping[str, float]]] = []
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """`MossAudioTokenizerModel.encode`."""
@@ -120,18 +127,65 @@ class CatModule(lightning.LightningModule):
     def transfer_batch_to_device(self, batch: UpdateBatch, device: torch.device, dataloader_idx: int) -> UpdateBatch:
         return batch.to(device)
 
-    def training_step(self, batch: UpdateBatch, batch_idx: int) -> None:
+    def training_step(self, batch: UpdateBatch, batch_idx: int) -> dict[str, UpdateResult]:
         """One update: gradients of every micro-batch for both sides, then one step of each optimizer."""
         moment = self.schedule.at(self.update)
         self._choose_parts(moment)
+        measures = self.shares_every_updates is not None and (self.update + 1) % self.shares_every_updates == 0
+        how = (self._contributions, self.reduce_dtype, measures)
+        groups = self.optimizer_groups(moment)
         try:
-            do_update(self, batch, moment)
+            result = run_update(self.networks, self.objective, groups, self.manual_backward, batch, moment, *how)
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory(self, batch)) from error
+        self._count_skipped(result, batch)
+        if self.objective.balancer is not None and not result.not_finite:
+            self.objective.balancer.add(result.output_norms)
         if self.average is not None:
             self.average.add(self.update)
         self.update += 1
         self.position = batch.next_position
+        return {RESULT: result}
+
+    @property
+    def networks(self) -> Networks:
+        """What an update trains."""
+        return Networks(self.tokenizer, self.semantic, self.discriminators, is_sharded=self.shards is not None)
+
+    def optimizer_groups(self, moment: StageMoment) -> list[OptimizerGroup]:
+        """What steps in an update: the generator's trained parts, and the discriminators when it is their turn."""
+        optimizers: Any = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        parts = {name: list(part.parameters()) for name, part in self.parts().items() if name in moment.stage.train}
+        chosen = [("generator", moment.stage.learning_rate, parts)]
+        if moment.discriminators_learn:
+            discriminators = {"discriminators": self.discriminator_parameters()}
+            chosen.append(("discriminators", moment.stage.discriminator_learning_rate, discriminators))
+        factor = moment.stage.rate_factor(moment.update)
+        return [
+            OptimizerGroup(name, optimizer, peak * factor, self._clip_norm(name), parts)
+            for optimizer, (name, peak, parts) in zip(optimizers, chosen, strict=False)
+        ]
+
+    def _contributions(self, batch: UpdateBatch) -> dict[str, float]:
+        return {name: value for counter in self.counters for name, value in counter(batch).items()}
+
+    def _clip_norm(self, name: str) -> float:
+        return self.optimizer_settings.get(name, {}).get("clip_norm", 1.0)
+
+    def _count_skipped(self, result: UpdateResult, batch: UpdateBatch) -> None:
+        """Count updates in a row that were skipped, name their samples, and stop after too many."""
+        if not result.not_finite:
+            self.consecutive_skipped = 0
+            return
+        self.consecutive_skipped += 1
+        own = [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids]
+        ids = [name for names in gather_over_ranks(own) for name in names]
+        bad = ", ".join(result.not_finite)
+        message = f"update {self.update} skipped: {bad} not finite; samples {', '.join(ids[:8])}"
+        if self.consecutive_skipped >= self.max_skipped_updates:
+            raise NonFiniteError(f"{message}; {self.consecutive_skipped} in a row, stopping. Try a lower rate.", result)
+        rank_zero_warn(message)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Lightning's, outside its autocast: what went forward in float32 comes back in float32."""
@@ -150,10 +204,6 @@ class CatModule(lightning.LightningModule):
     def _choose_parts(self, moment: StageMoment) -> None:
         for name, part in self.parts().items():
             part.requires_grad_(name in moment.stage.train)
-
-    def num_quantizers(self, batch: Batch) -> Tensor:
-        """Quantizer dropout: how many levels each clip uses, [B] int64 (see `Objective`)."""
-        return self.objective.num_quantizers(batch, self.tokenizer.config.num_quantizers)
 
     def on_fit_start(self) -> None:
         check_equal_start(self, (self.update, self.position))
@@ -183,12 +233,16 @@ class CatModule(lightning.LightningModule):
         checkpoint["progress"] = {"update": self.update, "position": self.position}
         if self.average is not None:
             checkpoint[CHECKPOINT_KEY] = self.average.state_dict()
+        if self.objective.balancer is not None:
+            checkpoint[BALANCE_KEY] = self.objective.balancer.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.update, self.position = progress["update"], progress["position"]
         if self.average is not None and CHECKPOINT_KEY in checkpoint:
             self.average.load_state_dict(checkpoint[CHECKPOINT_KEY])
+        if self.objective.balancer is not None and BALANCE_KEY in checkpoint:
+            self.objective.balancer.load_state_dict(checkpoint[BALANCE_KEY])
 
 
 def out_of_memory(module: CatModule, batch: UpdateBatch) -> str:
@@ -205,6 +259,13 @@ def out_of_memory(module: CatModule, batch: UpdateBatch) -> str:
 def stages_of(model: MossAudioTokenizerModel) -> list[ProjectedTransformer]:
     """All transformer stages, of the encoder and the decoder."""
     return [stage for stage in (*model.encoder, *model.decoder) if isinstance(stage, ProjectedTransformer)]
+
+
+def update_result(outputs: Any) -> UpdateResult:
+    """Return the result of an update from the `outputs` that Lightning hands to `on_train_batch_end`."""
+    result = outputs[RESULT]
+    assert isinstance(result, UpdateResult)
+    return result
 
 
 def cat_module(module: lightning.LightningModule) -> CatModule:

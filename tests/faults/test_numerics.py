@@ -17,6 +17,7 @@ from moss_train.cli.compose import compose, to_plain
 from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config
 from moss_train.training import CatModule
+from moss_train.training.module import update_result
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.trainer import build_trainer
 from moss_train.training.run.warm_start import module_arguments
@@ -77,8 +78,8 @@ class Watch(Callback):
         if pl_module.update == BAD:
             self.before = state_of(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.metrics.append(dict(pl_module.metrics))
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.metrics.append(update_result(outputs).metrics)
         if pl_module.update == BAD + 1:
             self.after = state_of(trainer)
 

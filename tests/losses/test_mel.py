@@ -90,13 +90,13 @@ def test_micro_batches_with_the_global_count_add_up():
     reference[2] *= 0.01
     lengths = torch.tensor([9600, 1234, 7000, 4801])
     loss = MultiScaleMelLoss(RATE)
-    counts = loss.frame_counts(lengths)
+    counts = loss.counts(lengths)
     whole = loss(reference, degraded, lengths)
     parts = [
         loss(reference[part], degraded[part], lengths[part], counts) for part in (slice(0, 1), slice(1, 3), slice(3, 4))
     ]
     torch.testing.assert_close(sum(parts), whole)
-    assert sum(loss.frame_counts(lengths[i : i + 1]) for i in range(4)).tolist() == counts.tolist()
+    assert sum(loss.counts(lengths[i : i + 1]) for i in range(4)).tolist() == counts.tolist()
 
 
 def test_loss_is_the_frame_weighted_mean_of_the_clips():
@@ -104,14 +104,14 @@ def test_loss_is_the_frame_weighted_mean_of_the_clips():
     lengths = torch.tensor([8192, 2048])
     loss = MultiScaleMelLoss(RATE, window_lengths=[256], num_mels=[40])
     first, second = loss.distances(reference, degraded, lengths).tolist()
-    assert loss.frame_counts(lengths).tolist() == [128 + 32]
+    assert loss.counts(lengths).tolist() == [128 + 32]
     assert loss(reference, degraded, lengths).item() == pytest.approx(0.8 * first + 0.2 * second, rel=1e-5)
 
 
 @pytest.mark.parametrize(("length", "expected"), [(1, 1), (8, 1), (9, 2), (0, 0)])
 def test_a_started_hop_is_a_frame(length, expected):
     loss = MultiScaleMelLoss(RATE, window_lengths=[32], num_mels=[5])
-    assert loss.frame_counts(torch.tensor([length])).tolist() == [expected]
+    assert loss.counts(torch.tensor([length])).tolist() == [expected]
 
 
 def test_silence_gives_finite_values_and_gradients():
@@ -195,7 +195,7 @@ def test_value_is_known_to_differ_from_torch_stft_normalized():
 
 
 def test_default_scales_hop_from_8_to_512_samples():
-    assert MultiScaleMelLoss(RATE).frame_counts(torch.tensor([4096])).tolist() == [512, 256, 128, 64, 32, 16, 8]
+    assert MultiScaleMelLoss(RATE).counts(torch.tensor([4096])).tolist() == [512, 256, 128, 64, 32, 16, 8]
 
 
 @pytest.mark.parametrize(

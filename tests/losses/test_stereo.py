@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from auraloss.freq import SumAndDifferenceSTFTLoss
 
 from moss_train.losses import MidSideLoss, MultiScaleMelLoss
 
@@ -24,10 +25,38 @@ def test_halves_with_the_global_count_add_up_and_padding_is_ignored():
     lengths = torch.tensor([6000, 3000, 500])
     loss = MidSideLoss()
     whole = loss(reference, degraded, lengths)
-    parts = [loss(reference[p], degraded[p], lengths[p], num_clips=3) for p in (slice(0, 1), slice(1, 3))]
+    parts = [loss(reference[p], degraded[p], lengths[p], counts=torch.tensor(3)) for p in (slice(0, 1), slice(1, 3))]
     torch.testing.assert_close(sum(parts), whole)
     short = loss(reference[1:2, :, :3000], degraded[1:2, :, :3000], lengths[1:2])
     torch.testing.assert_close(loss(reference[1:2], degraded[1:2], lengths[1:2]), short)
+
+
+def test_the_value_is_that_of_auraloss_clip_by_clip():
+    """Value and gradient, at lengths that end anywhere in a frame and one that is shorter than the windows."""
+    windows = (512, 1024, 2048)
+    theirs = SumAndDifferenceSTFTLoss(
+        fft_sizes=windows,
+        hop_sizes=[length // 4 for length in windows],
+        win_lengths=windows,
+        window="hann_window",
+        w_sc=0.0,
+        w_log_mag=1.0,
+        w_lin_mag=1.0,
+    )
+    reference, degraded, lengths = stereo(4), stereo(4, seed=1).requires_grad_(), torch.tensor([6000, 5000, 3333, 700])
+    expected = sum(
+        theirs(
+            *(
+                torch.nn.functional.pad(x[None, :, :length], (0, max(0, 2048 - length)))
+                for x in (degraded[i], reference[i])
+            )
+        )
+        for i, length in enumerate(lengths.tolist())
+    )
+    found = MidSideLoss()(reference, degraded, lengths)
+    torch.testing.assert_close(found, expected / 4)
+    gradients = [torch.autograd.grad(value, degraded)[0] for value in (found, expected / 4)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_equal_channels_do_not_explode():

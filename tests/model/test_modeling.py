@@ -179,3 +179,20 @@ def test_gradient_checkpointing_changes_nothing_but_memory(model):
     (checkpointed,) = torch.autograd.grad(model(audio).audio.square().mean(), weight)
     model.eval().gradient_checkpointing_disable()
     torch.testing.assert_close(checkpointed, plain)
+
+
+def test_waveforms_stay_float32_under_bf16_autocast():
+    """The projections next to the waveform compute in float32, those inside the model in bfloat16."""
+    model = small_model()
+    stages = [*model.stages(model.encoder), *model.stages(model.decoder)]
+    seen = []
+    for stage in stages:
+        for projection in (stage.input_proj, stage.output_proj):
+            if isinstance(projection, torch.nn.Linear):
+                projection.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    audio = 0.1 * torch.randn(2, 1, 4 * model.config.downsample_rate)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded = model.decode_latent(model.encode_latent(audio))
+    assert decoded.dtype == torch.float32
+    assert (seen[0], seen[-1]) == (torch.float32, torch.float32)
+    assert set(seen[1:-1]) == {torch.bfloat16}

@@ -5,16 +5,19 @@ from dataclasses import replace
 import torch
 
 from moss_train.batch import Batch
-from moss_train.training import CatModule, micro_batches
+from moss_train.training import CatModule
+from moss_train.training.step.update import forward_backward
 
 
 def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> dict[str, torch.Tensor]:
     """Gradients of update `number` over the given micro-batches, by parameter name."""
+    moment = module.schedule.at(number)
+    weights = module.objective.active_weights(moment)
     module.manual_backward = lambda loss, **options: loss.backward(**options)  # outside a Trainer
     module.zero_grad()
     counts = module.objective.count(batches)
     for batch in batches:
-        micro_batches.accumulate(module, batch, counts, module.schedule.at(number))
+        forward_backward(module.networks, module.objective, batch, counts, moment, weights, module.manual_backward)
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 

@@ -1,9 +1,11 @@
 """One of several processes that compute the gradients of one update together; `test_distributed` starts them."""
 
+import math
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,12 +15,27 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from moss_train.batch import UpdateBatch
 from moss_train.training import CatModule
 from moss_train.training.distributed.fsdp import full_tensor
-from moss_train.training.updates import Side, compute_terms, reduce
+from moss_train.training.step.update import OptimizerGroup, run_update
+
+
+class KeptGradients:
+    """In place of an optimizer: it neither steps nor forgets, so that the gradients of an update can be read."""
+
+    @property
+    def optimizer(self) -> Any:
+        """Lightning wraps optimizers; there is none inside this one."""
+        return SimpleNamespace(param_groups=[])
+
+    def step(self) -> None:
+        """Leave the weights as they are."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Leave the gradients as they are."""
 
 
 def gradients(
     arguments: Mapping[str, Any], batch: UpdateBatch, number: int, mesh: DeviceMesh | None = None
-) -> tuple[dict, dict]:
+) -> tuple[dict, dict[str, float]]:
     """Gradients of update `number` by parameter name, and its numbers; summed over the ranks when there are some.
 
     Given a mesh the large networks are sharded over it.
@@ -27,13 +44,23 @@ def gradients(
     module._device_mesh = mesh
     module.configure_model()
     assert (module.shards is None) == (mesh is None)
-    module.manual_backward = lambda loss, **options: loss.backward(**options)  # outside a Trainer
-    module.contributions = {"clips": float(sum(micro.num_clips for micro in batch.micro_batches))}
-    terms = compute_terms(module, batch, module.schedule.at(number))
-    sides = [Side("generator", None, 0.0, {name: list(part.parameters()) for name, part in module.parts().items()})]
-    if module.schedule.at(number).stage.adversarial:
-        sides.append(Side("discriminators", None, 0.0, {"discriminators": module.discriminator_parameters()}))
-    numbers = reduce(module, sides, terms, batch)
+    moment = module.schedule.at(number)
+    parts = {name: list(part.parameters()) for name, part in module.parts().items()}
+    groups = [OptimizerGroup("generator", KeptGradients(), 0.0, math.inf, parts)]
+    if moment.discriminators_learn:
+        discriminators = {"discriminators": module.discriminator_parameters()}
+        groups.append(OptimizerGroup("discriminators", KeptGradients(), 0.0, math.inf, discriminators))
+
+    def contribute(batch: UpdateBatch) -> dict[str, float]:
+        return {"clips": float(sum(micro.num_clips for micro in batch.micro_batches))}
+
+    def backward(loss: torch.Tensor, **options: Any) -> None:
+        loss.backward(**options)
+
+    result = run_update(
+        module.networks, module.objective, groups, backward, batch, moment, contribute, measure_shares=True
+    )
+    numbers = result.metrics | result.sums | {f"output/{name}": norm for name, norm in result.output_norms.items()}
     found = {name: full_tensor(p.grad) for name, p in module.named_parameters() if p.grad is not None}
     return found, numbers
 

@@ -138,3 +138,19 @@ def test_impossible_limits_are_named(change):
     (name,) = change
     with pytest.raises(ValueError, match=f"{name}="):
         HealthLimits(**change)
+
+
+def test_a_term_with_a_weight_and_hardly_any_gradient(health):
+    """Five measurements in a row below one per cent, once per occurrence; without a weight it may have none."""
+    weighted = {"weighted/adversarial": 1.0, "weighted/reconstruction": 30.0}
+    low = {"gradient_share/adversarial": 0.003, "gradient_share/reconstruction": 0.997}
+    run(health, range(1, 5), **weighted, **low)
+    assert warnings(health) == []
+    run(health, range(5, 7), **weighted, **low)
+    (line,) = warnings(health)
+    assert line.startswith("update 5: adversarial has 0.30% of the gradient")
+    other = HealthWriter(health.path.parent, LIMITS, codebook_size=1000)
+    high = low | {"gradient_share/adversarial": 0.02}
+    run(other, range(7, 27), **{**weighted, **high})
+    run(other, range(27, 47), **{**weighted, **low, "weighted/adversarial": 0.0})
+    assert len(warnings(other)) == 1

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback
 
 from moss_train.training import CatModule
+from moss_train.training.module import update_result
 from moss_train.training.run.short_runs import train_in_memory
 from moss_train.training.run.warm_start import module_arguments
 
@@ -29,7 +30,7 @@ class Gradients(Callback):
                     )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.losses.append(pl_module.metrics["loss/generator"])
+        self.losses.append(update_result(outputs).metrics["loss/generator"])
 
 
 def train(config: dict) -> tuple[CatModule, Gradients]:

@@ -1,10 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moss_train.batch import Batch
+from moss_train.cli.compose import compose, to_plain
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.model.quantizer import QuantizerOutput
-from moss_train.training.step.objective import WEIGHTS, Objective, UpdateCounts
+from moss_train.training.step.objective import LOSSES, WEIGHTS, Objective, UpdateCounts, weighted_sum
+from moss_train.training.step.schedule import Stage, StageMoment
+from moss_train.utils.errors import UserError
 
 RATE = 24000
 
@@ -27,11 +32,18 @@ def make_batch(lengths: list[int], crop_units: list[float]) -> Batch:
     )
 
 
+STAGE = Stage("s", 10, 1.0, adversarial=True)
+JUDGED = StageMoment(STAGE, 5)
+ONE_CLIP = UpdateCounts(torch.tensor(1), torch.tensor(0), {})
+
+
 def test_published_weights_make_the_total():
     terms = {name: torch.tensor(1.0) for name in WEIGHTS}
     objective = Objective(RATE)
-    assert objective.total(terms, {}).item() == pytest.approx(20 + 15 + 0.25 + 1 + 1 + 2)
-    assert objective.total(terms, {"semantic": 0.0}).item() == pytest.approx(19.25)
+    assert weighted_sum(terms, objective.weights).item() == pytest.approx(20 + 15 + 0.25 + 1 + 1 + 2)
+    quiet = replace(STAGE, weights={"semantic": 0.0})
+    assert weighted_sum(terms, objective.stage_weights(quiet)).item() == pytest.approx(19.25)
+    assert "semantic" not in objective.active_weights(StageMoment(quiet, 5))
     with pytest.raises(ValueError, match="unknown term"):
         Objective(RATE, {"loudness": 1.0})
 
@@ -41,37 +53,40 @@ def test_counts_are_those_of_the_whole_update():
     counts = Objective(RATE).count(batches)
     hops = [8, 16, 32, 64, 128, 256, 512]
     expected = [sum(-(-length // hop) for length in (2400, 1200, 4800)) for hop in hops]
-    assert (counts.clips.item(), counts.mel_frames.tolist(), counts.text_tokens.item()) == (3, expected, 6)
-    again = UpdateCounts.from_vector(counts.vector())
-    assert again.mel_frames.tolist() == expected
-    assert again.text_tokens.item() == 6
+    assert (counts.clips.item(), counts.text_tokens.item()) == (3, 6)
+    assert counts.audio["reconstruction"].tolist() == expected
+    assert counts.audio["waveform"].item() == 3
+    double = counts.reduced(lambda vector: 2 * vector)
+    assert (double.clips.item(), double.text_tokens.item()) == (6, 12)
+    assert double.audio["reconstruction"].tolist() == [2 * count for count in expected]
+    assert double.audio["waveform"].shape == ()
 
 
-def test_codec_terms_of_known_values():
+def test_reconstruction_and_quantizer_terms_of_known_values():
     batch = make_batch([2400], [0.0])
     objective = Objective(RATE)
+    weights, counts = objective.active_weights(JUDGED), objective.count([batch])
     latents, rows = torch.zeros(2, 1, 3, 4), torch.tensor([1.0, 2.0])[:, None, None, None].expand(2, 1, 3, 4)
     quantized = QuantizerOutput(
         torch.zeros(()), torch.zeros(()), latents, rows, level_mask=torch.tensor([[True], [False]])
     )
-    frame_mask = torch.tensor([[True, True, False]])
-    terms = objective.codec_terms(batch, 10 * batch.audio, quantized, frame_mask, objective.count([batch]))
     # Ten times louder: log10 differs by one on each of seven scales, no value lies below the floor.
-    assert terms["reconstruction"].item() == pytest.approx(7.0, abs=1e-3)
+    terms = objective.audio_terms(batch, 10 * batch.audio, counts, weights)
+    assert {name: term.item() for name, term in terms.items()} == {"reconstruction": pytest.approx(7.0, abs=1e-3)}
     # The second level is dropped; the first differs by one in every dimension of every valid frame.
-    assert terms["commitment"].item() == terms["codebook"].item() == pytest.approx(1.0)
+    terms = objective.quantizer_terms(quantized, torch.tensor([[True, True, False]]), counts, weights)
+    assert {name: term.item() for name, term in terms.items()} == {"commitment": 1.0, "codebook": 1.0}
+
+
+def judged(logits: tuple[float, ...], feature: float, layers: int = 1) -> list[DiscriminatorOutput]:
+    return [DiscriminatorOutput(torch.full((1, 4), x), (torch.full((1, 5), feature),) * layers) for x in logits]
 
 
 def test_adversarial_terms_of_known_values():
     objective = Objective(RATE)
-    counts = UpdateCounts(torch.tensor(1), torch.ones(7), torch.tensor(0))
-
-    def judged(logit: float, feature: float) -> list[DiscriminatorOutput]:
-        return [DiscriminatorOutput(torch.full((1, 4), logit), (torch.full((1, 5), feature),))]
-
-    real, generated = judged(0.5, 2.0), judged(0.25, 1.0)
-    assert objective.discriminator_term(real, generated, counts).item() == pytest.approx(0.25 + 0.0625)
-    terms = objective.judge_terms(real, generated, counts)
+    real, generated = judged((0.5,), 2.0), judged((0.25,), 1.0)
+    assert objective.discriminator_loss(real, generated, ONE_CLIP).item() == pytest.approx(0.25 + 0.0625)
+    terms = objective.adversarial_terms(real, generated, ONE_CLIP, objective.active_weights(JUDGED))
     assert terms["adversarial"].item() == pytest.approx(0.5625)
     assert terms["feature"].item() == pytest.approx(0.5)
 
@@ -79,37 +94,64 @@ def test_adversarial_terms_of_known_values():
 def test_sums_instead_of_means_have_known_values():
     """Two discriminators: LSGAN added up, features by twice their absolute distance, logits included."""
     objective = Objective(RATE, adversarial_reduction="sum", feature_reduction="absolute_sum")
-    counts = UpdateCounts(torch.tensor(1), torch.ones(7), torch.tensor(0))
-
-    def judged(logits: tuple[float, float], feature: float) -> list[DiscriminatorOutput]:
-        return [DiscriminatorOutput(torch.full((1, 4), x), (torch.full((1, 5), feature),) * 3) for x in logits]
-
-    real, generated = judged((0.5, 1.0), 2.0), judged((0.25, 0.0), 1.5)
-    assert objective.discriminator_term(real, generated, counts).item() == pytest.approx(0.25 + 0.0625)
-    terms = objective.judge_terms(real, generated, counts)
+    real, generated = judged((0.5, 1.0), 2.0, layers=3), judged((0.25, 0.0), 1.5, layers=3)
+    assert objective.discriminator_loss(real, generated, ONE_CLIP).item() == pytest.approx(0.25 + 0.0625)
+    terms = objective.adversarial_terms(real, generated, ONE_CLIP, objective.active_weights(JUDGED))
     assert terms["adversarial"].item() == pytest.approx(0.5625 + 1.0)
     assert terms["feature"].item() == pytest.approx(2 * (6 * 0.5 + 0.25 + 1.0))
 
 
-@pytest.mark.parametrize("name", ["adversarial_reduction", "feature_reduction"])
+@pytest.mark.parametrize("name", ["adversarial", "feature"])
 def test_an_unknown_reduction_is_refused_by_its_path(name):
-    with pytest.raises(ValueError, match=f"objective.{name}.*median"):
-        Objective(RATE, **{name: "median"})
+    with pytest.raises(UserError, match=f"objective.losses.{name}.*median"):
+        Objective(RATE, **{f"{name}_reduction": "median"})
 
 
 @pytest.mark.parametrize("name", ["complex_stft", "waveform"])
 def test_optional_terms_exist_where_they_have_a_weight(name):
     batch = make_batch([2400], [0.0])
-    zeros = torch.zeros(2, 1, 3, 4)
-    quantized = QuantizerOutput(zeros, zeros, zeros, zeros, level_mask=torch.ones(2, 1, dtype=torch.bool))
-    mask = torch.ones(1, 3, dtype=torch.bool)
 
     def terms(objective: Objective, **stage: float) -> dict:
-        return objective.codec_terms(batch, -batch.audio, quantized, mask, objective.count([batch]), stage)
+        weights = objective.active_weights(StageMoment(replace(STAGE, weights=stage), 0))
+        return objective.audio_terms(batch, -batch.audio, objective.count([batch]), weights)
 
     assert name not in terms(Objective(RATE))
     assert terms(Objective(RATE, {name: 2.0}))[name] == terms(Objective(RATE), **{name: 1.0})[name] > 0
     assert name not in terms(Objective(RATE, {name: 2.0}), **{name: 0.0})
+
+
+def test_a_loss_is_added_changed_and_taken_away_by_its_node():
+    further = {"_target_": "moss_train.losses.ComplexSTFTLoss", "weight": 0.5, "window_lengths": [64]}
+    losses = {"short_stft": further, "codebook": None, "reconstruction": {"window_lengths": [512], "num_mels": [40]}}
+    objective = Objective(RATE, losses=losses, weights={"codebook": None})
+    assert objective.names == (*(name for name in WEIGHTS if name != "codebook"), "short_stft")
+    assert objective.weights["short_stft"] == 0.5
+    assert objective.output_names[-3:] == ("short_stft", "adversarial", "feature")
+    assert Objective(RATE, losses=losses, weights={"short_stft": 2.0, "codebook": None}).weights["short_stft"] == 2.0
+    batch = make_batch([2400], [0.0])
+    counts = objective.count([batch])
+    assert counts.audio["reconstruction"].tolist() == [-(-2400 // 128)]
+    terms = objective.audio_terms(batch, -batch.audio, counts, objective.active_weights(JUDGED))
+    assert terms["short_stft"] > 0 == terms["reconstruction"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "part"),
+    [
+        ({"mine": {"weight": 1.0}}, "objective.losses.mine"),
+        ({"mine": {"_target_": "torch.nn.GELU"}}, "objective.losses.mine"),
+        ({"waveform": {"windows": 3}}, "objective.losses.waveform"),
+    ],
+)
+def test_what_is_no_loss_is_refused_by_its_path(losses, part):
+    with pytest.raises((UserError, ValueError), match=part):
+        Objective(RATE, losses=losses)
+
+
+def test_the_configuration_shows_the_defaults_of_the_code():
+    config = to_plain(compose("fit", ["experiment=cat_1b6"]), "fit")["objective"]
+    assert config["losses"] == LOSSES
+    assert {name: weight or 0.0 for name, weight in config["weights"].items()} == WEIGHTS
 
 
 def test_crops_start_where_the_clip_says_and_stay_inside_it():

@@ -1,23 +1,21 @@
-import math
-
 import pytest
 import torch
 
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.training.callbacks.codebooks import codebook_columns, codebook_row
-from moss_train.training.callbacks.metrics import split_metrics
-from moss_train.training.step.diagnostics import CodeCounts, mean_logits, squared_output_gradients, weights_at
+from moss_train.training.callbacks.metrics import loss_row
+from moss_train.training.step.diagnostics import count_codes, mean_logits
+from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import Stage, StageMoment
+from moss_train.training.step.update import UpdateResult, output_gradient
 
 STAGE = Stage("s", 10, 1.0, adversarial=True, discriminator_warmup_updates=2, adversarial_ramp_updates=4)
 
 
 def test_codes_of_valid_frames_are_counted_level_by_level():
-    counts = CodeCounts(2, 4)
     codes = torch.tensor([[[0, 1, 3]], [[2, 2, 3]]])
-    for _ in range(2):
-        counts.add(codes, torch.tensor([[True, True, False]]))
-    assert counts.counts.tolist() == [[2, 2, 0, 0], [0, 0, 4, 0]]
+    counts = count_codes(codes, torch.tensor([[True, True, False]]), 4)
+    assert counts.tolist() == [[1, 1, 0, 0], [0, 0, 2, 0]]
 
 
 def test_the_row_of_the_codebooks_has_the_values_of_the_counts():
@@ -42,25 +40,35 @@ def test_mean_verdicts_are_means_over_judges_and_clips():
     }
 
 
+def terms_of(output: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of 1 and of x."""
+    return {"reconstruction": output.sum(), "feature": output.square().sum() / 2}
+
+
 def test_shares_of_the_gradient_at_the_output():
     """3 sum(x) has gradient 3, sum(x^2) / 2 has x: over x = [2, 2] the norms are 3 sqrt(2) and 2 sqrt(2)."""
     output = torch.tensor([2.0, 2.0], requires_grad=True)
-    terms = {"reconstruction": output.sum(), "feature": output.square().sum() / 2, "codebook": output.sum()}
-    squares = squared_output_gradients(terms, {"reconstruction": 3.0, "feature": 1.0, "codebook": 9.0}, output)
-    metrics = {name: value.item() for name, value in squares.items()} | {"loss/reconstruction": 4.0}
-    assert split_metrics(metrics, {"reconstruction": 3.0}) == {
+    weights = {"reconstruction": 3.0, "feature": 1.0}
+    gradient, squares = output_gradient(terms_of(output), weights, output, Objective(24_000), measure=True)
+    assert gradient.tolist() == [5.0, 5.0]
+    norms = {name: square.sqrt().item() for name, square in squares.items()}
+    assert norms == pytest.approx({"reconstruction": 2**0.5, "feature": 8**0.5})
+    metrics = {"loss/reconstruction": 4.0}
+    result = UpdateResult(metrics, weights, norms, {}, torch.zeros(1, 1), num_clips=1)
+    assert loss_row(result) == {
         "loss/reconstruction": 4.0,
         "weighted/reconstruction": 12.0,
         "gradient_share/reconstruction": pytest.approx(0.6),
         "gradient_share/feature": pytest.approx(0.4),
     }
-    terms["reconstruction"].backward()  # the graph is still there
-    assert output.grad is not None
+    plain, nothing = output_gradient(terms_of(output), weights, output, Objective(24_000), measure=False)
+    assert torch.equal(plain, gradient)
+    assert nothing == {}
 
 
 def test_weights_are_those_of_the_stage_and_the_ramp():
-    weights = {"reconstruction": 15.0, "adversarial": 1.0, "feature": 2.0}
-    assert weights_at(weights, StageMoment(STAGE, 0)) == {"reconstruction": 15.0, "adversarial": 0.0, "feature": 0.0}
-    assert weights_at(weights, StageMoment(STAGE, 3))["feature"] == 1.0
-    assert weights_at(weights, StageMoment(STAGE, 9))["feature"] == 2.0
-    assert math.isclose(weights_at(weights, StageMoment(STAGE, 2))["adversarial"], 0.25)
+    objective = Objective(24_000, {"semantic": 0.0})
+    base = {"reconstruction": 15.0, "commitment": 0.25, "codebook": 1.0}
+    assert objective.active_weights(StageMoment(STAGE, 0)) == base
+    assert objective.active_weights(StageMoment(STAGE, 2)) == base | {"adversarial": 0.25, "feature": 0.5}
+    assert objective.active_weights(StageMoment(STAGE, 9)) == base | {"adversarial": 1.0, "feature": 2.0}

@@ -12,12 +12,11 @@ import torch
 from moss_train.cli.main import main
 from moss_train.export.load import load_tokenizer
 from moss_train.training import CatModule
-from moss_train.training.callbacks.metrics import COLUMNS
+from moss_train.training.callbacks.metrics import metric_columns
 from moss_train.training.loggers.csv import column, read_table
 from moss_train.training.run import memory_check as resource_room
 from moss_train.training.run.fit import differences, fit, with_added_keys
-from moss_train.training.step.diagnostics import OUTPUT_TERMS
-from moss_train.training.step.objective import WEIGHTS
+from moss_train.training.step.objective import LOSSES, Objective
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 from moss_train.utils.errors import UserError
 
@@ -179,6 +178,7 @@ def test_a_run_that_began_before_a_key_existed_is_unchanged():
     found = with_added_keys(old)
     assert found["objective"]["feature_reduction"] == "relative_mean"
     assert found["objective"]["weights"] == {"feature": 2.0, "complex_stft": 0.0, "waveform": 0.0}
+    assert found["objective"]["losses"] == LOSSES
     assert old == {"objective": {"crop_seconds": 1.0, "weights": {"feature": 2.0}}}
     assert with_added_keys({"objective": {"feature_reduction": "absolute_sum"}})["objective"]["feature_reduction"] == (
         "absolute_sum"
@@ -210,15 +210,17 @@ def test_unreadable_samples_are_named_and_stop_the_run_past_the_ceiling(packed, 
 
 def test_every_update_is_described_in_full(whole):
     rows = read_table(whole / "metrics.csv")
-    assert rows[0].keys() == set(COLUMNS)
+    assert rows[0].keys() == set(metric_columns(Objective(24_000)))
     for row in rows:
         assert float(row["weighted/reconstruction"]) == pytest.approx(15 * float(row["loss/reconstruction"]))
         assert float(row["update_seconds"]) > float(row["data_wait_seconds"]) > 0
-    parts = [name for name in WEIGHTS if rows[-1][f"weighted/{name}"]]
+    parts = [name for name in Objective(24_000).names if rows[-1][f"weighted/{name}"]]
     total = sum(float(rows[-1][f"weighted/{name}"]) for name in parts)
     assert total == pytest.approx(float(rows[-1]["loss/generator"]), rel=1e-5)
     assert column(rows, "discriminator/real") != column(rows, "discriminator/generated")
-    shares = [[float(row[f"gradient_share/{name}"] or 0) for name in OUTPUT_TERMS] for row in rows[1::2]]
+    shares = [
+        [float(row[f"gradient_share/{name}"] or 0) for name in Objective(24_000).output_names] for row in rows[1::2]
+    ]
     assert [sum(values) for values in shares] == pytest.approx([1.0] * 4)
     assert [sum(map(bool, values)) for values in shares] == [1, 1, 3, 3]
     assert column(rows[::2], "gradient_share/reconstruction") == []

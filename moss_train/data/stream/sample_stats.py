@@ -64,7 +64,8 @@ class StreamCounter:
         counts |= {f"bad/{fault}": 0.0 for fault in Fault} | {"used_clips": 0.0}
         for micro_batch in batch.micro_batches:
             counts["used_clips"] += micro_batch.num_clips
-            for domain, length in zip(micro_batch.domains, micro_batch.audio_lengths.tolist(), strict=True):
+            lengths = (micro_batch.host or micro_batch).audio_lengths.tolist()  # on a device it would wait for it
+            for domain, length in zip(micro_batch.domains, lengths, strict=True):
                 counts[f"samples/{domain}"] += length
         for bad in batch.dropped:
             counts[f"bad/{bad.fault}"] += 1

@@ -14,7 +14,7 @@ from moss_train.evaluation.validation import validation_metrics
 from moss_train.training.callbacks.checkpoint import BestKeeper, CheckpointWriter, check_metric
 from moss_train.training.callbacks.codebooks import CodebookMetrics, codebook_columns
 from moss_train.training.callbacks.health import HealthLimits, HealthWriter
-from moss_train.training.callbacks.metrics import COLUMNS, Clock, StreamWatch, UpdateMetrics
+from moss_train.training.callbacks.metrics import Clock, StreamWatch, UpdateMetrics, metric_columns
 from moss_train.training.callbacks.run_records import EnvironmentRecord, Notices, SkipRecord
 from moss_train.training.callbacks.samples import Sampler
 from moss_train.training.callbacks.scoring import depths
@@ -27,6 +27,7 @@ from moss_train.training.loggers.csv import CsvWriter
 from moss_train.training.loggers.progress import ProgressWriter
 from moss_train.training.loggers.tensorboard import TensorBoardWriter
 from moss_train.training.loggers.wandb import MODES, WandbWriter
+from moss_train.training.step.objective import Objective
 from moss_train.utils.errors import UserError
 
 Node = Mapping[str, Any]
@@ -38,7 +39,13 @@ NO_PICTURES = 'samples come without spectrograms: matplotlib is not installed (p
 
 
 def build_observers(
-    config: Node, directory: Path, last: int, stream: AudioStream, num_quantizers: int, codebook_size: int
+    config: Node,
+    directory: Path,
+    last: int,
+    stream: AudioStream,
+    num_quantizers: int,
+    codebook_size: int,
+    objective: Objective,
 ) -> list[Callback]:
     """The callbacks of a run, in their order: a checkpoint never lies behind an update that was not logged.
 
@@ -49,6 +56,7 @@ def build_observers(
         stream: of the training data.
         num_quantizers: levels of the model.
         codebook_size: codes per level.
+        objective: of the run, for the names of its losses.
 
     Raises:
         UserError: a setting that cannot work.
@@ -57,7 +65,7 @@ def build_observers(
     notices: list[str] = []
     plan = plan_validation(config, stream, num_quantizers, notices)
     tables = {
-        "metrics": COLUMNS,
+        "metrics": metric_columns(objective),
         "codebooks": codebook_columns(num_quantizers),
         "audio_hours": ("update", *stream.domains),
         **({} if plan is None else {"validation": plan.columns}),
@@ -78,7 +86,7 @@ def build_observers(
         Notices(notices),
         EnvironmentRecord(directory),
         SkipRecord(directory),
-        UpdateMetrics(run_log, clock, Utilization(config), config["logging"]["gradient_shares_every_updates"]),
+        UpdateMetrics(run_log, clock, Utilization(config)),
         StreamWatch(counter, stream.domains, run_log, window),
         CodebookMetrics(run_log, window),
         *([] if plan is None else [build_validation(config, directory, stream, plan, run_log, checkpoints)]),

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moss_train.evaluation.metrics.codebooks import level_use
 from moss_train.training.distributed.collectives import sum_over_ranks
 from moss_train.training.loggers.base import RunLog
-from moss_train.training.module import cat_module
+from moss_train.training.module import cat_module, update_result
+from moss_train.training.step.update import no_codes
 
 STATE = "code_counts"
 
@@ -23,20 +23,23 @@ class CodebookMetrics(Callback):
     def __init__(self, run_log: RunLog, every_updates: int) -> None:
         self.run_log = run_log
         self.every_updates = every_updates
+        self.counts: Tensor | None = None  # [N, V] since the last row, on the device
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        module = cat_module(pl_module)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        module, counts = cat_module(pl_module), update_result(outputs).code_counts
+        self.counts = counts if self.counts is None else self.counts.to(counts.device) + counts
         if module.update % self.every_updates == 0:
-            counts = sum_over_ranks(module.code_counts.counts.to(module.device))
-            self.run_log.write("codebooks", {"update": module.update, **codebook_row(counts.cpu())})
-            module.code_counts.counts = torch.zeros_like(counts)
+            self.run_log.write(
+                "codebooks", {"update": module.update, **codebook_row(sum_over_ranks(self.counts).cpu())}
+            )
+            self.counts = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STATE] = cat_module(pl_module).code_counts.counts.cpu()
+        counts = no_codes(cat_module(pl_module).tokenizer) if self.counts is None else self.counts
+        checkpoint[STATE] = counts.cpu()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if STATE in checkpoint:
-            cat_module(pl_module).code_counts.counts = checkpoint[STATE]
+        self.counts = checkpoint.get(STATE)
 
 
 def codebook_columns(num_quantizers: int) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ class HealthLimits:
         min_codebook_use: perplexity of a level over the size of its codebook.
         max_discriminator_margin: mean verdict on real minus that on generated audio; 1 is a perfect discriminator.
         min_discriminator_margin: and 0 one that has learned nothing.
+        min_gradient_share: of a term that has a weight, of the gradient at the decoder's output.
         max_gradient_growth: median gradient norm of the last quarter of the window over that of the rest.
         max_data_wait: share of the time that is spent waiting for data.
         max_checkpoint_time: share of the time that is spent writing checkpoints.
@@ -31,6 +32,7 @@ class HealthLimits:
     min_codebook_use: float = 0.02
     max_discriminator_margin: float = 0.95
     min_discriminator_margin: float = 0.02
+    min_gradient_share: float = 0.01
     max_gradient_growth: float = 10.0
     max_data_wait: float = 0.25
     max_checkpoint_time: float = 0.1
@@ -40,6 +42,10 @@ class HealthLimits:
             least = 10 if name == "window_updates" else 0
             if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
                 raise ValueError(f"{name}={value} has to be a number from {least}")
+
+
+SHARE = "gradient_share/"
+MEASURED_SHARES = 5  # in a row that are looked at together
 
 
 class Alarm:
@@ -86,6 +92,7 @@ class HealthWriter(Writer):
         self.alarm = Alarm(self._sound)
         self.rows: deque[Row] = deque(maxlen=limits.window_updates)
         self.between = Between()
+        self.shares: deque[Row] = deque(maxlen=MEASURED_SHARES)
 
     def start(self, update: int) -> None:
         """Forget what was warned of about updates that are about to be done again."""
@@ -106,6 +113,9 @@ class HealthWriter(Writer):
         if table != "metrics":
             return
         self.rows.append(row)
+        if any(name.startswith(SHARE) for name in row):
+            self.shares.append(row)
+            self._judge_shares(row["update"])
         self._judge_checkpoints(row)
         if row["update"] % max(1, self.limits.window_updates // 10) == 0 and len(self.rows) == self.rows.maxlen:
             self._judge_discriminators(row["update"])
@@ -153,6 +163,20 @@ class HealthWriter(Writer):
                 f"over {count} updates): raise discriminator_learning_rate or discriminator_warmup_updates"
             ),
         )
+
+    def _judge_shares(self, update: int) -> None:
+        """A term that has a weight, but hardly a part in the gradient, trains nothing."""
+        names = [name.removeprefix(SHARE) for name in self.shares[-1] if name.startswith(SHARE)]
+        for name in names:
+            shares = [row.get(SHARE + name, 1.0) for row in self.shares if row.get(f"weighted/{name}")]
+            self.alarm.judge(
+                f"share of {name}",
+                len(shares) == MEASURED_SHARES and max(shares) < self.limits.min_gradient_share,
+                lambda name=name, shares=shares: (  # type: ignore[misc]
+                    f"update {update}: {name} has {statistics.fmean(shares):.2%} of the gradient at the decoder's "
+                    f"output, too little to change anything: raise objective.weights.{name}, or set objective.balance"
+                ),
+            )
 
     def _judge_gradients(self, update: int) -> None:
         for side in ("generator", "discriminators"):

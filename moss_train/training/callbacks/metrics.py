@@ -1,9 +1,8 @@
 """What an update is measured by: the row of `metrics.csv`, and the audio that has gone into the run."""
 
-import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,37 +12,13 @@ from moss_train.batch import UpdateBatch
 from moss_train.data.stream.sample_stats import StreamCounter
 from moss_train.training.cost.mfu import UTILIZATION, UpdateContent, Utilization
 from moss_train.training.loggers.base import RunLog
-from moss_train.training.module import CatModule, cat_module
-from moss_train.training.step.diagnostics import OUTPUT_GRADIENT, OUTPUT_TERMS, weights_at
-from moss_train.training.step.objective import WEIGHTS
+from moss_train.training.module import CatModule, cat_module, update_result
+from moss_train.training.step.diagnostics import LOGITS, gradient_shares
+from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import PARTS
+from moss_train.training.step.update import UpdateResult
 
 SIDES = ("generator", "discriminators")
-COLUMNS = (
-    "update",
-    "stage",
-    *(f"loss/{name}" for name in WEIGHTS),
-    "loss/generator",
-    "loss/discriminators",
-    *(f"weighted/{name}" for name in WEIGHTS),
-    *(f"gradient_share/{name}" for name in OUTPUT_TERMS),
-    "text_accuracy",
-    "discriminator/real",
-    "discriminator/generated",
-    *(f"gradient_norm/{name}" for name in ("generator", *PARTS, "discriminators")),
-    *(f"clip_factor/{name}" for name in SIDES),
-    *(f"learning_rate/{name}" for name in SIDES),
-    "clips",
-    "clips_with_text",
-    "dropped_clips",
-    "audio_seconds",
-    "audio_seconds_per_second",
-    *UTILIZATION,
-    "update_seconds",
-    "data_wait_seconds",
-    "other_seconds",
-    "checkpoint_seconds",
-)
 CLOCK_COLUMNS = (
     "audio_seconds_per_second",
     *UTILIZATION,
@@ -53,6 +28,29 @@ CLOCK_COLUMNS = (
     "checkpoint_seconds",
 )
 """What a clock measured; everything else is the same in every run of one configuration."""
+
+
+def metric_columns(objective: Objective) -> tuple[str, ...]:
+    """Columns of `metrics.csv`; every loss of the objective has its own."""
+    return (
+        "update",
+        "stage",
+        *(f"loss/{name}" for name in objective.names),
+        "loss/generator",
+        "loss/discriminators",
+        *(f"weighted/{name}" for name in objective.names),
+        *(f"gradient_share/{name}" for name in objective.output_names),
+        "text_accuracy",
+        *LOGITS,
+        *(f"gradient_norm/{name}" for name in ("generator", *PARTS, "discriminators")),
+        *(f"clip_factor/{name}" for name in SIDES),
+        *(f"learning_rate/{name}" for name in SIDES),
+        "clips",
+        "clips_with_text",
+        "dropped_clips",
+        "audio_seconds",
+        *CLOCK_COLUMNS,
+    )
 
 
 class Clock(Callback):
@@ -76,51 +74,39 @@ class UpdateMetrics(Callback):
         run_log: of the run (Lightning gives every callback a function `log`).
         clock: the last callback of the run.
         utilization: counts what an update costs.
-        shares_every_updates: how often the terms' shares of the gradient at the decoder's output are measured.
     """
 
-    def __init__(
-        self, run_log: RunLog, clock: Clock, utilization: Utilization, shares_every_updates: int | None = None
-    ) -> None:
+    def __init__(self, run_log: RunLog, clock: Clock, utilization: Utilization) -> None:
         self.run_log = run_log
         self.clock = clock
         self.utilization = utilization
-        self.shares_every_updates = shares_every_updates
         self.batch_start = self.last_end = time.perf_counter()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_end = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.run_log.start(cat_module(pl_module).update, is_main=trainer.is_global_zero)
+        module = cat_module(pl_module)
+        module.counters.append(lambda batch: count_clips(module, batch))
+        self.run_log.start(module.update, is_main=trainer.is_global_zero)
         if trainer.is_global_zero:
-            self.utilization.start(cat_module(pl_module), trainer.strategy.root_device, trainer.world_size)
+            self.utilization.start(module, trainer.strategy.root_device, trainer.world_size)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
     ) -> None:
         self.batch_start = time.perf_counter()
-        module = cat_module(pl_module)
-        every = self.shares_every_updates
-        module.measures_output_gradient = every is not None and (module.update + 1) % every == 0
-        module.contributions |= {
-            "clips": sum(micro.num_clips for micro in batch.micro_batches),
-            "clips_with_text": sum(int((micro.text_lengths > 0).sum()) for micro in batch.micro_batches),
-            "dropped_clips": len(batch.dropped),
-            "audio_samples": sum(int(micro.audio_lengths.sum()) for micro in batch.micro_batches),
-            **text_sizes(module, batch),
-        }
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
     ) -> None:
         end = time.perf_counter()
-        self.run_log.write("metrics", self._row(cat_module(pl_module), end))
+        self.run_log.write("metrics", self._row(cat_module(pl_module), update_result(outputs), end))
         self.last_end, self.clock.checkpoint_seconds = end, 0.0
 
-    def _row(self, module: CatModule, end: float) -> dict[str, Any]:
+    def _row(self, module: CatModule, result: UpdateResult, end: float) -> dict[str, Any]:
         moment = module.schedule.at(module.update - 1)
-        sums = module.sums
+        sums = result.sums
         audio_seconds = sums["audio_samples"] / module.tokenizer.sampling_rate
         update_seconds = end - self.clock.free
         counts = ("clips", "clips_with_text", "text_frames", "text_tokens", "text_squares")
@@ -128,7 +114,7 @@ class UpdateMetrics(Callback):
         return {
             "update": module.update,
             "stage": moment.stage.name,
-            **split_metrics(module.metrics, weights_at(module.objective.weights, moment)),
+            **loss_row(result),
             **{name: round(sums[name]) for name in ("clips", "clips_with_text", "dropped_clips")},
             "audio_seconds": audio_seconds,
             "audio_seconds_per_second": audio_seconds / update_seconds,
@@ -147,28 +133,37 @@ class UpdateMetrics(Callback):
         self.run_log.close()
 
 
-def text_sizes(module: CatModule, batch: UpdateBatch) -> dict[str, int]:
-    """Frames and tokens of those clips that have a text, and the sum of the squares of both together."""
-    none = torch.zeros(0, dtype=torch.int64, device=module.device)
-    tokens = torch.cat([none, *(micro.text_lengths for micro in batch.micro_batches)])
-    lengths = torch.cat([none, *(micro.audio_lengths for micro in batch.micro_batches)])
+def count_clips(module: CatModule, batch: UpdateBatch) -> dict[str, float]:
+    """What one rank's part of an update is made of.
+
+    Frames and tokens are of those clips that have a text, and `text_squares` the sum of the squares of both together.
+    Lengths are read on the host, where they came from: reading them on the device would wait for it.
+    """
+    hosts = [micro.host or micro for micro in batch.micro_batches]
+    none = torch.zeros(0, dtype=torch.int64)
+    tokens = torch.cat([none, *(host.text_lengths for host in hosts)])
+    lengths = torch.cat([none, *(host.audio_lengths for host in hosts)])
     frames = module.tokenizer.num_frames(lengths) * (tokens > 0)
-    sums = torch.stack([frames.sum(), tokens.sum(), (frames + tokens).square().sum()]).tolist()
-    return dict(zip(("text_frames", "text_tokens", "text_squares"), sums, strict=True))
-
-
-def split_metrics(metrics: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """The numbers of an update with every term also weighted, and squared gradient norms turned into shares."""
-    squares = {name: value for name, value in metrics.items() if name.startswith(OUTPUT_GRADIENT)}
-    norms = {name.removeprefix(OUTPUT_GRADIENT): math.sqrt(value) for name, value in squares.items()}
-    total = sum(norms.values())
     return {
-        **{name: value for name, value in metrics.items() if name not in squares},
-        **{
-            f"weighted/{name}": weights[name] * metrics[f"loss/{name}"] for name in WEIGHTS if f"loss/{name}" in metrics
-        },
-        **{f"gradient_share/{name}": norm / total for name, norm in norms.items() if total},
+        "clips": len(lengths),
+        "clips_with_text": int((tokens > 0).sum()),
+        "dropped_clips": len(batch.dropped),
+        "audio_samples": int(lengths.sum()),
+        "text_frames": int(frames.sum()),
+        "text_tokens": int(tokens.sum()),
+        "text_squares": int((frames + tokens).square().sum()),
     }
+
+
+def loss_row(result: UpdateResult) -> dict[str, float]:
+    """The numbers of an update, with every term also weighted and its share of the gradient where it was measured."""
+    weighted = {
+        f"weighted/{name}": weight * result.metrics[f"loss/{name}"]
+        for name, weight in result.weights.items()
+        if f"loss/{name}" in result.metrics
+    }
+    shares = gradient_shares(result.output_norms, result.weights)
+    return result.metrics | weighted | {f"gradient_share/{name}": share for name, share in shares.items()}
 
 
 class StreamWatch(Callback):
@@ -183,16 +178,18 @@ class StreamWatch(Callback):
         self.run_log = run_log
         self.every_updates = every_updates
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        cat_module(pl_module).counters.append(lambda batch: self.counter.counts(batch, self.domains))
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
     ) -> None:
         for line in self.counter.name_lost(batch):
             print(line, file=sys.stderr)
-        cat_module(pl_module).contributions |= self.counter.counts(batch, self.domains)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         module = cat_module(pl_module)
-        self.counter.add_counts(module.sums)
+        self.counter.add_counts(update_result(outputs).sums)
         if module.update % self.every_updates == 0:
             self.run_log.write("audio_hours", {"update": module.update, **self.counter.hours})
 

@@ -1,7 +1,6 @@
 """Records of a run: its environment, startup messages, and updates that were skipped."""
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -16,7 +15,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train.batch import UpdateBatch
-from moss_train.training.module import CatModule, cat_module
+from moss_train.training.module import NonFiniteError, cat_module, update_result
+from moss_train.training.step.update import UpdateResult
 from moss_train.utils.files import read_json, written_whole
 from moss_train.utils.memory import available_memory_bytes
 from moss_train.utils.paths import PACKAGE_DIRECTORY
@@ -139,15 +139,16 @@ class SkipRecord(Callback):
     ) -> None:
         self.batch = batch
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._record(trainer, cat_module(pl_module))
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self._record(trainer, update_result(outputs))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._record(trainer, cat_module(pl_module))
+        if isinstance(exception, NonFiniteError):
+            self._record(trainer, exception.result)
 
-    def _record(self, trainer: Trainer, module: CatModule) -> None:
+    def _record(self, trainer: Trainer, result: UpdateResult) -> None:
         batch, self.batch = self.batch, None
-        bad = [name for name, value in module.metrics.items() if not math.isfinite(value)]
+        bad = result.not_finite
         if batch is None or not bad:
             return
         ids = [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids]

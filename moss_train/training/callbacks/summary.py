@@ -19,7 +19,7 @@ from moss_train.utils.checkpoint import read_best
 from moss_train.utils.files import parse_json, read_json, written_whole
 
 POINTS = 400
-LOSSES = ("loss/reconstruction", "loss/semantic", "loss/codebook")  # the commitment term has the codebook term's value
+NOT_SHOWN = ("loss/generator", "loss/commitment")  # the sum; the commitment term has the codebook term's value
 ADVERSARIAL = ("loss/discriminators", "loss/adversarial", "loss/feature")
 VERDICTS = ("discriminator/real", "discriminator/generated")
 NORMS = ("gradient_norm/generator", "gradient_norm/discriminators")
@@ -50,12 +50,12 @@ class Course:
 def follow(rows: Iterable[Mapping[str, str]], updates: int) -> Course:
     """Read the rows of `metrics.csv` of a run of so many updates, one at a time."""
     course = Course(stretch=max(1, updates // POINTS))
-    columns = (*LOSSES, *ADVERSARIAL, *VERDICTS, *NORMS)
     for row in rows:
+        losses = [name for name in row if name.startswith("loss/") and name not in NOT_SHOWN]
         update = int(row["update"])
         course.num_updates = update
         course.stages.setdefault(row["stage"], update)
-        for name in columns:
+        for name in (*losses, *VERDICTS, *NORMS):
             if row.get(name):
                 total, count = course.bins[name].get(update // course.stretch, (0.0, 0))
                 course.bins[name][update // course.stretch] = (total + float(row[name]), count + 1)
@@ -76,8 +76,9 @@ def panels(
         if validation and validation[0].get(name)
     ]
     use = [held_out_curve(codebooks, "mean_usage", "codes in use")] if codebooks else []
+    losses = [name for name in course.bins if name.startswith("loss/") and name not in ADVERSARIAL]
     wanted = [
-        Panel("training losses", course.curves(LOSSES), logarithmic=True),
+        Panel("training losses", course.curves(losses), logarithmic=True),
         Panel("held out: mel distance", mel, dots=True),
         Panel("adversarial losses", course.curves(ADVERSARIAL)),
         Panel("held out: LM cross entropy (nats per token)", text, dots=True),

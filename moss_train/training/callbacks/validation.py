@@ -24,6 +24,7 @@ from moss_train.training.callbacks.validation_data import HeldOutClip
 from moss_train.training.distributed.collectives import gather_over_ranks, num_ranks, sum_over_ranks, sum_to_host
 from moss_train.training.loggers.base import RunLog
 from moss_train.training.module import CatModule, cat_module
+from moss_train.training.step.update import no_codes
 
 SYSTEM = "validation"
 
@@ -143,7 +144,7 @@ def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
     """Scores of the model on the clips of a plan, the same on every rank."""
     rank, ranks = (torch.distributed.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
     sums = dict.fromkeys(sum_names(plan), 0.0)
-    counts = torch.zeros_like(module.code_counts.counts, device=module.device)
+    counts = no_codes(module.tokenizer)
     rows: list[tuple[int, ClipRow]] = []
     for turn in range(-(-len(plan.clips) // ranks)):
         place = turn * ranks + rank

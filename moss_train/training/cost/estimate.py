@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.model import MossAudioTokenizerConfig
-from moss_train.training.cost.flops import Cost, discriminators_cost, loss_cost, semantic_cost, tokenizer_costs
+from moss_train.training.cost.flops import Cost, discriminators_cost, losses_cost, semantic_cost, tokenizer_costs
 from moss_train.training.cost.gpu_specs import GPUS, is_half
 from moss_train.training.run.memory_check import GIB, StateSize
+from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import Schedule, Stage
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
@@ -201,9 +202,11 @@ def estimate(
 ) -> Estimate:
     """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
     costs = cache(lambda learning: lasting_costs(learning, config, arguments, tokenizer, machine))
+    objective = Objective(tokenizer.sampling_rate, **arguments["objective"])
     stages = []
     for stage in Schedule.from_config(arguments["stages"]).stages:
-        found = costs(tuple(stage.train)) | adversarial_costs(stage, config, arguments, tokenizer)
+        found = costs(tuple(stage.train)) | adversarial_costs(stage, config, arguments, tokenizer, objective)
+        found["losses"] = losses_cost(objective, objective.stage_weights(stage), tokenizer)
         stages.append(stage_estimate(stage, found, config["trainer"], parameters, machine))
     everything = parameters.tokenizer + parameters.semantic + parameters.discriminators
     average = 4 * parameters.tokenizer if config.get("ema") else 0
@@ -240,7 +243,6 @@ def lasting_costs(
     half, seconds = is_half(config["trainer"]), config["data"]["crop_seconds"]
     again = config["trainer"]["activation_checkpointing"]
     costs = tokenizer_costs(tokenizer, seconds, half, learning, again)
-    costs["mel loss"] = loss_cost(tokenizer)
     if arguments["semantic"] is not None and machine.text_share:
         frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * machine.text_tokens_per_second))
         width = tokenizer.quantizer_kwargs["output_dim"]
@@ -250,24 +252,24 @@ def lasting_costs(
 
 
 def adversarial_costs(
-    stage: Stage, config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig
+    stage: Stage, config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, objective: Objective
 ) -> dict[str, Cost]:
     """Costs per audio-second that only an adversarial stage has."""
     if not stage.adversarial:
         return {}
-    length = round(arguments["objective"]["crop_seconds"] * tokenizer.sampling_rate)
     half = is_half(config["trainer"])
-    forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, length, half)
-    return {"discriminators": judged_cost(forward, stage.discriminator_every) * (1 / config["data"]["crop_seconds"])}
+    forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, objective.crop_length, half)
+    cost = judged_cost(forward, stage.discriminator_every, objective.generator_passes(stage))
+    return {"discriminators": cost * (1 / config["data"]["crop_seconds"])}
 
 
-def judged_cost(forward: Cost, every: int) -> Cost:
+def judged_cost(forward: Cost, every: int, generator_passes: int = 1) -> Cost:
     """Cost of the adversarial terms of a crop from that of one forward, averaged over updates.
 
     Two forwards, real and generated; in every `every`-th update four for the discriminators' own gradients (weights and
-    inputs, twice); one for the generator's gradient.
+    inputs, twice); one for the generator's gradient, or one for each of its terms.
     """
-    backward = 1 + 4 / every
+    backward = generator_passes + 4 / every
     return Cost(2 * forward.forward, backward * forward.forward, 2 * forward.kept, 2 * forward.kept)
 
 

@@ -18,12 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from moss_train.audio.stft import normalized_hann_window
 from moss_train.config.build import build
 from moss_train.discriminators import DiscriminatorSet
-from moss_train.losses import MultiScaleMelLoss
+from moss_train.losses import AudioLoss
 from moss_train.model import MossAudioTokenizerConfig
 from moss_train.model.attention import rotation
 from moss_train.model.modeling_moss_audio_tokenizer import MossAudioTokenizerModel
 from moss_train.model.quantizer import ResidualLFQ
 from moss_train.model.transformer import ProjectedTransformer
+from moss_train.training.step.objective import Objective
 
 _aten = torch.ops.aten
 
@@ -239,16 +240,20 @@ def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, l
     return Cost(forward=counter.get_total_flops(), kept=bytes_kept, kept_checkpointed=bytes_kept)
 
 
-def loss_cost(config: MossAudioTokenizerConfig) -> Cost:
-    """Cost per audio-second of the reconstruction loss, in float32; its transforms are not counted as operations.
+def losses_cost(objective: Objective, weights: Mapping[str, float], config: MossAudioTokenizerConfig) -> Cost:
+    """Cost per audio-second of the losses at the decoder's output that have a weight, in float32.
 
-    One second is computed: the filters that it makes depend on values.
+    Their transforms are not counted as operations. One second is computed: the filters that they make depend on values.
     """
-    loss, samples = MultiScaleMelLoss(config.sampling_rate), config.sampling_rate
-    audio = torch.zeros(1, config.number_channels, samples)
-    output = torch.zeros_like(audio, requires_grad=True)
-    cost = count(loss, lambda: loss(audio, output, torch.tensor([samples])), half=False)
-    return Cost(cost.forward, cost.backward, cost.kept, cost.kept)
+    total = Cost()
+    lengths = torch.tensor([config.sampling_rate])
+    audio = torch.zeros(1, config.number_channels, config.sampling_rate)
+    for name, loss in objective.losses.items():
+        if isinstance(loss, AudioLoss) and weights.get(name):
+            output = torch.zeros_like(audio, requires_grad=True)
+            cost = count(loss, lambda loss=loss, output=output: loss(audio, output, lengths), half=False)  # type: ignore[misc]
+            total = total + Cost(cost.forward, cost.backward, cost.kept, cost.kept)
+    return total
 
 
 def semantic_cost(

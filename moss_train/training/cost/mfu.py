@@ -15,7 +15,7 @@ import torch
 
 from moss_train.semantic.portable import with_config
 from moss_train.training.callbacks.run_records import warn
-from moss_train.training.cost.flops import Cost, discriminators_cost, loss_cost, semantic_cost, tokenizer_costs
+from moss_train.training.cost.flops import Cost, discriminators_cost, losses_cost, semantic_cost, tokenizer_costs
 from moss_train.training.cost.gpu_specs import device_peak, is_half
 from moss_train.training.loggers.csv import iterate_table
 from moss_train.training.module import CatModule
@@ -62,17 +62,19 @@ class StageOperations:
     """Operations in one stage.
 
     Attributes:
-        codec: per audio-second, of tokenizer and reconstruction loss.
+        codec: per audio-second, of tokenizer and losses at the decoder's output.
         judging: of one forward of all discriminators over the crop of a clip.
+        generator_passes: backward passes through the discriminators for the generator's terms.
     """
 
     codec: Cost
     judging: float
     text: TextOperations
+    generator_passes: int = 1
 
     def of(self, content: UpdateContent, moment: StageMoment) -> float:
-        """Operations of an update, each once; see `judge` for how often the discriminators are passed."""
-        passes = moment.judged + 4 * moment.discriminators_learn
+        """Operations of an update, each once; see `forward_backward` for the passes of the discriminators."""
+        passes = self.generator_passes * moment.judged + 4 * moment.discriminators_learn
         passes += 2 if passes else 0
         return self.codec.total * content.audio_seconds + passes * self.judging * content.clips + self.text.of(content)
 
@@ -119,17 +121,22 @@ def count_stages(module: CatModule, config: Mapping[str, Any]) -> dict[str, Stag
     """Count every stage by name, on clips of `data.crop_seconds`."""
     tokenizer, half = module.tokenizer.config, is_half(config["trainer"])
     seconds, again = config["data"]["crop_seconds"], config["trainer"]["activation_checkpointing"]
-    loss, judging = loss_cost(tokenizer), 0.0
+    judging, objective = 0.0, module.objective
     if module.schedule.adversarial:
         nodes, length = module.hparams["discriminators"], module.objective.crop_length
         judging = discriminators_cost(nodes, tokenizer.number_channels, length, half).forward
-    codec = cache(lambda learning: sum(tokenizer_costs(tokenizer, seconds, half, learning, again).values(), loss))
+    losses = {
+        stage.name: losses_cost(objective, objective.stage_weights(stage), tokenizer)
+        for stage in module.schedule.stages
+    }
+    codec = cache(lambda learning: sum(tokenizer_costs(tokenizer, seconds, half, learning, again).values(), Cost()))
     text = cache(lambda learns: text_operations(module, half, learns))
     return {
         stage.name: StageOperations(
-            codec(tuple(stage.train)),
+            codec(tuple(stage.train)) + losses[stage.name],
             judging,
             text("semantic" in stage.train),
+            objective.generator_passes(stage),
         )
         for stage in module.schedule.stages
     }

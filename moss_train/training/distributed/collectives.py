@@ -7,7 +7,7 @@ sums. Without a process group every function does what is right for one process.
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moss_train.training.distributed.fsdp import is_sharded
 
+Key = TypeVar("Key")
 BUCKET_BYTES = 64 * 2**20
 BUCKETS_IN_FLIGHT = 2
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers of the size of a weight in bytes
@@ -71,7 +72,7 @@ def gather_over_ranks(item: Any) -> list[Any]:
     return items
 
 
-def sum_to_host(values: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
+def sum_to_host(values: Mapping[Key, Tensor | float], device: torch.device) -> dict[Key, float]:
     """Sum named numbers over ranks and bring them to the host: one collective, one synchronisation for all of them.
 
     The names must be the same on every rank, and so must which of the values are tensors (scalars on `device`).

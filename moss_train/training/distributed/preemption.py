@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train.training.distributed.collectives import gather_over_ranks
-from moss_train.training.module import cat_module
+from moss_train.training.module import cat_module, update_result
 from moss_train.training.run.trainer import started_processes
 from moss_train.utils.errors import PreemptedError
 
@@ -33,20 +33,21 @@ class PreemptionWatch(Callback):
         self.signal: signal.Signals | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        contributions = cat_module(pl_module).contributions
+        received = {f"signal/{number.value}": 0.0 for number in SIGNALS}
 
         def note(number: int, frame: FrameType | None) -> None:
-            contributions[f"signal/{number}"] = 1.0
+            received[f"signal/{number}"] = 1.0
 
+        cat_module(pl_module).counters.append(lambda batch: received)
         for number in SIGNALS:
-            contributions[f"signal/{number.value}"] = 0.0
             signal.signal(number, note)  # Lightning restores the old handlers at the end
         loop: Any = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             loop._broadcast_sigterm_tensor = lambda: None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        received = [number for number in SIGNALS if cat_module(pl_module).sums[f"signal/{number.value}"]]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        sums = update_result(outputs).sums
+        received = [number for number in SIGNALS if sums[f"signal/{number.value}"]]
         if received:
             self.signal = received[-1]
             trainer.should_stop = True

@@ -36,6 +36,7 @@ from moss_train.training.run.warm_start import (
     without_text,
 )
 from moss_train.training.settings import check_numbers
+from moss_train.training.step.objective import LOSSES, Objective
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.checkpoint import list_checkpoints, resume_checkpoint
 from moss_train.utils.errors import UserError
@@ -51,7 +52,7 @@ LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machin
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
 # Keys that older runs do not have, and what they meant without.
 ADDED_KEYS = {
-    "objective": {"adversarial_reduction": "mean", "feature_reduction": "relative_mean"},
+    "objective": {"adversarial_reduction": "mean", "feature_reduction": "relative_mean", "losses": LOSSES},
     "objective.weights": {"complex_stft": 0.0, "waveform": 0.0},
 }
 FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
@@ -88,7 +89,8 @@ def fit(config: Node) -> RunResult:
     last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
     quantizer = beginning.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
-    callbacks = observers.build_observers(filled, directory, last, stream, *sizes)
+    objective = Objective(stream.clip_format.sampling_rate, **beginning.arguments["objective"])
+    callbacks = observers.build_observers(filled, directory, last, stream, *sizes, objective)
     preemption = PreemptionWatch()
     trainer = build_trainer(config["trainer"], accelerator, [preemption, *callbacks])
     shards = trainer.world_size if config["trainer"]["strategy"] == "fsdp" else 1

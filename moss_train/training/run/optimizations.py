@@ -18,6 +18,7 @@ from moss_train.utils.errors import UserError
 def prepare(module: CatModule, config: Mapping[str, Any]) -> None:
     """Apply the `ema` and the `trainer` options of a run to its module."""
     settings = config["trainer"]
+    module.shares_every_updates = config["logging"]["gradient_shares_every_updates"]
     module.reduce_dtype = REDUCE_DTYPES[settings["reduce_dtype"]]
     if config["ema"] is not None:
         module.average = WeightAverage(**config["ema"])

@@ -1,4 +1,4 @@
-"""What is looked at inside an update: it changes nothing and never waits for the device."""
+"""What is measured inside an update: it changes nothing and never waits for the device."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,33 +6,19 @@ import torch
 from torch import Tensor
 
 from moss_train.discriminators import DiscriminatorOutput
-from moss_train.training.step.objective import with_weights
-from moss_train.training.step.schedule import StageMoment
 
-OUTPUT_GRADIENT = "output_gradient/"
-OUTPUT_TERMS = ("reconstruction", "adversarial", "feature", "mid_side", "complex_stft", "waveform")
-"""The terms that see the decoder's output."""
-
-OBSERVED = ("discriminator/real", "discriminator/generated", *(OUTPUT_GRADIENT + name for name in OUTPUT_TERMS))
+LOGITS = ("discriminator/real", "discriminator/generated")
 
 
-def weights_at(weights: Mapping[str, float], moment: StageMoment) -> dict[str, float]:
-    """The weight that each term really has at a moment: that of its stage, and the adversarial ramp."""
-    ramps = dict.fromkeys(("adversarial", "feature"), moment.ramp)
-    return {name: weight * ramps.get(name, 1.0) for name, weight in with_weights(weights, moment.stage.weights).items()}
+def count_codes(codes: Tensor, frame_mask: Tensor, codebook_size: int) -> Tensor:
+    """Count how often each code of each level was chosen: [N, V] int64, on the device of the codes.
 
-
-class CodeCounts:
-    """How often each code of each level was chosen, counted where the codes are: [N, V] int64."""
-
-    def __init__(self, num_quantizers: int, codebook_size: int) -> None:
-        self.counts = torch.zeros(num_quantizers, codebook_size, dtype=torch.int64)
-
-    def add(self, codes: Tensor, frame_mask: Tensor) -> None:
-        """Count codes [N, B, F] of valid frames [B, F] bool, whatever quantizer dropout makes of them."""
-        self.counts = self.counts.to(codes.device)
-        valid = frame_mask.flatten().to(torch.int64).expand(len(codes), -1)
-        self.counts.scatter_add_(1, codes.flatten(1), valid)
+    codes [N, B, F], frame_mask [B, F] bool, true for valid frames. Quantizer dropout makes no difference: all levels
+    are searched.
+    """
+    counts = torch.zeros(len(codes), codebook_size, dtype=torch.int64, device=codes.device)
+    valid = frame_mask.flatten().to(torch.int64).expand(len(codes), -1)
+    return counts.scatter_add_(1, codes.flatten(1), valid)
 
 
 def mean_logits(
@@ -42,25 +28,18 @@ def mean_logits(
 
     A mean within a clip, then over sub-discriminators, then over the clips of the whole update, as the losses.
     """
-    sides = {"real": real, "generated": generated}
     return {
-        f"discriminator/{name}": torch.stack([output.logits.detach().float().flatten(1).mean(1) for output in outputs])
-        .mean(0)
-        .sum()
+        name: torch.stack([output.logits.detach().float().flatten(1).mean(1) for output in outputs]).mean(0).sum()
         / num_clips
-        for name, outputs in sides.items()
+        for name, outputs in zip(LOGITS, (real, generated), strict=True)
     }
 
 
-def squared_output_gradients(
-    terms: Mapping[str, Tensor], weights: Mapping[str, float], output: Tensor
-) -> dict[str, Tensor]:
-    """Squared norm of each weighted term's gradient in the decoder's output [B, C, T]; the graph stays.
+def gradient_shares(norms: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+    """Return each term's share of the gradient at the decoder's output, from norms before weighting.
 
-    Clips do not share outputs, so that the squares of micro-batches and ranks add up. One backward per term, which
-    ends at the output.
+    A share is that of the sum of norms; nothing where no term has a gradient.
     """
-    seen = {name: weights[name] * terms[name] for name in OUTPUT_TERMS if name in terms}
-    with torch.autocast(output.device.type, enabled=False):
-        gradients = {name: torch.autograd.grad(term, output, retain_graph=True)[0] for name, term in seen.items()}
-    return {OUTPUT_GRADIENT + name: gradient.float().square().sum() for name, gradient in gradients.items()}
+    weighted = {name: weights[name] * norm for name, norm in norms.items()}
+    total = sum(weighted.values())
+    return {name: norm / total for name, norm in weighted.items()} if total else {}

@@ -1,30 +1,27 @@
 """The joint objective: tensors in, named terms out; no optimizer, no Lightning.
 
-Every term is a sum over clips divided by a count of the whole update, so micro-batches and ranks add up.
+Every term is a loss with a name and a weight. Its value is a sum over clips divided by a count of the whole update, so
+micro-batches and ranks add up. The term `semantic` comes from the text LM, all others from the losses listed here.
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moss_train.batch import Batch
+from moss_train.config.build import build, resolve_target
 from moss_train.discriminators import DiscriminatorOutput
-from moss_train.losses import (
-    ComplexSTFTLoss,
-    MidSideLoss,
-    MultiScaleMelLoss,
-    WaveformLoss,
-    codebook_loss,
-    commitment_loss,
-    discriminator_loss,
-    feature_matching_loss,
-    generator_loss,
-)
-from moss_train.losses.adversarial import AdversarialReduction, FeatureReduction, check_reduction
+from moss_train.losses import AdversarialLoss, AudioLoss, QuantizerLoss
+from moss_train.losses.adversarial import AdversarialReduction, FeatureReduction
 from moss_train.model.quantizer import QuantizerOutput
+from moss_train.training.step.balance import GradientBalancer
+from moss_train.training.step.schedule import Stage, StageMoment
 
+SEMANTIC = "semantic"
 WEIGHTS = {
     "semantic": 20.0,
     "reconstruction": 15.0,
@@ -36,39 +33,61 @@ WEIGHTS = {
     "complex_stft": 0.0,
     "waveform": 0.0,
 }
+"""The published weights; what is not published is off. `configs/fit.yaml` shows them to users."""
+LOSSES: dict[str, dict[str, Any]] = {
+    "reconstruction": {"_target_": "moss_train.losses.MultiScaleMelLoss"},
+    "commitment": {"_target_": "moss_train.losses.CommitmentLoss"},
+    "codebook": {"_target_": "moss_train.losses.CodebookLoss"},
+    "adversarial": {"_target_": "moss_train.losses.LeastSquaresLoss"},
+    "feature": {"_target_": "moss_train.losses.FeatureMatchingLoss"},
+    "mid_side": {"_target_": "moss_train.losses.MidSideLoss"},
+    "complex_stft": {"_target_": "moss_train.losses.ComplexSTFTLoss"},
+    "waveform": {"_target_": "moss_train.losses.WaveformLoss"},
+}
+"""The losses that always have a name; `objective.losses` changes their arguments, replaces them or adds others."""
 
 
 @dataclass(frozen=True)
 class UpdateCounts:
-    """What the terms of one update are divided by: clips, mel frames of every scale [S], text tokens."""
+    """What the terms of one update are divided by.
+
+    Attributes:
+        clips: number of clips.
+        text_tokens: of all texts that are used.
+        audio: what each audio loss divides by, by name (see `AudioLoss.counts`).
+    """
 
     clips: Tensor
-    mel_frames: Tensor
     text_tokens: Tensor
+    audio: Mapping[str, Tensor]
 
-    def vector(self) -> Tensor:
-        """All counts in one float64 tensor, to be reduced over ranks in one call."""
-        return torch.cat((self.clips[None], self.mel_frames, self.text_tokens[None])).double()
-
-    @classmethod
-    def from_vector(cls, vector: Tensor) -> "UpdateCounts":
-        """Inverse of `vector`."""
-        return cls(vector[0], vector[1:-1], vector[-1])
+    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> "UpdateCounts":
+        """Return the counts after one call of `reduce` on all of them as one float64 vector."""
+        parts = [self.clips, self.text_tokens, *self.audio.values()]
+        vector = reduce(torch.cat([part.reshape(-1) for part in parts]).double())
+        pieces = vector.split([part.numel() for part in parts])
+        clips, text_tokens, *audio = (piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
+        return UpdateCounts(clips, text_tokens, dict(zip(self.audio, audio, strict=True)))
 
 
 class Objective(nn.Module):
-    """Loss terms of generator and discriminators, and their weighted sum (arXiv 2603.18090, section 3).
+    """Loss terms of generator and discriminators, and their weights (arXiv 2603.18090, section 3).
 
     Args:
         sampling_rate: in Hz.
-        weights: of the terms that differ from WEIGHTS (the published ones).
+        weights: of the terms that differ from WEIGHTS; they go before the `weight` of a loss's own node.
         crop_seconds: length of the random crop that the discriminators see, per clip.
         quantizer_dropout: share of clips that use a random prefix of the levels (1.0 in the paper); the others use all.
         adversarial_reduction: of the LSGAN losses over sub-discriminators, "mean" (the paper) or "sum" (public code).
         feature_reduction: of feature matching, "relative_mean" or "absolute_sum" (see `feature_matching_loss`).
+        balance: shares of the gradient at the decoder's output by term (see `GradientBalancer`), None to leave the
+            gradients as the weights make them.
+        losses: nodes by name, `_target_`, `weight` and arguments; without `_target_` the arguments are those of the
+            loss that has this name anyway, and None takes it away.
 
     Raises:
-        ValueError: an unknown term or reduction, or a share outside 0 ... 1.
+        ValueError: an unknown term, reduction or share, or a value that cannot work.
+        UserError: a loss that cannot be built.
     """
 
     def __init__(
@@ -79,25 +98,59 @@ class Objective(nn.Module):
         quantizer_dropout: float = 1.0,
         adversarial_reduction: AdversarialReduction = "mean",
         feature_reduction: FeatureReduction = "relative_mean",
+        balance: Mapping[str, float] | None = None,
+        losses: Mapping[str, Mapping[str, Any] | None] | None = None,
     ) -> None:
         super().__init__()
-        reductions = {"adversarial": AdversarialReduction, "feature": FeatureReduction}
-        for name, value in (("adversarial", adversarial_reduction), ("feature", feature_reduction)):
-            try:
-                check_reduction(value, reductions[name])
-            except ValueError as error:
-                raise ValueError(f"objective.{name}_reduction: {error}") from error
-        self.adversarial_reduction = adversarial_reduction
-        self.feature_reduction = feature_reduction
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f"objective.quantizer_dropout={quantizer_dropout} has to be from 0 to 1")
+        reductions = {"adversarial": adversarial_reduction, "feature": feature_reduction}
+        nodes = loss_nodes(losses or {}, reductions)
+        self.losses = nn.ModuleDict({name: build_loss(name, node, sampling_rate) for name, node in nodes.items()})
+        own = {name: float(node["weight"]) for name, node in nodes.items() if "weight" in node}
+        known = {name: WEIGHTS.get(name, 0.0) for name in (SEMANTIC, *nodes)}
+        given = {name: weight for name, weight in (weights or {}).items() if weight is not None}
+        self.weights = with_weights(known | own, given)
         self.quantizer_dropout = quantizer_dropout
-        self.weights = with_weights(WEIGHTS, weights or {})
-        self.mel = MultiScaleMelLoss(sampling_rate)
-        self.mid_side = MidSideLoss()
-        self.complex_stft = ComplexSTFTLoss()
-        self.waveform = WaveformLoss()
         self.crop_length = round(crop_seconds * sampling_rate)
+        self.balancer = None if balance is None else GradientBalancer(balance, self.output_names)
+
+    def _names(self, kind: type[nn.Module]) -> tuple[str, ...]:
+        return tuple(name for name, loss in self.losses.items() if isinstance(loss, kind))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All terms of the generator."""
+        return tuple(self.weights)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The terms that see the decoder's output."""
+        return (*self._names(AudioLoss), *self._names(AdversarialLoss))
+
+    def stage_weights(self, stage: Stage) -> dict[str, float]:
+        """Return the weight of every term in a stage."""
+        return with_weights(self.weights, stage.weights)
+
+    def generator_passes(self, stage: Stage) -> int:
+        """Return how often an update passes backwards through the discriminators for the generator's terms."""
+        weights = self.stage_weights(stage)
+        num_terms = sum(bool(weights[name]) for name in self._names(AdversarialLoss))
+        return num_terms if self.balancer is not None else min(num_terms, 1)
+
+    def active_weights(self, moment: StageMoment) -> dict[str, float]:
+        """Return the weights of the terms that an update computes: those that have one in its stage.
+
+        Adversarial terms are there once the head start of the discriminators is over, and their weights rise along the
+        ramp. A balancer replaces some of the weights.
+        """
+        ramps = dict.fromkeys(self._names(AdversarialLoss), moment.ramp)
+        weights = {
+            name: weight * ramps.get(name, 1.0)
+            for name, weight in self.stage_weights(moment.stage).items()
+            if weight and (moment.judged or name not in ramps)
+        }
+        return weights if self.balancer is None else self.balancer.weights(weights, ramps)
 
     def num_quantizers(self, batch: Batch, available: int) -> Tensor:
         """How many of the `available` levels each clip uses, [B] int64; a prefix is uniform over 1 ... available."""
@@ -111,63 +164,43 @@ class Objective(nn.Module):
         none = torch.zeros(0, dtype=torch.int64, device=device)
         lengths = torch.cat([none, *(batch.audio_lengths for batch in batches)])
         text = torch.cat([none, *(batch.text_lengths for batch in batches)])
-        return UpdateCounts(torch.ones_like(lengths).sum(), self.mel.frame_counts(lengths), text.sum())
+        audio = {name: self.losses[name].counts(lengths) for name in self._names(AudioLoss)}  # type: ignore[operator]
+        return UpdateCounts(torch.ones_like(lengths).sum(), text.sum(), audio)
 
-    def codec_terms(
-        self,
-        batch: Batch,
-        reconstruction: Tensor,
-        quantized: QuantizerOutput,
-        frame_mask: Tensor,
-        counts: UpdateCounts,
-        changes: Mapping[str, float] | None = None,
+    def audio_terms(
+        self, batch: Batch, reconstruction: Tensor, counts: UpdateCounts, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Compute the terms that need no other network; those that are optional only where they have a weight.
+        """Compute the terms between recording and reconstruction [B, C, T], of those in `weights`."""
+        arguments = (batch.audio, reconstruction, batch.audio_lengths)
+        names = [name for name in self._names(AudioLoss) if name in weights]
+        return {name: self.losses[name](*arguments, counts.audio[name]) for name in names}
 
-        Args:
-            reconstruction: [B, C, T].
-            frame_mask: [B, F] bool, true for valid frames of codes.
-            changes: the stage's own weights.
-        """
+    def quantizer_terms(
+        self, quantized: QuantizerOutput, frame_mask: Tensor, counts: UpdateCounts, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Compute the quantizer's terms, of those in `weights`; frame_mask [B, F] bool, true for valid frames."""
         arguments = (quantized.latents, quantized.rows, frame_mask, quantized.level_mask, counts.clips)
-        terms = {
-            "reconstruction": self.mel(batch.audio, reconstruction, batch.audio_lengths, counts.mel_frames),
-            "commitment": commitment_loss(*arguments),
-            "codebook": codebook_loss(*arguments),
-        }
-        weights = with_weights(self.weights, changes or {})
-        optional = {"mid_side": self.mid_side, "complex_stft": self.complex_stft, "waveform": self.waveform}
-        for name, loss in optional.items():
-            if weights[name]:
-                terms[name] = loss(batch.audio, reconstruction, batch.audio_lengths, counts.clips)
-        return terms
+        return {name: self.losses[name](*arguments) for name in self._names(QuantizerLoss) if name in weights}
 
-    def judge_terms(
-        self, real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], counts: UpdateCounts
+    def adversarial_terms(
+        self,
+        real: Sequence[DiscriminatorOutput],
+        generated: Sequence[DiscriminatorOutput],
+        counts: UpdateCounts,
+        weights: Mapping[str, float],
     ) -> dict[str, Tensor]:
-        """The generator's adversarial and feature matching terms."""
-        takes_logits = self.feature_reduction == "absolute_sum"  # as one more layer, like the public code
-        wanted, features = (
-            [(*output.features, output.logits) if takes_logits else output.features for output in outputs]
-            for outputs in (real, generated)
-        )
-        logits = [output.logits for output in generated]
-        return {
-            "adversarial": generator_loss(logits, counts.clips, self.adversarial_reduction),
-            "feature": feature_matching_loss(wanted, features, counts.clips, reduction=self.feature_reduction),
-        }
+        """Compute the generator's terms on what the discriminators say, of those in `weights`."""
+        names = [name for name in self._names(AdversarialLoss) if name in weights]
+        return {name: self.losses[name](real, generated, counts.clips) for name in names}
 
-    def discriminator_term(
+    def discriminator_loss(
         self, real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], counts: UpdateCounts
     ) -> Tensor:
-        """The discriminators' own loss. Its gradient is taken for their parameters only."""
-        logits = [[output.logits for output in outputs] for outputs in (real, generated)]
-        return discriminator_loss(*logits, counts.clips, self.adversarial_reduction)
-
-    def total(self, terms: Mapping[str, Tensor], changes: Mapping[str, float]) -> Tensor:
-        """Weighted sum of the generator's terms; `changes` are the stage's own weights."""
-        weights = with_weights(self.weights, changes)
-        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        """Compute the discriminators' own loss. Its gradient is taken for their parameters only."""
+        losses: list[Any] = [loss for loss in self.losses.values() if hasattr(loss, "discriminator_loss")]
+        if not losses:
+            raise ValueError("objective.losses has none that trains the discriminators, as LeastSquaresLoss does")
+        return torch.stack([loss.discriminator_loss(real, generated, counts.clips) for loss in losses]).sum()
 
     def crop(self, audio: Tensor, batch: Batch) -> Tensor:
         """The part of each clip that the discriminators see: [B, C, T] -> [B, C, crop_length].
@@ -181,6 +214,41 @@ class Objective(nn.Module):
         valid = index < batch.audio_lengths[:, None]
         index = index.clamp(max=audio.shape[2] - 1)[:, None].expand(-1, audio.shape[1], -1)
         return audio.gather(2, index) * valid[:, None]
+
+
+def loss_nodes(
+    losses: Mapping[str, Mapping[str, Any] | None], reductions: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Return the node of every loss: those of LOSSES with what `losses` changes, and the further ones."""
+    nodes = {
+        name: {**node, **({"reduction": reductions[name]} if name in reductions else {})}
+        for name, node in LOSSES.items()
+    }
+    for name, changes in losses.items():
+        if changes is None:
+            nodes.pop(name, None)
+        elif "_target_" in changes and changes["_target_"] != nodes.get(name, {}).get("_target_"):
+            nodes[name] = dict(changes)
+        else:
+            nodes[name] = {**nodes.get(name, {}), **changes}
+    return nodes
+
+
+def build_loss(name: str, node: Mapping[str, Any], sampling_rate: int) -> nn.Module:
+    """Build a loss from its node; one that takes a sampling rate gets the tokenizer's. UserError for a refused one."""
+    path = f"objective.losses.{name}"
+    arguments = {key: value for key, value in node.items() if key != "weight"}
+    takes_rate = "sampling_rate" in inspect.signature(resolve_target(node.get("_target_", ""), path)).parameters
+    given = {"sampling_rate": sampling_rate} if takes_rate and "sampling_rate" not in node else {}
+    loss = build(arguments, path=path, **given)
+    if not isinstance(loss, AudioLoss | QuantizerLoss | AdversarialLoss):
+        raise ValueError(f"{path}: {node['_target_']} is no AudioLoss, QuantizerLoss or AdversarialLoss")
+    return loss
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum of terms, each times its weight; there has to be one."""
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
 def with_weights(weights: Mapping[str, float], changes: Mapping[str, float]) -> dict[str, float]:

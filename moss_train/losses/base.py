@@ -1,0 +1,68 @@
+"""What a loss is: one base class for each place of the model that a loss can look at.
+
+A loss of your own is a subclass of one of them and an entry under `objective.losses` with a `_target_` and a `weight`.
+Every value is a sum over clips divided by a count of the whole update (all micro-batches, all ranks), so that the
+values and gradients of parts add up to those of the whole.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Judged(Protocol):
+    """What a sub-discriminator returns for a batch of clips."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Scores, [B, ...]."""
+
+    @property
+    def features(self) -> Sequence[Tensor]:
+        """Activations of the hidden layers, each [B, ...]."""
+
+
+class AudioLoss(nn.Module):
+    """A loss between a recording and its reconstruction, at the decoder's output."""
+
+    def counts(self, lengths: Tensor) -> Tensor:
+        """Return what `forward` divides by, to be summed over the update: by default the number of clips.
+
+        lengths [B] samples -> int64 of any shape.
+        """
+        return torch.ones_like(lengths).sum()
+
+    def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Compute the loss of a batch, its sum over clips divided by `counts` (by default those of this batch).
+
+        reference, degraded [B, C, T], lengths [B] samples: what lies beyond is ignored. Returns a scalar, float32,
+        whose gradient reaches `degraded` only.
+        """
+        raise NotImplementedError
+
+
+class QuantizerLoss(nn.Module):
+    """A loss between the latents of the quantizer's levels and the codebook rows that they chose."""
+
+    def forward(
+        self, latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+    ) -> Tensor:
+        """Compute the loss of a batch, its sum over clips divided by `num_clips`.
+
+        latents, rows [N, B, T, D]; frame_mask [B, T] bool, true for valid frames; level_mask [N, B] bool, true for
+        levels in use. Returns a scalar, float32.
+        """
+        raise NotImplementedError
+
+
+class AdversarialLoss(nn.Module):
+    """A loss of the generator on what K sub-discriminators say about real and about generated audio.
+
+    One with a method `discriminator_loss` of the same arguments is what the discriminators themselves are trained with.
+    """
+
+    def forward(self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int) -> Tensor:
+        """Compute the loss of a batch, its sum over clips divided by `num_clips`. Returns a scalar, float32."""
+        raise NotImplementedError

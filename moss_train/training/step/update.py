@@ -1,0 +1,381 @@
+"""One update, from a batch to the step of the optimizers, in the order of the paper (arXiv 2603.18090, section 3).
+
+Encode, quantize, decode; reconstruction terms; text term; adversarial terms; backward; sum over ranks; clip; step.
+Everything is passed in, and what came of it is returned as an `UpdateResult`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moss_train.batch import Batch, UpdateBatch
+from moss_train.discriminators import DiscriminatorSet
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.semantic import TextLM
+from moss_train.training.distributed.collectives import (
+    max_over_ranks,
+    num_ranks,
+    sum_gradients,
+    sum_over_ranks,
+    sum_to_host,
+)
+from moss_train.training.distributed.fsdp import is_sharded
+from moss_train.training.step.diagnostics import LOGITS, count_codes, mean_logits
+from moss_train.training.step.objective import SEMANTIC, Objective, UpdateCounts, weighted_sum
+from moss_train.training.step.optimizers import scale_gradients, set_learning_rate, squared_norm
+from moss_train.training.step.schedule import StageMoment
+
+Backward = Callable[..., None]
+"""As `torch.Tensor.backward` with the loss as first argument."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of the joint training; `is_sharded` when tokenizer and text LM are divided among the ranks."""
+
+    tokenizer: MossAudioTokenizerModel
+    text_lm: TextLM | None
+    discriminators: DiscriminatorSet | None
+    is_sharded: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """One optimizer with what it moves in this update.
+
+    Attributes:
+        name: generator or discriminators.
+        optimizer: Lightning's wrapper of it.
+        learning_rate: of this update.
+        clip_norm: largest norm of the gradient of all its parts together.
+        parts: parameters by name of the part.
+    """
+
+    name: str
+    optimizer: Any
+    learning_rate: float
+    clip_norm: float
+    parts: Mapping[str, Sequence[nn.Parameter]]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of all parts."""
+        return [parameter for parameters in self.parts.values() for parameter in parameters]
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What came of an update; the same on every rank but for `code_counts`.
+
+    Attributes:
+        metrics: losses, norms and rates by the names of `metrics.csv`.
+        weights: of the terms that were computed, as they were used.
+        output_norms: norm of each term's gradient at the decoder's output, before its weight; empty where not measured.
+        sums: what was contributed, summed over the ranks.
+        code_counts: how often each code of each level was chosen on this rank, [N, V] int64, on the device.
+        num_clips: of all ranks.
+    """
+
+    metrics: dict[str, float]
+    weights: dict[str, float]
+    output_norms: dict[str, float]
+    sums: dict[str, float]
+    code_counts: Tensor
+    num_clips: int
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Names of the metrics that are not finite; the optimizers do not step then."""
+        return [name for name, value in self.metrics.items() if not math.isfinite(value)]
+
+
+@dataclass(frozen=True)
+class MicroBatchResult:
+    """A micro-batch's share of the update's numbers, detached, on the device.
+
+    Attributes:
+        terms: by the names of `metrics.csv`.
+        output_squares: squared norm of each term's gradient at the decoder's output, before its weight.
+        code_counts: see `UpdateResult`.
+    """
+
+    terms: dict[str, Tensor]
+    output_squares: dict[str, Tensor]
+    code_counts: Tensor
+
+
+def run_update(
+    networks: Networks,
+    objective: Objective,
+    groups: Sequence[OptimizerGroup],
+    backward: Backward,
+    batch: UpdateBatch,
+    moment: StageMoment,
+    contribute: Callable[[UpdateBatch], Mapping[str, float]] = lambda batch: {},
+    reduce_dtype: torch.dtype | None = None,
+    measure_shares: bool = False,
+) -> UpdateResult:
+    """Do one update: gradients of all micro-batches of all ranks, then one step of each optimizer or of none.
+
+    Args:
+        groups: the optimizers that step in this update.
+        contribute: returns numbers of this rank that are to be summed over the ranks, the same names on every rank. It
+            is called after the backward passes, so that a signal that came during them counts.
+        reduce_dtype: of gradients between ranks, by default float32.
+        measure_shares: whether to measure the gradients at the decoder's output; a balancer measures them always.
+    """
+    device = networks.tokenizer.device
+    weights = objective.active_weights(moment)
+    counts = objective.count(batch.micro_batches, device).reduced(sum_over_ranks)
+
+    num_own = len(batch.micro_batches)
+    results = [
+        forward_backward(networks, objective, micro_batch, counts, moment, weights, backward, measure_shares)
+        for micro_batch in batch.micro_batches
+    ]
+    num_turns = max_over_ranks(num_own, device) if networks.is_sharded else num_own
+    for _ in range(num_turns - num_own):
+        dummy_forward_backward(networks, moment, backward)
+    terms = add_up([result.terms for result in results])
+    squares = add_up([result.output_squares for result in results])
+
+    # One collective brings all numbers to the host: the only wait for the device in an update.
+    parts = {name: list(part) for group in groups for name, part in group.parts.items()}
+    parameters = [parameter for part in parts.values() for parameter in part]
+    is_missing = {str(i): p.grad is None for i, p in enumerate(parameters)} if num_ranks() > 1 else {}
+    for part in parts.values():
+        sum_gradients([p for p in part if not is_sharded(p)], reduce_dtype)
+    zero = torch.zeros((), device=device)
+    names = log_names(objective)
+    totals = sum_groups_to_host(
+        {
+            "terms": {name: terms.get(name, zero) for name in names},
+            "has_term": {name: name in terms for name in names},
+            "output_squares": {name: squares.get(name, zero) for name in objective.output_names},
+            "has_square": {name: name in squares for name in objective.output_names},
+            "part_squares": {name: share_of_square(part).to(device) for name, part in parts.items()},
+            "missing": is_missing,
+            "contributions": contribute(batch),
+            "num_clips": {"": sum(micro_batch.num_clips for micro_batch in batch.micro_batches)},
+        },
+        device,
+    )
+    # A parameter without a gradient on every rank has none, as in one process: zeros would decay its moments.
+    for parameter, ranks_without in zip(parameters, totals["missing"].values(), strict=False):
+        if ranks_without == num_ranks():
+            parameter.grad = None
+    if networks.text_lm is not None and not totals["has_term"][f"loss/{SEMANTIC}"]:
+        networks.text_lm.zero_grad(set_to_none=True)  # left by dummy passes
+
+    metrics = {name: value for name, value in totals["terms"].items() if totals["has_term"][name]}
+    norms = {name: math.sqrt(square) for name, square in totals["part_squares"].items()}
+    group_norms = {group.name: math.hypot(*(norms[name] for name in group.parts)) for group in groups}
+    clip_factors = {group.name: min(1.0, group.clip_norm / (group_norms[group.name] + 1e-6)) for group in groups}
+    num_clips = round(totals["num_clips"][""])
+    if num_clips:
+        metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+    is_finite = all(map(math.isfinite, metrics.values()))
+    for group in groups if num_clips else ():
+        metrics |= {
+            f"gradient_norm/{group.name}": group_norms[group.name],
+            f"clip_factor/{group.name}": clip_factors[group.name],
+            f"learning_rate/{group.name}": group.learning_rate,
+        }
+        if is_finite:
+            scale_gradients(group.parameters, clip_factors[group.name])
+            set_learning_rate(group.optimizer.optimizer, group.learning_rate)
+            group.optimizer.step()
+        group.optimizer.zero_grad(set_to_none=True)
+    return UpdateResult(
+        metrics,
+        weights,
+        output_norms={
+            name: math.sqrt(value) for name, value in totals["output_squares"].items() if totals["has_square"][name]
+        },
+        sums=totals["contributions"],
+        code_counts=sum((result.code_counts for result in results), no_codes(networks.tokenizer)),
+        num_clips=num_clips,
+    )
+
+
+def forward_backward(
+    networks: Networks,
+    objective: Objective,
+    batch: Batch,
+    counts: UpdateCounts,
+    moment: StageMoment,
+    weights: Mapping[str, float],
+    backward: Backward,
+    measure_shares: bool = False,
+) -> MicroBatchResult:
+    """Add the gradients of one micro-batch to those of both sides.
+
+    The graph is cut at the decoder's output: the gradient of each group of terms is computed down to a detached copy of
+    it, and their sum goes on through decoder, quantizer and encoder in the one backward pass of the generator.
+
+    The discriminators run once on real and once on generated audio for both sides. Cost in units of one forward of all
+    discriminators, a backward of weights or of inputs counted as one each: 2 forward, 4 for their own loss, 1 for the
+    generator's terms (one for each term when gradients are measured or balanced).
+
+    Args:
+        weights: of the terms to compute.
+    """
+    tokenizer, text_lm, discriminators = networks.tokenizer, networks.text_lm, networks.discriminators
+
+    # Encode, quantize with a prefix of the levels, decode.
+    latent = tokenizer.encode_latent(batch.audio)
+    quantized = tokenizer.quantizer(latent, objective.num_quantizers(batch, tokenizer.config.num_quantizers))
+    reconstruction = tokenizer.decode_latent(quantized.quantized).float()
+    output = reconstruction.detach().requires_grad_()
+    num_frames = tokenizer.num_frames(batch.audio_lengths)
+    frame_mask = torch.arange(latent.shape[1], device=latent.device) < num_frames[:, None]
+    observed: dict[str, Tensor] = {}
+
+    # Reconstruction terms and those of the quantizer.
+    output_terms = objective.audio_terms(batch, output, counts, weights)
+    gradient, squares = output_gradient(output_terms, weights, output, objective, measure_shares)
+    inner_terms = objective.quantizer_terms(quantized, frame_mask, counts, weights)
+
+    # Text term, of the clips that have a text. Lengths are read on the host, where they came from.
+    host = batch.host or batch
+    with_text = (host.text_lengths > 0).nonzero()[:, 0]
+    states = quantized.quantized if moment.taught else quantized.quantized.detach()
+    through_text_lm = None
+    if text_lm is not None and SEMANTIC in weights and len(with_text):
+        chosen = with_text.to(states.device, non_blocking=True)
+        prediction = text_lm(
+            states[chosen],
+            tokenizer.num_frames(host.audio_lengths[with_text]),
+            batch.text_tokens[chosen],
+            host.text_lengths[with_text],
+            batch.task_ids[chosen],
+        )
+        inner_terms[SEMANTIC] = prediction.loss_sum / counts.text_tokens.clamp(min=1)
+        observed["text_accuracy"] = prediction.num_correct / counts.text_tokens.clamp(min=1)
+    elif text_lm is not None and networks.is_sharded:
+        through_text_lm = zero_loss_through_text_lm(text_lm, states)
+
+    # Adversarial terms, and the discriminators' own loss, which goes back to their weights only.
+    if discriminators is not None and (moment.judged or moment.discriminators_learn):
+        discriminators.requires_grad_(moment.discriminators_learn)
+        with torch.set_grad_enabled(moment.discriminators_learn):
+            real = discriminators(objective.crop(batch.audio, batch))
+        generated = discriminators(objective.crop(output if moment.judged else output.detach(), batch))
+        observed |= mean_logits(real, generated, counts.clips)
+        if moment.discriminators_learn:
+            own_loss = objective.discriminator_loss(real, generated, counts)
+            observed["loss/discriminators"] = own_loss
+            backward(own_loss, inputs=list(discriminators.parameters()), retain_graph=moment.judged)
+        if moment.judged:
+            adversarial_terms = objective.adversarial_terms(real, generated, counts, weights)
+            more, more_squares = output_gradient(adversarial_terms, weights, output, objective, measure_shares)
+            gradient, squares = gradient + more, squares | more_squares
+            output_terms |= adversarial_terms
+
+    # Backward: the terms inside the model, and what the decoder's output is to become.
+    total = (reconstruction * gradient).sum()
+    if inner_terms:
+        total = total + weighted_sum(inner_terms, weights)
+    backward(total if through_text_lm is None else total + through_text_lm)
+
+    terms = {**inner_terms, **output_terms}
+    observed |= {f"loss/{name}": value for name, value in terms.items()}
+    if terms:
+        observed["loss/generator"] = weighted_sum({name: value.detach() for name, value in terms.items()}, weights)
+    codes = count_codes(quantized.codes, frame_mask, tokenizer.config.quantizer_kwargs["codebook_size"])
+    return MicroBatchResult({name: value.detach() for name, value in observed.items()}, squares, codes)
+
+
+def output_gradient(
+    terms: Mapping[str, Tensor], weights: Mapping[str, float], output: Tensor, objective: Objective, measure: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the gradient of the weighted terms in the decoder's output [B, C, T], and consume their graph.
+
+    Also returns the squared norm of each term's gradient before its weight, where they are balanced or to be measured.
+    Clips do not share outputs, so that the squares of micro-batches and ranks add up. Measuring leaves every bit of the
+    gradient as it is.
+    """
+    if not terms:
+        return torch.zeros_like(output), {}
+    is_balanced = objective.balancer is not None
+    each: dict[str, Tensor] = {}
+    with torch.autocast(output.device.type, enabled=False):
+        if is_balanced or measure:
+            last = list(terms)[-1] if is_balanced else None
+            each = {
+                name: torch.autograd.grad(term, output, retain_graph=name != last)[0] for name, term in terms.items()
+            }
+        squares = {name: gradient.square().sum() for name, gradient in each.items()}
+        if is_balanced:
+            return sum((weights[name] * gradient for name, gradient in each.items()), torch.zeros_like(output)), squares
+        return torch.autograd.grad(weighted_sum(terms, weights), output)[0], squares
+
+
+def dummy_forward_backward(networks: Networks, moment: StageMoment, backward: Backward) -> None:
+    """Run the sharded networks forward and backward without any gradient, while other ranks have one more micro-batch.
+
+    Every pass of a sharded network is a collective that all ranks have to join.
+    """
+    tokenizer = networks.tokenizer
+    silence = torch.zeros(
+        1, tokenizer.config.number_channels, tokenizer.config.downsample_rate, device=tokenizer.device
+    )
+    quantized = tokenizer.quantizer(tokenizer.encode_latent(silence)).quantized
+    total = 0.0 * tokenizer.decode_latent(quantized).sum()
+    if networks.text_lm is not None:
+        states = quantized if moment.taught else quantized.detach()
+        total = total + zero_loss_through_text_lm(networks.text_lm, states)
+    backward(total)
+
+
+def zero_loss_through_text_lm(text_lm: TextLM, states: Tensor) -> Tensor:
+    """Return zero by way of the text LM: in every micro-batch all ranks have to pass it or none.
+
+    In the text LM's warm-up the states are detached on every rank, because otherwise its gradients would be reduced in
+    another order than on ranks that have text.
+    """
+    one = torch.ones(1, dtype=torch.int64, device=states.device)
+    return 0.0 * text_lm(states[:1, :1], one, 0 * one[None], one, 0 * one).loss_sum
+
+
+def log_names(objective: Objective) -> tuple[str, ...]:
+    """Names of what micro-batches report; a term is there in an update in which any rank has it."""
+    return (
+        *(f"loss/{name}" for name in objective.names),
+        "loss/generator",
+        "loss/discriminators",
+        "text_accuracy",
+        *LOGITS,
+    )
+
+
+def add_up(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum tensors name by name; a part may lack some."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.stack([part[name] for part in parts if name in part]).sum() for name in names}
+
+
+def sum_groups_to_host(
+    groups: Mapping[str, Mapping[str, Tensor | float]], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Sum groups of named numbers over ranks with one collective and one synchronisation (see `sum_to_host`)."""
+    flat = {(group, name): value for group, values in groups.items() for name, value in values.items()}
+    totals = sum_to_host(flat, device)
+    return {group: {name: totals[group, name] for name in values} for group, values in groups.items()}
+
+
+def share_of_square(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """This rank's share of the squared norm of gradients: of its shards all, of what every rank has an equal part."""
+    held = [p for p in parameters if is_sharded(p)]
+    common = [p for p in parameters if not is_sharded(p)]
+    return squared_norm(held) + squared_norm(common) / num_ranks()
+
+
+def no_codes(tokenizer: MossAudioTokenizerModel) -> Tensor:
+    """Counts of an update without clips, [N, V] int64 of zeros."""
+    sizes = (tokenizer.config.num_quantizers, tokenizer.config.quantizer_kwargs["codebook_size"])
+    return torch.zeros(sizes, dtype=torch.int64, device=tokenizer.device)
