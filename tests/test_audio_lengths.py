@@ -153,6 +153,14 @@ def test_a_length_that_the_header_does_not_know_is_found(name: str) -> None:
     assert torch.equal(read(content, start=40_000, num_frames=99), plain(source)[:, 40_000:40_099])
 
 
+def test_silence_from_a_pipe_is_no_empty_file() -> None:
+    wav = encoded("wav", SPEECH * 0)
+    piped = replaced(wav, wav.index(b"data") + 4, bytes(4))
+    assert audio_info(NamedBytes(piped, "clip")).num_samples == len(SPEECH)
+    empty = encoded("wav", SPEECH[:0]) + b"LIST" + struct.pack("<I", 4) + b"INFO"
+    assert audio_info(NamedBytes(empty, "clip")) == AudioInfo(RATE, 1, 0, "WAV")
+
+
 @pytest.mark.parametrize("kind", ["wav", "rf64", "aiff", "caf", "au", "sphere"])
 def test_a_length_that_is_too_small_is_not_believed(kind: str) -> None:
     content = encoded(kind)

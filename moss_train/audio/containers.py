@@ -131,10 +131,9 @@ def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int |
         place, size, width = wide[0], wide[1], 8
     start = position + (0 if form.counts_itself else overhead)  # where the size begins to count
     audio, there = position + overhead + form.prefix, window.size - start
-    is_unknown = size <= form.prefix + (overhead if form.counts_itself else 0) or size >= (
-        _UNKNOWN_SIZE if width == 4 else 2**62
-    )
-    if is_unknown and window.size > audio and _next_file(window, audio, form) != window.size:
+    is_nothing = size <= form.prefix + (overhead if form.counts_itself else 0)
+    is_too_much = size >= (_UNKNOWN_SIZE if width == 4 else 2**62) and (size > there or size == 0xFFFFFFFF)
+    if (is_nothing or is_too_much) and window.size > audio and not _begins_chunks(window, audio, form):
         if audio - begin > _MAX_HEAD:
             raise DamagedError("has a header that does not say how much audio there is, and is too long to be mended")
         remarks = [Remark.LENGTH_UNKNOWN]
@@ -151,6 +150,11 @@ def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int |
             f"has {window.size - end} bytes behind the {size} bytes of audio of its header, which are no chunks"
         )
     return Piece(begin, following), [], following if following < window.size else None
+
+
+def _begins_chunks(window: Window, position: int, form: ChunkFormat) -> bool:
+    """Whether other chunks follow, and not audio, which may be zeros."""
+    return bool(window.at(position, 4).strip(b"\0")) and _next_file(window, position, form) == window.size
 
 
 def _padded(size: int, alignment: int) -> int:

@@ -16,11 +16,13 @@ import soundfile
 from moss_train.audio.window import Remark
 from moss_train.data.clips import list_sources
 from moss_train.data.pack.manifest import list_clips
+from moss_train.data.pack.on_the_fly import pack_cached
 from moss_train.data.pack.pack import SILENT, pack
 from moss_train.data.pack.preprocess import LeftOut, PackOptions, ReadyClip, prepare
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.inference.files import find_audio, find_codes, targets_of
+from moss_train.training.run.data_source import warn_of_silence
 from moss_train.utils.bad_data import Fault
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import MAX_NAME_BYTES, written_whole
@@ -234,3 +236,14 @@ def test_pack_says_that_all_is_silent_and_works_without_utf8_home_and_tmpdir(tmp
     assert b"every clip is digital silence" in done.stdout
     ids = [name for name, _, _ in iterate_clips([tmp_path / "shards"], sampling_rate=RATE, num_channels=1)]
     assert ids == ["f\N{LATIN SMALL LETTER U WITH DIAERESIS}r.wav"]
+
+
+def test_silence_is_a_warning_of_the_run(tmp_path: Path) -> None:
+    wav(tmp_path / "audio/a.wav", TONE * 0)
+    packed = pack_cached(
+        tmp_path / "audio", tmp_path / "cache", PackOptions(), domain="speech", heldout_share=0.0, key="data.path"
+    )
+    assert packed.is_silent
+    for _ in range(2):  # every rank, and after a resume
+        warn_of_silence(tmp_path, "audio")
+    assert (tmp_path / "warnings.txt").read_text().count("digital silence") == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moss_train.audio.io import RESAMPLER
 from moss_train.data.pack.manifest import SourceClip, SourceList, list_clips
-from moss_train.data.pack.pack import PackReport, pack
+from moss_train.data.pack.pack import SILENT, PackReport, pack
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.shards.format import FORMAT_VERSION
 from moss_train.data.shards.index import INDEX_FILE
@@ -18,6 +18,7 @@ from moss_train.utils.files import counted, exclusive
 from moss_train.utils.progress import progress
 
 LOCK_FILE = ".lock"
+SILENT_FILE = "all_silent"  # beside the shards, when there is nothing to hear in them
 LONGEST_WAIT_SECONDS = 7 * 24 * 3600.0  # for another process that packs the same files
 NUM_SHOWN = 3
 
@@ -34,6 +35,11 @@ class PackedSource:
     key: str
     train: Path
     heldout: Path | None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether every clip to learn from is digital silence."""
+        return (self.train.parent / SILENT_FILE).exists()
 
 
 def pack_cached(
@@ -58,7 +64,10 @@ def pack_cached(
         todo = [(part, folder) for part, folder in parts if not (folder / INDEX_FILE).exists()]
         for part, folder in todo:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            say_what_was_left_out(pack_with_progress(part, folder, options))
+            report = pack_with_progress(part, folder, options)
+            say_what_was_left_out(report)
+            if part is train and report.remarks.get(SILENT) == report.index["num_samples"]:
+                (folder.parent / SILENT_FILE).touch()
     count = f"{counted(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
     print(f"{source}: {count}, {'packed into' if todo else 'found packed in'} {found.train.parent}", file=sys.stderr)
     return found

@@ -46,9 +46,21 @@ def with_packed_folder(config: Node, tokenizer: Any, directory: Path) -> Node:
                 "name=, or allow_changes=true to go on with them"
             )
         write_record(directory, packed)
+    if packed.is_silent:
+        warn_of_silence(directory, data["path"])
     heldout = [] if packed.heldout is None else [str(packed.heldout)]
     filled = {**data, "train": [str(packed.train)], "heldout": data.get("heldout") or heldout}
     return {**config, "data": filled}
+
+
+def warn_of_silence(directory: Path, source: str) -> None:
+    """Say that there is nothing to learn, now and in the summary of the run."""
+    message = f"update 0: every clip of data.path={source} is digital silence: nothing can be learned from them"
+    print(f"warning: {message}", file=sys.stderr)
+    path = directory / "warnings.txt"
+    if not path.exists() or message not in path.read_text("utf-8", errors="replace"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(message + "\n")
 
 
 def pack_for_run(data: Node, tokenizer: Any, directory: Path) -> PackedSource:
