@@ -80,6 +80,7 @@ class UpdateBatch:
     update: int  # number of this update
     next_position: int  # sample position of the stream after this update; all that a resume needs
     dropped: tuple[BadSample, ...]  # samples that could not be read
+    without_text: tuple[str, ...] = ()  # ids of samples that are used without their text, which is too long
 
     def to(self, device: torch.device | str) -> "UpdateBatch":
         """Return the update with every micro-batch on `device`."""

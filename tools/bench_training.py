@@ -37,6 +37,7 @@ from moss_train.data.stream.stream import split_by_length
 from moss_train.training.cost.flop_counter import FlopCounter
 from moss_train.training.module import CatModule
 from moss_train.training.run.fit import open_stream
+from moss_train.training.run.optimizations import prepare
 from moss_train.training.run.trainer import build_trainer, choose_accelerator
 from moss_train.training.run.warm_start import module_arguments
 from moss_train.utils.errors import UserError
@@ -260,6 +261,7 @@ def measure(config: dict[str, Any], case: Case, options: argparse.Namespace) -> 
         trainer = build_trainer({**settings["trainer"], "devices": 1}, accelerator, [meter])
         with torch.device(accelerator):  # a CPU takes half a minute to draw the weights of cat_1b6 (estimate)
             module = CatModule(**module_arguments(settings))
+        prepare(module, settings)
         trainer.fit(module, updates_of(settings, case, module, options))
         if profile_path is not None:
             write_profile(meter.profiler, profile_path)
@@ -288,6 +290,7 @@ def updates_of(
         position=0,
         updates=[(number, stage["batch_seconds"]) for number in range(stage["updates"])],
         micro_batch_seconds=config["data"]["micro_batch_seconds"],
+        max_text_tokens=config["data"]["max_text_tokens"],
         num_workers=config["data"]["num_workers"],
     )
 

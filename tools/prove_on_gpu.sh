@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that has to be measured on one GPU, each step with its own time limit, the short tables last:
-# speed of training (both stages of the published model and of the smaller ones), speed of inference, with packed audio
-# given also the real data path, the generators of other codecs at equal minutes, a scaling law, and a model that every
-# call trains on for one more step, with its evaluation.
+# speed of training (both stages of the published model, compiled and eager, and of the smaller ones), of inference, with
+# packed audio given also the real data path, the generators of other codecs at equal minutes, a scaling law, and a model
+# that every call trains on for one more step, with its evaluation.
 #   bash tools/prove_on_gpu.sh OUT [TRAIN_SHARDS HELDOUT_SHARDS]
 # STEPS="training inference" runs a part; LIMIT is the seconds that each step may take, 570 by default; EXPERIMENT is what
 # the first two measure, cat_1b6 by default; MODEL is what is trained, "cat_small" by default, with overrides if there are
@@ -21,7 +21,7 @@ python=${PYTHON:-.venv/bin/python}
 workers=$(($(nproc) > 2 ? $(nproc) - 2 : 1))
 model=${MODEL:-cat_small}
 size=${SIZE:-small}
-steps=${STEPS:-training profile inference ladder shards peers scaling model evaluate}
+steps=${STEPS:-training eager profile inference ladder shards peers scaling model evaluate}
 export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 # Runs one step with its output in $out/<name>.log; a step that fails or runs out of time does not stop the others.
@@ -37,6 +37,7 @@ step() {
 
 bench=("$python" tools/bench_training.py --limit-seconds $((limit * 3 / 4)))
 step training "${bench[@]}" --experiment "$experiment" --out "$out/training.json"
+step eager "${bench[@]}" --experiment "$experiment" --out "$out/training_eager.json" trainer.compile=false
 step profile "${bench[@]}" --experiment "$experiment" --lm without --clips 10 --updates 2 --profile "$out/profile"
 step inference "$python" tools/bench_inference.py --experiment "$experiment" --dtype bfloat16 --repeats 3 --chunk-frames 1 4 \
     --stream-seconds 5 --out "$out/inference.json"

@@ -4,7 +4,8 @@ Windows are computed when first needed and kept outside any module: they appear 
 built on the meta device never carries a window that was not initialised.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 HOPS_PER_WINDOW = 4  # of `stft_magnitudes`
+PLAN_STEPS = 8
+"""Numbers of transforms that cuFFT is asked for in each octave. It makes a plan for every number, in memory of its own,
+and clips of all lengths in batches of all sizes would be thousands of them."""
+
 SMALLEST_MAGNITUDE = 1e-20  # below it a magnitude has no gradient, as at zero
 
 
@@ -72,7 +77,8 @@ class _Magnitudes(torch.autograd.Function):
     def forward(ctx: Any, waveform: Tensor, window: Tensor) -> Tensor:
         length = len(window)
         padded = F.pad(waveform, (length // 2, length // 2))
-        spectrum = torch.fft.rfft(padded.unfold(-1, length, length // HOPS_PER_WINDOW) * window)
+        frames = padded.unfold(-1, length, length // HOPS_PER_WINDOW) * window
+        spectrum = transform_rows(torch.fft.rfft, frames, round_up=waveform.is_cuda)
         magnitudes = (spectrum.real.square() + spectrum.imag.square()).sqrt()
         ctx.save_for_backward(spectrum, magnitudes, window)
         ctx.num_samples = waveform.shape[-1]
@@ -84,8 +90,24 @@ class _Magnitudes(torch.autograd.Function):
         spectrum, magnitudes, window = ctx.saved_tensors
         factor = gradient / magnitudes.clamp(min=SMALLEST_MAGNITUDE)
         factor[..., 1:-1] *= 0.5  # the inverse transform counts these bins twice
-        frames = torch.fft.irfft(spectrum * factor, n=len(window), norm="forward") * window
+        inverse = partial(torch.fft.irfft, n=len(window), norm="forward")
+        frames = transform_rows(inverse, spectrum * factor, round_up=gradient.is_cuda) * window
         return _overlap_add(frames, ctx.num_samples), None
+
+
+def transform_rows(transform: Callable[[Tensor], Tensor], rows: Tensor, round_up: bool) -> Tensor:
+    """Transform the last axis of [..., L], as `round_up_rows` of them if so wanted; the added ones are zero."""
+    if not round_up:
+        return transform(rows)
+    flat = rows.flatten(0, -2)
+    result = transform(F.pad(flat, (0, 0, 0, round_up_rows(len(flat)) - len(flat))))
+    return result[: len(flat)].unflatten(0, rows.shape[:-1])
+
+
+def round_up_rows(number: int) -> int:
+    """Return the next of `PLAN_STEPS` numbers in each octave: at most an eighth more."""
+    step = max(1, 2 ** (max(1, number) - 1).bit_length() // (2 * PLAN_STEPS))
+    return -(-number // step) * step
 
 
 def _overlap_add(frames: Tensor, num_samples: int) -> Tensor:

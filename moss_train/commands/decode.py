@@ -8,7 +8,7 @@ from moss_train.cli.console import as_list, positive, print_report
 from moss_train.data.shards.codes import is_code_folder
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.decode import Decoder, decode_files
-from moss_train.inference.device import choose_device
+from moss_train.inference.device import choose_device, use_precision
 from moss_train.inference.encode import chunk_seconds
 from moss_train.inference.files import find_codes
 from moss_train.inference.shards import decode_shards
@@ -32,6 +32,7 @@ def run(config: dict[str, Any]) -> int:
     works = [] if shards else find_codes(inputs, out, suffix)
     device = choose_device(config["device"])
     model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
+    use_precision(model, config["precision"], device)
     chunk_duration = chunk_seconds(model, config["streaming"], config["chunk_duration"])
     decoder = Decoder(model, config["num_quantizers"], chunk_duration, config["batch_invariant"])
     if shards:

@@ -5,7 +5,7 @@ from typing import Any
 
 from moss_train.cli.console import as_list, positive, print_report
 from moss_train.export.load import load_tokenizer
-from moss_train.inference.device import choose_device
+from moss_train.inference.device import choose_device, use_precision
 from moss_train.inference.encode import Encoder, chunk_seconds, encode_files
 from moss_train.inference.files import CODES_FORMATS, find_audio
 from moss_train.inference.shards import EncodeJob, encode_shards
@@ -32,6 +32,7 @@ def run(config: dict[str, Any]) -> int:
     found = find_audio(as_list(config["input"]), out, f".{config['format']}")
     device = choose_device(config["device"])
     model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
+    use_precision(model, config["precision"], device)
     chunk_duration = chunk_seconds(model, config["streaming"], config["chunk_duration"])
     name, levels = str(config["model"]), config["num_quantizers"]
     encoder = Encoder(model, name, levels, chunk_duration, config["batch_invariant"])
@@ -49,5 +50,6 @@ def _run_shards(config: dict[str, Any], batch_seconds: float, out: Path) -> int:
         batch_seconds,
         config["streaming"],
         config["batch_invariant"],
+        config["precision"],
     )
     return print_report(encode_shards(job, out, devices, executor=config["executor"]), out, "encode", "shard")

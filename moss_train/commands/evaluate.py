@@ -30,7 +30,7 @@ from moss_train.evaluation.results import ClipRow, Results
 from moss_train.evaluation.runner import Renderer, evaluate
 from moss_train.evaluation.statistics import POLICIES
 from moss_train.export.load import find_checkpoint, load_tokenizer
-from moss_train.inference.device import choose_device
+from moss_train.inference.device import choose_device, use_precision
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.checkpoint import read_payload
 from moss_train.utils.errors import UserError
@@ -191,7 +191,7 @@ def _codec(config: dict[str, Any]) -> Subject:
     codec: Codec
     text_model: TextCrossEntropy | None = None
     if config["model"] is not None:
-        model = load_tokenizer(config["model"])
+        model = use_precision(load_tokenizer(config["model"]), config["precision"], device)
         codec = CatCodec(model.to(device), Path(str(config["model"])).name)  # type: ignore[arg-type]
         text_model = _text_model(config, model, device)
     else:

@@ -43,7 +43,7 @@ class ComplexSTFTDiscriminator(Discriminator):
 
     def forward(self, waveform: Tensor) -> DiscriminatorOutput:
         """waveform [B, C, T] -> logits [B, 1, frames, bins], features [B, width, frames, bins] per band and layer."""
-        planes = self._planes(waveform)
+        planes = self.planes(waveform)
         features: list[Tensor] = []
         last: list[Tensor] = []
         for (first_bin, end_bin), band in zip(self.band_bins, self.bands, strict=True):
@@ -52,7 +52,7 @@ class ComplexSTFTDiscriminator(Discriminator):
             last.append(band_features[-1])
         return DiscriminatorOutput(self.output(torch.cat(last, dim=-1)), tuple(features))
 
-    def _planes(self, waveform: Tensor) -> Tensor:
+    def planes(self, waveform: Tensor) -> Tensor:
         """[B, C, T] -> [B, 2 C, frames, bins]: real and imaginary part of every channel, float32."""
         spectrum = normalized_stft(waveform, self.window_length, self.window_length // 4)
         return torch.cat([spectrum.real, spectrum.imag], dim=1).transpose(2, 3)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moss_train.audio.io import audio_info, read_audio
 from moss_train.inference.batching import group_by_length, read_ahead
+from moss_train.inference.device import precision_of, with_precision
 from moss_train.inference.files import CodesInfo, Report, Work, read_codes_header, write_codes
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
@@ -44,13 +45,13 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of the encoder's and quantizer's names, shapes and first values, which any training changes."""
+        """Short hash of the encoder's and quantizer's names, shapes, first values, and a precision below float32."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             if not name.startswith("decoder."):
                 first = tensor.flatten()[:64].float().cpu().numpy()
                 digest.update(f"{name}{tuple(tensor.shape)}".encode() + first.tobytes())
-        return digest.hexdigest()[:16]
+        return with_precision(digest.hexdigest()[:16], self.model)
 
     @property
     def num_levels(self) -> int:
@@ -83,7 +84,13 @@ class Encoder:
         """Return what is stored beside the codes of a clip [C, T]."""
         config = self.model.config
         return CodesInfo(
-            self.name, config.sampling_rate, config.frame_rate, clip.shape[0], clip.shape[1], self.fingerprint
+            self.name,
+            config.sampling_rate,
+            config.frame_rate,
+            clip.shape[0],
+            clip.shape[1],
+            self.fingerprint,
+            precision_of(self.model),
         )
 
 
@@ -124,6 +131,8 @@ def _is_present(encoder: Encoder, work: Work, report: Report) -> bool:
     if not work.target.exists():
         return False
     (levels, _), info = read_codes_header(work.target)
+    if info.precision != precision_of(encoder.model):
+        raise UserError(f"{work.target} was made with precision={info.precision}; choose another out=")
     if info.fingerprint != encoder.fingerprint:
         raise UserError(f"{work.target} was made with other weights (model={info.model}); choose another out=")
     if levels != encoder.num_levels:

@@ -34,7 +34,8 @@ class CodesInfo:
     frame_rate: float  # Hz
     num_channels: int
     num_samples: int  # per channel, before padding to whole frames
-    fingerprint: str  # of the encoder and quantizer weights; equal fingerprints make equal codes
+    fingerprint: str  # of the encoder and quantizer weights and the precision; equal fingerprints make equal codes
+    precision: str = "fp32"  # that the encoder computed in; older files do not say, and have float32
 
 
 def write_codes(path: Path, codes: Tensor, info: CodesInfo) -> None:
@@ -104,10 +105,9 @@ def _open(path: Path) -> "safetensors.safe_open":
 
 
 def _info(path: Path, metadata: Mapping[str, Any] | None) -> CodesInfo:
+    found = {"precision": "fp32", **(metadata or {})}
     try:
-        return CodesInfo(
-            **{field.name: cast(Any, field.type)((metadata or {})[field.name]) for field in fields(CodesInfo)}
-        )
+        return CodesInfo(**{field.name: cast(Any, field.type)(found[field.name]) for field in fields(CodesInfo)})
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} lacks the metadata of a codes file ({error}); encode the audio again") from error
 

@@ -22,6 +22,7 @@ from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.batching import group_by_length, read_ahead
 from moss_train.inference.decode import Decoder
+from moss_train.inference.device import use_precision
 from moss_train.inference.encode import Encoder, chunk_seconds
 from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
@@ -41,6 +42,7 @@ class EncodeJob:
     batch_seconds: float
     streaming: bool = False
     batch_invariant: bool = False
+    precision: str | None = None
 
 
 def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device], *, executor: str = "local") -> Report:
@@ -77,6 +79,7 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
 def make_encoder(job: EncodeJob, device: torch.device) -> Encoder:
     """Load the model onto a device."""
     model = load_tokenizer(job.model).to(device)  # type: ignore[arg-type]
+    use_precision(model, job.precision, device)
     chunk_duration = chunk_seconds(model, job.streaming, job.chunk_duration)
     return Encoder(model, job.model, job.num_quantizers, chunk_duration, job.batch_invariant)
 

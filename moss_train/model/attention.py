@@ -81,6 +81,7 @@ class MultiheadAttention(nn.Module):
         self.num_heads = num_heads
         self.window = window
         self.flash = flash
+        self.blockwise_attention = windowed_attention
         self.in_projs = nn.ModuleList([nn.Linear(d_model, 3 * d_model, bias=False)])
         self.out_projs = nn.ModuleList([nn.Linear(d_model, d_model, bias=False)])
 
@@ -95,7 +96,10 @@ class MultiheadAttention(nn.Module):
             attended = flash_attention(query, key, value, self.window)
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            attended = windowed_attention(query, key, value, self.window).transpose(1, 2)
+            if frames <= self.window:
+                attended = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+            else:
+                attended = self.blockwise_attention(query, key, value, self.window).transpose(1, 2)
         return self.out_projs[0](attended.reshape(batch, frames, width))
 
     def attend(self, x: Tensor, rotation: Rotation, layer: int, chunk: StreamChunk) -> Tensor:

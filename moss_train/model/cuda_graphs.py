@@ -78,6 +78,7 @@ def capture(step: Callable[[Tensor, Tensor | None], Tensor], value: Tensor, num_
             step(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Of a server's other threads: what they allocate meanwhile is neither an error of theirs nor of the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = step(*inputs)
     return CapturedGraph(graph, inputs, output)

@@ -26,11 +26,26 @@ class LinearOps:
 
     def gelu(self, linear: nn.Module, x: Tensor) -> Tensor:
         """`F.gelu(linear(x))`."""
-        return F.gelu(linear(x))
+        return F.gelu(self(linear, x))
 
     def add(self, linear: nn.Module, x: Tensor, residual: Tensor, gain: nn.Module) -> Tensor:
         """`gain(residual, linear(x))` with a `LayerScale`."""
-        return gain(residual, linear(x))
+        return gain(residual, self(linear, x))
+
+
+class CastLinearOps(LinearOps):
+    """The same with weights that were cast once, as they are now.
+
+    Autocast would cast all of them again for every chunk of a stream, and keep a copy in every captured CUDA graph.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear) and linear.bias is None]
+        self.weights: dict[nn.Module, Tensor] = {linear: linear.weight.detach().to(dtype) for linear in linears}
+
+    def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
+        weight = self.weights.get(linear)
+        return linear(x) if weight is None else F.linear(x.to(weight.dtype), weight)
 
 
 class PrepackedLinearOps(LinearOps):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiheadAttention, Rotation, rotation
 from .kv_cache import StageState, StreamChunk
-from .prepacked_linear import LinearOps, PrepackedLinearOps
+from .prepacked_linear import CastLinearOps, LinearOps, PrepackedLinearOps
 
 
 class LayerScale(nn.Module):
@@ -135,6 +135,8 @@ class ProjectedTransformer(nn.Module):
         linear = LinearOps() if state is None else state.linears
         with float32_math(self.input_proj, self.takes_audio) as precise:
             x = linear(self.input_proj, x.float() if precise else x)
+        if state is None and torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # as behind every layer, so that all layers are the same graph to a compiler
         x = self.transformer(x, state, num_frames)
         with float32_math(self.output_proj, self.makes_audio) as precise:
             return linear(self.output_proj, x.float() if precise else x)
@@ -154,6 +156,8 @@ class ProjectedTransformer(nn.Module):
         shape = (batch_size, self.window + longest_step, 2 * heads, self.d_model // heads)
         rings = [weight.new_zeros(shape, dtype=dtype) for _ in layers]
         position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        if dtype is not None and dtype != weight.dtype and not torch.is_grad_enabled():
+            return StageState(position, rings, self.window, CastLinearOps(self, dtype))
         return StageState(position, rings, self.window, self._prepacked_linears() if pack else LinearOps())
 
     def _prepacked_linears(self) -> PrepackedLinearOps:

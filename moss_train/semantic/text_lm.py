@@ -79,7 +79,9 @@ class TextLM(nn.Module):
         """
         lengths = list(zip(num_frames.tolist(), text_lengths.tolist(), strict=True))
         inputs = self._sequences(states, text_tokens, task_ids, lengths)
-        hidden = self.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        hidden = self.language_model.model(
+            inputs_embeds=inputs, use_cache=False, attention_mask=self._causal_mask(inputs.shape[1])
+        ).last_hidden_state
         # The last state predicts the first token, so text starts one position early.
         predicting = torch.cat([hidden[b, frames : frames + text] for b, (frames, text) in enumerate(lengths)])
         targets = torch.cat([text_tokens[b, :text] for b, (_, text) in enumerate(lengths)])
@@ -89,6 +91,19 @@ class TextLM(nn.Module):
             num_tokens=len(targets),
             num_correct=(logits.argmax(dim=-1) == targets).sum(),
         )
+
+    def _causal_mask(self, length: int) -> dict[str, None] | None:
+        """Masks for every kind of layer: none, as all attention is causal. None leaves them to transformers.
+
+        It would look for packed sequences in the positions, and so wait for the GPU in every micro-batch.
+        """
+        config = self.language_model.config
+        kinds = set(getattr(config, "layer_types", None) or ())
+        is_plain = config.model_type == "qwen2" and config._attn_implementation == "sdpa"
+        window = getattr(config, "sliding_window", None)
+        if not is_plain or (kinds != {"full_attention"} and (window is None or length > window)):
+            return None
+        return dict.fromkeys(kinds)
 
     @torch.no_grad()
     def generate(self, states: Tensor, task_ids: Tensor, max_tokens: int) -> list[int]:

@@ -97,6 +97,8 @@ class CatModule(lightning.LightningModule):
         self.average: WeightAverage | None = None
         self.shares_every_updates: int | None = None
         self.counters: list[Callable[[UpdateBatch], Mapping[str, float]]] = []
+        self.gather_dtype: torch.dtype | None = None
+        self.compiled: Any = None  # `CompiledParts`, when the run compiles
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """`MossAudioTokenizerModel.encode`."""
@@ -112,7 +114,7 @@ class CatModule(lightning.LightningModule):
             return
         check_equal_start(self, (self.update, self.position))
         networks = [*stages_of(self.tokenizer), *([] if self.semantic is None else [self.semantic])]
-        self.shards = Shards(networks, self.device_mesh["data_parallel"], self.reduce_dtype)
+        self.shards = Shards(networks, self.device_mesh["data_parallel"], self.reduce_dtype, self.gather_dtype)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         settings = self.optimizer_settings

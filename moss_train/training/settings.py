@@ -12,6 +12,7 @@ WHOLE = {
     "fresh_warmup_updates": 0,
     "max_skipped_updates": 1,
     "data.num_workers": 0,
+    "data.max_text_tokens": 1,
     "trainer.num_threads": 1,
     "checkpoint.every_updates": 1,
     "checkpoint.keep": 2,
@@ -27,7 +28,9 @@ POSITIVE = (
     "trainer.timeout_seconds",
     "objective.crop_seconds",
 )
-OPTIONAL = frozenset({"stop_at_update", "trainer.num_threads", "checkpoint.archive_every_updates"})
+OPTIONAL = frozenset(
+    {"data.max_text_tokens", "stop_at_update", "trainer.num_threads", "checkpoint.archive_every_updates"}
+)
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:

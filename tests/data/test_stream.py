@@ -77,7 +77,6 @@ def test_an_update_takes_what_its_batch_seconds_need(packed: Path) -> None:
     for group in plan.micro_batches:
         longest = max(ref.num_frames for ref in group)
         assert len(group) * longest <= 6 * 24000
-        assert min(ref.num_frames for ref in group) >= 0.7 * longest
 
 
 def positions_of(stream: AudioStream, world_size: int, batch_seconds: float) -> list[list[int]]:

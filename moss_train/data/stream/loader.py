@@ -3,16 +3,24 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moss_train.batch import Batch, UpdateBatch
 from moss_train.data.stream.sample_reader import SampleReader, TextEncoder, TrainingClip
-from moss_train.data.stream.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan
+from moss_train.data.stream.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan, split_by_length
 from moss_train.utils.bad_data import BadSample, SampleError
 from moss_train.utils.errors import UserError
 from moss_train.utils.workers import num_cores, start_worker
+
+LM_POSITIONS_PER_SECOND = 50
+"""Positions of the text LM in a micro-batch, for each of its seconds, at most: a long text makes every other clip with
+text as long. Audio has 12.5 and speech about 15 text tokens per second."""
+
+PREFETCH_BYTES = 8 * 2**30
+"""Audio that the workers of one process may hold ready."""
 
 WORKER_TIMEOUT_SECONDS = 600
 """A worker that delivers nothing for so long hangs, say on a dead network file system: the run stops with an error."""
@@ -56,16 +64,25 @@ class PlanSampler(Sampler[PlannedUpdate]):
 class _PlannedUpdates(Dataset[UpdateBatch]):
     """Reads planned updates; what is left out is named in the result."""
 
-    def __init__(self, clip_format: ClipFormat, text_encoder: TextEncoder | None) -> None:
+    def __init__(
+        self,
+        clip_format: ClipFormat,
+        text_encoder: TextEncoder | None,
+        max_text_tokens: int | None,
+        max_lm_positions: int,
+    ) -> None:
         self._hop_length = clip_format.hop_length
-        self._reader = SampleReader(clip_format, text_encoder)
+        self._max_lm_positions = max_lm_positions
+        self._reader = SampleReader(clip_format, text_encoder, max_text_tokens)
 
     def __getitem__(self, item: PlannedUpdate) -> UpdateBatch:
         update, plan = item
         dropped: list[BadSample] = []
-        groups = [self._read(refs, dropped) for refs in plan.micro_batches]
-        batches = tuple(collate(clips, self._hop_length) for clips in groups if clips)
-        return UpdateBatch(batches, update, plan.next_position, tuple(dropped))
+        read = [self._read(refs, dropped) for refs in plan.micro_batches]
+        groups = [part for clips in read for part in split_by_text(clips, self._hop_length, self._max_lm_positions)]
+        batches = tuple(collate(clips, self._hop_length) for clips in groups)
+        without_text = tuple(clip.sample_id for clips in read for clip in clips if clip.is_text_too_long)
+        return UpdateBatch(batches, update, plan.next_position, tuple(dropped), without_text)
 
     def _read(self, refs: Sequence[SampleRef], dropped: list[BadSample]) -> list[TrainingClip]:
         clips = []
@@ -87,13 +104,14 @@ def make_loader(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    max_text_tokens: int | None = None,
 ) -> DataLoader[UpdateBatch]:
     """Make the loader of one rank: one UpdateBatch for every (update, batch_seconds) of `updates`, in order.
 
     The items are the same to the last bit for any number of workers, of which no more start than there are cores, and
     together over the ranks the same samples for any world size. An update whose samples on this rank are all unreadable
-    has no micro-batches. Without a text encoder clips with text are used whole, without it. Raises UserError when a
-    clip exceeds `micro_batch_seconds`.
+    has no micro-batches. Without a text encoder clips with text are used whole, without it, and so is a clip whose text
+    has more than `max_text_tokens`. Raises UserError when a clip exceeds `micro_batch_seconds`.
     """
     check_longest(stream, micro_batch_seconds)
     sampler = PlanSampler(
@@ -104,17 +122,48 @@ def make_loader(
         rank=rank,
         world_size=world_size,
     )
-    num_workers = min(num_workers, num_cores())
+    longest_update = max((seconds for _, seconds in updates), default=0.0) / world_size
+    num_workers, prefetch = prefetch_within(stream.clip_format, longest_update, min(num_workers, num_cores()))
+    max_lm_positions = round(LM_POSITIONS_PER_SECOND * micro_batch_seconds)
     return DataLoader(
-        _PlannedUpdates(stream.clip_format, text_encoder),
+        _PlannedUpdates(stream.clip_format, text_encoder, max_text_tokens, max_lm_positions),
         sampler=sampler,
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
         worker_init_fn=_start_worker,
         timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def prefetch_within(clip_format: ClipFormat, seconds: float, num_workers: int) -> tuple[int, int]:
+    """Workers, and updates that each reads ahead, so that updates of so many audio seconds stay in `PREFETCH_BYTES`.
+
+    One worker stays, and each reads one update ahead at least and two at most.
+    """
+    size = max(1.0, 4 * seconds * clip_format.sampling_rate * clip_format.num_channels)
+    workers = max(min(num_workers, 1), min(num_workers, int(PREFETCH_BYTES / size)))
+    return workers, min(2, max(1, int(PREFETCH_BYTES / (size * max(1, workers)))))
+
+
+def split_by_text(clips: Sequence[TrainingClip], hop_length: int, max_positions: int) -> list[list[TrainingClip]]:
+    """Split a micro-batch whose text LM would see more than `max_positions`: clips with text times the longest of them.
+
+    Few long texts then go apart from the short ones; clips without text stay with the shortest. Without clips there is
+    nothing.
+    """
+    with_text = [clip for clip in clips if clip.tokens]
+    positions = {id(clip): -(-clip.audio.shape[-1] // hop_length) + len(clip.tokens) for clip in with_text}
+    with_text.sort(key=lambda clip: -positions[id(clip)])
+    parts = split_by_length(np.array([positions[id(clip)] for clip in with_text], np.int64), max_positions, 0.0)
+    if len(parts) < 2:
+        return [list(clips)] if clips else []
+    apart = [{id(with_text[i]) for i in part} for part in parts]
+    first_parts = set().union(*apart[:-1])
+    groups = [[clip for clip in clips if id(clip) in part] for part in apart[:-1]]
+    return [*groups, [clip for clip in clips if id(clip) not in first_parts]]
 
 
 def check_longest(stream: AudioStream, micro_batch_seconds: float) -> None:

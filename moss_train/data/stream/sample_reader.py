@@ -32,6 +32,7 @@ class TrainingClip:
     audio: Tensor  # [C, T] float32
     tokens: tuple[int, ...]  # empty for a clip without text
     task_id: int  # -1 for a clip without text
+    is_text_too_long: bool = False  # and so left out
 
 
 class ClipReader:
@@ -114,7 +115,10 @@ class ClipReader:
 class SampleReader:
     """Turns references into clips that are ready for training."""
 
-    def __init__(self, clip_format: ClipFormat, text_encoder: TextEncoder | None) -> None:
+    def __init__(
+        self, clip_format: ClipFormat, text_encoder: TextEncoder | None, max_text_tokens: int | None = None
+    ) -> None:
+        self._max_text_tokens = max_text_tokens
         self._clips = ClipReader(clip_format.sampling_rate, clip_format.num_channels)
         self._format = clip_format
         self._text_encoder = text_encoder
@@ -130,8 +134,11 @@ class SampleReader:
             tokens = self._encode(labels["text"]) if ref.with_text else ()
         except SampleError as error:
             raise SampleError(error.fault, error.reason, sample_id) from error
+        is_too_long = self._max_text_tokens is not None and len(tokens) > self._max_text_tokens
+        tokens = () if is_too_long else tokens
         task_id = TASKS.index(labels["task"]) if tokens else -1
-        return TrainingClip(ref, sample_id, adjust_level(audio, self._format, ref.gain_unit), tokens, task_id)
+        audio = adjust_level(audio, self._format, ref.gain_unit)
+        return TrainingClip(ref, sample_id, audio, tokens, task_id, is_too_long)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         if self._text_encoder is None:

@@ -28,6 +28,7 @@ class StreamCounter:
         self._samples: Counter[str] = Counter()  # audio samples by domain
         self._kinds: Counter[str] = Counter()
         self._num_clips = 0
+        self.num_without_text = 0  # samples so far whose text was too long
         self._named: set[str] = set()
         self._last_line = ""
         self._recent: deque[tuple[int, int]] = deque(maxlen=RECENT_UPDATES)  # used and bad samples of an update
@@ -56,12 +57,17 @@ class StreamCounter:
                 self._named.add(bad.name)
                 lines.append(f"left out {bad.name}: {bad.reason}")
         self._last_line = lines[-1] if lines else ""
+        for sample_id in batch.without_text:
+            if sample_id not in self._named:
+                self._named.add(sample_id)
+                lines.append(f"used {sample_id} without its text, which has more than data.max_text_tokens")
         return lines
 
     def counts(self, batch: UpdateBatch, domains: Iterable[str]) -> dict[str, float]:
         """Numbers of one update by name, which may be summed over ranks: the same names for the same domains."""
         counts = {f"samples/{domain}": 0.0 for domain in sorted(domains)}
         counts |= {f"bad/{fault}": 0.0 for fault in Fault} | {"used_clips": 0.0}
+        counts["without_text"] = float(len(batch.without_text))
         for micro_batch in batch.micro_batches:
             counts["used_clips"] += micro_batch.num_clips
             lengths = (micro_batch.host or micro_batch).audio_lengths.tolist()  # on a device it would wait for it
@@ -79,6 +85,7 @@ class StreamCounter:
         """
         used = int(counts["used_clips"])
         self._num_clips += used
+        self.num_without_text += int(counts.get("without_text", 0))
         self._recent.append((used, int(sum(value for name, value in counts.items() if name.startswith("bad/")))))
         for name, value in counts.items():
             group, _, key = name.partition("/")
@@ -108,9 +115,15 @@ class StreamCounter:
 
     def state_dict(self) -> dict[str, Any]:
         """Counts as plain data, for a checkpoint."""
-        return {"samples": dict(self._samples), "kinds": dict(self._kinds), "num_clips": self._num_clips}
+        return {
+            "samples": dict(self._samples),
+            "kinds": dict(self._kinds),
+            "num_clips": self._num_clips,
+            "num_without_text": self.num_without_text,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from an earlier `state_dict`."""
         self._samples, self._kinds = Counter(state["samples"]), Counter(state["kinds"])
         self._num_clips = state["num_clips"]
+        self.num_without_text = state.get("num_without_text", 0)  # older runs left no text out

@@ -85,7 +85,7 @@ class AudioStream:
 
     Clips with text are used whole; if longer than `max_seconds` they are used without their text. Clips without text
     are cropped to `crop_seconds`. `weights` are shares of audio seconds per domain, None for what is available.
-    `min_length_ratio` bounds the padding inside a micro-batch: shortest over longest clip.
+    `min_length_ratio` is the share of audio in what a pass computes, below which it may be split (`split_by_length`).
     """
 
     def __init__(
@@ -134,8 +134,9 @@ class AudioStream:
         """Plan one update of one rank: its micro-batches, and the stream's position afterwards.
 
         Consecutive samples are taken until their used audio reaches `batch_seconds`, whatever the number of ranks. They
-        are dealt to the ranks by length, so that each gets as many seconds, and split so that count times longest stays
-        within `micro_batch_seconds`. With fewer samples than ranks some ranks have no micro-batches.
+        are dealt to the ranks by length, so that each gets as many seconds, and split evenly into few micro-batches
+        whose count times longest stays within `micro_batch_seconds`. Which samples an update has depends on neither.
+        With fewer samples than ranks some ranks have no micro-batches.
         """
         rate = self.clip_format.sampling_rate
         lengths = self._lengths_until(position, round(batch_seconds * rate))
@@ -229,13 +230,42 @@ def deal(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
 
 def split_by_length(lengths: np.ndarray, limit: int, min_ratio: float) -> list[range]:
-    """Split lengths, longest first, into runs whose count times longest is at most `limit` and shortest large enough.
+    """Split lengths, longest first, into as few runs as possible, as even as possible.
 
-    A clip that is longer than the limit makes a run of its own.
+    A run costs its padded length, count times longest, which is at most `limit`; a longer clip is alone. Passing a run
+    through the model takes time of its own, however short it is. So padding alone, a total below `min_ratio` of what is
+    computed, makes one run more only if that saves half a limit.
     """
-    groups, first = [], 0
-    for i, length in enumerate(lengths):
-        if i > first and ((i - first + 1) * lengths[first] > limit or length < min_ratio * lengths[first]):
-            groups.append(range(first, i))
-            first = i
-    return [*groups, range(first, len(lengths))] if len(lengths) else []
+    if not len(lengths):
+        return []
+    runs = even_runs(lengths, len(runs_within(lengths, limit)), limit)
+    while int(lengths.sum()) < min_ratio * padded_length(lengths, runs):
+        more = even_runs(lengths, len(runs) + 1, limit)
+        if 2 * (padded_length(lengths, runs) - padded_length(lengths, more)) <= limit:
+            break
+        runs = more
+    return runs
+
+
+def runs_within(lengths: np.ndarray, limit: int) -> list[range]:
+    """Cut lengths, longest first, into the fewest runs whose count times longest is at most `limit`."""
+    runs, first = [], 0
+    while first < len(lengths):
+        stop = min(len(lengths), first + max(1, limit // max(1, int(lengths[first]))))
+        runs.append(range(first, stop))
+        first = stop
+    return runs
+
+
+def even_runs(lengths: np.ndarray, number: int, limit: int) -> list[range]:
+    """Cut lengths, longest first, into at most `number` runs, the costliest of which is as cheap as it can be."""
+    low, high = 0, limit  # `high` is enough, `low` is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(runs_within(lengths, middle)) <= number else (middle, high)
+    return runs_within(lengths, high)
+
+
+def padded_length(lengths: np.ndarray, runs: Sequence[range]) -> int:
+    """Sum over runs of count times longest."""
+    return sum(len(run) * int(lengths[run.start]) for run in runs)

@@ -67,7 +67,8 @@ class CatCodec:
         self.num_channels: int = config.number_channels
         self.frame_rate: float = config.frame_rate
         self.codebook_sizes = (config.quantizer_kwargs["codebook_size"],) * config.num_quantizers
-        self.fingerprint = weights_fingerprint(model)
+        precision = getattr(config, "compute_dtype", None) or "fp32"
+        self.fingerprint = weights_fingerprint(model) + ("" if precision == "fp32" else f"-{precision}")
         self._model = model.eval()
 
     def encode(self, audio: Tensor) -> Tensor:

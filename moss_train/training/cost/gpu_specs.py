@@ -50,8 +50,8 @@ GPUS = {
 
 
 def is_half(trainer: Mapping[str, Any]) -> bool:
-    """Whether products are computed in 16 bits."""
-    return "16" in str(trainer["precision"])
+    """Whether products are computed in 16 bits, as with `auto` on every GPU in the table."""
+    return "16" in str(trainer["precision"]) or trainer["precision"] == "auto"
 
 
 def gpu_of(device_name: str) -> Gpu | None:

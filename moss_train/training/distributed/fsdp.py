@@ -61,15 +61,31 @@ class Shards:
         networks: called as modules, each on its own.
         mesh: one-dimensional, the ranks that share.
         reduce_dtype: of gradients between ranks, by default float32.
+        gather_dtype: in which the linear weights of layers are gathered, by default float32. Where autocast multiplies
+            in bfloat16 anyway, gathering that is the same to the last bit and half the traffic.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], mesh: DeviceMesh, reduce_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        mesh: DeviceMesh,
+        reduce_dtype: torch.dtype | None,
+        gather_dtype: torch.dtype | None = None,
+    ) -> None:
         policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+        half = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=reduce_dtype or torch.float32)
         self.units: list[FSDPModule] = []
         for network in networks:
-            for part in (*layers_of(network), network):
-                fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-            self.units += prefetch_in_turn([network, *layers_of(network)])
+            units: list[list[Any]] = [[network]]
+            for layer in layers_of(network):
+                linears = [part for part in layer.modules() if isinstance(part, nn.Linear)] if gather_dtype else []
+                if linears:
+                    fully_shard(linears, mesh=mesh, reshard_after_forward=True, mp_policy=half)
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+                units.append([layer, *linears[:1]])
+            fully_shard(network, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            prefetch_in_turn(units)
+            self.units += [part for unit in units for part in unit]
         for unit in self.units:
             # Terms are sums over clips divided by counts of all ranks, so gradients add up.
             unit.set_gradient_divide_factor(1.0)
@@ -95,16 +111,16 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
     return [layer for part in lists if isinstance(part, nn.ModuleList) for layer in part]
 
 
-def prefetch_in_turn(units: Sequence[Any]) -> Sequence[FSDPModule]:
+def prefetch_in_turn(units: Sequence[Sequence[Any]]) -> None:
     """Gather the next unit while one computes: the network's own weights first, then its layers, and backwards.
 
-    The order that FSDP2 notes by itself would be upset by passes of a validation.
+    A unit is a module and, where they are gathered in another precision, the first of its linear layers, which stands
+    for all of them. The order that FSDP2 notes by itself would be upset by passes of a validation.
     """
     for unit, following in pairwise(units):
-        unit.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([unit])
-    units[0].set_modules_to_backward_prefetch([units[-1]])
-    return units
+        unit[0].set_modules_to_forward_prefetch(list(following))
+        following[0].set_modules_to_backward_prefetch(list(unit))
+    units[0][0].set_modules_to_backward_prefetch(list(units[-1]))
 
 
 class ShardedStrategy(ModelParallelStrategy):

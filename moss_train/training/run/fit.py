@@ -52,6 +52,7 @@ LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machin
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
 # Keys that older runs do not have, and what they meant without.
 ADDED_KEYS = {
+    "data": {"max_text_tokens": 2048},  # without: none was too long, and some ended the run
     "objective": {"adversarial_reduction": "mean", "feature_reduction": "relative_mean", "losses": LOSSES},
     "objective.weights": {"complex_stft": 0.0, "waveform": 0.0},
 }
@@ -144,6 +145,7 @@ def train(
         position=read_progress(checkpoint)["position"],
         updates=[(update, module.schedule.at(update).stage.batch_seconds) for update in updates],
         micro_batch_seconds=config["data"]["micro_batch_seconds"],
+        max_text_tokens=config["data"]["max_text_tokens"],
         num_workers=config["data"]["num_workers"],
         rank=trainer.global_rank,
         world_size=trainer.world_size,

@@ -1,18 +1,29 @@
 """What makes the same training faster or smaller, applied to a module from outside: no weight changes its name."""
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch._functorch.config
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from moss_train.discriminators.base import Discriminator
+from moss_train.discriminators.multi_resolution_stft import ComplexSTFTDiscriminator
 from moss_train.model import MossAudioTokenizerModel
-from moss_train.model.transformer import ProjectedTransformer
+from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
+from moss_train.training.callbacks.run_records import warn
 from moss_train.training.module import CatModule, stages_of
-from moss_train.training.run.trainer import REDUCE_DTYPES
+from moss_train.training.run.trainer import REDUCE_DTYPES, choose_accelerator, choose_precision
 from moss_train.training.step.ema import WeightAverage
 from moss_train.utils.errors import UserError
+
+RECOMPILE_LIMIT = 64
+"""Versions of one code object that torch may compile; its own 8 are used up by the first update of `cat_1b6`."""
 
 
 def prepare(module: CatModule, config: Mapping[str, Any]) -> None:
@@ -20,11 +31,15 @@ def prepare(module: CatModule, config: Mapping[str, Any]) -> None:
     settings = config["trainer"]
     module.shares_every_updates = config["logging"]["gradient_shares_every_updates"]
     module.reduce_dtype = REDUCE_DTYPES[settings["reduce_dtype"]]
+    accelerator = choose_accelerator(settings["accelerator"])
+    is_half = choose_precision(settings["precision"], accelerator) == "bf16-mixed"
+    module.gather_dtype = torch.bfloat16 if is_half else None
     if config["ema"] is not None:
         module.average = WeightAverage(**config["ema"])
     checkpoint_activations(module.tokenizer, settings["activation_checkpointing"])
-    if settings["compile"]:
-        compile_blocks(module, "inductor" if settings["compile"] is True else settings["compile"])
+    backend = choose_compile(settings["compile"], accelerator)
+    if backend is not None:
+        compile_blocks(module, backend)
 
 
 def checkpoint_activations(model: MossAudioTokenizerModel, frame_rates: Sequence[float]) -> None:
@@ -49,10 +64,75 @@ def rate_of(model: MossAudioTokenizerModel, stage: ProjectedTransformer) -> floa
     return model.config.frame_rate * stage.frames_per_code_frame
 
 
-def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
+class CompiledParts:
+    """The parts of a module that run through torch.compile, and what came of it.
+
+    Attributes:
+        calls: of all parts, in training.
+        eager_calls: those of them in which no compiled graph ran.
+        graphs: compiled so far.
+        limit_hit: whether torch refused to compile one more.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self._compile = torch._dynamo.lookup_backend(backend)
+        self._graph_calls = 0
+        self.calls = 0
+        self.eager_calls = 0
+        self.graphs = 0
+        self.limit_hit = False
+
+    def add(self, part: nn.Module) -> None:
+        """Compile the training passes of a part for changing shapes; its names and its other passes stay.
+
+        Streams and validation run eagerly: a pass without gradients, or with a chunk of a stream, would need graphs of
+        its own. Hooks, those of FSDP among them, stay outside of the graph.
+        """
+        name, eager = type(part).__name__, part.forward
+        always = isinstance(part, Discriminator)  # also without gradients, in updates in which they do not learn
+        compiled = torch.compile(eager, backend=self._backend, dynamic=True)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not (always or torch.is_grad_enabled()) or not part.training:
+                return eager(*args, **kwargs)
+            before = self._graph_calls
+            try:
+                result = compiled(*args, **kwargs)
+            except FailOnRecompileLimitHit:
+                self._give_up(name)
+                result = eager(*args, **kwargs)
+            self.calls += 1
+            self.eager_calls += self._graph_calls == before
+            return result
+
+        part.forward = forward
+
+    def _backend(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        self.graphs += 1
+        run = self._compile(graph, inputs)
+
+        def counted(*args: Any) -> Any:
+            self._graph_calls += 1
+            return run(*args)
+
+        return counted
+
+    def _give_up(self, name: str) -> None:
+        """Say it once; from now on torch runs eagerly what has no graph yet, without trying again."""
+        self.limit_hit = True
+        torch._dynamo.config.fail_on_recompile_limit_hit = False
+        warn(
+            f"trainer.compile: {name} runs partly without compiled graphs from now on, right but slow: torch has made "
+            f"{torch._dynamo.config.recompile_limit} versions of it. TORCH_LOGS=recompiles says why"
+        )
+
+
+def compile_blocks(module: CatModule, backend: str = "inductor") -> CompiledParts:
     """Compile block by block and discriminator by discriminator: equal blocks share one graph, and names stay.
 
-    The whole step would neither compile in reasonable time nor as one graph.
+    The whole step would neither compile in reasonable time nor as one graph. Shapes are symbolic from the first call,
+    because clips and batches change all the time. All blocks share one code object, so torch has to keep many versions
+    of it: one for each stage, for clips within and beyond the window, for a batch of one.
 
     Raises:
         UserError: torch has no such backend.
@@ -61,15 +141,48 @@ def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
         raise UserError(f"trainer.compile={backend}: torch has the backends {', '.join(known)}")
     # The discriminators' graph serves two backward passes; a compiler that reuses its buffers allows only one.
     torch._functorch.config.donated_buffer = False
-    for block in compiled_parts(module):
-        block.compile(backend=backend)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # which `CompiledParts` reports and survives
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.accumulated_recompile_limit = max(1024, torch._dynamo.config.accumulated_recompile_limit)
+    parts = CompiledParts(backend)
+    for part in compiled_parts(module):
+        # Loops over blocks of queries and complex spectra have no place in a graph: one would be made for every length.
+        if isinstance(part, TransformerLayer):
+            part.self_attn.blockwise_attention = torch.compiler.disable(part.self_attn.blockwise_attention)
+        elif isinstance(part, ComplexSTFTDiscriminator):
+            part.planes = torch.compiler.disable(part.planes)  # type: ignore[method-assign]
+        parts.add(part)
+    module.compiled = parts
+    return parts
 
 
 def compiled_parts(module: CatModule) -> list[nn.Module]:
-    """Transformer blocks of the tokenizer and of the text LM, and sub-discriminators."""
+    """Transformer blocks of the tokenizer and of the text LM, levels of the quantizer, and sub-discriminators."""
     blocks = [layer for stage in stages_of(module.tokenizer) for layer in stage.transformer.layers]
+    blocks += list(module.tokenizer.quantizer.quantizers)
     if module.semantic is not None:
         blocks += list(getattr(module.semantic.language_model.model, "layers", []))
     if module.discriminators is not None:
         blocks += list(module.discriminators.discriminators)
     return blocks
+
+
+def choose_compile(wanted: bool | str, accelerator: str) -> str | None:
+    """The backend of `trainer.compile`, None for none; `auto` is inductor on CUDA where it can build its kernels.
+
+    Raises:
+        UserError: not auto, true, false or a name.
+    """
+    if isinstance(wanted, bool):
+        return "inductor" if wanted else None
+    if not isinstance(wanted, str):
+        raise UserError(f"trainer.compile={wanted!r} has to be auto, true, false or the name of a backend")
+    if wanted != "auto":
+        return wanted
+    if accelerator != "cuda":
+        return None
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    if importlib.util.find_spec("triton") is None or not has_compiler:
+        warn("trainer.compile=auto: torch.compile needs triton and a C compiler (gcc); the run goes without, slower")
+        return None
+    return "inductor"

@@ -37,6 +37,7 @@ def train_in_memory(config: Node, module: CatModule, callbacks: Sequence[Callbac
         position=0,
         updates=[(update, schedule.at(update).stage.batch_seconds) for update in range(schedule.updates)],
         micro_batch_seconds=config["data"]["micro_batch_seconds"],
+        max_text_tokens=config["data"]["max_text_tokens"],
         num_workers=config["data"]["num_workers"],
     )
     trainer.fit(module, loader)

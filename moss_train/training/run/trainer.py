@@ -24,7 +24,7 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.workers import end_with_parent
 
 STRATEGIES = ("ddp", "fsdp")
-PRECISIONS = ("32-true", "bf16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
 REDUCE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -35,6 +35,16 @@ def choose_accelerator(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=cuda, but torch sees no GPU; `python -m moss_train doctor` says more")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def choose_precision(wanted: str, accelerator: str) -> str:
+    """Return Lightning's name of a precision: `auto` is bf16-mixed on a GPU that computes in it, else 32-true."""
+    if wanted not in PRECISIONS:
+        raise UserError(f"trainer.precision={wanted!r} is not one of {', '.join(PRECISIONS)}")
+    if wanted != "auto":
+        return wanted
+    has_bf16 = accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if has_bf16 else "32-true"
 
 
 def count_processes(settings: Mapping[str, Any], accelerator: str) -> tuple[int, int]:
@@ -102,8 +112,6 @@ def choose_strategy(settings: Mapping[str, Any], num_processes: int) -> Strategy
 
 def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer without its own clocks, loggers, bars and checkpoints; one pass over the run's loader."""
-    if settings["precision"] not in PRECISIONS:
-        raise UserError(f"trainer.precision={settings['precision']!r} is not one of {', '.join(PRECISIONS)}")
     if settings["reduce_dtype"] not in REDUCE_DTYPES:
         raise UserError(f"trainer.reduce_dtype={settings['reduce_dtype']!r} is not one of {', '.join(REDUCE_DTYPES)}")
     devices, num_nodes = count_processes(settings, accelerator)
@@ -128,7 +136,7 @@ def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbac
         devices=devices,
         num_nodes=num_nodes,
         strategy=choose_strategy(settings, devices * num_nodes),
-        precision=settings["precision"],
+        precision=choose_precision(settings["precision"], accelerator),
         max_epochs=1,
         callbacks=trainer_callbacks,
         plugins=plugins,

@@ -1,0 +1,475 @@
+"""Model one micro-batch of an experiment on a named GPU, operator by operator, without a GPU. No measurement.
+
+Every operator of forward and backward runs on tensors without data. It takes as long as the longest of three: its
+operations at the share of the peak that products reach, its bytes at the share of the bandwidth that kernels reach, and
+starting it (a roofline). Compiled, the operators of a compiled part between two products are one kernel, and
+what only they use never reaches the memory.
+
+    python tools/model_gpu.py cat_1b6 --gpu h100 --stage 1 --clips 10 --seconds 12 --texts 3
+    --gpus 64 adds the pace of so many GPUs: passes of this size, then gradients are summed and optimizers step
+"""
+
+import argparse
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import moss_train.audio.stft as stft
+import moss_train.losses.mel as mel
+import moss_train.model.attention as attention
+from moss_train.batch import Batch
+from moss_train.cli.compose import compose, to_plain
+from moss_train.training.cost.estimate import UPDATE_BYTES
+from moss_train.training.cost.flop_counter import ATTENTION
+from moss_train.training.cost.flops import without_data
+from moss_train.training.cost.gpu_specs import GPUS
+from moss_train.training.module import CatModule, stages_of
+from moss_train.training.run.optimizations import compiled_parts
+from moss_train.training.run.warm_start import plan_beginning
+
+SMS = {"a100": 108, "a100_40gb": 108, "h100_pcie": 114, "l40s": 142, "rtx4090": 128, "b200": 148}  # others: 132
+LAUNCH_SECONDS = 2.5e-6  # a kernel takes at least so long
+BANDWIDTH_SHARE, HALF_SHARE, FLOAT_SHARE = 0.85, 0.78, 0.75  # of the data sheet, that good kernels reach
+ATTENTION_SHARE, CONVOLUTION_SHARE = 0.5, 0.35  # of what products reach
+BUS_BYTES_PER_SECOND = 300e9
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+EXTERN = PRODUCTS | {
+    *(
+        "convolution",
+        "convolution_backward",
+        "_fft_r2c",
+        "_fft_c2r",
+        "_fft_c2c",
+        "embedding_dense_backward",
+        "index_put",
+    ),
+    *("index_put_", "scatter_add_", "scatter", "cumsum", "sort", "cat", "nll_loss_forward", "nll_loss_backward"),
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    *("window", "window_backward"),
+}
+
+WEIGHT_CAST = "cast of a weight"
+FREE = {"detach", "_unsafe_view", "empty", "empty_like", "lift_fresh", "alias"}
+
+
+@torch.library.custom_op("moss_model::window", mutates_args=())
+def window_forward(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Stand for the windowed attention kernel of CUDA; [B, T, H, D]."""
+    return torch.empty_like(query)
+
+
+@torch.library.custom_op("moss_model::window_backward", mutates_args=())
+def window_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stand for its backward kernel."""
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+window_forward.register_fake(lambda query, key, value, window: torch.empty_like(query))
+window_backward.register_fake(
+    lambda gradient, query, key, value, window: tuple(map(torch.empty_like, (query, key, value)))
+)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.window = inputs[3]
+
+
+window_forward.register_autograd(
+    lambda ctx, gradient: (*window_backward(gradient, *ctx.saved_tensors, ctx.window), None), setup_context=_keep
+)
+
+
+def _window_flops(query: Any, key: Any, value: Any, window: int, **_: Any) -> float:
+    batch, frames, heads, width = query.shape
+    return 4 * batch * heads * width * frames * min(window, frames / 2)
+
+
+def _causal_flops(query: Any, key: Any, *_: Any, **__: Any) -> float:
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * width * queries * key.shape[2]
+
+
+FLOPS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _causal_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, *rest, **_: (
+        2.5 * _causal_flops(*rest)
+    ),
+    torch.ops.moss_model.window: _window_flops,
+    torch.ops.moss_model.window_backward: lambda gradient, *rest, **_: 2.5 * _window_flops(*rest),
+}
+
+
+@dataclass
+class Kernel:
+    """One operator, or several that are fused."""
+
+    name: str
+    component: str
+    call: int  # of a compiled part, 0 outside
+    is_backward: bool
+    reads: dict[int, int]  # bytes by storage
+    writes: dict[int, int]
+    flops: float
+    is_half: bool
+    shape: tuple[int, ...]
+    level: int = 0
+
+    @property
+    def is_extern(self) -> bool:
+        """Whether a compiler leaves it to a library."""
+        return self.name in EXTERN
+
+
+@dataclass
+class Recorder(TorchDispatchMode):
+    """Notes every operator that moves data, forward and backward, with the part of the module that it belongs to."""
+
+    kernels: list[Kernel] = field(default_factory=list)
+    weights: frozenset[int] = frozenset()  # storages of matrices, whose casts are noted as such
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.stack: list[tuple[str, int]] = [("other", 0)]
+        self.starts: list[int] = [0]
+        self.scopes: list[tuple[str, int]] = [("other", 0)]
+        self._alive: list[Any] = []
+        self._calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs, outputs = tensors((args, kwargs)), tensors(result)
+        name = func.overloadpacket.__name__
+        if (
+            func.is_view
+            or not outputs
+            or name in ("detach", "_unsafe_view", "empty", "empty_like", "lift_fresh", "alias")
+        ):
+            return result
+        if name == "_to_copy" and len(inputs) == 1 and inputs[0].untyped_storage()._cdata in self.weights:
+            name = WEIGHT_CAST
+        self._alive += [tensor.untyped_storage() for tensor in outputs]
+        formula = {**flop_registry, **ATTENTION, **FLOPS}.get(func._overloadpacket)
+        node = torch._C._current_autograd_node()
+        component, call = self.stack[-1]
+        if node is not None:
+            number = node._sequence_nr()
+            is_gradient = number >= 2**63
+            component, call = ("gradients", 0) if is_gradient else self.scopes[bisect_right(self.starts, number) - 1]
+        written = sizes(outputs)
+        self.kernels.append(
+            Kernel(
+                name,
+                component,
+                call,
+                node is not None,
+                sizes(inputs),
+                written,
+                float(formula(*args, **kwargs, out_val=result)) if formula else 0.0,
+                outputs[0].dtype in (torch.bfloat16, torch.float16),
+                tuple(outputs[0].shape),
+            )
+        )
+        return result
+
+    @contextmanager
+    def scope(self, component: str, is_part: bool) -> Iterator[None]:
+        """Within it operators belong to a component, and to one call of a compiled part."""
+        self._calls += is_part
+        self.stack.append((component, self._calls if is_part else self.stack[-1][1]))
+        self._mark()
+        try:
+            yield
+        finally:
+            self.stack.pop()
+            self._mark()
+
+    def _mark(self) -> None:
+        self.starts.append(torch.autograd._get_sequence_nr())
+        self.scopes.append(self.stack[-1])
+
+    def watch(self, owner: Any, method: str, component: str | None, is_part: bool = False) -> None:
+        """Give a method of an object a scope; without a component that of its caller."""
+        inner = getattr(owner, method)
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            with self.scope(component or self.stack[-1][0], is_part):
+                return inner(*args, **kwargs)
+
+        object.__setattr__(owner, method, outer)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Every tensor in a structure."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def sizes(found: Sequence[Tensor]) -> dict[int, int]:
+    """Bytes of tensors by storage, repeated elements once."""
+    result: dict[int, int] = {}
+    for tensor in found:
+        elements = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+        place = tensor.untyped_storage()._cdata
+        result[place] = max(result.get(place, 0), elements * tensor.element_size())
+    return result
+
+
+def fuse(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Make one kernel of all operators of a compiled part between two products that share a tensor."""
+    producer: dict[int, int] = {}
+    parent = list(range(len(kernels)))
+    seen: dict[tuple[int, bool, int, int], int] = {}
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for i, kernel in enumerate(kernels):
+        if kernel.call:
+            for place in kernel.reads:
+                source = producer.get(place)
+                if source is not None:
+                    before = kernels[source]
+                    if (before.call, before.is_backward) == (kernel.call, kernel.is_backward):
+                        kernel.level = max(kernel.level, before.level + before.is_extern)
+            if not kernel.is_extern:
+                for place in (*kernel.reads, *kernel.writes):
+                    key = (kernel.call, kernel.is_backward, kernel.level, place)
+                    parent[root(i)] = root(seen.setdefault(key, i))
+        for place in kernel.writes:
+            producer[place] = i
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(kernels)):
+        groups[root(i)].append(i)
+    users: dict[int, set[int]] = defaultdict(set)
+    for i, kernel in enumerate(kernels):
+        for place in kernel.reads:
+            users[place].add(root(i))
+    return [merge([kernels[i] for i in members], users, number) for number, members in groups.items()]
+
+
+def merge(members: Sequence[Kernel], users: dict[int, set[int]], number: int) -> Kernel:
+    """One kernel that reads what others made and writes what others use, or nobody, as results."""
+    first = members[0]
+    if len(members) == 1:
+        return first
+    written: dict[int, int] = {}
+    read: dict[int, int] = {}
+    for kernel in members:
+        for place, size in kernel.reads.items():
+            if place not in written:
+                read[place] = max(read.get(place, 0), size)
+        written |= kernel.writes
+    kept = {place: size for place, size in written.items() if users.get(place, {-1}) != {number}}
+    return Kernel("fused", first.component, first.call, first.is_backward, read, kept, 0.0, first.is_half, first.shape)
+
+
+def seconds_of(kernel: Kernel, gpu: str) -> float:
+    """How long a kernel takes by the roofline."""
+    spec = GPUS[gpu]
+    moved = sum(kernel.reads.values()) + sum(size for place, size in kernel.writes.items() if place not in kernel.reads)
+    peak = spec.bf16 * HALF_SHARE if kernel.is_half else spec.fp32 * FLOAT_SHARE
+    share = 1.0
+    if kernel.name in PRODUCTS:
+        share = tile_share(kernel.shape, SMS.get(gpu, 132))
+    elif "conv" in kernel.name:
+        share = CONVOLUTION_SHARE
+    elif kernel.flops:
+        share = ATTENTION_SHARE
+    computing = kernel.flops / (peak * 1e12 * share)
+    return max(computing, moved / (spec.bandwidth * 1e12 * BANDWIDTH_SHARE), LAUNCH_SECONDS)
+
+
+def tile_share(shape: Sequence[int], num_sms: int) -> float:
+    """Share of a product's peak that whole tiles in whole waves leave, for the best of three sizes of tile."""
+    rows, columns, number = shape[-2], shape[-1], math.prod(shape[:-2])
+    best = 0.0
+    for height, width, speed in ((128, 256, 1.0), (128, 128, 0.9), (64, 128, 0.77)):
+        tiles = number * math.ceil(rows / height) * math.ceil(columns / width)
+        waves = tiles / num_sms
+        used = rows * columns * number / (tiles * height * width)
+        best = max(best, used * waves / math.ceil(waves) * speed)
+    return best
+
+
+class Numbers(list):
+    """Numbers of the host, where tensors would have no values."""
+
+    def tolist(self) -> list:
+        """As of a tensor."""
+        return list(self)
+
+
+def record(module: CatModule, number: int, clips: int, seconds: float, texts: int, tokens: int) -> Recorder:
+    """Forward and backward of one micro-batch of a stage in its full swing; gradients are there already."""
+    rate, hop = module.tokenizer.sampling_rate, module.tokenizer.config.downsample_rate
+    frames = math.ceil(seconds * rate / hop)
+    stage = module.schedule.stages[number]
+    lengths = torch.full((clips,), frames * hop)
+    channels = module.tokenizer.config.number_channels
+    batch = Batch(
+        audio=torch.zeros(clips, channels, frames * hop),
+        audio_lengths=lengths,
+        text_tokens=torch.zeros(clips, tokens, dtype=torch.int64),
+        text_lengths=torch.full((clips,), tokens),
+        task_ids=torch.zeros(clips, dtype=torch.int64),
+        quantizer_units=torch.rand(clips),
+        crop_units=torch.rand(clips),
+        sample_ids=("",) * clips,
+        domains=("",) * clips,
+    )
+    counts = module.objective.count((batch,))
+    recorder = Recorder(weights=frozenset(p.untyped_storage()._cdata for p in module.parameters() if p.ndim == 2))
+    scopes(module, recorder)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    is_half = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    tokenizer, objective = module.tokenizer, module.objective
+    with recorder:
+        with is_half:
+            latent = tokenizer.encode_latent(batch.audio)
+            quantized = tokenizer.quantizer(latent, module.num_quantizers(batch))
+            output = tokenizer.decode_latent(quantized.quantized)
+            mask = torch.arange(latent.shape[1]) < tokenizer.num_frames(lengths)[:, None]
+            terms = objective.codec_terms(batch, output, quantized, mask, counts)
+            if module.semantic is not None and texts:
+                states, given = quantized.quantized[:texts], batch.text_tokens[:texts]
+                sizes_ = (Numbers([frames] * texts), given, Numbers([tokens] * texts), batch.task_ids[:texts])
+                terms["semantic"] = module.semantic(states, *sizes_).loss_sum / counts.text_tokens
+            total = objective.total(terms, stage.weights)
+            if stage.adversarial:
+                crop = objective.crop(output, batch)
+                copy = crop.detach().requires_grad_()
+                real, generated = (module.discriminators(x) for x in (objective.crop(batch.audio, batch), copy))
+                loss = objective.discriminator_term(real, generated, counts)
+        if stage.adversarial:
+            loss.backward(inputs=list(module.discriminators.parameters()), retain_graph=True)
+            with is_half:
+                judged = objective.total(objective.judge_terms(real, generated, counts), stage.weights)
+            (gradient,) = torch.autograd.grad(judged, copy)
+            total = total + (crop * gradient).sum()
+        total.backward()
+    return recorder
+
+
+def scopes(module: CatModule, recorder: Recorder) -> None:
+    """Name the components of a module for the recorder, and its compiled parts."""
+    for stage in stages_of(module.tokenizer):
+        rate = module.tokenizer.config.frame_rate * stage.frames_per_code_frame
+        recorder.watch(stage, "forward", f"stages of {rate:g} Hz")
+    for owner, method, name in (
+        (module.tokenizer.quantizer, "forward", "quantizer"),
+        (module.objective.mel, "forward", "mel loss"),
+        (module.semantic, "forward", "text LM"),
+        (module.discriminators, "forward", "discriminators"),
+        (module.objective, "judge_terms", "adversarial terms"),
+        (module.objective, "discriminator_term", "adversarial terms"),
+    ):
+        if owner is not None:
+            recorder.watch(owner, method, name)
+    for part in compiled_parts(module):
+        recorder.watch(part, "forward", None, is_part=True)
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Attention takes the windowed kernel in bfloat16, and constant filters need no values."""
+    names = ("has_window_kernel", "flash_attention")
+    before = {name: getattr(attention, name) for name in names}
+    window, bank = stft.normalized_hann_window, mel.mel_bank
+    attention.has_window_kernel = lambda query: query.dtype == torch.bfloat16
+    attention.flash_attention = window_forward
+    stft.normalized_hann_window = lambda length, device: torch.ones(length)  # type: ignore[assignment]
+    mel.mel_bank = lambda rate, length, mels, device: torch.zeros(length // 2 + 1, mels)  # type: ignore[assignment]
+    try:
+        with without_data():
+            yield
+    finally:
+        stft.normalized_hann_window, mel.mel_bank = window, bank
+        for name, value in before.items():
+            setattr(attention, name, value)
+
+
+def report(kernels: Sequence[Kernel], gpu: str) -> None:
+    """Print the table."""
+    rows: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0, 0, 0])
+    for kernel in kernels:
+        row = rows[kernel.component, kernel.is_backward]
+        moved = sum(kernel.reads.values()) + sum(kernel.writes.values())
+        for i, value in enumerate((1, kernel.flops / 1e12, moved / 1e9, 1e3 * seconds_of(kernel, gpu))):
+            row[i] += value
+    print("| component | launches | TFLOP | GB | ms | backward: launches | TFLOP | GB | ms |\n" + "|---" * 9 + "|")
+    names = sorted({name for name, _ in rows}, key=lambda name: -rows[name, False][3] - rows[name, True][3])
+    for name in names:
+        cells = [f"{n:,.0f} | {t:.2f} | {g:.1f} | {ms:.2f}" for n, t, g, ms in (rows[name, False], rows[name, True])]
+        print(f"| {name} | {cells[0]} | {cells[1]} |")
+    launches, flops, _, milliseconds = (sum(row[i] for row in rows.values()) for i in range(4))
+    print(f"\nall: {launches:,.0f} launches, {flops:.2f} TFLOP, {milliseconds:.1f} ms")
+
+
+def main() -> None:
+    """Print the model of one micro-batch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--gpu", default="h100", choices=list(GPUS))
+    parser.add_argument("--gpus", type=int, default=1)
+    for name, default in (("stage", 1), ("clips", 10), ("texts", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seconds", type=float, default=12.0)
+    options = parser.parse_args()
+    config = to_plain(compose("fit", [f"experiment={options.experiment}", *options.overrides]), "fit")
+    arguments = plan_beginning(config).arguments
+    with as_on_cuda():
+        module = CatModule(**arguments).train()
+        tokens = round(15 * options.seconds)
+        kernels = record(module, options.stage - 1, options.clips, options.seconds, options.texts, tokens).kernels
+        cast_once = [kernel for kernel in kernels if kernel.name != WEIGHT_CAST]
+        variants = {"eager": kernels, "compiled": fuse(kernels), "compiled, weights cast once": fuse(cast_once)}
+    print(
+        f"A model, not a measurement: stage {options.stage} of {options.experiment}, {options.clips} clips of "
+        f"{options.seconds:g} s, {options.texts} with text, on {options.gpu}"
+    )
+    for name, variant in variants.items():
+        print(f"\n{name}\n")
+        report(variant, options.gpu)
+        pace(module, variant, options)
+
+
+def pace(module: CatModule, kernels: Sequence[Kernel], options: argparse.Namespace) -> None:
+    """Print how fast one GPU passes its audio, and so many GPUs an update."""
+    audio = options.clips * options.seconds
+    taken = sum(seconds_of(kernel, options.gpu) for kernel in kernels)
+    flops = sum(kernel.flops for kernel in kernels)
+    peak = GPUS[options.gpu].bf16 * 1e12
+    print(f"{audio / taken:,.0f} audio-s/s on one GPU, {flops / taken / peak:.1%} of the dense bf16 peak")
+    stage = module.schedule.stages[options.stage - 1]
+    passes = max(1, math.ceil(stage.batch_seconds / options.gpus / audio - 0.05))
+    learning = sum(p.numel() for p in module.parameters())
+    if not stage.adversarial and module.discriminators is not None:
+        learning -= sum(p.numel() for p in module.discriminators.parameters())
+    stepping = UPDATE_BYTES * learning / (GPUS[options.gpu].bandwidth * 1e12)
+    stepping += 4 * (options.gpus - 1) / options.gpus * learning / BUS_BYTES_PER_SECOND
+    update = passes * taken + stepping
+    print(
+        f"{options.gpus} GPUs: {passes} passes and {1e3 * stepping:.0f} ms of sums (bf16) and steps in "
+        f"{1e3 * update:.0f} ms, {stage.batch_seconds / update:,.0f} audio-s/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
