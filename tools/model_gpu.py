@@ -24,20 +24,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import moss_train.audio.stft as stft
-import moss_train.losses.mel as mel
 import moss_train.model.attention as attention
-from moss_train.batch import Batch
 from moss_train.cli.compose import compose, to_plain
+from moss_train.training.cost.dataless import dataless, micro_batch, run_micro_batch
 from moss_train.training.cost.estimate import UPDATE_BYTES
 from moss_train.training.cost.flop_counter import ATTENTION
-from moss_train.training.cost.flops import without_data
 from moss_train.training.cost.gpu_specs import GPUS
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.optimizations import compiled_parts
 from moss_train.training.run.warm_start import plan_beginning
+from moss_train.training.step.schedule import Stage
 
 SMS = {"a100": 108, "a100_40gb": 108, "h100_pcie": 114, "l40s": 142, "rtx4090": 128, "b200": 148}  # others: 132
+TEXT_TOKENS_PER_SECOND = 15
 LAUNCH_SECONDS = 2.5e-6  # a kernel takes at least so long
 BANDWIDTH_SHARE, HALF_SHARE, FLOAT_SHARE = 0.85, 0.78, 0.75  # of the data sheet, that good kernels reach
 ATTENTION_SHARE, CONVOLUTION_SHARE = 0.5, 0.35  # of what products reach
@@ -306,64 +305,22 @@ def tile_share(shape: Sequence[int], num_sms: int) -> float:
     return best
 
 
-class Numbers(list):
-    """Numbers of the host, where tensors would have no values."""
-
-    def tolist(self) -> list:
-        """As of a tensor."""
-        return list(self)
-
-
-def record(module: CatModule, number: int, clips: int, seconds: float, texts: int, tokens: int) -> Recorder:
+def record(module: CatModule, stage: Stage, options: argparse.Namespace) -> list[Kernel]:
     """Forward and backward of one micro-batch of a stage in its full swing; gradients are there already."""
-    rate, hop = module.tokenizer.sampling_rate, module.tokenizer.config.downsample_rate
-    frames = math.ceil(seconds * rate / hop)
-    stage = module.schedule.stages[number]
-    lengths = torch.full((clips,), frames * hop)
-    channels = module.tokenizer.config.number_channels
-    batch = Batch(
-        audio=torch.zeros(clips, channels, frames * hop),
-        audio_lengths=lengths,
-        text_tokens=torch.zeros(clips, tokens, dtype=torch.int64),
-        text_lengths=torch.full((clips,), tokens),
-        task_ids=torch.zeros(clips, dtype=torch.int64),
-        quantizer_units=torch.rand(clips),
-        crop_units=torch.rand(clips),
-        sample_ids=("",) * clips,
-        domains=("",) * clips,
-    )
-    counts = module.objective.count((batch,))
+    tokens = round(TEXT_TOKENS_PER_SECOND * options.seconds)
+    batch = micro_batch(module, options.clips, options.seconds, options.texts, tokens, "cpu")
     recorder = Recorder(weights=frozenset(p.untyped_storage()._cdata for p in module.parameters() if p.ndim == 2))
     scopes(module, recorder)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    is_half = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-    tokenizer, objective = module.tokenizer, module.objective
-    with recorder:
-        with is_half:
-            latent = tokenizer.encode_latent(batch.audio)
-            quantized = tokenizer.quantizer(latent, module.num_quantizers(batch))
-            output = tokenizer.decode_latent(quantized.quantized)
-            mask = torch.arange(latent.shape[1]) < tokenizer.num_frames(lengths)[:, None]
-            terms = objective.codec_terms(batch, output, quantized, mask, counts)
-            if module.semantic is not None and texts:
-                states, given = quantized.quantized[:texts], batch.text_tokens[:texts]
-                sizes_ = (Numbers([frames] * texts), given, Numbers([tokens] * texts), batch.task_ids[:texts])
-                terms["semantic"] = module.semantic(states, *sizes_).loss_sum / counts.text_tokens
-            total = objective.total(terms, stage.weights)
-            if stage.adversarial:
-                crop = objective.crop(output, batch)
-                copy = crop.detach().requires_grad_()
-                real, generated = (module.discriminators(x) for x in (objective.crop(batch.audio, batch), copy))
-                loss = objective.discriminator_term(real, generated, counts)
-        if stage.adversarial:
-            loss.backward(inputs=list(module.discriminators.parameters()), retain_graph=True)
-            with is_half:
-                judged = objective.total(objective.judge_terms(real, generated, counts), stage.weights)
-            (gradient,) = torch.autograd.grad(judged, copy)
-            total = total + (crop * gradient).sum()
-        total.backward()
-    return recorder
+
+    def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with torch.autocast("cpu", enabled=False):
+            loss.backward(*args, **kwargs)
+
+    with recorder, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        run_micro_batch(module, batch, stage, backward)
+    return recorder.kernels
 
 
 def scopes(module: CatModule, recorder: Recorder) -> None:
@@ -373,11 +330,11 @@ def scopes(module: CatModule, recorder: Recorder) -> None:
         recorder.watch(stage, "forward", f"stages of {rate:g} Hz")
     for owner, method, name in (
         (module.tokenizer.quantizer, "forward", "quantizer"),
-        (module.objective.mel, "forward", "mel loss"),
+        (module.objective, "audio_terms", "losses of the waveform"),
         (module.semantic, "forward", "text LM"),
         (module.discriminators, "forward", "discriminators"),
-        (module.objective, "judge_terms", "adversarial terms"),
-        (module.objective, "discriminator_term", "adversarial terms"),
+        (module.objective, "adversarial_terms", "adversarial terms"),
+        (module.objective, "discriminator_loss", "adversarial terms"),
     ):
         if owner is not None:
             recorder.watch(owner, method, name)
@@ -387,19 +344,14 @@ def scopes(module: CatModule, recorder: Recorder) -> None:
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Attention takes the windowed kernel in bfloat16, and constant filters need no values."""
+    """Attention takes the windowed kernel in bfloat16."""
     names = ("has_window_kernel", "flash_attention")
     before = {name: getattr(attention, name) for name in names}
-    window, bank = stft.normalized_hann_window, mel.mel_bank
     attention.has_window_kernel = lambda query: query.dtype == torch.bfloat16
     attention.flash_attention = window_forward
-    stft.normalized_hann_window = lambda length, device: torch.ones(length)  # type: ignore[assignment]
-    mel.mel_bank = lambda rate, length, mels, device: torch.zeros(length // 2 + 1, mels)  # type: ignore[assignment]
     try:
-        with without_data():
-            yield
+        yield
     finally:
-        stft.normalized_hann_window, mel.mel_bank = window, bank
         for name, value in before.items():
             setattr(attention, name, value)
 
@@ -434,10 +386,10 @@ def main() -> None:
     options = parser.parse_args()
     config = to_plain(compose("fit", [f"experiment={options.experiment}", *options.overrides]), "fit")
     arguments = plan_beginning(config).arguments
-    with as_on_cuda():
+    with as_on_cuda(), dataless():
         module = CatModule(**arguments).train()
-        tokens = round(15 * options.seconds)
-        kernels = record(module, options.stage - 1, options.clips, options.seconds, options.texts, tokens).kernels
+        stage = module.schedule.stages[options.stage - 1]
+        kernels = record(module, stage, options)
         cast_once = [kernel for kernel in kernels if kernel.name != WEIGHT_CAST]
         variants = {"eager": kernels, "compiled": fuse(kernels), "compiled, weights cast once": fuse(cast_once)}
     print(

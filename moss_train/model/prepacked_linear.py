@@ -45,7 +45,9 @@ class CastLinearOps(LinearOps):
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
         weight = self.weights.get(linear)
-        return linear(x) if weight is None else F.linear(x.to(weight.dtype), weight)
+        if weight is None or not torch.is_autocast_enabled(x.device.type):  # as for projections of a waveform
+            return linear(x)
+        return F.linear(x.to(weight.dtype), weight)
 
 
 class PrepackedLinearOps(LinearOps):

@@ -1,0 +1,93 @@
+"""A whole micro-batch on tensors that have shapes, types and a device but no data: no GPU is needed to look at it."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+import moss_train.audio.stft as stft
+import moss_train.losses.mel as mel
+from moss_train.batch import Batch
+from moss_train.training.cost.flops import without_data
+from moss_train.training.module import CatModule
+from moss_train.training.step.schedule import Stage, StageMoment
+from moss_train.training.step.update import forward_backward
+
+
+class HostTensor(Tensor):
+    """A tensor with data among tensors without: what the host knows. Copied to a device it has none either."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to:
+            return torch.zeros(args[0].shape, dtype=args[0].dtype, device=args[1])
+        if any(isinstance(value, Tensor) and not isinstance(value, HostTensor) for value in args):
+            args = tuple(
+                torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, HostTensor) else value
+                for value in args
+            )
+            return func(*args, **(kwargs or {}))
+        with _disable_current_modes():
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def on_host(values: list[int]) -> HostTensor:
+    """Whole numbers [B] int64 with data."""
+    with _disable_current_modes():
+        return torch.tensor(values).as_subclass(HostTensor)
+
+
+def micro_batch(
+    module: CatModule, clips: int, seconds: float, texts: int, tokens: int, device: torch.device | str
+) -> Batch:
+    """Clips of equal length, the first of them with texts of so many tokens; call it within `dataless`."""
+    hop = module.tokenizer.config.downsample_rate
+    length = math.ceil(seconds * module.tokenizer.sampling_rate / hop) * hop
+    text_lengths = [tokens] * texts + [0] * (clips - texts)
+    shapes = {
+        "audio": (clips, module.tokenizer.config.number_channels, length),
+        "quantizer_units": (clips,),
+        "crop_units": (clips,),
+    }
+    numbers: dict[str, Any] = {
+        **{name: torch.zeros(shape, device=device) for name, shape in shapes.items()},
+        "text_tokens": torch.zeros(clips, tokens, dtype=torch.int64, device=device),
+        "task_ids": torch.zeros(clips, dtype=torch.int64, device=device),
+        "sample_ids": ("",) * clips,
+        "domains": ("",) * clips,
+    }
+    lengths = {name: torch.zeros(clips, dtype=torch.int64, device=device) for name in ("audio_lengths", "text_lengths")}
+    known = {"audio_lengths": on_host([length] * clips), "text_lengths": on_host(text_lengths)}
+    return Batch(**numbers, **lengths, host=Batch(**numbers, **known))
+
+
+def run_micro_batch(module: CatModule, batch: Batch, stage: Stage, backward: Callable[..., None]) -> None:
+    """Forward and backward of a micro-batch in the full swing of a stage."""
+    moment = full_swing(module, stage)
+    weights = module.objective.active_weights(moment)
+    counts = module.objective.count((batch,), batch.audio.device)
+    forward_backward(module.networks, module.objective, batch, counts, moment, weights, backward)
+
+
+def full_swing(module: CatModule, stage: Stage) -> StageMoment:
+    """The last update of a stage: every warm-up is over."""
+    stages = module.schedule.stages
+    return module.schedule.at(sum(one.updates for one in stages[: list(stages).index(stage) + 1]) - 1)
+
+
+@contextmanager
+def dataless() -> Iterator[None]:
+    """Within it tensors have no data; windows and mel filters, which are made from values, are constant."""
+    window, bank = stft.normalized_hann_window, mel.mel_bank
+    stft.normalized_hann_window = lambda length, device: torch.ones(length, device=device)  # type: ignore[assignment]
+    mel.mel_bank = lambda rate, length, mels, device: torch.zeros(length // 2 + 1, mels, device=device)  # type: ignore[assignment]
+    try:
+        with without_data():
+            yield
+    finally:
+        stft.normalized_hann_window, mel.mel_bank = window, bank
+        window.cache_clear()

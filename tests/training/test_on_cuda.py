@@ -1,0 +1,106 @@
+"""A whole micro-batch of every experiment and stage on CUDA, on tensors without data.
+
+Such a tensor cannot tell the host a value, and operators refuse tensors of two devices: what passes never waits for the
+GPU. Backward is left out: autograd's engine wants a driver.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moss_train.cli.compose import compose, to_plain
+from moss_train.discriminators.base import Discriminator
+from moss_train.export.load import tokenizer_config
+from moss_train.model.quantizer import LFQ
+from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
+from moss_train.training import CatModule
+from moss_train.training.cost.dataless import dataless, micro_batch, run_micro_batch
+from moss_train.training.run.warm_start import module_arguments
+from moss_train.utils.paths import config_directory
+
+EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
+
+
+@contextmanager
+def cuda_autocast(device_type: str, dtype: Any = None, enabled: bool = True, **_: Any) -> Iterator[None]:
+    """`torch.autocast`, which would switch itself off where there is no GPU."""
+    assert device_type == "cuda"
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+def shallow_module(name: str) -> CatModule:
+    """The module of an experiment in its own widths, with one layer per stage and LM."""
+    config = to_plain(compose("fit", [f"experiment={name}"]), "fit")
+    if config["tokenizer"].get("stages") is None:  # as in the model that it goes on from
+        config["tokenizer"] = to_plain(compose("fit", ["experiment=cat_tiny"]), "fit")["tokenizer"]
+    for stage in config["tokenizer"]["stages"]:
+        stage["num_layers"] = 1
+    if config["semantic"] is not None:
+        config["semantic"]["config"]["num_hidden_layers"] = 1
+    assert tokenizer_config(config["tokenizer"]).num_quantizers
+    with torch.device("cuda"):
+        return CatModule(**module_arguments(config)).train()
+
+
+def watch(module: CatModule) -> dict[str, set[torch.dtype]]:
+    """Types that go into and come out of the parts, filled in by hooks."""
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def note(name: str, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple | list) else value
+        seen.setdefault(name, set()).add(value.dtype)
+
+    def into(name: str) -> Any:
+        return lambda part, inputs: note(name, inputs)
+
+    def out_of(name: str) -> Any:
+        return lambda part, inputs, output: note(name, output)
+
+    kinds: dict[type[nn.Module], str] = {TransformerLayer: "layer", LFQ: "quantizer level", Discriminator: "judge"}
+    for part in module.modules():
+        for kind, name in kinds.items():
+            if isinstance(part, kind):
+                part.register_forward_pre_hook(into(name))
+        if isinstance(part, TransformerLayer):
+            part.linear1.register_forward_hook(out_of("product"))
+    last = [part for part in module.tokenizer.decoder if isinstance(part, ProjectedTransformer)][-1]
+    last.register_forward_hook(out_of("waveform"))
+    if module.semantic is not None:
+        module.semantic.language_model.model.layers[0].register_forward_pre_hook(into("LM layer"))
+    return seen
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_micro_batch_of_every_stage_never_waits_for_the_gpu_and_has_the_right_types(monkeypatch, name):
+    monkeypatch.setattr(torch, "autocast", cuda_autocast)
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **_: (torch.zeros_like(inputs),))
+    with dataless():
+        module = shallow_module(name)
+        for stage in module.schedule.stages:
+            seen = watch(module)
+            with cuda_autocast("cuda"):
+                run_micro_batch(module, micro_batch(module, 3, 2.5, 2, 9, "cuda"), stage, lambda *_, **__: None)
+            assert seen.pop("product") == {torch.bfloat16}
+            assert ("LM layer" in seen) == (module.semantic is not None)
+            assert ("judge" in seen) == stage.adversarial
+            assert {name: kinds for name, kinds in seen.items() if kinds != {torch.float32}} == {}
+
+
+def test_a_read_of_the_device_is_found(monkeypatch):
+    with dataless():
+        on_device = torch.zeros(2, dtype=torch.int64, device="cuda")
+        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+            on_device.tolist()
