@@ -1,14 +1,23 @@
+import functools
+import http.server
 import json
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import ClassVar
 
+import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
+from moss_train.audio.io import read_audio
 from moss_train.cli.main import main
-from moss_train.export import load_tokenizer
+from moss_train.export import load_tokenizer, push
+from moss_train.export.verify import compare
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 
@@ -57,6 +66,7 @@ def test_an_export_works_where_moss_train_cannot_be_imported(model_folder, tmp_p
     assert json.loads((out / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_moss_audio_tokenizer.MossAudioTokenizerConfig",
         "AutoModel": "modeling_moss_audio_tokenizer.MossAudioTokenizerModel",
+        "AutoModelForAudioTokenization": "modeling_moss_audio_tokenizer.MossAudioTokenizerModel",
     }
 
 
@@ -66,7 +76,7 @@ def test_the_model_card_states_the_bitrate(model_folder, tmp_path):
     assert "50 frames per second" in card
     assert "350 bit/s per level, 1400 bit/s in all" in card
     assert "Hz, 1 channel |" in card
-    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert len(modes) == 1  # whoever may read the code may read the weights
 
 
@@ -82,6 +92,10 @@ def test_half_precision_weights_keep_the_quantizer(model_folder, tmp_path):
     [
         (["out=."], "out=. exists already"),
         (["out=new", "dtype=int4"], "dtype='int4' is not one of"),
+        (["out=new", "part=middle"], "part='middle' is not encoder or decoder"),
+        (["out=new", "licence='do what you want'"], "is not an identifier"),
+        (["out=new", "evaluation=empty"], "evaluation=empty has no table.csv"),
+        (["out=new", "push=owner/name"], "push needs licence="),
         (["out=new", "checkpoint=nowhere"], "checkpoint=nowhere does not exist"),
         (["out=new", "checkpoint=owner/nowhere"], "Hugging Face hub, and HF_HUB_OFFLINE is set"),
         (["out=new", "checkpoint=./nowhere"], "./nowhere does not exist"),
@@ -110,3 +124,159 @@ def test_weights_that_do_not_fit_are_an_error(model_folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="missing_keys"):
         load_tokenizer(folder)
+
+
+def front_matter(folder: Path) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def test_the_card_says_what_it_was_told_and_what_was_measured(model_folder, tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    header = "domain,system,num_quantizers,bps,clips,failed,stoi,stoi_low,stoi_high,stoi_clips,pesq,pesq_clips"
+    rows = ["speech,mine,4,1400,2,0,0.7512,0.7,0.8,2,,0", "speech,original,,,2,0,1.0,1,1,2,,0"]
+    (tmp_path / "evaluation" / "table.csv").write_text("\n".join([header, *rows]) + "\n")
+    told = ["licence=CC-BY-4.0", "language=[en,de]", "data='two voices | read: aloud'", "level_db=-23"]
+    out = tmp_path / "out"
+    command = ["export", f"checkpoint={model_folder}", f"out={out}", f"evaluation={tmp_path / 'evaluation'}", *told]
+    assert main(command) == 0
+    facts = front_matter(out)
+    assert (facts["license"], facts["language"]) == ("cc-by-4.0", ["en", "de"])
+    assert (facts["library_name"], facts["pipeline_tag"]) == ("transformers", "feature-extraction")
+    (result,) = facts["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "stoi", "value": 0.7512}]
+    card = (out / "README.md").read_text()
+    assert "two voices \\| read: aloud" in card
+    assert "about -23 dB RMS" in card
+    assert json.loads((out / "config.json").read_text())["training_level_db"] == -23
+
+
+def test_a_licence_is_never_guessed(model_folder, tmp_path, capsys):
+    assert main(["export", f"checkpoint={model_folder}", f"out={tmp_path / 'out'}"]) == 0
+    assert "license" not in front_matter(tmp_path / "out")
+    assert "licence=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_half_a_model_is_exported(model_folder, tmp_path, part):
+    assert main(["export", f"checkpoint={model_folder}", f"out={tmp_path / 'out'}", f"part={part}"]) == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.split(".")[0] for name in weights} == {part, "quantizer"}
+    half = load_tokenizer(tmp_path / "out")
+    with pytest.raises(ValueError, match="this model has no"):
+        half(torch.zeros(1, 1, 320))
+
+
+def test_sixteen_bit_weights_state_how_many_codes_change(model_folder, tmp_path, recordings):
+    heldout = sorted(recordings.glob("speech/*.flac"))[0]
+    options = ["dtype=bfloat16", f"heldout={heldout}"]
+    assert main(["export", f"checkpoint={model_folder}", f"out={tmp_path / 'out'}", *options]) == 0
+    found = re.search(r"bfloat16; ([\d.]+)% of the codes of \d+ s", (tmp_path / "out" / "README.md").read_text())
+    assert found is not None
+    audio, _ = read_audio(heldout, sampling_rate=16000, num_channels=1)
+    exact = load_tokenizer(model_folder).encode(audio[None]).audio_codes
+    rounded = MossAudioTokenizerModel.from_pretrained(tmp_path / "out").eval().encode(audio[None]).audio_codes
+    assert float(found[1]) == pytest.approx(100 * float((exact != rounded).float().mean()), abs=0.05)
+
+
+def test_vectors_tell_this_model_from_another(model_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", f"checkpoint={model_folder}", f"out={out}"]) == 0
+    vectors = load_file(out / "test_vectors" / "vectors.safetensors")
+    assert vectors["audio"].shape[2] > 0.5 * 16000  # beyond the attention window
+    assert all(passed for _, passed in compare(out, None))
+    save_file({"codes": vectors["codes"]}, tmp_path / "port.safetensors")
+    assert all(passed for _, passed in compare(out, tmp_path / "port.safetensors"))
+    save_file({"codes": vectors["codes"].roll(1, 0).contiguous()}, tmp_path / "port.safetensors")
+    assert [passed for _, passed in compare(out, tmp_path / "port.safetensors")] == [True, False]
+    weights = load_file(out / "model.safetensors")
+    weights["encoder.1.input_proj.weight"] = weights["encoder.1.input_proj.weight"] + 1
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    assert [passed for _, passed in compare(out, None)][:2] == [True, False]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The parts of the Hub's API that an upload of small files uses."""
+
+    requests: ClassVar[list[tuple[str, str, bytes]]] = []
+    status = 200
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        Hub.requests.append((self.path, self.headers["Authorization"], body))
+        answer: dict = {}
+        here = f"http://{self.headers['Host']}/owner/name"
+        if self.path == "/api/repos/create":
+            answer = {"url": here}
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        elif "/commit/" in self.path:
+            answer = {"commitUrl": f"{here}/commit/1", "commitOid": "1" * 40, "success": True}
+        self._answer(answer)
+
+    def do_GET(self):
+        self._answer({"id": "owner/name", "sha": "0" * 40, "siblings": []})
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def _answer(self, content):
+        data = json.dumps(content).encode()
+        self.send_response(Hub.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the Hub on this machine."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.requests.clear()
+    Hub.status = 200
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(push, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=address))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield Hub
+    server.shutdown()
+
+
+def test_push_shows_what_goes_uploads_it_and_never_shows_the_token(hub, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("card")
+    (tmp_path / "test_vectors").mkdir()
+    (tmp_path / "test_vectors" / "record.json").write_text("{}")
+    assert push.push(tmp_path, "owner/name").endswith("/owner/name/commit/1")
+    paths = [path for path, _, _ in hub.requests]
+    assert paths[0] == "/api/repos/create"
+    assert b"private" in hub.requests[0][2]
+    commit = next(body for path, _, body in hub.requests if "/commit/" in path).decode()
+    assert "README.md" in commit
+    assert "test_vectors/record.json" in commit
+    assert {authorization for _, authorization, _ in hub.requests} == {"Bearer hf_secret"}
+    shown = capsys.readouterr()
+    assert "2 files" in shown.err
+    assert "hf_secret" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"), [(401, "token is not valid"), (403, "may not write"), (500, "status 500")]
+)
+def test_a_refused_upload_is_one_line(hub, tmp_path, status, reason):
+    hub.status = status
+    with pytest.raises(UserError, match=reason) as error:
+        push.push(tmp_path, "owner/name")
+    assert "hf_secret" not in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_upload_needs_a_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(push, "get_token", lambda: None)
+    with pytest.raises(UserError, match="hf auth login"):
+        push.push(tmp_path, "owner/name")

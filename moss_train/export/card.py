@@ -1,0 +1,217 @@
+"""Write the model card: what the model is, what it expects, how it was trained, and what was measured."""
+
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moss_train.export.load import find_checkpoint
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.utils.errors import UserError
+
+TESTED_VERSIONS = ("4.57.1", "5.0.0", "5.23.0")
+"""Versions of transformers in which tests/export/test_transformers_versions.py passed."""
+
+TEXT = """
+# {name}
+
+A Cat audio tokenizer (causal audio tokenizer with transformer, arXiv 2602.10934) trained with moss_train{half}.
+
+| | |
+|---|---|
+{facts}
+
+```python
+import soundfile
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
+samples, rate = soundfile.read("speech.wav", dtype="float32", always_2d=True)  # at {sampling_rate} Hz
+{usage}
+```
+
+`AutoFeatureExtractor` pads lists of clips of different lengths (`input_values`, `padding_mask`), and
+`pipeline("feature-extraction", model="{name}", trust_remote_code=True)` turns arrays into codes.
+`from_pretrained(..., part="encoder")` or `"decoder"` loads half of the weights. `python verify.py` in this folder
+checks an installation against stored codes and audio, `python verify.py --codes port.safetensors` the codes of another
+implementation. The code needs torch and transformers only; it was tested with transformers {versions}.
+{sections}"""
+USAGE = {
+    "encoder": """codes = model.encode(samples.T[None]).audio_codes  # [levels, batch, frames]""",
+    "decoder": """restored = model.decode(codes).audio  # any prefix codes[:n] decodes too""",
+}
+
+
+@dataclass(frozen=True)
+class CardInfo:
+    """What the model itself does not know.
+
+    Attributes:
+        licence: identifier of the licence, "" when it was not stated.
+        language: codes of the languages in the training data.
+        data: what the model was trained on, in a sentence.
+        level_db: RMS level of the training data in dB relative to full scale.
+        evaluation: a folder that `evaluate` wrote.
+    """
+
+    licence: str = ""
+    language: Sequence[str] = ()
+    data: str = ""
+    level_db: float | None = None
+    evaluation: str | None = None
+    precision: str = ""  # of the weights, where it is not float32
+    training: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_licence(licence: str) -> str:
+    """Return an identifier of a licence in the Hub's form, in lower case.
+
+    Raises:
+        UserError: `licence` is not an identifier such as apache-2.0.
+    """
+    if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence.lower()):
+        raise UserError(f"licence={licence!r} is not an identifier such as apache-2.0, cc-by-4.0 or other")
+    return licence.lower()
+
+
+def training_facts(source: str | Path) -> dict[str, str]:
+    """Return how a run trained its model: update, hours of audio by domain, commit; empty where there is no run."""
+    checkpoint = find_checkpoint(Path(source))
+    if checkpoint is None:
+        return {}
+    facts = {"checkpoint": checkpoint.name}
+    run = checkpoint.parent.parent
+    hours = _last_row(run / "audio_hours.csv")
+    if domains := [
+        f"{name.removesuffix('_hours')} {float(hours[name]):.2f} h" for name in hours if _is_domain(hours, name)
+    ]:
+        facts["audio used"] = ", ".join(domains)
+    try:
+        start = json.loads((run / "environment.json").read_text("utf-8"))["starts"][-1]
+        facts["command"] = " ".join(["moss_train", *map(str, start["command"][1:])])
+        facts["versions"] = ", ".join(f"{name} {start['versions'][name]}" for name in ("moss_train", "torch"))
+        if start.get("git"):
+            facts["commit"] = start["git"]["commit"] + (" with changes" if start["git"]["changed"] else "")
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        pass  # a run of another version; the card then says less
+    # Paths of the machine are nobody's business.
+    return {name: re.sub(r"(?<![\w.])/[\w./-]+/", "", value) for name, value in facts.items()}
+
+
+def _is_domain(row: Mapping[str, str], name: str) -> bool:
+    try:
+        return name not in ("update", "time") and float(row[name]) > 0
+    except ValueError:
+        return False
+
+
+def _last_row(path: Path) -> dict[str, str]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError:
+        return {}
+    return {key: value for key, value in rows[-1].items() if key and value} if rows else {}
+
+
+def evaluation_rows(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the measured values of an evaluation: domain, levels, metric, value, number of clips.
+
+    Raises:
+        UserError: the folder holds no table that `evaluate` wrote.
+    """
+    try:
+        with (Path(folder) / "table.csv").open(newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+        measured = []
+        for row in table:
+            if not row["num_quantizers"]:
+                continue  # an anchor or a reference, not the model
+            for name in (key.removesuffix("_clips") for key in row if key.endswith("_clips")):
+                if int(row[f"{name}_clips"]) and row[name]:
+                    where = {"domain": row["domain"], "levels": int(row["num_quantizers"]), "bps": float(row["bps"])}
+                    measured.append({**where, "metric": name, "value": float(row[name])})
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"evaluation={folder} has no table.csv that `evaluate` wrote ({error})") from error
+    if not measured:
+        raise UserError(f"evaluation={folder} has no measured values")
+    return measured
+
+
+def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str:
+    """Return the README of an exported folder, with the metadata that the Hub reads."""
+    config = model.config
+    size = config.quantizer_kwargs["codebook_size"]
+    bitrate = config.frame_rate * (size - 1).bit_length()
+    channels = "1 channel" if config.number_channels == 1 else f"{config.number_channels} channels"
+    level = "not recorded" if info.level_db is None else f"about {info.level_db:g} dB RMS relative to full scale"
+    facts = {
+        "sampling rate": f"{config.sampling_rate} Hz, {channels}",
+        "frame rate": f"{config.frame_rate:g} frames per second",
+        "levels": f"{config.num_quantizers} x {size} codes",
+        "bitrate": f"{bitrate:g} bit/s per level, {bitrate * config.num_quantizers:g} bit/s in all",
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "level of the training data": level
+        + ("" if info.level_db is None else "; `encode(..., loudness=...)` sets it"),
+        "licence": info.licence or "not stated",
+        "training data": info.data or "not stated",
+    }
+    if info.precision:
+        facts["precision"] = info.precision
+    sections = ""
+    if info.training:
+        sections += "\n## Training\n\n" + table(info.training)
+    measured = [] if info.evaluation is None else evaluation_rows(info.evaluation)
+    if measured:
+        lines = [
+            f"| {m['domain']} | {m['levels']} | {m['bps']:g} | {m['metric']} | {m['value']:.4g} |" for m in measured
+        ]
+        sections += "\n## Evaluation\n\n| domain | levels | bit/s | metric | value |\n|---|---|---|---|---|\n"
+        sections += "\n".join(lines) + "\n"
+    usage = [text for part, text in USAGE.items() if model.part in (None, part)]
+    if model.part is None:
+        usage.append(f"streamed = model.encode(samples.T[None], chunk_duration={1 / config.frame_rate:g}).audio_codes")
+    body = TEXT.format(
+        name=name,
+        half="" if model.part is None else f"; this folder holds its {model.part} and quantizer only",
+        facts=table(facts, header=False).strip(),
+        sampling_rate=config.sampling_rate,
+        usage="\n".join(usage),
+        versions=", ".join(TESTED_VERSIONS),
+        sections=sections,
+    )
+    return f"---\n{metadata(name, info, measured)}---\n{body}"
+
+
+def table(rows: Mapping[str, str], header: bool = True) -> str:
+    """Return a Markdown table of two columns; bars in values are escaped."""
+    lines = ["| | |", "|---|---|"] if header else []
+    lines += [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def metadata(name: str, info: CardInfo, measured: Sequence[Mapping[str, Any]]) -> str:
+    """Return the YAML front matter; JSON values are YAML too, and quote what strangers may have typed."""
+    entries: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "feature-extraction",
+        "tags": ["audio", "audio-tokenizer", "neural-codec"],
+    }
+    if info.licence:
+        entries["license"] = info.licence
+    if info.language:
+        entries["language"] = list(info.language)
+    if measured:
+        results = [
+            {
+                "task": {"type": "audio-to-audio", "name": f"Reconstruction, {m['levels']} levels, {m['bps']:g} bit/s"},
+                "dataset": {"type": "held-out", "name": m["domain"] or "all"},
+                "metrics": [{"type": m["metric"], "value": m["value"]}],
+            }
+            for m in measured
+        ]
+        entries["model-index"] = [{"name": name, "results": results}]
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items())

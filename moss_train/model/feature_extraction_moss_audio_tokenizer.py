@@ -1,0 +1,66 @@
+"""Waveforms of different lengths to one padded batch, for `AutoFeatureExtractor` and `AutoProcessor`."""
+
+from typing import Any
+
+from transformers import BatchFeature, SequenceFeatureExtractor
+
+from .waveforms import as_tensor, pad_together, set_level
+
+
+class MossAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
+    """Pad waveforms and, if asked for, bring them to one level.
+
+    Args:
+        feature_size: channels of the waveform.
+        sampling_rate: that the model expects, in Hz.
+        loudness: RMS level in dB relative to full scale that every clip is brought to; None leaves them as they are.
+    """
+
+    model_input_names = ["input_values", "padding_mask"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        feature_size: int = 1,
+        sampling_rate: int = 24000,
+        padding_value: float = 0.0,
+        loudness: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        self.loudness = loudness
+
+    def __call__(
+        self,
+        raw_audio: Any,
+        sampling_rate: int | None = None,
+        loudness: float | None = None,
+        return_tensors: str | None = "pt",
+        **_: Any,
+    ) -> BatchFeature:
+        """Return `input_values` [B, C, T] and `padding_mask` [B, T], true for real samples.
+
+        Args:
+            raw_audio: one clip [T] or [C, T], or a list of such clips of different lengths.
+            sampling_rate: of the clips; give it, so that another rate than the model's is refused.
+            loudness: in place of the feature extractor's own.
+
+        Raises:
+            ValueError: another sampling rate, or clips of another number of channels.
+        """
+        if sampling_rate not in (None, self.sampling_rate):
+            raise ValueError(
+                f"the model takes {self.sampling_rate} Hz, got {sampling_rate} Hz: resample the audio first"
+            )
+        is_list = isinstance(raw_audio, list | tuple) and bool(raw_audio) and not isinstance(raw_audio[0], int | float)
+        clips = [as_tensor(clip, "waveforms").float() for clip in (raw_audio if is_list else [raw_audio])]
+        clips = [clip[None] if clip.ndim == 1 else clip for clip in clips]
+        if any(clip.ndim != 2 or clip.shape[0] != self.feature_size for clip in clips):
+            shapes = ", ".join(str(tuple(clip.shape)) for clip in clips[:5])
+            raise ValueError(f"expected clips [{self.feature_size}, T], got {shapes}")
+        level = self.loudness if loudness is None else loudness
+        if level is not None:
+            clips = [set_level(clip[None], level)[0] for clip in clips]
+        values, mask = pad_together(clips)
+        if return_tensors != "pt":
+            return BatchFeature({"input_values": values.numpy(), "padding_mask": mask.numpy()}, return_tensors)
+        return BatchFeature({"input_values": values, "padding_mask": mask})

@@ -1,0 +1,40 @@
+"""`pipeline("feature-extraction")`: audio in, codes out."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import Pipeline
+
+
+class MossAudioTokenizerPipeline(Pipeline):
+    """Encode clips: samples at the model's rate, or mappings with `array` (or `raw`) and `sampling_rate`.
+
+    Returns codes [levels, frames] of each clip. Options: `num_quantizers`, `chunk_duration`, `loudness` of `encode`.
+    """
+
+    _load_tokenizer = False
+    _load_feature_extractor = True
+    _load_image_processor = False
+    _load_processor = False
+
+    def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        names = ("num_quantizers", "chunk_duration")
+        forward = {name: options[name] for name in names if name in options}
+        return {name: options[name] for name in ("loudness",) if name in options}, forward, {}
+
+    def preprocess(self, clip: Any, loudness: float | None = None) -> Any:
+        """Return the model's inputs of one clip."""
+        rate = None
+        if isinstance(clip, dict):
+            rate = clip.get("sampling_rate")
+            clip = clip["array"] if "array" in clip else clip["raw"]
+        if isinstance(clip, str):
+            raise ValueError(f"{clip!r} is a path: read the file first, for example with soundfile.read")
+        return self.feature_extractor(clip, sampling_rate=rate, loudness=loudness)
+
+    def _forward(self, inputs: Any, **options: Any) -> Any:
+        return self.model.encode(**inputs, **options)
+
+    def postprocess(self, output: Any) -> Tensor:
+        """Return the codes [levels, frames] of one clip."""
+        return output.audio_codes[:, 0, : int(output.audio_codes_lengths[0])]

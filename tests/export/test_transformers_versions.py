@@ -1,0 +1,106 @@
+"""An export in the versions of transformers that its users pin, each in an environment of its own."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moss_train.cli.main import main
+from moss_train.model import MossAudioTokenizerModel
+
+ROOT = Path(__file__).parents[2]
+PINNED = ("4.57.1", "5.0.0")  # of MOSS-TTS-Nano and MOSS-TTS
+REVISION = "0" * 40
+
+
+def lower_bound() -> str:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    return next(re.sub(r"transformers>=(\d+\.\d+)$", r"\1.0", name) for name in declared if "transformers" in name)
+
+
+def environment(version: str) -> Path:
+    """Make the environment with a version of transformers and return its Python; torch comes from this one."""
+    folder = Path(sys.prefix) / "transformers" / version
+    python = folder / "bin" / "python"
+    if (folder / "complete").exists():
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    uv = Path(sys.executable).with_name("uv")
+    requirement = "transformers" if version == "newest" else f"transformers=={version}"
+    subprocess.run([uv, "venv", "-q", "--python", sys.executable, folder], check=True)
+    site = folder / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
+    (site / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    command = [uv, "pip", "install", "-q", "--python", python, requirement, "numpy", "safetensors"]
+    limits = {"UV_HTTP_TIMEOUT": "60", "UV_HTTP_RETRIES": "0"}
+    done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"transformers {version} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    (folder / "complete").touch()
+    return python
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """An export of a small model, what to expect of it, and the same in the layout of the hub's cache."""
+    home = tmp_path_factory.mktemp("export")
+    folder = home / "my-tokenizer"
+    assert main(["export", f"checkpoint={ROOT / 'recipes' / 'cat_mini'}", f"out={folder}", "licence=cc0-1.0"]) == 0
+    model = MossAudioTokenizerModel.from_pretrained(folder).eval()
+    audio = torch.randn(1, 1, 24000, generator=torch.Generator().manual_seed(0)) * 0.1
+    codes = model.encode(audio).audio_codes
+    decoded = model.decode(codes).audio
+    save_file({"audio": audio, "codes": codes, "decoded": decoded.contiguous()}, home / "expected.safetensors")
+    repository = home / "hub" / "models--owner--my-tokenizer"
+    snapshot = repository / "snapshots" / REVISION
+    (repository / "blobs").mkdir(parents=True)
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        blob = repository / "blobs" / path.relative_to(folder).as_posix().replace("/", "-")
+        shutil.copy(path, blob)
+        link = snapshot / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    return home
+
+
+def use(python: Path, exported: Path, name: str, tmp_path: Path) -> str:
+    script = Path(__file__).with_name("stranger.py")
+    variables = {
+        "HF_HUB_CACHE": str(exported / "hub"),
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "",
+    }
+    command = [python, script, name, exported / "expected.safetensors", tmp_path / "saved"]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return done.stdout.split()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("version", PINNED)
+def test_an_export_works_in_the_versions_that_users_pin(version, exported, tmp_path):
+    assert use(environment(version), exported, "owner/my-tokenizer", tmp_path) == version
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("layout", ["folder", "cache"])
+@pytest.mark.parametrize("version", [*PINNED, lower_bound(), importlib.metadata.version("transformers"), "newest"])
+def test_an_export_works_in_every_version(version, layout, exported, tmp_path):
+    name = str(exported / "my-tokenizer") if layout == "folder" else "owner/my-tokenizer"
+    used = use(environment(version), exported, name, tmp_path)
+    assert version in (used, "newest")
