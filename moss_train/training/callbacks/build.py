@@ -15,12 +15,13 @@ from moss_train.training.callbacks.checkpoint import BestKeeper, CheckpointWrite
 from moss_train.training.callbacks.codebooks import CodebookMetrics, codebook_columns
 from moss_train.training.callbacks.health import HealthLimits, HealthWriter
 from moss_train.training.callbacks.metrics import Clock, StreamWatch, UpdateMetrics, metric_columns
+from moss_train.training.callbacks.quantizer_fit import FIT_CLIPS, FIT_SECONDS, QuantizerFit
 from moss_train.training.callbacks.run_records import EnvironmentRecord, Notices, SkipRecord
 from moss_train.training.callbacks.samples import Sampler
 from moss_train.training.callbacks.scoring import depths
 from moss_train.training.callbacks.summary import Summary
 from moss_train.training.callbacks.validation import Validation, ValidationPlan
-from moss_train.training.callbacks.validation_data import load_held_out
+from moss_train.training.callbacks.validation_data import HeldOutClip, load_held_out
 from moss_train.training.cost.mfu import Utilization
 from moss_train.training.loggers.base import RunLog, Writer
 from moss_train.training.loggers.csv import CsvWriter
@@ -89,6 +90,7 @@ def build_observers(
         UpdateMetrics(run_log, clock, Utilization(config)),
         StreamWatch(counter, stream.domains, run_log, window),
         CodebookMetrics(run_log, window),
+        build_fit(config, stream),
         *([] if plan is None else [build_validation(config, directory, stream, plan, run_log, checkpoints)]),
         checkpoints,
         Summary(directory, counter),
@@ -155,6 +157,17 @@ def plan_validation(
     return ValidationPlan(
         clips, depths(num_quantizers, levels), settings["every_updates"], metrics, settings["metrics_clips"]
     )
+
+
+def build_fit(config: Node, stream: AudioStream) -> QuantizerFit:
+    """Build what fits the quantizer; the training clips are read when they are needed."""
+    sources = config["data"]["train"]
+
+    def clips() -> list[HeldOutClip]:
+        chosen = [sources] if isinstance(sources, str) else sources
+        return load_held_out(chosen, stream.clip_format, max_clips=FIT_CLIPS, max_seconds=FIT_SECONDS)
+
+    return QuantizerFit(clips)
 
 
 def build_validation(

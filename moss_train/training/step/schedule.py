@@ -29,6 +29,7 @@ class Stage:
         decay_share: of the stage's updates, the length of that decay.
         train: parts that learn, of PARTS.
         weights: loss weights that differ in this stage.
+        quantize: false trains with the continuous latent; the levels are fitted to data before the next stage.
 
     Raises:
         ValueError: a value that cannot work, by name.
@@ -50,6 +51,7 @@ class Stage:
     decay_share: float = 0.2
     train: Sequence[str] = PARTS
     weights: Mapping[str, float] = field(default_factory=dict)
+    quantize: bool = True
 
     def __post_init__(self) -> None:
         positive = ("batch_seconds", "learning_rate", "discriminator_learning_rate")
@@ -62,6 +64,8 @@ class Stage:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"stage {self.name}: {name} must be a whole number from {least}, got {value}")
+        if not isinstance(self.quantize, bool):
+            raise ValueError(f"stage {self.name}: quantize must be true or false, got {self.quantize!r}")
         if self.schedule not in ("cosine", "wsd"):
             raise ValueError(f"stage {self.name}: schedule must be cosine or wsd, got {self.schedule!r}")
         if not 0 < self.decay_share <= 1:

@@ -27,6 +27,7 @@ from moss_train.training.distributed.fsdp import is_sharded
 from moss_train.training.step.diagnostics import LOGITS, count_codes, mean_logits
 from moss_train.training.step.objective import SEMANTIC, Objective, UpdateCounts, weighted_sum
 from moss_train.training.step.optimizers import scale_gradients, set_learning_rate, squared_norm
+from moss_train.training.step.quantizer_start import pass_unquantized
 from moss_train.training.step.schedule import StageMoment
 
 Backward = Callable[..., None]
@@ -228,7 +229,10 @@ def forward_backward(
 
     # Encode, quantize with a prefix of the levels, decode.
     latent = tokenizer.encode_latent(batch.audio)
-    quantized = tokenizer.quantizer(latent, objective.num_quantizers(batch, tokenizer.config.num_quantizers))
+    if moment.stage.quantize:
+        quantized = tokenizer.quantizer(latent, objective.num_quantizers(batch, tokenizer.config.num_quantizers))
+    else:
+        quantized = pass_unquantized(tokenizer.quantizer, latent)
     reconstruction = tokenizer.decode_latent(quantized.quantized).float()
     output = reconstruction.detach().requires_grad_()
     num_frames = tokenizer.num_frames(batch.audio_lengths)
@@ -286,7 +290,9 @@ def forward_backward(
     observed |= {f"loss/{name}": value for name, value in terms.items()}
     if terms:
         observed["loss/generator"] = weighted_sum({name: value.detach() for name, value in terms.items()}, weights)
-    codes = count_codes(quantized.codes, frame_mask, tokenizer.config.quantizer_kwargs["codebook_size"])
+    codes = no_codes(tokenizer)
+    if moment.stage.quantize:
+        codes = count_codes(quantized.codes, frame_mask, tokenizer.config.quantizer_kwargs["codebook_size"])
     return MicroBatchResult({name: value.detach() for name, value in observed.items()}, squares, codes)
 
 
