@@ -284,7 +284,7 @@ def seconds_of(kernel: Kernel, gpu: str) -> float:
     peak = spec.bf16 * HALF_SHARE if kernel.is_half else spec.fp32 * FLOAT_SHARE
     share = 1.0
     if kernel.name in PRODUCTS:
-        share = tile_share(kernel.shape, SMS.get(gpu, 132))
+        share = tile_share(kernel.shape, kernel.flops / (2 * math.prod(kernel.shape)), SMS.get(gpu, 132))
     elif "conv" in kernel.name:
         share = CONVOLUTION_SHARE
     elif kernel.flops:
@@ -293,15 +293,20 @@ def seconds_of(kernel: Kernel, gpu: str) -> float:
     return max(computing, moved / (spec.bandwidth * 1e12 * BANDWIDTH_SHARE), LAUNCH_SECONDS)
 
 
-def tile_share(shape: Sequence[int], num_sms: int) -> float:
-    """Share of a product's peak that whole tiles in whole waves leave, for the best of three sizes of tile."""
+def tile_share(shape: Sequence[int], depth: float, num_sms: int) -> float:
+    """Share of a product's peak that whole tiles in whole waves leave, for the best of three sizes of tile.
+
+    Few tiles of a deep product, as of the gradient of a weight, are split along its depth, down to 1024.
+    """
     rows, columns, number = shape[-2], shape[-1], math.prod(shape[:-2])
     best = 0.0
     for height, width, speed in ((128, 256, 1.0), (128, 128, 0.9), (64, 128, 0.77)):
         tiles = number * math.ceil(rows / height) * math.ceil(columns / width)
-        waves = tiles / num_sms
         used = rows * columns * number / (tiles * height * width)
-        best = max(best, used * waves / math.ceil(waves) * speed)
+        for splits in (1, 2, 4, 8, 16, 32):
+            if splits == 1 or depth >= 1024 * splits:
+                waves = tiles * splits / num_sms
+                best = max(best, used * waves / math.ceil(waves) * speed)
     return best
 
 

@@ -7,12 +7,13 @@ import torch
 
 from moss_train.batch import Batch
 from moss_train.training import CatModule
-from moss_train.training.run.optimizations import RECOMPILE_LIMIT, choose_compile, compile_blocks
+from moss_train.training.run.optimizations import choose_compile, compile_blocks
 from moss_train.utils.errors import UserError
 
 from .gradients import accumulate, network_errors
 
 RATE, HOP = 24000, 1920
+MOST_GRAPHS = 70  # four stages, clips within and beyond the window, a batch of one, LM, quantizer, eight discriminators
 FIRST_OF_ADVERSARIAL = 10
 LENGTHS = ([48000] * 3, [72000, 60000], [36000] * 4, [19000] * 5, [96000])  # samples; the last is a batch of one
 
@@ -26,12 +27,12 @@ def stage(patch: int, width: int, d_model: int, heads: int, layers: int) -> dict
 def unlike() -> Iterator[CatModule]:
     """The structure of `cat_1b6`: windows of 100, 50, 25 and 12 frames, the last stage wider than the others."""
     torch._dynamo.reset()
-    stages = [stage(240, 16, 32, 2, 2), stage(2, 16, 32, 2, 2), stage(2, 32, 32, 2, 2), stage(2, 32, 64, 4, 3)]
+    stages = [stage(240, 16, 32, 2, 1), stage(2, 16, 32, 2, 1), stage(2, 32, 32, 2, 1), stage(2, 32, 64, 4, 2)]
     quantizer = {"rvq_dim": 24, "num_quantizers": 4, "codebook_size": 32, "codebook_dim": 8}
     language_model = {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
     }
@@ -77,20 +78,21 @@ def gradients(module: CatModule, lengths: list[int], update: int) -> dict[str, t
         return accumulate(module, (clips(lengths, len(lengths)),), update)
 
 
-@pytest.mark.parametrize("update", [0, FIRST_OF_ADVERSARIAL])
+@pytest.mark.parametrize("update", [0, pytest.param(FIRST_OF_ADVERSARIAL, marks=pytest.mark.nightly)])
 def test_every_part_runs_a_graph_and_few_graphs_serve_all_lengths(unlike, update):
     parts = compile_blocks(unlike, "eager")
     graphs = []
-    for lengths in (*LENGTHS, [80000, 77000], [30000] * 6, [55000] * 2):
+    for lengths in (*LENGTHS, [80000, 77000], [30000] * 6):
         gradients(unlike, lengths, update)
         graphs.append(parts.graphs)
     assert not parts.limit_hit
     assert parts.eager_calls == 0
-    assert parts.calls == 8 * (18 + 4 + 2 + (16 if update else 0))
-    assert graphs[-1] == graphs[len(LENGTHS) - 1] < RECOMPILE_LIMIT
+    assert parts.calls == 7 * (10 + 4 + 1 + (16 if update else 0))
+    assert graphs[-1] == graphs[len(LENGTHS) - 1] <= (MOST_GRAPHS if update else MOST_GRAPHS // 2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
 def test_compiled_gradients_are_those_of_an_eager_pass_for_every_length(unlike):
     eager = [gradients(unlike, lengths, FIRST_OF_ADVERSARIAL) for lengths in LENGTHS]
     compile_blocks(unlike, "aot_eager")
