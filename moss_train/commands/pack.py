@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moss_train.data.pack.manifest import MANIFEST_SUFFIXES, how_to_convert, list_clips, read_drop_list
 from moss_train.data.pack.pack import SILENT, PackReport, check_target, pack
@@ -106,7 +107,11 @@ def _totals_table(totals: dict) -> Table:
             continue
         for number, (name, group) in enumerate(groups.items()):
             table.add_row(
-                "" if number else kind, name, f"{group['clips']:,}", f"{group['with_text']:,}", f"{group['hours']:.3f}"
+                "" if number else kind,
+                Text(name),
+                f"{group['clips']:,}",
+                f"{group['with_text']:,}",
+                f"{group['hours']:.3f}",
             )
         table.add_section()
     return table

@@ -125,3 +125,24 @@ def test_a_directory_that_cannot_be_written_is_one_warning_and_nothing_else(tmp_
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("warning: wandb is off from here on: ")
+
+
+@pytest.mark.parametrize("found", ["../../x", "a/b", "", "x" * 65, 3, None, ["a"]])
+def test_an_id_that_is_none_is_drawn_anew(tmp_path, found):
+    (tmp_path / "wandb.json").write_text(json.dumps({"id": found}))
+    drawn = run_id(tmp_path)
+    assert len(drawn) == 8
+    assert run_id(tmp_path) == drawn
+
+
+def test_credentials_of_addresses_do_not_leave_the_machine():
+    config = {
+        "data": {"train": ["https://me:secret@host/shards", "s3://bucket/x?X-Amz-Signature=secret", "/a@b/c"]},
+        "seed": 3,
+        "name": None,
+    }
+    assert wandb_access.without_credentials(config) == {
+        "data": {"train": ["https://host/shards", "s3://bucket/x", "/a@b/c"]},
+        "seed": 3,
+        "name": None,
+    }

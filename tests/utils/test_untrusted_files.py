@@ -8,14 +8,20 @@ import pickle
 import tarfile
 import threading
 import warnings
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save
 
+from moss_train.audio.io import write_audio
 from moss_train.cli.compose import compose
+from moss_train.commands.pack import _totals_table
+from moss_train.data.inspect.measure import ClipFacts, Inspection
+from moss_train.data.inspect.report import render_page
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.shards import remote
 from moss_train.data.shards.codes import (
@@ -27,7 +33,13 @@ from moss_train.data.shards.codes import (
     write_code_shard,
 )
 from moss_train.data.shards.format import read_shard
-from moss_train.data.shards.index import ShardRecord, ShardTable
+from moss_train.data.shards.index import ShardIndex, ShardRecord, ShardTable
+from moss_train.evaluation.metrics.base import Column
+from moss_train.evaluation.reconstruct import Condition
+from moss_train.evaluation.report.html import Report, write_report
+from moss_train.evaluation.report.tables import Table
+from moss_train.evaluation.results import ClipRow, ConditionRow, file_name
+from moss_train.evaluation.statistics import Estimate, SummaryRow
 from moss_train.utils.checkpoint import read_best
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import MAX_YAML_VALUES, parse_json, read_json, read_yaml
@@ -246,3 +258,56 @@ def test_the_best_checkpoint_is_one_of_the_folder(tmp_path: Path) -> None:
     best = {"name": "../elsewhere", "update": 1, "metric": "mel", "value": 1.0}
     (tmp_path / "checkpoints" / "best.json").write_text(json.dumps(best))
     assert read_best(tmp_path / "checkpoints") is None
+
+
+class Elements(HTMLParser):
+    """Collects elements and the names of their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.found |= {tag, *(f"{tag} {name}" for name, _ in attributes)}
+
+
+EVIL = "\"><script>alert(1)</script><img src=x onerror='alert(1)'>$body</td>"
+
+
+def test_names_and_texts_in_the_page_of_inspect_are_text(packed: Path) -> None:
+    index = ShardIndex.load(packed)
+
+    def page(name: str) -> str:
+        clip = ClipFacts(0, name, name, 1.0, name, name, error=name)
+        return render_page([Inspection(index, (name,), (clip,))], {name: name}, [(name, clip, name)], name)
+
+    assert Elements(page(EVIL)).found == Elements(page("plain")).found
+
+
+def test_names_and_texts_in_the_report_of_evaluate_are_text(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+
+    def page(name: str, folder: Path) -> str:
+        condition = Condition(name, 1, 100.0)
+        row = ClipRow(name, name, "0" * 24, 1.0, (ConditionRow(condition, {"mel_loss": 1.0}, {name: name}, {}, name),))
+        audio = folder / "audio" / row.key
+        audio.mkdir(parents=True)
+        for file in ("original", file_name(condition)):
+            write_audio(audio / f"{file}.flac", torch.zeros(1, 2400), 24000)
+        column = Column("mel_loss", name, False)
+        summary = SummaryRow(name, condition, {"mel_loss": Estimate(1.0, 0.9, 1.1, 1)}, 1, 0)
+        table = Table(name, (column,), (summary,), {}, {}, (name,))
+        write_report(folder / "report.html", Report(table, [row], [], [], folder, False))
+        return (folder / "report.html").read_text()
+
+    assert Elements(page(EVIL, tmp_path / "a")).found == Elements(page("plain", tmp_path / "b")).found
+
+
+def test_a_label_is_no_markup_of_the_terminal() -> None:
+    """rich takes brackets for markup, and a closing one without an opening one for an error, after hours of packing."""
+    console = Console(record=True, width=200, file=io.StringIO())
+    group = {"clips": 1, "with_text": 1, "hours": 0.5}
+    console.print(_totals_table({"domain": {"speech": group}, "language": {"[/red]": group, "[bold]x": group}}))
+    assert "[/red]" in (text := console.export_text())
+    assert "[bold]x" in text

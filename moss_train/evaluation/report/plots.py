@@ -129,6 +129,10 @@ def _figure() -> tuple["Figure", "Axes"]:
 def _svg(figure: "Figure") -> str:
     import matplotlib
 
+    for axes in figure.axes:  # a codec or a folder may be called anything, also half a formula
+        legend = axes.get_legend()
+        for text in (axes.title, *(legend.get_texts() if legend else ())):
+            text.set_parse_math(False)
     buffer = io.StringIO()
     # Without salt and date the text is the same in every run.
     with matplotlib.rc_context({"svg.hashsalt": "moss_train", "svg.fonttype": "none"}):

@@ -4,11 +4,12 @@ import base64
 import json
 import netrc
 import os
+import re
 import secrets
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -116,7 +117,7 @@ class WandbWriter(Writer):
             resume="allow",
             mode=mode,
             dir=str(self.directory),
-            config=self.config,
+            config=without_credentials(self.config),
             settings=settings,
         )
         # The axis is our clock, not the number of calls: a resumed run logs some updates a second time.
@@ -177,11 +178,25 @@ def as_media(samples: Sequence[ClipSample]) -> dict[str, Any]:
     return values
 
 
+def without_credentials(node: Any) -> Any:
+    """Plain data without the user and password of addresses, and without the parameters that sign a link."""
+    if isinstance(node, Mapping):
+        return {key: without_credentials(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [without_credentials(value) for value in node]
+    if isinstance(node, str) and "://" in node:
+        return re.sub(r"(?<=://)[^/@\s]+@", "", node).partition("?")[0]
+    return node
+
+
 def run_id(directory: Path) -> str:
     """The id of a run directory: drawn once, so that a new run of an old name does not continue the old one."""
     path = directory / ID_FILE
     try:
-        return str(read_json(path)["id"])
+        found = read_json(path)["id"]
+        if not re.fullmatch("[A-Za-z0-9_-]{1,64}", found):
+            raise ValueError(f"{found!r} is not an id")
+        return found
     except (OSError, ValueError, KeyError, TypeError):
         drawn = secrets.token_hex(4)
         path.write_text(json.dumps({"id": drawn}) + "\n")

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moss_train.export.load import NETWORKS, ModelSource, open_source, tokenizer_config
 from moss_train.training.module import CatModule
@@ -231,7 +232,7 @@ def print_reports(beginning: Beginning, reports: Mapping[str, WeightReport], war
     Weights are named where some of a network were kept and others not.
     """
     assert beginning.source is not None
-    table = Table("", "kept", "resampled", "fresh", "left over", title=f"weights from {beginning.source.path}")
+    table = Table("", "kept", "resampled", "fresh", "left over", title=Text(f"weights from {beginning.source.path}"))
     for name, report in reports.items():
         columns = (report.kept, report.resampled, report.fresh, report.left_over)
         table.add_row(name, *(f"{len(names)}" for names in columns))
