@@ -97,7 +97,7 @@ class Subject:
 
 
 def run(config: dict[str, Any]) -> int:
-    """Evaluate and write tables and report; the exit status is 1 when no clip could be scored."""
+    """Evaluate and write tables and report; the exit status is 1 when some clips could not be read."""
     _check(config)
     for other in as_list(config["compare"]):
         load_evaluation(Path(other).expanduser())  # before hours of work, not after
@@ -139,7 +139,7 @@ def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
     for row in failed[:20]:
         print(f"moss_train evaluate: passed over: {row.failure}", file=sys.stderr)
     print(f"evaluate: {len(rows) - len(failed)} of {len(rows)} clips; {out / 'report.html'}")
-    return 1 if len(failed) == len(rows) else 0
+    return 1 if failed else 0
 
 
 def _check(config: dict[str, Any]) -> None:
