@@ -26,7 +26,7 @@ from moss_train.training.distributed.collectives import check_equal_start, gathe
 from moss_train.training.distributed.fsdp import Shards
 from moss_train.training.step.ema import CHECKPOINT_KEY, WeightAverage
 from moss_train.training.step.objective import Objective, with_weights
-from moss_train.training.step.optimizers import build_adamw, group_options
+from moss_train.training.step.optimizers import build_adamw, group_options, restore_options
 from moss_train.training.step.schedule import Schedule, StageMoment
 from moss_train.training.step.update import Networks, OptimizerGroup, UpdateResult, run_update
 from moss_train.utils.errors import UserError
@@ -213,8 +213,7 @@ class CatModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         """With everything restored: settings that were changed since the checkpoint hold, the average goes on."""
         for optimizer, options in zip(self.trainer.optimizers, self._group_options, strict=True):
-            for group, option in zip(optimizer.param_groups, options, strict=True):
-                group.update(option)
+            restore_options(optimizer, options)
         if self.average is not None:
             self.average.start(self.tokenizer)
 

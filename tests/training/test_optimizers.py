@@ -1,11 +1,14 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moss_train.model.transformer import TransformerLayer
 from moss_train.training.step.optimizers import (
     build_adamw,
+    group_options,
     parameter_groups,
+    restore_options,
     scale_gradients,
     set_learning_rate,
     squared_norm,
@@ -84,3 +87,31 @@ def test_parts_decay_by_their_own_factors():
         build_adamw(parts, {"weight_decay_scale": {"lm": 2.0}})
     with pytest.raises(ValueError, match="0 or more"):
         build_adamw(parts, {"weight_decay_scale": {"encoder": -1.0}})
+
+
+@pytest.mark.parametrize("moved", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
+def test_a_run_goes_on_where_it_did_not_begin(moved):
+    """Fused AdamW, which a GPU uses, wants its numbers of steps on the GPU, the other one on the host."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        optimizers = []
+        for device in moved:
+            part = nn.Module()
+            part.weight = nn.Parameter(torch.empty(3, 3, device=device))
+            optimizers.append(build_adamw({"encoder": part}, {"weight_decay": 0.25}))
+        old, new = optimizers
+        for group in old.param_groups:
+            for parameter in group["params"]:
+                zeros = torch.zeros_like(parameter)
+                step = torch.tensor(7.0, device=parameter.device if group["fused"] else "cpu")
+                old.state[parameter] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros}
+        saved = old.state_dict()
+        saved["state"] = {
+            key: {name: value.to("cpu") for name, value in state.items()} for key, state in saved["state"].items()
+        }
+        options = group_options(new)
+        new.load_state_dict(saved)
+        restore_options(new, options)
+        assert [group["fused"] for group in new.param_groups] == [True if moved[1] == "cuda" else None] * 2
+        (state,) = new.state.values()
+        assert {name: value.device.type for name, value in state.items()} == dict.fromkeys(state, moved[1])
+        assert state["step"].dtype == torch.float32

@@ -81,6 +81,21 @@ def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
+def restore_options(optimizer: torch.optim.Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
+    """Set the options of the groups once the optimizer's state was restored, and put the states where these need it.
+
+    AdamW keeps the number of its steps on the host unless it is fused; a state comes back as it was saved, so that of
+    a run on a CPU lies in the wrong place for a GPU.
+    """
+    for group, option in zip(optimizer.param_groups, options, strict=True):
+        group.update(option)
+        for parameter in group["params"]:
+            step = optimizer.state.get(parameter, {}).get("step")
+            if isinstance(step, Tensor):
+                on_device = group.get("fused") or group.get("capturable")
+                optimizer.state[parameter]["step"] = step.to(parameter.device if on_device else "cpu", torch.float32)
+
+
 def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Sum of the squares of all gradients (scalar, float64; zero when there are none), of what this rank holds."""
     gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
