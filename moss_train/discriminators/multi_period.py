@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,7 +54,8 @@ class PeriodDiscriminator(Discriminator):
         """[B, C, T] -> [B, C, ceil(T / period), period], the last row completed by reflection."""
         missing = -waveform.shape[-1] % self.period
         if missing:
-            waveform = F.pad(waveform, (0, missing), mode="reflect")
+            # Not F.pad, whose gradient on a GPU depends on the order in which threads finish.
+            waveform = torch.cat((waveform, waveform[..., -1 - missing : -1].flip(-1)), dim=-1)
         return waveform.unflatten(-1, (-1, self.period))
 
 

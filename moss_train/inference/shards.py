@@ -28,7 +28,7 @@ from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import written_whole
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import ordered
+from moss_train.utils.workers import end_with_pool, ordered
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ _PROCESS: dict = {}
 
 
 def _start_process(job: EncodeJob, devices: list[str], counter) -> None:
+    end_with_pool()
     with counter.get_lock():
         place = counter.value
         counter.value += 1

@@ -40,3 +40,17 @@ def test_features_are_every_hidden_layer_without_the_logits():
 def test_impossible_settings_are_refused(period, channels):
     with pytest.raises(ValueError, match=f"period={period}"):
         PeriodDiscriminator(period, channels)
+
+
+@pytest.mark.parametrize("length", [23, 24, 29])
+def test_completion_is_that_of_torch_in_value_and_gradient(length):
+    """Of which the gradient on a GPU is not deterministic, so that `trainer.deterministic` would refuse it."""
+    waveform = torch.randn(2, 1, length, generator=torch.Generator().manual_seed(0))
+    ours, theirs = waveform.clone().requires_grad_(), waveform.clone().requires_grad_()
+    folded = PeriodDiscriminator(5, [2])._fold(ours)
+    padded = torch.nn.functional.pad(theirs, (0, -length % 5), mode="reflect")
+    assert torch.equal(folded.flatten(2), padded)
+    weights = torch.randn(padded.shape, generator=torch.Generator().manual_seed(1))
+    (folded.flatten(2) * weights).sum().backward()
+    (padded * weights).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)

@@ -119,6 +119,8 @@ def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbac
         torch.set_num_threads(settings["num_threads"])
         os.environ["OMP_NUM_THREADS"] = str(settings["num_threads"])  # Lightning chooses where there is none
     torch.set_float32_matmul_precision(settings["matmul_precision"])
+    if settings["deterministic"]:
+        compute_deterministically()
     torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100 builds a graph for every new length
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -147,6 +149,17 @@ def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbac
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+
+
+def compute_deterministically() -> None:
+    """Choose algorithms that give equal results for equal inputs on one machine; an operation without one raises.
+
+    On a GPU attention, convolutions and sums over indices otherwise add up in the order in which threads finish.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    torch.backends.cudnn.benchmark = False
 
 
 def start_processes(trainer: Trainer) -> None:

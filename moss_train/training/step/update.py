@@ -134,6 +134,10 @@ def run_update(
     counts = objective.count(batch.micro_batches, device).reduced(sum_over_ranks)
 
     num_own = len(batch.micro_batches)
+    if networks.is_sharded:
+        # A weight that autocast cast and kept outlives its micro-batch: FSDP2 would add the gradient of the last one to
+        # the next update. The autocast around an update sets this back when it ends.
+        torch.set_autocast_cache_enabled(False)
     results = [
         forward_backward(networks, objective, micro_batch, counts, moment, weights, backward, measure_shares)
         for micro_batch in batch.micro_batches
