@@ -25,7 +25,7 @@ def load(source: str, **options: object) -> torch.nn.Module:
 
 def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Rounding decides ties: now and then a code differs, and with it the later levels of its frame."""
-    return found.shape == wanted.shape and float((found == wanted).float().mean()) > 0.98
+    return found.shape == wanted.shape and float((found == wanted).float().mean()) > 0.95
 
 
 model = load(name)
