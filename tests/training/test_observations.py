@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from moss_train.data.stream.sample_stats import StreamCounter
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.training.callbacks.codebooks import codebook_columns, codebook_row
-from moss_train.training.callbacks.metrics import loss_row
+from moss_train.training.callbacks.metrics import count_clips, loss_row
 from moss_train.training.step.diagnostics import count_codes, mean_logits
 from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import Stage, StageMoment
@@ -72,3 +73,21 @@ def test_weights_are_those_of_the_stage_and_the_ramp():
     assert objective.active_weights(StageMoment(STAGE, 0)) == base
     assert objective.active_weights(StageMoment(STAGE, 2)) == base | {"adversarial": 0.25, "feature": 0.5}
     assert objective.active_weights(StageMoment(STAGE, 9)) == base | {"adversarial": 1.0, "feature": 2.0}
+
+
+def test_clips_are_counted_on_the_host(module, update):
+    """What is on a device is not read: the meta device has no values that could be."""
+    on_device = update.to("meta")
+    counts = count_clips(module, on_device)
+    assert counts == count_clips(module, update)
+    lengths = [length for micro in update.micro_batches for length in micro.audio_lengths.tolist()]
+    assert counts["clips"] == len(lengths)
+    assert counts["audio_samples"] == sum(lengths)
+    texts = [length for micro in update.micro_batches for length in micro.text_lengths.tolist()]
+    assert counts["text_tokens"] == sum(texts)
+    frames = [-(-length // 1920) for length in lengths]
+    both = [(frame + text) ** 2 for frame, text in zip(frames, texts, strict=True) if text]
+    assert counts["text_squares"] == sum(both)
+    counter = StreamCounter(24_000)
+    domains = ("speech", "music", "sound")
+    assert counter.counts(on_device, domains) == counter.counts(update, domains)
