@@ -43,8 +43,8 @@ class LeastSquaresLoss(AdversarialLoss):
         self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int
     ) -> Tensor:
         """Compute the discriminators' own loss; its gradient is taken for their weights only."""
-        logits = [[output.logits for output in outputs] for outputs in (real, generated)]
-        return discriminator_loss(*logits, num_clips, self.reduction)
+        wanted, got = ([output.logits for output in outputs] for outputs in (real, generated))
+        return discriminator_loss(wanted, got, num_clips, self.reduction)
 
 
 class FeatureMatchingLoss(AdversarialLoss):
@@ -65,11 +65,11 @@ class FeatureMatchingLoss(AdversarialLoss):
     def forward(self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int) -> Tensor:
         """Compute the loss; the features of real audio get no gradient."""
         takes_logits = self.reduction == "absolute_sum"
-        layers = [
+        wanted, got = (
             [(*output.features, output.logits) if takes_logits else output.features for output in outputs]
             for outputs in (real, generated)
-        ]
-        return feature_matching_loss(*layers, num_clips, self.eps, self.reduction)
+        )
+        return feature_matching_loss(wanted, got, num_clips, self.eps, self.reduction)
 
 
 def discriminator_loss(

@@ -36,12 +36,12 @@ class MidSideLoss(AudioLoss):
                 f"got {list(reference.shape)} and {list(degraded.shape)}; leave it out for mono audio"
             )
         with torch.autocast(reference.device.type, enabled=False):
-            pair = [_mid_and_side(zero_beyond(x.float(), lengths)) for x in (reference.detach(), degraded)]
+            wanted, got = (_mid_and_side(zero_beyond(x.float(), lengths)) for x in (reference.detach(), degraded))
             # The transform reflects half a window at either end, which a shorter clip does not have.
             longest = max(self.window_lengths)
-            pair = [nn.functional.pad(x, (0, max(0, longest - x.shape[-1]))) for x in pair]
+            wanted, got = (nn.functional.pad(x, (0, max(0, longest - x.shape[-1]))) for x in (wanted, got))
             lengths = lengths.clamp(min=longest)
-            losses = [self._clip_losses(*pair, lengths, length) for length in self.window_lengths]
+            losses = [self._clip_losses(wanted, got, lengths, length) for length in self.window_lengths]
         return torch.stack(losses).mean(0).sum() / (len(lengths) if counts is None else counts)
 
     def _clip_losses(self, reference: Tensor, degraded: Tensor, lengths: Tensor, window_length: int) -> Tensor:
