@@ -1,14 +1,16 @@
 """A loss that sees both channels at once, so that their relation is learnt and not only each of them."""
 
+import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from moss_train.audio.stft import normalized_hann_window
 from moss_train.losses.base import AudioLoss
 from moss_train.losses.masking import zero_beyond
 
+HANN_ENERGY = 3 / 8  # mean square of a periodic Hann window
 SMALLEST_POWER = 1e-8  # of an STFT bin, as in auraloss
 
 
@@ -68,16 +70,9 @@ def _magnitudes(audio: Tensor, lengths: Tensor, window_length: int) -> Tensor:
         reflected.flatten(0, 1),
         n_fft=window_length,
         hop_length=window_length // 4,
-        window=_hann_window(window_length, audio.device),
+        window=normalized_hann_window(window_length, audio.device) * math.sqrt(HANN_ENERGY * window_length),
         center=False,
         return_complex=True,
     )
     power = spectrum.real.square() + spectrum.imag.square()
     return power.clamp(min=SMALLEST_POWER).sqrt().unflatten(0, audio.shape[:2])
-
-
-@lru_cache(maxsize=16)
-def _hann_window(window_length: int, device: torch.device) -> Tensor:
-    """Periodic window, made outside inference mode, in which autograd could not save it (see `utils.spectral`)."""
-    with torch.inference_mode(False):
-        return torch.hann_window(window_length, device="cpu").to(device)

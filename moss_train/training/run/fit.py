@@ -51,7 +51,7 @@ LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machin
 # What may differ between the parts of one run: it does not change what is learned.
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
 # Keys that older runs do not have, and what they meant without.
-ADDED_KEYS = {
+ADDED_KEYS: dict[str, dict[str, Any]] = {
     "data": {"max_text_tokens": 2048},  # without: none was too long, and some ended the run
     "objective": {"adversarial_reduction": "mean", "feature_reduction": "relative_mean", "losses": LOSSES},
     "objective.weights": {"complex_stft": 0.0, "waveform": 0.0},
