@@ -28,6 +28,7 @@ TARGETS = frozenset(
         "moss_train.losses.LeastSquaresLoss",
         "moss_train.losses.MidSideLoss",
         "moss_train.losses.MultiScaleMelLoss",
+        "moss_train.losses.RelativeSquaredErrorLoss",
         "moss_train.losses.WaveformLoss",
         "moss_train.model.MossAudioTokenizerConfig.from_stages",
         "moss_train.semantic.ByteText",

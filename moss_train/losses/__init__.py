@@ -11,7 +11,7 @@ from moss_train.losses.base import AdversarialLoss, AudioLoss, QuantizerLoss
 from moss_train.losses.mel import MultiScaleMelLoss, log_mel_spectrogram, multi_scale_mel_distance
 from moss_train.losses.quantization import CodebookLoss, CommitmentLoss, codebook_loss, commitment_loss
 from moss_train.losses.stereo import MidSideLoss
-from moss_train.losses.waveform import ComplexSTFTLoss, WaveformLoss
+from moss_train.losses.waveform import ComplexSTFTLoss, RelativeSquaredErrorLoss, WaveformLoss
 
 __all__ = [
     "AdversarialLoss",
@@ -24,6 +24,7 @@ __all__ = [
     "MidSideLoss",
     "MultiScaleMelLoss",
     "QuantizerLoss",
+    "RelativeSquaredErrorLoss",
     "WaveformLoss",
     "codebook_loss",
     "commitment_loss",

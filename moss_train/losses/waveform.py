@@ -1,8 +1,8 @@
-"""Losses that keep the phase: a complex STFT loss and the L1 distance of waveforms.
+"""Losses that keep the phase: a complex STFT loss, and the absolute and the relative squared error of waveforms.
 
 The mel loss of the published objective sees magnitudes of mel bins only. A small model can lower it with harmonics in
-the wrong place, which is heard as a wrong pitch. These two terms see where a waveform is, not only how loud its bands
-are. Both are off unless they are given a weight.
+the wrong place, which is heard as a wrong pitch. These terms see where a waveform is, not only how loud its bands
+are. All are off unless they are given a weight.
 
 A value is a mean within a clip first, then summed over clips and divided by the number of clips of the whole update.
 """
@@ -56,3 +56,25 @@ class WaveformLoss(AudioLoss):
         """Compute the loss of a batch (see `AudioLoss.forward`)."""
         difference = zero_beyond(reference.detach().float() - degraded.float(), lengths).abs().mean(1).sum(-1)
         return (difference / lengths.clamp(min=1)).sum() / (len(lengths) if counts is None else counts)
+
+
+class RelativeSquaredErrorLoss(AudioLoss):
+    """Compute the energy of a clip's error over the energy of the clip: 0 is perfect, silence has 1.
+
+    Loud, low harmonics dominate it, which is what fixes the pitch. Unlike the L1 distance it does not depend on the
+    level of a clip. Clips quieter than `floor_rms` are divided by the energy of such a clip.
+    """
+
+    def __init__(self, floor_rms: float = 1e-3) -> None:
+        super().__init__()
+        if not floor_rms > 0:
+            raise ValueError(f"floor_rms must be above 0, got {floor_rms}")
+        self.floor_power = floor_rms**2
+
+    def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Compute the loss of a batch (see `AudioLoss.forward`)."""
+        reference = zero_beyond(reference.detach().float(), lengths)
+        error = (reference - zero_beyond(degraded.float(), lengths)).square().sum((1, 2))
+        floor = self.floor_power * reference.shape[1] * lengths.clamp(min=1)
+        relative = error / torch.maximum(reference.square().sum((1, 2)), floor)
+        return relative.sum() / (len(lengths) if counts is None else counts)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from moss_train.audio.stft import normalized_stft
-from moss_train.losses import ComplexSTFTLoss, WaveformLoss
+from moss_train.losses import ComplexSTFTLoss, RelativeSquaredErrorLoss, WaveformLoss
 
-LOSSES = [ComplexSTFTLoss(), WaveformLoss()]
+LOSSES = [ComplexSTFTLoss(), WaveformLoss(), RelativeSquaredErrorLoss()]
 
 
 def noise(num_clips: int = 1, channels: int = 1, length: int = 6000, seed: int = 0) -> torch.Tensor:
@@ -19,6 +19,16 @@ def test_waveform_loss_is_the_mean_over_a_clips_own_samples():
     degraded[1] = torch.tensor([[0.3, 0.1, 9.0, 9.0], [0.0, 0.0, 9.0, 9.0]])
     loss = WaveformLoss()(reference, degraded, torch.tensor([4, 2]))
     assert loss.item() == pytest.approx(((0.8 + 0.4) / 8 + 0.4 / 4) / 2)
+
+
+def test_relative_error_does_not_depend_on_the_level_of_a_clip():
+    """Errors of 3 and 4 against samples of 5 and 5: 25 / 50; a clip below the floor is divided by the floor's energy."""
+    reference = torch.tensor([[[5.0, 5.0]], [[0.05, 0.05]], [[0.0, 0.0]]])
+    degraded = torch.tensor([[[2.0, 1.0]], [[0.02, 0.01]], [[0.0, 0.02]]])
+    loss = RelativeSquaredErrorLoss(floor_rms=0.01)(reference, degraded, torch.tensor([2, 2, 2]))
+    assert loss.item() == pytest.approx((0.5 + 0.5 + 0.02**2 / (2 * 0.01**2)) / 3)
+    with pytest.raises(ValueError, match="floor_rms"):
+        RelativeSquaredErrorLoss(0.0)
 
 
 def test_a_flipped_waveform_has_no_magnitude_distance_but_a_complex_one():

@@ -107,7 +107,7 @@ def test_an_unknown_reduction_is_refused_by_its_path(name):
         Objective(RATE, **{f"{name}_reduction": "median"})
 
 
-@pytest.mark.parametrize("name", ["complex_stft", "waveform"])
+@pytest.mark.parametrize("name", ["complex_stft", "waveform", "relative_error"])
 def test_optional_terms_exist_where_they_have_a_weight(name):
     batch = make_batch([2400], [0.0])
 

@@ -177,7 +177,12 @@ def test_a_run_that_began_before_a_key_existed_is_unchanged():
     old = {"objective": {"crop_seconds": 1.0, "weights": {"feature": 2.0}}}
     found = with_added_keys(old)
     assert found["objective"]["feature_reduction"] == "relative_mean"
-    assert found["objective"]["weights"] == {"feature": 2.0, "complex_stft": 0.0, "waveform": 0.0}
+    assert found["objective"]["weights"] == {
+        "feature": 2.0,
+        "complex_stft": 0.0,
+        "waveform": 0.0,
+        "relative_error": 0.0,
+    }
     assert found["objective"]["losses"] == LOSSES
     assert old == {"objective": {"crop_seconds": 1.0, "weights": {"feature": 2.0}}}
     assert with_added_keys({"objective": {"feature_reduction": "absolute_sum"}})["objective"]["feature_reduction"] == (

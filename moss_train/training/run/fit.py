@@ -54,7 +54,7 @@ FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allo
 ADDED_KEYS: dict[str, dict[str, Any]] = {
     "data": {"max_text_tokens": 2048},  # without: none was too long, and some ended the run
     "objective": {"adversarial_reduction": "mean", "feature_reduction": "relative_mean", "losses": LOSSES},
-    "objective.weights": {"complex_stft": 0.0, "waveform": 0.0},
+    "objective.weights": {"complex_stft": 0.0, "waveform": 0.0, "relative_error": 0.0},
 }
 FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
 

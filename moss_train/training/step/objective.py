@@ -32,6 +32,7 @@ WEIGHTS = {
     "mid_side": 0.0,
     "complex_stft": 0.0,
     "waveform": 0.0,
+    "relative_error": 0.0,
 }
 """The published weights; what is not published is off. `configs/fit.yaml` shows them to users."""
 LOSSES: dict[str, dict[str, Any]] = {
@@ -43,6 +44,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "mid_side": {"_target_": "moss_train.losses.MidSideLoss"},
     "complex_stft": {"_target_": "moss_train.losses.ComplexSTFTLoss"},
     "waveform": {"_target_": "moss_train.losses.WaveformLoss"},
+    "relative_error": {"_target_": "moss_train.losses.RelativeSquaredErrorLoss"},
 }
 """The losses that always have a name; `objective.losses` changes their arguments, replaces them or adds others."""
 
