@@ -31,6 +31,7 @@ EXAMPLES = (
     "python -m moss_train estimate experiment=cat_1b6 scaling=scaling/scaling.json  # of tools/scaling.py",
 )
 SHORT_UPDATE_SECONDS = 0.1  # below, starting the operations takes longer than doing them
+MODELLED_MFU = 0.3  # the default
 MACHINE_KEYS = ("gpu", "gpus", "mfu", "text_share", "text_tokens_per_second", "bus_gb_per_second")
 
 
@@ -185,6 +186,8 @@ def assumptions(config: dict[str, Any], result: Estimate, machine: Machine) -> l
     hurried = any(stage.updates_per_hour > 3600 / SHORT_UPDATE_SECONDS for stage in result.stages)
     peak, kind = machine.peak(config["trainer"])
     origin = f" (measured: {config['mfu']})" if isinstance(config["mfu"], str) else ""
+    if config["mfu"] == MODELLED_MFU:
+        origin = " (a model, not a measurement: tools/model_gpu.py)"
     return [
         "Assumptions:",
         f"  mfu={machine.mfu:g}{origin} of {peak / 1e12:g} TFLOP/s ({machine.gpu}, dense {kind}, data sheet), all "

@@ -12,14 +12,14 @@ from moss_train.training.run.warm_start import plan_beginning
 
 HOURS = 3_000_000
 GPUS = (64, 256, 512)
-MFU = 0.4
+MFU = 0.3
 BUS_GB_PER_SECOND = 300.0
 TEXT_SHARE = 0.3
 FLAC_KBIT_PER_SECOND = 178  # 24 kHz mono, an assumption: real corpora lie between 150 and 300
 SHARD_BYTES = 2 * 10**9
 GPU_HOURS_PER_FAILURE = 50_000  # order of a published large run: 419 unexpected stops in 54 days on 16,384 H100
 RESTART_MINUTES = 15.0
-CHECKPOINT_MINUTES = 30.0
+CHECKPOINT_MINUTES = 35.0
 CHECKPOINT_GB_PER_SECOND = 0.5
 ARCHIVE_UPDATES = 60_000
 
@@ -31,7 +31,7 @@ on your machines shows, and print the plan again.
 
 | assumed | | source |
 |---|---|---|
-| share of the H100's dense bf16 peak | {mfu:.0%} | to be measured on your machines |
+| share of the H100's dense bf16 peak | {mfu:.0%} | a model, `tools/model_gpu.py`; to be measured on your machines |
 | sum of gradients over all GPUs (busbw) | {bus:.0f} GB/s | nccl-tests on your network |
 | audio with text | {text:.0%} | about the data |
 | FLAC, 24 kHz mono | {kbit} kbit/s | corpora lie between 150 and 300; `inspect` tells |

@@ -3,7 +3,7 @@
 settings=(
     experiment=cat_1b6
     "data.train=[$SHARDS/speech,$SHARDS/music,$SHARDS/sound]"
-    checkpoint.every_updates=6000 # half an hour on 64 GPUs, see README.md
+    checkpoint.every_updates=6000 # 35 minutes on 64 GPUs, see README.md
     checkpoint.archive_every_updates=60000
     trainer.reduce_dtype=bf16
 )
