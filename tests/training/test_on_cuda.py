@@ -22,7 +22,11 @@ from moss_train.training.cost.dataless import dataless, micro_batch, run_micro_b
 from moss_train.training.run.warm_start import module_arguments
 from moss_train.utils.paths import config_directory
 
-EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
+ALWAYS = {"cat_1b6", "cat_nano", "finetune"}  # the others differ from these in sizes
+EXPERIMENTS = [
+    name if name in ALWAYS else pytest.param(name, marks=pytest.mark.nightly)
+    for name in sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
+]
 
 
 @contextmanager
