@@ -40,8 +40,10 @@ class CastLinearOps(LinearOps):
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear) and linear.bias is None]
-        self.weights: dict[nn.Module, Tensor] = {linear: linear.weight.detach().to(dtype) for linear in linears}
+        self.weights: dict[nn.Module, Tensor] = {}
+        for part in module.modules():
+            if isinstance(part, nn.Linear) and part.bias is None:
+                self.weights[part] = part.weight.detach().to(dtype)
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
         weight = self.weights.get(linear)
