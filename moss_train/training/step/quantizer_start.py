@@ -41,7 +41,8 @@ def fit_quantizer(quantizer: ResidualLFQ, latents: Tensor, seed: int = 0) -> lis
     Raises:
         ValueError: too few latents.
     """
-    size = quantizer.quantizers[0].codebook.num_embeddings  # type: ignore[union-attr]
+    levels = [level for level in quantizer.quantizers if isinstance(level, LFQ)]
+    size = levels[0].codebook.num_embeddings
     if len(latents) < size:
         raise ValueError(f"{len(latents)} frames are too few for codebooks of {size}")
     rest = apply_pointwise(quantizer.input_proj, latents[None].float())[0].cpu().double()
@@ -49,8 +50,7 @@ def fit_quantizer(quantizer: ResidualLFQ, latents: Tensor, seed: int = 0) -> lis
     total = (rest - rest.mean(0)).square().sum()
     scale: Tensor | None = None
     left = []
-    for level in quantizer.quantizers:
-        assert isinstance(level, LFQ)
+    for level in levels:
         mean = rest.mean(0)
         values, vectors = torch.linalg.eigh((rest - mean).T @ (rest - mean) / len(rest))
         directions = vectors[:, -level.codebook.embedding_dim :]
@@ -91,4 +91,4 @@ def set_pointwise(module: torch.nn.Module, weight: Tensor, bias: Tensor) -> None
     parts = module.parametrizations.weight  # type: ignore[union-attr]
     parts.original1.copy_(weight[:, :, None])  # type: ignore[union-attr, operator]
     parts.original0.copy_(weight.norm(dim=1)[:, None, None])  # type: ignore[union-attr, operator]
-    module.bias.copy_(bias)  # type: ignore[union-attr, operator]
+    module.bias.copy_(bias)  # type: ignore[operator]
