@@ -64,3 +64,10 @@ class MossAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
         if return_tensors != "pt":
             return BatchFeature({"input_values": values.numpy(), "padding_mask": mask.numpy()}, return_tensors)
         return BatchFeature({"input_values": values, "padding_mask": mask})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, with `auto_map` as class references (see the configuration's)."""
+        output = super().to_dict()
+        if auto_map := output.get("auto_map"):
+            output["auto_map"] = {name: v if isinstance(v, str) else v[0] for name, v in auto_map.items()}
+        return output

@@ -237,5 +237,7 @@ def initialize_weight_norm(module: Any) -> None:
     """Xavier directions, gains equal to their norms, zero bias."""
     weight = module.parametrizations.weight
     nn.init.xavier_normal_(weight.original1)
-    weight.original0.copy_(weight.original1.flatten(1).norm(dim=1)[:, None, None])
+    # transformers 5.0 calls this after loading and guards only functions of torch.nn.init: a loaded gain is kept.
+    if not getattr(weight.original0, "_is_hf_initialized", False):
+        weight.original0.copy_(weight.original1.flatten(1).norm(dim=1)[:, None, None])
     nn.init.zeros_(module.bias)
