@@ -89,7 +89,7 @@ def use(python: Path, exported: Path, name: str, tmp_path: Path) -> str:
     return done.stdout.split()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", PINNED)
 def test_an_export_works_in_the_versions_that_users_pin(version, exported, tmp_path):
