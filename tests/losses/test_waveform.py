@@ -22,7 +22,7 @@ def test_waveform_loss_is_the_mean_over_a_clips_own_samples():
 
 
 def test_relative_error_does_not_depend_on_the_level_of_a_clip():
-    """Errors of 3 and 4 against samples of 5 and 5: 25 / 50; a clip below the floor is divided by the floor's energy."""
+    """Errors of 3 and 4 against samples of 5 and 5: 25 / 50; below the floor the floor counts."""
     reference = torch.tensor([[[5.0, 5.0]], [[0.05, 0.05]], [[0.0, 0.0]]])
     degraded = torch.tensor([[[2.0, 1.0]], [[0.02, 0.01]], [[0.0, 0.02]]])
     loss = RelativeSquaredErrorLoss(floor_rms=0.01)(reference, degraded, torch.tensor([2, 2, 2]))
