@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 import moss_train
-from moss_train.cli.compose import compose, prepare_overrides, to_plain
+from moss_train import load_config
 from moss_train.cli.help import find_verbs
-from moss_train.cli.inputs import refuse_missing_inputs
 from moss_train.cli.main import main
-from moss_train.utils.errors import UserError
+from moss_train.config.inputs import check_inputs
+from moss_train.utils.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[1]
 PACK = ["pack", "input=in", "out=out"]
@@ -99,9 +99,8 @@ def test_cfg_job_prints_the_composed_configuration_without_running(capsys, tmp_p
 
 def test_plain_configuration_reaches_the_verb_again_and_again():
     for rate in (16000, 48000):
-        config = to_plain(compose("pack", ["input=a", "out=b", f"sampling_rate={rate}"]), "pack")
-        assert type(config) is dict
-        assert config["sampling_rate"] == rate
+        config = load_config("pack", ["input=a", "out=b", f"sampling_rate={rate}"])
+        assert config.sampling_rate == rate
 
 
 def test_a_file_of_config_dir_that_would_have_no_effect_is_refused(capsys, tmp_path):
@@ -112,9 +111,9 @@ def test_a_file_of_config_dir_that_would_have_no_effect_is_refused(capsys, tmp_p
 
 def test_own_experiment_of_a_config_dir(capsys, tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\n# Mine.\nmine: 7\n")
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\n# Mine.\nseed: 7\n")
     assert main(["fit", "--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["mine"] == 7
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
     assert main(["fit", "--config-dir", str(tmp_path), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert ["mine", "Mine."] in [line.split() for line in lines]
@@ -125,11 +124,12 @@ def test_own_experiment_of_a_config_dir(capsys, tmp_path):
 
 def test_repeated_path_keys_become_a_list():
     given = ["data.train=/shards/speech", "seed=1", "data.train=/shards/music (live)", "data.train=/s/it's"]
-    assert prepare_overrides(given) == [r"data.train=['/shards/speech','/shards/music (live)','/s/it\'s']", "seed=1"]
+    config = load_config("fit", ["experiment=cat_tiny", *given])
+    assert config.data.train == ["/shards/speech", "/shards/music (live)", "/s/it's"]
 
 
-def test_repetition_elsewhere_stays_as_it_is():
-    assert prepare_overrides(["out=a", "out=b"]) == ["out=a", "out=b"]
+def test_of_a_repeated_key_that_is_no_list_the_last_counts():
+    assert load_config("pack", ["input=i", "out=a", "out=b"]).out == "b"
 
 
 @pytest.mark.parametrize(
@@ -139,23 +139,23 @@ def test_existing_paths_with_special_characters_arrive_as_they_are(tmp_path, nam
     folder = tmp_path / name
     folder.mkdir()
     for path in (folder, folder / "new out"):
-        config = to_plain(compose("pack", [f"input={path}", "out=o"]), "pack")
-        assert config["input"] == str(path)
-    config = to_plain(compose("encode", ["model=m", "out=o", f"input={folder}", f"input={tmp_path}"]), "encode")
-    assert config["input"] == [str(folder), str(tmp_path)]
+        config = load_config("pack", [f"input={path}", "out=o"])
+        assert config.input == str(path)
+    config = load_config("encode", ["model=m", "out=o", f"input={folder}", f"input={tmp_path}"])
+    assert config.input == [str(folder), str(tmp_path)]
 
 
 def test_home_folder_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone else")
-    config = to_plain(compose("pack", ["input=~/audio", "out=~"]), "pack")
-    assert (config["input"], config["out"]) == ("/home/someone else/audio", "/home/someone else")
+    config = load_config("pack", ["input=~/audio", "out=~"])
+    assert (config.input, config.out) == ("/home/someone else/audio", "/home/someone else")
 
 
 def test_numbers_and_lists_keep_their_types(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "16000").mkdir()
-    config = compose("encode", ["model=m", "input=[a,b]", "out=o", "batch_seconds=16000", "device=null"])
-    assert (config.batch_seconds, list(config.input), config.device) == (16000, ["a", "b"], None)
+    config = load_config("encode", ["model=m", "input=[a,b]", "out=o", "batch_seconds=16000", "num_quantizers=null"])
+    assert (config.batch_seconds, config.input, config.num_quantizers) == (16000, ["a", "b"], None)
 
 
 # Errors
@@ -168,19 +168,20 @@ def test_numbers_and_lists_keep_their_types(tmp_path, monkeypatch):
         ([*PACK, "sampling_rat=3"], "moss_train pack: unknown key 'sampling_rat': did you mean sampling_rate?"),
         ([*PACK, "pack.overwrite=3"], "moss_train pack: unknown key 'pack.overwrite': did you mean overwrite?"),
         ([*PACK, "~nothing"], "moss_train pack: unknown key 'nothing': the keys are"),
-        ([*PACK, "overwrite"], "moss_train pack: cannot read 'overwrite': write overwrite=<value>"),
-        ([*PACK, "domain=a(b"], "moss_train pack: cannot read 'domain=a(b': special characters need quotes"),
-        ([*PACK, "=3"], "moss_train pack: cannot read '=3'"),
-        ([*PACK, "domain=a,b"], "moss_train pack: 'domain=a,b' gives several values: write a list as domain=[a,b]"),
-        ([*PACK, "hydra.run.dir=x"], "moss_train pack: 'hydra.run.dir=x': Hydra's own settings have no effect"),
-        (["pack"], "moss_train pack: input, out are required: add input=<input> out=<out> (see"),
-        (["pack", "out=x"], "moss_train pack: input is required: add input=<input> (see"),
+        ([*PACK, "overwrite"], "moss_train pack: 'overwrite': write overwrite=<value>"),
+        ([*PACK, "=3"], "moss_train pack: '=3': write key=<value>"),
+        ([*PACK, "hydra.run.dir=x"], "moss_train pack: 'hydra.run.dir=x': settings of Hydra have no effect"),
+        (["pack"], "moss_train pack: input, out is required: add input=<input> out=<out>"),
+        (["pack", "out=x"], "moss_train pack: input is required: add input=<input>"),
         ([*PACK, "domain=${nope.x}"], "moss_train pack: domain: Interpolation key 'nope.x' not found"),
         ([*PACK, "domain=${oc.env:NOT_SET_X}"], "moss_train pack: domain: KeyError raised while resolving"),
         ([*PACK, "--verbose"], "moss_train pack: unrecognized arguments: --verbose"),
         ([*PACK, "--cfg", "all"], "moss_train pack: argument --cfg: invalid choice: 'all'"),
         ([*PACK, "--config-dir", "/no/folder"], "moss_train pack: --config-dir /no/folder is not a folder"),
-        (["fit", "experiment=nope_nope"], "moss_train fit: unknown experiment 'nope_nope': there are "),
+        (
+            ["fit", "experiment=nope_nope"],
+            "moss_train fit: experiment=nope_nope has to be a file of configs/experiment",
+        ),
         (["fit"], "moss_train fit: experiment is required: add experiment=<name>; there are cat_1b6, "),
         (
             ["fit", "experimnt=x", "experiment=cat_1b6"],
@@ -192,24 +193,27 @@ def test_numbers_and_lists_keep_their_types(tmp_path, monkeypatch):
         ),
         (
             ["fit", "experiment=cat_1b6", "experiment=cat_tiny"],
-            "moss_train fit: experiment is given several times: choose",
+            "moss_train fit: experiment=cat_tiny is not the only experiment: choose one",
         ),
-        (["fit", "experiment=3"], "moss_train fit: unknown experiment 3: there are cat_1b6, "),
+        (
+            ["fit", "experiment=3"],
+            "moss_train fit: experiment=3 has to be a file of configs/experiment",
+        ),
         (
             ["fit", "experiment=cat_1b6", "objetive.weights.semantic=3"],
             "moss_train fit: unknown key 'objetive.weights.semantic': did you mean objective.weights.semantic?",
         ),
-        (["fit", "experiment=cat_1b6", "stages=3"], "moss_train fit: stages is a list: write stages=[3]"),
+        (["fit", "experiment=cat_1b6", "stages=3"], "moss_train fit: stages=3 has to be a list: write stages=[3]"),
         (
             ["fit", "experiment=cat_1b6", "stages.7.updates=3", "stages.7.batch_seconds=3"],
-            "moss_train fit: cannot apply 'stages.7.updates=3': the list has no such place (see --cfg job)",
+            "moss_train fit: unknown key 'stages.7': stages has the entries 0 to 1 (see --cfg job)",
         ),
-        (["fit", "experiment=cat_1b6", "seed=1", "stages.99.updates=3"], "moss_train fit: cannot apply 'stages.99.upd"),
+        (["fit", "experiment=cat_1b6", "seed=1", "stages.99.updates=3"], "moss_train fit: unknown key 'stages.99'"),
         (
             ["fit", "experiment=cat_1b6", "trainer.nope=3"],
             "moss_train fit: unknown key 'trainer.nope': the keys of tra",
         ),
-        (["fit", "experiment=cat_1b6", "data=3"], "moss_train fit: data holds several values, not one: set data."),
+        (["fit", "experiment=cat_1b6", "data=3"], "moss_train fit: data=3 holds several values, not one: set data."),
     ],
 )
 def test_wrong_input_is_one_line_with_status_2(capsys, arguments, message):
@@ -269,12 +273,13 @@ print(main(sys.argv[1:]), {"torch", "lightning"} & set(sys.modules))
 
 
 def test_a_run_that_has_begun_needs_its_inputs_no_more(tmp_path):
-    config = {"run_dir": str(tmp_path / "run"), "init": "gone", "data": {"path": "gone"}}
-    with pytest.raises(UserError, match="init=gone"):
-        refuse_missing_inputs("fit", config)
+    config = load_config("fit", ["experiment=finetune", f"run_dir={tmp_path / 'run'}", "init=gone", "data.path=gone"])
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(config)
+    assert (caught.value.kind, caught.value.path, caught.value.value) == ("missing", "init", "gone")
     (tmp_path / "run/checkpoints").mkdir(parents=True)
-    refuse_missing_inputs("fit", config)
-    refuse_missing_inputs("evaluate", {"model": "owner/name", "data": "https://host/shards", "pairs": None})
+    check_inputs(config)
+    check_inputs(load_config("evaluate", ["model=owner/name", "data=https://host/shards", "out=o"]))
 
 
 def test_version(capsys):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from moss_train.cli.compose import compose
 from moss_train.cli.help import default_groups, find_verbs, group_options, verb_help
@@ -20,7 +19,7 @@ GIVEN_AT_RUN_TIME = {"semantic": {"latent_dim": None}}
 
 
 def check_targets(config):
-    for place, node in iterate_targets(OmegaConf.to_container(config, resolve=False)):
+    for place, node in iterate_targets(config):
         check_node(node, place, GIVEN_AT_RUN_TIME.get(place))
 
 

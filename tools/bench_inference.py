@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from moss_train.cli.compose import compose, to_plain
+from moss_train import load_config
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -57,7 +57,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
     """The models to compare, by name; ours first."""
     dtype = DTYPES[options.dtype]
     if options.experiment:
-        settings = to_plain(compose("fit", [f"experiment={options.experiment}"]), "fit")["tokenizer"]
+        settings = load_config("fit", [f"experiment={options.experiment}"]).tokenizer
         torch.manual_seed(0)
         with torch.device(options.device):  # a CPU takes long to draw the weights of a large model
             models: dict[str, Any] = {"ours": MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(**settings))}

@@ -30,8 +30,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
+from moss_train import load_config
 from moss_train.batch import Batch, UpdateBatch
-from moss_train.cli.compose import compose, to_plain
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import split_by_length
 from moss_train.training.cost.flop_counter import FlopCounter
@@ -338,7 +338,7 @@ def machine() -> str:
 
 def main() -> None:
     options, overrides = parse_arguments()
-    config = to_plain(compose("fit", [f"experiment={options.experiment}", *overrides]), "fit")
+    config = load_config("fit", [f"experiment={options.experiment}", *overrides])
     begin = time.perf_counter()
     results = []
     for case in cases(options, config):

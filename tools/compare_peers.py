@@ -33,7 +33,7 @@ from transformers.models.mimi.modeling_mimi import (
     MimiTransformerModel,
 )
 
-from moss_train.cli.compose import compose, to_plain
+from moss_train import load_config
 from moss_train.evaluation.per_level import DepthReport, depth_report, quarter_depths
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.training.module import CatModule
@@ -239,8 +239,10 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     options, overrides = parse_arguments()
-    config = to_plain(compose("fit", [f"experiment={EXPERIMENTS[options.size]}", *overrides]), "fit")
-    config["data"]["train"] = options.train
+    config = load_config(
+        "fit",
+        [f"experiment={EXPERIMENTS[options.size]}", *(f"data.train={folder}" for folder in options.train), *overrides],
+    )
     rows = []
     for system in options.systems:
         rows.append(compare(config, system, options))

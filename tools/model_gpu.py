@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import moss_train.model.attention as attention
-from moss_train.cli.compose import compose, to_plain
+from moss_train import load_config
 from moss_train.training.cost.dataless import dataless, micro_batch, run_micro_batch
 from moss_train.training.cost.estimate import UPDATE_BYTES
 from moss_train.training.cost.flop_counter import ATTENTION
@@ -389,7 +389,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=12.0)
     options = parser.parse_args()
-    config = to_plain(compose("fit", [f"experiment={options.experiment}", *options.overrides]), "fit")
+    config = load_config("fit", [f"experiment={options.experiment}", *options.overrides]).to_plain()
     arguments = plan_beginning(config).arguments
     with as_on_cuda(), dataless():
         module = CatModule(**arguments).train()

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moss_train import load_config
 from moss_train.batch import UpdateBatch
-from moss_train.cli.compose import compose, to_plain
 from moss_train.evaluation.per_level import depth_report
 from moss_train.training.cost.flop_counter import FlopCounter
 from moss_train.training.module import CatModule
@@ -149,8 +149,9 @@ def main() -> None:
     options, overrides = parse_arguments()
     if len(set(options.scales)) < 2:
         raise SystemExit(f"--scales {options.scales}: a law needs at least two sizes")
-    config = to_plain(compose("fit", [f"experiment={options.experiment}", *overrides]), "fit")
-    config["data"]["train"] = options.train
+    config = load_config(
+        "fit", [f"experiment={options.experiment}", *(f"data.train={folder}" for folder in options.train), *overrides]
+    )
     points = []
     for scale in options.scales:
         points.append(measure(config, scale, options))

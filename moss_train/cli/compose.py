@@ -1,154 +1,135 @@
-"""Composes a verb's configuration with Hydra and turns what can go wrong into one clear line each."""
+"""Compose a command's configuration: its YAML files, the chosen experiment, and what was typed on the command line.
 
-import difflib
+Hydra reads the files and their defaults lists. What is typed as `key=value` is read here, by the types of the schema.
+"""
+
+import copy
 import os
 import re
+import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
-from yaml import YAMLError
-
-from moss_train.cli.help import JOINED_KEYS, group_options
-from moss_train.utils.errors import UserError
+from moss_train.config.renamed import new_name
+from moss_train.config.schema import COMMANDS
+from moss_train.config.section import Section, alternatives, hints_of, is_section
+from moss_train.config.text import hint_inside, read_value
+from moss_train.utils.errors import ConfigError, UserError
 from moss_train.utils.files import read_yaml
 from moss_train.utils.paths import config_directory
 
 
-def compose(verb: str, overrides: Sequence[str] = (), extra_directory: Path | None = None) -> DictConfig:
-    """Compose `configs/<verb>.yaml` with the overrides; `extra_directory` is searched after the shipped configs.
+def load_config(command: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:
+    """Load the configuration of a command as the command line would.
+
+    Args:
+        command: `fit`, `pack`, ...
+        overrides: `key=value`, as typed.
+        config_dir: a folder with further YAML files, laid out like `configs/`.
+
+    Returns:
+        The command's configuration class, as `FitConfig`, complete and checked.
 
     Raises:
-        UserError: a group option, key, value or reference that does not exist, with the nearest that does.
+        ConfigError: an unknown key or group option, a required key that is missing, a wrong value.
     """
-    prepared = prepare_overrides(overrides)
-    _refuse_ambiguous_groups([_parse(override) for override in prepared], extra_directory)
-    if extra_directory is not None:
-        _refuse_hidden_files(extra_directory)
-    try:
-        config = _compose(verb, prepared, extra_directory)
-    except MissingConfigException as error:
-        raise UserError(_explain_missing_config(error, extra_directory)) from error
-    except YAMLError as error:
-        raise UserError(f"a configuration file is not plain YAML: {' '.join(str(error).split())}") from error
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_explain(error, verb, prepared, extra_directory)) from error
-    _refuse_overwritten_containers(verb, prepared, extra_directory)
-    return config
+    return parse_config(command, compose(command, overrides, None if config_dir is None else Path(config_dir)))
 
 
-def to_plain(config: DictConfig, verb: str) -> dict[str, Any]:
-    """Return dicts, lists and values with every reference resolved. Raises UserError when a mandatory value is open."""
+def parse_config(command: str, values: dict[str, Any]) -> Any:
+    """Resolve the references of composed data and build the command's configuration class."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
+        config = OmegaConf.create(values)
         missing = sorted(OmegaConf.missing_keys(config))
-        if not missing:
-            return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        if missing:
+            raise ConfigError("required", ", ".join(missing), None, f"add {' '.join(map(_example, missing))}")
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(_explain_reference(error)) from error
-    give = " ".join(f"{key}=<{key.split('.')[-1]}>" for key in missing)
-    noun = "is required" if len(missing) == 1 else "are required"
-    raise UserError(f"{', '.join(missing)} {noun}: add {give} (see python -m moss_train {verb} --help)")
+        raise _unresolved(error) from error
+    assert isinstance(plain, dict)
+    return COMMANDS[command].parse({str(key): value for key, value in plain.items()})
 
 
-def to_yaml(config: DictConfig) -> str:
-    """Return the YAML of `--cfg job`: resolved, except where a reference waits for a mandatory value."""
+def to_yaml(values: dict[str, Any]) -> str:
+    """Return the YAML of `--cfg job`: resolved, except where a reference waits for a required value."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+    config = OmegaConf.create(values)
     try:
         return OmegaConf.to_yaml(config, resolve=True)
     except InterpolationToMissingValueError:
         return OmegaConf.to_yaml(config)
     except OmegaConfBaseException as error:
-        raise UserError(_explain_reference(error)) from error
+        raise _unresolved(error) from error
 
 
-def prepare_overrides(overrides: Sequence[str]) -> list[str]:
-    """Quote paths that Hydra's grammar would refuse or split, and join repeated path keys into one list.
+def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> dict[str, Any]:
+    """Compose plain data whose references and required values (`???`) are still open.
 
-    The shell turns `data.train=/shards/{speech,music}` into two overrides of one key; they become
-    `data.train=['/shards/speech','/shards/music']`.
+    Raises:
+        ConfigError: a group option or key that does not exist, or a value that cannot be read.
     """
-    values: dict[str, list[str]] = {}
+    directories = [config_directory(), *([config_dir] if config_dir else [])]
+    if config_dir is not None:
+        _check_files(config_dir)
+    groups: dict[str, str] = {}
+    assignments = []
     for override in overrides:
-        key, sign, value = override.partition("=")
-        if sign and key in JOINED_KEYS and not value.startswith("["):
-            values.setdefault(key, []).append(os.path.expanduser(value))
-    joined = {key for key, paths in values.items() if len(paths) > 1}
-    prepared = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key not in joined or value.startswith("["):
-            prepared.append(_quote_path(override))
-        elif values[key]:
-            prepared.append(f"{key}=[{','.join(map(_quoted, values[key]))}]")
-            values[key] = []
-    return prepared
+        key, sign, text = _split(override)
+        if sign != "~" and any((directory / key).is_dir() for directory in directories):
+            _choose(groups, key, text, directories)
+        else:
+            assignments.append((key, sign, text))
+    schema = COMMANDS[command]
+    read = _read_shipped_files if config_dir is None else _read_files
+    values = _with_present_names(schema, copy.deepcopy(read(command, tuple(groups.items()), tuple(directories))))
+    assignments = [(_present_key(schema, key), sign, text) for key, sign, text in assignments]
+    for key, sign, text in _join_repeated(schema, assignments):
+        _assign(schema, values, key, sign, text, tuple(path.name for path in _groups(directories)))
+    return values
 
 
-def _compose(verb: str, overrides: Sequence[str], extra_directory: Path | None) -> DictConfig:
-    search = [f"hydra.searchpath=[{_quoted(f'file://{extra_directory}')}]"] if extra_directory else []
-    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3", job_name=verb):
-        return hydra.compose(verb, overrides=[*overrides, *search])
+def _split(override: str) -> tuple[str, str, Any]:
+    """Split an override into its key, `~` or an empty text, and the text of its value."""
+    if override.startswith("~"):
+        return override[1:].partition("=")[0], "~", ""
+    key, equals, text = override.lstrip("+").partition("=")
+    if not key or not equals:
+        raise ConfigError("syntax", repr(override), None, f"write {key or 'key'}=<value>")
+    if key.split(".")[0] == "hydra":
+        raise ConfigError("syntax", repr(override), None, "settings of Hydra have no effect; see --config-dir")
+    return key, "", text
 
 
-def _quote_path(override: str) -> str:
-    key, sign, text = override.partition("=")
-    value = os.path.expanduser(text) if text.startswith("~") else text
-    if not sign or not value:
-        return override
-    named = os.path.lexists(value) or (os.sep in value and Path(value).parent.is_dir())
-    try:
-        parsed = OverridesParser.create().parse_override(f"{key}={value}")
-        hidden = "${" in value and named
-        plain = not parsed.is_sweep_override() and not hidden and parsed.value() == value
-        if plain or not (parsed.is_sweep_override() or isinstance(parsed.value(), str)):
-            return f"{key}={value}"
-    except HydraException:
-        pass  # not Hydra's grammar: quoted below when it names a path, else Hydra's own message stands
-    return f"{key}={_quoted(value)}" if named and value[0] not in "'\"[{" else f"{key}={value}"
+def _groups(directories: Sequence[Path]) -> list[Path]:
+    return [path for directory in directories for path in sorted(directory.iterdir()) if path.is_dir()]
 
 
-def _quoted(value: str) -> str:
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return "'" + escaped.replace("${", "\\${") + "'"
+def _options(group: str, directories: Sequence[Path]) -> list[str]:
+    return sorted({path.stem for directory in directories for path in (directory / group).glob("*.yaml")})
 
 
-def _parse(text: str) -> Override:
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        key, sign, value = text.partition("=")
-        hint = f"special characters need quotes, as in \"{key}='{value}'\"" if sign else f"write {key}=<value>"
-        raise UserError(f"cannot read {text!r}: {hint}") from error
-    if not override.key_or_group:
-        raise UserError(f"cannot read {text!r}: write key=value")
-    if override.is_sweep_override():
-        raise UserError(f"{text!r} gives several values: write a list as {override.key_or_group}=[a,b]")
-    if override.key_or_group.split(".")[0] == "hydra":
-        raise UserError(f"{text!r}: Hydra's own settings have no effect here; use --config-dir for more configs")
-    return override
+def _choose(groups: dict[str, str], group: str, name: str, directories: Sequence[Path]) -> None:
+    if group in groups:
+        raise ConfigError("conflict", group, name, f"is not the only {group}: choose one")
+    known = _options(group, directories)
+    if name not in known:
+        import difflib
+
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? There are" if close else "there are"
+        own = "" if len(directories) > 1 else "; your own are found with --config-dir"
+        raise ConfigError("value", group, name, f"a file of configs/{group}: {hint} {', '.join(known)}{own}")
+    groups[group] = name
 
 
-def _refuse_ambiguous_groups(overrides: list[Override], extra_directory: Path | None) -> None:
-    """Hydra takes the last of two choices without a word, and fails on names that look like numbers."""
-    chosen: set[str] = set()
-    for override in overrides:
-        group = override.key_or_group
-        if not _is_group(override, extra_directory) or override.is_delete():
-            continue
-        if group in chosen:
-            raise UserError(f"{group} is given several times: choose one")
-        if not isinstance(override.value(), str | list):
-            known = ", ".join(sorted(group_options(group, _directories(extra_directory))))
-            raise UserError(f"unknown {group} {override.value()!r}: there are {known}")
-        chosen.add(group)
-
-
-def _refuse_hidden_files(directory: Path) -> None:
+def _check_files(directory: Path) -> None:
     """Hydra reads the shipped file of two with one name, so a file of the same name would have no effect."""
     shipped = config_directory()
     for path in sorted(directory.rglob("*.yaml")):
@@ -158,117 +139,238 @@ def _refuse_hidden_files(directory: Path) -> None:
         read_yaml(path)  # aliases that unfold without end are refused before Hydra unfolds them
 
 
-def _refuse_overwritten_containers(verb: str, overrides: list[str], extra_directory: Path | None) -> None:
-    """Hydra lets `training=3` replace everything under `training`; the verb would fail on what is gone."""
-    parsed = [(text, _parse(text)) for text in overrides]
-    values = [override for text, override in parsed if not _is_group(override, extra_directory)]
-    flat = [override for override in values if not override.is_delete() and not isinstance(override.value(), dict)]
-    if not flat:
-        return
-    base = _compose(verb, [text for text, override in parsed if override not in values], extra_directory)
-    for override in flat:
-        old = OmegaConf.select(base, override.key_or_group, throw_on_missing=False)
-        if isinstance(old, DictConfig) and override.value() is not None:
-            inside = ", ".join(f"{override.key_or_group}.{key!s}" for key in old)
-            raise UserError(f"{override.key_or_group} holds several values, not one: set {inside}")
-        if isinstance(old, ListConfig) and isinstance(override.value(), bool | int | float):
-            raise UserError(f"{override.key_or_group} is a list: write {override.key_or_group}=[{override.value()}]")
+def _read_files(command: str, chosen_groups: Sequence[tuple[str, str]], directories: Sequence[Path]) -> dict[str, Any]:
+    groups = dict(chosen_groups)
+    import hydra
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-
-def _is_group(override: Override, extra_directory: Path | None) -> bool:
-    return any((directory / override.key_or_group).is_dir() for directory in _directories(extra_directory))
-
-
-def _directories(extra_directory: Path | None) -> list[Path]:
-    return [config_directory(), *([extra_directory] if extra_directory else [])]
-
-
-def _explain_missing_config(error: MissingConfigException, extra_directory: Path | None) -> str:
-    group, _, name = str(error.missing_cfg_file or "").rpartition("/")
-    if not group:
-        return f"there is no configuration {name!r} in {config_directory()}"
-    known = sorted(group_options(group, _directories(extra_directory)))
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? There are" if close else "there are"
-    own = "" if extra_directory else "; your own are found with --config-dir"
-    return f"unknown {group} {name!r}: {hint} {', '.join(known) or 'none'}{own}"
-
-
-def _explain(error: Exception, verb: str, overrides: list[str], extra_directory: Path | None) -> str:
-    open_group = re.match(r"You must specify '([^']+)'", str(error))
-    if open_group is not None:
-        options = ", ".join(sorted(group_options(open_group[1], _directories(extra_directory))))
-        return f"{open_group[1]} is required: add {open_group[1]}=<name>; there are {options}"
-    match = re.search(r"Could not (?:override|delete(?: from config\.)?) '([^']+)'", str(error))
-    if match is None:
-        return _explain_by_leaving_out(error, verb, overrides, extra_directory)
-    key = match[1].split("@")[0]
-    others = [override for override in overrides if _parse(override).key_or_group != key]
+    content = yaml.safe_load((directories[0] / f"{command}.yaml").read_text("utf-8")) or {}
+    for group in _open_groups(content):
+        if group not in groups:
+            options = ", ".join(_options(group, directories))
+            raise ConfigError("required", group, None, f"add {group}=<name>; there are {options}")
+    search = [f"hydra.searchpath=[{_quoted(f'file://{directory}')}]" for directory in directories[1:]]
+    chosen = [f"{group}={_quoted(name)}" for group, name in groups.items()]
     try:
-        known = _dotted_keys(OmegaConf.to_container(_compose(verb, others, extra_directory)))
-        known += [path.name for path in sorted(config_directory().iterdir()) if path.is_dir()]
-    except HydraException:
-        return f"unknown key {key!r}"
-    if key in known:
-        return f"cannot set {key}: {_first_line(error)}"
-    return f"unknown key {key!r}: {_nearest(key, known)}"
+        with hydra.initialize_config_dir(str(directories[0]), version_base="1.3", job_name=command):
+            composed = hydra.compose(command, overrides=[*chosen, *search])
+    except yaml.YAMLError as error:
+        raise UserError(f"a configuration file is not plain YAML: {' '.join(str(error).split())}") from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"the configuration files do not go together: {_first_line(error)}") from error
+    container = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
 
 
-def _explain_by_leaving_out(error: Exception, verb: str, overrides: list[str], extra_directory: Path | None) -> str:
-    """Name the override without which the configuration composes; the library's own message often names none."""
-    for index, text in enumerate(overrides):
-        try:
-            _compose(verb, overrides[:index] + overrides[index + 1 :], extra_directory)
-        except (HydraException, OmegaConfBaseException, ValueError):
-            continue
-        return _cannot_apply(text, error)
-    groups = [text for text in overrides if _is_group(_parse(text), extra_directory)]
-    for text in overrides:  # several are wrong: the first of them
-        try:
-            _compose(verb, [*(group for group in groups if group != text), text], extra_directory)
-        except (HydraException, OmegaConfBaseException, ValueError) as its_own:
-            return _cannot_apply(text, its_own)
-    return _explain_reference(error)
+_read_shipped_files = cache(_read_files)  # which do not change
 
 
-def _cannot_apply(override: str, error: Exception) -> str:
-    cause = _first_line(error.__cause__ or error)
-    if cause == "list index out of range":
-        cause = "the list has no such place (see --cfg job)"
-    return f"cannot apply {override!r}: {cause}"
+def _open_groups(content: dict[str, Any]) -> list[str]:
+    """Return the groups of a defaults list that have no option."""
+    entries = [entry for entry in content.get("defaults") or [] if isinstance(entry, dict)]
+    pairs = [pair for entry in entries for pair in entry.items()]
+    return [key.removeprefix("override ").lstrip("/").split("@")[0] for key, value in pairs if value == "???"]
 
 
-def _explain_reference(error: Exception) -> str:
-    key = getattr(error, "full_key", None)
-    place = f"{key}: " if key else ""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    return f"{place}{_first_line(cause)}"
+def _join_repeated(schema: type[Section], assignments: list[tuple[str, str, str]]) -> list[tuple[str, str, Any]]:
+    """Join a key that is given several times and takes a list of texts: the shell made that of `{a,b}`."""
+    joined: dict[str, list[str]] = {}
+    for key, sign, text in assignments:
+        hint = find_hint(schema, key)
+        items = [kind for kind in alternatives(hint)[0] if getattr(kind, "__origin__", None) is list] if hint else []
+        if sign != "~" and items and str in alternatives(items[0].__args__[0])[0] and not text.startswith("["):
+            joined.setdefault(key, []).append(text)
+    result: list[tuple[str, str, Any]] = []
+    for key, sign, text in assignments:
+        if len(joined.get(key, ())) < 2 or text.startswith("["):
+            result.append((key, sign, text))
+        elif joined[key] is not None and (key, sign, joined[key]) not in result:
+            result.append((key, sign, joined[key]))
+    return result
 
 
-def _dotted_keys(node: Any, prefix: str = "") -> list[str]:
-    """List every key and list place of plain data, parents first."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    keys = []
-    for key, value in items:
-        keys += [f"{prefix}{key}", *_dotted_keys(value, f"{prefix}{key}.")]
+def find_hint(schema: type[Section], key: str) -> Any:
+    """Return the declared type at a dotted key, None when there is no such key."""
+    hint: Any = schema
+    for part in key.split("."):
+        hint = hint_inside(hint, part)
+        if hint is None:
+            return None
+    return hint
+
+
+def _present_key(schema: type[Section], key: str) -> str:
+    """Return a typed key under its present name; a line names the new one."""
+    hint: Any = schema
+    parts = []
+    for part in key.split("."):
+        section = _section_of(hint) if hint is not None else None
+        parts.append(new_name(section, part) if section else part)
+        hint = hint_inside(hint, parts[-1]) if hint is not None else None
+    if ".".join(parts) != key:
+        print(f"moss_train: {key} is now called {'.'.join(parts)}", file=sys.stderr)
+    return ".".join(parts)
+
+
+def _with_present_names(hint: Any, values: Any, path: str = "") -> Any:
+    """Return the data of YAML files under the present names of its keys; a line names each new one."""
+    if isinstance(values, list):
+        return [_with_present_names(hint_inside(hint, "0"), item, f"{path}{i}.") for i, item in enumerate(values)]
+    section = _section_of(hint) if hint is not None else None
+    if section is None or not isinstance(values, dict):
+        return values
+    result = {}
+    for key, value in values.items():
+        new = new_name(section, key)
+        if new != key:
+            print(f"moss_train: {path}{key} is now called {path}{new}", file=sys.stderr)
+        if new == key or new not in values:
+            result[new] = _with_present_names(hint_inside(hint, new), value, f"{path}{new}.")
+    return result
+
+
+def _assign(
+    schema: type[Section], values: dict[str, Any], key: str, sign: str, text: Any, groups: Sequence[str]
+) -> None:
+    """Set one key of composed data to what was typed."""
+    hint = find_hint(schema, key)
+    if hint is None:
+        raise ConfigError("unknown_key", key, text, _nearest(key, [*dotted_keys(schema, key), *groups]))
+    place, parts = values, key.split(".")
+    for number, part in enumerate(parts[:-1]):
+        place = _step(place, part, ".".join(parts[: number + 1]), parts[number + 1])
+    last: Any = _index(place, parts[-1], key) if isinstance(place, list) else parts[-1]
+    if sign == "~":
+        if isinstance(place, dict) and last not in place:
+            raise ConfigError("unknown_key", key, None, _nearest(key, dotted_keys(schema, key)))
+        del place[last]
+        return
+    value = _escaped(text) if isinstance(text, list) else _read(hint, key, text)
+    if value is not None and not isinstance(value, dict) and _holds_several(hint):
+        inside = ", ".join(f"{key}.{name}" for name in hints_of(_section_of(hint)))
+        raise ConfigError("conflict", key, text, f"holds several values, not one: set {inside}")
+    if isinstance(value, dict):
+        _check_keys(schema, key, value)
+        old = place[last] if isinstance(place, list) else place.get(last)
+        value = _merged(old, value) if isinstance(old, dict) else value
+    place[last] = value
+
+
+def _read(hint: Any, key: str, text: str) -> Any:
+    try:
+        value = read_value(hint, text)
+    except ValueError as error:
+        raise ConfigError("syntax", f"{key}={text}", None, str(error)) from error
+    return _escaped(value)
+
+
+def _escaped(value: Any) -> Any:
+    """Keep `${` of a path that exists from being read as a reference."""
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    path = os.path.expanduser(value) if isinstance(value, str) and "${" in value else ""
+    if path and (os.path.lexists(path) or (os.sep in path and Path(path).parent.is_dir())):
+        return value.replace("${", "\\${")
+    return value
+
+
+def _step(place: Any, part: str, path: str, following: str) -> Any:
+    """Go one key down; what is null becomes a mapping."""
+    if isinstance(place, list):
+        return place[_index(place, part, path)]
+    if place.get(part) is None:
+        if following.isdigit():
+            raise ConfigError("value", f"{path}.{following}", None, "in a list, which is empty here")
+        place[part] = {}
+    if not isinstance(place[part], dict | list):
+        raise ConfigError("conflict", path, place[part], f"has no key {following}")
+    return place[part]
+
+
+def _index(place: list[Any], part: str, path: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        parent = path.rpartition(".")[0]
+        raise ConfigError("unknown_key", path, None, f"{parent} has the entries 0 to {len(place) - 1} (see --cfg job)")
+    return int(part)
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    result = dict(old)
+    for key, value in new.items():
+        before = old.get(key)
+        result[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _check_keys(schema: type[Section], path: str, value: dict[str, Any]) -> None:
+    for key, item in value.items():
+        inside = f"{path}.{key}"
+        if find_hint(schema, inside) is None:
+            raise ConfigError("unknown_key", inside, item, _nearest(inside, dotted_keys(schema, inside)))
+        if isinstance(item, dict):
+            _check_keys(schema, inside, item)
+
+
+def _section_of(hint: Any) -> Any:
+    return next((kind for kind in alternatives(hint)[0] if is_section(kind)), None)
+
+
+def _holds_several(hint: Any) -> bool:
+    """Whether a key holds a section and nothing else."""
+    return all(is_section(kind) or kind is type(None) for kind in alternatives(hint)[0])
+
+
+def dotted_keys(hint: Any, like: str = "", prefix: str = "") -> list[str]:
+    """List every dotted key of a schema, parents first; numbers of list entries are those of the key `like`."""
+    number = next((part for part in like.split(".") if part.isdigit()), "0")
+    keys: list[str] = []
+    for kind in alternatives(hint)[0]:
+        if is_section(kind):
+            for name, inner in hints_of(kind).items():
+                keys += [f"{prefix}{name}", *dotted_keys(inner, like, f"{prefix}{name}.")]
+        elif getattr(kind, "__origin__", None) is list and is_section(_section_of(kind.__args__[0])):
+            keys += [f"{prefix}{number}", *dotted_keys(kind.__args__[0], like, f"{prefix}{number}.")]
     return keys
 
 
 def _nearest(key: str, known: list[str]) -> str:
     """Suggest a sibling of a similar name, the same name elsewhere, a similar key anywhere, or list the siblings."""
+    from difflib import get_close_matches
+
     parent, _, last = key.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     prefix = f"{parent}." if parent else ""
     candidates = [
-        *(prefix + name for name in difflib.get_close_matches(last, siblings, n=1)),
-        *difflib.get_close_matches(key, [name for name in known if name.rpartition(".")[2] == last], n=1, cutoff=0.0),
-        *(difflib.get_close_matches(key, known, n=1, cutoff=0.7) if not siblings else []),
+        *(prefix + name for name in get_close_matches(last, siblings, n=1)),
+        *get_close_matches(key, [name for name in known if name.rpartition(".")[2] == last], n=1, cutoff=0.0),
+        *(get_close_matches(key, known, n=1, cutoff=0.7) if not siblings else []),
     ]
     if candidates:
         return f"did you mean {candidates[0]}?"
     if not siblings and parent:
         return _nearest(parent, known) if parent not in known else f"{parent} has no keys"
     return f"the keys of {parent} are {', '.join(siblings)}" if parent else f"the keys are {', '.join(siblings)}"
+
+
+def _example(key: str) -> str:
+    return f"{key}=<{key.split('.')[-1]}>"
+
+
+def _quoted(value: str) -> str:
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return "'" + escaped.replace("${", "\\${") + "'"
+
+
+def _unresolved(error: Exception) -> UserError:
+    """Return the error of a reference that cannot be resolved, with its key."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    return ConfigError("syntax", str(getattr(error, "full_key", None) or "a reference"), None, _first_line(cause))
 
 
 def _first_line(error: BaseException | None) -> str:

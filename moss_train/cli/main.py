@@ -139,17 +139,17 @@ def _run(arguments: Arguments) -> int:
 
 
 def _run_verb(verb: str, arguments: Arguments) -> int:
-    from moss_train.cli import compose as composition
-    from moss_train.cli.inputs import refuse_missing_inputs
+    from moss_train.cli.compose import compose, parse_config, to_yaml
+    from moss_train.config.inputs import check_inputs
 
-    config = composition.compose(verb, arguments.overrides, arguments.config_directory)
+    values = compose(verb, arguments.overrides, arguments.config_directory)
     if arguments.show_config:
-        print(composition.to_yaml(config), end="")
+        print(to_yaml(values), end="")
         return 0
-    plain = composition.to_plain(config, verb)
-    refuse_missing_inputs(verb, plain)
-    run: Callable[[dict[str, Any]], int | None] = importlib.import_module(f"moss_train.commands.{verb}").run
-    return run(plain) or 0
+    config = parse_config(verb, values)
+    check_inputs(config)
+    run: Callable[[Any], int | None] = importlib.import_module(f"moss_train.commands.{verb}").run
+    return run(config) or 0
 
 
 def _existing_directory(path: Path | None) -> Path | None:

@@ -17,7 +17,7 @@ from moss_train.training.cost.estimate import (
 )
 from moss_train.training.cost.gpu_specs import GPUS
 from moss_train.training.cost.mfu import measured_share
-from moss_train.training.run.fit import build_schedule, measure
+from moss_train.training.run.fit import measure
 from moss_train.training.run.memory_check import GIB
 from moss_train.training.run.warm_start import plan_beginning
 
@@ -40,7 +40,6 @@ def run(config: dict[str, Any]) -> int:
     law = None if config["scaling"] is None else read_scaling_law(config["scaling"])
     machine = Machine(**{key: config[key] for key in MACHINE_KEYS} | {"mfu": share_of_peak(config["mfu"])})
     beginning = plan_beginning(config)
-    build_schedule(beginning.arguments["stages"])
     semantic = beginning.arguments["semantic"]
     arguments = {**beginning.arguments, "semantic": None if semantic is None else spelled_out(semantic)}
     parameters = measure(arguments, config)

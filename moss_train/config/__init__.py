@@ -1,1 +1,1 @@
-"""Configuration: its schema, and the builder of `_target_` nodes."""
+"""Typed configuration: one dataclass per section of every command, built from YAML, command line and Python alike."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moss_train.batch import UpdateBatch
 from moss_train.config.build import build
+from moss_train.config.fit_schema import OptimizersConfig
 from moss_train.discriminators import DiscriminatorSet
 from moss_train.export.load import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel
@@ -55,7 +56,7 @@ class CatModule(lightning.LightningModule):
         semantic: node of the text LM, null for training without text.
         discriminators: nodes of the sub-discriminators; needed when a stage is adversarial.
         objective: arguments of `Objective` beside the sampling rate.
-        optimizers: `OptimizerSettings` of `generator` and `discriminators`.
+        optimizers: `OptimizerConfig` of `generator` and `discriminators`.
         seed: of the initial weights.
         max_skipped_updates: non-finite updates in a row before the run stops.
     """
@@ -73,7 +74,7 @@ class CatModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.optimizer_settings = dict(optimizers or {})
+        self.optimizer_settings = OptimizersConfig.parse(optimizers or {}, "optimizers")
         self.max_skipped_updates = max_skipped_updates
         self.automatic_optimization = False
         self.schedule = Schedule.from_config(stages)
@@ -118,11 +119,9 @@ class CatModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         settings = self.optimizer_settings
-        optimizers: list[torch.optim.Optimizer] = [build_adamw(self.parts(), settings.get("generator", {}))]
+        optimizers: list[torch.optim.Optimizer] = [build_adamw(self.parts(), settings.generator)]
         if self.discriminators is not None:
-            judges = {"discriminators": self.discriminators}
-            defaults = {"betas": (0.8, 0.99), "weight_decay": 0.0}
-            optimizers.append(build_adamw(judges, {**defaults, **settings.get("discriminators", {})}))
+            optimizers.append(build_adamw({"discriminators": self.discriminators}, settings.discriminators))
         self._group_options = [group_options(optimizer) for optimizer in optimizers]
         return optimizers
 

@@ -5,7 +5,7 @@ python recipes/cat_1b6/plan.py > recipes/cat_1b6/README.md
 
 from dataclasses import replace
 
-from moss_train.cli.compose import compose, to_plain
+from moss_train import load_config
 from moss_train.training.cost.estimate import GB, Estimate, Machine, estimate, stepping_seconds
 from moss_train.training.run.fit import measure
 from moss_train.training.run.warm_start import plan_beginning
@@ -76,7 +76,7 @@ rented; `python -m moss_train estimate experiment=cat_1b6 gpus=64` prints the me
 
 def main() -> None:
     """Print the plan."""
-    config = to_plain(compose("fit", ["experiment=cat_1b6", "trainer.reduce_dtype=bf16"]), "fit")
+    config = load_config("fit", ["experiment=cat_1b6", "trainer.reduce_dtype=bf16"])
     beginning = plan_beginning(config)
     parameters = measure(beginning.arguments, config)
     machines = {gpus: Machine("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND) for gpus in GPUS}

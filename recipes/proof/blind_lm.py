@@ -17,12 +17,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moss_train.batch import TASKS, Batch
 from moss_train.config.build import build
+from moss_train.config.fit_schema import GeneratorOptimizerConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config
 from moss_train.semantic import TextLM
 from moss_train.training.callbacks.validation_data import HeldOutClip, load_held_out
-from moss_train.training.run.fit import CONFIG_FILE, build_schedule, open_stream, read_config
+from moss_train.training.run.fit import CONFIG_FILE, open_stream, read_config
 from moss_train.training.step.optimizers import build_adamw, set_learning_rate
+from moss_train.training.step.schedule import Schedule
 from moss_train.utils.files import written_whole
 
 TABLE = "blind.csv"
@@ -57,12 +59,13 @@ def blind_course(
     config: Mapping[str, Any], rate_factor: float, weight_decay: float, every: int
 ) -> Iterator[dict[str, float]]:
     """Scores of an LM every so many updates of a run's configuration, from its seed, and after the last one."""
-    schedule = build_schedule(config["stages"])
+    schedule = Schedule.from_config(config["stages"])
     stream = open_stream(config, tokenizer_config(config["tokenizer"]))
     clips = held_out_texts(config, stream.clip_format)
     torch.manual_seed(config["seed"])
     text_lm: TextLM = build(config["semantic"], path="semantic", latent_dim=1)
-    settings = config["optimizers"]["generator"] | {"weight_decay": weight_decay, "weight_decay_scale": {}}
+    own = config["optimizers"]["generator"] | {"weight_decay": weight_decay, "weight_decay_scale": {}}
+    settings = GeneratorOptimizerConfig.parse(own)
     optimizer = build_adamw({"semantic": text_lm}, settings)
     loader = make_loader(
         stream,

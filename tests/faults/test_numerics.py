@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from moss_train import load_config
 from moss_train.batch import UpdateBatch
-from moss_train.cli.compose import compose, to_plain
 from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config
 from moss_train.training import CatModule
@@ -42,7 +42,7 @@ Damage = Callable[[CatModule, UpdateBatch], UpdateBatch]
 @pytest.fixture(scope="module")
 def config(packed: Path) -> dict[str, Any]:
     """The tiny recipe with both optimizers and longer texts from the first update on."""
-    return to_plain(compose("fit", [*TINY, *EVERYTHING, f"data.train={packed}"]), "fit")
+    return load_config("fit", [*TINY, *EVERYTHING, f"data.train={packed}"])
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from moss_train import load_config
 from moss_train.batch import UpdateBatch
-from moss_train.cli.compose import compose, to_plain
 from moss_train.cli.main import main
 from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config
@@ -93,7 +93,7 @@ def small_config(small_overrides: list[str], tmp_path: Path) -> Callable[..., di
     """Resolved `fit` configuration of the shrunk recipe, with further overrides."""
 
     def make(*overrides: str) -> dict[str, Any]:
-        return to_plain(compose("fit", [*small_overrides, f"run_dir={tmp_path / 'run'}", *overrides]), "fit")
+        return load_config("fit", [*small_overrides, f"run_dir={tmp_path / 'run'}", *overrides])
 
     return make
 
@@ -104,7 +104,7 @@ def finetune_config(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def make(*overrides: str) -> dict[str, Any]:
         given = ["experiment=finetune", "trainer.num_threads=1", f"run_dir={tmp_path / 'run'}", *overrides]
-        return to_plain(compose("fit", given), "fit")
+        return load_config("fit", given)
 
     return make
 

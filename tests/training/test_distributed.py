@@ -73,10 +73,9 @@ def without_text(batch: UpdateBatch) -> UpdateBatch:
 @pytest.fixture(scope="module")
 def update(small_overrides) -> tuple[dict, UpdateBatch]:
     """Module arguments of the small recipe and a real update of several micro-batches, some clips with text."""
-    from moss_train.cli.compose import compose, to_plain
+    from moss_train import load_config
 
-    config = to_plain(compose("fit", [*small_overrides, "run_dir=unused"]), "fit")
-    config["stages"][0]["semantic_warmup_updates"] = 1
+    config = load_config("fit", [*small_overrides, "run_dir=unused", "stages.0.semantic_warmup_updates=1"])
     arguments = module_arguments(config)
     stream = open_stream(config, tokenizer_config(config["tokenizer"]))
     text_encoder = CatModule(**arguments).semantic.text

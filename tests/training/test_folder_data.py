@@ -86,7 +86,7 @@ def test_texts_of_a_manifest_need_a_text_lm_and_clips_without_leave_it_out(init,
     ("arguments", "message"),
     [
         (["data.path=./nowhere"], "data.path=./nowhere does not exist"),
-        (["data.path=.", "data.train=."], "data.path and data.train are both set"),
+        (["data.path=.", "data.train=."], "data.path=. excludes data.train"),
         (["data.path=.", "data.heldout_share=1"], "data.heldout_share=1"),
         (["data.path=."], "has no audio files"),
     ],

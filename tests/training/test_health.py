@@ -1,8 +1,9 @@
 import pytest
 
-from moss_train.training.callbacks.health import HealthLimits, HealthWriter
+from moss_train.config.fit_schema import HealthConfig
+from moss_train.training.callbacks.health import HealthWriter
 
-LIMITS = HealthLimits(window_updates=20, grace_updates=100)
+LIMITS = HealthConfig(window_updates=20, grace_updates=100)
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_a_resumed_run_forgets_the_warnings_of_updates_that_come_again(health, t
 def test_impossible_limits_are_named(change):
     (name,) = change
     with pytest.raises(ValueError, match=f"{name}="):
-        HealthLimits(**change)
+        HealthConfig(**change)
 
 
 def test_a_term_with_a_weight_and_hardly_any_gradient(health):

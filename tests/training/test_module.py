@@ -126,7 +126,7 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone(sma
 
 def test_an_adversarial_stage_needs_discriminators(small_config):
     with pytest.raises(ValueError, match="no discriminators"):
-        CatModule(**module_arguments(small_config("discriminators=[]")))
+        CatModule(**module_arguments(small_config()) | {"discriminators": []})
 
 
 def test_unknown_arguments_name_their_place(small_config):

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moss_train import load_config
 from moss_train.batch import Batch
-from moss_train.cli.compose import compose, to_plain
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.model.quantizer import QuantizerOutput
 from moss_train.training.step.objective import LOSSES, WEIGHTS, Objective, UpdateCounts, weighted_sum
@@ -149,7 +149,7 @@ def test_what_is_no_loss_is_refused_by_its_path(losses, part):
 
 
 def test_the_configuration_shows_the_defaults_of_the_code():
-    config = to_plain(compose("fit", ["experiment=cat_1b6"]), "fit")["objective"]
+    config = load_config("fit", ["experiment=cat_1b6"]).to_plain()["objective"]
     assert config["losses"] == LOSSES
     assert {name: weight or 0.0 for name, weight in config["weights"].items()} == WEIGHTS
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from moss_train.cli.compose import compose, to_plain
+from moss_train import load_config
 from moss_train.discriminators.base import Discriminator
 from moss_train.export.load import tokenizer_config
 from moss_train.model.quantizer import LFQ
@@ -47,9 +47,9 @@ def cuda_autocast(device_type: str, dtype: Any = None, enabled: bool = True, **_
 
 def shallow_module(name: str) -> CatModule:
     """The module of an experiment in its own widths, with one layer per stage and LM."""
-    config = to_plain(compose("fit", [f"experiment={name}"]), "fit")
+    config = load_config("fit", [f"experiment={name}"]).to_plain()
     if config["tokenizer"].get("stages") is None:  # as in the model that it goes on from
-        config["tokenizer"] = to_plain(compose("fit", ["experiment=cat_tiny"]), "fit")["tokenizer"]
+        config["tokenizer"] = load_config("fit", ["experiment=cat_tiny"]).to_plain()["tokenizer"]
     for stage in config["tokenizer"]["stages"]:
         stage["num_layers"] = 1
     if config["semantic"] is not None:

@@ -15,8 +15,8 @@ from moss_train.training import CatModule
 from moss_train.training.callbacks.metrics import metric_columns
 from moss_train.training.loggers.csv import column, read_table
 from moss_train.training.run import memory_check as resource_room
-from moss_train.training.run.fit import differences, fit, with_added_keys
-from moss_train.training.step.objective import LOSSES, Objective
+from moss_train.training.run.fit import differences, fit
+from moss_train.training.step.objective import Objective
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 from moss_train.utils.errors import UserError
 
@@ -136,32 +136,10 @@ def test_a_machine_that_is_too_small_is_told_so_before_anything_is_written(packe
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train=[]", "data.train is empty"),
         ("tokenizer.stages.0.d_model=33", "tokenizer: d_model 33 must be an even multiple"),
         ("tokenizer.sampling_rate=16000", "24000"),
-        ("stages.0.updates=-1", "updates must be a whole number"),
-        ("+stages.0.learn_rate=1", "learn_rate"),
-        ("tokenizer=null", "choose an experiment"),
         ("semantic.config=null", "either config"),
-        ("objective.weights.semantics=1", "semantics"),
-        ("checkpoint.keep=1", "at least 2"),
-        ("trainer.accelerator=tpu", "not one of auto, cpu, cuda"),
-        ("stop_at_update=1.5", "stop_at_update=1.5 has to be a whole number, at least 0"),
-        ("checkpoint.every_updates=often", "checkpoint.every_updates=often has to be a whole number, at least 1"),
-        ("checkpoint.archive_every_updates=0", "archive_every_updates=0 has to be a whole number, at least 1"),
-        (
-            "checkpoint.archive_every_updates=3",
-            "archive_every_updates=3 must be a multiple of checkpoint.every_updates=2",
-        ),
-        ("data.num_workers=-1", "data.num_workers=-1 has to be a whole number, at least 0"),
-        ("seed=99999999999999999999", "seed=99999999999999999999 has to be a whole number"),
-        ("trainer.num_threads=0", "trainer.num_threads=0 has to be a whole number, at least 1"),
-        ("data.micro_batch_seconds=nan", "data.micro_batch_seconds=nan has to be a number above 0"),
-        ("trainer.timeout_seconds=-1", "trainer.timeout_seconds=-1 has to be a number above 0"),
-        ("data.gain_db=[1]", "data.gain_db=[1] has to be [lowest, highest], or null"),
-        ("stages.0.batch_seconds=inf", "batch_seconds must be"),
-        ("trainer.devices=0", "trainer.devices=0 must be auto or a whole number from 1"),
-        ("trainer.precision=16-mixed", "not one of 32-true, bf16-mixed"),
+        ("stop_at_update=1.5", "stop_at_update=1.5 has to be a whole number at least 0, or null"),
     ],
 )
 def test_impossible_configurations_are_one_line_and_leave_nothing(small_overrides, tmp_path, capsys, override, message):
@@ -171,23 +149,6 @@ def test_impossible_configurations_are_one_line_and_leave_nothing(small_override
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(run.glob("checkpoints"))
-
-
-def test_a_run_that_began_before_a_key_existed_is_unchanged():
-    old = {"objective": {"crop_seconds": 1.0, "weights": {"feature": 2.0}}}
-    found = with_added_keys(old)
-    assert found["objective"]["feature_reduction"] == "relative_mean"
-    assert found["objective"]["weights"] == {
-        "feature": 2.0,
-        "complex_stft": 0.0,
-        "waveform": 0.0,
-        "relative_error": 0.0,
-    }
-    assert found["objective"]["losses"] == LOSSES
-    assert old == {"objective": {"crop_seconds": 1.0, "weights": {"feature": 2.0}}}
-    assert with_added_keys({"objective": {"feature_reduction": "absolute_sum"}})["objective"]["feature_reduction"] == (
-        "absolute_sum"
-    )
 
 
 def test_differences_name_every_leaf():

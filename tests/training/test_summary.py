@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.cli.compose import compose, to_plain
+from moss_train import load_config
 from moss_train.training.callbacks.summary import codebook_lines, follow, panels, validation_table
 from moss_train.training.loggers.csv import read_table
 from moss_train.training.loggers.progress import clock
@@ -63,7 +63,7 @@ def test_samples_of_skipped_updates_are_written_down(small_overrides, tmp_path, 
     """A learning rate that breaks the weights: the updates after it are not finite, and the run stops."""
     overrides = [*small_overrides, f"run_dir={tmp_path}", "stages.0.learning_rate=1e30", "stages.0.warmup_updates=0"]
     with pytest.raises(FloatingPointError, match="3 in a row"):
-        fit(to_plain(compose("fit", overrides), "fit"))
+        fit(load_config("fit", overrides))
     assert capsys.readouterr().err.count("training: 3/8 updates in ") == 1  # the bar has been closed
     entries = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [entry["update"] for entry in entries] == [2, 3, 4]

@@ -6,43 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moss_train.config.fit_schema import HealthConfig
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.loggers.base import Row, Writer
 from moss_train.utils.files import written_whole
-
-
-@dataclass(frozen=True)
-class HealthLimits:
-    """What counts as a sign of trouble. Warnings need it to last `window_updates`, so that no single update alarms.
-
-    Attributes:
-        window_updates: updates that are looked at together.
-        grace_updates: at the start of a run, in which codebooks are not judged.
-        min_codebook_use: perplexity of a level over the size of its codebook.
-        max_discriminator_margin: mean verdict on real minus that on generated audio; 1 is a perfect discriminator.
-        min_discriminator_margin: and 0 one that has learned nothing.
-        min_gradient_share: of a term that has a weight, of the gradient at the decoder's output.
-        max_gradient_growth: median gradient norm of the last quarter of the window over that of the rest.
-        max_data_wait: share of the time that is spent waiting for data.
-        max_checkpoint_time: share of the time that is spent writing checkpoints.
-    """
-
-    window_updates: int = 200
-    grace_updates: int = 1000
-    min_codebook_use: float = 0.02
-    max_discriminator_margin: float = 0.95
-    min_discriminator_margin: float = 0.02
-    min_gradient_share: float = 0.01
-    max_gradient_growth: float = 10.0
-    max_data_wait: float = 0.25
-    max_checkpoint_time: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 10 if name == "window_updates" else 0
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-                raise ValueError(f"{name}={value} has to be a number from {least}")
-
 
 SHARE = "gradient_share/"
 MEASURED_SHARES = 5  # in a row that are looked at together
@@ -85,7 +52,7 @@ class HealthWriter(Writer):
         codebook_size: codes per level.
     """
 
-    def __init__(self, directory: Path, limits: HealthLimits, codebook_size: int) -> None:
+    def __init__(self, directory: Path, limits: HealthConfig, codebook_size: int) -> None:
         self.path = directory / "warnings.txt"
         self.limits = limits
         self.codebook_size = codebook_size

@@ -1,6 +1,6 @@
 """One run: configuration in, run directory out; the same call again resumes it exactly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,9 @@ import yaml
 from lightning.pytorch import Trainer
 
 from moss_train.config.build import build
+from moss_train.config.fit_schema import FitConfig
+from moss_train.config.inputs import check_inputs
+from moss_train.config.section import known_keys, to_plain
 from moss_train.data.stream.loader import check_longest, make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.training.callbacks import build as observers
@@ -29,14 +32,12 @@ from moss_train.training.run.trainer import (
 from moss_train.training.run.warm_start import (
     Beginning,
     initialize,
-    plain,
     plan_beginning,
     print_reports,
     store_record,
     without_text,
 )
-from moss_train.training.settings import check_numbers
-from moss_train.training.step.objective import LOSSES, Objective
+from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.checkpoint import list_checkpoints, resume_checkpoint
 from moss_train.utils.errors import UserError
@@ -50,12 +51,6 @@ PATIENCE_SECONDS = 10.0  # for processes of a killed run that have not noticed y
 LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
 # What may differ between the parts of one run: it does not change what is learned.
 FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
-# Keys that older runs do not have, and what they meant without.
-ADDED_KEYS: dict[str, dict[str, Any]] = {
-    "data": {"max_text_tokens": 2048},  # without: none was too long, and some ended the run
-    "objective": {"adversarial_reduction": "mean", "feature_reduction": "relative_mean", "losses": LOSSES},
-    "objective.weights": {"complex_stft": 0.0, "waveform": 0.0, "relative_error": 0.0},
-}
 FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
 
 
@@ -69,18 +64,22 @@ class RunResult:
     rank: int = 0
 
 
-def fit(config: Node) -> RunResult:
-    """Train, or go on training, the run that a resolved `fit` configuration describes.
+def fit(config: FitConfig | Node) -> RunResult:
+    """Train, or go on training, the run that a `fit` configuration describes.
+
+    Args:
+        config: of `moss_train.load_config("fit", [...])`; plain data is checked in the same way.
 
     Raises:
         UserError: what the user has to change; nothing has been allocated or written then.
     """
-    check_numbers(config)
+    config = config if isinstance(config, FitConfig) else FitConfig.parse(config)
+    check_inputs(config)
     directory = Path(config["run_dir"])
     if list_checkpoints(directory / "checkpoints"):
         refuse_changes(config, directory)
     beginning = plan_beginning(config, directory)
-    schedule = build_schedule(beginning.arguments["stages"])
+    schedule = Schedule.from_config(beginning.arguments["stages"])
     accelerator = choose_accelerator(config["trainer"]["accelerator"])
     filled = with_packed_folder(config, beginning.tokenizer_config, directory)
     stream = open_stream(filled, beginning.tokenizer_config)
@@ -108,7 +107,7 @@ def fit(config: Node) -> RunResult:
     return RunResult(directory, update, schedule.updates, trainer.global_rank)
 
 
-def find_start(config: Node, directory: Path, trainer: Trainer) -> Path | None:
+def find_start(config: FitConfig, directory: Path, trainer: Trainer) -> Path | None:
     """The newest sound checkpoint, None for a new run. Rank 0 looks, before it starts the others; all of them learn."""
     checkpoint = None
     if trainer.is_global_zero:
@@ -160,14 +159,6 @@ def train(
     return module.update
 
 
-def build_schedule(stages: Sequence[Node]) -> Schedule:
-    """The stages, with errors that name the configuration path."""
-    try:
-        return Schedule.from_config(stages)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"stages: {error}") from error
-
-
 def measure(arguments: dict[str, Any], config: Node) -> StateSize:
     """Count a run's parameters on the meta device, where nothing is allocated, and try its other options there."""
     semantic = arguments["semantic"]
@@ -201,9 +192,8 @@ def open_stream(config: Node, tokenizer: Any) -> AudioStream:
         loudness_lufs=data["loudness_lufs"],
         gain_db=None if data["gain_db"] is None else tuple(data["gain_db"]),
     )
-    sources = [data["train"]] if isinstance(data["train"], str) else data["train"]
     stream = AudioStream(
-        sources,
+        data["train"],
         clip_format,
         crop_seconds=data["crop_seconds"],
         max_seconds=data["max_seconds"],
@@ -215,7 +205,7 @@ def open_stream(config: Node, tokenizer: Any) -> AudioStream:
     return stream
 
 
-def store_config(config: Node, directory: Path, is_new: bool) -> None:
+def store_config(config: FitConfig, directory: Path, is_new: bool) -> None:
     """Write the resolved configuration, or compare it with the one that the run was started with.
 
     Raises:
@@ -224,15 +214,16 @@ def store_config(config: Node, directory: Path, is_new: bool) -> None:
     if not is_new:
         refuse_changes(config, directory)
     with written_whole(directory / CONFIG_FILE) as temporary:
-        temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
 
 
-def refuse_changes(config: Node, directory: Path) -> None:
+def refuse_changes(config: FitConfig, directory: Path) -> None:
     """Raise UserError when a run began with another configuration, unless `allow_changes` is set."""
     path = directory / CONFIG_FILE
     if config["allow_changes"] or not path.exists():
         return
-    changes = differences(governing(with_added_keys(read_config(path))), governing(config))
+    begun = FitConfig.parse(known_keys(FitConfig, read_config(path)))
+    changes = differences(governing(begun.to_plain()), governing(config.to_plain()))
     if changes:
         raise UserError(
             f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
@@ -249,18 +240,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         raise UserError(f"{path} is not the configuration of a run; restore it, or remove it")
     return config
-
-
-def with_added_keys(config: Node, added: Mapping[str, Node] = ADDED_KEYS) -> dict[str, Any]:
-    """Return the configuration of an older run with the keys that have come since, at the values it ran with."""
-    found = dict(config)
-    for path, values in added.items():
-        place = found
-        for key in path.split("."):
-            place[key] = dict(place.get(key) or {})
-            place = place[key]
-        place |= {name: value for name, value in values.items() if name not in place}
-    return found
 
 
 def governing(config: Node) -> dict[str, Any]:

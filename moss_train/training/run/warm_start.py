@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moss_train.config.section import to_plain
 from moss_train.export.load import NETWORKS, ModelSource, open_source, tokenizer_config
 from moss_train.training.module import CatModule
 from moss_train.training.run.resize_model import WeightReport, changed_config, resampled_projections, take_weights
@@ -101,8 +102,6 @@ def restored_networks(config: Node, source: ModelSource) -> tuple[dict[str, Any]
     What is configured as null or [] stays away. The rest comes with `init` when it has it and `restore` names it, and
     is built as configured otherwise. A text LM that neither learns nor teaches is left out with a warning.
     """
-    if unknown := set(config["restore"]) - set(NETWORKS):
-        raise UserError(f"restore={list(config['restore'])} has {sorted(unknown)}, not of {', '.join(NETWORKS)}")
     networks = configured_networks(config)
     if networks["semantic"] and not semantic_has_effect(config):
         networks["semantic"] = None
@@ -137,7 +136,7 @@ def without_text(beginning: Beginning) -> Beginning:
 
 def semantic_has_effect(config: Node) -> bool:
     """Whether, in some stage, the text LM learns or something learns from it."""
-    parts = [stage.get("train", config["train"]) for stage in config["stages"]]
+    parts = [stage["train"] or config["train"] for stage in config["stages"]]
     return any({"encoder", "quantizer", "semantic"} & set(names) for names in parts)
 
 
@@ -147,7 +146,7 @@ def complete_arguments(
     """Arguments of `CatModule`: the architecture, and the rest as configured."""
     channels = tokenizer_config(tokenizer).number_channels
     judges = [with_channels(node, channels) for node in networks["discriminators"] or ()]
-    return {
+    arguments = {
         "tokenizer": tokenizer,
         "semantic": networks["semantic"],
         "discriminators": judges,
@@ -155,6 +154,7 @@ def complete_arguments(
         "objective": objective_for(config["objective"], channels),
         **{name: config[name] for name in PLAIN_ARGUMENTS},
     }
+    return to_plain(arguments)
 
 
 def objective_for(node: Node, channels: int) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def stages_for(config: Node, fresh: Sequence[str]) -> list[dict[str, Any]]:
     Networks that `init` does not bring get a head start of `fresh_warmup_updates`, in which they learn without being
     listened to: discriminators in the first adversarial stage, the LM in the first of all.
     """
-    stages = [{"train": config["train"], **stage} for stage in config["stages"]]
+    stages = [{**stage, "train": stage["train"] or config["train"]} for stage in config["stages"]]
     judging = [stage for stage in stages if stage.get("adversarial")]
     starts = {"discriminators": judging[:1], "semantic": stages[:1]}
     keys = {"discriminators": "discriminator_warmup_updates", "semantic": "semantic_warmup_updates"}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moss_train.batch import Batch
+from moss_train.config import fit_schema
 from moss_train.config.build import build, resolve_target
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.losses import AdversarialLoss, AudioLoss, QuantizerLoss
@@ -22,31 +23,8 @@ from moss_train.training.step.balance import GradientBalancer
 from moss_train.training.step.schedule import Stage, StageMoment
 
 SEMANTIC = "semantic"
-WEIGHTS = {
-    "semantic": 20.0,
-    "reconstruction": 15.0,
-    "commitment": 0.25,
-    "codebook": 1.0,
-    "adversarial": 1.0,
-    "feature": 2.0,
-    "mid_side": 0.0,
-    "complex_stft": 0.0,
-    "waveform": 0.0,
-    "relative_error": 0.0,
-}
-"""The published weights; what is not published is off. `configs/fit.yaml` shows them to users."""
-LOSSES: dict[str, dict[str, Any]] = {
-    "reconstruction": {"_target_": "moss_train.losses.MultiScaleMelLoss"},
-    "commitment": {"_target_": "moss_train.losses.CommitmentLoss"},
-    "codebook": {"_target_": "moss_train.losses.CodebookLoss"},
-    "adversarial": {"_target_": "moss_train.losses.LeastSquaresLoss"},
-    "feature": {"_target_": "moss_train.losses.FeatureMatchingLoss"},
-    "mid_side": {"_target_": "moss_train.losses.MidSideLoss"},
-    "complex_stft": {"_target_": "moss_train.losses.ComplexSTFTLoss"},
-    "waveform": {"_target_": "moss_train.losses.WaveformLoss"},
-    "relative_error": {"_target_": "moss_train.losses.RelativeSquaredErrorLoss"},
-}
-"""The losses that always have a name; `objective.losses` changes their arguments, replaces them or adds others."""
+WEIGHTS = {name: weight or 0.0 for name, weight in fit_schema.WEIGHTS.items()}
+LOSSES = fit_schema.LOSSES
 
 
 @dataclass(frozen=True)

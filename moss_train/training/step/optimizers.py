@@ -1,31 +1,14 @@
 """Optimizers and what happens between gradients and an update."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moss_train.config.fit_schema import GeneratorOptimizerConfig, OptimizerConfig
 from moss_train.model.transformer import LayerScale
 from moss_train.training.distributed.fsdp import local_part
-from moss_train.training.step.schedule import PARTS
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW and clipping of one side (arXiv 1711.05101); the learning rate belongs to the stage.
-
-    `learning_rate_scale` multiplies it for some parts, as in {quantizer: 2.0}; `weight_decay_scale` does the same to
-    the weight decay, for a text LM can need far more than a tokenizer stands.
-    """
-
-    betas: Sequence[float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    learning_rate_scale: Mapping[str, float] = field(default_factory=dict)
-    weight_decay_scale: Mapping[str, float] = field(default_factory=dict)
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -46,28 +29,23 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     ]
 
 
-def build_adamw(parts: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> torch.optim.AdamW:
-    """AdamW over named parts, two groups for each (see `parameter_groups`), with its own rate and decay.
+def build_adamw(parts: Mapping[str, nn.Module], settings: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over named parts (arXiv 1711.05101), two groups for each (see `parameter_groups`).
 
-    Raises:
-        ValueError: a factor for a part that does not exist, or one that is not above 0 (of the decay: below 0).
+    Of the generator each part has its own rate and decay, for a text LM can need far more than a tokenizer stands.
     """
-    chosen = OptimizerSettings(**settings)
-    for name in ("learning_rate_scale", "weight_decay_scale"):
-        if unknown := set(getattr(chosen, name)) - {*parts, *PARTS}:
-            raise ValueError(f"{name}: unknown part {sorted(unknown)}, not of {PARTS}")
-    if any(not scale > 0 for scale in chosen.learning_rate_scale.values()):
-        raise ValueError(f"learning_rate_scale={dict(chosen.learning_rate_scale)} has to be above 0")
-    if any(not scale >= 0 for scale in chosen.weight_decay_scale.values()):
-        raise ValueError(f"weight_decay_scale={dict(chosen.weight_decay_scale)} has to be 0 or more")
+    rates: Mapping[str, float] = {}
+    decays: Mapping[str, float] = {}
+    if isinstance(settings, GeneratorOptimizerConfig):
+        rates, decays = settings.learning_rate_scale, settings.weight_decay_scale
     groups = [
-        {**group, "scale": chosen.learning_rate_scale.get(name, 1.0)}
+        {**group, "scale": rates.get(name, 1.0)}
         for name, part in parts.items()
-        for group in parameter_groups([part], chosen.weight_decay * chosen.weight_decay_scale.get(name, 1.0))
+        for group in parameter_groups([part], settings.weight_decay * decays.get(name, 1.0))
     ]
     on_cuda = any(p.is_cuda for group in groups for p in group["params"])
-    first, second = chosen.betas
-    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=chosen.eps, fused=on_cuda or None)
+    first, second = settings.betas
+    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=settings.eps, fused=on_cuda or None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -2,78 +2,26 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
+
+from moss_train.config.fit_schema import StageConfig
+from moss_train.utils.errors import ConfigError
 
 PARTS = ("encoder", "quantizer", "decoder", "semantic")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stretch of the training.
-
-    Attributes:
-        name: for logs.
-        updates: generator updates in this stage.
-        batch_seconds: audio per update over all ranks, in seconds.
-        adversarial: whether discriminators are trained and judge the generator.
-        learning_rate, final_learning_rate: of the generator side, peak and end.
-        discriminator_learning_rate: peak; it follows the same curve.
-        warmup_updates: linear warm-up at the start of the stage.
-        discriminator_warmup_updates: the discriminators' head start, in which they do not yet judge the generator.
-        adversarial_ramp_updates: after it, over which the weights of the adversarial terms rise from 0.
-        semantic_warmup_updates: the text LM's head start, in which it does not yet teach the tokenizer.
-        discriminator_every: the discriminators learn in every n-th update; they judge the generator in all of them.
-        schedule: after the warm-up a cosine to the final rate, or "wsd": the peak, then a decay at the end.
-        decay_share: of the stage's updates, the length of that decay.
-        train: parts that learn, of PARTS.
-        weights: loss weights that differ in this stage.
-        quantize: false trains with the continuous latent; the levels are fitted to data before the next stage.
+class Stage(StageConfig):
+    """One stretch of the training, with all of its parts named; see `StageConfig` for its fields.
 
     Raises:
-        ValueError: a value that cannot work, by name.
+        ConfigError: a value that cannot work, by name.
     """
 
-    name: str
-    updates: int
-    batch_seconds: float
-    adversarial: bool = False
-    learning_rate: float = 1e-4
-    final_learning_rate: float = 1e-5
-    discriminator_learning_rate: float = 1e-4
-    warmup_updates: int = 2000
-    discriminator_warmup_updates: int = 0
-    adversarial_ramp_updates: int = 0
-    semantic_warmup_updates: int = 0
-    discriminator_every: int = 1
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    decay_share: float = 0.2
-    train: Sequence[str] = PARTS
-    weights: Mapping[str, float] = field(default_factory=dict)
-    quantize: bool = True
-
     def __post_init__(self) -> None:
-        positive = ("batch_seconds", "learning_rate", "discriminator_learning_rate")
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"stage {self.name}: {name} must be above 0 and finite, got {getattr(self, name)}")
-        starts = ("warmup_updates", "discriminator_warmup_updates", "semantic_warmup_updates")
-        counts = ("updates", *starts, "adversarial_ramp_updates")
-        for name, least in (*((name, 0) for name in counts), ("discriminator_every", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"stage {self.name}: {name} must be a whole number from {least}, got {value}")
-        if not isinstance(self.quantize, bool):
-            raise ValueError(f"stage {self.name}: quantize must be true or false, got {self.quantize!r}")
-        if self.schedule not in ("cosine", "wsd"):
-            raise ValueError(f"stage {self.name}: schedule must be cosine or wsd, got {self.schedule!r}")
-        if not 0 < self.decay_share <= 1:
-            raise ValueError(f"stage {self.name}: decay_share must be above 0 and at most 1, got {self.decay_share}")
-        if unknown := set(self.train) - set(PARTS):
-            raise ValueError(f"stage {self.name}: train={list(self.train)} has {sorted(unknown)}, not of {PARTS}")
-        if not set(self.train) & {"encoder", "quantizer", "decoder"}:
-            raise ValueError(f"stage {self.name}: train={list(self.train)} leaves nothing of the tokenizer to learn")
+        super().__post_init__()
+        object.__setattr__(self, "train", list(PARTS) if self.train is None else self.train)
 
     def rate_factor(self, update: int) -> float:
         """Learning rate of an update of this stage (from 0) as a share of the peak.
@@ -128,10 +76,10 @@ class Schedule:
 
     @classmethod
     def from_config(cls, stages: Sequence[Mapping[str, Any]]) -> "Schedule":
-        """Build from plain mappings; ValueError for an empty list, TypeError for an unknown key."""
+        """Build from plain mappings. Raises ConfigError for an empty list, an unknown key or a wrong value."""
         if not stages:
-            raise ValueError("stages is empty: a run needs at least one")
-        return cls(tuple(Stage(**stage) for stage in stages))
+            raise ConfigError("required", "stages", None, "a run needs one or more")
+        return cls(tuple(Stage.parse(stage, f"stages.{number}") for number, stage in enumerate(stages)))
 
     @property
     def updates(self) -> int:

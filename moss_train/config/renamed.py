@@ -1,0 +1,21 @@
+"""Keys that have another name now: the old one is still read, from YAML, command line, runs and checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED: dict[str, dict[str, str]] = {}
+"""By the name of the section's class: old key -> new key."""
+
+
+def new_name(section: type, key: str) -> str:
+    """Return the present name of a section's key."""
+    return next((RENAMED[base.__name__][key] for base in section.__mro__ if key in RENAMED.get(base.__name__, ())), key)
+
+
+def rename_keys(section: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of a section under their present names; of two names for one key the new one counts."""
+    names = {key: new_name(section, key) for key in values}
+    if all(old == new for old, new in names.items()):
+        return values
+    renamed = {new: values[old] for old, new in names.items() if old != new}
+    return renamed | {key: value for key, value in values.items() if names[key] == key}

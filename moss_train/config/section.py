@@ -1,0 +1,297 @@
+"""The base of all configuration sections: a frozen dataclass that checks types and ranges when it is built.
+
+YAML, command line, checkpoints and Python build the same classes, so a value is checked in one place. A field is
+declared once, with its type, its range and its default:
+
+    class CheckpointConfig(Section):
+        every_updates: Count = 1000
+        keep: Annotated[int, at_least(2)] = 2
+"""
+
+import math
+import os
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, dataclass_transform, get_args, get_origin
+
+from moss_train.config.renamed import rename_keys
+from moss_train.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on a value, beside its type, in the words of an error: "has to be <expected>"."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Mark the keys of a free mapping whose values are text even if they look like numbers."""
+
+    keys: tuple[str, ...]
+
+
+def at_least(least: float) -> Rule:
+    """Return the rule of a number with a least value."""
+    return Rule(f"at least {least}", lambda value: least <= value < 2**63)
+
+
+def within(least: float, most: float) -> Rule:
+    """Return the rule of a number in a closed range."""
+    return Rule(f"from {least} to {most}", lambda value: least <= value <= most)
+
+
+Count = Annotated[int, at_least(1)]
+NonNegative = Annotated[int, at_least(0)]
+Positive = Annotated[float, Rule("above 0", lambda value: 0 < value < math.inf)]
+NonNegativeFloat = Annotated[float, Rule("at least 0", lambda value: 0 <= value < math.inf)]
+Fraction = Annotated[float, within(0, 1)]
+PathText = Annotated[str, "path"]
+"""A path: a leading ~ is the home folder."""
+
+
+@dataclass_transform(frozen_default=True)
+class Section(Mapping[str, Any]):
+    """A part of a configuration; subclasses are frozen dataclasses without further ado.
+
+    Its fields can be read like those of a mapping too, so that a section turns into plain data where data is stored.
+
+    Raises:
+        ConfigError: the first value that has the wrong type or is out of range, with its path from this section.
+    """
+
+    omits_null: ClassVar[bool] = False
+    """Whether plain data leaves out what is null."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        for name, hint in hints_of(type(self)).items():
+            object.__setattr__(self, name, convert(hint, getattr(self, name), name))
+        self.check()
+
+    def check(self) -> None:
+        """Check what concerns several fields; types and ranges of each are right by now."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Return a section as it is, and plain data as a section."""
+        return values if isinstance(values, cls) else cls.parse(values)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], path: str = "") -> Self:
+        """Build the section from plain data, its sections inside too.
+
+        Args:
+            values: by key; what is left out gets the default. Renamed keys are read.
+            path: place of the section, for errors.
+
+        Raises:
+            ConfigError: an unknown key, a required one that is missing, a wrong value.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError("type", path, values, "a mapping of keys to values")
+        values = rename_keys(cls, values)
+        known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise ConfigError(
+                    "unknown_key", f"{path}.{key}" if path else str(key), values[key], nearest(key, known)
+                )
+        missing = [name for name, field in known.items() if is_required(field) and name not in values]
+        if missing:
+            where = f"{path}.{missing[0]}" if path else missing[0]
+            raise ConfigError("required", where, None, f"add {where}=<{missing[0]}>")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise (error.within(path) if path else error) from None
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return dicts, lists and scalars, as a checkpoint stores them."""
+        return {name: to_plain(value) for name, value in self.items()}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in set(self):
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        names = hints_of(type(self))
+        return (name for name in names if not self.omits_null or getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def to_plain(value: Any) -> Any:
+    """Return a value of a section as dicts, lists and scalars."""
+    if isinstance(value, Section):
+        return value.to_plain()
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def known_keys(hint: Any, values: Any) -> Any:
+    """Return stored data without the keys that a schema does not have (any more), under their present names."""
+    if isinstance(values, list):
+        return [known_keys(_item_of(hint), item) for item in values]
+    section = next((kind for kind in alternatives(hint)[0] if is_section(kind)), None)
+    if section is None or not isinstance(values, Mapping):
+        return values
+    hints = hints_of(section)
+    return {key: known_keys(hints[key], item) for key, item in rename_keys(section, values).items() if key in hints}
+
+
+def _item_of(hint: Any) -> Any:
+    return next((get_args(kind)[0] for kind in alternatives(hint)[0] if get_origin(kind) is list), Any)
+
+
+@cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Return the declared types of a section's fields, in their order, with their rules."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def is_required(field: "Field[Any]") -> bool:
+    """Whether a field has no default."""
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def nearest(key: str, known: Any) -> str:
+    """Return the hint for an unknown key: the similar one, or all there are."""
+    import difflib
+
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(str(key), names, n=1)
+    return f"did you mean {close[0]}?" if close else f"the keys are {', '.join(names)}"
+
+
+def alternatives(hint: Any) -> tuple[list[Any], list[Rule]]:
+    """Split a declared type into the types a value may have, without rules, and the rules for all of them."""
+    if get_origin(hint) is Annotated:
+        inner, *extras = get_args(hint)
+        kinds, rules = alternatives(inner)
+        return kinds, [*rules, *(extra for extra in extras if isinstance(extra, Rule))]
+    if get_origin(hint) in (Union, types.UnionType):
+        return [kind for part in get_args(hint) for kind in alternatives(part)[0]], []
+    return [hint], []
+
+
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """Return a value as its declared type. Raises ConfigError with the path when it is of another, or out of range."""
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin is Annotated:
+        inner, *extras = get_args(hint)
+        value = convert(inner, value, path)
+        if "path" in extras and value.startswith("~"):
+            value = os.path.expanduser(value)
+        for rule in extras:
+            if isinstance(rule, Rule) and value is not None and not rule.holds(value):
+                raise ConfigError("value", path, value, _describe(hint))
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(hint, value, path)
+    if origin is list:
+        return _convert_list(get_args(hint)[0], value, path)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError("type", path, value, "a mapping of keys to values")
+        return {str(key): convert(get_args(hint)[1], item, f"{path}.{key}") for key, item in value.items()}
+    if is_section(hint):
+        return value if isinstance(value, hint) else hint.parse(_as_mapping(value, hint, path), path)
+    return _convert_scalar(hint, value, path)
+
+
+def is_section(hint: Any) -> bool:
+    """Whether a declared type is a section."""
+    return isinstance(hint, type) and is_dataclass(hint) and issubclass(hint, Section)
+
+
+def _as_mapping(value: Any, section: type[Section], path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        inside = ", ".join(f"{path}.{name}" for name in hints_of(section))
+        raise ConfigError("conflict", path, value, f"holds several values, not one: set {inside}")
+    return value
+
+
+def _convert_union(hint: Any, value: Any, path: str) -> Any:
+    parts = get_args(hint)
+    if value is None and type(None) in parts:
+        return None
+    others = [part for part in parts if part is not type(None)]
+    errors = []
+    for part in others:
+        try:
+            return convert(part, value, path)
+        except ConfigError as error:
+            errors.append(error)
+    deep = [error for error in errors if error.path != path or error.kind == "conflict"]
+    if len(others) == 1 or deep:
+        raise deep[0] if deep else ConfigError(errors[0].kind, path, value, _describe(hint))
+    raise ConfigError("value", path, value, _describe(hint))
+
+
+def _convert_list(item: Any, value: Any, path: str) -> list[Any]:
+    if isinstance(value, str | os.PathLike) and str in alternatives(item)[0]:
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ConfigError("type", path, value, f"a list: write {path}=[{value}]")
+    return [convert(item, part, f"{path}.{index}") for index, part in enumerate(value)]
+
+
+def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value in get_args(hint) and type(value) in {type(option) for option in get_args(hint)}:
+            return value
+        raise ConfigError("value", path, value, _describe(hint))
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    is_number = hint is not float or (isinstance(value, float) and not math.isnan(value))
+    if isinstance(value, hint) and is_number and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError("type", path, value, _describe(hint))
+
+
+def _describe(hint: Any) -> str:
+    """Say in words which values a declared type takes."""
+    kinds, rules = alternatives(hint)
+    words = []
+    for kind in kinds:
+        if kind is type(None):
+            continue
+        if get_origin(kind) is Literal:
+            options = ", ".join(map(str, get_args(kind)))
+            words.append(options if len(get_args(kind)) == 1 else f"one of {options}")
+        else:
+            origin = get_origin(kind) or kind
+            words.append(_WORDS.get(origin, "a mapping of keys to values"))
+    text = " or ".join(dict.fromkeys(words))
+    rules = rules or [rule for part in get_args(hint) for rule in alternatives(part)[1]]
+    text += "".join(f" {rule.expected}" if len(kinds) < 3 else f" ({rule.expected})" for rule in rules)
+    return f"{text}, or null" if type(None) in kinds else text
+
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text (a number as text needs quotes in YAML)",
+    list: "a list",
+    Any: "a value",
+}

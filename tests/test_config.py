@@ -1,0 +1,260 @@
+"""Typed configuration: what is taken, what is refused, and with which kind, path and value."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moss_train import load_config
+from moss_train.cli.compose import compose, dotted_keys, find_hint
+from moss_train.config.fit_schema import DataConfig, FitConfig, StageConfig, compile_backends
+from moss_train.config.inputs import check_inputs
+from moss_train.config.schema import COMMANDS
+from moss_train.config.section import Section, hints_of, known_keys
+from moss_train.utils.errors import ConfigError
+from moss_train.utils.paths import config_directory
+
+ROOT = Path(__file__).parents[1]
+FIT = ["experiment=cat_1b6"]
+REQUIRED = {
+    "pack": ["input=i", "out=o"],
+    "encode": ["model=m", "input=i", "out=o"],
+    "decode": ["model=m", "input=i", "out=o"],
+    "evaluate": ["model=m", "data=d", "out=o"],
+    "export": ["checkpoint=c", "out=o"],
+    "inspect": ["shards=s", "out=o"],
+    "doctor": [],
+    "fit": FIT,
+    "estimate": FIT,
+}
+
+
+def refusal(command, *overrides):
+    """Kind, path and value of the error that a configuration ends in."""
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(load_config(command, [*REQUIRED[command], *overrides]))
+    return caught.value.kind, caught.value.path, caught.value.value
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "value"),
+    [
+        ("fit", "name=2024_11", "2024_11"),
+        ("fit", "run_dir=2027", "2027"),
+        ("fit", "data.path=2024", "2024"),
+        ("fit", "data.train=2024", ["2024"]),
+        ("fit", "data.train=[2024,1e3]", ["2024", "1e3"]),
+        ("fit", "data.cache=007", "007"),
+        ("fit", "validation.data=1.50", ["1.50"]),
+        ("fit", "init=1_000", "1_000"),
+        ("fit", "semantic.pretrained=2024", "2024"),
+        ("fit", "semantic.text.path=1e3", "1e3"),
+        ("fit", "stages.0.name=1", "1"),
+        ("fit", "semantic=null", None),
+        ("fit", "semantic.config.hidden_size=32", 32),
+        ("fit", "discriminators.1.window_lengths=[512]", [512]),
+        ("fit", "stages.0.schedule=wsd", "wsd"),
+        ("fit", "stages.0.decay_share=0.3", 0.3),
+        ("fit", "stages.1.weights.adversarial=3", 3.0),
+        ("fit", "tokenizer.stages.0.context_duration=2", 2.0),
+        ("fit", "tokenizer.layer_scale=0.1", 0.1),
+        ("fit", "ema.decay=0.9", 0.9),
+        ("fit", "objective.weights.mid_side=1", 1.0),
+        ("fit", "data.weights={speech:0.5,music: 0.5}", {"speech": 0.5, "music": 0.5}),
+        ("fit", "data.gain_db=[-6,3]", [-6.0, 3.0]),
+        ("fit", "trainer.compile=true", True),
+        ("fit", "trainer.compile=aot_eager", "aot_eager"),
+        ("fit", "trainer.devices=2", 2),
+        ("fit", "trainer.devices=auto", "auto"),
+        ("fit", "+trainer.devices=2", 2),
+        ("fit", "wandb=null", None),
+        ("fit", "stages.0.learning_rate=1e-4", 1e-4),
+        ("fit", "'name=\"a b\"'"[1:-1], "a b"),
+        ("encode", "out=2025", "2025"),
+        ("decode", "model=1e3", "1e3"),
+        ("evaluate", "compare=1e3", ["1e3"]),
+        ("encode", "device=cuda:1", ["cuda:1"]),
+        ("export", "out=2026", "2026"),
+        ("pack", "input=a,b", "a,b"),
+        ("pack", "domain=music (live)", "music (live)"),
+        ("evaluate", "report_clips=[12,a]", ["12", "a"]),
+        ("evaluate", "report_clips=3", 3),
+        ("estimate", "mfu=0.5", 0.5),
+        ("estimate", "mfu=runs/x", "runs/x"),
+    ],
+)
+def test_a_typed_value_arrives_as_the_type_of_its_key(command, override, value):
+    found = load_config(command, [*REQUIRED[command], override]).to_plain()
+    for key in override.partition("=")[0].lstrip("+").split("."):
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "expected"),
+    [
+        ("fit", ["trainer.precision=16-mixed"], ("value", "trainer.precision", "16-mixed")),
+        ("fit", ["validation.metrics=[stoi,foo]"], ("value", "validation.metrics.1", "foo")),
+        ("fit", ["trainer.compile=foo"], ("value", "trainer.compile", "foo")),
+        ("fit", ["data.micro_batch_seconds=6"], ("conflict", "data.micro_batch_seconds", 6.0)),
+        ("fit", ["data.crop_seconds=0"], ("value", "data.crop_seconds", 0)),
+        ("fit", ["data.crop_seconds=inf"], ("value", "data.crop_seconds", math.inf)),
+        ("fit", ["data.num_workers=-1"], ("value", "data.num_workers", -1)),
+        ("fit", ["data.num_workers=1.5"], ("type", "data.num_workers", 1.5)),
+        ("fit", ["data.gain_db=3"], ("type", "data.gain_db", 3)),
+        ("fit", ["data.gain_db=[3,1]"], ("value", "data.gain_db", [3.0, 1.0])),
+        ("fit", ["data.peak=0.5", "data.loudness_lufs=-20"], ("conflict", "data.peak", 0.5)),
+        ("fit", ["data.train=a", "data.path=b"], ("conflict", "data.path", "b")),
+        ("fit", ["seed=true"], ("type", "seed", True)),
+        ("fit", ["checkpoint.keep=1"], ("value", "checkpoint.keep", 1)),
+        ("fit", ["checkpoint.archive_every_updates=7"], ("conflict", "checkpoint.archive_every_updates", 7)),
+        ("fit", ["stages.1.batch_seconds=-3"], ("value", "stages.1.batch_seconds", -3)),
+        ("fit", ["stages.1.schedule=line"], ("value", "stages.1.schedule", "line")),
+        ("fit", ["stages.0.train=[semantic]"], ("value", "stages.0.train", ["semantic"])),
+        ("fit", ["stages.0.weights.adverserial=3"], ("unknown_key", "stages.0.weights.adverserial", 3)),
+        ("fit", ["train=[encodr]"], ("value", "train.0", "encodr")),
+        ("fit", ["discriminators=[]"], ("conflict", "stages.1.adversarial", True)),
+        ("fit", ["ema={decay: 1}"], ("value", "ema.decay", 1)),
+        ("fit", ["optimizers.generator.betas=[0.9]"], ("value", "optimizers.generator.betas", [0.9])),
+        ("fit", ["stages=[]"], ("required", "stages", None)),
+        ("fit", ["tokenizer=null"], ("required", "tokenizer.stages", None)),
+        ("fit", ["~tokenizer.quantizer.rvq_dim"], ("required", "tokenizer.quantizer.rvq_dim", None)),
+        ("fit", [], ("required", "data.train", None)),
+        ("fit", ["data.train=/no/folder"], ("missing", "data.train", "/no/folder")),
+        ("fit", ["tensorboard=yes please"], ("type", "tensorboard", "yes please")),
+        ("fit", ["wandb=maybe"], ("value", "wandb", "maybe")),
+        ("estimate", ["gpu=h10"], ("value", "gpu", "h10")),
+        ("estimate", ["gpus=0"], ("value", "gpus", 0)),
+        ("pack", ["max_seconds=0.05"], ("conflict", "max_seconds", 0.05)),
+        ("pack", ["max_bad_share=2"], ("value", "max_bad_share", 2)),
+        ("encode", ["device=[cuda:0,cuda:1]"], ("conflict", "device", ["cuda:0", "cuda:1"])),
+        ("encode", ["shards=s"], ("conflict", "shards", "s")),
+        ("encode", ["format=mp3"], ("value", "format", "mp3")),
+        ("evaluate", ["codec=mimi"], ("conflict", "codec", "mimi")),
+        ("evaluate", ["weights=w"], ("conflict", "weights", "w")),
+        ("evaluate", ["metrics=[pseq]"], ("value", "metrics.0", "pseq")),
+        ("evaluate", ["codec=foo", "model=null"], ("value", "codec", "foo")),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_path(command, overrides, expected):
+    assert refusal(command, *overrides) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("stages.1.shedule", "did you mean stages.1.schedule?"),
+        ("tokenizer.stages.0.dmodel", "did you mean tokenizer.stages.0.d_model?"),
+        ("crop_seconds", "did you mean data.crop_seconds?"),
+        ("objetive.weights.semantic", "did you mean objective.weights.semantic?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one_with_its_path(key, hint):
+    with pytest.raises(ConfigError) as caught:
+        load_config("fit", [*FIT, f"{key}=3"])
+    assert (caught.value.kind, caught.value.path) == ("unknown_key", key)
+    assert caught.value.expected.startswith(hint) or key == "crop_seconds"
+
+
+def test_a_key_of_a_file_is_checked_like_one_that_is_typed(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults: [cat_tiny, _self_]\ndata: {crop_secnds: 3}\n"
+    (tmp_path / "experiment/mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config("fit", ["experiment=mine"], tmp_path)
+    assert (caught.value.kind, caught.value.path) == ("unknown_key", "data.crop_secnds")
+
+
+def leaves(values, prefix=""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_yaml_and_schema_have_the_same_keys_and_defaults(command):
+    written = yaml.safe_load((config_directory() / f"{command}.yaml").read_text("utf-8"))
+    written.pop("defaults", None)
+    schema = COMMANDS[command]
+    own = [key for key in dotted_keys(schema) if find_hint(COMMANDS["fit"], key) is None or command != "estimate"]
+    shown = set(written) | {key for key, _ in leaves(written)}
+    sections = {key for key in own if any(name.startswith(f"{key}.") for name in own)}
+    optional = ("tokenizer.", "ema.", "stages.")  # null or empty in the file
+    assert {key for key in own if not key.startswith(optional)} - shown - sections == set()
+    required = {name: "" for name in hints_of(schema) if written.get(name) == "???" or name == "run_dir"}
+    given = {key: value for key, value in required.items() if command != "evaluate"}
+    defaults = {field.name: field for field in dataclasses.fields(schema)}
+    for key, value in written.items():
+        if key in given or value == "???":
+            continue
+        field = defaults[key]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = default.to_plain() if isinstance(default, Section) else default
+        as_list = isinstance(default, list) and not isinstance(value, list)
+        assert default == ([value] if as_list else value), key
+
+
+def test_a_section_of_python_checks_itself():
+    config = load_config("fit", FIT)
+    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, train=["a"]))
+    assert (config.data.train, changed.data.train) == ([], ["a"])
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(config.data, crop_seconds=-1)
+    assert (caught.value.path, caught.value.value) == ("crop_seconds", -1)
+    with pytest.raises(ConfigError) as caught:
+        DataConfig.parse({"train": 3}, "data")
+    assert (caught.value.kind, caught.value.path) == ("type", "data.train")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3
+
+
+def test_plain_data_makes_the_same_configuration_again():
+    config = load_config("fit", [*FIT, "ema.decay=0.9", "data.train=a"])
+    assert FitConfig.parse(yaml.safe_load(yaml.safe_dump(config.to_plain()))) == config
+
+
+def test_what_a_run_stored_is_read_without_the_keys_that_are_gone():
+    stored = {"name": "s", "updates": 1, "batch_seconds": 2.0, "gone": 3}
+    assert known_keys(StageConfig, stored) == {"name": "s", "updates": 1, "batch_seconds": 2.0}
+    assert known_keys(FitConfig, {"stages": [stored], "gone": 1}) == {"stages": [known_keys(StageConfig, stored)]}
+
+
+def test_backends_of_torch_compile_are_known_without_torch():
+    import torch
+
+    public = torch._dynamo.list_backends()
+    assert set(public) <= set(compile_backends())
+
+
+REFUSED = """
+import json, sys, time
+from moss_train.cli.main import main
+status = main(sys.argv[1:])
+print(json.dumps([status, time.process_time(), sorted({"torch", "lightning", "transformers"} & set(sys.modules))]))
+"""
+
+
+@pytest.mark.parametrize(
+    "override", ["trainer.precision=16-mixed", "trainer.compile=foo", "data.micro_batch_seconds=1", "seed=0"]
+)
+def test_a_refusal_takes_two_seconds_of_processor_time_and_leaves_nothing(tmp_path, override):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", REFUSED, "fit", "experiment=cat_1b6", override]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    status, seconds, heavy = json.loads(done.stdout)
+    assert (status, heavy) == (2, [])
+    assert seconds < 2.0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_composing_leaves_required_values_open():
+    assert compose("pack")["input"] == "???"
