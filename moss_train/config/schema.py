@@ -17,7 +17,9 @@ from moss_train.config.section import (
 )
 from moss_train.utils.errors import ConfigError
 
-EvaluationMetric = Literal["text_model", "stoi", "pesq", "spectral", "si_sdr", "speaker", "recognition", "dnsmos"]
+EvaluationMetric = Literal[
+    "text_model", "stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "speaker", "recognition", "dnsmos"
+]
 Codec = Literal[
     "encodec", "dac", "mimi", "higgs", "xcodec2", "speechtokenizer", "bigcodec", "qwen3_tts", "mimo", "xy_tokenizer"
 ]
@@ -27,6 +29,8 @@ DEFAULT_METRICS: tuple[EvaluationMetric, ...] = (
     "pesq",
     "spectral",
     "si_sdr",
+    "pitch",
+    "buzz",
     "speaker",
     "recognition",
 )

@@ -261,7 +261,7 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return value  # 3 and 3.0 are the same number, and hashes of older runs hold what was written
     is_number = hint is not float or (isinstance(value, float) and not math.isnan(value))
     if isinstance(value, hint) and is_number and not (hint is int and isinstance(value, bool)):
         return value

@@ -131,7 +131,7 @@ def _scalar(hint: Any, text: str) -> Any:
     if low in _TRUTH and (anything or bool in kinds):
         return _TRUTH[low]
     for kind in (int, float):
-        if anything or kind in kinds:
+        if anything or kind in kinds or float in kinds:
             try:
                 return kind(plain)
             except ValueError:
