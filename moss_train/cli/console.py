@@ -2,26 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from moss_train.inference.files import Report
-from moss_train.utils.errors import UserError
 from moss_train.utils.files import counted
 
 _SHOWN_FAILURES = 20
-
-
-def as_list(value: Any) -> list[str]:
-    """Return one path or a list of paths as a list of texts."""
-    return [str(item) for item in (value if isinstance(value, list) else [value])]
-
-
-def positive(config: dict[str, Any], key: str) -> float:
-    """Return a number above zero. Raises UserError naming the key."""
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{key}={value} has to be a number above 0")
-    return value
 
 
 def print_report(report: Report, out: Path, verb: str, unit: str = "file") -> int:

@@ -1,10 +1,11 @@
 """`decode`: codes to audio files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moss_train.audio.io import WRITABLE_FORMATS
-from moss_train.cli.console import as_list, positive, print_report
+from moss_train.cli.console import print_report
+from moss_train.config.schema import DecodeConfig
 from moss_train.data.shards.codes import is_code_folder
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.decode import Decoder, decode_files
@@ -12,7 +13,6 @@ from moss_train.inference.device import choose_device, use_precision
 from moss_train.inference.encode import chunk_seconds
 from moss_train.inference.files import find_codes
 from moss_train.inference.shards import decode_shards
-from moss_train.utils.errors import UserError
 
 SUMMARY = "Turn codes back into audio files."
 EXAMPLES = (
@@ -21,20 +21,19 @@ EXAMPLES = (
 )
 
 
-def run(config: dict[str, Any]) -> int:
+def run(config: DecodeConfig | Mapping[str, Any]) -> int:
     """Decode a folder of codes; the exit status is 1 when some files could not be used."""
-    batch_seconds = positive(config, "batch_seconds")
-    if config["format"] not in WRITABLE_FORMATS:
-        raise UserError(f"format={config['format']} has to be one of {', '.join(WRITABLE_FORMATS)}")
-    out = Path(config["out"]).expanduser()
-    inputs, suffix = as_list(config["input"]), f".{config['format']}"
+    config = DecodeConfig.of(config)
+    batch_seconds = config.batch_seconds
+    out = Path(config.out).expanduser()
+    inputs, suffix = config.input, f".{config.format}"
     shards = len(inputs) == 1 and is_code_folder(Path(inputs[0]).expanduser())
     works = [] if shards else find_codes(inputs, out, suffix)
-    device = choose_device(config["device"])
-    model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
-    use_precision(model, config["precision"], device)
-    chunk_duration = chunk_seconds(model, config["streaming"], config["chunk_duration"])
-    decoder = Decoder(model, config["num_quantizers"], chunk_duration, config["batch_invariant"])
+    device = choose_device(config.device)
+    model = load_tokenizer(config.model).to(device)  # type: ignore[arg-type]
+    use_precision(model, config.precision, device)
+    chunk_duration = chunk_seconds(model, config.streaming, config.chunk_duration)
+    decoder = Decoder(model, config.num_quantizers, chunk_duration, config.batch_invariant)
     if shards:
         report = decode_shards(decoder, Path(inputs[0]).expanduser(), out, suffix, batch_seconds)
         return print_report(report, out, "decode")

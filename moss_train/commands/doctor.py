@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moss_train.config.schema import DoctorConfig
 from moss_train.utils.memory import cuda_memory, memory
 
 SUMMARY = "Check the environment: versions, devices, memory, disk, audio formats."
@@ -53,13 +54,14 @@ class Finding:
     broken: bool = False
 
 
-def run(config: dict[str, Any]) -> int:
+def run(config: DoctorConfig | Mapping[str, Any]) -> int:
     """Print the report and return the exit status: 0 when everything that is needed works, 1 otherwise.
 
     Args:
         config: `run_directory` (path, need not exist) and `min_free_disk_gb` (10^9 bytes).
     """
-    findings = list(examine(Path(config["run_directory"]), float(config["min_free_disk_gb"]) * 1e9))
+    config = DoctorConfig.of(config)
+    findings = list(examine(Path(config.run_directory), float(config.min_free_disk_gb) * 1e9))
     show(findings, Console())
     return int(any(finding.broken for finding in findings))
 

@@ -1,15 +1,16 @@
 """`encode`: audio files, or packed shards, to codes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moss_train.cli.console import as_list, positive, print_report
+from moss_train.cli.console import print_report
+from moss_train.config.schema import EncodeConfig
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.device import choose_device, use_precision
 from moss_train.inference.encode import Encoder, chunk_seconds, encode_files
-from moss_train.inference.files import CODES_FORMATS, find_audio
+from moss_train.inference.files import find_audio
 from moss_train.inference.shards import EncodeJob, encode_shards
-from moss_train.utils.errors import UserError
 
 SUMMARY = "Turn audio files into codes, one .safetensors or .npz file per clip, or packed shards into shards of codes."
 EXAMPLES = (
@@ -19,37 +20,34 @@ EXAMPLES = (
 )
 
 
-def run(config: dict[str, Any]) -> int:
+def run(config: EncodeConfig | Mapping[str, Any]) -> int:
     """Encode a corpus; the exit status is 1 when some clips could not be read."""
-    batch_seconds = positive(config, "batch_seconds")
-    out = Path(config["out"]).expanduser()
-    if (config["input"] is None) == (config["shards"] is None):
-        raise UserError("give either input= (audio files) or shards= (a packed folder)")
-    if config["shards"] is not None:
+    config = EncodeConfig.of(config)
+    batch_seconds = config.batch_seconds
+    out = Path(config.out).expanduser()
+    if config.shards is not None:
         return _run_shards(config, batch_seconds, out)
-    if config["format"] not in CODES_FORMATS:
-        raise UserError(f"format={config['format']} has to be one of {', '.join(CODES_FORMATS)}")
-    found = find_audio(as_list(config["input"]), out, f".{config['format']}")
-    device = choose_device(config["device"])
-    model = load_tokenizer(config["model"]).to(device)  # type: ignore[arg-type]
-    use_precision(model, config["precision"], device)
-    chunk_duration = chunk_seconds(model, config["streaming"], config["chunk_duration"])
-    name, levels = str(config["model"]), config["num_quantizers"]
-    encoder = Encoder(model, name, levels, chunk_duration, config["batch_invariant"])
+    found = find_audio(config.input or [], out, f".{config.format}")
+    device = choose_device(config.device[0])
+    model = load_tokenizer(config.model).to(device)  # type: ignore[arg-type]
+    use_precision(model, config.precision, device)
+    chunk_duration = chunk_seconds(model, config.streaming, config.chunk_duration)
+    name, levels = str(config.model), config.num_quantizers
+    encoder = Encoder(model, name, levels, chunk_duration, config.batch_invariant)
     return print_report(encode_files(encoder, found.works, batch_seconds, found.failures), out, "encode")
 
 
-def _run_shards(config: dict[str, Any], batch_seconds: float, out: Path) -> int:
-    devices = [choose_device(name) for name in as_list(config["device"])]
-    audio = Path(config["shards"]).expanduser()
+def _run_shards(config: EncodeConfig, batch_seconds: float, out: Path) -> int:
+    devices = [choose_device(name) for name in config.device]
+    audio = Path(config.shards or "").expanduser()
     job = EncodeJob(
-        str(config["model"]),
+        str(config.model),
         audio,
-        config["num_quantizers"],
-        config["chunk_duration"],
+        config.num_quantizers,
+        config.chunk_duration,
         batch_seconds,
-        config["streaming"],
-        config["batch_invariant"],
-        config["precision"],
+        config.streaming,
+        config.batch_invariant,
+        config.precision,
     )
-    return print_report(encode_shards(job, out, devices, executor=config["executor"]), out, "encode", "shard")
+    return print_report(encode_shards(job, out, devices, executor=config.executor), out, "encode", "shard")

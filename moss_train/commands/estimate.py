@@ -1,10 +1,9 @@
 """The `estimate` verb."""
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 
+from moss_train.config.fit_schema import EstimateConfig
 from moss_train.semantic.portable import spelled_out
 from moss_train.training.cost.estimate import (
     GB,
@@ -35,10 +34,10 @@ MODELLED_MFU = 0.3  # the default
 MACHINE_KEYS = ("gpu", "gpus", "mfu", "text_share", "text_tokens_per_second", "bus_gb_per_second")
 
 
-def run(config: dict[str, Any]) -> int:
+def run(config: EstimateConfig) -> int:
     """Count, estimate and print. Returns 0."""
-    law = None if config["scaling"] is None else read_scaling_law(config["scaling"])
-    machine = Machine(**{key: config[key] for key in MACHINE_KEYS} | {"mfu": share_of_peak(config["mfu"])})
+    law = None if config.scaling is None else read_scaling_law(config.scaling)
+    machine = Machine(**{key: getattr(config, key) for key in MACHINE_KEYS} | {"mfu": share_of_peak(config.mfu)})
     beginning = plan_beginning(config)
     semantic = beginning.arguments["semantic"]
     arguments = {**beginning.arguments, "semantic": None if semantic is None else spelled_out(semantic)}
@@ -131,9 +130,9 @@ def placements(result: Estimate, machine: Machine) -> dict[str, dict[str, float]
     return {"DDP": result.memory.state, f"FSDP over {machine.gpus}": result.memory.sharded}
 
 
-def memory_lines(config: dict[str, Any], result: Estimate, machine: Machine) -> list[str]:
+def memory_lines(config: EstimateConfig, result: Estimate, machine: Machine) -> list[str]:
     """What activations take, and the longest micro-batch that fits."""
-    memory, micro = result.memory, config["data"]["micro_batch_seconds"]
+    memory, micro = result.memory, config.data.micro_batch_seconds
     available = GPUS[machine.gpu].memory * GB
     lines = []
     for name, state in placements(result, machine).items():
@@ -152,9 +151,9 @@ def memory_lines(config: dict[str, Any], result: Estimate, machine: Machine) -> 
     return lines
 
 
-def recomputation_lines(config: dict[str, Any], result: Estimate) -> list[str]:
+def recomputation_lines(config: EstimateConfig, result: Estimate) -> list[str]:
     """What the run's activation checkpointing saves and costs; nothing when it has none."""
-    if not (rates := config["trainer"]["activation_checkpointing"]):
+    if not (rates := config.trainer.activation_checkpointing):
         return []
     costs = (f"{stage.stage.name} +{stage.recomputed / stage.operations:.1%}" for stage in result.stages)
     return [
@@ -180,18 +179,18 @@ def scaling_lines(result: Estimate, law: ScalingLaw) -> list[str]:
     return [*lines, "  held-out data, losses and schedule as in those runs; other ones move the law"]
 
 
-def assumptions(config: dict[str, Any], result: Estimate, machine: Machine) -> list[str]:
+def assumptions(config: EstimateConfig, result: Estimate, machine: Machine) -> list[str]:
     """Everything that was not counted."""
     hurried = any(stage.updates_per_hour > 3600 / SHORT_UPDATE_SECONDS for stage in result.stages)
-    peak, kind = machine.peak(config["trainer"])
-    origin = f" (measured: {config['mfu']})" if isinstance(config["mfu"], str) else ""
-    if config["mfu"] == MODELLED_MFU:
+    peak, kind = machine.peak(config.trainer)
+    origin = f" (measured: {config.mfu})" if isinstance(config.mfu, str) else ""
+    if config.mfu == MODELLED_MFU:
         origin = " (a model, not a measurement: tools/model_gpu.py)"
     return [
         "Assumptions:",
         f"  mfu={machine.mfu:g}{origin} of {peak / 1e12:g} TFLOP/s ({machine.gpu}, dense {kind}, data sheet), all "
         "included",
-        f"  clips of data.crop_seconds={config['data']['crop_seconds']:g} s",
+        f"  clips of data.crop_seconds={config.data.crop_seconds:g} s",
         f"  text_share={machine.text_share:g} of the audio, with {machine.text_tokens_per_second:g} tokens per second",
         f"  gradients summed at {machine.bus_gb_per_second:g} GB/s (busbw) after the backward passes, "
         f"{UPDATE_BYTES} bytes of memory traffic per parameter and step (as with trainer.strategy=ddp)",

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from moss_train.audio.io import RESAMPLER
-from moss_train.cli.console import as_list
+from moss_train.config.schema import EvaluateConfig
 from moss_train.data.clips import FileClip, ShardClip, UnreadableClip, list_sources
 from moss_train.evaluation.codecs.base import CatCodec, Codec, check_levels
 from moss_train.evaluation.codecs.published_table import load_codec
-from moss_train.evaluation.metrics.asr import BACKENDS, choose_backend
+from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, split_available
 from moss_train.evaluation.metrics.dnsmos import Dnsmos
 from moss_train.evaluation.metrics.signal import PROFILES, Profile, native_metrics
@@ -28,7 +28,6 @@ from moss_train.evaluation.report.comparison import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import ClipRow, Results
 from moss_train.evaluation.runner import Renderer, evaluate
-from moss_train.evaluation.statistics import POLICIES
 from moss_train.export.load import find_checkpoint, load_tokenizer
 from moss_train.inference.device import choose_device, use_precision
 from moss_train.model import MossAudioTokenizerModel
@@ -82,8 +81,6 @@ EXAMPLES = (
     "python -m moss_train evaluate pairs=/other/codec out=scores",
 )
 
-METRICS = ("text_model", "stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "speaker", "recognition", "dnsmos")
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -96,19 +93,19 @@ class Subject:
     of_codes: dict[str, Metric]  # measured where the codes are made
 
 
-def run(config: dict[str, Any]) -> int:
+def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
     """Evaluate and write tables and report; the exit status is 1 when some clips could not be read."""
-    _check(config)
-    for other in as_list(config["compare"]):
+    config = EvaluateConfig.of(config)
+    for other in config.compare:
         load_evaluation(Path(other).expanduser())  # before hours of work, not after
     metrics, missing = split_available(_metrics(config))
-    if missing and config["strict"]:
+    if missing and config.strict:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
-    subject = _pairs(config) if config["pairs"] is not None else _codec(config)
-    heard = _heard(subject.clips, config["report_clips"])
-    out = Path(config["out"]).expanduser()
+    subject = _pairs(config) if config.pairs is not None else _codec(config)
+    heard = _heard(subject.clips, config.report_clips)
+    out = Path(config.out).expanduser()
     all_metrics = metrics | subject.of_codes
-    if config["model"] is not None and "text_model" in config["metrics"] and not subject.of_codes:
+    if config.model is not None and "text_model" in config.metrics and not subject.of_codes:
         missing["text_model"] = "the model is no run or checkpoint with a text LM"
     results = Results(out, _settings(config, subject, all_metrics))
     rows = evaluate(
@@ -116,7 +113,7 @@ def run(config: dict[str, Any]) -> int:
         subject.renderer,
         metrics,
         results,
-        num_workers=config["workers"],
+        num_workers=config.workers,
         keep_audio_of=heard,
     )
     evaluation = Evaluation(
@@ -125,10 +122,10 @@ def run(config: dict[str, Any]) -> int:
         all_metrics,
         missing,
         results,
-        PROFILES[config["profile"]],
+        PROFILES[config.profile],
         subject.codec,
     )
-    table = write_outputs(evaluation, config["failures"], config["seed"], as_list(config["compare"]), config["blind"])
+    table = write_outputs(evaluation, config.failures, config.seed, config.compare, config.blind)
     print(table)
     return _print_counts(rows, out)
 
@@ -142,76 +139,47 @@ def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
     return 1 if failed else 0
 
 
-def _check(config: dict[str, Any]) -> None:
-    """Raise UserError for values that do not exist or do not go together."""
-    given = [key for key in ("model", "codec", "pairs") if config[key] is not None]
-    if len(given) != 1:
-        raise UserError(f"give one of model=, codec= and pairs=, got {' and '.join(given) or 'none'}")
-    if (config["data"] is None) == (given != ["pairs"]):
-        raise UserError("data= is required" if config["data"] is None else "data= has no effect with pairs=")
-    if config["codec"] is None and (
-        unused := next((key for key in ("weights", "code") if config[key] is not None), None)
-    ):
-        raise UserError(f"{unused}={config[unused]} has no effect without codec=")
-    for key, known in (("profile", tuple(PROFILES)), ("failures", POLICIES), ("speaker", ("auto", "ge2e", "wavlm"))):
-        _one_of(key, config[key], known)
-    _one_of("recognition", config["recognition"], ("auto", *BACKENDS))
-    for name in config["metrics"]:
-        _one_of("metrics", name, METRICS)
-    for key, smallest in (("workers", 0), ("report_clips", 0), ("max_clips", 1), ("clip_seconds", 0.1)):
-        value = config[key]
-        if key == "report_clips" and isinstance(value, list):
-            continue
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < smallest):
-            raise UserError(f"{key}={value} has to be at least {smallest}")
-
-
-def _one_of(key: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{key}={value} has to be one of {', '.join(known)}")
-
-
-def _metrics(config: dict[str, Any]) -> dict[str, Metric]:
+def _metrics(config: EvaluateConfig) -> dict[str, Metric]:
     """The wanted metrics in the order of the published table."""
-    profile: Profile = PROFILES[config["profile"]]
-    published = config["speaker"] == "wavlm" or (config["speaker"] == "auto" and config["speaker_model"] is not None)
+    profile: Profile = PROFILES[config.profile]
+    published = config.speaker == "wavlm" or (config.speaker == "auto" and config.speaker_model is not None)
     similarity: type[Ge2eSimilarity] | type[WavLMSimilarity] = WavLMSimilarity if published else Ge2eSimilarity
     known: dict[str, Metric] = {
-        "speaker": similarity(config["speaker_model"]),
+        "speaker": similarity(config.speaker_model),
         **native_metrics(profile),
         **pitch_metrics(),
-        "recognition": choose_backend(config["recognition"], config["recognition_model"]),
+        "recognition": choose_backend(config.recognition, config.recognition_model),
         "dnsmos": Dnsmos(),
     }
-    return {name: metric for name, metric in known.items() if name in config["metrics"]}
+    return {name: metric for name, metric in known.items() if name in config.metrics}
 
 
-def _codec(config: dict[str, Any]) -> Subject:
-    device = choose_device(config["device"])
+def _codec(config: EvaluateConfig) -> Subject:
+    device = choose_device(config.device)
     codec: Codec
     text_model: TextCrossEntropy | None = None
-    if config["model"] is not None:
-        model = use_precision(load_tokenizer(config["model"]), config["precision"], device)
-        codec = CatCodec(model.to(device), Path(str(config["model"])).name)  # type: ignore[arg-type]
+    if config.model is not None:
+        model = use_precision(load_tokenizer(config.model), config.precision, device)
+        codec = CatCodec(model.to(device), Path(str(config.model)).name)  # type: ignore[arg-type]
         text_model = _text_model(config, model, device)
     else:
-        codec = load_codec(config["codec"], config["weights"], device, config["code"])
-    levels = check_levels(codec, config["num_quantizers"])
-    clips = cut_clips(find_clips(as_list(config["data"]), config["domain"]), config["clip_seconds"])
-    clips = choose_clips(clips, config["max_clips"], config["seed"])
+        codec = load_codec(config.codec, config.weights, device, config.code)
+    levels = check_levels(codec, config.num_quantizers)
+    clips = cut_clips(find_clips(config.data or [], config.domain), config.clip_seconds)
+    clips = choose_clips(clips, config.max_clips, config.seed)
     if not clips:
-        raise UserError(f"no clip of data={config['data']} is clip_seconds={config['clip_seconds']} long")
+        raise UserError(f"no clip of data={config.data} is clip_seconds={config.clip_seconds} long")
     measure = text_model.measure if text_model is not None else None
-    renderer = CodecRenderer(codec, levels, clips, config["anchors"], measure)
+    renderer = CodecRenderer(codec, levels, clips, config.anchors, measure)
     identity = {"codec": codec.name, "fingerprint": codec.fingerprint, "num_quantizers": list(levels)}
     return Subject(renderer, clips, codec, identity, {"text_model": text_model} if text_model is not None else {})
 
 
 def _text_model(
-    config: dict[str, Any], tokenizer: MossAudioTokenizerModel, device: torch.device
+    config: EvaluateConfig, tokenizer: MossAudioTokenizerModel, device: torch.device
 ) -> TextCrossEntropy | None:
     """The text LM that was trained with the tokenizer, when the model is a run or a checkpoint that has one."""
-    path = find_checkpoint(Path(config["model"])) if "text_model" in config["metrics"] else None
+    path = find_checkpoint(Path(config.model or "")) if "text_model" in config.metrics else None
     if path is None:
         return None
     checkpoint = read_payload(path, mmap=True)
@@ -219,19 +187,17 @@ def _text_model(
     return TextCrossEntropy(tokenizer, text_lm.to(device)) if text_lm is not None else None
 
 
-def _pairs(config: dict[str, Any]) -> Subject:
-    root = Path(config["pairs"]).expanduser()
-    renderer = PairRenderer(find_pairs(root, config["domain"], config["bits_per_level"]), config["domain"])
-    clips = choose_clips(renderer.clips(), config["max_clips"], config["seed"])
-    return Subject(
-        renderer, clips, None, {"pairs": str(root.resolve()), "bits_per_level": config["bits_per_level"]}, {}
-    )
+def _pairs(config: EvaluateConfig) -> Subject:
+    root = Path(config.pairs or "").expanduser()
+    renderer = PairRenderer(find_pairs(root, config.domain, config.bits_per_level), config.domain)
+    clips = choose_clips(renderer.clips(), config.max_clips, config.seed)
+    return Subject(renderer, clips, None, {"pairs": str(root.resolve()), "bits_per_level": config.bits_per_level}, {})
 
 
-def _settings(config: dict[str, Any], subject: Subject, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+def _settings(config: EvaluateConfig, subject: Subject, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """Everything that a row depends on besides the clip."""
     descriptions = {name: metric.description for name, metric in metrics.items()}
-    anchors = {"anchors": config["anchors"]} if subject.codec is not None else {}
+    anchors = {"anchors": config.anchors} if subject.codec is not None else {}
     return {**subject.identity, **anchors, "metrics": descriptions, "resampler": RESAMPLER}
 
 

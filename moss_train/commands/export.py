@@ -1,8 +1,10 @@
 """The `export` command."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moss_train.config.schema import ExportConfig
 from moss_train.export import export
 from moss_train.export.card import CardInfo, check_licence, evaluation_rows
 from moss_train.export.load import find_checkpoint
@@ -14,29 +16,30 @@ from moss_train.utils.errors import UserError
 SUMMARY = "Write a trained tokenizer as a Hugging Face model folder."
 
 
-def run(config: dict[str, Any]) -> int:
+def run(config: ExportConfig | Mapping[str, Any]) -> int:
     """Export and say where. Returns 0."""
-    check_target(config["out"])
-    if config["push"] and not config["licence"]:
+    config = ExportConfig.of(config)
+    check_target(config.out)
+    if config.push and not config.licence:
         raise UserError("push needs licence=..., for example licence=cc-by-4.0: what others may do with the model")
     info = CardInfo(
-        licence=check_licence(config["licence"] or ""),
-        language=config["language"] or (),
-        data=config["data"] or "",
-        level_db=config["level_db"],
-        evaluation=config["evaluation"],
+        licence=check_licence(config.licence or ""),
+        language=config.language or (),
+        data=config.data or "",
+        level_db=config.level_db,
+        evaluation=config.evaluation,
     )
     if info.evaluation is not None:
         evaluation_rows(info.evaluation)
-    source = choose(config["checkpoint"], config["which"])
+    source = choose(config.checkpoint, config.which)
     options = {key: config[key] for key in ("with_training_state", "ema", "part", "heldout")}
-    folder = export(source, config["out"], config["dtype"], info=info, **options)
-    exported = f"{find_checkpoint(Path(source)) or source}{' (moving average)' if config['ema'] else ''}"
+    folder = export(source, config.out, config.dtype, info=info, **options)
+    exported = f"{find_checkpoint(Path(source)) or source}{' (moving average)' if config.ema else ''}"
     print(f"wrote {folder} of {exported}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it")
     if not info.licence:
         print("The card states no licence: give licence=..., for example licence=cc-by-4.0")
-    if config["push"]:
-        print(f"uploaded: {push(folder, config['push'], private=config['private'])}")
+    if config.push:
+        print(f"uploaded: {push(folder, config.push, private=config.private)}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """The `fit` verb."""
 
 import sys
-from typing import Any
 
+from moss_train.config.fit_schema import FitConfig
 from moss_train.training.run.fit import fit
 
 SUMMARY = "Train a tokenizer, or go on with a run that was stopped."
@@ -14,7 +14,7 @@ EXAMPLES = (
 )
 
 
-def run(config: dict[str, Any]) -> int:
+def run(config: FitConfig) -> int:
     """Run `fit` and say where the run stands. Returns 0."""
     result = fit(config)
     state = "finished" if result.update >= result.updates else "stopped"

@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moss_train.audio.io import write_audio
-from moss_train.cli.console import as_list
+from moss_train.config.schema import InspectConfig
 from moss_train.data.inspect.measure import ClipFacts, DropLimits, Inspection, find_bad, inspect_folder
 from moss_train.data.inspect.report import render_page
 from moss_train.data.stream.rng import permutation
@@ -29,13 +30,14 @@ NUM_PLAYERS = 10
 PLAYER_SECONDS = 30
 
 
-def run(config: dict) -> int:
+def run(config: InspectConfig | Mapping[str, Any]) -> int:
     """Inspect every folder and write the report; the exit status is 1 when bytes differ from the index."""
-    limits = DropLimits(config["silent_db"], config["clipped_share"], config["max_characters_per_second"])
-    folders, out = as_list(config["shards"]), Path(config["out"]).expanduser()
+    config = InspectConfig.of(config)
+    limits = DropLimits(config.silent_db, config.clipped_share, config.max_characters_per_second)
+    folders, out = config.shards, Path(config.out).expanduser()
     if (out / "index.json").exists():
         raise UserError(f"out={out} is a folder of shards; give another one for the report")
-    num_workers = config["num_workers"] or num_cores()
+    num_workers = config.num_workers or num_cores()
     with progress("inspecting") as bar:
         inspections = [inspect_folder(os.path.expanduser(folder), num_workers, bar.advance) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)

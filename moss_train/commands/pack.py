@@ -2,13 +2,16 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import MANIFEST_SUFFIXES, how_to_convert, list_clips, read_drop_list
 from moss_train.data.pack.pack import SILENT, PackReport, check_target, pack
 from moss_train.data.pack.preprocess import PackOptions
@@ -30,13 +33,14 @@ _REASONS = {
 }
 
 
-def run(config: dict) -> int:
+def run(config: PackConfig | Mapping[str, Any]) -> int:
     """Pack `input` into `out`, show progress and print what was packed."""
-    options = PackOptions(**{field.name: config[field.name] for field in fields(PackOptions)})
-    target = Path(config["out"]).expanduser()
-    check_target(target, config["overwrite"])
-    drop = read_drop_list(Path(config["drop"]).expanduser()) if config["drop"] else {}
-    sources = list_clips(Path(config["input"]).expanduser(), config["domain"])
+    config = PackConfig.of(config)
+    options = PackOptions(**{field.name: getattr(config, field.name) for field in fields(PackOptions)})
+    target = Path(config.out).expanduser()
+    check_target(target, config.overwrite)
+    drop = read_drop_list(Path(config.drop).expanduser()) if config.drop else {}
+    sources = list_clips(Path(config.input).expanduser(), config.domain)
     seconds_done, begin = 0.0, time.monotonic()
     try:
         with progress("packing", total=len(sources.clips)) as bar:
@@ -51,20 +55,18 @@ def run(config: dict) -> int:
                 sources,
                 target,
                 options,
-                overwrite=config["overwrite"],
-                num_workers=config["num_workers"],
-                executor=config["executor"],
+                overwrite=config.overwrite,
+                num_workers=config.num_workers,
+                executor=config.executor,
                 drop=frozenset(drop),
                 on_clip=on_clip,
             )
     except BaseException:
         _say_what_is_kept(target)
         raise
-    _print_report(report, config["out"])
+    _print_report(report, config.out)
     if report.left_out.get("dropped", 0) < len(drop):
-        print(
-            f"drop={config['drop']}: {len(drop) - report.left_out.get('dropped', 0)} ids are not in {config['input']}"
-        )
+        print(f"drop={config.drop}: {len(drop) - report.left_out.get('dropped', 0)} ids are not in {config.input}")
     return 0
 
 

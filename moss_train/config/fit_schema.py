@@ -241,9 +241,7 @@ class StageConfig(Section):
     decay_share: ShareOrOne = 0.2  # of the updates, length of that decay
     train: list[Part] | None = None  # parts that learn; null: those of the run (train)
     weights: dict[str, float] = field(default_factory=dict)  # loss weights that differ in this stage
-    quantize: bool = (
-        True  # false: learns with the continuous latent; the levels are fitted to data before the next stage
-    )
+    quantize: bool = True  # false: learns with the continuous latent; then the levels are fitted to data
 
     def check(self) -> None:
         if self.train is not None and not set(self.train) & {"encoder", "quantizer", "decoder"}:
@@ -318,9 +316,23 @@ def compile_backends() -> tuple[str, ...]:
     return (*_COMPILE_BACKENDS, *installed)
 
 
-_COMPILE_BACKENDS = ("inductor", "eager", "aot_eager", "aot_eager_decomp_partition", "aot_eager_default_partitioner")
-_COMPILE_BACKENDS += ("aot_ts", "ts", "cudagraphs", "eager_noexcept", "eager_debug", "pre_dispatch_eager")
-_COMPILE_BACKENDS += ("openxla", "openxla_eval", "tvm", "onnxrt")
+_COMPILE_BACKENDS = (
+    "inductor",
+    "eager",
+    "aot_eager",
+    "aot_eager_decomp_partition",
+    "aot_eager_default_partitioner",
+    "aot_ts",
+    "ts",
+    "cudagraphs",
+    "eager_noexcept",
+    "eager_debug",
+    "pre_dispatch_eager",
+    "openxla",
+    "openxla_eval",
+    "tvm",
+    "onnxrt",
+)
 
 
 class CheckpointConfig(Section):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.config.fit_schema import EstimateConfig, FitConfig
+from moss_train.config.schema import ExportConfig
 from moss_train.config.section import Section
 from moss_train.utils.errors import ConfigError, UserError
 from moss_train.utils.hub import looks_local, refuse_missing_model
@@ -45,6 +46,8 @@ def check_inputs(config: Section) -> None:
                 raise ConfigError("missing", key, name, str(error).partition(" does not exist")[2]) from error
     keys = () if isinstance(config, EstimateConfig) else PATH_KEYS
     for key in keys:
+        if key == "data" and isinstance(config, ExportConfig):
+            continue  # a sentence for the model card
         for name in _texts(config, key):
             may_be_elsewhere = "://" in name or (key.startswith("semantic.") and not looks_local(name))
             if not may_be_elsewhere and not Path(name).expanduser().exists():

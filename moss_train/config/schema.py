@@ -76,6 +76,7 @@ class EncodeConfig(Section):
     chunk_duration: Positive | None = None
     batch_invariant: bool = False
     batch_seconds: Positive = 120.0
+    precision: Literal["fp32", "bf16"] | None = None
     device: list[str] = field(default_factory=lambda: ["auto"])
 
     def check(self) -> None:
@@ -100,6 +101,7 @@ class DecodeConfig(Section):
     chunk_duration: Positive | None = None
     batch_invariant: bool = False
     batch_seconds: Positive = 120.0
+    precision: Literal["fp32", "bf16"] | None = None
     device: str = "auto"
 
 
@@ -132,6 +134,7 @@ class EvaluateConfig(Section):
     compare: list[PathText] = field(default_factory=list)
     bits_per_level: Positive | None = None
     workers: NonNegative = 0
+    precision: Literal["fp32", "bf16"] | None = None
     device: str = "auto"
 
     def check(self) -> None:
@@ -159,6 +162,15 @@ class ExportConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     with_training_state: bool = False
     ema: bool = False
+    part: Literal["encoder", "decoder"] | None = None
+    licence: str | None = None
+    language: list[str] = field(default_factory=list)
+    data: str | None = None
+    level_db: float | None = None
+    evaluation: PathText | None = None
+    heldout: PathText | None = None
+    push: str | None = None
+    private: bool = True
 
 
 class InspectConfig(Section):

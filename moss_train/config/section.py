@@ -249,7 +249,7 @@ def _convert_list(item: Any, value: Any, path: str) -> list[Any]:
     if isinstance(value, str | os.PathLike) and str in alternatives(item)[0]:
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise ConfigError("type", path, value, f"a list: write {path}=[{value}]")
+        raise ConfigError("type", path, value, f"a list: write {path}=[{value!s}]")
     return [convert(item, part, f"{path}.{index}") for index, part in enumerate(value)]
 
 

@@ -58,7 +58,9 @@ def hint_inside(hint: Any, key: str) -> Any:
 
 def split(text: str, separator: str, most: int = -1) -> list[str]:
     """Split a text where a separator stands outside of quotes and brackets; the parts are stripped."""
-    parts, part, quote, closers = [], "", "", []
+    parts: list[str] = []
+    closers: list[str] = []
+    part = quote = ""
     for place, letter in enumerate(text):
         if quote:
             quote = "" if letter == quote and text[place - 1] != "\\" else quote

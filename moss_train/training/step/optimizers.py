@@ -1,6 +1,6 @@
 """Optimizers and what happens between gradients and an update."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
