@@ -143,7 +143,14 @@ def build_fit(config: Node, stream: AudioStream) -> QuantizerFit:
 
     def clips() -> list[HeldOutClip]:
         chosen = [sources] if isinstance(sources, str) else sources
-        return load_held_out(chosen, stream.clip_format, max_clips=FIT_CLIPS, max_seconds=FIT_SECONDS)
+        # Source by source: the same recordings may be in two of them, with and without their text.
+        return [
+            clip
+            for source in chosen
+            for clip in load_held_out(
+                [source], stream.clip_format, max_clips=-(-FIT_CLIPS // len(chosen)), max_seconds=FIT_SECONDS
+            )
+        ]
 
     return QuantizerFit(clips)
 
