@@ -166,15 +166,16 @@ class _Recording:
     def _read_part(self, number: int, start: int, count: int) -> list[np.ndarray]:
         piece, skipped = self.parts[number].piece, start
         at_once = self.format in _AT_ONCE
-        if piece.mp3 is not None:
-            piece, skipped = piece.mp3.piece_at(start)
+        is_sought = piece.piece_at is None
+        if piece.piece_at is not None:
+            piece, skipped = piece.piece_at(start)
         elif at_once and start + _MARGIN > self.parts[number].num_samples - _MARGIN:
             skipped = min(start, _MARGIN)
         elif at_once:
             skipped = 0
         file = self._first if piece is self.parts[0].piece else self._open(piece)
         try:
-            if piece.mp3 is None:
+            if is_sought:
                 file.seek(start - skipped if at_once else start)
             if at_once:
                 samples = file.read(skipped + count, dtype="float32", always_2d=True)

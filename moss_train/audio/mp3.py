@@ -84,9 +84,9 @@ class Mp3Stream:
     def piece(self) -> Piece:
         """Return what libsndfile reads in full: the stream, with a header that says how many frames there are."""
         if self.stated == self.count:
-            return Piece(self.begin, self.end, mp3=self)
+            return Piece(self.begin, self.end, piece_at=self.piece_at)
         if self.frame.layer != 3:  # there are no such headers in the other layers
-            return Piece(self.begin, self.end, mp3=self, num_samples=self.count * self.frame.num_samples)
+            return Piece(self.begin, self.end, piece_at=self.piece_at, num_samples=self.count * self.frame.num_samples)
         self.delay = _DECODER_DELAY  # as libsndfile does behind every header
         return self._piece_from(0)
 
@@ -101,7 +101,9 @@ class Mp3Stream:
 
     def _piece_from(self, step: int) -> Piece:
         begin = self.places[step]
-        return Piece(begin, self.end, self._info_frame(self.count - step * _INDEX_STEP, self.end - begin), mp3=self)
+        return Piece(
+            begin, self.end, self._info_frame(self.count - step * _INDEX_STEP, self.end - begin), piece_at=self.piece_at
+        )
 
     def _info_frame(self, count: int, num_bytes: int) -> bytes:
         """A frame that says how many frames and bytes follow, in the format of the others."""

@@ -2,13 +2,10 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, BinaryIO
-
-if TYPE_CHECKING:
-    from moss_train.audio.mp3 import Mp3Stream
+from typing import Any, BinaryIO
 
 BLOCK_BYTES = 2**18
 
@@ -35,8 +32,9 @@ class Piece:
     end: int
     head: bytes = b""
     tail: bytes = b""
-    mp3: "Mp3Stream | None" = None
     num_samples: int | None = None  # per channel, where it is known and libsndfile might guess
+    # Where libsndfile seeks wrongly: the piece to read in full from a sample on, and how many samples come before it.
+    piece_at: "Callable[[int], tuple[Piece, int]] | None" = None
 
 
 @dataclass(frozen=True)
