@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def figures():
     spec = importlib.util.spec_from_file_location("draw_figures", ROOT / "tools" / "draw_figures.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
