@@ -26,6 +26,15 @@ def test_a_clip_with_text_is_whole_or_without_its_text(packed: Path) -> None:
     assert all(ref.location.num_samples > 5 * 24000 and ref.num_frames == 12000 for ref in too_long)
 
 
+def test_without_a_text_lm_clips_with_text_are_cropped_like_all_others(packed: Path) -> None:
+    stream = make_stream(packed, uses_text=False)
+    samples = [stream.sample(position) for position in range(60)]
+    assert any(sample.location.has_text for sample in samples)
+    assert not any(sample.with_text for sample in samples)
+    assert stream.num_with_text == 0
+    assert stream.longest_seconds == 0.5
+
+
 def test_crops_lie_anywhere_inside_the_clip(packed: Path) -> None:
     stream = make_stream(packed)
     refs = [stream.sample(position) for position in range(2000)]

@@ -84,7 +84,8 @@ class AudioStream:
     """Clips of packed folders, mixed by domain, in an order that depends on the seed and the position alone.
 
     Clips with text are used whole; if longer than `max_seconds` they are used without their text. Clips without text
-    are cropped to `crop_seconds`. `weights` are shares of audio seconds per domain, None for what is available.
+    are cropped to `crop_seconds`, and so are all clips when `uses_text` is false, as there is no text LM. `weights` are
+    shares of audio seconds per domain, None for what is available.
     `min_length_ratio` is the share of audio in what a pass computes, below which it may be split (`split_by_length`).
     """
 
@@ -99,11 +100,13 @@ class AudioStream:
         seed: int = 0,
         window_shards: int = 8,
         min_length_ratio: float = 0.7,
+        uses_text: bool = True,
     ) -> None:
         _check_options(crop_seconds, max_seconds, seed, window_shards, min_length_ratio)
         self.clip_format = clip_format
         self.seed = seed
         self.min_length_ratio = min_length_ratio
+        self.uses_text = uses_text
         rate = clip_format.sampling_rate
         self._crop_length, self._max_length = round(crop_seconds * rate), round(max_seconds * rate)
         if not isinstance(sources, Corpus):
@@ -191,7 +194,7 @@ class AudioStream:
 
     def _used(self, lengths: np.ndarray, has_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Used length of clips, and whether their text is used."""
-        with_text = has_text & (lengths <= self._max_length)
+        with_text = has_text & (lengths <= self._max_length) & self.uses_text
         return np.where(with_text, lengths, np.minimum(lengths, self._crop_length)), with_text
 
     def _measure(self) -> tuple[list[float], dict[str, float], float]:

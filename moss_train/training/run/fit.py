@@ -82,7 +82,8 @@ def fit(config: FitConfig | Node) -> RunResult:
     schedule = Schedule.from_config(beginning.arguments["stages"])
     accelerator = choose_accelerator(config["trainer"]["accelerator"])
     filled = with_packed_folder(config, beginning.tokenizer_config, directory)
-    stream = open_stream(filled, beginning.tokenizer_config)
+    has_lm = beginning.arguments["semantic"] is not None
+    stream = open_stream(filled, beginning.tokenizer_config, has_lm)
     if not stream.num_with_text:
         beginning = without_text(beginning)
     size = measure(beginning.arguments, config)
@@ -176,8 +177,12 @@ def measure(arguments: dict[str, Any], config: Node) -> StateSize:
     return StateSize(tokenizer, lm, judges, has_average=bool(config.get("ema")))
 
 
-def open_stream(config: Node, tokenizer: Any) -> AudioStream:
-    """The training stream in the tokenizer's format."""
+def open_stream(config: Node, tokenizer: Any, uses_text: bool | None = None) -> AudioStream:
+    """Open the training stream in the tokenizer's format; without a text LM clips with text are cropped like others.
+
+    Args:
+        uses_text: whether the module has a text LM; None: whether one is configured.
+    """
     data = config["data"]
     if not data["train"]:
         raise UserError(
@@ -200,6 +205,7 @@ def open_stream(config: Node, tokenizer: Any) -> AudioStream:
         weights=data["weights"],
         seed=config["seed"],
         min_length_ratio=data["min_length_ratio"],
+        uses_text=config["semantic"] is not None if uses_text is None else uses_text,
     )
     check_longest(stream, data["micro_batch_seconds"])
     return stream
