@@ -66,7 +66,7 @@ def split(text: str, separator: str, most: int = -1) -> list[str]:
             quote = "" if letter == quote and text[place - 1] != "\\" else quote
         elif letter in "'\"" and not part.strip():
             quote = letter
-        elif letter in _CLOSING and (closers or not part.strip()):
+        elif letter in _CLOSING and (closers or not part.strip() or part.rstrip().endswith(":")):
             closers.append(_CLOSING[letter])
         elif closers and letter == closers[-1]:
             closers.pop()
