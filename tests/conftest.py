@@ -16,6 +16,23 @@ ROOT = Path(__file__).parents[1]
 RECORDINGS = ROOT / "recipes" / "quickstart" / "audio"
 
 
+PROCESS_FIXTURES = {"launcher", "start"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave nightly tests out unless `-m` names them; mark tests whose fixtures start command lines."""
+    left_out = []
+    for item in items:
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("processes")
+        if item.get_closest_marker("nightly") and "nightly" not in config.option.markexpr:
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 def _config(**changes: Any) -> dict:
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()}
     return yaml.safe_load((ROOT / "configs" / "pack.yaml").read_text()) | plain

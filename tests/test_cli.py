@@ -75,6 +75,7 @@ def test_help_of_fit_lists_the_experiments(capsys):
         assert f"\n  {path.stem}" in text
 
 
+@pytest.mark.processes
 def test_help_needs_no_heavy_import():
     code = (
         "import sys; from moss_train.cli.main import main; main(['--help']); main(['pack', '--help']);"
@@ -240,6 +241,7 @@ def test_traceback_on_request(capsys):
     assert text.endswith("moss_train pack: unknown key 'sampling_rat': did you mean sampling_rate?\n")
 
 
+@pytest.mark.processes
 def test_program_exits_with_status_2_and_no_traceback(tmp_path):
     done = run_program("pack", "input=nowhere", "out=out", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -248,6 +250,7 @@ def test_program_exits_with_status_2_and_no_traceback(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -287,6 +290,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"moss_train {moss_train.__version__}\n"
 
 
+@pytest.mark.processes
 def test_program_help_and_config(tmp_path):
     done = run_program("decode", "--cfg", "job", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -337,6 +341,7 @@ run_program()
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "status", "output"), [(["pack", "sampling_rat=3"], 2, ""), (["--version"], 0, "farewell\n")]
 )

@@ -226,6 +226,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts).removesuffix(".__init__")
 
 
+@pytest.mark.processes
 def test_importing_every_module_changes_nothing(tmp_path):
     modules = [module_name(path) for path in FILES if path.name != "__main__.py"]
     work, home = tmp_path / "work", tmp_path / "home"

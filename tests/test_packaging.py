@@ -25,18 +25,21 @@ def relative_files(folder, pattern):
     return {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)}
 
 
+@pytest.mark.processes
 def test_wheel_contains_every_module(wheel_names):
     modules = relative_files("moss_train", "*.py")
     assert "moss_train/commands/doctor.py" in modules
     assert modules <= wheel_names
 
 
+@pytest.mark.processes
 def test_wheel_contains_every_config_inside_the_package(wheel_names):
     configs = {f"moss_train/{name}" for name in relative_files("configs", "*.yaml")}
     assert "moss_train/configs/doctor.yaml" in configs
     assert configs <= wheel_names
 
 
+@pytest.mark.processes
 def test_wheel_contains_nothing_else(wheel_names):
     others = {name for name in wheel_names if not name.startswith("moss_train")}
     assert others == set()
@@ -47,6 +50,7 @@ def test_configs_of_the_checkout_are_found():
     assert (config_directory() / "doctor.yaml").is_file()
 
 
+@pytest.mark.processes
 def test_public_classes_are_imported_on_first_use_only():
     program = (
         "import sys, moss_train; "

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 TOOL = Path(__file__).parents[1] / "tools" / "search_streaming.py"
@@ -20,6 +21,7 @@ def load_tool():
     return module
 
 
+@pytest.mark.processes
 def test_streaming_changes_no_code():
     done = subprocess.run([sys.executable, TOOL, "--models", "6"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

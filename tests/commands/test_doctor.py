@@ -23,6 +23,7 @@ def run_doctor(run_directory, min_free_disk_gb=0.0, path=()):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.processes
 def test_healthy_environment_exits_with_0(tmp_path):
     result = run_doctor(tmp_path / "not" / "there" / "yet")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -33,6 +34,7 @@ def test_healthy_environment_exits_with_0(tmp_path):
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.processes
 def test_packages_whose_import_fails_are_reported_and_nothing_crashes(tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -218,6 +218,7 @@ def test_large_updates_need_few_open_files(packed: Path) -> None:
     assert_equal(update, load(packed, updates=[(0, 150.0)])[0])
 
 
+@pytest.mark.processes
 def test_workers_end_when_the_training_process_is_killed(packed):
     """Their results are larger than a pipe holds, so a worker that waited for a reader would wait for ever."""
     script = f"""

@@ -71,6 +71,7 @@ def test_librispeech(tmp_path: Path, place: Callable, prepare: Callable, pack_co
     assert "no subset of LibriSpeech" in prepare("librispeech", tmp_path / "out", tmp_path / "x")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_archives_are_fetched_checked_and_packed(tmp_path: Path, place: Callable) -> None:
     chapter = tmp_path / "served" / "LibriSpeech" / "test-clean" / "1089" / "134686"
@@ -210,6 +211,7 @@ def voice_repositories(tmp_path: Path, place: Callable) -> Path:
     return tmp_path / "served"
 
 
+@pytest.mark.processes
 @pytest.mark.nightly
 def test_cc0_voices_are_cloned_checked_split_and_packed(tmp_path: Path, voice_repositories: Path) -> None:
     """The script is that of the recipe; only the counts and the list of held-out clips are those of the small tree."""
@@ -255,6 +257,7 @@ def packed_texts(folder: Path) -> dict[str, str]:
     return {name: labels["text"] for name, _, labels in clips}
 
 
+@pytest.mark.processes
 def test_cc0_voices_of_a_folder_that_is_there(tmp_path: Path, place: Callable) -> None:
     for part in ("train", "heldout"):
         place(tmp_path / "voices" / f"{part}.flac")

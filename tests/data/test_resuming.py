@@ -90,6 +90,7 @@ def test_changed_input_options_or_shards_are_packed_anew(packed: Path, tmp_path:
     assert pack(sources, tmp_path / "two", other, num_workers=1).num_resumed == 0
 
 
+@pytest.mark.processes
 @pytest.mark.faults
 def test_a_killed_command_is_resumed_and_its_processes_end(
     packed: Path, tmp_path: Path, recordings: Path, pack_config: Callable

@@ -227,6 +227,7 @@ def test_silence_is_counted(tmp_path: Path) -> None:
     assert report.remarks == {SILENT: 1}
 
 
+@pytest.mark.processes
 def test_pack_says_that_all_is_silent_and_works_without_utf8_home_and_tmpdir(tmp_path: Path) -> None:
     wav(tmp_path / "audio/f\N{LATIN SMALL LETTER U WITH DIAERESIS}r.wav", TONE * 0)
     environment = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": "/usr/bin:/bin"}

@@ -37,6 +37,7 @@ def test_nothing_to_draw_is_an_error(tmp_path):
         save_spectrograms({}, RATE, tmp_path / "x.png")
 
 
+@pytest.mark.processes
 def test_importing_the_room_does_not_import_matplotlib():
     program = "import moss_train.evaluation, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -100,6 +100,7 @@ def page(two_evaluations, tmp_path_factory) -> Iterator[Browser]:
         yield opened
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_players_load_and_plots_are_seen(page):
     assert page.evaluate(LOADED) == [1.0, 1.0, 1.0]
@@ -110,6 +111,7 @@ def test_players_load_and_plots_are_seen(page):
     assert page.console == []
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_one_player_at_a_time(page):
     playing = """(async () => {
@@ -124,6 +126,7 @@ def test_one_player_at_a_time(page):
     assert page.evaluate(playing) == [True, False]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "is_phone"), [(1280, False), (390, True)])
 def test_nothing_is_wider_than_the_page(page, two_evaluations, width, is_phone):
@@ -141,6 +144,7 @@ def test_nothing_is_wider_than_the_page(page, two_evaluations, width, is_phone):
     assert page.console == []
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_votes_of_a_blind_comparison_are_saved(page, two_evaluations, tmp_path):
     page.open(two_evaluations / "first" / "report.html")
@@ -160,6 +164,7 @@ def test_votes_of_a_blind_comparison_are_saved(page, two_evaluations, tmp_path):
     assert page.console == []
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_the_console_is_seen(page):
     page.evaluate("console.error('something is wrong')")

@@ -132,6 +132,7 @@ def test_two_runs_and_workers_give_the_same_bytes(tmp_path):
     assert tables[0] == tables[1] == tables[2]
 
 
+@pytest.mark.processes
 def test_an_interrupt_is_for_the_parent_not_for_its_workers(tmp_path):
     """Ctrl-C reaches all processes of a terminal; a worker that dies of it breaks the pool, or leaves it hanging."""
     rows, reached = tmp_path / ROWS_FILE, []

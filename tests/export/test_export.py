@@ -52,6 +52,7 @@ def model_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_an_export_works_where_moss_train_cannot_be_imported(model_folder, tmp_path, monkeypatch):
     out = tmp_path / "my-tokenizer"
     assert main(["export", f"checkpoint={model_folder}", f"out={out}"]) == 0

@@ -17,6 +17,8 @@ from moss_train.cli.main import main
 from moss_train.export.vectors import known_audio
 from moss_train.model import MossAudioTokenizerModel
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 PINNED = ("4.57.1", "5.0.0")  # of MOSS-TTS-Nano and MOSS-TTS
 REVISION = "0" * 40

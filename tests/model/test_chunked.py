@@ -78,6 +78,7 @@ def peak_memory(task, seconds):
     return int(done.stdout)
 
 
+@pytest.mark.processes
 @pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure peak memory")
 @pytest.mark.parametrize("task", ["encode", "decode"])

@@ -196,6 +196,7 @@ def test_a_model_can_be_pickled_and_saved_whole(model, tmp_path):
     assert torch.equal(model.encode(audio).audio_codes, codes)
 
 
+@pytest.mark.processes
 @pytest.mark.nightly
 def test_a_spawned_worker_takes_the_model(model):
     context = multiprocessing.get_context("spawn")

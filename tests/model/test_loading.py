@@ -128,6 +128,7 @@ save_file({"codes": encoded.audio_codes, "audio": decoded.audio, "streamed": str
 """
 
 
+@pytest.mark.processes
 def test_saved_folder_runs_where_the_package_is_missing(tmp_path):
     model = small_model(3)
     MossAudioTokenizerConfig.register_for_auto_class("AutoConfig")

@@ -116,6 +116,7 @@ def folder(update, cases, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])
 def test_two_processes_give_the_gradients_of_one(update, cases, folder, strategy):
     arguments, _ = update

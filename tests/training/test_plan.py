@@ -10,6 +10,7 @@ import yaml
 RECIPE = Path(__file__).parents[2] / "recipes" / "cat_1b6"
 
 
+@pytest.mark.processes
 def test_the_plan_is_what_its_script_computes():
     done = subprocess.run([sys.executable, RECIPE / "plan.py"], check=True, capture_output=True, text=True)
     assert done.stdout == (RECIPE / "README.md").read_text()
@@ -28,6 +29,7 @@ exec "$@"
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
 def test_its_launch_scripts_start_the_planned_run(script, tmp_path):
     for name, text in (("sbatch", SBATCH), ("srun", SRUN)):

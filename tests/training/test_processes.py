@@ -16,6 +16,8 @@ from moss_train.utils.errors import UserError
 
 from .runs import FIT, assert_equal, assert_same_course, state, values, wait_for_rows
 
+pytestmark = pytest.mark.processes
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
 ENDLESS = ["stages.0.updates=100000", "checkpoint.every_updates=1000"]

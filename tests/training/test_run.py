@@ -37,6 +37,7 @@ def test_the_published_recipe_runs_through_both_stages(whole):
     assert [path.name for path in list_checkpoints(whole / "checkpoints")] == kept
 
 
+@pytest.mark.processes
 def test_a_killed_run_resumes_to_the_last_bit(whole, small_overrides, tmp_path):
     """SIGKILL in either stage, then once more with a data worker: losses, weights and optimizers are the same."""
     directory = tmp_path / "killed"

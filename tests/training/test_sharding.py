@@ -15,6 +15,8 @@ from moss_train.utils.checkpoint import list_checkpoints
 from .gradients import network_errors
 from .runs import FIT, assert_equal, assert_same_course, state, values, wait_for_rows
 
+pytestmark = pytest.mark.processes
+
 SHARDED = ("trainer.devices=2", "trainer.strategy=fsdp")
 
 

@@ -127,6 +127,7 @@ def test_a_resumed_run_has_the_same_validations(validated, watched, tmp_path):
     assert read_best(tmp_path / "checkpoints") == read_best(watched / "checkpoints")
 
 
+@pytest.mark.processes
 def test_two_processes_have_the_scores_of_one(validated, watched, tmp_path):
     overrides = [*validated, f"run_dir={tmp_path}", "validation.max_clips=3", "stop_at_update=1"]
     # Lightning starts the second process with this one's command line, so it has to be that of the command.

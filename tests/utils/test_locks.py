@@ -16,6 +16,7 @@ with exclusive(Path(sys.argv[1]), "it"):
 """
 
 
+@pytest.mark.processes
 def test_a_second_process_is_refused_until_the_first_one_is_killed(tmp_path):
     lock = tmp_path / ".lock"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)
