@@ -15,7 +15,7 @@ ALL = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CO
 VERBS = [name for name in ALL if "/" not in name]
 OPTIONS = [name for name in ALL if "/" in name]
 # What training hands to the parts that configurations name, by the part's place.
-GIVEN_AT_RUN_TIME = {"semantic": {"latent_dim": None}}
+GIVEN_AT_RUN_TIME = {"semantic": {"latent_dim": None}, "objective.losses.reconstruction": {"sampling_rate": None}}
 
 
 def check_targets(config):
