@@ -154,7 +154,8 @@ def _listed(name: str) -> Callable[..., Any]:
     """Return what a name of `TARGETS` stands for; the modules are those of the project and torch itself."""
     parts = name.split(".")
     length = next(i for i, part in enumerate(parts) if part[0].isupper())
-    return functools.reduce(getattr, parts[length:], importlib.import_module(".".join(parts[:length])))
+    module: Any = importlib.import_module(".".join(parts[:length]))
+    return functools.reduce(getattr, parts[length:], module)
 
 
 def _class_of_package(name: str, package: str, path: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 from huggingface_hub import HfApi, get_token
@@ -45,7 +46,7 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
     except LocalTokenNotFoundError:
         raise UserError(f"push={repository} needs a token of the Hugging Face Hub: run `hf auth login`") from None
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no")
+        status: Any = getattr(error.response, "status_code", "no")
         reason = {401: "the token is not valid", 403: "the token may not write there", 404: "no such owner"}
         raise UserError(
             f"push={repository}: {reason.get(status, _line(error))} (status {status}); {folder} is complete"
