@@ -32,7 +32,7 @@ from moss_train.training.cost.flop_counter import ATTENTION
 from moss_train.training.cost.gpu_specs import GPUS
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.optimizations import compiled_parts
-from moss_train.training.run.warm_start import plan_beginning
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.training.step.schedule import Stage
 
 SMS = {"a100": 108, "a100_40gb": 108, "h100_pcie": 114, "l40s": 142, "rtx4090": 128, "b200": 148}  # others: 132
@@ -390,7 +390,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0)
     options = parser.parse_args()
     config = load_config("fit", [f"experiment={options.experiment}", *options.overrides]).to_plain()
-    arguments = plan_beginning(config).arguments
+    arguments = plan_initialization(config).arguments
     with as_on_cuda(), dataless():
         module = CatModule(**arguments).train()
         stage = module.schedule.stages[options.stage - 1]

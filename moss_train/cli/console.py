@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from moss_train.inference.files import Report
-from moss_train.utils.files import counted
+from moss_train.utils.files import pluralize
 
 _SHOWN_FAILURES = 20
 
@@ -19,6 +19,6 @@ def print_report(report: Report, out: Path, verb: str, unit: str = "file") -> in
         print(f"moss_train {verb}: passed over: {text}", file=sys.stderr)
     if len(report.failures) > _SHOWN_FAILURES:
         print(f"moss_train {verb}: and {len(report.failures) - _SHOWN_FAILURES} more", file=sys.stderr)
-    written, failed = counted(report.num_written, unit), counted(len(report.failures), "clip")
+    written, failed = pluralize(report.num_written, unit), pluralize(len(report.failures), "clip")
     print(f"{verb}: {written} written to {out}, {report.num_present} were there, {failed} failed")
     return 1 if report.failures else 0

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moss_train.config.fit_schema import EstimateConfig
-from moss_train.semantic.portable import spelled_out
+from moss_train.semantic.portable import resolve_lm_config
 from moss_train.training.cost.estimate import (
     GB,
     UPDATE_BYTES,
@@ -18,7 +18,7 @@ from moss_train.training.cost.gpu_specs import GPUS
 from moss_train.training.cost.mfu import measured_share
 from moss_train.training.run.fit import measure
 from moss_train.training.run.memory_check import GIB
-from moss_train.training.run.warm_start import plan_beginning
+from moss_train.training.run.warm_start import plan_initialization
 
 SUMMARY = "Say what a run will need before it starts: parameters, memory, operations, days."
 
@@ -38,9 +38,9 @@ def run(config: EstimateConfig) -> int:
     """Count, estimate and print. Returns 0."""
     law = None if config.scaling is None else read_scaling_law(config.scaling)
     machine = Machine(**{key: getattr(config, key) for key in MACHINE_KEYS} | {"mfu": share_of_peak(config.mfu)})
-    beginning = plan_beginning(config)
+    beginning = plan_initialization(config)
     semantic = beginning.arguments["semantic"]
-    arguments = {**beginning.arguments, "semantic": None if semantic is None else spelled_out(semantic)}
+    arguments = {**beginning.arguments, "semantic": None if semantic is None else resolve_lm_config(semantic)}
     parameters = measure(arguments, config)
     result = estimate(config, arguments, beginning.tokenizer_config, parameters, machine)
     console = Console(width=max(Console().width, 110))

@@ -27,7 +27,7 @@ from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip
 from moss_train.evaluation.report.comparison import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import ClipRow, Results
-from moss_train.evaluation.runner import Renderer, evaluate
+from moss_train.evaluation.runner import Reconstructor, evaluate
 from moss_train.export.load import find_checkpoint, load_tokenizer
 from moss_train.inference.device import choose_device, use_precision
 from moss_train.model import MossAudioTokenizerModel
@@ -86,7 +86,7 @@ EXAMPLES = (
 class Subject:
     """What is measured on which clips, and what identifies it."""
 
-    renderer: Renderer
+    renderer: Reconstructor
     clips: Sequence[EvaluationClip]
     codec: Codec | None
     identity: dict[str, Any]

@@ -17,7 +17,7 @@ from moss_train.data.pack.pack import SILENT, PackReport, check_target, pack
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.pack.resume import JOURNAL_FILE, unfinished_folder
 from moss_train.utils.bad_data import count_faults
-from moss_train.utils.files import counted
+from moss_train.utils.files import pluralize
 from moss_train.utils.progress import progress
 
 SUMMARY = (
@@ -80,16 +80,18 @@ def _print_report(report: PackReport, out: str) -> None:
     console = Console()
     console.print(_totals_table(report.index["totals"]))
     num_bytes = sum(shard["bytes"] for shard in report.index["shards"])
-    clips, shards = counted(report.index["num_samples"], "clip"), counted(len(report.index["shards"]), "shard")
+    clips, shards = pluralize(report.index["num_samples"], "clip"), pluralize(len(report.index["shards"]), "shard")
     notes = [f"{out}: {clips} in {shards}, {num_bytes:,} bytes"]
     if report.num_resumed:
-        notes.append(f"taken over from an earlier attempt: {counted(report.num_resumed, 'shard')}")
-    notes += [f"left out: {counted(count, 'clip')} {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())]
+        notes.append(f"taken over from an earlier attempt: {pluralize(report.num_resumed, 'shard')}")
+    notes += [
+        f"left out: {pluralize(count, 'clip')} {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())
+    ]
     if report.bad:
-        number, kinds = counted(len(report.bad), "clip"), count_faults(report.bad)
+        number, kinds = pluralize(len(report.bad), "clip"), count_faults(report.bad)
         notes.append(f"left out: {number} that cannot be used ({kinds}), among them:")
         notes += [f"  {bad.reason}" for bad in report.bad[:_NUM_BAD_SHOWN]]
-    notes += [f"packed: {counted(count, 'clip')} {remark}" for remark, count in sorted(report.remarks.items())]
+    notes += [f"packed: {pluralize(count, 'clip')} {remark}" for remark, count in sorted(report.remarks.items())]
     if report.remarks.get(SILENT) == report.index["num_samples"]:
         notes.append("warning: every clip is digital silence; nothing can be learned from them")
     if report.ignored:

@@ -8,7 +8,7 @@ from moss_train.config.fit_schema import EstimateConfig, FitConfig
 from moss_train.config.schema import ExportConfig
 from moss_train.config.section import Section
 from moss_train.utils.errors import ConfigError, UserError
-from moss_train.utils.hub import looks_local, refuse_missing_model
+from moss_train.utils.hub import is_path_like, refuse_missing_model
 
 MODEL_KEYS = ("init", "checkpoint", "model")
 """Keys that name a model; `checkpoint` is a section in `fit`."""
@@ -49,7 +49,7 @@ def check_inputs(config: Section) -> None:
         if key == "data" and isinstance(config, ExportConfig):
             continue  # a sentence for the model card
         for name in _texts(config, key):
-            may_be_elsewhere = "://" in name or (key.startswith("semantic.") and not looks_local(name))
+            may_be_elsewhere = "://" in name or (key.startswith("semantic.") and not is_path_like(name))
             if not may_be_elsewhere and not Path(name).expanduser().exists():
                 raise ConfigError("missing", key, name, PATH_KEYS[key])
     if isinstance(config, FitConfig) and not isinstance(config, EstimateConfig):

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from moss_train.audio.io import read_audio, resample
-from moss_train.evaluation.reconstruct import Condition, EvaluationClip, Rendered, Rendition, check_audio
+from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip, Rendition, check_audio
 from moss_train.utils.errors import UserError
 
 LAYOUTS = (("gt_audios", "syn_audios"), ("reference", "reconstruction"), ("original", "reconstructed"))
@@ -91,7 +91,7 @@ class PairRenderer:
                 digest.update(str(folder.condition).encode() + path.read_bytes())
         return digest.hexdigest()
 
-    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> Rendered:
+    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> ClipReconstructions:
         """Pair a reference [C, T] with its reconstructions; missing or unreadable ones are failures."""
         check_audio(audio, clip.id)
         renditions: list[Rendition] = []
@@ -101,7 +101,7 @@ class PairRenderer:
                 renditions.append(_read_pair(folder, clip.id.removeprefix(f"{clip.domain}/")))
             except UserError as error:
                 failures[folder.condition] = str(error)
-        return Rendered(tuple(renditions), audio.shape[-1] / rate, failures=failures)
+        return ClipReconstructions(tuple(renditions), audio.shape[-1] / rate, failures=failures)
 
 
 def _read_pair(folder: PairFolder, name: str) -> Rendition:

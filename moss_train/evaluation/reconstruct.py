@@ -54,7 +54,7 @@ class Rendition:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class ClipReconstructions:
     """Everything made of one clip."""
 
     renditions: tuple[Rendition, ...]
@@ -82,7 +82,7 @@ class CodecRenderer:
     ) -> None:
         self.codec = codec
         self._levels = tuple(num_quantizers)
-        self._others = impostors(clips) if with_anchors else {}
+        self._others = mismatched_clips(clips) if with_anchors else {}
         self._with_anchors = with_anchors
         self._measure = measure
 
@@ -97,7 +97,7 @@ class CodecRenderer:
         """The clip that stands for a mismatch, which is another one when the evaluation set changes."""
         return self._others[clip.id].id if clip.id in self._others else ""
 
-    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> Rendered:
+    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> ClipReconstructions:
         """Render a clip [C, T] at `rate` Hz. Raises UserError for audio that is empty or not finite."""
         check_audio(audio, clip.id)
         wanted = self._prepare(audio, rate)
@@ -112,7 +112,7 @@ class CodecRenderer:
             raise
         except (ValueError, RuntimeError) as error:
             reason = f"{self.codec.name} failed: {str(error).splitlines()[0]}"
-            return Rendered(tuple(renditions), seconds, failures=dict.fromkeys(depths, reason) | failures)
+            return ClipReconstructions(tuple(renditions), seconds, failures=dict.fromkeys(depths, reason) | failures)
         for condition, (output, _) in zip(depths, decoded, strict=True):
             degraded = pcm16(fit_length(output, reference.shape[-1]))
             renditions.append(Rendition(condition, reference, degraded, self.codec.sampling_rate))
@@ -120,7 +120,7 @@ class CodecRenderer:
         values = (
             {item: self._measure(codes[: item.num_quantizers], clip.labels) for item in depths} if self._measure else {}
         )
-        return Rendered(tuple(renditions), seconds, codes, encode_seconds, times, values, failures)
+        return ClipReconstructions(tuple(renditions), seconds, codes, encode_seconds, times, values, failures)
 
     def _prepare(self, audio: Tensor, rate: int) -> Tensor:
         return resample(convert_channels(audio, self.codec.num_channels), rate, self.codec.sampling_rate)
@@ -149,7 +149,7 @@ def _timed(function: Callable[[Tensor], Tensor], argument: Tensor) -> tuple[Tens
     return function(argument), time.perf_counter() - started
 
 
-def impostors(clips: Sequence[EvaluationClip]) -> dict[str, EvaluationClip]:
+def mismatched_clips(clips: Sequence[EvaluationClip]) -> dict[str, EvaluationClip]:
     """For every clip another one of its domain, by another speaker where there is one.
 
     The choice depends on the set of clips, not on its order; a clip alone in its domain has none.

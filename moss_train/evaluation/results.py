@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.io import write_audio
-from moss_train.evaluation.reconstruct import Condition, EvaluationClip, Rendered, Rendition
+from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip, Rendition
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import parse_json, read_json, written_whole
+from moss_train.utils.files import atomic_write, parse_json, read_json
 
 ROWS_FILE = "per_clip.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -65,7 +65,7 @@ class Times:
     encode: float = 0.0
     decode: dict[int, float] = field(default_factory=dict)  # by number of levels
 
-    def add(self, rendered: Rendered) -> None:
+    def add(self, rendered: ClipReconstructions) -> None:
         """Count one clip that was encoded."""
         if rendered.codes is not None:
             self.audio += rendered.seconds
@@ -93,7 +93,7 @@ class Results:
 
     def keep_codes(self, key: str, codes: Tensor) -> None:
         """Keep the codes [N, frames] of a clip, for the statistics of the codebooks."""
-        with written_whole(self.folder / CODES_FOLDER / f"{key}.npy") as path:
+        with atomic_write(self.folder / CODES_FOLDER / f"{key}.npy") as path:
             np.save(path, codes.numpy().astype(np.int32))
 
     def codes(self, row: ClipRow) -> Tensor | None:
@@ -115,9 +115,9 @@ class Results:
 
     def finish(self, order: Sequence[ClipRow]) -> None:
         """Write the rows once more, in the order of the evaluation set and nothing else, and the times."""
-        with written_whole(self.folder / ROWS_FILE) as path:
+        with atomic_write(self.folder / ROWS_FILE) as path:
             path.write_text("".join(row.to_json() + "\n" for row in order), encoding="utf-8")
-        with written_whole(self.folder / TIMES_FILE) as path:
+        with atomic_write(self.folder / TIMES_FILE) as path:
             path.write_text(json.dumps(asdict(self.times), indent=1) + "\n", encoding="utf-8")
 
 
@@ -161,7 +161,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
             first = f"{keys[0]} was {found.get(keys[0])} and is {wanted.get(keys[0])}"
             raise UserError(f"out={path.parent} holds results of other settings ({first}): give another out")
         return
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from moss_train.evaluation.metrics.base import Metric, Pair, score_pair
-from moss_train.evaluation.reconstruct import Condition, EvaluationClip, Rendered
+from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import end_with_pool
+from moss_train.utils.workers import init_pool_worker
 
 
-class Renderer(Protocol):
+class Reconstructor(Protocol):
     """What makes the pairs of a clip."""
 
     @property
@@ -31,14 +31,14 @@ class Renderer(Protocol):
         """What the pairs of a clip depend on besides the clip and the settings."""
         ...
 
-    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> Rendered:
+    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> ClipReconstructions:
         """Pairs of a clip [C, T] at `rate` Hz. Raises UserError when the clip cannot be used."""
         ...
 
 
 def evaluate(
     clips: Sequence[EvaluationClip],
-    renderer: Renderer,
+    renderer: Reconstructor,
     metrics: Mapping[str, Metric],
     results: Results,
     *,
@@ -71,8 +71,8 @@ def evaluate(
 
 
 def _render(
-    clip: EvaluationClip, renderer: Renderer, results: Results, keep_audio_of: frozenset[str]
-) -> tuple[str, Rendered | None, str | None]:
+    clip: EvaluationClip, renderer: Reconstructor, results: Results, keep_audio_of: frozenset[str]
+) -> tuple[str, ClipReconstructions | None, str | None]:
     """Key of a clip, what was made of it unless its row is there, and why it cannot be used."""
     try:
         audio, rate = clip.read()
@@ -110,7 +110,7 @@ _worker_metrics: Mapping[str, Metric] = {}
 
 def _start_worker(metrics: Mapping[str, Metric]) -> None:
     global _worker_metrics
-    end_with_pool()
+    init_pool_worker()
     _worker_metrics = metrics
 
 
@@ -132,7 +132,7 @@ def _score(task: _Task, metrics: Mapping[str, Metric]) -> ClipRow:
 def _scorer(metrics: Mapping[str, Metric], num_workers: int) -> Iterator[Any]:
     """Yield submit(clip, key, rendered) -> Future of a ClipRow; with 0 workers the work is done in this process."""
 
-    def task_of(clip: EvaluationClip, key: str, rendered: Rendered) -> _Task:
+    def task_of(clip: EvaluationClip, key: str, rendered: ClipReconstructions) -> _Task:
         pairs = tuple(
             (item.condition, item.reference.numpy(), item.degraded.numpy(), item.sampling_rate)
             for item in rendered.renditions
@@ -140,7 +140,7 @@ def _scorer(metrics: Mapping[str, Metric], num_workers: int) -> Iterator[Any]:
         labels = {"domain": clip.domain} | clip.labels
         return _Task(clip.id, clip.domain, key, rendered.seconds, labels, pairs, rendered.values, rendered.failures)
 
-    def score_here(clip: EvaluationClip, key: str, rendered: Rendered) -> Future[ClipRow]:
+    def score_here(clip: EvaluationClip, key: str, rendered: ClipReconstructions) -> Future[ClipRow]:
         future: Future[ClipRow] = Future()
         future.set_result(_score(task_of(clip, key, rendered), metrics))
         return future

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from moss_train.semantic.portable import portable_node, with_local_text
+from moss_train.semantic.portable import make_portable, with_local_text
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
 
@@ -36,7 +36,7 @@ def write_training_state(folder: Path, networks: Mapping[str, Network]) -> None:
     folder.mkdir(parents=True)
     records = {}
     for name, network in networks.items():
-        node = portable_node(network.node, folder / "text") if name == "semantic" else network.node
+        node = make_portable(network.node, folder / "text") if name == "semantic" else network.node
         unique, aliases = without_aliases(network.weights)
         # Not save_file: the file it makes cannot be read by other users.
         (folder / f"{name}.safetensors").write_bytes(save(unique))

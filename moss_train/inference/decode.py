@@ -11,7 +11,7 @@ from moss_train.inference.batching import group_by_length, read_ahead
 from moss_train.inference.files import CodesInfo, Report, Work, read_codes, read_codes_header
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import atomic_write
 from moss_train.utils.progress import progress
 
 Codes = tuple[Tensor, CodesInfo]
@@ -87,7 +87,7 @@ def _decode_group(decoder: Decoder, outcomes: list[tuple[Work, Codes | Exception
         return
     decoded = decoder.audio([codes for _, (codes, _) in clips])
     for (work, (_, info)), audio in zip(clips, decoded, strict=True):
-        with written_whole(work.target) as temporary:
+        with atomic_write(work.target) as temporary:
             write_audio(temporary, audio[:, : info.num_samples], info.sampling_rate)
         report.num_written += 1
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moss_train.data.pack.manifest import AUDIO_SUFFIXES, is_list, list_clips
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import MAX_NAME_BYTES, written_whole
+from moss_train.utils.files import MAX_NAME_BYTES, atomic_write
 
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
 
@@ -42,7 +42,7 @@ def write_codes(path: Path, codes: Tensor, info: CodesInfo) -> None:
     """Write codes [N, frames], as int16 where they fit, with `info`, in the format of the suffix; complete or not."""
     small = codes.numel() == 0 or int(codes.max()) < 2**15
     tensor = codes.detach().cpu().to(torch.int16 if small else torch.int64).contiguous()
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         if path.suffix == ".npz":
             np.savez(temporary, codes=tensor.numpy(), **asdict(info))
         else:

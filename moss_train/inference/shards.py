@@ -14,7 +14,7 @@ from torch import Tensor
 from moss_train.audio.io import write_audio
 from moss_train.data.pack.pack import check_target
 from moss_train.data.pack.ray import EXECUTORS, ray_pool
-from moss_train.data.pack.resume import JOURNAL_FILE, finished_or_resumable
+from moss_train.data.pack.resume import JOURNAL_FILE, resumable_directory
 from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
 from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ARRAYS_FILE, ClipLocation, ShardIndex
@@ -26,9 +26,9 @@ from moss_train.inference.device import use_precision
 from moss_train.inference.encode import Encoder, chunk_seconds
 from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import atomic_write
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import end_with_pool, ordered
+from moss_train.utils.workers import init_pool_worker, ordered
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
     index = ShardIndex.load(job.audio)
     encoder = make_encoder(job, devices[0] if len(devices) == 1 else torch.device("cpu"))
     source = describe(job, encoder, index)
-    with finished_or_resumable(target) as folder:
+    with resumable_directory(target) as folder:
         _check_same_source(folder, source)
         todo = [number for number, shard in enumerate(index.shards) if not (folder / shard.file).exists()]
         report = Report(0, len(index.shards) - len(todo), [])
@@ -183,7 +183,7 @@ _PROCESS: dict = {}
 
 
 def _start_process(job: EncodeJob, devices: list[str], counter) -> None:
-    end_with_pool()
+    init_pool_worker()
     with counter.get_lock():
         place = counter.value
         counter.value += 1
@@ -252,6 +252,6 @@ def _decode_group(decoder: Decoder, todo: list[tuple[Path, Tensor, dict]], repor
     for (target, _, labels), audio in zip(
         todo, decoder.audio([codes[: decoder.num_quantizers] for _, codes, _ in todo]), strict=True
     ):
-        with written_whole(target) as temporary:
+        with atomic_write(target) as temporary:
             write_audio(temporary, audio[:, : labels["num_samples"]], labels["sampling_rate"])
         report.num_written += 1

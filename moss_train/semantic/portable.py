@@ -11,7 +11,7 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.hub import from_pretrained
 
 
-def portable_node(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
+def make_portable(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
     """The node with its architecture spelled out, its text encoder's files copied to `text_folder`.
 
     An LM of another architecture than Qwen2 keeps the name it was started from.
@@ -29,7 +29,7 @@ def portable_node(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
     return result
 
 
-def spelled_out(node: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_lm_config(node: Mapping[str, Any]) -> dict[str, Any]:
     """The node with the architecture of a local pretrained LM in its `config`; no weights are read.
 
     Raises:
@@ -63,7 +63,7 @@ def with_config(node: Mapping[str, Any], config: PretrainedConfig) -> dict[str, 
 
 
 def with_local_text(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
-    """Inverse of `portable_node`: the text encoder is read from where its files lie now."""
+    """Inverse of `make_portable`: the text encoder is read from where its files lie now."""
     if not text_folder.is_dir():
         return dict(node)
     return {**node, "text": {**node["text"], "path": str(text_folder.resolve())}}

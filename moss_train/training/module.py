@@ -24,11 +24,11 @@ from moss_train.export.load import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training.distributed.collectives import check_equal_start, gather_over_ranks
-from moss_train.training.distributed.fsdp import Shards
-from moss_train.training.step.ema import CHECKPOINT_KEY, WeightAverage
+from moss_train.training.distributed.fsdp import FSDPUnits
+from moss_train.training.step.ema import CHECKPOINT_KEY, EMA
 from moss_train.training.step.objective import Objective, with_weights
 from moss_train.training.step.optimizers import build_adamw, group_options, restore_options
-from moss_train.training.step.schedule import Schedule, StageMoment
+from moss_train.training.step.schedule import Schedule, ScheduleState
 from moss_train.training.step.update import Networks, OptimizerGroup, UpdateResult, run_update
 from moss_train.utils.errors import UserError
 
@@ -94,8 +94,8 @@ class CatModule(lightning.LightningModule):
         self.position = 0
         self.consecutive_skipped = 0
         self.reduce_dtype: torch.dtype | None = None
-        self.shards: Shards | None = None
-        self.average: WeightAverage | None = None
+        self.shards: FSDPUnits | None = None
+        self.average: EMA | None = None
         self.shares_every_updates: int | None = None
         self.counters: list[Callable[[UpdateBatch], Mapping[str, float]]] = []
         self.gather_dtype: torch.dtype | None = None
@@ -110,12 +110,12 @@ class CatModule(lightning.LightningModule):
         return self.tokenizer.decode(*args, **kwargs)
 
     def configure_model(self) -> None:
-        """Under `ShardedStrategy`, once the weights are those of the start: divide them among the ranks."""
+        """Under `FSDP2Strategy`, once the weights are those of the start: divide them among the ranks."""
         if self.device_mesh is None or self.shards is not None:
             return
         check_equal_start(self, (self.update, self.position))
         networks = [*stages_of(self.tokenizer), *([] if self.semantic is None else [self.semantic])]
-        self.shards = Shards(networks, self.device_mesh["data_parallel"], self.reduce_dtype, self.gather_dtype)
+        self.shards = FSDPUnits(networks, self.device_mesh["data_parallel"], self.reduce_dtype, self.gather_dtype)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         settings = self.optimizer_settings
@@ -153,7 +153,7 @@ class CatModule(lightning.LightningModule):
         """What an update trains."""
         return Networks(self.tokenizer, self.semantic, self.discriminators, is_sharded=self.shards is not None)
 
-    def optimizer_groups(self, moment: StageMoment) -> list[OptimizerGroup]:
+    def optimizer_groups(self, moment: ScheduleState) -> list[OptimizerGroup]:
         """What steps in an update: the generator's trained parts, and the discriminators when it is their turn."""
         optimizers: Any = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
@@ -202,7 +202,7 @@ class CatModule(lightning.LightningModule):
         """Parameters of all sub-discriminators."""
         return [] if self.discriminators is None else list(self.discriminators.parameters())
 
-    def _choose_parts(self, moment: StageMoment) -> None:
+    def _choose_parts(self, moment: ScheduleState) -> None:
         for name, part in self.parts().items():
             part.requires_grad_(name in moment.stage.train)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import read_json, written_whole
+from moss_train.utils.files import atomic_write, read_json
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 MANIFEST = "manifest.json"
@@ -192,7 +192,7 @@ class BestCheckpoint:
 
 def record_best(directory: Path, best: BestCheckpoint) -> None:
     """Write `best.json` of a checkpoint folder; from then on the checkpoint is not pruned."""
-    with written_whole(Path(directory) / BEST_FILE) as path:
+    with atomic_write(Path(directory) / BEST_FILE) as path:
         path.write_text(json.dumps(asdict(best), indent=1) + "\n")
 
 

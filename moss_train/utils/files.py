@@ -23,7 +23,7 @@ MAX_NAME_BYTES = 255  # of one name, in the file systems of Linux
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; it takes the place of `path` when the block ends without error.
 
     The temporary name keeps the suffix, because writers choose the format by it. Missing folders are made. An OSError
@@ -36,7 +36,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     room = MAX_NAME_BYTES - len(begin) - len(os.fsencode(suffix))
     temporary = path.with_name(begin + os.fsdecode(os.fsencode(path.name.removesuffix(suffix))[:room]) + suffix)
     try:
-        with naming(path):
+        with add_path_to_error(path):
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -44,7 +44,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_path_to_error(path: Path) -> Iterator[None]:
     """Put a path into an OSError of the block that says nothing about where: a full disk, say, while writing."""
     try:
         yield
@@ -92,7 +92,7 @@ WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre and NFS
 
 
 @contextmanager
-def exclusive(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator[None]:
+def file_lock(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator[None]:
     """Hold a lock file; the system releases it when the process ends, however it ends.
 
     It waits a little, because workers of a killed process hold it until they notice. On a file system without locks it
@@ -127,7 +127,7 @@ def exclusive(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator
         yield
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """A number with its noun, in the plural unless it is one: "1 shard", "2,663 clips"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 

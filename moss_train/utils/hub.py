@@ -13,7 +13,7 @@ from typing import Any
 from moss_train.utils.errors import UserError
 
 
-def in_time(question: Callable[[], str | None], seconds: float, otherwise: str) -> str | None:
+def call_with_timeout(question: Callable[[], str | None], seconds: float, otherwise: str) -> str | None:
     """The answer to a question, or `otherwise` after so many seconds."""
     answers: list[str | None] = []
     thread = threading.Thread(target=lambda: answers.append(question()), daemon=True)
@@ -24,7 +24,7 @@ def in_time(question: Callable[[], str | None], seconds: float, otherwise: str) 
 
 def why_unreachable(url: str, seconds: float) -> str | None:
     """Why a server does not answer, None when it does, whatever it says; known after so many seconds at most."""
-    return in_time(lambda: _ask(url, seconds), seconds, f"{url} did not answer in {seconds:g} s")
+    return call_with_timeout(lambda: _ask(url, seconds), seconds, f"{url} did not answer in {seconds:g} s")
 
 
 def _ask(url: str, seconds: float) -> str | None:
@@ -45,7 +45,7 @@ HUB_SECONDS = 5.0
 
 def refuse_missing_model(name: str) -> None:
     """Raise UserError for a tokenizer that is not here and cannot be a repository, which is called owner/name."""
-    if Path(name).exists() or (name.count("/") == 1 and not looks_local(name)):
+    if Path(name).exists() or (name.count("/") == 1 and not is_path_like(name)):
         return
     where = "" if name.startswith("/") else f" in {Path.cwd()}"
     raise UserError(
@@ -54,7 +54,7 @@ def refuse_missing_model(name: str) -> None:
     )
 
 
-def looks_local(name: str) -> bool:
+def is_path_like(name: str) -> bool:
     """Whether a name can only be meant as a path."""
     return name.startswith(("/", ".", "~", "runs/")) or name.count("/") > 1
 
@@ -68,7 +68,7 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
         UserError: there is no such folder, or a repository that is neither at hand nor can be fetched.
     """
     options = {**options, "trust_remote_code": False}
-    if looks_local(name) and not Path(name).exists():
+    if is_path_like(name) and not Path(name).exists():
         raise UserError(f"{name} does not exist")
     if not Path(name).exists() and why_no_hub() is not None:
         options["local_files_only"] = True

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 
-def end_with_pool() -> None:
+def init_pool_worker() -> None:
     """In a worker of a pool: Ctrl-C ends the parent, which ends its workers; none outlives a killed parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_starter, daemon=True).start()
@@ -52,10 +52,10 @@ def start_worker() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def end_with_parent(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """Wait, in a thread, until the process `parent` is gone, and end this one at once."""
     while os.getppid() == parent:
         time.sleep(ORPHAN_CHECK_SECONDS)
@@ -87,7 +87,7 @@ def worker_pool(num_workers: int, preload: str = __name__) -> Iterator[Submit]:
 
 
 def _start_pool_worker() -> None:
-    end_with_pool()
+    init_pool_worker()
     torch.set_num_threads(1)
 
 

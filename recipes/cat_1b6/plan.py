@@ -8,7 +8,7 @@ from dataclasses import replace
 from moss_train import load_config
 from moss_train.training.cost.estimate import GB, Estimate, Machine, estimate, stepping_seconds
 from moss_train.training.run.fit import measure
-from moss_train.training.run.warm_start import plan_beginning
+from moss_train.training.run.warm_start import plan_initialization
 
 HOURS = 3_000_000
 GPUS = (64, 256, 512)
@@ -77,7 +77,7 @@ rented; `python -m moss_train estimate experiment=cat_1b6 gpus=64` prints the me
 def main() -> None:
     """Print the plan."""
     config = load_config("fit", ["experiment=cat_1b6", "trainer.reduce_dtype=bf16"])
-    beginning = plan_beginning(config)
+    beginning = plan_initialization(config)
     parameters = measure(beginning.arguments, config)
     machines = {gpus: Machine("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND) for gpus in GPUS}
     one = estimate(config, beginning.arguments, beginning.tokenizer_config, parameters, machines[GPUS[0]])

@@ -25,7 +25,7 @@ from moss_train.training.callbacks.validation_data import HeldOutClip, load_held
 from moss_train.training.run.fit import CONFIG_FILE, open_stream, read_config
 from moss_train.training.step.optimizers import build_adamw, set_learning_rate
 from moss_train.training.step.schedule import Schedule
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import atomic_write
 
 TABLE = "blind.csv"
 COLUMNS = ("rate_factor", "weight_decay", "update", "texts", "text_nats")
@@ -48,7 +48,7 @@ def main() -> None:
         for row in blind_course(config, factor, decay, arguments.every):
             rows.append(row)
             print(" ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
-    with written_whole(arguments.run / TABLE) as temporary, temporary.open("w", newline="") as file:
+    with atomic_write(arguments.run / TABLE) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

@@ -11,7 +11,7 @@ from moss_train.commands.estimate import in_days
 from moss_train.training.cost.estimate import Machine, read_scaling_law, stepping_seconds
 from moss_train.training.cost.flops import Cost, discriminators_cost, layers_cost, tokenizer_costs
 from moss_train.training.run.memory_check import StateSize
-from moss_train.training.run.warm_start import plan_beginning
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.training.step.schedule import Stage
 
 TINY = ["estimate", "experiment=cat_tiny", "trainer.precision=bf16-mixed", "gpus=1"]
@@ -24,7 +24,7 @@ def published() -> dict:
 
 def test_operations_of_the_published_model_are_those_of_the_arithmetic(published):
     """Blocks, both sides, at 10 s: 90.9 dense + 5.1 causal attention forward; 290 with gradients, per audio-second."""
-    config = plan_beginning(published).tokenizer_config
+    config = plan_initialization(published).tokenizer_config
     costs = tokenizer_costs(config, 10.0, half=True, learning=("encoder", "quantizer", "decoder"))
     assert sum(cost.forward for cost in costs.values()) / 1e9 == pytest.approx(96.4, rel=0.002)
     assert sum(cost.total for cost in costs.values()) / 1e9 == pytest.approx(290.0, rel=0.005)
@@ -48,7 +48,7 @@ def test_checkpointed_layers_keep_their_inputs_and_are_computed_again():
 
 def test_recomputing_the_stages_of_high_rates_costs_their_forward_pass(published):
     """Blocks of 12 layers, width 768, at 100 and 50 Hz, on both sides: 24 d^2 per frame and the causal pairs."""
-    config = plan_beginning(published).tokenizer_config
+    config = plan_initialization(published).tokenizer_config
     parts = ("encoder", "quantizer", "decoder")
     costs = [sum(tokenizer_costs(config, 0.96, True, parts, rates).values(), Cost()) for rates in ([], [100, 50])]
     dense = 24 * 768**2 * (96 + 48)

@@ -15,7 +15,7 @@ from moss_train.commands import pack as pack_command
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.pack.pack import pack
 from moss_train.data.pack.preprocess import PackOptions
-from moss_train.data.pack.resume import finished_or_resumable, unfinished_folder
+from moss_train.data.pack.resume import resumable_directory, unfinished_folder
 from moss_train.utils.errors import UserError
 
 SHARD_BYTES = 300_000
@@ -128,11 +128,11 @@ def group_is_alive(group: int) -> bool:
 
 
 def test_two_jobs_do_not_write_the_same_folder(tmp_path: Path) -> None:
-    with finished_or_resumable(tmp_path / "out") as folder:
+    with resumable_directory(tmp_path / "out") as folder:
         (folder / "file").touch()
         with (
             pytest.raises(UserError, match=r"another process is making .*out"),
-            finished_or_resumable(tmp_path / "out"),
+            resumable_directory(tmp_path / "out"),
         ):
             pass
     assert (tmp_path / "out" / "file").exists()

@@ -18,14 +18,14 @@ from moss_train.data.clips import list_sources
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.pack.on_the_fly import pack_cached
 from moss_train.data.pack.pack import SILENT, pack
-from moss_train.data.pack.preprocess import LeftOut, PackOptions, ReadyClip, prepare
+from moss_train.data.pack.preprocess import EncodedClip, PackOptions, SkippedClip, prepare
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.inference.files import find_audio, find_codes, targets_of
 from moss_train.training.run.data_source import warn_of_silence
 from moss_train.utils.bad_data import Fault
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import MAX_NAME_BYTES, written_whole
+from moss_train.utils.files import MAX_NAME_BYTES, atomic_write
 
 RATE = 24000
 TONE = (np.sin(np.arange(RATE) * 0.05) * 0.4).astype(np.float32)
@@ -104,7 +104,7 @@ def test_formats_of_phones_come_with_the_command_that_converts_them(tmp_path: Pa
     wav(folder / "good.wav")
     assert list_clips(folder, "audio").ignored == {".m4a": 1}
     outcome = prepare(list_clips(manifest(folder, {"path": "memo.m4a"}), "audio").clips[0], PackOptions())
-    assert isinstance(outcome, LeftOut)
+    assert isinstance(outcome, SkippedClip)
     assert "ffmpeg -i" in outcome.reason
 
 
@@ -113,7 +113,7 @@ def test_a_part_may_end_a_rounding_error_behind_its_recording(tmp_path: Path, en
     wav(tmp_path / "a.wav")
     source = manifest(tmp_path, {"path": "a.wav", "start_seconds": 0.25, "end_seconds": end})
     outcome = prepare(list_clips(source, "speech").clips[0], PackOptions())
-    assert isinstance(outcome, ReadyClip)
+    assert isinstance(outcome, EncodedClip)
     assert (outcome.num_samples, outcome.remarks) == (18000, remarks)
 
 
@@ -121,7 +121,7 @@ def test_a_part_that_ends_far_behind_its_recording_is_refused(tmp_path: Path) ->
     wav(tmp_path / "a.wav")
     source = manifest(tmp_path, {"path": "a.wav", "end_seconds": 1.02})
     outcome = prepare(list_clips(source, "speech").clips[0], PackOptions())
-    assert isinstance(outcome, LeftOut)
+    assert isinstance(outcome, SkippedClip)
     assert outcome.fault == Fault.LENGTH
 
 
@@ -130,7 +130,7 @@ def test_segments_of_kaldi_may_end_at_minus_one(tmp_path: Path) -> None:
     (tmp_path / "wav.scp").write_text("rec a.wav\n")
     (tmp_path / "segments").write_text("one rec 0.5 -1\ntwo rec 0.5 1.004\n")
     outcomes = [prepare(clip, PackOptions()) for clip in list_clips(tmp_path, "speech").clips]
-    assert [outcome.num_samples for outcome in outcomes if isinstance(outcome, ReadyClip)] == [12000, 12000]
+    assert [outcome.num_samples for outcome in outcomes if isinstance(outcome, EncodedClip)] == [12000, 12000]
 
 
 def test_nemo_manifests_mean_what_they_mean_there(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_names_at_the_limits_of_the_file_system_are_kept_apart(tmp_path: Path) -
     for place in places:
         assert len(os.fsencode(place.name)) <= MAX_NAME_BYTES
         assert place.name.isprintable()
-        with written_whole(tmp_path / place) as temporary:
+        with atomic_write(tmp_path / place) as temporary:
             temporary.touch()
         assert (tmp_path / place).exists()
 

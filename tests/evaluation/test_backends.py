@@ -11,7 +11,7 @@ from moss_train.evaluation.metrics.asr import ErrorRates, choose_backend, words
 from moss_train.evaluation.metrics.base import MetricError, Pair
 from moss_train.evaluation.metrics.dnsmos import Dnsmos
 from moss_train.evaluation.metrics.speaker import Ge2eEncoder, Ge2eSimilarity, partial_starts
-from moss_train.evaluation.metrics.speaker_wavlm import SpeakerVerifier, WavLMSimilarity, load_weights, our_name
+from moss_train.evaluation.metrics.speaker_wavlm import SpeakerVerifier, WavLMSimilarity, load_weights, map_weight_name
 from moss_train.evaluation.metrics.text_lm import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.semantic import ByteText, TextLM
@@ -109,7 +109,7 @@ RELEASED_NAMES = {
 
 
 def test_released_names_become_ours():
-    assert {name: our_name(name) for name in RELEASED_NAMES} == RELEASED_NAMES
+    assert {name: map_weight_name(name) for name in RELEASED_NAMES} == RELEASED_NAMES
     ours = set(tiny_verifier().state_dict())
     assert {name for name in RELEASED_NAMES.values() if "conv_layers.3" not in name} <= ours
 

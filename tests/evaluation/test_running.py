@@ -16,7 +16,7 @@ from small_codec import METRICS, run
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.evaluation.metrics.base import Pair
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
-from moss_train.evaluation.reconstruct import CodecRenderer, Condition, fit_length, impostors, pcm16
+from moss_train.evaluation.reconstruct import CodecRenderer, Condition, fit_length, mismatched_clips, pcm16
 from moss_train.evaluation.report.tables import comma_separated
 from moss_train.evaluation.report.write import Evaluation, make_table, write_outputs
 from moss_train.evaluation.results import ROWS_FILE, TIMES_FILE, Results
@@ -70,7 +70,7 @@ def test_impostors_are_of_the_domain_and_of_other_speakers_in_any_order():
     audio = torch.ones(1, 10)
     clips = [small.clip_of(audio, str(i), "speech", speaker=f"s{i % 2}") for i in range(6)]
     clips += [small.clip_of(audio, f"m{i}", "music") for i in range(3)] + [small.clip_of(audio, "alone", "sound")]
-    chosen = impostors(clips)
+    chosen = mismatched_clips(clips)
     domains = {clip.id: clip for clip in clips}
     for name, other in chosen.items():
         assert other.id != name
@@ -78,7 +78,9 @@ def test_impostors_are_of_the_domain_and_of_other_speakers_in_any_order():
         if other.domain == "speech":
             assert other.labels["speaker"] != domains[name].labels["speaker"]
     assert "alone" not in chosen
-    assert {name: clip.id for name, clip in impostors(clips[::-1]).items()} == {k: v.id for k, v in chosen.items()}
+    assert {name: clip.id for name, clip in mismatched_clips(clips[::-1]).items()} == {
+        k: v.id for k, v in chosen.items()
+    }
 
 
 def awkward_clips():

@@ -12,7 +12,7 @@ import soundfile
 
 from moss_train.data.pack.manifest import SourceClip, list_clips
 from moss_train.data.pack.pack import pack
-from moss_train.data.pack.preprocess import LeftOut, PackOptions, ReadyClip, prepare
+from moss_train.data.pack.preprocess import EncodedClip, PackOptions, SkippedClip, prepare
 from moss_train.data.stream.sample_reader import iterate_clips
 
 from .harness import SCALE
@@ -102,7 +102,7 @@ def prepared(tmp_path: Path, content: bytes) -> object:
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_what_cannot_be_trusted_is_left_out_with_file_and_reason(tmp_path: Path, kind: str) -> None:
     outcome = prepared(tmp_path, UNREADABLE[kind]())
-    assert isinstance(outcome, LeftOut)
+    assert isinstance(outcome, SkippedClip)
     assert outcome.kind == "unreadable"
     assert "clip.bin" in outcome.reason
     assert len(outcome.reason.splitlines()) == 1
@@ -110,7 +110,7 @@ def test_what_cannot_be_trusted_is_left_out_with_file_and_reason(tmp_path: Path,
 
 @pytest.mark.parametrize("kind", TOO_SHORT)
 def test_what_is_too_short_is_counted_as_such(tmp_path: Path, kind: str) -> None:
-    assert prepared(tmp_path, TOO_SHORT[kind]()) == LeftOut("too short")
+    assert prepared(tmp_path, TOO_SHORT[kind]()) == SkippedClip("too short")
 
 
 @pytest.mark.parametrize("kind", USABLE)
@@ -118,7 +118,7 @@ def test_odd_but_sound_audio_keeps_its_length_and_stays_finite(tmp_path: Path, k
     content = USABLE[kind]()
     info = soundfile.info(io.BytesIO(content))
     outcome = prepared(tmp_path, content)
-    assert isinstance(outcome, ReadyClip)
+    assert isinstance(outcome, EncodedClip)
     samples, rate = soundfile.read(io.BytesIO(outcome.flac), dtype="float32")
     assert rate == RATE
     assert samples.shape == (-(-info.frames * RATE // info.samplerate),)
@@ -131,7 +131,7 @@ def test_a_compressed_file_damaged_anywhere_is_never_silently_shortened(tmp_path
     """FLAC with a byte altered, or cut, anywhere: the audio is that of the whole file, or the file is left out."""
     content = encoded(format="FLAC")
     whole = prepared(tmp_path, content)
-    assert isinstance(whole, ReadyClip)
+    assert isinstance(whole, EncodedClip)
     generator = np.random.default_rng(1)
     lost = 0
     for offset in generator.integers(0, len(content), 100 * SCALE):
@@ -139,7 +139,7 @@ def test_a_compressed_file_damaged_anywhere_is_never_silently_shortened(tmp_path
         altered[offset] ^= 1 << int(generator.integers(8))
         for damaged in (bytes(altered), content[:offset]):
             outcome = prepared(tmp_path, damaged)
-            if isinstance(outcome, ReadyClip):
+            if isinstance(outcome, EncodedClip):
                 assert outcome.flac == whole.flac
             else:
                 lost += 1

@@ -9,7 +9,7 @@ from moss_train.model.attention import rotation
 from moss_train.training import CatModule
 from moss_train.training.run.optimizations import checkpoint_activations, compile_blocks, compiled_parts
 from moss_train.training.run.warm_start import module_arguments
-from moss_train.training.step.ema import WeightAverage
+from moss_train.training.step.ema import EMA
 from moss_train.utils.errors import UserError
 
 from .gradients import accumulate, network_errors
@@ -27,7 +27,7 @@ ALL_OPTIONS = [
 
 def test_the_average_is_that_of_hand_and_can_be_swapped_in():
     layer = torch.nn.Linear(1, 1, bias=False)
-    average = WeightAverage(0.5)
+    average = EMA(0.5)
     with torch.no_grad():
         layer.weight.fill_(1.0)
         average.start(layer)
@@ -41,12 +41,12 @@ def test_the_average_is_that_of_hand_and_can_be_swapped_in():
         assert layer.weight.item() == pytest.approx(expected)
         assert average.state_dict()["weights"]["weight"].item() == 3.0
     assert layer.weight.item() == 3.0
-    again = WeightAverage(0.5)
+    again = EMA(0.5)
     again.load_state_dict(average.state_dict())
     again.start(layer)
     assert again.state_dict()["weights"]["weight"].item() == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"ema\.decay=1"):
-        WeightAverage(1)
+        EMA(1)
 
 
 def test_a_run_with_every_option_resumes_to_the_last_bit(small_overrides, tmp_path):
@@ -189,7 +189,7 @@ def test_averages_stand_in_for_the_weights_in_validation(small_config):
     before = weight.detach().clone()
     with module.averaged_weights():  # without `ema`
         assert torch.equal(weight, before)
-    module.average = WeightAverage(0.0)
+    module.average = EMA(0.0)
     module.average.start(module.tokenizer)
     with torch.no_grad():
         weight.add_(1.0)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from moss_train.model.transformer import ProjectedTransformer
-from moss_train.training.distributed.fsdp import Shards, full_tensor
+from moss_train.training.distributed.fsdp import FSDPUnits, full_tensor
 from moss_train.training.run.trainer import choose_precision
 from moss_train.utils.errors import UserError
 
@@ -57,7 +57,7 @@ def test_weights_gathered_in_bfloat16_give_the_same_gradients_to_the_last_bit(al
     torch.manual_seed(0)
     whole = ProjectedTransformer(16, 24, 32, 2, 3, 64, window=5, layer_scale=0.5)
     sharded = copy.deepcopy(whole)
-    Shards([sharded], alone, None, gather_dtype)
+    FSDPUnits([sharded], alone, None, gather_dtype)
     found, expected = gradients(sharded, num_micro_batches), gradients(whole, num_micro_batches)
     assert [gradient.dtype for gradient in found] == [torch.float32] * len(expected)
     for (name, _), one, other in zip(whole.named_parameters(), found, expected, strict=True):

@@ -1,14 +1,14 @@
 import pytest
 
 from moss_train.config.fit_schema import HealthConfig
-from moss_train.training.callbacks.health import HealthWriter
+from moss_train.training.callbacks.health import HealthMonitor
 
 LIMITS = HealthConfig(window_updates=20, grace_updates=100)
 
 
 @pytest.fixture
 def health(tmp_path):
-    writer = HealthWriter(tmp_path, LIMITS, codebook_size=1000)
+    writer = HealthMonitor(tmp_path, LIMITS, codebook_size=1000)
     writer.start(0)
     return writer
 
@@ -127,7 +127,7 @@ def test_checkpoints_that_take_long(health):
 
 def test_a_resumed_run_forgets_the_warnings_of_updates_that_come_again(health, tmp_path):
     run(health, range(1, 41), data_wait_seconds=0.5)
-    again = HealthWriter(tmp_path, LIMITS, codebook_size=1000)
+    again = HealthMonitor(tmp_path, LIMITS, codebook_size=1000)
     again.start(20)
     assert len(warnings(again)) == 1
     again.start(19)
@@ -150,7 +150,7 @@ def test_a_term_with_a_weight_and_hardly_any_gradient(health):
     run(health, range(5, 7), **weighted, **low)
     (line,) = warnings(health)
     assert line.startswith("update 5: adversarial has 0.30% of the gradient")
-    other = HealthWriter(health.path.parent, LIMITS, codebook_size=1000)
+    other = HealthMonitor(health.path.parent, LIMITS, codebook_size=1000)
     high = low | {"gradient_share/adversarial": 0.02}
     run(other, range(7, 27), **{**weighted, **high})
     run(other, range(27, 47), **{**weighted, **low, "weighted/adversarial": 0.0})

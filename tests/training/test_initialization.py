@@ -12,7 +12,7 @@ from moss_train.export.load import ModelSource, find_checkpoint, load_tokenizer,
 from moss_train.training import CatModule
 from moss_train.training.run.fit import fit
 from moss_train.training.run.resize_model import WeightReport
-from moss_train.training.run.warm_start import RECORD_FILE, Beginning, initialize, plan_beginning, print_reports
+from moss_train.training.run.warm_start import RECORD_FILE, InitPlan, initialize, plan_initialization, print_reports
 from moss_train.utils.errors import ConfigError, UserError
 
 FIRST, LAST = "encoder.1.input_proj.weight", "decoder.6.output_proj.weight"
@@ -40,7 +40,7 @@ def exported(source) -> Path:
 
 def begin(config: dict) -> tuple[CatModule, dict]:
     """A module as a run would begin with it, and what became of the weights."""
-    beginning = plan_beginning(config)
+    beginning = plan_initialization(config)
     module = CatModule(**beginning.arguments)
     return module, initialize(module, beginning)
 
@@ -92,7 +92,7 @@ def test_networks_that_init_does_not_bring_start_afresh_with_a_head_start(small_
     assert "weights from" in capsys.readouterr().err
     record = json.loads((directory / RECORD_FILE).read_text())
     assert record["fresh"] == ["semantic", "discriminators"]
-    beginning = plan_beginning(config, directory)
+    beginning = plan_initialization(config, directory)
     assert beginning.arguments["discriminators"][0]["channels"] == [3, 5]
     stages = CatModule(**beginning.arguments).schedule.stages
     assert [(stage.semantic_warmup_updates, stage.discriminator_warmup_updates) for stage in stages] == [(3, 0), (0, 3)]
@@ -106,7 +106,7 @@ def test_weights_are_named_where_only_some_of_a_network_were_kept(capsys):
         "semantic": WeightReport(left_over=names),
         "discriminators": WeightReport(kept=names[:1], fresh=names[1:], left_over=names[2:]),
     }
-    print_reports(Beginning({}, source), reports, 3)
+    print_reports(InitPlan({}, source), reports, 3)
     text = capsys.readouterr().err
     assert "tokenizer, resampled: encoder.1.input_proj.weight\n" in text
     assert "discriminators, fresh: layer.1, layer.2, layer.3, layer.4 and 319 more\n" in text
@@ -117,7 +117,7 @@ def test_weights_are_named_where_only_some_of_a_network_were_kept(capsys):
 
 def test_what_is_configured_away_stays_away_and_restore_chooses(small_config, source):
     config = small_config(f"init={source}", "tokenizer=null", "semantic=null", "restore=[]", *OTHER[:1])
-    beginning = plan_beginning(config)
+    beginning = plan_initialization(config)
     assert beginning.arguments["semantic"] is None
     assert beginning.arguments["discriminators"][0]["channels"] == [3, 5]
     assert beginning.fresh == ("discriminators",)
@@ -237,4 +237,4 @@ def test_a_lower_rate_begins_as_the_old_model_on_resampled_audio(finetune_config
 def test_changes_that_cannot_work_say_why(finetune_config, source, changes, message):
     config = finetune_config(f"init={source}", *changes)
     with pytest.raises(UserError, match=re.escape(message)):
-        plan_beginning(config)
+        plan_initialization(config)

@@ -8,7 +8,7 @@ from moss_train.batch import Batch
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.model.quantizer import QuantizerOutput
 from moss_train.training.step.objective import LOSSES, WEIGHTS, Objective, UpdateCounts, weighted_sum
-from moss_train.training.step.schedule import Stage, StageMoment
+from moss_train.training.step.schedule import ScheduleState, Stage
 from moss_train.utils.errors import UserError
 
 RATE = 24000
@@ -33,7 +33,7 @@ def make_batch(lengths: list[int], crop_units: list[float]) -> Batch:
 
 
 STAGE = Stage("s", 10, 1.0, adversarial=True)
-JUDGED = StageMoment(STAGE, 5)
+JUDGED = ScheduleState(STAGE, 5)
 ONE_CLIP = UpdateCounts(torch.tensor(1), torch.tensor(0), {})
 
 
@@ -43,7 +43,7 @@ def test_published_weights_make_the_total():
     assert weighted_sum(terms, objective.weights).item() == pytest.approx(20 + 15 + 0.25 + 1 + 1 + 2)
     quiet = replace(STAGE, weights={"semantic": 0.0})
     assert weighted_sum(terms, objective.stage_weights(quiet)).item() == pytest.approx(19.25)
-    assert "semantic" not in objective.active_weights(StageMoment(quiet, 5))
+    assert "semantic" not in objective.active_weights(ScheduleState(quiet, 5))
     with pytest.raises(ValueError, match="unknown term"):
         Objective(RATE, {"loudness": 1.0})
 
@@ -112,7 +112,7 @@ def test_optional_terms_exist_where_they_have_a_weight(name):
     batch = make_batch([2400], [0.0])
 
     def terms(objective: Objective, **stage: float) -> dict:
-        weights = objective.active_weights(StageMoment(replace(STAGE, weights=stage), 0))
+        weights = objective.active_weights(ScheduleState(replace(STAGE, weights=stage), 0))
         return objective.audio_terms(batch, -batch.audio, objective.count([batch]), weights)
 
     assert name not in terms(Objective(RATE))

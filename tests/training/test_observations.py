@@ -7,7 +7,7 @@ from moss_train.training.callbacks.codebooks import codebook_columns, codebook_r
 from moss_train.training.callbacks.metrics import count_clips, loss_row
 from moss_train.training.step.diagnostics import count_codes, mean_logits
 from moss_train.training.step.objective import Objective
-from moss_train.training.step.schedule import Stage, StageMoment
+from moss_train.training.step.schedule import ScheduleState, Stage
 from moss_train.training.step.update import UpdateResult, output_gradient
 
 STAGE = Stage("s", 10, 1.0, adversarial=True, discriminator_warmup_updates=2, adversarial_ramp_updates=4)
@@ -70,9 +70,9 @@ def test_shares_of_the_gradient_at_the_output():
 def test_weights_are_those_of_the_stage_and_the_ramp():
     objective = Objective(24_000, {"semantic": 0.0})
     base = {"reconstruction": 15.0, "commitment": 0.25, "codebook": 1.0}
-    assert objective.active_weights(StageMoment(STAGE, 0)) == base
-    assert objective.active_weights(StageMoment(STAGE, 2)) == base | {"adversarial": 0.25, "feature": 0.5}
-    assert objective.active_weights(StageMoment(STAGE, 9)) == base | {"adversarial": 1.0, "feature": 2.0}
+    assert objective.active_weights(ScheduleState(STAGE, 0)) == base
+    assert objective.active_weights(ScheduleState(STAGE, 2)) == base | {"adversarial": 0.25, "feature": 0.5}
+    assert objective.active_weights(ScheduleState(STAGE, 9)) == base | {"adversarial": 1.0, "feature": 2.0}
 
 
 def test_clips_are_counted_on_the_host(module, update):

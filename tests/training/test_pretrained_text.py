@@ -13,7 +13,7 @@ from moss_train.export.load import open_source
 from moss_train.training import CatModule
 from moss_train.training.loggers.csv import column, read_table
 from moss_train.training.run.fit import fit
-from moss_train.training.run.warm_start import RECORD_FILE, initialize, plan_beginning
+from moss_train.training.run.warm_start import RECORD_FILE, initialize, plan_initialization
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
@@ -45,13 +45,13 @@ def test_an_export_of_a_run_with_a_pretrained_lm_goes_on_without_its_folder(
     assert embedding.shape == (272, 16)
     moved = embedding - released.get_input_embeddings().weight
     assert 0 < moved.abs().max() < 0.01  # began with the released weights, and learned
-    encoded = CatModule(**plan_beginning(config).arguments).semantic.text("this")
+    encoded = CatModule(**plan_initialization(config).arguments).semantic.text("this")
     assert len(encoded) == 4  # th, i, s and the end
     shutil.rmtree(folder)
     shutil.rmtree(run)
 
     config = finetune_config(f"init={out}", f"data.train={packed}", "data.crop_seconds=0.4", "data.num_workers=0")
-    beginning = plan_beginning(config)
+    beginning = plan_initialization(config)
     module = CatModule(**beginning.arguments)
     report = initialize(module, beginning)["semantic"]
     assert (report.resampled, report.fresh, report.left_over) == ((), (), ())

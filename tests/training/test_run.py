@@ -55,7 +55,7 @@ def test_a_killed_run_resumes_to_the_last_bit(whole, small_overrides, tmp_path):
 
 
 def test_the_hours_of_every_domain_are_those_of_the_whole_run(whole):
-    counts = state(whole)["callbacks"]["StreamWatch"]
+    counts = state(whole)["callbacks"]["DataMonitor"]
     assert set(counts["samples"]) <= {"speech", "music", "sound"}
     seconds = sum(column(read_table(whole / "metrics.csv"), "audio_seconds"))
     assert sum(counts["samples"].values()) / 24000 == pytest.approx(seconds)

@@ -23,7 +23,7 @@ from moss_train.training.cost.mfu import (
 from moss_train.training.loggers.csv import column, read_table
 from moss_train.training.loggers.progress import ProgressWriter
 from moss_train.training.run.optimizations import checkpoint_activations
-from moss_train.training.step.schedule import Stage, StageMoment
+from moss_train.training.step.schedule import ScheduleState, Stage
 from moss_train.utils.errors import UserError
 
 from .gradients import accumulate
@@ -81,10 +81,10 @@ def test_operations_over_what_was_possible(adversarial, update, judging):
     """30e12 * 100 s, 1e12 * 2 + 2e12 * 30 + 4e12 * 10 + 1e10 * 900 for the text, 3e12 for each pass of the 8 crops."""
     stage = Stage("s", 10, 1.0, adversarial=adversarial, discriminator_warmup_updates=2, discriminator_every=2)
     useful = 3000e12 + 111e12 + judging * 24e12
-    assert OPERATIONS.of(CONTENT, StageMoment(stage, update)) == useful
+    assert OPERATIONS.of(CONTENT, ScheduleState(stage, update)) == useful
     use = Utilization({"trainer": BF16, "logging": {}})
     use.stages, use.peak = {"s": OPERATIONS}, 2 * 989.4e12  # two H100
-    assert use.shares(CONTENT, StageMoment(stage, update), seconds=4.0) == {
+    assert use.shares(CONTENT, ScheduleState(stage, update), seconds=4.0) == {
         "mfu": pytest.approx(useful / (4 * 2 * 989.4e12)),
         "hfu": pytest.approx((useful + 600e12) / (4 * 2 * 989.4e12)),
     }
@@ -93,7 +93,7 @@ def test_operations_over_what_was_possible(adversarial, update, judging):
 def test_without_a_known_peak_there_is_no_share():
     use = Utilization({"trainer": BF16, "logging": {}})
     use.start(None, torch.device("cpu"), 1)
-    assert use.shares(CONTENT, StageMoment(Stage("s", 1, 1.0), 0), 1.0) == {}
+    assert use.shares(CONTENT, ScheduleState(Stage("s", 1, 1.0), 0), 1.0) == {}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from moss_train.data.inspect.measure import ClipFacts, Inspection, summarize
-from moss_train.utils.files import counted
+from moss_train.utils.files import pluralize
 
 _MOST_ROWS = 200
 
@@ -32,7 +32,7 @@ def render_page(
     num_shards = sum(len(inspection.index.shards) for inspection in inspections)
     parts = [
         f"<h1>{escape(folders)}</h1>",
-        f"<p>{counted(len(clips), 'clip')}, {hours:.2f} hours, {counted(num_shards, 'shard')}</p>",
+        f"<p>{pluralize(len(clips), 'clip')}, {hours:.2f} hours, {pluralize(num_shards, 'shard')}</p>",
         _problems(inspections),
         '<div class="tables">' + "".join(_hours(kind, table) for kind, table in summarize(clips).items()) + "</div>",
         f'<h2>Distributions</h2><img src="{escape(figure)}" alt="histograms">',
@@ -65,7 +65,7 @@ def _bad(clips: Sequence[ClipFacts], bad: Mapping[str, str]) -> str:
     rows = [f"<tr><td>{escape(name)}<td>{escape(reason)}" for name, reason in list(bad.items())[:_MOST_ROWS]]
     more = f"<p>and {len(bad) - _MOST_ROWS} more in drop.jsonl</p>" if len(bad) > _MOST_ROWS else ""
     which = f"<details><summary>which</summary><table>{''.join(rows)}</table>{more}</details>" if bad else ""
-    return f"<h2>To drop: {counted(len(bad), 'clip')} (drop.jsonl)</h2><table>{''.join(lines)}</table>{which}"
+    return f"<h2>To drop: {pluralize(len(bad), 'clip')} (drop.jsonl)</h2><table>{''.join(lines)}</table>{which}"
 
 
 def _players(players: Sequence[tuple[str, ClipFacts, str]]) -> str:

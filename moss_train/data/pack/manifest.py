@@ -17,7 +17,7 @@ from moss_train.batch import TASKS
 from moss_train.data.pack.foreign_datasets import is_kaldi, is_saved_dataset, iterate_rows, iterate_utterances
 from moss_train.utils.bad_data import BadSample, Fault, SampleError
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import counted, parse_json, special_kind
+from moss_train.utils.files import parse_json, pluralize, special_kind
 
 AUDIO_SUFFIXES = frozenset(
     f".{name}"
@@ -187,7 +187,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         open_folders += reversed(inner)
     if outside:
         warnings.warn(
-            f"{counted(len(outside), 'link')} in {folder} lead out of it and are followed, as {outside[0]} -> "
+            f"{pluralize(len(outside), 'link')} in {folder} lead out of it and are followed, as {outside[0]} -> "
             f"{os.path.realpath(outside[0])}",
             stacklevel=2,
         )

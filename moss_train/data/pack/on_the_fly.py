@@ -14,7 +14,7 @@ from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.shards.format import FORMAT_VERSION
 from moss_train.data.shards.index import INDEX_FILE
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import counted, exclusive
+from moss_train.utils.files import file_lock, pluralize
 from moss_train.utils.progress import progress
 
 LOCK_FILE = ".lock"
@@ -59,7 +59,7 @@ def pack_cached(
     heldout, train = split(sources, heldout_share)
     found = locate(cache, listing_key(sources, options, heldout_share), bool(heldout.clips))
     cache.mkdir(parents=True, exist_ok=True)
-    with exclusive(cache / LOCK_FILE, str(cache), LONGEST_WAIT_SECONDS):
+    with file_lock(cache / LOCK_FILE, str(cache), LONGEST_WAIT_SECONDS):
         parts = [(train, found.train)] + ([(heldout, found.heldout)] if found.heldout is not None else [])
         todo = [(part, folder) for part, folder in parts if not (folder / INDEX_FILE).exists()]
         for part, folder in todo:
@@ -68,7 +68,7 @@ def pack_cached(
             say_what_was_left_out(report)
             if part is train and report.remarks.get(SILENT) == report.index["num_samples"]:
                 (folder.parent / SILENT_FILE).touch()
-    count = f"{counted(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
+    count = f"{pluralize(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
     print(f"{source}: {count}, {'packed into' if todo else 'found packed in'} {found.train.parent}", file=sys.stderr)
     return found
 
@@ -121,4 +121,4 @@ def say_what_was_left_out(report: PackReport) -> None:
     if kinds:
         print(f"left out: {', '.join(kinds)}", file=sys.stderr)
     for remark, count in sorted(report.remarks.items()):
-        print(f"{counted(count, 'clip')} {remark}", file=sys.stderr)
+        print(f"{pluralize(count, 'clip')} {remark}", file=sys.stderr)

@@ -12,9 +12,16 @@ from pathlib import Path
 
 from moss_train.audio.io import RESAMPLER
 from moss_train.data.pack.manifest import SourceClip, SourceList
-from moss_train.data.pack.preprocess import LeftOut, LongClip, PackOptions, ReadyClip, prepare, prepare_segment
+from moss_train.data.pack.preprocess import (
+    EncodedClip,
+    PackOptions,
+    SegmentedClip,
+    SkippedClip,
+    prepare,
+    prepare_segment,
+)
 from moss_train.data.pack.ray import EXECUTORS, ray_pool
-from moss_train.data.pack.resume import Journal, ShardInputs, finished_or_resumable, take_over
+from moss_train.data.pack.resume import Journal, ShardInputs, resumable_directory, reuse_finished_shards
 from moss_train.data.shards.format import FORMAT_VERSION, ShardWriter, read_shard
 from moss_train.data.shards.index import INDEX_FILE, IndexBuilder
 from moss_train.utils.bad_data import BadSample, Fault, count_faults
@@ -28,7 +35,7 @@ SILENT = "of digital silence"
 
 _NOT_CONTENT = ("max_bad_share",)  # options that do not change what is in a shard
 
-Outcome = ReadyClip | LeftOut
+Outcome = EncodedClip | SkippedClip
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def pack(
     for input that cannot be packed.
     """
     check_target(target, overwrite)
-    with finished_or_resumable(target) as folder, _pool(executor, num_workers, len(sources.clips)) as (submit, ahead):
+    with resumable_directory(target) as folder, _pool(executor, num_workers, len(sources.clips)) as (submit, ahead):
         packer = _Packer(folder, sources, options, drop)
         todo, num_resumed = packer.resume()
         for _ in range(len(sources.clips) - len(todo)):
@@ -103,7 +110,7 @@ def _prepared(
     """Yield the number of every clip with what becomes of it: one outcome, or one for each part of a long clip."""
     clips = (sources.clips[number] for number in todo)
     for number, (clip, result) in zip(todo, ordered(submit, prepare, clips, options, ahead=ahead), strict=True):
-        if isinstance(result, LongClip):
+        if isinstance(result, SegmentedClip):
             parts = ordered(submit, prepare_segment, result.segments, clip, options, ahead=ahead)
             yield number, (outcome for _, outcome in parts)
         else:
@@ -128,7 +135,7 @@ class _Packer:
 
     def resume(self) -> tuple[list[int], int]:
         """Take over finished shards; return the numbers of the clips still to do and how many shards there are."""
-        kept = take_over(self._folder, self._sources.clips, self._settings, self._options.sampling_rate)
+        kept = reuse_finished_shards(self._folder, self._sources.clips, self._settings, self._options.sampling_rate)
         done: dict[str, int] = {}
         for shard, contents in kept:
             self._index.add(shard.file, shard.domain, contents)
@@ -149,10 +156,10 @@ class _Packer:
         self._inputs[clip.domain].add(number, clip)
         num_samples = 0
         for part, outcome in enumerate(outcomes):
-            if isinstance(outcome, LeftOut):
+            if isinstance(outcome, SkippedClip):
                 self._leave_out(clip, outcome)
             elif {outcome.id, clip.id} & self._drop:
-                self._leave_out(clip, LeftOut("dropped"))
+                self._leave_out(clip, SkippedClip("dropped"))
             else:
                 key = f"{number:09d}" if outcome.id == clip.id else f"{number:09d}-{part:06d}"
                 self._writer(clip.domain).write(key, outcome, clip.labels())
@@ -180,12 +187,12 @@ class _Packer:
         while self._open:
             self._open.popitem()[1].abandon()
 
-    def _note(self, clip: SourceClip, outcome: ReadyClip) -> None:
+    def _note(self, clip: SourceClip, outcome: EncodedClip) -> None:
         for remark in (*outcome.remarks, *([SILENT] if outcome.is_silent else [])):
             self.remarks[remark] += 1
             self._inputs[clip.domain].remarks[remark] += 1
 
-    def _leave_out(self, clip: SourceClip, outcome: LeftOut) -> None:
+    def _leave_out(self, clip: SourceClip, outcome: SkippedClip) -> None:
         inputs = self._inputs[clip.domain]
         if outcome.kind != "unreadable":
             self.left_out[outcome.kind] += 1

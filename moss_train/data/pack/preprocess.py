@@ -51,7 +51,7 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
-class ReadyClip:
+class EncodedClip:
     """A clip as it is stored."""
 
     id: str
@@ -62,7 +62,7 @@ class ReadyClip:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedClip:
     """A clip that is not stored."""
 
     kind: str  # too short, too long, silent or unreadable
@@ -79,33 +79,33 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class LongClip:
+class SegmentedClip:
     """A clip that is stored in parts, each made by `prepare_segment`."""
 
     segments: tuple[Segment, ...]
 
 
-def prepare(clip: SourceClip, options: PackOptions) -> ReadyClip | LongClip | LeftOut:
-    """Make one clip ready to be stored. Problems with the file come back as LeftOut, so that they can be counted."""
+def prepare(clip: SourceClip, options: PackOptions) -> EncodedClip | SegmentedClip | SkippedClip:
+    """Return a clip ready to be stored, or a SkippedClip with the reason when the file cannot be used."""
     try:
         source = open_clip(clip)
         extent = find_extent(clip, source)
         rate, begin, num_samples = extent.rate, extent.begin, extent.num_samples
         seconds = num_samples / rate
         if options.segment_seconds is not None and seconds > options.segment_seconds and clip.text is None:
-            return LongClip(cut(begin, num_samples, rate, options))
+            return SegmentedClip(cut(begin, num_samples, rate, options))
         if options.max_seconds is not None and seconds > options.max_seconds:
-            return LeftOut("too long")
+            return SkippedClip("too long")
         whole = begin == 0 and clip.end_seconds is None
         audio, _ = read_audio(
             source, num_channels=options.num_channels, start=begin, num_frames=None if whole else num_samples
         )
         return _finish(audio, rate, clip.id, options, extent.remarks)
     except UserError as error:
-        return LeftOut("unreadable", str(error), fault_of(error))
+        return SkippedClip("unreadable", str(error), fault_of(error))
 
 
-def prepare_segment(segment: Segment, clip: SourceClip, options: PackOptions) -> ReadyClip | LeftOut:
+def prepare_segment(segment: Segment, clip: SourceClip, options: PackOptions) -> EncodedClip | SkippedClip:
     """Make one part of a long clip ready to be stored, as if the whole had been resampled and then cut."""
     try:
         source = open_clip(clip)
@@ -129,7 +129,7 @@ def prepare_segment(segment: Segment, clip: SourceClip, options: PackOptions) ->
         remarks = extent.remarks if segment.start == begin else ()  # once per recording
         return _finish(audio, options.sampling_rate, segment_id, options, remarks)
     except UserError as error:
-        return LeftOut("unreadable", str(error), fault_of(error))
+        return SkippedClip("unreadable", str(error), fault_of(error))
 
 
 def open_clip(clip: SourceClip) -> AudioSource:
@@ -187,18 +187,18 @@ def _units(rate: int, wanted_rate: int) -> tuple[int, int]:
 
 def _finish(
     audio: Tensor, rate: int, clip_id: str, options: PackOptions, remarks: tuple[Remark, ...]
-) -> ReadyClip | LeftOut:
+) -> EncodedClip | SkippedClip:
     """Check, resample and encode audio [C, T]."""
     if rate != options.sampling_rate:
         audio = resample(audio, rate, options.sampling_rate)
     seconds = audio.shape[-1] / options.sampling_rate
     if seconds < options.min_seconds or seconds == 0:
-        return LeftOut("too short")
+        return SkippedClip("too short")
     if options.min_level_db is not None and level_db(audio) < options.min_level_db:
-        return LeftOut("silent")
+        return SkippedClip("silent")
     flac = io.BytesIO()
     write_audio(flac, audio, options.sampling_rate, format="flac")
-    return ReadyClip(clip_id, flac.getvalue(), audio.shape[-1], remarks, not bool(audio.any()))
+    return EncodedClip(clip_id, flac.getvalue(), audio.shape[-1], remarks, not bool(audio.any()))
 
 
 def level_db(audio: Tensor) -> float:

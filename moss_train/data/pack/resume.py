@@ -102,7 +102,7 @@ class ShardInputs:
         )
 
 
-def take_over(
+def reuse_finished_shards(
     folder: Path, clips: Sequence[SourceClip], settings: dict[str, Any], sampling_rate: int
 ) -> list[tuple[FinishedShard, ShardContents]]:
     """Return the shards that an earlier attempt finished and that this one would make again; delete everything else.
@@ -156,7 +156,7 @@ def unfinished_folder(target: Path) -> Path:
 
 
 @contextmanager
-def finished_or_resumable(target: Path) -> Iterator[Path]:
+def resumable_directory(target: Path) -> Iterator[Path]:
     """Give the folder beside `target` in which it is made; it takes its name when the block ends without error.
 
     After an error or a kill it stays, unless no shard was finished, and the next call gives it again. Raises UserError

@@ -18,7 +18,7 @@ from webdataset import TarWriter
 from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ARRAYS_FILE, INDEX_FILE, ShardRecord
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import parse_json, read_json, written_whole
+from moss_train.utils.files import atomic_write, parse_json, read_json
 
 CODES_FORMAT = "moss_train codes"
 CODES_VERSION = 1
@@ -59,7 +59,7 @@ class CodedClip:
 
 def write_code_shard(path: Path, clips: list[CodedClip]) -> None:
     """Write a shard, complete or not at all; the same clips give the same bytes."""
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         tar = TarWriter(file, compress=False, encoder=False, mtime=0, user="", group="")
         for clip in clips:
             text = json.dumps(clip.labels, ensure_ascii=False, sort_keys=True).encode()

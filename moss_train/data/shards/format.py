@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from webdataset import TarWriter
 
-from moss_train.data.pack.preprocess import ReadyClip
+from moss_train.data.pack.preprocess import EncodedClip
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import naming, parse_json
+from moss_train.utils.files import add_path_to_error, parse_json
 
 FORMAT_VERSION = 1
 
@@ -60,17 +60,17 @@ class ShardWriter:
         self.num_bytes = 0
         self.num_clips = 0
 
-    def write(self, key: str, clip: ReadyClip, labels: dict) -> None:
+    def write(self, key: str, clip: EncodedClip, labels: dict) -> None:
         """Append one clip with the labels that go into its JSON beside id, length and rate."""
         facts = {"id": clip.id, "num_samples": clip.num_samples, "sampling_rate": self._sampling_rate}
         text = json.dumps(labels | facts, ensure_ascii=False, sort_keys=True).encode()
-        with naming(self.path):
+        with add_path_to_error(self.path):
             self.num_bytes += self._tar.write({"__key__": key, "flac": clip.flac, "json": text})
         self.num_clips += 1
 
     def close(self) -> None:
         """Finish the tar and put it on the disk for good."""
-        with naming(self.path):
+        with add_path_to_error(self.path):
             self._tar.close()
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -105,7 +105,7 @@ def _local_path(url: str, sha256: str) -> Path:
 
 def _fetch_missing(url: str, path: Path, size: int, sha256: str) -> None:
     if not path.exists():
-        _make_room(size)
+        _evict_until_fits(size)
         _fetch(url, path, size, sha256)
     os.utime(path)
 
@@ -123,7 +123,7 @@ def _locked(path: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def _make_room(size: int) -> None:
+def _evict_until_fits(size: int) -> None:
     """Delete the shards that have not been used for longest until another one fits."""
     limit = cache_bytes()
     if size > limit:

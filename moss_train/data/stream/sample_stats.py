@@ -44,12 +44,12 @@ class StreamCounter:
         return dict(sorted(self._kinds.items()))
 
     def add(self, batch: UpdateBatch) -> list[str]:
-        """Count one update of the only rank: `name_lost` and `add_counts` in one."""
-        lines = self.name_lost(batch)
+        """Count one update of the only rank: `describe_dropped` and `add_counts` in one."""
+        lines = self.describe_dropped(batch)
         self.add_counts(self.counts(batch, {name for micro in batch.micro_batches for name in micro.domains}))
         return lines
 
-    def name_lost(self, batch: UpdateBatch) -> list[str]:
+    def describe_dropped(self, batch: UpdateBatch) -> list[str]:
         """Return a line for every bad sample of this rank that has not been named before."""
         lines = []
         for bad in batch.dropped:

@@ -196,7 +196,7 @@ class AttentivePooling(nn.Module):
         return torch.cat([mean, variance.clamp(min=1e-9).sqrt()], dim=1)
 
 
-def our_name(name: str) -> str:
+def map_weight_name(name: str) -> str:
     """Name of a weight in `SpeakerVerifier` for its name in the released file."""
     if not name.startswith(_FEATURES):
         return name
@@ -210,7 +210,7 @@ def our_name(name: str) -> str:
 
 def load_weights(model: SpeakerVerifier, weights: Mapping[str, Tensor]) -> None:
     """Load weights under their released names; UserError when one is missing; left-over ones are fine."""
-    found = {our_name(name): tensor for name, tensor in weights.items()}
+    found = {map_weight_name(name): tensor for name, tensor in weights.items()}
     missing = [name for name in model.state_dict() if name not in found and name != "wavlm.masked_spec_embed"]
     if missing:
         raise UserError(

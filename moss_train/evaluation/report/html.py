@@ -19,7 +19,7 @@ from moss_train.evaluation.report.tables import Table, table_cells
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, file_name
 from moss_train.evaluation.statistics import Estimate
 from moss_train.plotting import save_spectrograms
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import atomic_write
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
@@ -48,7 +48,7 @@ def write_report(path: Path, report: Report) -> None:
         "clips": "".join(_clips(report, draw=without_plots is None)),
         "blind": json.dumps(report.is_blind),
     }
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(Template(TEMPLATE.read_text("utf-8")).substitute(parts), encoding="utf-8")
 
 

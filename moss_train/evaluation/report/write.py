@@ -16,7 +16,7 @@ from moss_train.evaluation.report.html import Report, write_report
 from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated, latex, markdown
 from moss_train.evaluation.results import ClipRow, Results
 from moss_train.evaluation.statistics import summarize
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import atomic_write
 
 SCHEMA_VERSION = 1
 
@@ -59,7 +59,7 @@ def write_outputs(evaluation: Evaluation, policy: str, seed: int, others: Sequen
         files["codebook.csv"] = codebook_csv(levels)
     files["results.json"] = json.dumps(_results(evaluation, table, levels, comparisons), indent=1) + "\n"
     for name, content in files.items():
-        with written_whole(folder / name) as path:
+        with atomic_write(folder / name) as path:
             path.write_text(content, encoding="utf-8")
     write_report(folder / "report.html", Report(table, evaluation.rows, levels, comparisons, folder, is_blind))
     return text

@@ -12,19 +12,19 @@ from moss_train.data.stream.sample_stats import StreamCounter
 from moss_train.data.stream.stream import AudioStream
 from moss_train.evaluation.metrics.base import split_available
 from moss_train.evaluation.validation import validation_metrics
-from moss_train.training.callbacks.checkpoint import BestKeeper, CheckpointWriter, check_metric
+from moss_train.training.callbacks.checkpoint import BestCheckpointKeeper, CheckpointWriter, check_metric
 from moss_train.training.callbacks.codebooks import CodebookMetrics, codebook_columns
-from moss_train.training.callbacks.health import HealthWriter
-from moss_train.training.callbacks.metrics import Clock, StreamWatch, UpdateMetrics, metric_columns
+from moss_train.training.callbacks.health import HealthMonitor
+from moss_train.training.callbacks.metrics import Clock, DataMonitor, UpdateMetrics, metric_columns
 from moss_train.training.callbacks.quantizer_fit import FIT_CLIPS, FIT_SECONDS, QuantizerFit
-from moss_train.training.callbacks.run_records import EnvironmentRecord, Notices, SkipRecord
-from moss_train.training.callbacks.samples import Sampler
+from moss_train.training.callbacks.run_records import EnvironmentLogger, SkippedUpdateLogger, StartupMessages
+from moss_train.training.callbacks.samples import AudioSampleWriter
 from moss_train.training.callbacks.scoring import depths
 from moss_train.training.callbacks.summary import Summary
 from moss_train.training.callbacks.validation import Validation, ValidationPlan
 from moss_train.training.callbacks.validation_data import HeldOutClip, load_held_out
 from moss_train.training.cost.mfu import Utilization
-from moss_train.training.loggers.base import RunLog, Writer
+from moss_train.training.loggers.base import LoggerCollection, Writer
 from moss_train.training.loggers.csv import CsvWriter
 from moss_train.training.loggers.progress import ProgressWriter
 from moss_train.training.loggers.tensorboard import TensorBoardWriter
@@ -40,7 +40,7 @@ NO_VALIDATION = "no validation: give held-out audio as validation.data=<packed f
 NO_PICTURES = 'samples come without spectrograms: matplotlib is not installed (pip install "moss_train[eval]")'
 
 
-def build_observers(
+def build_callbacks(
     config: Node,
     directory: Path,
     last: int,
@@ -72,7 +72,7 @@ def build_observers(
         **({} if plan is None else {"validation": plan.columns}),
     }
     writers = build_writers(config, directory, last, tables)
-    run_log = RunLog([*writers, HealthWriter(directory, config["health"], codebook_size)])
+    run_log = LoggerCollection([*writers, HealthMonitor(directory, config["health"], codebook_size)])
     counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
     window = config["logging"]["window_updates"]
     clock = Clock()
@@ -84,11 +84,11 @@ def build_observers(
         clock,
     )
     return [
-        Notices(notices),
-        EnvironmentRecord(directory),
-        SkipRecord(directory),
+        StartupMessages(notices),
+        EnvironmentLogger(directory),
+        SkippedUpdateLogger(directory),
         UpdateMetrics(run_log, clock, Utilization(config)),
-        StreamWatch(counter, stream.domains, run_log, window),
+        DataMonitor(counter, stream.domains, run_log, window),
         CodebookMetrics(run_log, window),
         build_fit(config, stream),
         *([] if plan is None else [build_validation(config, directory, stream, plan, run_log, checkpoints)]),
@@ -160,7 +160,7 @@ def build_validation(
     directory: Path,
     stream: AudioStream,
     plan: ValidationPlan,
-    run_log: RunLog,
+    run_log: LoggerCollection,
     checkpoints: CheckpointWriter,
 ) -> Validation:
     """The validation with its keeper of the best checkpoint and its samples, each where it is wanted."""
@@ -168,9 +168,9 @@ def build_validation(
     keeper = sampler = None
     if metric is not None:
         check_metric(metric, plan.columns)
-        keeper = BestKeeper(checkpoints.directory, metric, plan.higher, checkpoints.save)
+        keeper = BestCheckpointKeeper(checkpoints.directory, metric, plan.higher, checkpoints.save)
     if settings["samples_clips"] is not None:
-        sampler = Sampler(
+        sampler = AudioSampleWriter(
             directory / "samples",
             plan.clips[: settings["samples_clips"]],
             plan.levels[1:] or plan.levels,

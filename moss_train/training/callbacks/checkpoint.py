@@ -29,7 +29,7 @@ from moss_train.utils.errors import UserError
 HIGHER_IS_BETTER = ("text_accuracy", "mean_usage", "mean_perplexity", "usage", "perplexity")
 
 
-class BestKeeper:
+class BestCheckpointKeeper:
     """Has a checkpoint written whenever a score is better than ever, and records which one it is.
 
     Args:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moss_train.evaluation.metrics.codebooks import level_use
 from moss_train.training.distributed.collectives import sum_over_ranks
-from moss_train.training.loggers.base import RunLog
+from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import cat_module, update_result
 from moss_train.training.step.update import no_codes
 
@@ -20,7 +20,7 @@ class CodebookMetrics(Callback):
     A checkpoint holds what was counted since the last row; of several ranks, those of the first, which stand for all.
     """
 
-    def __init__(self, run_log: RunLog, every_updates: int) -> None:
+    def __init__(self, run_log: LoggerCollection, every_updates: int) -> None:
         self.run_log = run_log
         self.every_updates = every_updates
         self.counts: Tensor | None = None  # [N, V] since the last row, on the device

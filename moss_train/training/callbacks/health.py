@@ -9,13 +9,13 @@ from pathlib import Path
 from moss_train.config.fit_schema import HealthConfig
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.loggers.base import Row, Writer
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import atomic_write
 
 SHARE = "gradient_share/"
 MEASURED_SHARES = 5  # in a row that are looked at together
 
 
-class Alarm:
+class WarningLatch:
     """Sounds when a sign appears, and again only after it was gone for a while: a value near its limit is one sign."""
 
     CALM = 10  # judgements in a row without the sign
@@ -43,7 +43,7 @@ class Between:
     checkpoint_seconds: float = 0.0
 
 
-class HealthWriter(Writer):
+class HealthMonitor(Writer):
     """Reads the log as it is written; prints warnings and keeps them in `warnings.txt` of the run directory.
 
     Args:
@@ -56,7 +56,7 @@ class HealthWriter(Writer):
         self.path = directory / "warnings.txt"
         self.limits = limits
         self.codebook_size = codebook_size
-        self.alarm = Alarm(self._sound)
+        self.alarm = WarningLatch(self._sound)
         self.rows: deque[Row] = deque(maxlen=limits.window_updates)
         self.between = Between()
         self.shares: deque[Row] = deque(maxlen=MEASURED_SHARES)
@@ -65,7 +65,7 @@ class HealthWriter(Writer):
         """Forget what was warned of about updates that are about to be done again."""
         if self.path.exists():
             lines = self.path.read_text("utf-8", errors="replace").splitlines()
-            with written_whole(self.path) as path:
+            with atomic_write(self.path) as path:
                 path.write_text("".join(f"{line}\n" for line in lines if update_of(line) <= update), "utf-8")
 
     def _sound(self, message: str) -> None:

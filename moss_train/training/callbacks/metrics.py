@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moss_train.batch import UpdateBatch
 from moss_train.data.stream.sample_stats import StreamCounter
 from moss_train.training.cost.mfu import UTILIZATION, UpdateContent, Utilization
-from moss_train.training.loggers.base import RunLog
+from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module, update_result
 from moss_train.training.step.diagnostics import LOGITS, gradient_shares
 from moss_train.training.step.objective import Objective
@@ -76,7 +76,7 @@ class UpdateMetrics(Callback):
         utilization: counts what an update costs.
     """
 
-    def __init__(self, run_log: RunLog, clock: Clock, utilization: Utilization) -> None:
+    def __init__(self, run_log: LoggerCollection, clock: Clock, utilization: Utilization) -> None:
         self.run_log = run_log
         self.clock = clock
         self.utilization = utilization
@@ -166,13 +166,15 @@ def loss_row(result: UpdateResult) -> dict[str, float]:
     return result.metrics | weighted | {f"gradient_share/{name}": share for name, share in shares.items()}
 
 
-class StreamWatch(Callback):
+class DataMonitor(Callback):
     """Names samples that could not be read, counts the hours of every domain, and stops when too many are lost.
 
     The counts are those of all ranks and part of the checkpoint; each rank names its own lost samples.
     """
 
-    def __init__(self, counter: StreamCounter, domains: Sequence[str], run_log: RunLog, every_updates: int) -> None:
+    def __init__(
+        self, counter: StreamCounter, domains: Sequence[str], run_log: LoggerCollection, every_updates: int
+    ) -> None:
         self.counter = counter
         self.domains = domains
         self.run_log = run_log
@@ -184,7 +186,7 @@ class StreamWatch(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
     ) -> None:
-        for line in self.counter.name_lost(batch):
+        for line in self.counter.describe_dropped(batch):
             print(line, file=sys.stderr)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moss_train.batch import UpdateBatch
 from moss_train.training.module import NonFiniteError, cat_module, update_result
 from moss_train.training.step.update import UpdateResult
-from moss_train.utils.files import read_json, written_whole
+from moss_train.utils.files import atomic_write, read_json
 from moss_train.utils.memory import available_memory_bytes
 from moss_train.utils.paths import PACKAGE_DIRECTORY
 
@@ -27,7 +27,7 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-class Notices(Callback):
+class StartupMessages(Callback):
     """Says at the start of a run what it will not do, once and not on every rank."""
 
     def __init__(self, lines: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ PACKAGES = (
 )
 
 
-class EnvironmentRecord(Callback):
+class EnvironmentLogger(Callback):
     """Records every start of the run in `directory`."""
 
     def __init__(self, directory: Path) -> None:
@@ -71,7 +71,7 @@ def record_start(directory: Path, update: int, num_processes: int) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         starts = []
     start = {"update": update, "processes": num_processes, **describe()}
-    with written_whole(path) as whole:
+    with atomic_write(path) as whole:
         whole.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
 
 
@@ -127,7 +127,7 @@ def cpu_name() -> str:
 SKIPPED_FILE = "skipped.jsonl"
 
 
-class SkipRecord(Callback):
+class SkippedUpdateLogger(Callback):
     """Writes a line per rank for every skipped update, the last one before the run stops included."""
 
     def __init__(self, directory: Path) -> None:

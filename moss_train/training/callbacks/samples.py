@@ -17,14 +17,14 @@ from moss_train.training.callbacks.scoring import Reconstruction, reconstruct
 from moss_train.training.callbacks.validation_data import HeldOutClip
 from moss_train.training.loggers.base import ClipSample
 from moss_train.training.module import CatModule
-from moss_train.utils.files import written_whole
+from moss_train.utils.files import atomic_write
 
 ORIGINAL = "original"
 TRUTH = "truth"
 MAX_TOKENS = 256  # of a transcript
 
 
-class Sampler:
+class AudioSampleWriter:
     """Writes reconstructions as FLAC, spectrograms as PNG and the LM's transcripts beside the truth.
 
     Args:
@@ -78,14 +78,14 @@ class Sampler:
         paths[ORIGINAL] = self.directory / ORIGINAL / f"{name}.flac"
         for key, path in paths.items():
             if key != ORIGINAL or not path.exists():
-                with written_whole(path) as whole:
+                with atomic_write(path) as whole:
                     write_audio(whole, audio[key].nan_to_num().clamp(-1, 1), self.sampling_rate)
         return ClipSample(int(folder.name[-8:]), name, paths, self._draw(folder / f"{name}.png", audio, clip), texts)
 
     def _draw(self, path: Path, audio: Mapping[str, Tensor], clip: HeldOutClip) -> Path | None:
         if not self.draws:
             return None
-        with written_whole(path) as whole:
+        with atomic_write(path) as whole:
             save_spectrograms(audio, self.sampling_rate, whole, title=f"{clip.id}, update {int(path.parent.name[-8:])}")
         return path
 
@@ -100,7 +100,7 @@ class Sampler:
                 ]
                 lines.append("")
         if len(lines) > 2:
-            with written_whole(folder / "transcripts.md") as whole:
+            with atomic_write(folder / "transcripts.md") as whole:
                 whole.write_text("\n".join(lines), "utf-8")
 
 

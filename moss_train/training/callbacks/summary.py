@@ -16,7 +16,7 @@ from moss_train.training.loggers.csv import iterate_table, read_table
 from moss_train.training.loggers.progress import clock
 from moss_train.training.module import CatModule, cat_module
 from moss_train.utils.checkpoint import read_best
-from moss_train.utils.files import parse_json, read_json, written_whole
+from moss_train.utils.files import atomic_write, parse_json, read_json
 
 POINTS = 400
 NOT_SHOWN = ("loss/generator", "loss/commitment")  # the sum; the commitment term has the codebook term's value
@@ -27,7 +27,7 @@ TIMES = ("update_seconds", "data_wait_seconds", "other_seconds", "checkpoint_sec
 
 
 @dataclass
-class Course:
+class TrainingHistory:
     """Means over stretches of updates, and sums over the whole run."""
 
     num_updates: int = 0
@@ -47,9 +47,9 @@ class Course:
         return curves
 
 
-def follow(rows: Iterable[Mapping[str, str]], updates: int) -> Course:
+def follow(rows: Iterable[Mapping[str, str]], updates: int) -> TrainingHistory:
     """Read the rows of `metrics.csv` of a run of so many updates, one at a time."""
-    course = Course(stretch=max(1, updates // POINTS))
+    course = TrainingHistory(stretch=max(1, updates // POINTS))
     for row in rows:
         losses = [name for name in row if name.startswith("loss/") and name not in NOT_SHOWN]
         update = int(row["update"])
@@ -65,7 +65,7 @@ def follow(rows: Iterable[Mapping[str, str]], updates: int) -> Course:
 
 
 def panels(
-    course: Course, validation: Sequence[Mapping[str, str]], codebooks: Sequence[Mapping[str, str]]
+    course: TrainingHistory, validation: Sequence[Mapping[str, str]], codebooks: Sequence[Mapping[str, str]]
 ) -> list[Panel]:
     """What a person wants to see of a run first; subjects without values are left out."""
     depths = [name for name in (validation[0] if validation else ()) if is_depth(name)]
@@ -142,18 +142,18 @@ def write_summary(directory: Path, module: CatModule, hours: Mapping[str, float]
     name = f"{directory.parent.name}/{directory.name}"
     picture = [NO_PICTURE]
     if find_spec("matplotlib") is not None and (drawn := panels(course, validation, codebooks)):
-        with written_whole(directory / PICTURE_FILE) as path:
+        with atomic_write(directory / PICTURE_FILE) as path:
             save_curves(drawn, path, f"{name}, {module.update} updates", course.stages)
         picture = [f"![Curves of the run]({PICTURE_FILE})"]
     state = "Finished" if module.update >= updates else "Stopped"
     lines = [f"# {name}", "", f"{state} at update {module.update} of {updates}.", ""]
     lines += [*facts(directory, course, hours), "", *picture, "", *validation_table(validation)]
     lines += [*codebook_lines(codebooks), *trouble(directory)]
-    with written_whole(directory / SUMMARY_FILE) as path:
+    with atomic_write(directory / SUMMARY_FILE) as path:
         path.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
 
 
-def facts(directory: Path, course: Course, hours: Mapping[str, float]) -> list[str]:
+def facts(directory: Path, course: TrainingHistory, hours: Mapping[str, float]) -> list[str]:
     """Time, audio, machine and checkpoints as a table."""
     sums = course.sums
     busy = max(sums["update_seconds"], 1e-9)

@@ -16,13 +16,13 @@ from moss_train.evaluation.reconstruct import Condition, Rendition, pcm16
 from moss_train.evaluation.results import ClipRow
 from moss_train.evaluation.statistics import ALL_DOMAINS
 from moss_train.evaluation.validation import mean_scores, score_renditions
-from moss_train.training.callbacks.checkpoint import BestKeeper
+from moss_train.training.callbacks.checkpoint import BestCheckpointKeeper
 from moss_train.training.callbacks.codebooks import codebook_columns
-from moss_train.training.callbacks.samples import Sampler
+from moss_train.training.callbacks.samples import AudioSampleWriter
 from moss_train.training.callbacks.scoring import BLIND, Reconstruction, mel_sums, reconstruct, scores, text_sums
 from moss_train.training.callbacks.validation_data import HeldOutClip
 from moss_train.training.distributed.collectives import gather_over_ranks, num_ranks, sum_over_ranks, sum_to_host
-from moss_train.training.loggers.base import RunLog
+from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module
 from moss_train.training.step.update import no_codes
 
@@ -84,7 +84,11 @@ class Validation(Callback):
     """
 
     def __init__(
-        self, run_log: RunLog, plan: ValidationPlan, keeper: BestKeeper | None, sampler: Sampler | None
+        self,
+        run_log: LoggerCollection,
+        plan: ValidationPlan,
+        keeper: BestCheckpointKeeper | None,
+        sampler: AudioSampleWriter | None,
     ) -> None:
         self.run_log = run_log
         self.plan = plan

@@ -39,7 +39,7 @@ def load_held_out(
         UserError: there is none, or one cannot be read; before the training, not in the middle of it.
     """
     try:
-        chosen = take_turns(list_sources(sources, "heldout", "validation.data"))[:max_clips]
+        chosen = interleave_by_domain(list_sources(sources, "heldout", "validation.data"))[:max_clips]
         clips = [read_clip(clip, clip_format, max_seconds) for clip in chosen]
     except UserError as error:
         raise UserError(f"validation.data: {error}") from error
@@ -48,7 +48,7 @@ def load_held_out(
     return clips
 
 
-def take_turns(clips: Sequence[ListedClip]) -> list[ListedClip]:
+def interleave_by_domain(clips: Sequence[ListedClip]) -> list[ListedClip]:
     """All clips, one of each domain with and without text after the other, in a random order that never changes."""
     groups: dict[tuple[str, bool], list[ListedClip]] = {}
     for clip in sorted(clips, key=lambda clip: hashlib.sha256(clip.id.encode()).digest()):

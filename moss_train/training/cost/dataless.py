@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 import moss_train.audio.stft as stft
 import moss_train.losses.mel as mel
 from moss_train.batch import Batch
-from moss_train.training.cost.flops import without_data
+from moss_train.training.cost.flops import fake_tensors
 from moss_train.training.module import CatModule
-from moss_train.training.step.schedule import Stage, StageMoment
+from moss_train.training.step.schedule import ScheduleState, Stage
 from moss_train.training.step.update import forward_backward
 
 
@@ -73,7 +73,7 @@ def run_micro_batch(module: CatModule, batch: Batch, stage: Stage, backward: Cal
     forward_backward(module.networks, module.objective, batch, counts, moment, weights, backward)
 
 
-def full_swing(module: CatModule, stage: Stage) -> StageMoment:
+def full_swing(module: CatModule, stage: Stage) -> ScheduleState:
     """The last update of a stage: every warm-up is over."""
     stages = module.schedule.stages
     return module.schedule.at(sum(one.updates for one in stages[: list(stages).index(stage) + 1]) - 1)
@@ -86,7 +86,7 @@ def dataless() -> Iterator[None]:
     stft.normalized_hann_window = lambda length, device: torch.ones(length, device=device)  # type: ignore[assignment]
     mel.mel_bank = lambda rate, length, mels, device: torch.zeros(length // 2 + 1, mels, device=device)  # type: ignore[assignment]
     try:
-        with without_data():
+        with fake_tensors():
             yield
     finally:
         stft.normalized_hann_window, mel.mel_bank = window, bank

@@ -63,7 +63,7 @@ class Cost:
 
 
 @contextmanager
-def without_data() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     """Tensors have shapes but no values, and nothing of them stays behind in a cache."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -186,7 +186,7 @@ def tokenizer_costs(
     costs = {"encoder": Cost(), "quantizer": Cost(), "decoder": Cost()}
     # Gradients pass through a part when one before it learns; the audio itself needs none.
     passing = {"encoder": False, "decoder": bool({"encoder", "quantizer"} & set(learning))}
-    with without_data():
+    with fake_tensors():
         model = MossAudioTokenizerModel(shallow)
         for name in ("encoder", "decoder"):
             frames = config.frames_per_code_frame(f"{name}_kwargs")
@@ -229,7 +229,7 @@ def quantizer_cost(quantizer: ResidualLFQ, width: int, code_frames: int, learnin
 def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, length: int, half: bool) -> Cost:
     """Cost of one forward of all discriminators over a crop of so many samples, and what it keeps; no backward."""
     precision = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
-    with without_data(), precision:
+    with fake_tensors(), precision:
         judges = DiscriminatorSet([build(node, path="discriminators") for node in nodes])
         waveform = torch.zeros(1, num_channels, length)
         with FlopCounterMode(display=False) as counter:
@@ -268,7 +268,7 @@ def semantic_cost(
     depth = node["config"]["num_hidden_layers"]
     for layers in (1, 2):
         shallow = {**node, "config": {**node["config"], "num_hidden_layers": layers}}
-        with without_data():
+        with fake_tensors():
             model = build(shallow, path="semantic", latent_dim=latent_dim).requires_grad_(learns)
             states = torch.zeros(1, frames, latent_dim, requires_grad=True)
             lengths = (torch.tensor([frames]), torch.zeros(1, tokens, dtype=torch.long), torch.tensor([tokens]))

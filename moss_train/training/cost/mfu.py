@@ -19,7 +19,7 @@ from moss_train.training.cost.flops import Cost, discriminators_cost, losses_cos
 from moss_train.training.cost.gpu_specs import device_peak, is_half
 from moss_train.training.loggers.csv import iterate_table
 from moss_train.training.module import CatModule
-from moss_train.training.step.schedule import StageMoment
+from moss_train.training.step.schedule import ScheduleState
 from moss_train.utils.errors import UserError
 
 UTILIZATION = ("mfu", "hfu")
@@ -72,7 +72,7 @@ class StageOperations:
     text: TextOperations
     generator_passes: int = 1
 
-    def of(self, content: UpdateContent, moment: StageMoment) -> float:
+    def of(self, content: UpdateContent, moment: ScheduleState) -> float:
         """Operations of an update, each once; see `forward_backward` for the passes of the discriminators."""
         passes = self.generator_passes * moment.judged + 4 * moment.discriminators_learn
         passes += 2 if passes else 0
@@ -106,7 +106,7 @@ class Utilization:
             return
         self.peak = peak * num_devices
 
-    def shares(self, content: UpdateContent, moment: StageMoment, seconds: float) -> dict[str, float]:
+    def shares(self, content: UpdateContent, moment: ScheduleState, seconds: float) -> dict[str, float]:
         """`mfu` and `hfu` of an update that took so many seconds."""
         if self.peak is None:
             return {}

@@ -22,7 +22,7 @@ BUCKETS_IN_FLIGHT = 2
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers of the size of a weight in bytes
 
 
-class ReplicatedStrategy(DDPStrategy):
+class ManualDDPStrategy(DDPStrategy):
     """The processes, launching and saving of DDP without its wrapper around the module.
 
     The wrapper would reduce the generator in every backward of the discriminators too, and refuses an update in which a

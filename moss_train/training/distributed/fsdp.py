@@ -33,7 +33,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_on_first_rank(tensor: Tensor) -> Tensor | None:
+def gather_to_rank0(tensor: Tensor) -> Tensor | None:
     """A tensor as it is, or of a sharded one the whole in the memory of the first rank's host, None on the others."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -54,7 +54,7 @@ def like(whole: Tensor, example: Tensor) -> Tensor:
     return distribute_tensor(moved, example.device_mesh, example.placements, src_data_rank=None)
 
 
-class Shards:
+class FSDPUnits:
     """Networks that are sharded from now on: layer by layer, and what else a network has as one more unit.
 
     Args:
@@ -123,7 +123,7 @@ def prefetch_in_turn(units: Sequence[Sequence[Any]]) -> None:
     units[0][0].set_modules_to_backward_prefetch(list(units[-1]))
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's processes and device mesh for FSDP2; `CatModule.configure_model` shards.
 
     Checkpoints hold whole tensors under the names of one process, so that a run can go on with other processes or

@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REQUEUE_SECONDS = 60
 
 
-class PreemptionWatch(Callback):
+class PreemptionHandler(Callback):
     """Stops the run after the update in which SIGTERM or SIGUSR1 reached any of its processes.
 
     The flag travels with the update's own sums, so all ranks stop after the same update without another collective.
@@ -53,7 +53,7 @@ class PreemptionWatch(Callback):
             trainer.should_stop = True
 
 
-def make_room(received: signal.Signals, update: int, trainer: Trainer) -> None:
+def exit_after_preemption(received: signal.Signals, update: int, trainer: Trainer) -> None:
     """End as a signal demands, after the last checkpoint; on SLURM SIGUSR1 means: put the job back into the queue.
 
     A process that this run itself started ends as usual: Lightning kills a run in which one of them fails.

@@ -38,7 +38,7 @@ class Writer:
         """Finish; it may be called again."""
 
 
-class RunLog:
+class LoggerCollection:
     """The writers of the process that writes, rank 0. On other ranks it takes everything and does nothing."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moss_train.training.loggers.base import Row, Writer
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import naming, written_whole
+from moss_train.utils.files import add_path_to_error, atomic_write
 
 
 class CsvWriter(Writer):
@@ -25,7 +25,7 @@ class CsvWriter(Writer):
         """Open the file, without rows of updates that are about to be done again."""
         known = next((list(row) for row in iterate_table(self.path)), [])
         columns = [*known, *(name for name in self.columns if name not in known)]
-        with written_whole(self.path) as path, path.open("w", newline="") as file:
+        with atomic_write(self.path) as path, path.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(row for row in iterate_table(self.path) if int(row["update"]) <= update)
@@ -35,14 +35,14 @@ class CsvWriter(Writer):
     def write(self, table: str, row: Row) -> None:
         """Append and flush: a kill loses nothing."""
         if table == self.path.stem:
-            with naming(self.path):
+            with add_path_to_error(self.path):
                 self.writer.writerow(row)
                 self.file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if hasattr(self, "file"):
-            with naming(self.path):  # a full disk again, when a row is left over
+            with add_path_to_error(self.path):  # a full disk again, when a row is left over
                 self.file.close()
 
 

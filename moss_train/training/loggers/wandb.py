@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.loggers.base import ClipSample, Row, Writer
 from moss_train.utils.files import read_json
-from moss_train.utils.hub import in_time
+from moss_train.utils.hub import call_with_timeout
 
 CHECK_SECONDS = 10.0
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # older and newer name of the public server
@@ -36,7 +36,9 @@ def why_offline(base_url: str, seconds: float = CHECK_SECONDS) -> str | None:
     key = find_key(base_url)
     if key is None:
         return "no API key (wandb login, or WANDB_API_KEY)"
-    return in_time(lambda: ask_server(base_url, key, seconds), seconds, f"{base_url} did not answer in {seconds:g} s")
+    return call_with_timeout(
+        lambda: ask_server(base_url, key, seconds), seconds, f"{base_url} did not answer in {seconds:g} s"
+    )
 
 
 def find_key(base_url: str) -> str | None:

@@ -10,7 +10,7 @@ from moss_train.data.pack.on_the_fly import PackedSource, pack_cached
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.utils.checkpoint import list_checkpoints
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import read_json, written_whole
+from moss_train.utils.files import atomic_write, read_json
 
 Node = Mapping[str, Any]
 RECORD_FILE = "packed.json"
@@ -90,7 +90,7 @@ def read_record(directory: Path) -> PackedSource | None:
 def write_record(directory: Path, packed: PackedSource) -> None:
     """Note in the run directory which shards it learns from."""
     heldout = None if packed.heldout is None else str(packed.heldout)
-    with written_whole(directory / RECORD_FILE) as path:
+    with atomic_write(directory / RECORD_FILE) as path:
         path.write_text(
             json.dumps({"key": packed.key, "train": str(packed.train), "heldout": heldout}, indent=1) + "\n"
         )

@@ -18,7 +18,7 @@ from moss_train.data.stream.loader import check_longest, make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.training.callbacks import build as observers
 from moss_train.training.callbacks.checkpoint import read_progress
-from moss_train.training.distributed.preemption import PreemptionWatch, make_room
+from moss_train.training.distributed.preemption import PreemptionHandler, exit_after_preemption
 from moss_train.training.module import CatModule
 from moss_train.training.run.data_source import with_packed_folder
 from moss_train.training.run.memory_check import StateSize, check_memory, count_parameters
@@ -30,9 +30,9 @@ from moss_train.training.run.trainer import (
     started_processes,
 )
 from moss_train.training.run.warm_start import (
-    Beginning,
+    InitPlan,
     initialize,
-    plan_beginning,
+    plan_initialization,
     print_reports,
     store_record,
     without_text,
@@ -41,16 +41,16 @@ from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.checkpoint import list_checkpoints, resume_checkpoint
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import exclusive, read_yaml, written_whole
+from moss_train.utils.files import atomic_write, file_lock, read_yaml
 
 Node = Mapping[str, Any]
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
-PATIENCE_SECONDS = 10.0  # for processes of a killed run that have not noticed yet
+LOCK_TIMEOUT_SECONDS = 10.0  # for processes of a killed run that have not noticed yet
 LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
 # What may differ between the parts of one run: it does not change what is learned.
-FREE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
+MUTABLE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
 FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
 
 
@@ -77,8 +77,8 @@ def fit(config: FitConfig | Node) -> RunResult:
     check_inputs(config)
     directory = Path(config["run_dir"])
     if list_checkpoints(directory / "checkpoints"):
-        refuse_changes(config, directory)
-    beginning = plan_beginning(config, directory)
+        check_unchanged(config, directory)
+    beginning = plan_initialization(config, directory)
     schedule = Schedule.from_config(beginning.arguments["stages"])
     accelerator = choose_accelerator(config["trainer"]["accelerator"])
     filled = with_packed_folder(config, beginning.tokenizer_config, directory)
@@ -91,24 +91,24 @@ def fit(config: FitConfig | Node) -> RunResult:
     quantizer = beginning.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
     objective = Objective(stream.clip_format.sampling_rate, **beginning.arguments["objective"])
-    callbacks = observers.build_observers(filled, directory, last, stream, *sizes, objective)
-    preemption = PreemptionWatch()
+    callbacks = observers.build_callbacks(filled, directory, last, stream, *sizes, objective)
+    preemption = PreemptionHandler()
     trainer = build_trainer(config["trainer"], accelerator, [preemption, *callbacks])
     shards = trainer.world_size if config["trainer"]["strategy"] == "fsdp" else 1
     check_memory(replace(size, shards=shards), trainer.strategy.root_device, trainer.num_devices)
     directory.mkdir(parents=True, exist_ok=True)
-    patience = LAUNCHED_PATIENCE_SECONDS if started_processes() else PATIENCE_SECONDS
-    with exclusive(directory / LOCK_FILE, str(directory), patience) if trainer.is_global_zero else nullcontext():
-        checkpoint = find_start(config, directory, trainer)
+    patience = LAUNCHED_PATIENCE_SECONDS if started_processes() else LOCK_TIMEOUT_SECONDS
+    with file_lock(directory / LOCK_FILE, str(directory), patience) if trainer.is_global_zero else nullcontext():
+        checkpoint = find_resume_checkpoint(config, directory, trainer)
         update = read_progress(checkpoint)["update"]
         if checkpoint is None or update < last:
             update = train(config, checkpoint, beginning, stream, trainer, range(update, last))
     if preemption.signal is not None:
-        make_room(preemption.signal, update, trainer)
+        exit_after_preemption(preemption.signal, update, trainer)
     return RunResult(directory, update, schedule.updates, trainer.global_rank)
 
 
-def find_start(config: FitConfig, directory: Path, trainer: Trainer) -> Path | None:
+def find_resume_checkpoint(config: FitConfig, directory: Path, trainer: Trainer) -> Path | None:
     """The newest sound checkpoint, None for a new run. Rank 0 looks, before it starts the others; all of them learn."""
     checkpoint = None
     if trainer.is_global_zero:
@@ -126,7 +126,7 @@ def find_start(config: FitConfig, directory: Path, trainer: Trainer) -> Path | N
 def train(
     config: Node,
     checkpoint: Path | None,
-    beginning: Beginning,
+    beginning: InitPlan,
     stream: AudioStream,
     trainer: Trainer,
     updates: range,
@@ -218,18 +218,18 @@ def store_config(config: FitConfig, directory: Path, is_new: bool) -> None:
         UserError: it differs in something that changes what is learned, and `allow_changes` is not set.
     """
     if not is_new:
-        refuse_changes(config, directory)
-    with written_whole(directory / CONFIG_FILE) as temporary:
+        check_unchanged(config, directory)
+    with atomic_write(directory / CONFIG_FILE) as temporary:
         temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
 
 
-def refuse_changes(config: FitConfig, directory: Path) -> None:
+def check_unchanged(config: FitConfig, directory: Path) -> None:
     """Raise UserError when a run began with another configuration, unless `allow_changes` is set."""
     path = directory / CONFIG_FILE
     if config["allow_changes"] or not path.exists():
         return
     begun = FitConfig.parse(known_keys(FitConfig, read_config(path)))
-    changes = differences(governing(begun.to_plain()), governing(config.to_plain()))
+    changes = differences(result_affecting(begun.to_plain()), result_affecting(config.to_plain()))
     if changes:
         raise UserError(
             f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
@@ -248,9 +248,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def governing(config: Node) -> dict[str, Any]:
+def result_affecting(config: Node) -> dict[str, Any]:
     """The part of a configuration that decides what is learned."""
-    kept = {key: value for key, value in config.items() if key not in FREE_KEYS}
+    kept = {key: value for key, value in config.items() if key not in MUTABLE_KEYS}
     return {**kept, "data": {key: value for key, value in kept["data"].items() if key not in FREE_DATA_KEYS}}
 
 

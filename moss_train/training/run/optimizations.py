@@ -19,7 +19,7 @@ from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.trainer import REDUCE_DTYPES, choose_accelerator, choose_precision
-from moss_train.training.step.ema import WeightAverage
+from moss_train.training.step.ema import EMA
 from moss_train.utils.errors import UserError
 
 RECOMPILE_LIMIT = 64
@@ -35,7 +35,7 @@ def prepare(module: CatModule, config: Mapping[str, Any]) -> None:
     is_half = choose_precision(settings["precision"], accelerator) == "bf16-mixed"
     module.gather_dtype = torch.bfloat16 if is_half else None
     if config["ema"] is not None:
-        module.average = WeightAverage(**config["ema"])
+        module.average = EMA(**config["ema"])
     checkpoint_activations(module.tokenizer, settings["activation_checkpointing"])
     backend = choose_compile(settings["compile"], accelerator)
     if backend is not None:

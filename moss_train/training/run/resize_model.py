@@ -33,7 +33,7 @@ class WeightReport:
     left_over: tuple[str, ...] = ()
 
 
-def changed_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> MossAudioTokenizerConfig:
+def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> MossAudioTokenizerConfig:
     """The architecture of a given model with some of CHANGES; null and missing ones stay as they are.
 
     Unless `patch_sizes` (samples or frames that each stage joins, encoder order) are given, the first patch follows
@@ -90,12 +90,14 @@ def with_patches(old: MossAudioTokenizerConfig, patches: list[int]) -> dict[str,
     if len(patches) != count or not all(isinstance(size, int) and size > 0 for size in patches):
         raise UserError(f"tokenizer.patch_sizes={patches} must be {count} whole numbers, one for each stage of init")
     return {
-        "encoder_kwargs": repatched(old.encoder_kwargs, patches, "input_dimension", "output_dimension"),
-        "decoder_kwargs": repatched(old.decoder_kwargs[::-1], patches, "output_dimension", "input_dimension")[::-1],
+        "encoder_kwargs": rescale_patches(old.encoder_kwargs, patches, "input_dimension", "output_dimension"),
+        "decoder_kwargs": rescale_patches(old.decoder_kwargs[::-1], patches, "output_dimension", "input_dimension")[
+            ::-1
+        ],
     }
 
 
-def repatched(entries: list[dict[str, Any]], patches: list[int], outer: str, inner: str) -> list[dict[str, Any]]:
+def rescale_patches(entries: list[dict[str, Any]], patches: list[int], outer: str, inner: str) -> list[dict[str, Any]]:
     """Entries from the waveform inwards with new patch sizes; `outer` is the projection's side towards the waveform."""
     sizes = iter(patches)
     width, result = 1, []
@@ -110,7 +112,7 @@ def repatched(entries: list[dict[str, Any]], patches: list[int], outer: str, inn
 
 
 @torch.no_grad()
-def take_weights(
+def load_matching_weights(
     module: nn.Module, weights: Mapping[str, Tensor], made: Mapping[str, Tensor] | None = None
 ) -> WeightReport:
     """Give a module every weight of equal name and shape, and those `made` for it; the others stay as they are.

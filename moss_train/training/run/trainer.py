@@ -18,10 +18,10 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moss_train.training.callbacks.checkpoint import DirectoryCheckpointIO
-from moss_train.training.distributed.collectives import ReplicatedStrategy
-from moss_train.training.distributed.fsdp import ShardedStrategy
+from moss_train.training.distributed.collectives import ManualDDPStrategy
+from moss_train.training.distributed.fsdp import FSDP2Strategy
 from moss_train.utils.errors import UserError
-from moss_train.utils.workers import end_with_parent
+from moss_train.utils.workers import exit_with_parent
 
 STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
@@ -107,7 +107,7 @@ def choose_strategy(settings: Mapping[str, Any], num_processes: int) -> Strategy
             rank_zero_warn("trainer.strategy=fsdp has no effect: there is one process")
         return "auto"
     timeout = timedelta(seconds=settings["timeout_seconds"])
-    return ShardedStrategy(num_processes, timeout) if is_sharded else ReplicatedStrategy(timeout=timeout)
+    return FSDP2Strategy(num_processes, timeout) if is_sharded else ManualDDPStrategy(timeout=timeout)
 
 
 def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbacks: list[Callback]) -> Trainer:
@@ -171,7 +171,7 @@ def start_processes(trainer: Trainer) -> None:
     strategy = trainer.strategy
     is_child = trainer.local_rank > 0 and started_processes() is None
     if is_child:
-        threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
     if strategy.launcher is not None:
         strategy.launcher.launch(lambda: None)
     if TorchElasticEnvironment.detect() and trainer.world_size > 1:

@@ -15,10 +15,15 @@ from rich.text import Text
 from moss_train.config.section import to_plain
 from moss_train.export.load import NETWORKS, ModelSource, open_source, tokenizer_config
 from moss_train.training.module import CatModule
-from moss_train.training.run.resize_model import WeightReport, changed_config, resampled_projections, take_weights
+from moss_train.training.run.resize_model import (
+    WeightReport,
+    adapt_config,
+    load_matching_weights,
+    resampled_projections,
+)
 from moss_train.utils.checkpoint import list_checkpoints
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import read_json, written_whole
+from moss_train.utils.files import atomic_write, read_json
 
 Node = Mapping[str, Any]
 RECORD_FILE = "initialization.json"
@@ -27,7 +32,7 @@ SHOWN_NAMES = 4  # weights that are named, of those that were not simply kept
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitPlan:
     """How the module of a run is built and what it is given.
 
     Attributes:
@@ -46,7 +51,7 @@ class Beginning:
         return tokenizer_config(self.arguments["tokenizer"])
 
 
-def plan_beginning(config: Node, directory: Path | None = None) -> Beginning:
+def plan_initialization(config: Node, directory: Path | None = None) -> InitPlan:
     """Decide on the architecture of a `fit` configuration; nothing is built yet.
 
     Args:
@@ -56,13 +61,13 @@ def plan_beginning(config: Node, directory: Path | None = None) -> Beginning:
         UserError: no architecture, one that cannot work, or changes that `init` does not allow.
     """
     if config["init"] is None:
-        return Beginning(complete_arguments(config, configured_tokenizer(config), configured_networks(config), ()))
+        return InitPlan(complete_arguments(config, configured_tokenizer(config), configured_networks(config), ()))
     # A record without a checkpoint is that of a run that was killed before it had any weights.
     has_begun = directory is not None and list_checkpoints(directory / "checkpoints")
     if directory is not None and has_begun and (directory / RECORD_FILE).exists():
         record = read_json(directory / RECORD_FILE)
         networks = {name: record[name] for name in NETWORKS}
-        return Beginning(complete_arguments(config, record["tokenizer"], networks, record["fresh"]))
+        return InitPlan(complete_arguments(config, record["tokenizer"], networks, record["fresh"]))
     changes = config["tokenizer"] or {}
     if "stages" in changes:
         raise UserError(
@@ -70,14 +75,14 @@ def plan_beginning(config: Node, directory: Path | None = None) -> Beginning:
             "tokenizer=null"
         )
     source = open_source(config["init"])
-    tokenizer = plain(changed_config(source.tokenizer, changes).to_dict())
+    tokenizer = plain(adapt_config(source.tokenizer, changes).to_dict())
     networks, fresh = restored_networks(config, source)
-    return Beginning(complete_arguments(config, tokenizer, networks, fresh), source, fresh)
+    return InitPlan(complete_arguments(config, tokenizer, networks, fresh), source, fresh)
 
 
 def module_arguments(config: Node) -> dict[str, Any]:
-    """Arguments of `CatModule` for a `fit` configuration, see `plan_beginning`."""
-    return plan_beginning(config).arguments
+    """Arguments of `CatModule` for a `fit` configuration, see `plan_initialization`."""
+    return plan_initialization(config).arguments
 
 
 def configured_tokenizer(config: Node) -> Node:
@@ -119,7 +124,7 @@ def restored_networks(config: Node, source: ModelSource) -> tuple[dict[str, Any]
     return networks, tuple(fresh)
 
 
-def without_text(beginning: Beginning) -> Beginning:
+def without_text(beginning: InitPlan) -> InitPlan:
     """What a run begins with when no clip has a text that is used: no LM, or a warning for one that was asked for."""
     if beginning.arguments["semantic"] is None:
         return beginning
@@ -187,7 +192,7 @@ def stages_for(config: Node, fresh: Sequence[str]) -> list[dict[str, Any]]:
     return stages
 
 
-def initialize(module: CatModule, beginning: Beginning) -> dict[str, WeightReport]:
+def initialize(module: CatModule, beginning: InitPlan) -> dict[str, WeightReport]:
     """Give a new module the weights of `init`; returns what became of them, by network.
 
     Raises:
@@ -197,13 +202,13 @@ def initialize(module: CatModule, beginning: Beginning) -> dict[str, WeightRepor
     weights = beginning.source.load()
     old, new = beginning.source.tokenizer, module.tokenizer.config
     made = resampled_projections(old, new, weights["tokenizer"])
-    reports = {"tokenizer": take_weights(module.tokenizer, weights["tokenizer"], made)}
+    reports = {"tokenizer": load_matching_weights(module.tokenizer, weights["tokenizer"], made)}
     for name in NETWORKS:
         part, own = getattr(module, name), weights.get(name, {})
         if part is None:
             reports[name] = WeightReport(left_over=tuple(own))
         else:
-            reports[name] = take_weights(part, {} if name in beginning.fresh else own)
+            reports[name] = load_matching_weights(part, {} if name in beginning.fresh else own)
     report = reports["tokenizer"]
     if plain(old.to_dict()) == plain(new.to_dict()) and (report.fresh or report.left_over):
         raise UserError(
@@ -213,7 +218,7 @@ def initialize(module: CatModule, beginning: Beginning) -> dict[str, WeightRepor
     return reports
 
 
-def store_record(directory: Path, beginning: Beginning, reports: Mapping[str, WeightReport]) -> None:
+def store_record(directory: Path, beginning: InitPlan, reports: Mapping[str, WeightReport]) -> None:
     """Write what the run begins with, for a resume without `init` and for whoever asks later."""
     names = ("tokenizer", *NETWORKS)
     record = {
@@ -222,11 +227,11 @@ def store_record(directory: Path, beginning: Beginning, reports: Mapping[str, We
         "fresh": list(beginning.fresh),
         "weights": {name: asdict(report) for name, report in reports.items()},
     }
-    with written_whole(directory / RECORD_FILE) as path:
+    with atomic_write(directory / RECORD_FILE) as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def print_reports(beginning: Beginning, reports: Mapping[str, WeightReport], warmup_updates: int) -> None:
+def print_reports(beginning: InitPlan, reports: Mapping[str, WeightReport], warmup_updates: int) -> None:
     """Say in a table what came with `init` and what did not; a network that starts afresh is a warning.
 
     Weights are named where some of a network were kept and others not.

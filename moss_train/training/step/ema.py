@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moss_train.training.distributed.fsdp import like, local_part, whole_on_first_rank
+from moss_train.training.distributed.fsdp import gather_to_rank0, like, local_part
 
 CHECKPOINT_KEY = "ema"
 """Place in a checkpoint: {"decay": float, "weights": {name as in the tokenizer's state dict: tensor}}."""
 
 
-class WeightAverage:
+class EMA:
     """average <- d * average + (1 - d) * weights after every update, d = min(decay, (1 + update) / (10 + update)).
 
     The smaller d of the first updates forgets the initial weights. Rank by rank the same: it needs no communication.
@@ -68,7 +68,7 @@ class WeightAverage:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: whole tensors, whatever the strategy; all ranks have to call it, the first writes it."""
         averages = zip(self._names, self._averages, strict=True)
-        return {"decay": self.decay, "weights": {name: whole_on_first_rank(average) for name, average in averages}}
+        return {"decay": self.decay, "weights": {name: gather_to_rank0(average) for name, average in averages}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on, from `start` on, with what a checkpoint holds."""

@@ -20,7 +20,7 @@ from moss_train.losses import AdversarialLoss, AudioLoss, QuantizerLoss
 from moss_train.losses.adversarial import AdversarialReduction, FeatureReduction
 from moss_train.model.quantizer import QuantizerOutput
 from moss_train.training.step.balance import GradientBalancer
-from moss_train.training.step.schedule import Stage, StageMoment
+from moss_train.training.step.schedule import ScheduleState, Stage
 
 SEMANTIC = "semantic"
 WEIGHTS = {name: weight or 0.0 for name, weight in fit_schema.WEIGHTS.items()}
@@ -118,7 +118,7 @@ class Objective(nn.Module):
         num_terms = sum(bool(weights[name]) for name in self._names(AdversarialLoss))
         return num_terms if self.balancer is not None else min(num_terms, 1)
 
-    def active_weights(self, moment: StageMoment) -> dict[str, float]:
+    def active_weights(self, moment: ScheduleState) -> dict[str, float]:
         """Return the weights of the terms that an update computes: those that have one in its stage.
 
         Adversarial terms are there once the head start of the discriminators is over, and their weights rise along the

@@ -40,7 +40,7 @@ class Stage(StageConfig):
 
 
 @dataclass(frozen=True)
-class StageMoment:
+class ScheduleState:
     """A stage and how many of its updates have been done."""
 
     stage: Stage
@@ -96,10 +96,10 @@ class Schedule:
         """Whether any stage needs discriminators."""
         return any(stage.adversarial for stage in self.stages)
 
-    def at(self, update: int) -> StageMoment:
+    def at(self, update: int) -> ScheduleState:
         """The stage in which update number `update` (from 0) happens; the end of the run belongs to the last one."""
         for stage in self.stages[:-1]:
             if update < stage.updates:
-                return StageMoment(stage, update)
+                return ScheduleState(stage, update)
             update -= stage.updates
-        return StageMoment(self.stages[-1], update)
+        return ScheduleState(self.stages[-1], update)

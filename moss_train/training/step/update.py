@@ -28,7 +28,7 @@ from moss_train.training.step.diagnostics import LOGITS, count_codes, mean_logit
 from moss_train.training.step.objective import SEMANTIC, Objective, UpdateCounts, weighted_sum
 from moss_train.training.step.optimizers import scale_gradients, set_learning_rate, squared_norm
 from moss_train.training.step.quantizer_start import pass_unquantized
-from moss_train.training.step.schedule import StageMoment
+from moss_train.training.step.schedule import ScheduleState
 
 Backward = Callable[..., None]
 """As `torch.Tensor.backward` with the loss as first argument."""
@@ -115,7 +115,7 @@ def run_update(
     groups: Sequence[OptimizerGroup],
     backward: Backward,
     batch: UpdateBatch,
-    moment: StageMoment,
+    moment: ScheduleState,
     contribute: Callable[[UpdateBatch], Mapping[str, float]] = lambda batch: {},
     reduce_dtype: torch.dtype | None = None,
     measure_shares: bool = False,
@@ -212,7 +212,7 @@ def forward_backward(
     objective: Objective,
     batch: Batch,
     counts: UpdateCounts,
-    moment: StageMoment,
+    moment: ScheduleState,
     weights: Mapping[str, float],
     backward: Backward,
     measure_shares: bool = False,
@@ -325,7 +325,7 @@ def output_gradient(
         return torch.autograd.grad(weighted_sum(terms, weights), output)[0], squares
 
 
-def dummy_forward_backward(networks: Networks, moment: StageMoment, backward: Backward) -> None:
+def dummy_forward_backward(networks: Networks, moment: ScheduleState, backward: Backward) -> None:
     """Run the sharded networks forward and backward without any gradient, while other ranks have one more micro-batch.
 
     Every pass of a sharded network is a collective that all ranks have to join.
