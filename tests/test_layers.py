@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "moss_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    0: {"types", "audio", "config", "utils"},
+    0: {"batch", "audio", "config", "utils"},
     1: {"model", "discriminators", "losses", "semantic"},
     1.5: {"plotting"},
     2: {"data", "evaluation", "export"},
