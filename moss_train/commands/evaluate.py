@@ -163,6 +163,7 @@ def _codec(config: EvaluateConfig) -> Subject:
         codec = CatCodec(model.to(device), Path(str(config.model)).name)  # type: ignore[arg-type]
         text_model = _text_model(config, model, device)
     else:
+        assert config.codec is not None  # or there would be pairs instead
         codec = load_codec(config.codec, config.weights, device, config.code)
     levels = check_levels(codec, config.num_quantizers)
     clips = cut_clips(find_clips(config.data or [], config.domain), config.clip_seconds)

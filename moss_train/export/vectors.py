@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -46,10 +47,12 @@ def write_test_vectors(model: MossAudioTokenizerModel, complete: MossAudioTokeni
     seconds = config.causal_transformer_context_duration + SECONDS_BEYOND_WINDOW
     audio = known_audio(config.sampling_rate, config.number_channels, seconds).float()
     source = complete if model.part == "decoder" else model
-    codes = source.encode(audio).audio_codes
+    encoded: Any = source.encode(audio)
+    codes: Tensor = encoded.audio_codes
     tensors = {"audio": (audio * 32768).to(torch.int16), "codes": codes.to(torch.int32)}
     if model.part != "encoder":
-        tensors["decoded"] = model.decode(codes).audio.float()[:1, :1].contiguous()
+        decoded: Any = model.decode(codes)
+        tensors["decoded"] = decoded.audio.float()[:1, :1].contiguous()
     target = folder / FOLDER
     target.mkdir()
     (target / "vectors.safetensors").write_bytes(save(tensors))
@@ -68,7 +71,8 @@ def count_changed_codes(exact: MossAudioTokenizerModel, rounded: MossAudioTokeni
     """Return the fraction of codes of clips [C, T] that differ between two models."""
     changed = total = 0
     for clip in clips:
-        codes = [model.encode(clip[None]).audio_codes for model in (exact, rounded)]
+        outputs: list[Any] = [model.encode(clip[None]) for model in (exact, rounded)]
+        codes: list[Tensor] = [output.audio_codes for output in outputs]
         changed += int((codes[0] != codes[1]).sum())
         total += codes[0].numel()
     return changed / total

@@ -80,7 +80,8 @@ class LatentCodec(PreTrainedModel):
         flash = "sdpa" not in (attn_implementation, getattr(self.config, "attention_implementation", None))
         for stage in (*self.stages(self.encoder), *self.stages(self.decoder)):
             for layer in stage.transformer.layers:
-                layer.self_attn.flash = flash
+                attention: Any = layer.self_attn
+                attention.flash = flash
 
     @property
     def compute_dtype(self) -> torch.dtype | None:

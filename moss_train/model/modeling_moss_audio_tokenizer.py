@@ -246,7 +246,12 @@ class MossAudioTokenizerModel(LatentCodec):
 
     @classmethod
     def from_pretrained(
-        cls, source: Any, *args: Any, part: str | None = None, output_loading_info: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        part: str | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Load a folder or repository in the released layout.
 
@@ -258,8 +263,8 @@ class MossAudioTokenizerModel(LatentCodec):
         """
         kwargs.setdefault("key_mapping", OLDER_WEIGHT_NAMES)
         if part is not None:
-            kwargs["config"] = cls._config_of_part(source, part, kwargs)
-        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            kwargs["config"] = cls._config_of_part(pretrained_model_name_or_path, part, kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         problems = {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}
         if problems:

@@ -12,17 +12,17 @@ class MossAudioTokenizerPipeline(Pipeline):
     Returns codes [levels, frames] of each clip. Options: `num_quantizers`, `chunk_duration`, `loudness` of `encode`.
     """
 
-    _load_tokenizer = False
-    _load_feature_extractor = True
-    _load_image_processor = False
-    _load_processor = False
+    _load_tokenizer: Any = False
+    _load_feature_extractor: Any = True
+    _load_image_processor: Any = False
+    _load_processor: Any = False
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         names = ("num_quantizers", "chunk_duration")
         forward = {name: options[name] for name in names if name in options}
         return {name: options[name] for name in ("loudness",) if name in options}, forward, {}
 
-    def preprocess(self, clip: Any, loudness: float | None = None) -> Any:
+    def preprocess(self, clip: Any, loudness: float | None = None) -> Any:  # type: ignore[override]
         """Return the model's inputs of one clip."""
         rate = None
         if isinstance(clip, dict):
@@ -30,11 +30,13 @@ class MossAudioTokenizerPipeline(Pipeline):
             clip = clip["array"] if "array" in clip else clip["raw"]
         if isinstance(clip, str):
             raise ValueError(f"{clip!r} is a path: read the file first, for example with soundfile.read")
-        return self.feature_extractor(clip, sampling_rate=rate, loudness=loudness)
+        extract: Any = self.feature_extractor
+        return extract(clip, sampling_rate=rate, loudness=loudness)
 
-    def _forward(self, inputs: Any, **options: Any) -> Any:
-        return self.model.encode(**inputs, **options)
+    def _forward(self, inputs: Any, **options: Any) -> Any:  # type: ignore[override]
+        model: Any = self.model
+        return model.encode(**inputs, **options)
 
-    def postprocess(self, output: Any) -> Tensor:
+    def postprocess(self, output: Any) -> Tensor:  # type: ignore[override]
         """Return the codes [levels, frames] of one clip."""
         return output.audio_codes[:, 0, : int(output.audio_codes_lengths[0])]

@@ -157,7 +157,7 @@ class CatModule(lightning.LightningModule):
         """What steps in an update: the generator's trained parts, and the discriminators when it is their turn."""
         optimizers: Any = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        parts = {name: list(part.parameters()) for name, part in self.parts().items() if name in moment.stage.train}
+        parts = {name: list(part.parameters()) for name, part in self.parts().items() if name in moment.stage.parts}
         chosen = [("generator", moment.stage.learning_rate, parts)]
         if moment.discriminators_learn:
             discriminators = {"discriminators": self.discriminator_parameters()}
@@ -204,7 +204,7 @@ class CatModule(lightning.LightningModule):
 
     def _choose_parts(self, moment: ScheduleState) -> None:
         for name, part in self.parts().items():
-            part.requires_grad_(name in moment.stage.train)
+            part.requires_grad_(name in moment.stage.parts)
 
     def on_fit_start(self) -> None:
         check_equal_start(self, (self.update, self.position))

@@ -34,8 +34,9 @@ def older_name(name):
 
 
 def test_names_and_shapes_are_the_released_ones():
+    """The folder is given by the name that transformers has for it."""
     released = load_file(TINY / "model.safetensors")
-    ours = MossAudioTokenizerModel.from_pretrained(TINY).state_dict()
+    ours = MossAudioTokenizerModel.from_pretrained(pretrained_model_name_or_path=TINY).state_dict()
     assert {name: value.shape for name, value in ours.items()} == {name: v.shape for name, v in released.items()}
     assert all(torch.equal(ours[name], released[name]) for name in released)
 

@@ -60,8 +60,10 @@ def micro_batch(
         "sample_ids": ("",) * clips,
         "domains": ("",) * clips,
     }
-    lengths = {name: torch.zeros(clips, dtype=torch.int64, device=device) for name in ("audio_lengths", "text_lengths")}
-    known = {"audio_lengths": on_host([length] * clips), "text_lengths": on_host(text_lengths)}
+    lengths: dict[str, Any] = {
+        name: torch.zeros(clips, dtype=torch.int64, device=device) for name in ("audio_lengths", "text_lengths")
+    }
+    known: dict[str, Any] = {"audio_lengths": on_host([length] * clips), "text_lengths": on_host(text_lengths)}
     return Batch(**numbers, **lengths, host=Batch(**numbers, **known))
 
 

@@ -205,7 +205,7 @@ def estimate(
     objective = Objective(tokenizer.sampling_rate, **arguments["objective"])
     stages = []
     for stage in Schedule.from_config(arguments["stages"]).stages:
-        found = costs(tuple(stage.train)) | adversarial_costs(stage, config, arguments, tokenizer, objective)
+        found = costs(stage.parts) | adversarial_costs(stage, config, arguments, tokenizer, objective)
         found["losses"] = losses_cost(objective, objective.stage_weights(stage), tokenizer)
         stages.append(stage_estimate(stage, found, config["trainer"], parameters, machine))
     everything = parameters.tokenizer + parameters.semantic + parameters.discriminators

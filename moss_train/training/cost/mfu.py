@@ -133,9 +133,9 @@ def count_stages(module: CatModule, config: Mapping[str, Any]) -> dict[str, Stag
     text = cache(lambda learns: text_operations(module, half, learns))
     return {
         stage.name: StageOperations(
-            codec(tuple(stage.train)) + losses[stage.name],
+            codec(stage.parts) + losses[stage.name],
             judging,
-            text("semantic" in stage.train),
+            text("semantic" in stage.parts),
             objective.generator_passes(stage),
         )
         for stage in module.schedule.stages

@@ -78,7 +78,9 @@ class FSDPUnits:
         for network in networks:
             units: list[list[Any]] = [[network]]
             for layer in layers_of(network):
-                linears = [part for part in layer.modules() if isinstance(part, nn.Linear)] if gather_dtype else []
+                linears: list[nn.Module] = (
+                    [part for part in layer.modules() if isinstance(part, nn.Linear)] if gather_dtype else []
+                )
                 if linears:
                     fully_shard(linears, mesh=mesh, reshard_after_forward=True, mp_policy=half)
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)

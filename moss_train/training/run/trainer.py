@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -37,14 +37,15 @@ def choose_accelerator(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def choose_precision(wanted: str, accelerator: str) -> str:
+def choose_precision(wanted: str, accelerator: str) -> Literal["32-true", "bf16-mixed"]:
     """Return Lightning's name of a precision: `auto` is bf16-mixed on a GPU that computes in it, else 32-true."""
     if wanted not in PRECISIONS:
         raise UserError(f"trainer.precision={wanted!r} is not one of {', '.join(PRECISIONS)}")
-    if wanted != "auto":
-        return wanted
-    has_bf16 = accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16-mixed" if has_bf16 else "32-true"
+    if wanted == "auto":
+        uses_bf16 = accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        uses_bf16 = wanted == "bf16-mixed"
+    return "bf16-mixed" if uses_bf16 else "32-true"
 
 
 def count_processes(settings: Mapping[str, Any], accelerator: str) -> tuple[int, int]:

@@ -23,6 +23,11 @@ class Stage(StageConfig):
         super().__post_init__()
         object.__setattr__(self, "train", list(PARTS) if self.train is None else self.train)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the networks that learn."""
+        return tuple(self.train or ())
+
     def rate_factor(self, update: int) -> float:
         """Learning rate of an update of this stage (from 0) as a share of the peak.
 
