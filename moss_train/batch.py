@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moss_train.utils.bad_data import BadSample
+from moss_train.utils.errors import BadSample
 
 TASKS = ("asr", "multi_speaker_asr", "caption")
 """Names of the text tasks; the place of a name is its id in `Batch.task_ids`."""

@@ -10,11 +10,11 @@ import pytest
 import soundfile
 import torch
 
+from moss_train.audio.containers import page_checksum
 from moss_train.audio.io import AudioInfo, NamedBytes, audio_info, read_audio
 from moss_train.audio.mp3 import parse_header
-from moss_train.audio.ogg import page_checksum
 from moss_train.audio.window import Remark
-from moss_train.utils.bad_data import Fault, SampleError
+from moss_train.utils.errors import Fault, SampleError
 
 RATE = 24000
 NOISE = np.random.default_rng(0).standard_normal(RATE) * 0.1

@@ -18,7 +18,7 @@ from moss_train.config.inputs import check_inputs
 from moss_train.config.schema import COMMANDS
 from moss_train.config.section import Section, hints_of, known_keys
 from moss_train.utils.errors import ConfigError
-from moss_train.utils.paths import config_directory
+from moss_train.utils.files import config_directory
 
 ROOT = Path(__file__).parents[1]
 FIT = ["experiment=cat_1b6"]

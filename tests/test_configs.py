@@ -8,7 +8,7 @@ import yaml
 from moss_train.cli.compose import compose
 from moss_train.cli.help import default_groups, find_verbs, group_options, verb_help
 from moss_train.config.build import check_node, iterate_targets
-from moss_train.utils.paths import config_directory
+from moss_train.utils.files import config_directory
 
 CONFIGS = config_directory()
 ALL = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))

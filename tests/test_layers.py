@@ -16,8 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     0: {"batch", "audio", "config", "utils"},
-    1: {"model", "discriminators", "losses", "semantic"},
-    1.5: {"plotting"},
+    1: {"model", "discriminators", "losses", "semantic", "plotting"},
     2: {"data", "evaluation", "export"},
     3: {"training", "inference"},
     4: {"cli", "__main__", "commands"},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.utils.paths import config_directory
+from moss_train.utils.files import config_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -29,7 +29,7 @@ from moss_train import load_config
 from moss_train.training.cost.dataless import dataless, micro_batch, run_micro_batch
 from moss_train.training.cost.estimate import UPDATE_BYTES
 from moss_train.training.cost.flop_counter import ATTENTION
-from moss_train.training.cost.gpu_specs import GPUS
+from moss_train.training.cost.hardware import GPUS
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.optimizations import compiled_parts
 from moss_train.training.run.warm_start import plan_initialization

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from moss_train.audio.containers import scan
 from moss_train.audio.window import DamagedError, Layout, Piece, PieceFile, Remark, Window
-from moss_train.utils.bad_data import Fault, SampleError
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import Fault, SampleError, UserError
 from moss_train.utils.files import refuse_special
 
 RESAMPLER = "torchaudio.functional.resample sinc_interp_hann width 6 rolloff 0.99"

@@ -17,8 +17,7 @@ from moss_train.config.schema import COMMANDS
 from moss_train.config.section import Section, alternatives, hints_of, is_section
 from moss_train.config.text import hint_inside, read_value
 from moss_train.utils.errors import ConfigError, UserError
-from moss_train.utils.files import read_yaml
-from moss_train.utils.paths import config_directory
+from moss_train.utils.files import config_directory, read_yaml
 
 
 def load_config(command: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moss_train.utils.paths import PACKAGE_DIRECTORY, config_directory
+from moss_train.utils.files import PACKAGE_DIRECTORY, config_directory
 
 JOINED_KEYS = frozenset({"data.train", "validation.data", "input"})
 _EXPERIMENT = "experiment"

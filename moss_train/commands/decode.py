@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moss_train.cli.console import print_report
 from moss_train.config.schema import DecodeConfig
 from moss_train.data.shards.codes import is_code_folder
 from moss_train.export.load import load_tokenizer
+from moss_train.inference.batching import choose_device, use_precision
 from moss_train.inference.decode import Decoder, decode_files
-from moss_train.inference.device import choose_device, use_precision
 from moss_train.inference.encode import chunk_seconds
-from moss_train.inference.files import find_codes
+from moss_train.inference.files import find_codes, print_report
 from moss_train.inference.shards import decode_shards
 
 SUMMARY = "Turn codes back into audio files."

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moss_train.cli.console import print_report
 from moss_train.config.schema import EncodeConfig
 from moss_train.export.load import load_tokenizer
-from moss_train.inference.device import choose_device, use_precision
+from moss_train.inference.batching import choose_device, use_precision
 from moss_train.inference.encode import Encoder, chunk_seconds, encode_files
-from moss_train.inference.files import find_audio
+from moss_train.inference.files import find_audio, print_report
 from moss_train.inference.shards import EncodeJob, encode_shards
 
 SUMMARY = "Turn audio files into codes, one .safetensors or .npz file per clip, or packed shards into shards of codes."

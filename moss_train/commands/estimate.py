@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moss_train.config.fit_schema import EstimateConfig
-from moss_train.semantic.portable import resolve_lm_config
+from moss_train.semantic.text_encoder import resolve_lm_config
 from moss_train.training.cost.estimate import (
     GB,
     UPDATE_BYTES,
@@ -14,10 +14,9 @@ from moss_train.training.cost.estimate import (
     estimate,
     read_scaling_law,
 )
-from moss_train.training.cost.gpu_specs import GPUS
+from moss_train.training.cost.hardware import GIB, GPUS
 from moss_train.training.cost.mfu import measured_share
 from moss_train.training.run.fit import measure
-from moss_train.training.run.memory_check import GIB
 from moss_train.training.run.warm_start import plan_initialization
 
 SUMMARY = "Say what a run will need before it starts: parameters, memory, operations, days."

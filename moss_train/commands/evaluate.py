@@ -17,19 +17,19 @@ from moss_train.evaluation.codecs.published_table import load_codec
 from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, split_available
 from moss_train.evaluation.metrics.dnsmos import Dnsmos
+from moss_train.evaluation.metrics.pitch import pitch_metrics
 from moss_train.evaluation.metrics.signal import PROFILES, Profile, native_metrics
 from moss_train.evaluation.metrics.speaker import Ge2eSimilarity
 from moss_train.evaluation.metrics.speaker_wavlm import WavLMSimilarity
 from moss_train.evaluation.metrics.text_lm import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
-from moss_train.evaluation.pitch import pitch_metrics
 from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip
-from moss_train.evaluation.report.comparison import load_evaluation
+from moss_train.evaluation.report.tables import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import ClipRow, Results
 from moss_train.evaluation.runner import Reconstructor, evaluate
 from moss_train.export.load import find_checkpoint, load_tokenizer
-from moss_train.inference.device import choose_device, use_precision
+from moss_train.inference.batching import choose_device, use_precision
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.checkpoint import read_payload
 from moss_train.utils.errors import UserError

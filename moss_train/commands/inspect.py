@@ -12,7 +12,7 @@ from moss_train.audio.io import write_audio
 from moss_train.config.schema import InspectConfig
 from moss_train.data.inspect.measure import ClipFacts, DropLimits, Inspection, find_bad, inspect_folder
 from moss_train.data.inspect.report import render_page
-from moss_train.data.stream.rng import permutation
+from moss_train.data.stream.order import permutation
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.plotting import Histogram, Scatter, save_histograms
 from moss_train.utils.errors import UserError

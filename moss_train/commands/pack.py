@@ -16,7 +16,7 @@ from moss_train.data.pack.manifest import MANIFEST_SUFFIXES, how_to_convert, lis
 from moss_train.data.pack.pack import SILENT, PackReport, check_target, pack
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.pack.resume import JOURNAL_FILE, unfinished_folder
-from moss_train.utils.bad_data import count_faults
+from moss_train.utils.errors import count_faults
 from moss_train.utils.files import pluralize
 from moss_train.utils.progress import progress
 

@@ -11,8 +11,7 @@ from moss_train.data.pack.manifest import SourceClip, list_clips
 from moss_train.data.pack.preprocess import find_extent, open_clip
 from moss_train.data.shards.index import INDEX_FILE, ClipLocation, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
-from moss_train.utils.bad_data import BadSample, SampleError
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import BadSample, SampleError, UserError
 
 _LABELS = ("text", "task", "language", "speaker")
 

@@ -6,9 +6,9 @@ from moss_train.evaluation.codecs.base import Codec
 from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, Pair, columns_of, score_pair
 from moss_train.evaluation.metrics.dnsmos import Dnsmos
+from moss_train.evaluation.metrics.pitch import pitch_metrics
 from moss_train.evaluation.metrics.signal import PROFILES, native_metrics
 from moss_train.evaluation.metrics.speaker import Ge2eSimilarity
-from moss_train.evaluation.pitch import pitch_metrics
 from moss_train.evaluation.reconstruct import CodecRenderer, Condition, EvaluationClip, Rendition
 from moss_train.evaluation.results import ClipRow, ConditionRow
 from moss_train.evaluation.statistics import ALL_DOMAINS, summarize

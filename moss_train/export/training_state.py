@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from moss_train.semantic.portable import make_portable, with_local_text
+from moss_train.semantic.text_encoder import make_portable, with_local_text
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
 

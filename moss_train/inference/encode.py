@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.io import audio_info, read_audio
-from moss_train.inference.batching import group_by_length, read_ahead
-from moss_train.inference.device import precision_of, with_precision
+from moss_train.inference.batching import group_by_length, precision_of, read_ahead, with_precision
 from moss_train.inference.files import CodesInfo, Report, Work, read_codes_header, write_codes
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError

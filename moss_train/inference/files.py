@@ -1,8 +1,9 @@
-"""Files of codes and of audio: names, formats, and the list of what is to be encoded or decoded."""
+"""Files of codes and of audio: names, formats, the list of what is to be encoded or decoded, and the final report."""
 
 import hashlib
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from moss_train.data.pack.manifest import AUDIO_SUFFIXES, is_list, list_clips
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import MAX_NAME_BYTES, atomic_write
+from moss_train.utils.files import MAX_NAME_BYTES, atomic_write, pluralize
 
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
 
@@ -223,3 +224,21 @@ def _with_targets(pairs: list[tuple[Path, str]], out: Path, suffix: str, strippe
         first, second = [item.source for item in works if item.target == twice][:2]
         raise UserError(f"{first} and {second} would both become {twice}; rename one or give them in separate runs")
     return works
+
+
+_SHOWN_FAILURES = 20
+
+
+def print_report(report: Report, out: Path, verb: str, unit: str = "file") -> int:
+    """Print the failures to stderr and the counts to stdout. Returns the exit status: 1 when anything failed.
+
+    `unit` is what was written; what fails are clips.
+    """
+    for path, reason in report.failures[:_SHOWN_FAILURES]:
+        text = reason if str(path) in reason else f"{path}: {reason}"
+        print(f"moss_train {verb}: passed over: {text}", file=sys.stderr)
+    if len(report.failures) > _SHOWN_FAILURES:
+        print(f"moss_train {verb}: and {len(report.failures) - _SHOWN_FAILURES} more", file=sys.stderr)
+    written, failed = pluralize(report.num_written, unit), pluralize(len(report.failures), "clip")
+    print(f"{verb}: {written} written to {out}, {report.num_present} were there, {failed} failed")
+    return 1 if report.failures else 0

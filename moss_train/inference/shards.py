@@ -13,22 +13,20 @@ from torch import Tensor
 
 from moss_train.audio.io import write_audio
 from moss_train.data.pack.pack import check_target
-from moss_train.data.pack.ray import EXECUTORS, ray_pool
 from moss_train.data.pack.resume import JOURNAL_FILE, resumable_directory
 from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
 from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ARRAYS_FILE, ClipLocation, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.export.load import load_tokenizer
-from moss_train.inference.batching import group_by_length, read_ahead
+from moss_train.inference.batching import group_by_length, read_ahead, use_precision
 from moss_train.inference.decode import Decoder
-from moss_train.inference.device import use_precision
 from moss_train.inference.encode import Encoder, chunk_seconds
 from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import init_pool_worker, ordered
+from moss_train.utils.workers import EXECUTORS, init_pool_worker, ordered, ray_pool
 
 
 @dataclass(frozen=True)

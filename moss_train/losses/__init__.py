@@ -8,10 +8,9 @@ from moss_train.losses.adversarial import (
     generator_loss,
 )
 from moss_train.losses.base import AdversarialLoss, AudioLoss, QuantizerLoss
-from moss_train.losses.mel import MultiScaleMelLoss, log_mel_spectrogram, multi_scale_mel_distance
+from moss_train.losses.mel import MultiScaleMelLoss, multi_scale_mel_distance
 from moss_train.losses.quantization import CodebookLoss, CommitmentLoss, codebook_loss, commitment_loss
-from moss_train.losses.stereo import MidSideLoss
-from moss_train.losses.waveform import ComplexSTFTLoss, RelativeSquaredErrorLoss, WaveformLoss
+from moss_train.losses.waveform import ComplexSTFTLoss, MidSideLoss, RelativeSquaredErrorLoss, WaveformLoss
 
 __all__ = [
     "AdversarialLoss",
@@ -31,6 +30,5 @@ __all__ = [
     "discriminator_loss",
     "feature_matching_loss",
     "generator_loss",
-    "log_mel_spectrogram",
     "multi_scale_mel_distance",
 ]

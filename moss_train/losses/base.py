@@ -66,3 +66,12 @@ class AdversarialLoss(nn.Module):
     def forward(self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int) -> Tensor:
         """Compute the loss of a batch, its sum over clips divided by `num_clips`. Returns a scalar, float32."""
         raise NotImplementedError
+
+
+def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
+    """Sets what lies beyond each clip's length to zero, in value and in gradient, NaN included.
+
+    x [B, ..., T], lengths [B] in units of the last axis -> as x.
+    """
+    beyond = torch.arange(x.shape[-1], device=x.device) >= lengths.to(x.device).unsqueeze(-1)
+    return x.masked_fill(beyond.view(len(lengths), *[1] * (x.dim() - 2), -1), 0)

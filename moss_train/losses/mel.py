@@ -4,21 +4,16 @@ Sum over scales of the L1 distance between log10 mel spectrograms of a normalise
 DAC, arXiv 2306.06546). A quarter of the window is the hop.
 """
 
-import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
-import torchaudio
 from torch import Tensor
 
-from moss_train.audio.stft import stft_magnitudes
-from moss_train.losses.base import AudioLoss
-from moss_train.losses.masking import zero_beyond
+from moss_train.audio.mel import FLOOR, log_mel_spectrogram
+from moss_train.losses.base import AudioLoss, zero_beyond
 
 WINDOW_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 NUM_MELS = (5, 10, 20, 40, 80, 160, 320)
-FLOOR = 1e-5
 
 
 class MultiScaleMelLoss(AudioLoss):
@@ -105,31 +100,3 @@ def multi_scale_mel_distance(reference: Tensor, degraded: Tensor, lengths: Tenso
     It equals `MultiScaleMelLoss` of the clip alone.
     """
     return MultiScaleMelLoss(sampling_rate).distances(reference, degraded, lengths)
-
-
-def log_mel_spectrogram(
-    waveform: Tensor, sampling_rate: int, window_length: int, num_mels: int, floor: float = FLOOR
-) -> Tensor:
-    """log10 of the Slaney mel spectrogram of normalised STFT magnitudes (power 1), not below log10(floor).
-
-    waveform [..., T] -> [..., num_mels, T // hop + 1] float32, hop = window_length // 4. Filters without any bin
-    (short windows at high sampling rates) give the floor.
-    """
-    magnitudes = stft_magnitudes(waveform, window_length)
-    with torch.autocast(waveform.device.type, enabled=False):
-        mel = magnitudes @ mel_bank(sampling_rate, window_length, num_mels, waveform.device)
-    return mel.clamp(min=floor).log10().transpose(-1, -2)
-
-
-@lru_cache(maxsize=64)
-def mel_bank(sampling_rate: int, window_length: int, num_mels: int, device: torch.device) -> Tensor:
-    """Slaney mel filters from 0 Hz to the Nyquist frequency, each of unit area: [window_length // 2 + 1, num_mels].
-
-    Cached outside the modules for the reasons given in `moss_train.audio.stft`.
-    """
-    with torch.inference_mode(False), torch.device("cpu"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="At least one mel filterbank has all zero values")
-        bank = torchaudio.functional.melscale_fbanks(
-            window_length // 2 + 1, 0.0, sampling_rate / 2, num_mels, sampling_rate, norm="slaney", mel_scale="slaney"
-        )
-        return bank.to(device)

@@ -25,9 +25,8 @@ from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training.distributed.collectives import check_equal_start, gather_over_ranks
 from moss_train.training.distributed.fsdp import FSDPUnits
-from moss_train.training.step.ema import CHECKPOINT_KEY, EMA
 from moss_train.training.step.objective import Objective, with_weights
-from moss_train.training.step.optimizers import build_adamw, group_options, restore_options
+from moss_train.training.step.optimizers import CHECKPOINT_KEY, EMA, build_adamw, group_options, restore_options
 from moss_train.training.step.schedule import Schedule, ScheduleState
 from moss_train.training.step.update import Networks, OptimizerGroup, UpdateResult, run_update
 from moss_train.utils.errors import UserError

@@ -1,4 +1,4 @@
-"""Atomic writes, file locks and readable file errors."""
+"""Atomic writes, file locks, readable file errors, and where the files of the package lie."""
 
 import errno
 import fcntl
@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from moss_train.utils.bad_data import Fault, SampleError
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import Fault, SampleError, UserError
 
 MAX_NAME_BYTES = 255  # of one name, in the file systems of Linux
 
@@ -188,3 +187,19 @@ def parse_json(content: str | bytes, place: str) -> Any:
     except (ValueError, RecursionError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{place}: not JSON that can be read ({reason})") from error
+
+
+PACKAGE_DIRECTORY = Path(__file__).resolve().parent.parent
+
+
+def config_directory() -> Path:
+    """Return the folder of the Hydra configs: inside the package in a wheel, at the repository root in a checkout.
+
+    Raises:
+        FileNotFoundError: neither folder exists, so the installation is incomplete.
+    """
+    candidates = (PACKAGE_DIRECTORY / "configs", PACKAGE_DIRECTORY.parent / "configs")
+    for directory in candidates:
+        if directory.is_dir():
+            return directory
+    raise FileNotFoundError(f"no configs folder at {candidates[0]} or {candidates[1]}; install moss_train again")

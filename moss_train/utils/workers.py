@@ -1,5 +1,9 @@
-"""Worker processes: pools that end with their parent, and work in order."""
+"""Worker processes on this machine (pools that end with their parent) or on a Ray cluster, and work in order.
 
+On a Ray cluster (extra `cluster`) every machine needs the input under the same path.
+"""
+
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,6 +17,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+
+from moss_train.utils.errors import UserError
 
 
 def init_pool_worker() -> None:
@@ -119,3 +125,55 @@ def ordered(
             yield first, future.result()
     except BrokenProcessPool as error:
         raise OSError("a worker process ended abruptly, most likely for lack of memory; use fewer workers") from error
+
+
+EXECUTORS = ("local", "ray")
+
+
+class _RayResult:
+    """What `submit` returns: as much of a Future as `ordered` uses."""
+
+    def __init__(self, reference: Any, get: Callable[[Any], Any]) -> None:
+        self._reference, self._get = reference, get
+
+    def result(self) -> Any:
+        """Wait for the result; raises what the task raised."""
+        return self._get(self._reference)
+
+
+@contextmanager
+def ray_pool(num_gpus: int = 0) -> Iterator[tuple[Submit, int]]:
+    """Give a `submit` for the cluster of RAY_ADDRESS, or one on this machine, and how many tasks run at once.
+
+    A task takes one core, or `num_gpus` GPUs, which it sees as its first.
+    Raises UserError when Ray is not installed or the cluster does not answer.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("executor=ray needs Ray: pip install 'moss_train[cluster]'") from error
+    try:
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS"),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster there ({error})") from error
+    call = ray.remote(num_cpus=0 if num_gpus else 1, num_gpus=num_gpus, max_retries=3)(_call)
+
+    def submit(function: Callable[..., Any], *arguments: Any) -> Any:
+        return _RayResult(call.remote(function, *arguments), ray.get)
+
+    try:
+        yield submit, max(1, int(ray.cluster_resources().get("GPU" if num_gpus else "CPU", 1)))
+    finally:
+        ray.shutdown()
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    import torch
+
+    torch.set_num_threads(1)
+    return function(*arguments)

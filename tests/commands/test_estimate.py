@@ -10,7 +10,7 @@ from moss_train.cli.main import main
 from moss_train.commands.estimate import in_days
 from moss_train.training.cost.estimate import Machine, read_scaling_law, stepping_seconds
 from moss_train.training.cost.flops import Cost, discriminators_cost, layers_cost, tokenizer_costs
-from moss_train.training.run.memory_check import StateSize
+from moss_train.training.cost.hardware import StateSize
 from moss_train.training.run.warm_start import plan_initialization
 from moss_train.training.step.schedule import Stage
 

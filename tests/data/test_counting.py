@@ -13,8 +13,7 @@ from moss_train.data.stream import sample_stats as counting
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.sample_stats import StreamCounter
 from moss_train.data.stream.stream import AudioStream, ClipFormat
-from moss_train.utils.bad_data import BadSample, Fault
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import BadSample, Fault, UserError
 
 CLIP_FORMAT = ClipFormat(24000, 1, 1920)
 

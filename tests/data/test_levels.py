@@ -8,8 +8,8 @@ import torch
 
 from moss_train.audio.io import read_audio
 from moss_train.audio.loudness import loudness, power_spectrum
-from moss_train.data.stream.gain import adjust_level
 from moss_train.data.stream.loader import make_loader
+from moss_train.data.stream.sample_reader import adjust_level
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
 

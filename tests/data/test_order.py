@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from moss_train.data.stream.corpus import DomainOrder
-from moss_train.data.stream.mixing import DomainMixture, domain_shares
-from moss_train.data.stream.rng import permutation, units
+from moss_train.data.stream.order import DomainMixture, domain_shares, permutation, units
 from moss_train.data.stream.stream import deal, split_by_length
 from moss_train.utils.errors import UserError
 

@@ -11,8 +11,7 @@ import torch
 
 from moss_train.data.shards.index import ClipLocation, ShardIndex
 from moss_train.data.shards.reader import ShardFiles
-from moss_train.data.stream.gain import scale_to_peak
-from moss_train.data.stream.sample_reader import ClipReader, SampleError, iterate_clips
+from moss_train.data.stream.sample_reader import ClipReader, SampleError, iterate_clips, scale_to_peak
 
 
 @pytest.fixture

@@ -23,8 +23,7 @@ from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.inference.files import find_audio, find_codes, targets_of
 from moss_train.training.run.data_source import warn_of_silence
-from moss_train.utils.bad_data import Fault
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import Fault, UserError
 from moss_train.utils.files import MAX_NAME_BYTES, atomic_write
 
 RATE = 24000

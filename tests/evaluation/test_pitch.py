@@ -8,7 +8,7 @@ import torch
 
 from moss_train.audio.io import read_audio
 from moss_train.evaluation.metrics.base import MetricError, Pair, score_pair
-from moss_train.evaluation.pitch import RATE, PatchRateBuzz, PitchAccuracy, patch_rate_level, track_pitch
+from moss_train.evaluation.metrics.pitch import RATE, PatchRateBuzz, PitchAccuracy, patch_rate_level, track_pitch
 
 PAIRS = Path(__file__).parents[1] / "data" / "metrics"
 

@@ -13,7 +13,7 @@ from chromium import Browser, browser, find_browser
 from small_codec import METRICS, run
 
 from moss_train.evaluation.metrics.signal import PROFILES, SpectralDistances
-from moss_train.evaluation.report.comparison import compare, load_evaluation
+from moss_train.evaluation.report.tables import compare, load_evaluation
 from moss_train.evaluation.report.write import write_outputs
 from moss_train.utils.errors import UserError
 

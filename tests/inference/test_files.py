@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from moss_train.audio.io import read_audio, write_audio
-from moss_train.inference.batching import group_by_length, read_ahead
+from moss_train.inference.batching import choose_device, group_by_length, read_ahead
 from moss_train.inference.decode import Decoder, decode_files
-from moss_train.inference.device import choose_device
 from moss_train.inference.encode import Encoder, encode_files
 from moss_train.inference.files import (
     CODES_FORMATS,

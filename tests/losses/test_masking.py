@@ -2,7 +2,7 @@
 
 import torch
 
-from moss_train.losses.masking import zero_beyond
+from moss_train.losses.base import zero_beyond
 
 
 def test_zeroes_values_and_gradients_beyond_each_length():

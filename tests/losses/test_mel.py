@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moss_train.audio.io import read_audio
-from moss_train.losses import MultiScaleMelLoss, log_mel_spectrogram, multi_scale_mel_distance
-from moss_train.losses.mel import mel_bank
+from moss_train.audio.mel import log_mel_spectrogram, mel_bank
+from moss_train.losses import MultiScaleMelLoss, multi_scale_mel_distance
 
 RATE = 24_000
 AUDIO = Path(__file__).parents[2] / "recipes" / "quickstart" / "audio"

@@ -9,7 +9,7 @@ from moss_train.model.attention import rotation
 from moss_train.training import CatModule
 from moss_train.training.run.optimizations import checkpoint_activations, compile_blocks, compiled_parts
 from moss_train.training.run.warm_start import module_arguments
-from moss_train.training.step.ema import EMA
+from moss_train.training.step.optimizers import EMA
 from moss_train.utils.errors import UserError
 
 from .gradients import accumulate, network_errors

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from moss_train.training.run import memory_check as resources
-from moss_train.training.run.memory_check import StateSize, check_memory
+from moss_train.training.cost import hardware as resources
+from moss_train.training.cost.hardware import StateSize, check_memory
 from moss_train.utils.errors import UserError
 
 CPU = torch.device("cpu")

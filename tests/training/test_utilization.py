@@ -11,7 +11,7 @@ from moss_train.batch import Batch
 from moss_train.cli.main import main
 from moss_train.training.cost.flop_counter import FlopCounter
 from moss_train.training.cost.flops import FORMULAS, Cost
-from moss_train.training.cost.gpu_specs import GPUS, device_peak, gpu_of
+from moss_train.training.cost.hardware import GPUS, device_peak, gpu_of
 from moss_train.training.cost.mfu import (
     StageOperations,
     TextOperations,

@@ -15,8 +15,7 @@ from moss_train.audio.loudness import bandwidth, loudness, power_spectrum
 from moss_train.data.pack.preprocess import level_db
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
-from moss_train.utils.bad_data import SampleError
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import SampleError, UserError
 from moss_train.utils.workers import TASKS_PER_PROCESS, ordered, worker_pool
 
 FULL_SCALE = 32766 / 32768

@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, cast
 from moss_train.audio.io import CONVERTIBLE_SUFFIXES
 from moss_train.batch import TASKS
 from moss_train.data.pack.foreign_datasets import is_kaldi, is_saved_dataset, iterate_rows, iterate_utterances
-from moss_train.utils.bad_data import BadSample, Fault, SampleError
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import BadSample, Fault, SampleError, UserError
 from moss_train.utils.files import parse_json, pluralize, special_kind
 
 AUDIO_SUFFIXES = frozenset(

@@ -20,13 +20,11 @@ from moss_train.data.pack.preprocess import (
     prepare,
     prepare_segment,
 )
-from moss_train.data.pack.ray import EXECUTORS, ray_pool
 from moss_train.data.pack.resume import Journal, ShardInputs, resumable_directory, reuse_finished_shards
 from moss_train.data.shards.format import FORMAT_VERSION, ShardWriter, read_shard
 from moss_train.data.shards.index import INDEX_FILE, IndexBuilder
-from moss_train.utils.bad_data import BadSample, Fault, count_faults
-from moss_train.utils.errors import UserError
-from moss_train.utils.workers import TASKS_PER_PROCESS, Submit, num_cores, ordered, worker_pool
+from moss_train.utils.errors import BadSample, Fault, UserError, count_faults
+from moss_train.utils.workers import EXECUTORS, TASKS_PER_PROCESS, Submit, num_cores, ordered, ray_pool, worker_pool
 
 CLIPS_PER_PROCESS = 200
 """So many clips are worth starting a process for, when the number of processes is not given."""

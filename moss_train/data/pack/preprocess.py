@@ -12,8 +12,7 @@ from moss_train.audio.io import AudioSource, audio_info, read_audio, resample, w
 from moss_train.audio.window import Remark
 from moss_train.data.pack.foreign_datasets import open_row
 from moss_train.data.pack.manifest import SourceClip
-from moss_train.utils.bad_data import Fault, SampleError, fault_of
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import Fault, SampleError, UserError, fault_of
 
 RATE_LIMITS = (2000, 768_000)
 """Sampling rates in Hz that are believed; anything else is a damaged header."""

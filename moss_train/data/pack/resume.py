@@ -15,8 +15,7 @@ from typing import Any
 
 from moss_train.data.pack.manifest import SourceClip
 from moss_train.data.shards.format import ShardContents, read_shard
-from moss_train.utils.bad_data import Fault
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import Fault, UserError
 from moss_train.utils.files import parse_json
 
 JOURNAL_FILE = "journal.jsonl"

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from moss_train.audio.io import NamedBytes
 from moss_train.data.shards.index import ClipLocation
 from moss_train.data.shards.remote import is_remote, open_shard
-from moss_train.utils.bad_data import Fault, SampleError
+from moss_train.utils.errors import Fault, SampleError
 
 SPAN_BYTES = 2**22
 """A clip of at most this size in its tar is read in one go; a crop of a longer one costs no more than it needs."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from moss_train.data.shards.format import SAMPLE_ARRAYS
 from moss_train.data.shards.index import ClipLocation, ShardIndex
-from moss_train.data.stream.rng import permutation
+from moss_train.data.stream.order import permutation
 from moss_train.utils.errors import UserError
 
 STRETCH_ROWS = 2**20

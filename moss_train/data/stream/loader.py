@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from moss_train.batch import Batch, UpdateBatch
 from moss_train.data.stream.sample_reader import SampleReader, TextEncoder, TrainingClip
 from moss_train.data.stream.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan, split_by_length
-from moss_train.utils.bad_data import BadSample, SampleError
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import BadSample, SampleError, UserError
 from moss_train.utils.workers import num_cores, start_worker
 
 LM_POSITIONS_PER_SECOND = 50

@@ -1,5 +1,9 @@
-"""Read samples out of shards by seek, and check everything about them: a bad sample is reported, never let through."""
+"""Read samples out of shards by seek, check everything about them, and set their level.
 
+A bad sample is reported, never let through.
+"""
+
+import math
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,16 +13,42 @@ from pathlib import Path
 from torch import Tensor
 
 from moss_train.audio.io import read_audio
+from moss_train.audio.loudness import loudness, power_spectrum
 from moss_train.batch import TASKS
 from moss_train.data.shards.format import MAX_LABEL_BYTES
 from moss_train.data.shards.index import ClipLocation
 from moss_train.data.shards.reader import ShardFiles
 from moss_train.data.stream.corpus import Corpus
-from moss_train.data.stream.gain import adjust_level, scale_to_peak
 from moss_train.data.stream.stream import ClipFormat, SampleRef
-from moss_train.utils.bad_data import Fault, SampleError
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import Fault, SampleError, UserError
 from moss_train.utils.files import parse_json
+
+MAX_GAIN_DB = 30.0
+"""Most that loudness normalisation changes a clip: what is quieter is not what it should be."""
+
+
+def adjust_level(audio: Tensor, clip_format: ClipFormat, gain_unit: float) -> Tensor:
+    """Bring audio [C, T] to the level that a format asks for; silence stays silent, nothing exceeds full scale."""
+    audio = scale_to_peak(audio, clip_format.peak)
+    gain_db = 0.0
+    if clip_format.loudness_lufs is not None:
+        wanted = clip_format.loudness_lufs - loudness(power_spectrum(audio), clip_format.sampling_rate)
+        gain_db = min(max(wanted, -MAX_GAIN_DB), MAX_GAIN_DB) if math.isfinite(wanted) else 0.0
+    if clip_format.gain_db is not None:
+        lowest, highest = clip_format.gain_db
+        gain_db += lowest + (highest - lowest) * gain_unit
+    if gain_db == 0 or not (peak := audio.abs().max().item()):
+        return audio
+    return audio * min(10 ** (gain_db / 20), max(1.0, 1 / peak) if gain_db > 0 else 1.0)
+
+
+def scale_to_peak(audio: Tensor, peak: float | None) -> Tensor:
+    """Scale audio to a highest absolute sample; silence stays silent, None changes nothing."""
+    if peak is None or audio.numel() == 0:
+        return audio
+    highest = audio.abs().max()
+    return audio * (peak / highest) if highest > 0 else audio
+
 
 TextEncoder = Callable[[str], Sequence[int]]
 

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moss_train.batch import UpdateBatch
-from moss_train.utils.bad_data import Fault
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import Fault, UserError
 
 MIN_SAMPLES = 1000
 """The share of bad samples is taken of at least so many, so that the first bad one does not end a run."""

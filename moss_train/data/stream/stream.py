@@ -13,8 +13,7 @@ import numpy as np
 
 from moss_train.data.shards.index import ClipLocation
 from moss_train.data.stream.corpus import Corpus, DomainOrder
-from moss_train.data.stream.mixing import DomainMixture, domain_shares
-from moss_train.data.stream.rng import units
+from moss_train.data.stream.order import DomainMixture, domain_shares, units
 from moss_train.utils.errors import UserError
 
 

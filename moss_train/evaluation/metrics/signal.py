@@ -8,8 +8,8 @@ import torch
 from auraloss.time import SISDRLoss
 from torch import Tensor
 
+from moss_train.audio.mel import mel_bank
 from moss_train.evaluation.metrics.base import Column, Metric, MetricError, Pair, missing_package, package_version
-from moss_train.losses.mel import mel_bank
 
 SCALES = ((2048, 150), (512, 80))
 """Window length and number of mel filters of each scale; a quarter of the window is the hop."""

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moss_train.audio.mel import mel_bank
 from moss_train.evaluation.metrics.base import Column, MetricError, Pair, package_version
-from moss_train.losses.mel import mel_bank
 
 SAMPLING_RATE = 16_000
 WINDOW_LENGTH = 400

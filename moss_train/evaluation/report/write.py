@@ -11,9 +11,17 @@ from moss_train.evaluation.metrics.base import SPEECH, Column, Metric, columns_o
 from moss_train.evaluation.metrics.codebooks import RELIABLE_FRAMES, LevelUse, count_codes, effective_bitrate, level_use
 from moss_train.evaluation.metrics.signal import Profile
 from moss_train.evaluation.reconstruct import ANCHORS, Condition
-from moss_train.evaluation.report.comparison import Comparison, compare, load_evaluation
 from moss_train.evaluation.report.html import Report, write_report
-from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated, latex, markdown
+from moss_train.evaluation.report.tables import (
+    Comparison,
+    Table,
+    codebook_csv,
+    comma_separated,
+    compare,
+    latex,
+    load_evaluation,
+    markdown,
+)
 from moss_train.evaluation.results import ClipRow, Results
 from moss_train.evaluation.statistics import summarize
 from moss_train.utils.files import atomic_write

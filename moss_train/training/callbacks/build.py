@@ -19,10 +19,9 @@ from moss_train.training.callbacks.metrics import Clock, DataMonitor, UpdateMetr
 from moss_train.training.callbacks.quantizer_fit import FIT_CLIPS, FIT_SECONDS, QuantizerFit
 from moss_train.training.callbacks.run_records import EnvironmentLogger, SkippedUpdateLogger, StartupMessages
 from moss_train.training.callbacks.samples import AudioSampleWriter
-from moss_train.training.callbacks.scoring import depths
 from moss_train.training.callbacks.summary import Summary
 from moss_train.training.callbacks.validation import Validation, ValidationPlan
-from moss_train.training.callbacks.validation_data import HeldOutClip, load_held_out
+from moss_train.training.callbacks.validation_data import HeldOutClip, depths, load_held_out
 from moss_train.training.cost.mfu import Utilization
 from moss_train.training.loggers.base import LoggerCollection, Writer
 from moss_train.training.loggers.csv import CsvWriter

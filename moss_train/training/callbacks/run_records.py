@@ -17,9 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moss_train.batch import UpdateBatch
 from moss_train.training.module import NonFiniteError, cat_module, update_result
 from moss_train.training.step.update import UpdateResult
-from moss_train.utils.files import atomic_write, read_json
+from moss_train.utils.files import PACKAGE_DIRECTORY, atomic_write, read_json
 from moss_train.utils.memory import available_memory_bytes
-from moss_train.utils.paths import PACKAGE_DIRECTORY
 
 
 def warn(message: str) -> None:

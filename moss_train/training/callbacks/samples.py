@@ -13,8 +13,7 @@ from torch import Tensor
 from moss_train.audio.io import write_audio
 from moss_train.batch import TASKS
 from moss_train.plotting import save_spectrograms
-from moss_train.training.callbacks.scoring import Reconstruction, reconstruct
-from moss_train.training.callbacks.validation_data import HeldOutClip
+from moss_train.training.callbacks.validation_data import HeldOutClip, Reconstruction, reconstruct
 from moss_train.training.loggers.base import ClipSample
 from moss_train.training.module import CatModule
 from moss_train.utils.files import atomic_write

@@ -19,8 +19,15 @@ from moss_train.evaluation.validation import mean_scores, score_renditions
 from moss_train.training.callbacks.checkpoint import BestCheckpointKeeper
 from moss_train.training.callbacks.codebooks import codebook_columns
 from moss_train.training.callbacks.samples import AudioSampleWriter
-from moss_train.training.callbacks.scoring import BLIND, Reconstruction, mel_sums, reconstruct, scores, text_sums
-from moss_train.training.callbacks.validation_data import HeldOutClip
+from moss_train.training.callbacks.validation_data import (
+    BLIND,
+    HeldOutClip,
+    Reconstruction,
+    mel_sums,
+    reconstruct,
+    scores,
+    text_sums,
+)
 from moss_train.training.distributed.collectives import gather_over_ranks, num_ranks, sum_over_ranks, sum_to_host
 from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module

@@ -1,16 +1,25 @@
-"""Held-out clips in memory, in the format of the training clips: the same ones in every validation of a run."""
+"""Held-out clips in memory, in the format of the training clips, and the scores of their reconstructions.
+
+The same clips are used in every validation of a run. Scores are made of sums over clips, which add up over ranks.
+"""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moss_train.audio.io import convert_channels, resample
+from moss_train.batch import TASKS
 from moss_train.data.clips import ListedClip, list_sources
 from moss_train.data.stream.sample_reader import adjust_level
 from moss_train.data.stream.stream import ClipFormat
+from moss_train.losses import multi_scale_mel_distance
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.semantic import TextLM
+from moss_train.training.callbacks.codebooks import codebook_row
 from moss_train.utils.errors import UserError
 
 MIDDLE = 0.5  # of the range of the random gain in training
@@ -74,3 +83,93 @@ def read_clip(clip: ListedClip, clip_format: ClipFormat, max_seconds: float) -> 
     length = audio.shape[-1]
     padded = F.pad(audio, (0, -length % clip_format.hop_length))
     return HeldOutClip(clip.id, clip.domain, padded, length, text, clip.labels.get("task", "asr"))
+
+
+BLIND = ("other", "silent")
+"""What the LM hears instead of the clip for its audio-blind value: another clip, and nothing, all states zero."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a tokenizer made of one clip."""
+
+    codes: Tensor  # [N, F]
+    states: Mapping[int, Tensor]  # number of levels -> [1, F, D] after the quantizer
+    audio: Mapping[int, Tensor]  # number of levels -> [C, T] as long as the clip
+
+
+def depths(num_quantizers: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Numbers of levels to decode, by default one, a quarter, half and all; ascending, all of them always there."""
+    chosen = wanted or (1, num_quantizers // 4, num_quantizers // 2)
+    return tuple(sorted({max(1, count) for count in (*chosen, num_quantizers)}))
+
+
+def reconstruct(tokenizer: MossAudioTokenizerModel, clip: HeldOutClip, levels: Sequence[int]) -> Reconstruction:
+    """Encode once, decode every prefix, through the modules that training uses (they may be sharded over ranks)."""
+    latent = tokenizer.encode_latent(clip.audio[None].to(tokenizer.device))
+    outputs = {count: tokenizer.quantizer(latent, torch.tensor([count], device=latent.device)) for count in levels}
+    states = {count: output.quantized for count, output in outputs.items()}
+    audio = {count: tokenizer.decode_latent(state)[0, :, : clip.length].float() for count, state in states.items()}
+    return Reconstruction(outputs[levels[-1]].codes[:, 0], states, audio)
+
+
+def mel_sums(clip: HeldOutClip, made: Reconstruction, sampling_rate: int) -> dict[str, float]:
+    """Mel distance of every depth, for all domains together and for the clip's own."""
+    sums: dict[str, float] = {}
+    for count, audio in made.audio.items():
+        wanted = clip.audio[None, :, : clip.length].to(audio.device)
+        length = torch.tensor([clip.length], device=audio.device)
+        distance = multi_scale_mel_distance(wanted, audio[None], length, sampling_rate).item()
+        sums |= {f"mel_distance/{count}": distance, f"mel_distance/{clip.domain}/{count}": distance}
+    return sums
+
+
+def text_sums(
+    text_lm: TextLM, clip: HeldOutClip, made: Reconstruction, other: Tensor | None, text: str
+) -> dict[str, float]:
+    """Cross entropy of a text for the states of every depth, and for states that know nothing of the clip.
+
+    Args:
+        other: states [1, F', D] of another clip with text; None when there is none.
+        text: of the clip.
+    """
+    full = made.states[max(made.states)]
+    heard = {str(count): states for count, states in made.states.items()}
+    heard |= {"other": full if other is None else other, "silent": torch.zeros_like(full)}
+    tokens = text_lm.text(text)
+    device = full.device
+    task = torch.tensor([TASKS.index(clip.task)], device=device)
+    sums = {"text_tokens": float(len(tokens))}
+    for name, states in heard.items():
+        num_frames, num_tokens = torch.tensor([states.shape[1]]), torch.tensor([len(tokens)])
+        prediction = text_lm(states, num_frames, torch.tensor([tokens], device=device), num_tokens, task)
+        sums |= {f"nats/{name}": prediction.loss_sum.item(), f"correct/{name}": float(prediction.num_correct.item())}
+    return sums if other is not None else sums | {"nats/other": float("inf")}
+
+
+def scores(sums: Mapping[str, float], counts: Tensor, levels: Sequence[int]) -> dict[str, float]:
+    """The row of a validation from sums over all clips of all ranks.
+
+    Mel distances are means over clips. `text_nats` is the LM's cross entropy per text token. The audio-blind value is
+    the smaller of two: no predictor that does not hear the clip can be better than the text allows, so the smaller one
+    is the fairer bound, for an LM that is confused by what it does not know from training may be worse than blind.
+
+    Args:
+        sums: of `mel_sums`, `text_sums`, and `clips` with `clips/<domain>`.
+        counts: how often each code was chosen [N, V].
+        levels: the depths.
+    """
+    row: dict[str, float] = {"clips": sums["clips"], "mel_distance": sums[f"mel_distance/{levels[-1]}"] / sums["clips"]}
+    for name, value in sums.items():
+        group, _, rest = name.partition("/")
+        if group == "mel_distance":
+            domain = rest.rpartition("/")[0]
+            clips = sums[f"clips/{domain}"] if domain else sums["clips"]
+            row |= {name: value / clips} if clips else {}
+    if tokens := sums.get("text_tokens"):
+        row |= {f"text_nats/{count}": sums[f"nats/{count}"] / tokens for count in levels}
+        row["text_nats"] = row[f"text_nats/{levels[-1]}"]
+        row["text_nats_blind"] = min(sums[f"nats/{name}"] for name in BLIND) / tokens
+        row["text_accuracy"] = sums[f"correct/{levels[-1]}"] / tokens
+    use = codebook_row(counts)
+    return row | {name: value for name, value in use.items() if name != "frames"}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+import moss_train.audio.mel as mel
 import moss_train.audio.stft as stft
-import moss_train.losses.mel as mel
 from moss_train.batch import Batch
 from moss_train.training.cost.flops import fake_tensors
 from moss_train.training.module import CatModule

@@ -9,8 +9,7 @@ from typing import Any
 
 from moss_train.model import MossAudioTokenizerConfig
 from moss_train.training.cost.flops import Cost, discriminators_cost, losses_cost, semantic_cost, tokenizer_costs
-from moss_train.training.cost.gpu_specs import GPUS, is_half
-from moss_train.training.run.memory_check import GIB, StateSize
+from moss_train.training.cost.hardware import GIB, GPUS, StateSize, is_half
 from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import Schedule, Stage
 from moss_train.utils.errors import UserError

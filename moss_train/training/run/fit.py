@@ -18,10 +18,10 @@ from moss_train.data.stream.loader import check_longest, make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.training.callbacks import build as observers
 from moss_train.training.callbacks.checkpoint import read_progress
+from moss_train.training.cost.hardware import StateSize, check_memory, count_parameters
 from moss_train.training.distributed.preemption import PreemptionHandler, exit_after_preemption
 from moss_train.training.module import CatModule
 from moss_train.training.run.data_source import with_packed_folder
-from moss_train.training.run.memory_check import StateSize, check_memory, count_parameters
 from moss_train.training.run.optimizations import prepare
 from moss_train.training.run.trainer import (
     build_trainer,

@@ -19,7 +19,7 @@ from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.trainer import REDUCE_DTYPES, choose_accelerator, choose_precision
-from moss_train.training.step.ema import EMA
+from moss_train.training.step.optimizers import EMA
 from moss_train.utils.errors import UserError
 
 RECOMPILE_LIMIT = 64

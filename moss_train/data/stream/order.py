@@ -1,12 +1,32 @@
-"""Which domain the sample at a position of the training stream comes from, computed from the position alone."""
+"""Random order and mix of domains as pure functions of (seed, purpose, place): no generator has to be saved.
+
+Only NumPy's raw bit streams are used: unlike `Generator.permutation` they are promised never to change.
+"""
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moss_train.data.stream.rng import permutation
 from moss_train.utils.errors import UserError
+
+
+def raw_numbers(seed: int, purpose: str, *place: int, count: int) -> np.ndarray:
+    """Return `count` uniform uint64, the same for the same seed, purpose and place."""
+    entropy = (seed, zlib.crc32(purpose.encode()), *place)
+    return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
+
+
+def permutation(seed: int, purpose: str, *place: int, count: int) -> np.ndarray:
+    """Return a random order of range(count), int64."""
+    return np.argsort(raw_numbers(seed, purpose, *place, count=count), kind="stable")
+
+
+def units(seed: int, purpose: str, *place: int, count: int) -> np.ndarray:
+    """Return `count` numbers in [0, 1), multiples of 2^-24 so that they stay below 1 in float32 too."""
+    return (raw_numbers(seed, purpose, *place, count=count) >> np.uint64(40)) * 2.0**-24
+
 
 _SHARE_BITS = 40  # shares are whole numbers of 2^-40, so that counts far into the stream are exact
 
