@@ -18,6 +18,8 @@ ROWS = {
     "trained": "trained, all levels",
     "trained_half": "trained, half of the levels",
     "untrained": "untrained, all levels",
+    "mini": "the committed model (recipes/cat_mini), all levels",
+    "finetuned": "the committed model, fine-tuned, all levels",
     "silence": "silence",
     "noise": "noise with the training set's mean spectrum, at the clip's level",
     "low_pass": "the clip low-passed at 2 kHz",
@@ -41,6 +43,8 @@ def main() -> None:
     means = report.means()
     if means["trained"] > arguments.gate * means["noise"] or means["trained"] >= means["untrained"]:
         sys.exit("the trained model misses the gate")
+    if means["finetuned"] >= means["mini"]:
+        sys.exit("fine-tuning did not bring the committed model closer to the held-out clips")
 
 
 def training_clips(manifest: Path) -> Iterator[Tensor]:
@@ -56,6 +60,8 @@ def reconstructions(out: Path) -> Iterator[Reconstructions]:
         "trained": "trained-audio/all_levels",
         "trained_half": "trained-audio/half_levels",
         "untrained": "untrained-audio/all_levels",
+        "mini": "mini-audio/all_levels",
+        "finetuned": "finetuned-audio/all_levels",
     }
     for path in sorted((out / "trained-audio" / "original").glob("*.wav")):
         outputs = {name: read_audio(out / folder / path.name)[0] for name, folder in folders.items()}
@@ -81,10 +87,10 @@ def markdown(report: MelReport, gate: float) -> str:
 
 
 def save_picture(clips: list[Reconstructions], path: Path) -> None:
-    """Spectrograms of the longest speech clip: original, reconstructions, and the untrained model."""
+    """Spectrograms of the longest speech clip: original, trained from scratch, and fine-tuned."""
     speech = [clip for clip in clips if clip.clip_id.startswith("speech")]
     clip = max(speech, key=lambda candidate: candidate.original.shape[-1])
-    panels = {ROWS[name]: clip.outputs[name] for name in ("trained", "trained_half", "untrained")}
+    panels = {ROWS[name]: clip.outputs[name] for name in ("trained", "trained_half", "finetuned")}
     save_spectrograms({"original": clip.original, **panels}, SAMPLING_RATE, path, title=clip.clip_id)
 
 

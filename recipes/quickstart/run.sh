@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained, exported tokenizer on real audio, on two CPU cores: pack, train through both stages
-# with a kill and a resume in the middle, export, use the export without moss_train, compare with cheap baselines.
-# A second call goes on where the first stopped; `rm -r out/quickstart` starts anew.
+# with a kill and a resume in the middle, fine-tune the committed model on the same recordings, export, use the exports
+# without moss_train, compare with cheap baselines, and write a page to listen to.
+# A second call continues where the first stopped; `rm -r out/quickstart` starts anew.
 # QUICKSTART_UPDATES=short trains about a quarter and lowers the gate, for continuous integration.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
@@ -17,11 +18,13 @@ if [ "${QUICKSTART_UPDATES:-full}" = short ]; then
     schedule=(stages.0.updates=200 stages.1.updates=30 checkpoint.every_updates=50)
     half=120
     gate=0.85
+    finetune_updates=40
 else
     out=out/quickstart
     schedule=()
     half=400
     gate=0.60
+    finetune_updates=150
 fi
 mkdir -p "$out"
 # Everything stays below $out, nothing is asked of a network, and idle threads spin only shortly.
@@ -53,16 +56,29 @@ say "3. The same command again resumes"
 "${training[@]}" run_dir="$out/trained"
 "${training[@]}" run_dir="$out/untrained" stop_at_update=0
 
-say "4. Export"
-for name in trained untrained; do
-    [ -e "$out/$name-export" ] || moss_train export checkpoint="$out/$name" out="$out/$name-export"
-done
+say "4. Fine-tune the committed model on the same recordings"
+moss_train fit experiment=finetune init=recipes/cat_mini data.train="$out/shards" run_dir="$out/finetuned" \
+    semantic=null 'discriminators=[]' objective.weights.commitment=5 trainer.accelerator=cpu trainer.num_threads=1 \
+    "stages=[{name: finetune, updates: $finetune_updates, batch_seconds: 5.76, learning_rate: 1.0e-3,
+        final_learning_rate: 2.0e-4, warmup_updates: 10}]" \
+    data.crop_seconds=0.96 data.micro_batch_seconds=5.76 data.peak=0.7 data.num_workers=1 checkpoint.every_updates=50 \
+    wandb=null
 
-say "5. Use the exports where moss_train cannot be imported"
+say "5. Export"
+export_model() { [ -e "$out/$1-export" ] || moss_train export checkpoint="$2" out="$out/$1-export"; }
+export_model trained "$out/trained"
+export_model untrained "$out/untrained"
+export_model finetuned "$out/finetuned"
+export_model mini recipes/cat_mini
+
+say "6. Use the exports where moss_train cannot be imported"
 use_export() { "$python" $here/use_export.py "$out/$1-export" "$here/audio/heldout.jsonl" "$out/$1-audio" "$2"; }
 use_export trained streaming
 use_export untrained offline
+use_export finetuned offline
+use_export mini offline
 
-say "6. Compare"
+say "7. Compare, and listen"
 "$python" $here/compare.py "$out" --train "$here/audio/train.jsonl" --gate "$gate"
-echo "$((SECONDS - started)) s after set-up; audio, spectrogram.png and report.md are in $out"
+"$python" $here/listen_page.py "$out" "$here/audio/heldout.jsonl"
+echo "$((SECONDS - started)) s after set-up; open $out/listen.html; spectrogram.png and report.md lie beside it"
