@@ -1,6 +1,6 @@
 """Reconstruct clips with a model at several numbers of levels: small Opus files, spectrograms and a table.
 
-    python recipes/cat_mini/listen.py recipes/cat_mini heldout.jsonl recipes/cat_mini/listen --clips ID ID --levels 1 4 16
+    python recipes/cat_mini/listen.py recipes/cat_mini heldout.jsonl OUT --clips ID ID --levels 1 4 16
 
 The originals are not written: the table names them.
 """
