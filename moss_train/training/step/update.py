@@ -133,8 +133,10 @@ def run_update(
     weights = objective.active_weights(moment)
     counts = objective.count(batch.micro_batches, device).reduced(sum_over_ranks)
 
-    num_own = len(batch.micro_batches)
+    num_own = num_turns = len(batch.micro_batches)
     if networks.is_sharded:
+        # Before the passes: a rank that is done early would wait here while the others wait for it in their passes.
+        num_turns = max_over_ranks(num_own, device)
         # A weight that autocast cast and kept outlives its micro-batch: FSDP2 would add the gradient of the last one to
         # the next update. The autocast around an update sets this back when it ends.
         torch.set_autocast_cache_enabled(False)
@@ -142,7 +144,6 @@ def run_update(
         forward_backward(networks, objective, micro_batch, counts, moment, weights, backward, measure_shares)
         for micro_batch in batch.micro_batches
     ]
-    num_turns = max_over_ranks(num_own, device) if networks.is_sharded else num_own
     for _ in range(num_turns - num_own):
         dummy_forward_backward(networks, moment, backward)
     terms = add_up([result.terms for result in results])
