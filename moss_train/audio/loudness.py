@@ -1,4 +1,4 @@
-"""How loud audio is and how far its spectrum reaches."""
+"""Measure loudness and bandwidth of audio."""
 
 import math
 from collections.abc import Sequence

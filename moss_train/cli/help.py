@@ -1,4 +1,4 @@
-"""The texts of `--help`, made from the command modules and their commented YAML without importing either."""
+"""Make the texts of `--help` from the command modules and their commented YAML, without importing either."""
 
 import ast
 import difflib

@@ -1,4 +1,4 @@
-"""The command line: one verb, its configuration, one clear line when something has to be changed."""
+"""The command line: run one command; expected errors become one line and an exit status."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""`decode`: codes to audio files."""
+"""`decode`: turn codes into audio files."""
 
 from collections.abc import Mapping
 from pathlib import Path

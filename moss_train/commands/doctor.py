@@ -1,4 +1,4 @@
-"""`doctor`: check the machine and the installation before a long run does, and say what to do about each problem."""
+"""`doctor`: check machine and installation before a long run, and say what to do about each problem."""
 
 import importlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""`encode`: audio files, or packed shards, to codes."""
+"""`encode`: turn audio files or packed shards into codes."""
 
 from collections.abc import Mapping
 from pathlib import Path

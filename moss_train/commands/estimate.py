@@ -1,4 +1,4 @@
-"""The `estimate` verb."""
+"""`estimate`: memory, time and cost of a run before it starts."""
 
 from rich.console import Console
 from rich.table import Table

@@ -1,4 +1,4 @@
-"""The `fit` verb."""
+"""`fit`: train, resume or fine-tune."""
 
 import sys
 

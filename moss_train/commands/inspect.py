@@ -1,4 +1,4 @@
-"""`inspect`: what is in packed folders, and what should not be."""
+"""`inspect`: report what is in packed folders, and what should not be."""
 
 import json
 import os

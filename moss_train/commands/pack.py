@@ -1,4 +1,4 @@
-"""`pack`: audio files into shards."""
+"""`pack`: turn audio files into shards."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Clips of folders, manifests and shards in one list, each read when it is needed: what is measured, not trained on."""
+"""List clips of folders, manifests and shards for evaluation and encoding; audio is read lazily."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a discriminator is, and the set of sub-discriminators that training uses."""
+"""The discriminator interface, and the set of sub-discriminators that training uses."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

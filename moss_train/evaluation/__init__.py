@@ -1,4 +1,4 @@
-"""Measures and figures; they are given iterators of clips and know nothing of models and data sets."""
+"""Evaluate codecs: metrics, statistics, reports."""
 
 from moss_train.evaluation.baselines import (
     BASELINES,

@@ -1,4 +1,4 @@
-"""Mel distances of reconstructions beside three signals that need no model: silence, noise and a low-pass.
+"""Compare the mel distance of reconstructions with three baselines: silence, noise and a low-pass filter.
 
 A distance alone says little. Silence is what an untrained or collapsed model gives, noise with the spectrum of the
 training set knows nothing of the clip but its level, and the low-pass keeps everything below 2 kHz.

@@ -1,4 +1,4 @@
-"""Folders of references and reconstructions, made by any codec, as an evaluation set."""
+"""Read folders of references and reconstructions made by any codec as an evaluation set."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""What every depth of a quantizer is worth: mel distance of the first n levels, and how far the codebooks are used."""
+"""Measure every number of quantizer levels: mel distance of the first n levels, and codebook use."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

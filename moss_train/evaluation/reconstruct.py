@@ -1,4 +1,4 @@
-"""From a clip to what the metrics compare: references and reconstructions as 16-bit audio."""
+"""Reconstruct clips for the metrics: references and reconstructions as 16-bit audio."""
 
 import hashlib
 import time

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: rows that are kept as they come, codes, times, audio for the report."""
+"""The folder of an evaluation: rows appended as they are computed, codes, times, audio for the report."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Runs an evaluation clip by clip; a second run goes on where the first one stopped."""
+"""Run an evaluation clip by clip; a second run continues where the first one stopped."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor

@@ -1,4 +1,4 @@
-"""Means over clips with their uncertainty: what the tables and plots show."""
+"""Means over clips with bootstrap confidence intervals, as tables and plots show them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""From a run to an ordinary Hugging Face model folder, and back."""
+"""Write a run as a Hugging Face model folder, and load one."""
 
 from .load import load_tokenizer
 from .write import export

@@ -1,4 +1,4 @@
-"""The inference model of anything that holds one, and the networks that trained it where they were kept."""
+"""Load the tokenizer from a run, a checkpoint, an export or a released folder, and its training networks."""
 
 import pickle
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""What others need to go on training an export: the text LM and the discriminators, in a folder beside the model files.
+"""The text LM and the discriminators beside an export, so that others can continue training it.
 
 `training_state/networks.json` describes how each network is built, `<name>.safetensors` holds its weights. Loaders of
 the model itself do not look there.

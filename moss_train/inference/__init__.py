@@ -1,1 +1,1 @@
-"""Files and corpora to codes and back."""
+"""Encode files and corpora to codes, and decode them."""

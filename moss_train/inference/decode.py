@@ -1,4 +1,4 @@
-"""Codes files to audio files."""
+"""Decode files of codes to audio files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Packed shards to shards of codes, and back to audio files: what a trained tokenizer is used for most."""
+"""Encode packed shards to shards of codes, and decode them to audio files."""
 
 import json
 import multiprocessing

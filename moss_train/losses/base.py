@@ -1,4 +1,4 @@
-"""What a loss is: one base class for each place of the model that a loss can look at.
+"""Base classes of losses, one for each place of the model that a loss can look at.
 
 A loss of your own is a subclass of one of them and an entry under `objective.losses` with a `_target_` and a `weight`.
 Every value is a sum over clips divided by a count of the whole update (all micro-batches, all ranks), so that the

@@ -1,4 +1,4 @@
-"""The two losses of the residual quantizer: codebooks learn by gradient, latents are kept near the rows they chose.
+"""Commitment and codebook loss of the residual quantizer; codebooks learn by gradient.
 
 Both are squared distances between a level's latent and the codebook row that was looked up for it: mean over the
 dimensions and the valid frames of a clip, zero where quantizer dropout left the level out, summed over levels, then

@@ -1,4 +1,4 @@
-"""Whole batches through the codec: in one pass, or in chunks that hand on their state and bound the memory."""
+"""Pass whole batches through the codec in one pass, or in chunks that bound the memory."""
 
 from collections.abc import Sequence
 

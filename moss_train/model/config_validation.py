@@ -1,4 +1,4 @@
-"""Validate an architecture: every combination that no model can be built from is refused with the reason."""
+"""Validate an architecture and refuse combinations that no model can be built from, with the reason."""
 
 import math
 from collections.abc import Mapping, Sequence

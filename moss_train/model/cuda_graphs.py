@@ -1,4 +1,4 @@
-"""Streaming steps that are captured once as a CUDA graph and then replayed without launching kernel by kernel."""
+"""Capture a streaming step once as a CUDA graph and replay it without launching kernel by kernel."""
 
 import warnings
 from collections.abc import Callable

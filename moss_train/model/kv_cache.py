@@ -1,4 +1,4 @@
-"""Streaming state of a transformer stage: rings of keys and values that are passed in and written in place.
+"""Streaming state of a transformer stage: ring buffers of keys and values, passed in and updated in place.
 
 Frame p of a stream lies in slot `p % capacity`. The capacity is `window - 1` plus the longest step, so that a step
 never overwrites keys that its own first queries still need. (A ring of exactly `window` slots does, for every step of

@@ -1,4 +1,4 @@
-"""How the linear layers of a stage are applied while it streams.
+"""Apply the linear layers of a stage while it streams, with weights packed or cast once.
 
 With few rows a matrix product waits for the weights to arrive from memory, and every operation around it costs as much
 as a small product. On a CPU, weights that were ordered beforehand in oneDNN's way are read about twice as fast, and the

@@ -1,4 +1,4 @@
-"""Streams: audio in, codes out (and back) in chunks of any size, equal to the offline result."""
+"""Streaming encode and decode in chunks of any size, equal to the offline result."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Text as token ids. An encoder is called in data workers, so it is small and picklable.
+"""Turn text into token ids inside the data workers; encoders are small and picklable.
 
 At the end: the node of a text LM without references to files of the machine that it was trained on.
 """

@@ -1,4 +1,4 @@
-"""Checkpoint directories: complete or absent, verified by hash, the newest sound one found again.
+"""Checkpoint directories: written atomically, verified by hash; find the newest valid one.
 
 A checkpoint is a directory `update-00001000` with the payload files and a `manifest.json` of their sizes and SHA-256.
 It is written under another name on the same file system, synced, read back, and renamed last. (Lightning's own writer

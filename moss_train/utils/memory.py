@@ -1,4 +1,4 @@
-"""How much memory this process may use, in a container as well as on a machine of its own."""
+"""Find how much memory this process may use, inside a container too."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The progress bar of every verb that takes longer than a few seconds."""
+"""The progress bar of all commands."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Look at every clip of packed folders: what is in them, and which clips should not be."""
+"""Measure every clip of packed folders, and find those that should not be there."""
 
 import hashlib
 import math

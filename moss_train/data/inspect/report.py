@@ -1,4 +1,4 @@
-"""The page of a data report: what is in packed folders, as HTML that needs nothing but the files beside it."""
+"""Write the HTML page of a data report; it needs only the files beside it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The list of clips to pack: a folder tree, a JSONL or CSV manifest, a Kaldi folder or a saved dataset."""
+"""List the clips to pack: a folder tree, a JSONL or CSV manifest, a Kaldi folder or a saved dataset."""
 
 import csv
 import gzip

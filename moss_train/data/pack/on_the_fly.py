@@ -1,4 +1,4 @@
-"""A folder of audio or a manifest, packed on the fly: once for the same files and the same format, then found again."""
+"""Pack a folder or manifest on the fly, once per set of files and format; later runs find the result."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""From one file to what is stored of it: read, checked, cut when it is long, resampled, encoded as FLAC."""
+"""Preprocess one file: read, check, split when it is long, resample, encode as FLAC."""
 
 import io
 import itertools

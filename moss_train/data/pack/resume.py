@@ -1,4 +1,4 @@
-"""What an unfinished folder knows about its finished shards, so that a killed job goes on after the last of them."""
+"""Progress log of an unfinished folder, so that a killed job resumes after its last finished shard."""
 
 import fcntl
 import hashlib

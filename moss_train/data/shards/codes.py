@@ -1,4 +1,4 @@
-"""Shards of codes: the tars of `pack` with `<key>.npy` in the place of the audio, and the same kind of index."""
+"""Shards of codes: tars as `pack` writes them with `<key>.npy` in place of the audio, and the same kind of index."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Shards: ordinary webdataset tar files of `<key>.flac` and `<key>.json`, and what an index has to know about one.
+"""The shard format: webdataset tars of `<key>.flac` and `<key>.json`, and an index entry for each.
 
 The index is always made by reading a finished tar, never from what the writer believes it wrote.
 """

@@ -1,4 +1,4 @@
-"""Bytes of clips out of shards: by offset from local files, or from the cache of remote ones."""
+"""Read clips from shards by offset, from local files or the cache of remote ones."""
 
 import io
 import os

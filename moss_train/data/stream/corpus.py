@@ -1,4 +1,4 @@
-"""All packed folders of a run as one table of clips, grouped by domain, and the order in which a domain is read."""
+"""All packed folders of a run as one table of clips by domain, and the order in which each domain is read."""
 
 import warnings
 from collections import Counter

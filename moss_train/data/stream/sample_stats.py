@@ -1,4 +1,4 @@
-"""What has come out of the training stream: hours by domain, and bad samples by kind with a ceiling on their share."""
+"""Count what the training stream delivered: hours by domain, and invalid clips by kind."""
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping

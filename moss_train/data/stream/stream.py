@@ -1,4 +1,4 @@
-"""The training stream: an endless sequence of samples whose every element is a function of (seed, position).
+"""The training stream: an endless sequence of clips, each a function of (seed, position).
 
 `position` is the number of samples consumed, the one integer that a resume needs. What a rank or a worker does never
 changes the sequence. C channels, T samples.

@@ -1,4 +1,4 @@
-"""Other codecs behind one protocol: how each model is asked for codes and for audio, so that all are measured alike.
+"""Other codecs behind one protocol, so that all are measured alike.
 
 The models come from transformers, from the codecs' own packages, or from the code of their repositories; nothing is
 imported here.

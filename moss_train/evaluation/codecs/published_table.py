@@ -1,4 +1,4 @@
-"""Loads other codecs by name: through transformers, their own packages, or the code of their repositories.
+"""Load other codecs by name: through transformers, their own packages, or the code of their repositories.
 
 Weights are read from a path or from what the hub has already stored on this machine; nothing is downloaded.
 """

@@ -1,4 +1,4 @@
-"""Word and character errors of a recogniser on reconstructions, beside those on the originals."""
+"""Word and character error rates of a recogniser on reconstructions, beside those on the originals."""
 
 import re
 import unicodedata

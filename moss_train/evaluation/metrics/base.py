@@ -1,4 +1,4 @@
-"""Measures of a reconstruction against its reference, each with what it needs and what it may be compared with.
+"""The metric interface: compare a reconstruction with its reference; what a metric needs and how its column is named.
 
 A metric is a frozen dataclass of plain options, so that it travels to worker processes and its description identifies a
 result; whatever it loads is loaded there when first used.

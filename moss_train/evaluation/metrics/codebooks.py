@@ -1,4 +1,4 @@
-"""How a codec uses its codebooks, level by level."""
+"""Measure codebook use, level by level."""
 
 import math
 from collections.abc import Iterable, Sequence

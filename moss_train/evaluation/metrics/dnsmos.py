@@ -1,4 +1,4 @@
-"""DNSMOS (arXiv 2010.15258): quality of speech without a reference, by the networks in the speechmos package."""
+"""DNSMOS (arXiv 2010.15258): predict speech quality without a reference, with the networks of the speechmos package."""
 
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Pitch and patch-rate buzz: what the ear hears first of a speech codec that has learned formants but no harmonics.
+"""Pitch accuracy and patch-rate buzz: what one hears of a codec without harmonics.
 
 A decoder that writes the waveform patch by patch can reach a low mel distance while every patch repeats nearly the same
 samples. The formants are right then, but the pitch is that of the patch rate. STOI hardly sees it, these measures do.

@@ -1,4 +1,4 @@
-"""What the text LM that was trained with a tokenizer makes of its codes: meaning that no measure of sound sees."""
+"""Score codes with the jointly trained text LM: how much of the text they preserve."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page without anything outside it."""
+"""Write the report of an evaluation as one self-contained HTML page."""
 
 import base64
 import csv

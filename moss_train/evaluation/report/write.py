@@ -1,4 +1,4 @@
-"""Turns the rows of an evaluation into tables, codebook statistics, comparisons and the report."""
+"""Write tables, codebook statistics, comparisons and the report from the rows of an evaluation."""
 
 import json
 from collections.abc import Mapping, Sequence

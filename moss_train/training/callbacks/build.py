@@ -1,4 +1,4 @@
-"""Everything that watches a run, put together from its configuration."""
+"""Build the callbacks of a run from its configuration."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""How the codebooks are used in training, level by level."""
+"""Log codebook use during training, level by level."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong, each a warning that says what to do, once per occurrence."""
+"""Warn when a run goes wrong, once per occurrence, and say what to do."""
 
 import statistics
 from collections import deque

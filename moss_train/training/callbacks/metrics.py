@@ -1,4 +1,4 @@
-"""What an update is measured by: the row of `metrics.csv`, and the audio that has gone into the run."""
+"""Log one row of `metrics.csv` per update, and the hours of audio used so far."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Fits the quantizer to training clips before the first stage that quantizes after one that does not."""
+"""Fit the quantizer to training clips at the end of a stage that trained without it."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Something to listen to and to read: what the model makes of fixed held-out clips in the course of the training."""
+"""Write reconstructions, spectrograms and transcripts of fixed held-out clips during training."""
 
 import gc
 import json

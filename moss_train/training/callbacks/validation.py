@@ -1,4 +1,4 @@
-"""Validation by update count: scores on held-out audio, without a trace in the training."""
+"""Validate on held-out audio every n updates, without changing the training."""
 
 import math
 import time

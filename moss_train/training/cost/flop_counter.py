@@ -1,4 +1,4 @@
-"""Counted floating point operations."""
+"""Count floating-point operations of tensor operations as they run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress

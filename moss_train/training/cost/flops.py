@@ -1,4 +1,4 @@
-"""What a second of audio costs: floating-point operations and memory, counted on tensors without values.
+"""Count the floating-point operations and memory of a second of audio, on tensors without values.
 
 Every kind of layer runs once, forward and backward, under torch's FLOP counter, on tensors without data; the cost of a
 stage is that of its layers. An addition and a multiplication are two operations. Causal attention counts the pairs that

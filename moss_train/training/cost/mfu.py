@@ -1,4 +1,4 @@
-"""How much of its devices a run uses: the counted operations of an update over what they could have done in its time.
+"""Model FLOPs utilisation: counted operations of an update over what the devices could have done in that time.
 
 MFU (model FLOPs utilisation) counts every operation once, HFU (hardware) also those that activation checkpointing does
 a second time (arXiv 2204.02311). Both count what the clips need, not their padding.

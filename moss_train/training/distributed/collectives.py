@@ -1,4 +1,4 @@
-"""Several processes: Lightning starts and connects them, what they compute is summed here.
+"""Collectives: sum gradients and numbers over the processes that Lightning has started.
 
 Every loss is a sum over clips divided by a count of the whole update, so gradients and terms add up: all reductions are
 sums. Without a process group every function does what is right for one process.

@@ -1,4 +1,4 @@
-"""Tokenizer stages and text LM sharded over the ranks (FSDP2, arXiv 2304.11277): less memory, more traffic.
+"""Shard tokenizer and text LM over the ranks (FSDP2, arXiv 2304.11277): less memory, more traffic.
 
 Every rank holds its share of their weights, gradients and moments. A layer's weights are gathered before they are used,
 in the forward and again in the backward pass, and its gradients are summed in every micro-batch, so that no rank keeps

@@ -1,4 +1,4 @@
-"""A machine that is taken away: finish the update, write a checkpoint, say so by the exit status, come back."""
+"""Preemption: on SIGTERM or SIGUSR1, finish the update, save a checkpoint and exit with 128 + signal."""
 
 import atexit
 import os

@@ -1,4 +1,4 @@
-"""The log of a run: rows of a few tables and samples to hear, handed to whatever writes them down."""
+"""The logger interface: rows of a few tables and audio samples, handed to every logger."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Tables of a run as CSV files: complete after a kill, continued by a resume, readable without this package."""
+"""Log to CSV files that are complete after a kill and continued by a resume."""
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The progress bar of a run, or a line now and then where there is no terminal."""
+"""Show the progress of a run as a bar, or as occasional lines without a terminal."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""TensorBoard event files in the run directory, on request."""
+"""Log to TensorBoard event files in the run directory, on request."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec

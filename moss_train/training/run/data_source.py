@@ -1,4 +1,4 @@
-"""Training on a plain folder of audio or a manifest: `data.path` becomes packed folders."""
+"""Turn `data.path`, a folder of audio or a manifest, into packed folders."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One run: configuration in, run directory out; the same call again resumes it exactly."""
+"""Run a training from configuration to run directory; the same call again resumes it."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext

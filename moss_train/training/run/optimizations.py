@@ -1,4 +1,4 @@
-"""What makes the same training faster or smaller, applied to a module from outside: no weight changes its name."""
+"""Apply compilation and activation checkpointing to a module from outside; no weight changes its name."""
 
 import importlib.util
 import os

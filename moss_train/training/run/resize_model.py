@@ -1,4 +1,4 @@
-"""An existing architecture with another sampling rate, channels or patches, and which weights survive that."""
+"""Adapt an architecture to another sampling rate, channels or patches, and carry over the weights that still fit."""
 
 import math
 from collections.abc import Mapping

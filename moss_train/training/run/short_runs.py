@@ -1,4 +1,4 @@
-"""Training without a run directory, for comparisons at equal data: nothing is written, nothing is resumed."""
+"""Train without a run directory, for comparisons at equal data."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

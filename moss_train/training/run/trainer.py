@@ -1,4 +1,4 @@
-"""Lightning's Trainer as a run uses it, on one device or as one of many processes."""
+"""Build Lightning's Trainer for one device or one of many processes."""
 
 import atexit
 import logging

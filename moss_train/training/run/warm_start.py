@@ -1,4 +1,4 @@
-"""What a run begins with: its architecture, and its weights when `init` names a model to go on from."""
+"""Decide what a run starts with: its architecture, and its weights when `init` names a model."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A quantizer that starts fitted: the tokenizer first learns without it, then its levels are fitted to data.
+"""Fit the residual quantizer to data after the tokenizer has trained without it.
 
 A residual quantizer with random projections and random codebooks hides the latent from the decoder, and for hundreds of
 updates nothing that needs detail, such as the phase of a voice, gets through. A stage with `quantize: false` trains

@@ -1,4 +1,4 @@
-"""Stages are data: what is trained, with which terms and rates, on how much audio, for how many updates."""
+"""Training stages and learning rate schedule: what is trained, with which terms and rates, for how many updates."""
 
 import math
 from collections.abc import Mapping, Sequence
