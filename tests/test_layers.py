@@ -47,6 +47,9 @@ FENCES = {
     "faster_whisper": {"evaluation"},
     "pocketsphinx": {"evaluation"},
     "speechmos": {"evaluation"},
+    # Both are extras: onnx_graph is imported when a graph is written, and the runtime imports onnxruntime when it runs.
+    "onnx": {"export/onnx_graph.py", "export/onnx.py"},
+    "onnxruntime": {"export/onnx_runtime.py"},
 }
 EXTRAS = {"matplotlib", "pystoi", "pesq", "faster_whisper", "pocketsphinx", "speechmos"}
 # Asks only whether, and in which version, a package can be imported.

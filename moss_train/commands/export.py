@@ -8,12 +8,13 @@ from moss_train.config.schema import ExportConfig
 from moss_train.export import export
 from moss_train.export.card import CardInfo, check_licence, evaluation_rows
 from moss_train.export.load import find_checkpoint
+from moss_train.export.onnx import export_onnx
 from moss_train.export.push import push
 from moss_train.export.write import check_target
 from moss_train.utils.checkpoint import best_checkpoint
 from moss_train.utils.errors import UserError
 
-SUMMARY = "Write a trained tokenizer as a Hugging Face model folder."
+SUMMARY = "Write a trained tokenizer as a Hugging Face model folder, or as ONNX graphs."
 
 
 def run(config: ExportConfig | Mapping[str, Any]) -> int:
@@ -32,10 +33,20 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
     if info.evaluation is not None:
         evaluation_rows(info.evaluation)
     source = choose(config.checkpoint, config.which)
-    options = {key: config[key] for key in ("with_training_state", "ema", "part", "heldout")}
-    folder = export(source, config.out, config.dtype, info=info, **options)
     exported = f"{find_checkpoint(Path(source)) or source}{' (moving average)' if config.ema else ''}"
-    print(f"wrote {folder} of {exported}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it")
+    common: dict[str, Any] = {key: config[key] for key in ("ema", "part", "heldout")}
+    if config.format == "onnx":
+        if config.dtype != "float32" or config.with_training_state:
+            raise UserError("format=onnx takes neither dtype nor with_training_state: its weights are float32 or int8")
+        options = {"weights": config.weights, "chunk_frames": config.chunk_frames}
+        folder = export_onnx(source, config.out, info=info, **options, **common)
+        print(f"wrote {folder} of {exported}: README.md says how to use it, `python {folder}/runtime.py` checks it")
+    else:
+        if config.weights != "float32":
+            raise UserError(f"weights={config.weights} needs format=onnx; a Hugging Face folder has dtype=")
+        state = config.with_training_state
+        folder = export(source, config.out, config.dtype, info=info, with_training_state=state, **common)
+        print(f"wrote {folder} of {exported}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it")
     if not info.licence:
         print("The card states no licence: give licence=..., for example licence=cc-by-4.0")
     if config.push:

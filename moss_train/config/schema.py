@@ -154,10 +154,13 @@ class EvaluateConfig(Section):
 
 
 class ExportConfig(Section):
-    """A checkpoint to a Hugging Face folder."""
+    """A checkpoint to a Hugging Face folder or to ONNX graphs."""
 
     checkpoint: PathText
     out: PathText
+    format: Literal["huggingface", "onnx"] = "huggingface"
+    weights: Literal["float32", "int8"] = "float32"
+    chunk_frames: Count = 8
     which: Literal["newest", "best"] = "newest"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     with_training_state: bool = False

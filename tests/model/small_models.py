@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.model.quantizer import apply_pointwise
 
 RATE = 160  # Hz; with patches 4, 2, 2 the stages run at 40, 20 and 10 Hz
 STAGES = (
@@ -54,9 +55,7 @@ def num_real_differences(model: MossAudioTokenizerModel, hidden: Tensor, codes: 
     differs = (codes != expected).cumsum(dim=0) == 1
     count = 0
     with torch.no_grad():
-        residual = torch.nn.functional.linear(
-            hidden.transpose(1, 2), quantizer.input_proj.weight[..., 0], quantizer.input_proj.bias
-        )
+        residual = apply_pointwise(quantizer.input_proj, hidden.transpose(1, 2))
         for level, ours, theirs, first in zip(quantizer.quantizers, codes, expected, differs, strict=False):
             latent, _ = level.search(residual)
             directions = torch.nn.functional.normalize(level.codebook.weight, dim=-1)

@@ -1,0 +1,211 @@
+"""Write a folder of ONNX graphs that encodes and decodes with numpy and onnxruntime alone."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moss_train.export.card import CardInfo, metadata, table
+from moss_train.export.load import load_tokenizer
+from moss_train.export.onnx_runtime import SETTINGS_FILE, VECTORS_FILE, Tokenizer
+from moss_train.export.vectors import SECONDS_BEYOND_WINDOW, known_audio
+from moss_train.export.write import check_target, read_clips
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.utils.errors import UserError
+
+LARGEST_FILE = 2**30  # bytes of weights inside a graph; a file of protobuf ends at 2 GiB
+CARD = """
+# {name}
+
+A Cat audio tokenizer (causal audio tokenizer with transformer, arXiv 2602.10934) as ONNX graphs, trained with
+moss_train.
+`runtime.py` needs numpy and onnxruntime, nothing else; `python runtime.py` checks this folder on your machine.
+
+{facts}
+```python
+
+import soundfile
+
+sys.path.insert(0, "{name}")  # this folder
+from runtime import Tokenizer
+
+tokenizer = Tokenizer("{name}")
+samples, rate = soundfile.read("speech.wav", dtype="float32", always_2d=True)  # at {sampling_rate} Hz
+codes = tokenizer.encode(samples.T[None])  # [levels, batch, frames]; a started frame counts
+restored = tokenizer.decode(codes[:8])  # [batch, channels, frames * {hop}]; any prefix of the levels
+stream = tokenizer.stream()
+codes = stream.encode(samples[:1000].T[None])  # of any number of samples; stream.flush() ends a clip
+heard = stream.decode(codes)  # equal to decoding the whole
+```
+
+## Graphs
+
+One call of `encoder.onnx` takes audio [batch, {channels}, frames * {hop}] of 1 to {chunk_frames} whole frames to
+`codes` [{levels}, batch, frames]; `decoder.onnx` takes codes to `audio`, and -1 stands for a level that is not given.
+Further inputs are the `position` of every stream in frames and, for every layer, rings of keys and values, all zero at
+the start; the output `next_x` is the input `x` of the next call. A position of zero starts a stream anew, whatever its
+rings hold.
+"""
+
+
+def export_onnx(
+    source: str | Path,
+    out: str | Path,
+    *,
+    weights: str = "float32",
+    chunk_frames: int = 8,
+    ema: bool = False,
+    part: str | None = None,
+    info: CardInfo | None = None,
+    heldout: str | Path | None = None,
+) -> Path:
+    """Write the tokenizer of a run, checkpoint or folder as ONNX graphs, a runtime, test vectors and a model card.
+
+    Args:
+        out: a folder that does not exist yet.
+        weights: "float32", or "int8" for products in 8 bits; quantizer and waveform projections stay float32.
+        chunk_frames: the most code frames of one call; more are faster offline and need larger rings.
+        ema, part, info: as in `export`.
+        heldout: audio on which the codes are compared with those of torch, for the card.
+
+    Raises:
+        UserError: the package onnx or onnxruntime is missing, `out` exists, or there is no such model at `source`.
+    """
+    target = check_target(out)
+    if weights not in ("float32", "int8"):
+        raise UserError(f"weights={weights!r} is not float32 or int8")
+    if chunk_frames < 1:
+        raise UserError(f"chunk_frames={chunk_frames} has to be 1 or more")
+    check_packages()
+    model = load_tokenizer(source, ema=ema)
+    if model.part not in (None, part):
+        raise UserError(f"{source} holds a {model.part} only: write part={model.part}")
+    clips = read_clips(heldout, model.config) if heldout is not None and part != "decoder" else []
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write_graphs(model, partial, part, chunk_frames, weights)
+        shutil.copyfile(Path(__file__).with_name("onnx_runtime.py"), partial / "runtime.py")
+        equal = write_vectors(model, partial, part)
+        precision = weights
+        if equal is not None:
+            precision += f"; {1 - equal:.2%} of the codes of known audio differ from torch"
+        if clips:
+            changed, seconds = count_changed(model, Tokenizer(partial), clips)
+            precision = f"{weights}; {changed:.2%} of the codes of {seconds:.0f} s of held-out audio differ from torch"
+        info = replace(info or CardInfo(), precision=precision)
+        (partial / "README.md").write_text(onnx_card(target.name, model, info, chunk_frames), "utf-8")
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def check_packages() -> None:
+    """Raise UserError unless onnx and onnxruntime can be imported."""
+    for package in ("onnx", "onnxruntime"):
+        try:
+            __import__(package)
+        except ImportError:
+            raise UserError(f"format=onnx needs the package {package}: pip install 'moss_train[onnx]'") from None
+
+
+def write_graphs(
+    model: MossAudioTokenizerModel,
+    folder: Path,
+    part: str | None = None,
+    chunk_frames: int = 8,
+    weights: str = "float32",
+) -> None:
+    """Write `encoder.onnx`, `decoder.onnx` (or the one that `part` names) and `codec.json`."""
+    import onnx
+
+    from moss_train.export.onnx_graph import decoder_graph, encoder_graph
+
+    config = model.config
+    settings: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("sampling_rate", "number_channels", "downsample_rate", "num_quantizers")
+    }
+    settings |= {"codebook_size": config.quantizer_kwargs["codebook_size"], "chunk_frames": chunk_frames}
+    settings |= {"weights": weights}
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    for name, make in (("encoder", encoder_graph), ("decoder", decoder_graph)):
+        if part not in (None, name):
+            continue
+        graph = make(model, chunk_frames, weights == "int8", {key: str(value) for key, value in settings.items()})
+        size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+        external = {"save_as_external_data": True, "location": f"{name}.weights"} if size > LARGEST_FILE else {}
+        onnx.save_model(graph, str(folder / f"{name}.onnx"), **external)
+
+
+@torch.no_grad()
+def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None) -> float | None:
+    """Write what torch makes of known audio, and how close to it the graphs have to come elsewhere.
+
+    Returns:
+        The fraction of equal codes here, None for a decoder alone.
+    """
+    config = model.config
+    seconds = config.causal_transformer_context_duration + SECONDS_BEYOND_WINDOW
+    audio = known_audio(config.sampling_rate, config.number_channels, seconds).float()
+    if model.part == "decoder":
+        shape = (config.num_quantizers, 2, model.num_frames(audio.shape[2]))
+        codes = torch.randint(
+            0, config.quantizer_kwargs["codebook_size"], shape, generator=torch.Generator().manual_seed(0)
+        )
+    else:
+        codes = model.encode(audio).audio_codes
+    samples = (audio * 32768).numpy().astype(np.int16)
+    stored: dict[str, Any] = {"audio": samples, "codes": codes.numpy().astype(np.int32)}
+    tokenizer, equal = Tokenizer(folder), None
+    if part != "decoder":
+        equal = float((tokenizer.encode(audio.numpy()) == codes.numpy()).mean())
+        stored["least_equal"] = np.float64(equal - max(0.01, 0.1 * (1 - equal)))
+    if part != "encoder":
+        decoded = model.decode(codes[:, :1]).audio[:, :1].numpy()
+        error = np.abs(tokenizer.decode(codes[:, :1].numpy())[:, :1] - decoded).max() / np.abs(decoded).max()
+        stored |= {"decoded": decoded, "greatest_error": np.float64(max(1e-4, 1.5 * error))}
+    with (folder / VECTORS_FILE).open("wb") as file:
+        np.savez(file, **stored)
+    return equal
+
+
+@torch.no_grad()
+def count_changed(model: MossAudioTokenizerModel, tokenizer: Tokenizer, clips: list[Tensor]) -> tuple[float, float]:
+    """Return the fraction of codes of clips [C, T] that differ between torch and the graphs, and the clips' seconds."""
+    differs = [model.encode(clip[None]).audio_codes.numpy() != tokenizer.encode(clip[None].numpy()) for clip in clips]
+    seconds = sum(clip.shape[1] for clip in clips) / model.config.sampling_rate
+    return float(sum(codes.sum() for codes in differs) / sum(codes.size for codes in differs)), seconds
+
+
+def onnx_card(name: str, model: MossAudioTokenizerModel, info: CardInfo, chunk_frames: int) -> str:
+    """Return the README of a folder of graphs."""
+    config = model.config
+    size = config.quantizer_kwargs["codebook_size"]
+    facts = {
+        "sampling rate": f"{config.sampling_rate} Hz, {config.number_channels} channel(s)",
+        "frame rate": f"{config.frame_rate:g} frames per second",
+        "levels": f"{config.num_quantizers} x {size} codes",
+        "weights": info.precision,
+        "licence": info.licence or "not stated",
+        "training data": info.data or "not stated",
+    }
+    body = CARD.format(
+        name=name,
+        facts=table(facts),
+        sampling_rate=config.sampling_rate,
+        hop=config.downsample_rate,
+        channels=config.number_channels,
+        chunk_frames=chunk_frames,
+        levels=config.num_quantizers,
+    )
+    front = metadata(name, info, []).replace('"transformers"', '"onnx"', 1)
+    return f"---\n{front}---\n{body}"

@@ -1,0 +1,297 @@
+"""Build the ONNX graphs of a tokenizer: one streaming step of the encoder, and one of the decoder.
+
+A step takes up to `chunk_frames` code frames of a batch of streams, their positions and a ring of keys and of values
+per layer, and gives all of these anew. The operations are those of opset 17, so that old runtimes and those of browsers
+and phones take them. Weights are folded where that is exact: gains of residual branches and the scale of attention into
+the products before them, rotary pairs into two halves, weight norms and the residual search as in `FoldedQuantizer`.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.model.quantizer import FoldedProjection, FoldedQuantizer
+from moss_train.model.transformer import PatchedPretransform, ProjectedTransformer, TransformerLayer
+
+OPSET, IR_VERSION = 17, 8
+HIDDEN = -1e30  # added to the scores of keys that a query does not see
+
+
+class GraphBuilder:
+    """Collects the nodes and constants of a graph; a value is known by its name.
+
+    Args:
+        int8: store the weights of `linear` in 8 bits and quantize what they are multiplied with when it is known.
+    """
+
+    def __init__(self, int8: bool) -> None:
+        self.int8 = int8
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+
+    def __call__(self, operation: str, *inputs: Any, **attributes: Any) -> str:
+        """Append a node and return its output; inputs that are no names become constants."""
+        return self.several(1, operation, *inputs, **attributes)[0]
+
+    def several(self, count: int, operation: str, *inputs: Any, **attributes: Any) -> list[str]:
+        """Append a node with `count` outputs."""
+        names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
+        outputs = [f"{operation}_{len(self.nodes)}_{number}" for number in range(count)]
+        self.nodes.append(
+            helper.make_node(operation, names, outputs, name=f"{operation}_{len(self.nodes)}", **attributes)
+        )
+        return outputs
+
+    def constant(self, value: Any) -> str:
+        """Store an array, a tensor or numbers; whole numbers become int64, others float32 unless they are an array."""
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().numpy()
+        array = np.asarray(value)
+        if not isinstance(value, np.ndarray | np.generic):
+            array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        return name
+
+    def input(self, name: str, kind: int, shape: list[int | str]) -> str:
+        """Declare an input of the graph."""
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, value: str, kind: int, shape: list[int | str]) -> None:
+        """Declare an output of the graph under a name of its own."""
+        self.nodes.append(helper.make_node("Identity", [value], [name]))
+        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def linear(self, x: str, weight: Tensor, bias: Tensor | None = None, precise: bool = False) -> str:
+        """Multiply [..., C] with a weight [D, C] and add a bias [D]; `precise` ones are never 8-bit."""
+        product = self._linear8(x, weight) if self.int8 and not precise else self("MatMul", x, weight.T)
+        return product if bias is None else self("Add", product, bias)
+
+    def _linear8(self, x: str, weight: Tensor) -> str:
+        # Unsigned, because products of unsigned and signed bytes saturate on x86 without VNNI.
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        rounded = ((weight / scale[:, None]).round() + 128).to(torch.uint8)
+        quantized, x_scale, x_zero = self.several(3, "DynamicQuantizeLinear", x)
+        product = self("MatMulInteger", quantized, rounded.T, x_zero, np.uint8(128))
+        return self("Mul", self("Cast", product, to=TensorProto.FLOAT), self("Mul", x_scale, scale))
+
+    def model(self, name: str, metadata: dict[str, str]) -> onnx.ModelProto:
+        """Return the finished model."""
+        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.constants)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="moss_train"
+        )
+        helper.set_model_props(model, metadata)
+        return model
+
+
+@torch.no_grad()
+def encoder_graph(model: MossAudioTokenizerModel, chunk_frames: int, int8: bool, metadata: dict[str, str]) -> Any:
+    """Return the step audio [B, C, F * hop] -> codes [N, B, F], F <= chunk_frames, as an `onnx.ModelProto`."""
+    build, config = GraphBuilder(int8), model.config
+    x = build.input("audio", TensorProto.FLOAT, ["batch", config.number_channels, "samples"])
+    position = build.input("position", TensorProto.INT64, ["batch"])
+    # Channels are interleaved in time: L0 R0 L1 R1 ...
+    x = build("Reshape", build("Transpose", x, perm=[0, 2, 1]), [0, -1, 1])
+    x = add_modules(build, model.encoder, x, position, chunk_frames)
+    codes = add_search(build, FoldedQuantizer(model.quantizer), x)
+    build.output("codes", codes, TensorProto.INT64, [config.num_quantizers, "batch", "frames"])
+    add_next_position(build, position, codes)
+    return build.model("encoder", metadata)
+
+
+@torch.no_grad()
+def decoder_graph(model: MossAudioTokenizerModel, chunk_frames: int, int8: bool, metadata: dict[str, str]) -> Any:
+    """Return the step codes [N, B, F] -> audio [B, C, F * hop], as `encoder_graph`; -1 stands for no code."""
+    build, config = GraphBuilder(int8), model.config
+    codes = build.input("codes", TensorProto.INT64, [config.num_quantizers, "batch", "frames"])
+    position = build.input("position", TensorProto.INT64, ["batch"])
+    x = add_lookup(build, FoldedQuantizer(model.quantizer), codes)
+    x = add_modules(build, model.decoder, x, position, chunk_frames)
+    audio = build("Transpose", build("Reshape", x, [0, -1, config.number_channels]), perm=[0, 2, 1])
+    build.output("audio", audio, TensorProto.FLOAT, ["batch", config.number_channels, "samples"])
+    add_next_position(build, position, codes)
+    return build.model("decoder", metadata)
+
+
+def add_next_position(build: GraphBuilder, position: str, codes: str) -> None:
+    """Give each stream's position behind the frames of `codes`."""
+    frames = build("Gather", build("Shape", codes), [2])
+    build.output("next_position", build("Add", position, frames), TensorProto.INT64, ["batch"])
+
+
+def add_modules(build: GraphBuilder, modules: nn.ModuleList, x: str, position: str, chunk_frames: int) -> str:
+    """Pass [B, T, C] through the patch modules and transformer stages of a half."""
+    for number, module in enumerate(modules):
+        if isinstance(module, PatchedPretransform):
+            x = add_patch(build, module, x, number, modules)
+        else:
+            x = add_stage(build, module, x, position, chunk_frames * module.frames_per_code_frame, f"{number}")
+    return x
+
+
+def add_patch(build: GraphBuilder, patch: PatchedPretransform, x: str, number: int, modules: nn.ModuleList) -> str:
+    """Join or split frames; the channels that a reshape needs are those of the neighbouring stages."""
+    size = patch.patch_size
+    if patch.is_downsample:
+        channels = 1 if number == 0 else width_behind(modules[number - 1])
+        parts = build("Transpose", build("Reshape", x, [0, -1, size, channels]), perm=[0, 1, 3, 2])
+        return build("Reshape", parts, [0, -1, channels * size])
+    channels = width_behind(modules[number - 1])
+    parts = build("Transpose", build("Reshape", x, [0, -1, channels // size, size]), perm=[0, 1, 3, 2])
+    return build("Reshape", parts, [0, -1, channels // size])
+
+
+def width_behind(module: nn.Module) -> int:
+    """Channels that a stage gives."""
+    assert isinstance(module, ProjectedTransformer)
+    projection = module.output_proj
+    return projection.out_features if isinstance(projection, nn.Linear) else module.d_model
+
+
+def add_stage(
+    build: GraphBuilder, stage: ProjectedTransformer, x: str, position: str, longest_step: int, name: str
+) -> str:
+    """Pass [B, T, input_dimension] through a stage whose rings keep `window - 1 + longest_step` frames."""
+    heads = stage.transformer.num_heads
+    capacity = stage.window - 1 + longest_step
+    frames = build("Gather", build("Shape", x), 1)
+    offsets = build("Range", 0, frames, 1)
+    start = build("Unsqueeze", build("Mul", position, stage.frames_per_code_frame), [1])
+    positions = build("Add", start, offsets)  # [B, T]
+    rotation = add_rotation(build, positions, stage.d_model // heads, stage.transformer.max_period)
+    mask = add_mask(build, positions, capacity, stage.window)
+    slots = build("Unsqueeze", build("Mod", positions, capacity), [1, 3])  # [B, 1, T, 1]
+    if isinstance(stage.input_proj, nn.Linear):
+        x = build.linear(x, stage.input_proj.weight, precise=stage.takes_audio)
+    for number, layer in enumerate(stage.transformer.layers):
+        assert isinstance(layer, TransformerLayer)
+        rings = []
+        for kind in ("keys", "values"):
+            shape: list[int | str] = ["batch", heads, capacity, stage.d_model // heads]
+            rings.append(build.input(f"{kind}_{name}_{number}", TensorProto.FLOAT, shape))
+        x = add_layer(build, layer, x, rings, rotation, mask, slots)
+    if isinstance(stage.output_proj, nn.Linear):
+        x = build.linear(x, stage.output_proj.weight, precise=stage.makes_audio)
+    return x
+
+
+def add_rotation(build: GraphBuilder, positions: str, head_dim: int, max_period: float) -> tuple[str, str]:
+    """Return the cosines and signed sines [B, 1, T, head_dim] of positions [B, T], formed in float64 as in torch."""
+    frequencies = float(max_period) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    exact = build("Unsqueeze", build("Cast", positions, to=TensorProto.DOUBLE), [1, 3])
+    angles = build("Mul", exact, np.concatenate((frequencies, frequencies)))
+    cosine = build("Cast", build("Cos", angles), to=TensorProto.FLOAT)
+    sine = build("Cast", build("Sin", angles), to=TensorProto.FLOAT)
+    signs = np.repeat(np.array([-1, 1], dtype=np.float32), head_dim // 2)
+    return cosine, build("Mul", sine, signs)
+
+
+def add_mask(build: GraphBuilder, positions: str, capacity: int, window: int) -> str:
+    """Return [B, 1, T, capacity], zero for the slots that a query sees; frame p lies in slot p % capacity."""
+    newest = build("ReduceMax", positions, axes=[1])  # [B, 1]
+    age = build("Mod", build("Sub", newest, np.arange(capacity)), capacity)  # [B, capacity] frames before the newest
+    never = build("Greater", age, newest)
+    age = build("Where", never, np.int64(2 * capacity), age)
+    lag = build("Unsqueeze", build("Sub", newest, positions), [2])  # [B, T, 1]
+    distance = build("Sub", build("Unsqueeze", age, [1]), lag)
+    hidden = build("Or", build("Less", distance, np.int64(0)), build("GreaterOrEqual", distance, np.int64(window)))
+    return build("Unsqueeze", build("Where", hidden, np.float32(HIDDEN), np.float32(0)), [1])
+
+
+def add_layer(
+    build: GraphBuilder,
+    layer: TransformerLayer,
+    x: str,
+    rings: list[str],
+    rotation: tuple[str, str],
+    mask: str,
+    slots: str,
+) -> str:
+    """Pass [B, T, D] through a layer; the rings with these frames written to them become the outputs `next_...`."""
+    attention = layer.self_attn
+    heads, width = attention.num_heads, layer.norm1.weight.shape[0]
+    head_dim = width // heads
+    normed = build("LayerNormalization", x, layer.norm1.weight, layer.norm1.bias, epsilon=layer.norm1.eps)
+    qkv = build.linear(normed, halved_pairs(attention.in_projs[0].weight, heads))
+    qkv = build("Transpose", build("Reshape", qkv, [0, 0, 3 * heads, head_dim]), perm=[0, 2, 1, 3])
+    rotated, value = build.several(2, "Split", qkv, [2 * heads, heads], axis=1)
+    first, second = build.several(2, "Split", rotated, [head_dim // 2, head_dim // 2], axis=3)
+    swapped = build("Concat", second, first, axis=3)
+    rotated = build("Add", build("Mul", rotated, rotation[0]), build("Mul", swapped, rotation[1]))
+    query, key = build.several(2, "Split", rotated, [heads, heads], axis=1)
+    index = build("Expand", slots, build("Shape", key))
+    written = []
+    for ring, new in zip(rings, (key, value), strict=True):
+        written.append(build("ScatterElements", ring, index, new, axis=2))
+        build.output(f"next_{ring}", written[-1], TensorProto.FLOAT, ["batch", heads, "slots", head_dim])
+    scores = build("Add", build("MatMul", query, build("Transpose", written[0], perm=[0, 1, 3, 2])), mask)
+    attended = build("MatMul", build("Softmax", scores, axis=-1), written[1])
+    attended = build("Reshape", build("Transpose", attended, perm=[0, 2, 1, 3]), [0, 0, width])
+    x = build("Add", x, build.linear(attended, attention.out_projs[0].weight * layer.layer_scale_1.scale[:, None]))
+    normed = build("LayerNormalization", x, layer.norm2.weight, layer.norm2.bias, epsilon=layer.norm2.eps)
+    wide = build.linear(normed, layer.linear1.weight)
+    # The exact GELU in basic operations, which runtimes join again.
+    bell = build("Add", build("Erf", build("Div", wide, np.float32(math.sqrt(2)))), np.float32(1))
+    activated = build("Mul", build("Mul", wide, bell), np.float32(0.5))
+    return build("Add", x, build.linear(activated, layer.linear2.weight * layer.layer_scale_2.scale[:, None]))
+
+
+def halved_pairs(weight: Tensor, heads: int) -> Tensor:
+    """Return a fused weight [3 * D, D] whose queries are scaled and whose rotary pairs lie half a head apart.
+
+    Scores are the same when queries and keys are permuted alike.
+    """
+    query, key, value = weight.unflatten(0, (3, heads, -1)).unbind()  # [H, head_dim, D] each
+    query, key = (torch.cat((part[:, 0::2], part[:, 1::2]), dim=1) for part in (query, key))
+    return torch.stack((query / math.sqrt(query.shape[1]), key, value)).flatten(0, 2)
+
+
+def add_search(build: GraphBuilder, quantizer: FoldedQuantizer, latent: str) -> str:
+    """Return the codes [N, B, F] of a latent [B, F, D] as `FoldedQuantizer.encode`, in float32."""
+    count, _, dim = quantizer.rows.shape
+    residual = add_projection(build, quantizer.project_in, latent)
+    remaining = build.linear(residual, quantizer.in_weight, quantizer.in_bias, precise=True)
+    codes = []
+    for level in range(count):
+        rest = (count - level - 1) * dim
+        searched = remaining
+        if rest:
+            searched, remaining = build.several(2, "Split", remaining, [dim, rest], axis=2)
+        scores = build("MatMul", searched, quantizer.directions[level])
+        codes.append(build("ArgMax", scores, axis=2, keepdims=0))
+        if rest:
+            row = build("Gather", quantizer.rows[level], codes[-1], axis=0)
+            change = build("MatMul", row, quantizer.coupling[level][:, -rest:])
+            remaining = build("Sub", remaining, change)
+    return build("Concat", *(build("Unsqueeze", level, [0]) for level in codes), axis=0)
+
+
+def add_lookup(build: GraphBuilder, quantizer: FoldedQuantizer, codes: str) -> str:
+    """Return the latent [B, F, D] of codes [N, B, F], float32; a code of -1 adds nothing.
+
+    Every row ends in a one, which is multiplied with the bias of its level, and the last row is zero.
+    """
+    count, size, dim = quantizer.rows.shape
+    rows = torch.cat((quantizer.rows, torch.ones(count, size, 1)), dim=2).flatten(0, 1)
+    rows = torch.cat((rows, torch.zeros(1, dim + 1)))
+    out_weight = torch.cat((quantizer.out_weight, quantizer.out_bias[:, None]), dim=1).flatten(0, 1)
+    offsets = np.arange(count, dtype=np.int64)[:, None, None] * size
+    index = build("Where", build("Less", codes, np.int64(0)), np.int64(count * size), build("Add", codes, offsets))
+    found = build("Gather", rows, build("Transpose", index, perm=[1, 2, 0]), axis=0)  # [B, F, N, dim + 1]
+    total = build("MatMul", build("Reshape", found, [0, 0, count * (dim + 1)]), out_weight)
+    return add_projection(build, quantizer.project_out, total)
+
+
+def add_projection(build: GraphBuilder, projection: FoldedProjection, x: str) -> str:
+    """Apply a projection of the quantizer in float32; without a weight it is the identity."""
+    return x if projection.weight is None else build.linear(x, projection.weight, projection.bias, precise=True)
