@@ -19,6 +19,12 @@ from moss_train.config.text import hint_inside, read_value
 from moss_train.utils.errors import ConfigError, UserError
 from moss_train.utils.files import config_directory, read_yaml
 
+MAX_FILES = 10_000
+"""Of a folder of configurations; links may lead in a circle."""
+
+COMMAND_LINE_ONLY = ("code", "plugins")
+"""Keys that name code to run: a configuration file, which may be a stranger's, cannot set them."""
+
 
 def load_config(command: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:
     """Load the configuration of a command as the command line would.
@@ -88,6 +94,11 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
     schema = COMMANDS[command]
     read = _read_shipped_files if config_dir is None else _read_files
     values = _with_present_names(schema, copy.deepcopy(read(command, tuple(groups.items()), tuple(directories))))
+    if config_dir is not None:
+        _refuse_resolvers(values, config_dir)  # also of files elsewhere that its files name
+    for key in COMMAND_LINE_ONLY:
+        if values.get(key):
+            raise ConfigError("conflict", key, values[key], "runs code, so it is taken from the command line only")
     assignments = [(_present_key(schema, key), sign, text) for key, sign, text in assignments]
     for key, sign, text in _join_repeated(schema, assignments):
         _assign(schema, values, key, sign, text, tuple(path.name for path in _groups(directories)))
@@ -129,13 +140,50 @@ def _choose(groups: dict[str, str], group: str, name: str, directories: Sequence
 
 
 def _check_files(directory: Path) -> None:
-    """Hydra reads the shipped file of two with one name, so a file of the same name would have no effect."""
+    """Raise UserError for files of a folder that would have no effect or do more than give values.
+
+    Hydra reads the shipped file of two with one name. Aliases that unfold without end are refused before Hydra unfolds
+    them. References lead to other keys only: one to the environment would put a secret into a run's files.
+    """
     shipped = config_directory()
-    for path in sorted(directory.rglob("*.yaml")):
+    folders = ((Path(folder), names) for folder, _, names in os.walk(directory, followlinks=True))
+    for count, path in enumerate(folder / name for folder, names in folders for name in sorted(names)):
+        if count >= MAX_FILES:
+            raise UserError(f"{directory} has more than {MAX_FILES} files; give a folder of configurations only")
+        if path.suffix != ".yaml":
+            continue
         same = shipped / path.relative_to(directory)
         if same.is_file() and not same.samefile(path):
             raise UserError(f"{path} has the name of a shipped configuration and would not be read: rename it")
-        read_yaml(path)  # aliases that unfold without end are refused before Hydra unfolds them
+        _refuse_resolvers(read_yaml(path), path)
+
+
+def _refuse_resolvers(value: Any, path: Path) -> None:
+    """Raise UserError for a text with a reference that calls something, as `${oc.env:HOME}` does, or cannot be read."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            _refuse_resolvers(item, path)
+    elif isinstance(value, str) and "${" in value:
+        from omegaconf.errors import OmegaConfBaseException
+        from omegaconf.grammar_parser import parse
+
+        try:
+            calls = _has_resolver(parse(value))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{path}: {value!r} is no reference ({_first_line(error)})") from error
+        if calls:
+            raise UserError(f"{path}: {value!r} is not allowed: a file's references name other keys, as ${{stages}}")
+
+
+def _has_resolver(node: Any) -> bool:
+    """Whether a parsed text holds a call, at any depth."""
+    from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+
+    if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
+        return True
+    return any(map(_has_resolver, getattr(node, "children", None) or ()))
 
 
 def _read_files(command: str, chosen_groups: Sequence[tuple[str, str]], directories: Sequence[Path]) -> dict[str, Any]:

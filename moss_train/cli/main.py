@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from moss_train import __version__
 from moss_train.cli import help as help_texts
 from moss_train.utils.errors import PreemptedError, UserError
+from moss_train.utils.files import printable
 
 PROGRAM = "moss_train"
 EXIT_FAILED = 1
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
     """What went on all the same, in one line: the place in our code that said so helps no user."""
-    return f"warning: {' '.join(str(message).split())}\n"
+    return f"warning: {printable(' '.join(str(message).split()))}\n"
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -170,5 +171,5 @@ def _one_line(error: BaseException) -> str:
 def _fail(verb: str, message: str, status: int, argv: list[str]) -> int:
     if "--traceback" in argv:
         traceback.print_exc()
-    print(f"{PROGRAM} {verb}: {message}" if verb else f"{PROGRAM}: {message}", file=sys.stderr)
+    print(printable(f"{PROGRAM} {verb}: {message}" if verb else f"{PROGRAM}: {message}"), file=sys.stderr)
     return status

@@ -26,13 +26,14 @@ from moss_train.evaluation.pairs import PairRenderer, find_pairs
 from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip
 from moss_train.evaluation.report.tables import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs
-from moss_train.evaluation.results import ClipRow, Results
+from moss_train.evaluation.results import ClipRow, Results, all_conditions
 from moss_train.evaluation.runner import Reconstructor, evaluate
 from moss_train.export.load import find_checkpoint, load_tokenizer
 from moss_train.inference.batching import choose_device, use_precision
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.checkpoint import read_payload
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import printable
 
 
 def find_clips(sources: Sequence[str], domain: str) -> list[EvaluationClip]:
@@ -118,7 +119,7 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
     )
     evaluation = Evaluation(
         tuple(rows),
-        subject.renderer.conditions,
+        all_conditions(subject.renderer.conditions, rows),
         all_metrics,
         missing,
         results,
@@ -126,7 +127,7 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
         subject.codec,
     )
     table = write_outputs(evaluation, config.failures, config.seed, config.compare, config.blind)
-    print(table)
+    print(printable(table))
     return _print_counts(rows, out)
 
 
@@ -134,7 +135,7 @@ def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
     """Print what failed to stderr and the counts to stdout; returns the exit status."""
     failed = [row for row in rows if row.failure is not None]
     for row in failed[:20]:
-        print(f"moss_train evaluate: passed over: {row.failure}", file=sys.stderr)
+        print(printable(f"moss_train evaluate: passed over: {row.failure}"), file=sys.stderr)
     print(f"evaluate: {len(rows) - len(failed)} of {len(rows)} clips; {out / 'report.html'}")
     return 1 if failed else 0
 
@@ -172,7 +173,7 @@ def _codec(config: EvaluateConfig) -> Subject:
         raise UserError(f"no clip of data={config.data} is clip_seconds={config.clip_seconds} long")
     measure = text_model.measure if text_model is not None else None
     renderer = CodecRenderer(codec, levels, clips, config.anchors, measure)
-    identity = {"codec": codec.name, "fingerprint": codec.fingerprint, "num_quantizers": list(levels)}
+    identity = {"codec": codec.name, "fingerprint": codec.fingerprint}
     return Subject(renderer, clips, codec, identity, {"text_model": text_model} if text_model is not None else {})
 
 

@@ -16,7 +16,7 @@ from moss_train.data.stream.order import permutation
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.plotting import Histogram, Scatter, save_histograms
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import pluralize
+from moss_train.utils.files import pluralize, printable
 from moss_train.utils.progress import progress
 from moss_train.utils.workers import num_cores
 
@@ -48,7 +48,7 @@ def run(config: InspectConfig | Mapping[str, Any]) -> int:
     (out / "report.html").write_text(render_page(inspections, bad, players, "report.png"), encoding="utf-8")
     problems = [problem for inspection in inspections for problem in inspection.problems]
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     num_clips = pluralize(sum(len(inspection.clips) for inspection in inspections), "clip")
     print(f"inspect: {num_clips}, {len(bad)} to drop, see {out / 'report.html'}")
     return 1 if problems else 0

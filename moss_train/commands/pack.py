@@ -17,7 +17,7 @@ from moss_train.data.pack.pack import SILENT, PackReport, check_target, pack
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.pack.resume import JOURNAL_FILE, unfinished_folder
 from moss_train.utils.errors import count_faults
-from moss_train.utils.files import pluralize
+from moss_train.utils.files import pluralize, printable
 from moss_train.utils.progress import progress
 
 SUMMARY = (
@@ -101,7 +101,7 @@ def _print_report(report: PackReport, out: str) -> None:
         notes.append(f"phone and browser formats are not read{advice}")
     if any(suffix in report.ignored for suffix in MANIFEST_SUFFIXES):
         notes.append("texts and other labels are read of a manifest only: give it as input instead of its folder")
-    console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
+    console.print(printable("\n".join(notes)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _totals_table(totals: dict) -> Table:
@@ -112,7 +112,7 @@ def _totals_table(totals: dict) -> Table:
         for number, (name, group) in enumerate(groups.items()):
             table.add_row(
                 "" if number else kind,
-                Text(name),
+                Text(printable(name)),
                 f"{group['clips']:,}",
                 f"{group['with_text']:,}",
                 f"{group['hours']:.3f}",

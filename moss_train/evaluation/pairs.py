@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,8 +92,14 @@ class PairRenderer:
                 digest.update(str(folder.condition).encode() + path.read_bytes())
         return digest.hexdigest()
 
-    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> ClipReconstructions:
-        """Pair a reference [C, T] with its reconstructions; missing or unreadable ones are failures."""
+    def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
+        """None: another file beside a reference makes another row (see `depends_on`)."""
+        return ()
+
+    def render(
+        self, clip: EvaluationClip, audio: Tensor, rate: int, wanted: Collection[Condition] = ()
+    ) -> ClipReconstructions:
+        """Pair a reference [C, T] with all its reconstructions; missing or unreadable ones are failures."""
         check_audio(audio, clip.id)
         renditions: list[Rendition] = []
         failures: dict[Condition, str] = {}

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -97,16 +97,28 @@ class CodecRenderer:
         """The clip that stands for a mismatch, which is another one when the evaluation set changes."""
         return self._others[clip.id].id if clip.id in self._others else ""
 
-    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> ClipReconstructions:
-        """Render a clip [C, T] at `rate` Hz. Raises UserError for audio that is empty or not finite."""
+    def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
+        """Conditions that are not among those found."""
+        return tuple(condition for condition in self.conditions if condition not in found)
+
+    def render(
+        self, clip: EvaluationClip, audio: Tensor, rate: int, wanted: Collection[Condition] | None = None
+    ) -> ClipReconstructions:
+        """Render a clip [C, T] at `rate` Hz. Raises UserError for audio that is empty or not finite.
+
+        Args:
+            wanted: conditions to render, all of them when None.
+        """
         check_audio(audio, clip.id)
-        wanted = self._prepare(audio, rate)
-        reference = pcm16(wanted)
+        original = self._prepare(audio, rate)
+        reference = pcm16(original)
         seconds = audio.shape[-1] / rate
-        renditions, failures = self._anchors(clip, audio, rate, reference)
-        depths = self.conditions[: len(self._levels)]
+        wanted = self.conditions if wanted is None else wanted
+        needs_anchors = any(condition.num_quantizers is None for condition in wanted)
+        renditions, failures = self._anchors(clip, audio, rate, reference) if needs_anchors else ([], {})
+        depths = [condition for condition in self.conditions[: len(self._levels)] if condition in wanted]
         try:
-            codes, encode_seconds = _timed(self.codec.encode, wanted)
+            codes, encode_seconds = _timed(self.codec.encode, original)
             decoded = [_timed(self.codec.decode, codes[: condition.num_quantizers]) for condition in depths]
         except torch.OutOfMemoryError:
             raise
@@ -116,7 +128,9 @@ class CodecRenderer:
         for condition, (output, _) in zip(depths, decoded, strict=True):
             degraded = pcm16(fit_length(output, reference.shape[-1]))
             renditions.append(Rendition(condition, reference, degraded, self.codec.sampling_rate))
-        times = dict(zip(self._levels, (spent for _, spent in decoded), strict=True))
+        times = dict(
+            zip((condition.num_quantizers or 0 for condition in depths), (spent for _, spent in decoded), strict=True)
+        )
         values = (
             {item: self._measure(codes[: item.num_quantizers], clip.labels) for item in depths} if self._measure else {}
         )

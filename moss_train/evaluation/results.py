@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class ConditionRow:
     failure: str | None = None  # why there is no reconstruction
 
 
+def _depth(entry: ConditionRow) -> int:
+    return entry.condition.num_quantizers or 0  # anchors first, as they are rendered
+
+
 @dataclass(frozen=True)
 class ClipRow:
     """All values of one clip."""
@@ -49,6 +53,14 @@ class ClipRow:
         """One line."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
+    def extended(self, other: "ClipRow") -> "ClipRow":
+        """The other row of the same clip with the conditions that only this one has, by number of levels."""
+        measured = {entry.condition for entry in other.conditions}
+        kept = tuple(entry for entry in self.conditions if entry.condition not in measured)
+        if not kept:
+            return other
+        return replace(other, conditions=tuple(sorted((*kept, *other.conditions), key=_depth)))
+
     @classmethod
     def from_json(cls, line: str) -> "ClipRow":
         """Read the line back. ValueError, KeyError or TypeError when it is torn."""
@@ -61,9 +73,16 @@ class ClipRow:
 class Times:
     """Seconds of computing and of audio, of the clips that this process rendered."""
 
-    audio: float = 0.0
+    audio: float = 0.0  # that was encoded
     encode: float = 0.0
     decode: dict[int, float] = field(default_factory=dict)  # by number of levels
+    decoded_audio: dict[int, float] = field(default_factory=dict)  # by number of levels, which may be measured later
+
+    def factor(self, levels: int) -> float | None:
+        """Computing over audio time of encoding and of decoding so many levels; None where nothing was timed."""
+        if not self.audio or not self.decoded_audio.get(levels):
+            return None
+        return self.encode / self.audio + self.decode[levels] / self.decoded_audio[levels]
 
     def add(self, rendered: ClipReconstructions) -> None:
         """Count one clip that was encoded."""
@@ -72,6 +91,7 @@ class Times:
             self.encode += rendered.encode_seconds
             for levels, seconds in rendered.decode_seconds.items():
                 self.decode[levels] = self.decode.get(levels, 0.0) + seconds
+                self.decoded_audio[levels] = self.decoded_audio.get(levels, 0.0) + rendered.seconds
 
 
 class Results:
@@ -86,7 +106,9 @@ class Results:
         self.rows = {row.key: row for row in read_rows(folder / ROWS_FILE)}
 
     def add(self, row: ClipRow) -> None:
-        """Keep a row at once."""
+        """Keep a row at once, with the other conditions of the row that is there."""
+        if row.key in self.rows and row.failure is None:
+            row = self.rows[row.key].extended(row)
         self.rows[row.key] = row
         with (self.folder / ROWS_FILE).open("a", encoding="utf-8") as file:
             file.write(row.to_json() + "\n")
@@ -119,6 +141,17 @@ class Results:
             path.write_text("".join(row.to_json() + "\n" for row in order), encoding="utf-8")
         with atomic_write(self.folder / TIMES_FILE) as path:
             path.write_text(json.dumps(asdict(self.times), indent=1) + "\n", encoding="utf-8")
+
+
+def all_conditions(wanted: Sequence[Condition], rows: Sequence[ClipRow]) -> tuple[Condition, ...]:
+    """The wanted conditions and those of earlier runs that every clip has, by number of levels."""
+    of_rows = [{entry.condition for entry in row.conditions} for row in rows if row.failure is None]
+    more = set.intersection(*of_rows) - set(wanted) if of_rows else set()
+    if not more:
+        return tuple(wanted)
+    depths = [condition for condition in (*wanted, *more) if condition.num_quantizers is not None]
+    others = [condition for condition in wanted if condition.num_quantizers is None]
+    return (*sorted(depths, key=lambda condition: (condition.system, condition.num_quantizers)), *others)
 
 
 def clip_key(clip: EvaluationClip, audio: Tensor | None = None, rate: int = 0, other: str = "") -> str:
@@ -156,6 +189,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(settings))
     if path.is_file():
         found = read_json(path)
+        found.pop("num_quantizers", None)  # of folders that were refused other numbers of levels
         keys = [key for key in wanted | found if wanted.get(key) != found.get(key)]
         if keys:
             first = f"{keys[0]} was {found.get(keys[0])} and is {wanted.get(keys[0])}"
@@ -169,4 +203,6 @@ def _read_times(path: Path) -> Times:
     if not path.is_file():
         return Times()
     entry = read_json(path)
-    return Times(entry["audio"], entry["encode"], {int(key): value for key, value in entry["decode"].items()})
+    decode = {int(key): value for key, value in entry["decode"].items()}
+    audio = entry.get("decoded_audio") or dict.fromkeys(decode, entry["audio"])  # older files decoded all they encoded
+    return Times(entry["audio"], entry["encode"], decode, {int(key): value for key, value in audio.items()})

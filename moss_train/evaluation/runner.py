@@ -1,6 +1,6 @@
 """Run an evaluation clip by clip; a second run continues where the first one stopped."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +31,14 @@ class Reconstructor(Protocol):
         """What the pairs of a clip depend on besides the clip and the settings."""
         ...
 
-    def render(self, clip: EvaluationClip, audio: Tensor, rate: int) -> ClipReconstructions:
-        """Pairs of a clip [C, T] at `rate` Hz. Raises UserError when the clip cannot be used."""
+    def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
+        """Conditions that a row with the conditions `found` is still to get."""
+        ...
+
+    def render(
+        self, clip: EvaluationClip, audio: Tensor, rate: int, wanted: Collection[Condition]
+    ) -> ClipReconstructions:
+        """Pairs of a clip [C, T] at `rate` Hz, of the wanted conditions. Raises UserError for an unusable clip."""
         ...
 
 
@@ -47,7 +53,8 @@ def evaluate(
 ) -> list[ClipRow]:
     """Score every clip under every condition; returns the rows in the order of the clips.
 
-    Neither `num_workers` nor an interruption changes a value. Clips that cannot be read or rendered are rows with a
+    What the results hold is not computed again: a row gets the conditions that it lacks. Neither `num_workers` nor an
+    interruption changes a value. Clips that cannot be read or rendered are rows with a
     failure. `keep_audio_of`: ids of the clips whose audio is kept.
     """
     order: list[str] = []
@@ -78,9 +85,12 @@ def _render(
         audio, rate = clip.read()
         key = clip_key(clip, audio, rate, renderer.depends_on(clip))
         wants_audio = clip.id in keep_audio_of and not (results.folder / AUDIO_FOLDER / key).is_dir()
+        wanted = renderer.conditions
         if key in results.rows and results.rows[key].failure is None and not wants_audio:
-            return key, None, None
-        rendered = renderer.render(clip, audio, rate)
+            wanted = renderer.lacking([entry.condition for entry in results.rows[key].conditions])
+            if not wanted:
+                return key, None, None
+        rendered = renderer.render(clip, audio, rate, wanted)
     except (UserError, OSError) as error:
         return clip_key(clip), None, str(error)
     results.times.add(rendered)

@@ -1,15 +1,17 @@
 """Files of codes and of audio: names, formats, the list of what is to be encoded or decoded, and the final report."""
 
 import hashlib
+import io
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import safetensors
@@ -19,9 +21,12 @@ from torch import Tensor
 
 from moss_train.data.pack.manifest import AUDIO_SUFFIXES, is_list, list_clips
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import MAX_NAME_BYTES, atomic_write, pluralize
+from moss_train.utils.files import MAX_NAME_BYTES, atomic_write, pluralize, printable
 
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
+
+MAX_EXPANDED_BYTES = 2**28
+"""Of one array of a compressed .npz file: more than a day of codes with 32 levels as 64-bit numbers."""
 
 CODES_FORMATS = ("safetensors", "npz")
 
@@ -84,11 +89,28 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
+    """Read the arrays of a codes file and nothing else of it.
+
+    A compressed file unfolds to any size, so each array is read up to the size of the file or `MAX_EXPANDED_BYTES`.
+    """
+    arrays: dict[str, Any] = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is not a readable codes file ({error})") from error
+        limit = max(path.stat().st_size, MAX_EXPANDED_BYTES)
+        with ZipFile(path) as archive:
+            members = set(archive.namelist())
+            for name in ("codes", *(field.name for field in fields(CodesInfo))):
+                if f"{name}.npy" not in members:
+                    continue
+                with archive.open(f"{name}.npy") as member:
+                    content = member.read(limit + 1)
+                if len(content) > limit:
+                    raise UserError(f"{path} unfolds to more than {limit} bytes; it is no codes file")
+                arrays[name] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, BadZipFile, RuntimeError, MemoryError, OverflowError, zlib.error) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} is not a readable codes file ({reason})") from error
     if "codes" not in arrays:
         raise UserError(f"{path} is an npz file without codes; give files that encode wrote")
     return arrays
@@ -236,7 +258,7 @@ def print_report(report: Report, out: Path, verb: str, unit: str = "file") -> in
     """
     for path, reason in report.failures[:_SHOWN_FAILURES]:
         text = reason if str(path) in reason else f"{path}: {reason}"
-        print(f"moss_train {verb}: passed over: {text}", file=sys.stderr)
+        print(printable(f"moss_train {verb}: passed over: {text}"), file=sys.stderr)
     if len(report.failures) > _SHOWN_FAILURES:
         print(f"moss_train {verb}: and {len(report.failures) - _SHOWN_FAILURES} more", file=sys.stderr)
     written, failed = pluralize(report.num_written, unit), pluralize(len(report.failures), "clip")

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import time
@@ -129,6 +130,18 @@ def file_lock(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator
 def pluralize(number: int, noun: str) -> str:
     """A number with its noun, in the plural unless it is one: "1 shard", "2,663 clips"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    """Return a text for a terminal: what would steer it is written out, lines and tabs stay.
+
+    Names of files, ids and labels come from anybody. An escape sequence in one could clear the screen, write into
+    another window or hide the rest of a message; marks of direction could turn a name round.
+    """
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
 
 MAX_JSON_BYTES = 2**31

@@ -73,6 +73,17 @@ def test_the_rows_of_a_depth_are_those_of_a_run_at_that_depth(folder, monkeypatc
         assert first | {"real_time_factor": ""} == second | {"real_time_factor": ""}
 
 
+def test_more_levels_in_the_same_folder(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for levels, expected in (("[1]", ["1"]), ("[2]", ["1", "2"])):
+        arguments = ["evaluate", "model=small", "data=good.jsonl", f"num_quantizers={levels}", "out=more", *FAST]
+        assert main(arguments) == 0
+        rows = rows_of(folder / "more")
+        assert [row["num_quantizers"] for row in rows if row["domain"] == "all" and row["num_quantizers"]] == expected
+    heard = {path.name for path in (folder / "more" / "audio").glob("*/*.flac")}
+    assert {"original.flac", "small_1.flac", "small_2.flac"} <= heard
+
+
 def test_the_clips_of_the_report_can_be_named(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     arguments = ["evaluate", "model=small", "data=good.jsonl", "out=named", "num_quantizers=[1]", *FAST]

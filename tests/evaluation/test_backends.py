@@ -174,13 +174,30 @@ def test_the_published_similarity_asks_for_its_weights():
 @pytest.mark.parametrize(
     ("text", "language", "expected"),
     [
-        ("He's well-read, isn't he?", "en", ["he's", "well", "read", "isn't", "he"]),
-        ("It\N{RIGHT SINGLE QUOTATION MARK}s ÉTÉ_1", "en", ["it's", "été", "1"]),
+        ("He's well-read, isn't he?", "en", ["he", "is", "well", "read", "is", "not", "he"]),
+        ("Uh, Mr. Smith paid twenty-one dollars (laughs)", "en", ["mister", "smith", "paid", "$21"]),
+        ("colour", "en", ["colour"]),
+        ("L\N{RIGHT SINGLE QUOTATION MARK}ÉTÉ, quoi!", "fr", ["l", "été", "quoi"]),
         ("你好，世界。 ok", "zh", ["你", "好", "世", "界", "o", "k"]),
     ],
 )
-def test_texts_are_compared_without_case_and_punctuation(text, language, expected):
+def test_texts_are_compared_as_whisper_normalises_them(text, language, expected):
     assert words(text, language) == expected
+
+
+def test_the_table_of_spellings_is_that_of_the_model(tmp_path):
+    """And the description, which decides whether results may be compared, says whether there is one."""
+    for name, content in (("with", '{"colour": "color"}'), ("without", None), ("wrong", "[1]")):
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "normalizer.json").write_text(content)
+    folders = [str(tmp_path / name) for name in ("with", "without")]
+    assert [words("Colour!", "en", folder) for folder in folders] == [["color"], ["colour"]]
+    with_table, without = (ErrorRates("whisper", folder).description for folder in folders)
+    assert "with its table" in with_table
+    assert "without its table" in without
+    with pytest.raises(UserError, match="no table of spellings"):
+        words("colour", "en", str(tmp_path / "wrong"))
 
 
 @pytest.mark.parametrize(("backend", "highest"), [("faster_whisper", 0.2), ("pocketsphinx", 0.9)])

@@ -3,10 +3,12 @@
 XY-Tokenizer is not among them: its code lies beside its weights only.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,14 +235,58 @@ def test_codecs_without_their_package_say_what_to_do(name, package, way_out, mon
 
 
 def test_code_of_a_repository_is_asked_for_by_the_codec_that_needs_it(tmp_path):
-    with pytest.raises(UserError, match="codec=mimo needs code="):
+    with pytest.raises(UserError, match=r"codec=mimo runs code.*give code="):
         load_codec("mimo", str(tmp_path), CPU)
     with pytest.raises(UserError, match="there is no mimo_audio_tokenizer"):
         load_codec("mimo", str(tmp_path), CPU, str(tmp_path))
     with pytest.raises(UserError, match=r"code=here has no effect with codec=mimi"):
         load_codec("mimi", str(tmp_path), CPU, "here")
     with pytest.raises(UserError, match=f"weights={tmp_path}"):
-        load_codec("xy_tokenizer", str(tmp_path), CPU)
+        load_codec("xy_tokenizer", str(tmp_path), CPU, str(tmp_path))
+
+
+def folder_with_code(folder: Path, canary: Path, prefix: str = "") -> Path:
+    """Weights with code beside them that makes a file when it is imported."""
+    (folder / "evil.py").write_text(f"from pathlib import Path\n\nPath({str(canary)!r}).touch()\n")
+    auto_map = {"AutoConfig": f"{prefix}evil.Config", "AutoModel": f"{prefix}evil.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
+    return folder
+
+
+@pytest.mark.parametrize(("prefix", "code"), [("", None), ("", "elsewhere"), ("others/repository--", "beside")])
+def test_the_code_beside_weights_runs_only_when_it_is_named(tmp_path, prefix, code):
+    canary = tmp_path / "canary"
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    folder = str(folder_with_code(weights, canary, prefix))
+    with pytest.raises(UserError, match="code"):
+        load_codec("xy_tokenizer", folder, CPU, {None: None, "beside": folder}.get(code, str(tmp_path)))
+    assert not canary.exists()
+
+
+def test_code_beside_weights_is_run_by_whoever_names_it(tmp_path):
+    """The folder above is malicious indeed."""
+    canary = tmp_path / "canary"
+    with contextlib.suppress(Exception):
+        load_codec("xy_tokenizer", str(folder_with_code(tmp_path, canary)), CPU, str(tmp_path))
+    assert canary.exists()
+
+
+def test_the_folder_of_code_gives_one_package_and_shadows_no_other(tmp_path):
+    package = tmp_path / "src" / "mimo_audio_tokenizer"
+    package.mkdir(parents=True)
+    (tmp_path / "src" / "wave.py").write_text("raise AssertionError('not the module of Python')\n")
+    (package / "modeling_audio_tokenizer.py").write_text("import wave\n\nfrom .more import NoSuchThing\n")
+    (package / "more.py").touch()
+    before = list(sys.path)
+    sys.modules.pop("wave", None)
+    try:
+        with pytest.raises(UserError, match=r"NoSuchThing"):
+            load_codec("mimo", str(tmp_path), CPU, str(tmp_path))
+    finally:
+        for name in [name for name in sys.modules if name.startswith("mimo_audio_tokenizer")]:
+            del sys.modules[name]
+    assert sys.path == before
 
 
 def test_code_that_does_not_run_beside_this_transformers_is_one_line(tmp_path):
@@ -252,7 +298,6 @@ def test_code_that_does_not_run_beside_this_transformers_is_one_line(tmp_path):
         load_codec("mimo", str(tmp_path), CPU, str(tmp_path))
     for name in [name for name in sys.modules if name.startswith("mimo_audio_tokenizer")]:
         del sys.modules[name]
-    sys.path.remove(str(tmp_path / "src"))
 
 
 def test_wrong_names_and_weights_are_errors(tmp_path):

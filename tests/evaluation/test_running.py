@@ -16,10 +16,17 @@ from small_codec import METRICS, run
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.evaluation.metrics.base import Pair
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
-from moss_train.evaluation.reconstruct import CodecRenderer, Condition, fit_length, mismatched_clips, pcm16
+from moss_train.evaluation.reconstruct import (
+    ClipReconstructions,
+    CodecRenderer,
+    Condition,
+    fit_length,
+    mismatched_clips,
+    pcm16,
+)
 from moss_train.evaluation.report.tables import comma_separated
 from moss_train.evaluation.report.write import Evaluation, make_table, write_outputs
-from moss_train.evaluation.results import ROWS_FILE, TIMES_FILE, Results
+from moss_train.evaluation.results import ROWS_FILE, TIMES_FILE, Results, all_conditions
 from moss_train.evaluation.runner import evaluate
 from moss_train.evaluation.statistics import summarize
 from moss_train.evaluation.validation import validation_scores
@@ -175,6 +182,40 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_rows(tmp_path):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     _, codec = run(tmp_path / "cut", clips)
     assert codec.num_encoded == 0
+
+
+def test_further_levels_are_added_to_the_rows_and_give_those_of_one_run(tmp_path):
+    clips = small.tones(3)
+    run(tmp_path / "whole", clips, (1, 4, 8))
+    evaluation, codec = run(tmp_path / "parts", clips, (1, 8))
+    both = evaluation.conditions
+    evaluation, codec = run(tmp_path / "parts", clips, (4,))
+    assert codec.num_encoded == 3
+    shown = all_conditions(evaluation.conditions, evaluation.rows)
+    assert [entry.num_quantizers for entry in shown] == [1, 4, 8, None, None]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    _, codec = run(tmp_path / "parts", clips, (1, 4))
+    assert codec.num_encoded == 0
+    evaluation, codec = run(tmp_path / "parts", [*clips, small.clip_of(0.1 * clips[0].read()[0], "new")], (4,))
+    shown = all_conditions(evaluation.conditions, evaluation.rows)  # not those that the new clip has not
+    assert [entry.num_quantizers for entry in shown] == [4, None, None]
+    assert set(both) < set(all_conditions(both, evaluation.rows[:1]))
+
+
+def test_the_time_of_levels_that_came_later_is_that_of_their_own_audio(tmp_path):
+    results = Results(tmp_path, {"codec": "a"})
+    codes = torch.zeros(2, 3)
+    results.times.add(ClipReconstructions((), 10.0, codes, 5.0, {1: 1.0}))
+    results.times.add(ClipReconstructions((), 10.0, codes, 5.0, {2: 2.0}))
+    results.finish([])
+    times = Results(tmp_path, {"codec": "a"}).times
+    assert [times.factor(levels) for levels in (1, 2, 3)] == [0.6, 0.7, None]
+
+
+def test_a_folder_that_was_bound_to_its_levels_is_gone_on_with(tmp_path):
+    (tmp_path / "settings.json").write_text('{"codec": "a", "num_quantizers": [1]}')
+    (tmp_path / TIMES_FILE).write_text('{"audio": 4.0, "encode": 2.0, "decode": {"1": 1.0}}')
+    assert Results(tmp_path, {"codec": "a"}).times.factor(1) == 0.75
 
 
 def test_other_settings_need_another_folder(tmp_path):

@@ -1,5 +1,7 @@
 import copy
 import json
+import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,30 @@ def test_codes_of_another_model_are_reported(model, tmp_path):
     assert "lacks the metadata of a codes file ('model')" in reasons["foreign"]
     assert "an npz file without codes" in reasons["empty"]
     assert "codes of type float64" in reasons["float"]
+
+
+def test_an_archive_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
+    """By what is read of it, whatever its headers say; other arrays in it are not read at all."""
+    monkeypatch.setattr("moss_train.inference.files.MAX_EXPANDED_BYTES", 2**20)
+    zeros = np.zeros((2, 2**20), np.int16)
+    np.savez_compressed(tmp_path / "bomb.npz", codes=zeros, **asdict(INFO))
+    np.savez_compressed(tmp_path / "beside.npz", codes=zeros[:, :9], **asdict(INFO), other=zeros)
+    np.savez(tmp_path / "stored.npz", codes=zeros, **asdict(INFO))
+    assert (tmp_path / "bomb.npz").stat().st_size < 2**14
+    with pytest.raises(UserError, match="unfolds to more than 1048576 bytes"):
+        read_codes(tmp_path / "bomb.npz")
+    assert read_codes(tmp_path / "beside.npz")[0].shape == (2, 9)
+    assert read_codes(tmp_path / "stored.npz")[0].shape == (2, 2**20)  # as large as its file, and no larger
+
+
+@pytest.mark.parametrize("shape", ["(2, 1000000000000000)", "(2, -1)", "(99999999999999999999,)"])
+def test_a_header_that_promises_too_much_is_refused(tmp_path, shape):
+    header = f"{{'descr': '<i2', 'fortran_order': False, 'shape': {shape}}}".encode()
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("codes.npy", content)
+    with pytest.raises(UserError, match="is not a readable codes file"):
+        read_codes(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(1023, torch.int16), (40000, torch.int64)])

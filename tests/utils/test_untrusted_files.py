@@ -18,7 +18,8 @@ from rich.console import Console
 from safetensors.torch import save
 
 from moss_train.audio.io import write_audio
-from moss_train.cli.compose import compose
+from moss_train.cli.compose import compose, load_config
+from moss_train.cli.main import main
 from moss_train.commands.pack import _totals_table
 from moss_train.data.inspect.measure import ClipFacts, Inspection
 from moss_train.data.inspect.report import render_page
@@ -40,9 +41,11 @@ from moss_train.evaluation.report.html import Report, write_report
 from moss_train.evaluation.report.tables import Table
 from moss_train.evaluation.results import ClipRow, ConditionRow, file_name
 from moss_train.evaluation.statistics import Estimate, SummaryRow
+from moss_train.inference.files import Report as FilesReport
+from moss_train.inference.files import print_report
 from moss_train.utils.checkpoint import read_best
-from moss_train.utils.errors import UserError
-from moss_train.utils.files import MAX_YAML_VALUES, parse_json, read_json, read_yaml
+from moss_train.utils.errors import ConfigError, UserError
+from moss_train.utils.files import MAX_YAML_VALUES, parse_json, printable, read_json, read_yaml
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 
@@ -302,6 +305,91 @@ def test_names_and_texts_in_the_report_of_evaluate_are_text(tmp_path: Path) -> N
         return (folder / "report.html").read_text()
 
     assert Elements(page(EVIL, tmp_path / "a")).found == Elements(page("plain", tmp_path / "b")).found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\x1b[2J\x1b]0;title\x07b.wav", r"a\x1b[2J\x1b]0;title\x07b.wav"),
+        ("one\rtwo\x9b31m", r"one\rtwo\x9b31m"),
+        ("gpj.\u202efdp\u2028", r"gpj.\u202efdp\u2028"),
+        ("Größe 你好\tand\nmore", "Größe 你好\tand\nmore"),
+    ],
+)
+def test_what_steers_a_terminal_is_written_out(text: str, expected: str) -> None:
+    assert printable(text) == expected
+
+
+def test_names_in_messages_steer_no_terminal(tmp_path: Path, capsys) -> None:
+    name = "x\x1b[31m.wav"
+    report = FilesReport(0, 0, [(tmp_path / name, "is not audio")])
+    assert print_report(report, tmp_path, "encode") == 1
+    assert main(["encode", "--config-dir", name]) == 2
+    printed = "".join(capsys.readouterr())
+    assert "\x1b" not in printed
+    assert printed.count("\\x1b[31m.wav") == 2
+
+
+SECRETS = [
+    "${oc.env:HOME}",
+    "a${oc.env:HOME,b}",
+    "${oc.${x}:HOME}",
+    "${oc.decode:${oc.env:HOME}}",
+    "${hydra:runtime.cwd}",
+]
+
+
+@pytest.mark.parametrize("text", [*SECRETS, "${unclosed"])
+def test_a_configuration_of_others_reads_no_environment(tmp_path: Path, text: str) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    content = f"# @package _global_\ndefaults: [cat_tiny]\nx: env\nname: '{text}'\n"
+    (tmp_path / "own" / "experiment" / "evil.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"evil\.yaml"):
+        compose("fit", ["experiment=evil", "data.train=[x]"], tmp_path / "own")
+
+
+def test_a_file_outside_that_a_configuration_names_reads_no_environment(tmp_path: Path) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "outside.yaml").write_text("# @package _global_\nname: ${oc.env:HOME}\n")
+    content = "# @package _global_\ndefaults: [cat_tiny, ../../outside]\n"
+    (tmp_path / "own" / "experiment" / "evil.yaml").write_text(content)
+    with pytest.raises(UserError):
+        compose("fit", ["experiment=evil", "data.train=[x]"], tmp_path / "own")
+
+
+def test_links_in_a_folder_of_configurations_are_followed_and_end(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "own" / "loop").symlink_to(tmp_path / "own")
+    compose("fit", ["experiment=cat_tiny"], tmp_path / "own")
+    (tmp_path / "own" / "experiment").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "evil.yaml").write_text("name: ${oc.env:HOME}\n")
+    with pytest.raises(UserError, match=r"evil\.yaml"):
+        compose("fit", ["experiment=cat_tiny"], tmp_path / "own")
+
+
+def test_references_to_other_keys_and_what_was_typed_are_resolved(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("OWN_NAME", "mine")
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    content = "# @package _global_\ndefaults: [cat_tiny]\nname: x-${seed}\nseed: 7\n"
+    (tmp_path / "own" / "experiment" / "good.yaml").write_text(content)
+    arguments = ["experiment=good", "data.train=[x]"]
+    assert load_config("fit", arguments, tmp_path / "own").name == "x-7"
+    assert load_config("fit", [*arguments, "name=${oc.env:OWN_NAME}"], tmp_path / "own").name == "mine"
+
+
+def test_a_configuration_of_others_names_no_code_to_run(tmp_path: Path) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "evaluate.yaml").write_text("code: evil\n")
+    with pytest.raises(UserError, match=r"evaluate\.yaml has the name of a shipped"):
+        compose("evaluate", ["codec=mimo"], tmp_path / "own")
+    (tmp_path / "own" / "evaluate.yaml").unlink()
+    for key in ("code", "plugins"):
+        content = f"# @package _global_\ndefaults: [cat_tiny]\n{key}: evil\n"
+        (tmp_path / "own" / "experiment" / "evil.yaml").write_text(content)
+        with pytest.raises(ConfigError) as caught:
+            compose("fit", ["experiment=evil"], tmp_path / "own")
+        assert (caught.value.kind, caught.value.path) == ("conflict", key)
 
 
 def test_a_label_is_no_markup_of_the_terminal() -> None:

@@ -14,7 +14,7 @@ from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.shards.format import FORMAT_VERSION
 from moss_train.data.shards.index import INDEX_FILE
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import file_lock, pluralize
+from moss_train.utils.files import file_lock, pluralize, printable
 from moss_train.utils.progress import progress
 
 LOCK_FILE = ".lock"
@@ -119,6 +119,6 @@ def say_what_was_left_out(report: PackReport) -> None:
     if report.bad:
         kinds.append(f"{len(report.bad)} unreadable ({'; '.join(bad.reason for bad in report.bad[:NUM_SHOWN])})")
     if kinds:
-        print(f"left out: {', '.join(kinds)}", file=sys.stderr)
+        print(printable(f"left out: {', '.join(kinds)}"), file=sys.stderr)
     for remark, count in sorted(report.remarks.items()):
         print(f"{pluralize(count, 'clip')} {remark}", file=sys.stderr)

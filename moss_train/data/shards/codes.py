@@ -201,7 +201,9 @@ class CodeShards:
         try:
             with path.open("rb") as file:
                 file.seek(values["codes_offset"])
-                codes = np.load(io.BytesIO(file.read(values["codes_size"])), allow_pickle=False)
+                content = io.BytesIO(file.read(values["codes_size"]))
+            # Not np.load, which would also unfold a zip file.
+            codes = np.lib.format.read_array(content, allow_pickle=False)
         except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
             raise UserError(f"{path} is damaged at clip {row} ({error}); encode it again") from error
         if codes.shape != (self.source.num_levels, values["num_frames"]):

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from moss_train.evaluation.codecs.adapters import (
 from moss_train.evaluation.codecs.base import Codec
 from moss_train.evaluation.metrics.base import missing_package
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import read_json
 
 OWN_ENVIRONMENT = "an environment of its own, with this package installed into it by pip install --no-deps"
 _WAY_OUT = "or score its output, written as WAV into reference/ and reconstruction/ folders, with pairs=<folder>"
@@ -35,20 +37,19 @@ _WAY_OUT = "or score its output, written as WAV into reference/ and reconstructi
 def load_codec(name: str, weights: str | None, device: torch.device, code: str | None = None) -> Codec:
     """Build a codec by name. Raises UserError for unknown names and missing weights, packages or code, with what to do.
 
-    code: folder of the codec's repository, for the one whose code is neither in a package nor beside its weights.
+    code: for the two whose code comes in no package and is run: the folder of the repository (mimo), or the weights
+        once more (xy_tokenizer, whose code lies beside them). Nothing of either runs unless it is named here.
     """
     if name not in CODECS:
         raise UserError(f"codec={name} has to be one of {', '.join(CODECS)}")
-    if (code is None) == (name == "mimo"):
-        raise UserError(
-            "codec=mimo needs code=<folder of its repository>, in which src/mimo_audio_tokenizer lies"
-            if code is None
-            else f"code={code} has no effect with codec={name}"
-        )
+    if code is not None and name not in _CODE:
+        raise UserError(f"code={code} has no effect with codec={name}")
     if weights is None:
         raise UserError(
             f"codec={name} needs weights=<folder>, or the name of a repository that is stored on this machine"
         )
+    if code is None and name in _CODE:
+        raise UserError(f"codec={name} runs code that comes in no package: {_CODE[name]}")
     try:
         return _LOADERS[name](weights, code).to(device)
     except UserError:
@@ -117,16 +118,39 @@ def _mimo(weights: str, code: str) -> WrappedCodec:
     parent = next((folder for folder in folders if (folder / "mimo_audio_tokenizer").is_dir()), None)
     if parent is None:
         raise UserError(f"code={code}: there is no mimo_audio_tokenizer or src/mimo_audio_tokenizer")
-    sys.path.insert(0, str(parent.resolve()))
+    if "mimo_audio_tokenizer" not in sys.modules:
+        # Only this package is found in the folder; whatever else lies there takes the name of no other package.
+        module = ModuleType("mimo_audio_tokenizer")
+        module.__path__ = [str((parent / "mimo_audio_tokenizer").resolve())]
+        sys.modules[module.__name__] = module
     package = importlib.import_module("mimo_audio_tokenizer.modeling_audio_tokenizer")
     return MimoCodec(package.MiMoAudioTokenizer.from_pretrained(weights, local_files_only=True))
 
 
-def _xy_tokenizer(weights: str, code: None) -> WrappedCodec:
-    # The code that lies beside the weights is run: whoever gives the path trusts it.
+def _xy_tokenizer(weights: str, code: str) -> WrappedCodec:
+    if Path(code).expanduser().resolve() != Path(weights).expanduser().resolve():
+        raise UserError(f"code={code}: codec=xy_tokenizer runs the code beside its weights: give code={weights}")
+    for file in ("config.json", "preprocessor_config.json"):
+        if (path := Path(weights).expanduser() / file).is_file():
+            _refuse_other_repository(read_json(path), path)
     names = ("AutoModel", "AutoFeatureExtractor")
     return XYTokenizerCodec(*(_from_transformers(name, weights, trust_remote_code=True) for name in names))
 
+
+def _refuse_other_repository(content: Any, path: Path) -> None:
+    """Raise UserError for a class map that names the code of a repository other than the one that was allowed."""
+    named = content.get("auto_map") if isinstance(content, dict) else None
+    for value in named.values() if isinstance(named, dict) else ():
+        for name in value if isinstance(value, list) else [value]:
+            if "--" in str(name):
+                raise UserError(f"{path} names the code of another repository ({name}), which is not run")
+
+
+_CODE = {
+    "mimo": "give code=<folder of its repository>, in which src/mimo_audio_tokenizer lies",
+    "xy_tokenizer": "it lies beside the weights; read it, then give their folder as code= too",
+}
+"""Codecs whose code is not installed but named, and how."""
 
 _LOADERS: dict[str, Callable[..., WrappedCodec]] = {
     "encodec": _of_transformers("EncodecModel", EncodecCodec),

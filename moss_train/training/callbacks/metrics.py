@@ -17,6 +17,7 @@ from moss_train.training.step.diagnostics import LOGITS, gradient_shares
 from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import PARTS
 from moss_train.training.step.update import UpdateResult
+from moss_train.utils.files import printable
 
 SIDES = ("generator", "discriminators")
 CLOCK_COLUMNS = (
@@ -187,7 +188,7 @@ class DataMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
     ) -> None:
         for line in self.counter.describe_dropped(batch):
-            print(line, file=sys.stderr)
+            print(printable(line), file=sys.stderr)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         module = cat_module(pl_module)
@@ -198,7 +199,7 @@ class DataMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hours = ", ".join(f"{domain} {count:.2f} h" for domain, count in self.counter.hours.items())
         if trainer.is_global_zero:
-            print(f"audio used: {hours}", file=sys.stderr)
+            print(printable(f"audio used: {hours}"), file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
         return self.counter.state_dict()

@@ -17,13 +17,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moss_train.batch import UpdateBatch
 from moss_train.training.module import NonFiniteError, cat_module, update_result
 from moss_train.training.step.update import UpdateResult
-from moss_train.utils.files import PACKAGE_DIRECTORY, atomic_write, read_json
+from moss_train.utils.files import PACKAGE_DIRECTORY, atomic_write, printable, read_json
 from moss_train.utils.memory import available_memory_bytes
 
 
 def warn(message: str) -> None:
     """Print a warning to stderr."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 class StartupMessages(Callback):
