@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moss_train.config.build import allow_package
 from moss_train.config.renamed import new_name
 from moss_train.config.schema import COMMANDS
 from moss_train.config.section import Section, alternatives, hints_of, is_section
@@ -31,7 +32,7 @@ def load_config(command: str, overrides: Sequence[str] = (), config_dir: str | P
 
     Args:
         command: `fit`, `pack`, ...
-        overrides: `key=value`, as typed.
+        overrides: `key=value`, as typed. The packages of `plugins=[...]` are imported.
         config_dir: a folder with further YAML files, laid out like `configs/`.
 
     Returns:
@@ -40,7 +41,19 @@ def load_config(command: str, overrides: Sequence[str] = (), config_dir: str | P
     Raises:
         ConfigError: an unknown key or group option, a required key that is missing, a wrong value.
     """
-    return parse_config(command, compose(command, overrides, None if config_dir is None else Path(config_dir)))
+    config = parse_config(command, compose(command, overrides, None if config_dir is None else Path(config_dir)))
+    open_plugins(config)
+    return config
+
+
+def open_plugins(config: Section) -> None:
+    """Import the packages that `plugins` names and let `_target_` name their classes, in this process.
+
+    Only for what `compose` made: it takes `plugins` from the overrides and from no file. A worker process gets objects
+    of these packages pickled and imports them by name; the processes of other ranks read the same command line.
+    """
+    for name in config.get("plugins", ()):
+        allow_package(name)
 
 
 def parse_config(command: str, values: dict[str, Any]) -> Any:
@@ -102,6 +115,8 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
     assignments = [(_present_key(schema, key), sign, text) for key, sign, text in assignments]
     for key, sign, text in _join_repeated(schema, assignments):
         _assign(schema, values, key, sign, text, tuple(path.name for path in _groups(directories)))
+    if any("${" in str(name) for name in values.get("plugins") or ()):
+        raise ConfigError("value", "plugins", values["plugins"], "names of packages, without references to other keys")
     return values
 
 
@@ -290,7 +305,11 @@ def _assign(
     place, parts = values, key.split(".")
     for number, part in enumerate(parts[:-1]):
         place = _step(place, part, ".".join(parts[: number + 1]), parts[number + 1])
-    last: Any = _index(place, parts[-1], key) if isinstance(place, list) else parts[-1]
+    last: Any = parts[-1]
+    if isinstance(place, list):
+        if last == str(len(place)) and sign != "~" and str(text).startswith("{"):
+            place.append({})  # one more entry
+        last = _index(place, last, key)
     if sign == "~":
         if isinstance(place, dict) and last not in place:
             raise ConfigError("unknown_key", key, None, _nearest(key, dotted_keys(schema, key)))
@@ -346,6 +365,9 @@ def _index(place: list[Any], part: str, path: str) -> int:
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return a mapping with some keys changed; one of another class keeps none of the old arguments."""
+    if "_target_" in new and new["_target_"] != old.get("_target_"):
+        return new
     result = dict(old)
     for key, value in new.items():
         before = old.get(key)

@@ -140,7 +140,7 @@ def _run(arguments: Arguments) -> int:
 
 
 def _run_verb(verb: str, arguments: Arguments) -> int:
-    from moss_train.cli.compose import compose, parse_config, to_yaml
+    from moss_train.cli.compose import compose, open_plugins, parse_config, to_yaml
     from moss_train.config.inputs import check_inputs
 
     values = compose(verb, arguments.overrides, arguments.config_directory)
@@ -149,6 +149,7 @@ def _run_verb(verb: str, arguments: Arguments) -> int:
         return 0
     config = parse_config(verb, values)
     check_inputs(config)
+    open_plugins(config)
     run: Callable[[Any], int | None] = importlib.import_module(f"moss_train.commands.{verb}").run
     return run(config) or 0
 

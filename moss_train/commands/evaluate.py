@@ -14,13 +14,9 @@ from moss_train.config.schema import EvaluateConfig
 from moss_train.data.clips import FileClip, ShardClip, UnreadableClip, list_sources
 from moss_train.evaluation.codecs.base import CatCodec, Codec, check_levels
 from moss_train.evaluation.codecs.published_table import load_codec
-from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, split_available
-from moss_train.evaluation.metrics.dnsmos import Dnsmos
-from moss_train.evaluation.metrics.pitch import pitch_metrics
-from moss_train.evaluation.metrics.signal import PROFILES, Profile, native_metrics
-from moss_train.evaluation.metrics.speaker import Ge2eSimilarity
-from moss_train.evaluation.metrics.speaker_wavlm import WavLMSimilarity
+from moss_train.evaluation.metrics.registry import build_metrics
+from moss_train.evaluation.metrics.signal import PROFILES
 from moss_train.evaluation.metrics.text_lm import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.pairs import PairRenderer, find_pairs
 from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip
@@ -99,7 +95,16 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
     config = EvaluateConfig.of(config)
     for other in config.compare:
         load_evaluation(Path(other).expanduser())  # before hours of work, not after
-    metrics, missing = split_available(_metrics(config))
+    metrics, missing = split_available(
+        build_metrics(
+            config.metrics,
+            profile=config.profile,
+            speaker=config.speaker,
+            speaker_model=config.speaker_model,
+            recognition=config.recognition,
+            recognition_model=config.recognition_model,
+        )
+    )
     if missing and config.strict:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
     subject = _pairs(config) if config.pairs is not None else _codec(config)
@@ -138,21 +143,6 @@ def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
         print(printable(f"moss_train evaluate: passed over: {row.failure}"), file=sys.stderr)
     print(f"evaluate: {len(rows) - len(failed)} of {len(rows)} clips; {out / 'report.html'}")
     return 1 if failed else 0
-
-
-def _metrics(config: EvaluateConfig) -> dict[str, Metric]:
-    """The wanted metrics in the order of the published table."""
-    profile: Profile = PROFILES[config.profile]
-    published = config.speaker == "wavlm" or (config.speaker == "auto" and config.speaker_model is not None)
-    similarity: type[Ge2eSimilarity] | type[WavLMSimilarity] = WavLMSimilarity if published else Ge2eSimilarity
-    known: dict[str, Metric] = {
-        "speaker": similarity(config.speaker_model),
-        **native_metrics(profile),
-        **pitch_metrics(),
-        "recognition": choose_backend(config.recognition, config.recognition_model),
-        "dnsmos": Dnsmos(),
-    }
-    return {name: metric for name, metric in known.items() if name in config.metrics}
 
 
 def _codec(config: EvaluateConfig) -> Subject:

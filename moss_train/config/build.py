@@ -2,7 +2,7 @@
 
 Such a file may come from a stranger, so a name is looked up in a list and never searched for: for a name that is not
 listed nothing is imported and no attribute is read. The only other names are classes of packages that the user opened
-with `allow_package` in this process.
+in this process, as `plugins=[my_package]` on the command line or with `allow_package` in Python.
 """
 
 import difflib
@@ -63,14 +63,17 @@ def allow_package(name: str) -> None:
     modules that are imported by then are searched, and only for classes that they define.
 
     Raises:
-        UserError: there is no such package, or it cannot be imported.
+        UserError: there is no such package, it cannot be imported, or it belongs to Python or to moss_train.
     """
     if not all(part.isidentifier() for part in name.split(".")):
-        raise UserError(f"{name!r} is not the name of a Python package")
+        raise UserError(f"plugins: {name!r} is not the name of a Python package")
+    if not _may_be_own(name):
+        raise UserError(f"plugins: {name} is no package of your own, and its classes stay closed")
     try:
         importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"the package {name} cannot be imported: {_first_line(error)}") from error
+        hint = "install it, or put the folder that holds it on PYTHONPATH"
+        raise UserError(f"plugins: {name} cannot be imported ({_first_line(error)}): {hint}") from error
     _allowed_packages.add(name)
 
 
@@ -124,7 +127,11 @@ def resolve_target(name: Any, path: str = "") -> Callable[..., Any]:
         for package in sorted(_allowed_packages):
             if name.startswith(f"{package}."):
                 return _class_of_package(name, package, path)
-    raise UserError(f"{_place(path)}_target_ {name!r} is not allowed: use one of {', '.join(sorted(TARGETS))}")
+    package = name.partition(".")[0] if isinstance(name, str) and "." in name else ""
+    hint = f"use one of {', '.join(sorted(TARGETS))}"
+    if package.isidentifier() and _may_be_own(package) and package != "torch":
+        hint = f"if the package is your own, open it with plugins=[{package}]"
+    raise UserError(f"{_place(path)}_target_ {name!r} is not allowed: {hint}")
 
 
 def check_node(node: Mapping[str, Any], path: str = "", given: Mapping[str, Any] | None = None) -> None:
@@ -229,6 +236,11 @@ def _iterate_strings(node: Any, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(node, list | tuple):
         for value in node:
             yield from _iterate_strings(value, path)
+
+
+def _may_be_own(name: str) -> bool:
+    """Whether a package can be the user's; opening one of Python's would let a file start programs."""
+    return name.partition(".")[0] not in {*sys.stdlib_module_names, "moss_train"}
 
 
 def _place(path: str) -> str:

@@ -48,7 +48,7 @@ class ValidationConfig(Section):
     every_updates: Count = 1000
     max_clips: Count = 64
     levels: list[Count] | None = None
-    metrics: list[ValidationMetric] = field(default_factory=list)
+    metrics: list[ValidationMetric | Node] = field(default_factory=list)
     metrics_clips: Count = 8
     samples_every_updates: Count = 5000
     samples_clips: Count | None = 4
@@ -365,6 +365,9 @@ class FitConfig(Section):
     max_skipped_updates: Count = 3
     wandb: Literal["auto", "online", "offline"] | None = "auto"
     tensorboard: bool = False
+    plugins: list[str] = field(default_factory=list)
+    callbacks: list[Node] = field(default_factory=list)
+    loggers: list[Node] = field(default_factory=list)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     health: HealthConfig = field(default_factory=HealthConfig)

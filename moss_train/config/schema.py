@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Annotated, Literal
 
-from moss_train.config.fit_schema import EstimateConfig, FitConfig
+from moss_train.config.fit_schema import EstimateConfig, FitConfig, Node
 from moss_train.config.section import (
     Count,
     Fraction,
@@ -121,7 +121,7 @@ class EvaluateConfig(Section):
     clip_seconds: Annotated[float, at_least(0.1)] | None = None
     seed: NonNegative = 0
     profile: Literal["official", "dac24k"] = "official"
-    metrics: list[EvaluationMetric] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    metrics: list[EvaluationMetric | Node] = field(default_factory=lambda: list(DEFAULT_METRICS))
     speaker: Literal["auto", "ge2e", "wavlm"] = "auto"
     speaker_model: PathText | None = None
     recognition: Literal["auto", "faster_whisper", "whisper", "pocketsphinx"] = "auto"
@@ -136,6 +136,7 @@ class EvaluateConfig(Section):
     workers: NonNegative = 0
     precision: Literal["fp32", "bf16"] | None = None
     device: str = "auto"
+    plugins: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         given = [key for key in ("model", "codec", "pairs") if getattr(self, key) is not None]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moss_train.evaluation.metrics.base import Metric, Pair, score_pair
-from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip
+from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip, Rendition
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
@@ -77,6 +77,28 @@ def evaluate(
     return rows
 
 
+def score_renditions(
+    renditions: Sequence[Rendition],
+    metrics: Mapping[str, Metric],
+    labels: Mapping[str, str],
+    values: Mapping[Condition, Mapping[str, float]] | None = None,
+) -> tuple[ConditionRow, ...]:
+    """Score what was made of one clip.
+
+    Args:
+        renditions: of the clip, one for each condition.
+        metrics: by name.
+        labels: of the clip: its domain, text and language.
+        values: by condition, what is known already.
+    """
+    rows = []
+    for item in renditions:
+        scores = score_pair(metrics, Pair(item.reference, item.degraded, item.sampling_rate, labels))
+        known = (values or {}).get(item.condition, {})
+        rows.append(ConditionRow(item.condition, {**known, **scores.values}, scores.errors, scores.official))
+    return tuple(rows)
+
+
 def _render(
     clip: EvaluationClip, renderer: Reconstructor, results: Results, keep_audio_of: frozenset[str]
 ) -> tuple[str, ClipReconstructions | None, str | None]:
@@ -129,13 +151,13 @@ def _score_in_worker(task: _Task) -> ClipRow:
 
 
 def _score(task: _Task, metrics: Mapping[str, Metric]) -> ClipRow:
-    rows = [ConditionRow(condition, failure=reason) for condition, reason in task.failures.items()]
-    for condition, reference, degraded, rate in task.pairs:
-        pair = Pair(torch.from_numpy(reference), torch.from_numpy(degraded), rate, task.labels)
-        scores = score_pair(metrics, pair)
-        values = task.values.get(condition, {}) | scores.values
-        rows.append(ConditionRow(condition, values, scores.errors, scores.official))
-    return ClipRow(task.clip, task.domain, task.key, task.seconds, tuple(rows))
+    failed = [ConditionRow(condition, failure=reason) for condition, reason in task.failures.items()]
+    renditions = [
+        Rendition(condition, torch.from_numpy(reference), torch.from_numpy(degraded), rate)
+        for condition, reference, degraded, rate in task.pairs
+    ]
+    scored = score_renditions(renditions, metrics, task.labels, task.values)
+    return ClipRow(task.clip, task.domain, task.key, task.seconds, (*failed, *scored))
 
 
 @contextmanager

@@ -60,6 +60,20 @@ def summarize(
     return [row for row in table if row.num_clips]
 
 
+def mean_scores(
+    rows: Sequence[ClipRow], conditions: Sequence[Condition], columns: Sequence[Column]
+) -> dict[str, float]:
+    """Return means by `domain/key/levels`, such as `speech/stoi/8`, and those of all domains, even of a single one."""
+    table = summarize(rows, conditions, columns)
+    is_one_domain = len({row.domain for row in table}) == 1
+    return {
+        f"{domain}/{key}/{row.condition.num_quantizers}": estimate.mean
+        for row in table
+        for domain in ((ALL_DOMAINS, row.domain) if is_one_domain else (row.domain,))
+        for key, estimate in row.estimates.items()
+    }
+
+
 def _summary_row(
     domain: str, members: Sequence[ClipRow], condition: Condition, columns: Sequence[Column], policy: str, seed: int
 ) -> SummaryRow:

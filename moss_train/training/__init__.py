@@ -1,5 +1,5 @@
 """Joint training on Lightning: module, stages, objective, checkpoints, metrics."""
 
-from .module import CatModule
+from .module import CatModule, update_result
 
-__all__ = ["CatModule"]
+__all__ = ["CatModule", "update_result"]

@@ -28,8 +28,7 @@ from moss_train.evaluation.report.tables import comma_separated
 from moss_train.evaluation.report.write import Evaluation, make_table, write_outputs
 from moss_train.evaluation.results import ROWS_FILE, TIMES_FILE, Results, all_conditions
 from moss_train.evaluation.runner import evaluate
-from moss_train.evaluation.statistics import summarize
-from moss_train.evaluation.validation import validation_scores
+from moss_train.evaluation.statistics import mean_scores, summarize
 from moss_train.utils.errors import UserError
 
 PAIRS = Path(__file__).parents[1] / "data" / "metrics"
@@ -224,24 +223,24 @@ def test_other_settings_need_another_folder(tmp_path):
         Results(tmp_path, {"codec": "b", "levels": [1]})
 
 
-def test_validation_gives_the_means_of_the_table(tmp_path):
+def test_means_by_name_are_those_of_the_table(tmp_path):
     clips = [*small.tones(2), small.clip_of(small.tones(3)[2].read()[0], "s", "sound")]
-    scores = validation_scores(small.BitCodec(), clips, (1, 8), METRICS)
     evaluation, _ = run(tmp_path, clips)
-    rows = summarize(evaluation.rows, evaluation.conditions, evaluation.columns)
-    for row in rows:
-        if row.condition.num_quantizers in (1, 8):
-            for key, estimate in row.estimates.items():
-                assert scores.pop(f"{row.domain}/{key}/{row.condition.num_quantizers}") == estimate.mean
-    assert scores == {}
+    conditions = [condition for condition in evaluation.conditions if condition.num_quantizers is not None]
+    means = mean_scores(evaluation.rows, conditions, evaluation.columns)
+    for row in summarize(evaluation.rows, conditions, evaluation.columns):
+        for key, estimate in row.estimates.items():
+            assert means.pop(f"{row.domain}/{key}/{row.condition.num_quantizers}") == estimate.mean
+    assert means == {}
 
 
-def test_validation_of_one_domain_gives_the_means_of_all(tmp_path):
-    scores = validation_scores(small.BitCodec(), small.tones(2), (1, 8), METRICS)
-    domains = {name.split("/")[0] for name in scores}
+def test_means_of_one_domain_are_those_of_all(tmp_path):
+    evaluation, _ = run(tmp_path, small.tones(2))
+    means = mean_scores(evaluation.rows, evaluation.conditions, evaluation.columns)
+    domains = {name.split("/")[0] for name in means}
     assert len(domains) == 2
     assert "all" in domains
-    assert all(value == scores["/".join(["all", *name.split("/")[1:]])] for name, value in scores.items())
+    assert all(value == means["/".join(["all", *name.split("/")[1:]])] for name, value in means.items())
 
 
 def test_a_codec_that_fails_on_a_clip_is_a_failure_of_that_clip():

@@ -283,3 +283,13 @@ def test_name_that_does_not_exist():
 def test_iterate_targets_lists_parents_first():
     node = {"a": {"_target_": "x", "b": [{"_target_": "y"}]}, "c": 1}
     assert [path for path, _ in iterate_targets(node)] == ["a", "a.b.0"]
+
+
+@pytest.mark.parametrize("name", ["subprocess", "os.path", "moss_train", "moss_train.training"])
+def test_packages_of_python_and_of_ours_stay_closed(friend, name):
+    with pytest.raises(UserError, match="no package of your own"):
+        allow_package(name)
+    with pytest.raises(UserError) as caught:
+        resolve_target("subprocess.Popen", "loss")
+    assert "plugins=" not in str(caught.value)
+    assert allowed_packages() == ()

@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback
 
+from moss_train.config.build import build
 from moss_train.config.section import to_plain
 from moss_train.data.stream.sample_stats import StreamCounter
 from moss_train.data.stream.stream import AudioStream
 from moss_train.evaluation.metrics.base import split_available
-from moss_train.evaluation.validation import validation_metrics
+from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.training.callbacks.checkpoint import BestCheckpointKeeper, CheckpointWriter, check_metric
 from moss_train.training.callbacks.codebooks import CodebookMetrics, codebook_columns
 from moss_train.training.callbacks.health import HealthMonitor
@@ -32,7 +33,8 @@ from moss_train.training.step.objective import Objective
 from moss_train.utils.errors import UserError
 
 Node = Mapping[str, Any]
-KEYS = frozenset({"wandb", "tensorboard", "logging", "validation", "health"})
+Part = TypeVar("Part")
+KEYS = frozenset({"wandb", "tensorboard", "callbacks", "loggers", "logging", "validation", "health"})
 """What of a run's configuration is about watching it, and changes nothing of what is learned."""
 
 NO_VALIDATION = "no validation: give held-out audio as validation.data=<packed folders, folder or manifest>"
@@ -91,6 +93,7 @@ def build_callbacks(
         CodebookMetrics(run_log, window),
         build_fit(config, stream),
         *([] if plan is None else [build_validation(config, directory, stream, plan, run_log, checkpoints)]),
+        *build_own(config, "callbacks", Callback),
         checkpoints,
         Summary(directory, counter),
         clock,
@@ -98,7 +101,7 @@ def build_callbacks(
 
 
 def build_writers(config: Node, directory: Path, last: int, tables: Mapping[str, Sequence[str]]) -> list[Writer]:
-    """CSV files and the progress bar always, Weights & Biases and TensorBoard as configured."""
+    """CSV files and the progress bar always, Weights & Biases, TensorBoard and the user's own as configured."""
     writers: list[Writer] = [CsvWriter(directory / f"{name}.csv", columns) for name, columns in tables.items()]
     writers.append(ProgressWriter(last))
     every_updates = config["logging"]["every_updates"]
@@ -106,7 +109,16 @@ def build_writers(config: Node, directory: Path, last: int, tables: Mapping[str,
         writers.append(TensorBoardWriter(directory / "tensorboard", every_updates))
     if config["wandb"] is not None:
         writers.append(WandbWriter(directory, config["wandb"], every_updates, to_plain(config)))
-    return writers
+    return [*writers, *build_own(config, "loggers", Writer)]
+
+
+def build_own(config: Node, key: str, kind: type[Part]) -> list[Part]:
+    """Build the user's nodes under a key. Raises UserError for one that is of another kind."""
+    parts = [build(node, path=f"{key}.{number}") for number, node in enumerate(config[key])]
+    for node, part in zip(config[key], parts, strict=True):
+        if not isinstance(part, kind):
+            raise UserError(f"{key}: {node['_target_']} is no subclass of {kind.__module__}.{kind.__name__}")
+    return parts
 
 
 def plan_validation(
@@ -121,7 +133,7 @@ def plan_validation(
     levels = settings["levels"]
     if levels is not None and max(levels, default=0) > num_quantizers:
         raise UserError(f"validation.levels={levels}: the model has levels 1 to {num_quantizers}")
-    metrics, missing = split_available(validation_metrics(settings["metrics"]))
+    metrics, missing = split_available(build_metrics(settings["metrics"], "validation.metrics"))
     notices += [f"validation without {name}: {reason}" for name, reason in missing.items()]
     if settings["samples_clips"] and find_spec("matplotlib") is None:
         notices.append(NO_PICTURES)

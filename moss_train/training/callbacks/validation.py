@@ -14,8 +14,8 @@ from torch import Tensor
 from moss_train.evaluation.metrics.base import Metric, columns_of
 from moss_train.evaluation.reconstruct import Condition, Rendition, pcm16
 from moss_train.evaluation.results import ClipRow
-from moss_train.evaluation.statistics import ALL_DOMAINS
-from moss_train.evaluation.validation import mean_scores, score_renditions
+from moss_train.evaluation.runner import score_renditions
+from moss_train.evaluation.statistics import ALL_DOMAINS, mean_scores
 from moss_train.training.callbacks.checkpoint import BestCheckpointKeeper
 from moss_train.training.callbacks.codebooks import codebook_columns
 from moss_train.training.callbacks.samples import AudioSampleWriter
@@ -216,7 +216,8 @@ def score_clip(clip: HeldOutClip, made: Reconstruction, metrics: Mapping[str, Me
         for count, audio in made.audio.items()
     ]
     labels = {"domain": clip.domain} | ({} if clip.text is None else {"text": clip.text})
-    return score_renditions(clip.id, labels, clip.length / sampling_rate, pairs, metrics)
+    rows = score_renditions(pairs, metrics, labels)
+    return ClipRow(clip.id, clip.domain, clip.id, clip.length / sampling_rate, rows)
 
 
 def further_scores(plan: ValidationPlan, rows: Sequence[tuple[int, ClipRow]]) -> dict[str, float]:
@@ -225,4 +226,4 @@ def further_scores(plan: ValidationPlan, rows: Sequence[tuple[int, ClipRow]]) ->
         return {}
     everyone = sorted((item for items in gather_over_ranks(list(rows)) for item in items), key=lambda item: item[0])
     conditions = [Condition(SYSTEM, count) for count in plan.levels]
-    return mean_scores([row for _, row in everyone], conditions, plan.metrics)
+    return mean_scores([row for _, row in everyone], conditions, columns_of(plan.metrics))

@@ -50,7 +50,15 @@ LOCK_FILE = ".lock"
 LOCK_TIMEOUT_SECONDS = 10.0  # for processes of a killed run that have not noticed yet
 LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
 # What may differ between the parts of one run: it does not change what is learned.
-MUTABLE_KEYS = {"run_dir", "name", "stop_at_update", "trainer", "checkpoint", "allow_changes"} | observers.KEYS
+MUTABLE_KEYS = {
+    "run_dir",
+    "name",
+    "stop_at_update",
+    "trainer",
+    "checkpoint",
+    "allow_changes",
+    "plugins",
+} | observers.KEYS
 FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
 
 
@@ -229,6 +237,10 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
     if config["allow_changes"] or not path.exists():
         return
     begun = FitConfig.parse(known_keys(FitConfig, read_config(path)))
+    if closed := [name for name in begun.plugins if name not in config["plugins"]]:
+        raise UserError(
+            f"{directory} was started with plugins=[{','.join(closed)}]: give it again, or use another name="
+        )
     changes = differences(result_affecting(begun.to_plain()), result_affecting(config.to_plain()))
     if changes:
         raise UserError(

@@ -1,0 +1,71 @@
+"""The one list of metrics, from which `evaluate` and the validation of a run take theirs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moss_train.config.build import build
+from moss_train.evaluation.metrics.asr import choose_backend
+from moss_train.evaluation.metrics.base import Metric, columns_of
+from moss_train.evaluation.metrics.dnsmos import Dnsmos
+from moss_train.evaluation.metrics.pitch import pitch_metrics
+from moss_train.evaluation.metrics.signal import PROFILES, native_metrics
+from moss_train.evaluation.metrics.speaker import Ge2eSimilarity
+from moss_train.evaluation.metrics.speaker_wavlm import WavLMSimilarity
+from moss_train.utils.errors import UserError
+
+
+def build_metrics(
+    wanted: Sequence[str | Mapping[str, Any]],
+    path: str = "metrics",
+    *,
+    profile: str = "official",
+    speaker: str = "auto",
+    speaker_model: str | None = None,
+    recognition: str = "auto",
+    recognition_model: str | None = None,
+) -> dict[str, Metric]:
+    """Build metrics, in the order of the published table whatever that of `wanted` is, the user's own after them.
+
+    Args:
+        wanted: names, and `_target_` nodes of the user's classes. `text_model` is passed over: it is measured where the
+            codes are made (see `TextCrossEntropy`).
+        path: of `wanted` in the configuration, for errors.
+        profile, speaker, speaker_model, recognition, recognition_model: see configs/evaluate.yaml.
+
+    Returns:
+        Metrics by name; one of the user's has the name of its class.
+
+    Raises:
+        UserError: a node that cannot be built, is no metric, or has a column that another one has.
+    """
+    known: dict[str, Metric] = {
+        "speaker": _speaker_metric(speaker, speaker_model),
+        **native_metrics(PROFILES[profile]),
+        **pitch_metrics(),
+        "recognition": choose_backend(recognition, recognition_model),
+        "dnsmos": Dnsmos(),
+    }
+    metrics = {name: metric for name, metric in known.items() if name in wanted}
+    for number, node in enumerate(wanted):
+        if not isinstance(node, str):
+            place = f"{path}.{number}"
+            _add_own(metrics, build(node, path=place), place)
+    return metrics
+
+
+def _speaker_metric(name: str, model: str | None) -> Metric:
+    """Return the published similarity when its weights are given, else the one that needs none."""
+    is_published = name == "wavlm" or (name == "auto" and model is not None)
+    return WavLMSimilarity(model) if is_published else Ge2eSimilarity(model)
+
+
+def _add_own(metrics: dict[str, Metric], metric: Any, path: str) -> None:
+    """Add a metric of the user's after checking that it is one and that its columns are new."""
+    name = type(metric).__name__
+    lacking = [key for key in ("columns", "description", "missing", "score") if not hasattr(metric, key)]
+    if lacking:
+        raise UserError(f"{path}: {name} is no metric, it has no {', '.join(lacking)}")
+    taken = {column.key for column in columns_of(metrics)}
+    if again := sorted({column.key for column in metric.columns} & taken):
+        raise UserError(f"{path}: {name} has the column {again[0]!r}, which another metric has")
+    metrics[name] = metric
