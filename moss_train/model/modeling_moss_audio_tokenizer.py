@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -277,7 +278,8 @@ class MossAudioTokenizerModel(LatentCodec):
     @classmethod
     def _config_of_part(cls, source: Any, part: str, options: dict[str, Any]) -> MossAudioTokenizerConfig:
         config = options.get("config")
-        if not isinstance(config, MossAudioTokenizerConfig):
+        # Not isinstance of this configuration: AutoConfig of transformers 5.24 has imported a copy of its file.
+        if config is None or isinstance(config, str | PathLike):
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             location = {name: options[name] for name in names if name in options}
             config = cls.config_class.from_pretrained(source if config is None else config, **location)

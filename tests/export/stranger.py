@@ -1,70 +1,86 @@
 """Use an exported folder with torch and transformers alone; started by test_transformers_versions.py.
 
-Arguments: a folder or a repository name, a folder with what to expect, a folder to save to.
+Arguments: the folder, the same as a repository in the hub's cache, a file with what to expect, a folder to save to.
+Prints the version of transformers.
 """
 
 import sys
 
 sys.modules["moss_train"] = None  # type: ignore[assignment]  # any import of it fails
 
-from pathlib import Path  # noqa: E402
-
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModel  # noqa: E402
+from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, pipeline  # noqa: E402
 
-name, expected_path, out = sys.argv[1:]
+folder, repository, expected_path, out = sys.argv[1:]
 expected = load_file(expected_path)
-audio, codes = expected["audio"], expected["codes"]
+audio, codes, decoded = expected["audio"], expected["codes"], expected["decoded"]
 
 
 def load(source: str, **options: object) -> torch.nn.Module:
     return AutoModel.from_pretrained(source, trust_remote_code=True, **options).eval()
 
 
-def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Rounding decides ties: now and then a code differs, and with it the later levels of its frame."""
-    return found.shape == wanted.shape and float((found == wanted).float().mean()) > 0.95
+def check_codes(found: object, wanted: torch.Tensor, equal: float = 1.0) -> None:
+    """Compare codes. Weights and torch are those that made the expected ones, so a whole clip gives the same bits.
+
+    Other shapes of the same computation (chunks, padded batches) may round differently; a tie then falls the other
+    way, and with it the later levels of its frame. 0.99 is what test vectors allow another installation, too.
+    """
+    found = torch.as_tensor(found)
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    fraction = float((found == wanted).float().mean())
+    assert fraction >= equal, f"{fraction:.4f} of the codes are equal, expected {equal}"
 
 
-model = load(name)
-assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
-assert same(model.encode(audio).audio_codes, codes)
+def check_audio(found: torch.Tensor) -> None:
+    torch.testing.assert_close(found, decoded, atol=1e-5, rtol=1e-4)
+
+
+def check_other_classes(source: str, model: torch.nn.Module) -> None:
+    """Load everything besides AutoModel that the folder names, and compare the codes it leads to."""
+    clips = [audio[0, 0].numpy(), audio[0, 0, : audio.shape[2] // 2].numpy()]
+    for kind in (AutoFeatureExtractor, AutoProcessor):
+        prepare = kind.from_pretrained(source, trust_remote_code=True)
+        features = prepare(clips, sampling_rate=model.config.sampling_rate)
+        assert features["input_values"].shape == (2, 1, len(clips[0]))
+        assert features["padding_mask"].sum(dim=1).tolist() == [len(clip) for clip in clips]
+    encoded = model.encode(**features)
+    check_codes(encoded.audio_codes[:, 0], codes[:, 0], 0.99)
+    assert encoded.audio_codes_lengths[1] == -(-len(clips[1]) // model.config.downsample_rate)
+    extractor = pipeline("feature-extraction", model=source, trust_remote_code=True)
+    check_codes(extractor(clips[0]), codes[:, 0])
+    if hasattr(transformers, "AutoModelForAudioTokenization"):
+        tokenizer = transformers.AutoModelForAudioTokenization.from_pretrained(source, trust_remote_code=True)
+        check_codes(tokenizer.eval().encode(audio).audio_codes, codes)
+
+
+for source in (folder, repository):
+    model = load(source)
+    assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+    check_codes(model.encode(audio).audio_codes, codes)
+    check_audio(model.decode(codes).audio)
+    decoder = load(source, part="decoder")
+    check_audio(decoder.decode(codes).audio)
+    assert not decoder.encoder
+    check_other_classes(source, model)
+
 frame = model.config.downsample_rate / model.config.sampling_rate
-assert same(model.encode(audio, chunk_duration=frame).audio_codes, codes)
-assert same(model.stream().encode(audio)[0], codes)
-torch.testing.assert_close(model.decode(codes).audio, expected["decoded"], atol=1e-5, rtol=1e-4)
+check_codes(model.encode(audio, chunk_duration=frame).audio_codes, codes, 0.99)
+check_codes(model.stream().encode(audio)[0], codes, 0.99)
 
-half = load(name, dtype=torch.bfloat16)
+half = load(folder, dtype=torch.bfloat16)
 assert half.dtype == torch.bfloat16
 assert half.quantizer.quantizers[0].codebook.weight.dtype == torch.float32
 assert half.decode(codes).audio.isfinite().all()
 
-decoder = load(name, part="decoder")
-torch.testing.assert_close(decoder.decode(codes).audio, model.decode(codes).audio, atol=1e-5, rtol=1e-4)
-assert not decoder.encoder
-
-general = load(name, attn_implementation="sdpa")
+general = load(folder, attn_implementation="sdpa")
 assert not general.encoder[1].transformer.layers[0].self_attn.flash
 
 model.save_pretrained(out)
 again = load(out)
-assert same(again.encode(audio).audio_codes, codes)
-
-if (Path(name) / "preprocessor_config.json").exists() or "/" in name:
-    from transformers import AutoFeatureExtractor, AutoProcessor, pipeline
-
-    clips = [audio[0, 0].numpy(), audio[0, 0, : audio.shape[2] // 2].numpy()]
-    for kind in (AutoFeatureExtractor, AutoProcessor):
-        features = kind.from_pretrained(name, trust_remote_code=True)(clips, sampling_rate=model.config.sampling_rate)
-        encoded = model.encode(**features)
-        assert same(encoded.audio_codes[:, 0], codes[:, 0])
-        assert encoded.audio_codes_lengths[1] == -(-len(clips[1]) // model.config.downsample_rate)
-    extractor = pipeline("feature-extraction", model=name, trust_remote_code=True)
-    assert same(extractor(clips[0]), codes[:, 0])
-    if hasattr(transformers, "AutoModelForAudioTokenization"):
-        tokenizer = transformers.AutoModelForAudioTokenization.from_pretrained(name, trust_remote_code=True)
-        assert same(tokenizer.eval().encode(audio).audio_codes, codes)
+check_codes(again.encode(audio).audio_codes, codes)
+check_audio(again.decode(codes).audio)
 
 print(transformers.__version__)

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from moss_train.cli.main import main
@@ -75,34 +76,32 @@ def exported(tmp_path_factory) -> Path:
     return home
 
 
-def use(python: Path, exported: Path, name: str, tmp_path: Path) -> str:
+def use(python: Path, exported: Path, tmp_path: Path) -> str:
+    """Run stranger.py in an environment and return the version of transformers that it says it used."""
     script = Path(__file__).with_name("stranger.py")
     variables = {
         "HF_HUB_CACHE": str(exported / "hub"),
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as here: other sums of parts round differently
         "PATH": "",
     }
-    command = [python, script, name, exported / "expected.safetensors", tmp_path / "saved"]
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600)
+    folders = [exported / "my-tokenizer", "owner/my-tokenizer", exported / "expected.safetensors", tmp_path / "saved"]
+    done = subprocess.run([python, script, *folders], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]
     return done.stdout.split()[-1]
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", PINNED)
 def test_an_export_works_in_the_versions_that_users_pin(version, exported, tmp_path):
-    assert use(environment(version), exported, "owner/my-tokenizer", tmp_path) == version
+    assert use(environment(version), exported, tmp_path) == version
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("layout", ["folder", "cache"])
-@pytest.mark.parametrize("version", [*PINNED, lower_bound(), importlib.metadata.version("transformers"), "newest"])
-def test_an_export_works_in_every_version(version, layout, exported, tmp_path):
-    name = str(exported / "my-tokenizer") if layout == "folder" else "owner/my-tokenizer"
-    used = use(environment(version), exported, name, tmp_path)
-    assert version in (used, "newest")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("version", [lower_bound(), importlib.metadata.version("transformers"), "newest"])
+def test_an_export_works_in_later_versions(version, exported, tmp_path):
+    assert version in (use(environment(version), exported, tmp_path), "newest")
