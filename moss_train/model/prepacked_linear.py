@@ -42,7 +42,7 @@ class CastLinearOps(LinearOps):
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self.weights: dict[nn.Module, Tensor] = {}
         for part in module.modules():
-            if isinstance(part, nn.Linear) and part.bias is None:
+            if isinstance(part, nn.Linear) and part.bias is None and part.weight.device.type != "meta":
                 self.weights[part] = part.weight.detach().to(dtype)
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:

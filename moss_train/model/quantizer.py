@@ -132,8 +132,8 @@ class FoldedQuantizer:
 
     def __init__(self, quantizer: ResidualLFQ) -> None:
         levels = cast(list[LFQ], list(quantizer.quantizers))
-        device = levels[0].codebook.weight.device.type
-        with torch.no_grad(), fetched(quantizer), torch.autocast(device, enabled=False):
+        rows = levels[0].codebook  # its device is known once its weight is there
+        with torch.no_grad(), fetched(quantizer), torch.autocast(rows.weight.device.type, enabled=False):
             self.project_in, self.project_out = folded(quantizer.input_proj), folded(quantizer.output_proj)
             in_weight, in_bias = map(torch.stack, zip(*(folded(level.in_proj) for level in levels), strict=True))
             out_weight, out_bias = map(torch.stack, zip(*(folded(level.out_proj) for level in levels), strict=True))

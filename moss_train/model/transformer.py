@@ -133,12 +133,12 @@ class ProjectedTransformer(nn.Module):
     def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
         """[B, T, input_dimension] -> [B, T, output_dimension]."""
         linear = LinearOps() if state is None else state.linears
-        with float32_math(self.input_proj, self.takes_audio) as precise:
+        with float32_math(self.input_proj, x, self.takes_audio) as precise:
             x = linear(self.input_proj, x.float() if precise else x)
         if state is None and torch.is_autocast_enabled(x.device.type):
             x = x.float()  # as behind every layer, so that all layers are the same graph to a compiler
         x = self.transformer(x, state, num_frames)
-        with float32_math(self.output_proj, self.makes_audio) as precise:
+        with float32_math(self.output_proj, x, self.makes_audio) as precise:
             return linear(self.output_proj, x.float() if precise else x)
 
     def new_state(
@@ -152,10 +152,10 @@ class ProjectedTransformer(nn.Module):
             pack: reorder the linear weights, as they are now, for many short chunks (see `PrepackedLinearOps`).
         """
         layers, heads = self.transformer.layers, self.transformer.num_heads
-        weight = next(layers.parameters())
+        weight, device = next(layers.parameters()), device_of(layers)
         shape = (batch_size, self.window + longest_step, 2 * heads, self.d_model // heads)
-        rings = [weight.new_zeros(shape, dtype=dtype) for _ in layers]
-        position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        rings = [weight.new_zeros(shape, dtype=dtype, device=device) for _ in layers]
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         if dtype is not None and dtype != weight.dtype and not torch.is_grad_enabled():
             return StageState(position, rings, self.window, CastLinearOps(self, dtype))
         return StageState(position, rings, self.window, self._prepacked_linears() if pack else LinearOps())
@@ -169,14 +169,24 @@ class ProjectedTransformer(nn.Module):
 
 
 @contextmanager
-def float32_math(module: nn.Module, wanted: bool) -> Iterator[bool]:
-    """Switch autocast off for a module with float32 weights if that is wanted; yields whether it did."""
+def float32_math(module: nn.Module, x: Tensor, wanted: bool) -> Iterator[bool]:
+    """Switch autocast off for a module with float32 weights and its input if that is wanted; yields whether it did."""
     weight = next(module.parameters(), None)
     if not wanted or weight is None or weight.dtype != torch.float32:
         yield False
         return
-    with torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         yield True
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module computes: accelerate keeps offloaded weights on "meta" between calls."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((place for place in places if place is not None), device))
 
 
 def projection(input_dimension: int, output_dimension: int) -> nn.Module:

@@ -30,25 +30,29 @@ def lower_bound() -> str:
     return next(re.sub(r"transformers>=(\d+\.\d+)$", r"\1.0", name) for name in declared if "transformers" in name)
 
 
-def environment(version: str) -> Path:
-    """Make the environment with a version of transformers and return its Python; torch comes from this one."""
-    folder = Path(sys.prefix) / "transformers" / version
+def environment(name: str, *packages: str) -> Path:
+    """Make an environment with some packages and return its Python; everything else comes from this one."""
+    folder = Path(sys.prefix) / "transformers" / name
     python = folder / "bin" / "python"
     if (folder / "complete").exists():
         return python
     shutil.rmtree(folder, ignore_errors=True)
     uv = Path(sys.executable).with_name("uv")
-    requirement = "transformers" if version == "newest" else f"transformers=={version}"
     subprocess.run([uv, "venv", "-q", "--python", sys.executable, folder], check=True)
     site = folder / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
     (site / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    command = [uv, "pip", "install", "-q", "--python", python, requirement, "numpy", "safetensors"]
+    command = [uv, "pip", "install", "-q", "--python", python, *packages]
     limits = {"UV_HTTP_TIMEOUT": "60", "UV_HTTP_RETRIES": "0"}
     done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, timeout=300)
     if done.returncode:
-        pytest.skip(f"transformers {version} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"{name}: cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     (folder / "complete").touch()
     return python
+
+
+def with_transformers(version: str) -> Path:
+    requirement = "transformers" if version == "newest" else f"transformers=={version}"
+    return environment(version, requirement, "numpy", "safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -76,32 +80,45 @@ def exported(tmp_path_factory) -> Path:
     return home
 
 
-def use(python: Path, exported: Path, tmp_path: Path) -> str:
-    """Run stranger.py in an environment and return the version of transformers that it says it used."""
-    script = Path(__file__).with_name("stranger.py")
+def use(python: Path, script: str, exported: Path, tmp_path: Path, *arguments: str | Path) -> str:
+    """Run a script of this folder in an environment and return the last word that it prints."""
     variables = {
         "HF_HUB_CACHE": str(exported / "hub"),
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as here: other sums of parts round differently
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as here: other partial sums round differently
         "PATH": "",
     }
-    folders = [exported / "my-tokenizer", "owner/my-tokenizer", exported / "expected.safetensors", tmp_path / "saved"]
-    done = subprocess.run([python, script, *folders], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    command = [python, Path(__file__).with_name(script), exported / "my-tokenizer", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]
     return done.stdout.split()[-1]
+
+
+def version_used(version: str, exported: Path, tmp_path: Path) -> str:
+    arguments = ["owner/my-tokenizer", exported / "expected.safetensors", tmp_path / "saved"]
+    return use(with_transformers(version), "stranger.py", exported, tmp_path, *arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", PINNED)
 def test_an_export_works_in_the_versions_that_users_pin(version, exported, tmp_path):
-    assert use(environment(version), exported, tmp_path) == version
+    assert version_used(version, exported, tmp_path) == version
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", [lower_bound(), importlib.metadata.version("transformers"), "newest"])
 def test_an_export_works_in_later_versions(version, exported, tmp_path):
-    assert version in (use(environment(version), exported, tmp_path), "newest")
+    assert version in (version_used(version, exported, tmp_path), "newest")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_weights_of_an_export_may_stay_on_disk(exported, tmp_path):
+    """Install without dependencies, as those of accelerate name torch, which comes from this environment."""
+    python = environment("accelerate", "--no-deps", "accelerate", "psutil")
+    places = use(python, "offloaded.py", exported, tmp_path, exported / "expected.safetensors", tmp_path / "offload")
+    assert places == "cpu,disk"
