@@ -43,9 +43,12 @@ def environment(name: str, *packages: str) -> Path:
     (site / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
     command = [uv, "pip", "install", "-q", "--python", python, *packages]
     limits = {"UV_HTTP_TIMEOUT": "60", "UV_HTTP_RETRIES": "0"}
-    done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"{name}: cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    try:
+        subprocess.run(command, env=os.environ | limits, check=True, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{name}: cannot be installed within 300 s")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"{name}: cannot be installed: {error.stderr.strip().splitlines()[-1]}")
     (folder / "complete").touch()
     return python
 
