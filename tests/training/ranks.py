@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,14 +35,20 @@ class KeptGradients:
 
 
 def gradients(
-    arguments: Mapping[str, Any], batch: UpdateBatch, number: int, mesh: DeviceMesh | None = None
+    arguments: Mapping[str, Any],
+    batch: UpdateBatch,
+    number: int,
+    mesh: DeviceMesh | None = None,
+    half: torch.autocast | None = None,
 ) -> tuple[dict, dict[str, float]]:
     """Gradients of update `number` by parameter name, and its numbers; summed over the ranks when there are some.
 
-    Given a mesh the large networks are sharded over it.
+    Given a mesh the large networks are sharded over it. Given an autocast the update runs inside it, and sharded linear
+    weights are gathered in bfloat16, as in a run with `bf16-mixed`.
     """
     module = CatModule(**arguments)
     module._device_mesh = mesh
+    module.gather_dtype = None if half is None else torch.bfloat16
     module.configure_model()
     assert (module.shards is None) == (mesh is None)
     moment = module.schedule.at(number)
@@ -55,14 +62,21 @@ def gradients(
         return {"clips": float(sum(micro.num_clips for micro in batch.micro_batches))}
 
     def backward(loss: torch.Tensor, **options: Any) -> None:
-        loss.backward(**options)
+        with torch.autocast("cpu", enabled=False):  # as `CatModule.manual_backward`
+            loss.backward(**options)
 
-    result = run_update(
-        module.networks, module.objective, groups, backward, batch, moment, contribute, measure_shares=True
-    )
+    with half or nullcontext():
+        result = run_update(
+            module.networks, module.objective, groups, backward, batch, moment, contribute, measure_shares=True
+        )
     numbers = result.metrics | result.sums | {f"output/{name}": norm for name, norm in result.output_norms.items()}
     found = {name: full_tensor(p.grad) for name, p in module.named_parameters() if p.grad is not None}
     return found, numbers
+
+
+def bfloat16(keeps_casts: bool) -> torch.autocast:
+    """Mixed precision that keeps the weights it cast until it ends, or casts them at each use, as Lightning's does."""
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps_casts)
 
 
 def main(folder: Path, rank: int, world_size: int) -> None:
@@ -74,6 +88,12 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     for name, mesh in (("replicated", None), ("sharded", sharded)):
         results = [gradients(work["arguments"], batches[rank], number, mesh) for batches, number in work["cases"]]
         torch.save(results, folder / f"{name}{rank}.pt")
+        for keeps_casts in (True,) if mesh is None else (False, True):
+            results = [
+                gradients(work["arguments"], batches[rank], number, mesh, bfloat16(keeps_casts))
+                for batches, number in work["half_cases"]
+            ]
+            torch.save(results, folder / f"{name}_half_{keeps_casts}{rank}.pt")
 
 
 if __name__ == "__main__":

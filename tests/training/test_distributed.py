@@ -105,14 +105,37 @@ def cases(update) -> list[tuple[UpdateBatch, list[bool], int]]:
 
 
 @pytest.fixture(scope="module")
-def folder(update, cases, tmp_path_factory) -> Path:
+def half_cases(update) -> list[tuple[tuple[UpdateBatch, UpdateBatch], int]]:
+    """What each of two ranks has, micro-batches of one clip, and the number of the update.
+
+    One to three micro-batches, with text or without; at last three on one rank and one on the other.
+    """
+    _, batch = update
+    clips = [pick(micro, [i]) for micro in batch.micro_batches for i in range(micro.num_clips)]
+    spoken = sorted((clip for clip in clips if clip.text_lengths[0]), key=lambda clip: clip.audio.shape[-1])[:2]
+    silent = sorted((clip for clip in clips if not clip.text_lengths[0]), key=lambda clip: clip.audio.shape[-1])[:2]
+    assert len(spoken) == len(silent) == 2
+
+    def some(clips: list[Batch], count: int) -> UpdateBatch:
+        return replace(batch, micro_batches=tuple(clips[i % 2] for i in range(count)))
+
+    even = [(some(kind, count), some(kind[::-1], count)) for kind, count in ((spoken, 1), (silent, 2), (spoken, 2))]
+    return [(parts, 5) for parts in [*even, (some(spoken, 3), some(silent, 3)), (some(spoken, 3), some(silent, 1))]]
+
+
+@pytest.fixture(scope="module")
+def folder(update, cases, half_cases, tmp_path_factory) -> Path:
     """What two processes found, both with copies of everything and sharded."""
     folder = tmp_path_factory.mktemp("ranks")
-    work = {"arguments": update[0], "cases": [(split(whole, first), number) for whole, first, number in cases]}
+    work = {
+        "arguments": update[0],
+        "cases": [(split(whole, first), number) for whole, first, number in cases],
+        "half_cases": half_cases,
+    }
     torch.save(work, folder / "work.pt")
     command = [sys.executable, ranks.__file__, str(folder)]
     processes = [subprocess.Popen([*command, str(rank), "2"]) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     return folder
 
 
@@ -133,3 +156,23 @@ def test_two_processes_give_the_gradients_of_one(update, cases, folder, strategy
                 assert found_numbers[name] == pytest.approx(numbers[name], rel=1e-4), name
             assert found_numbers["clips"] == sum(micro.num_clips for micro in whole.micro_batches)
     assert not any(name.startswith("semantic.") for name in results[0][5][0])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("strategy", "keeps_casts"), [("replicated", True), ("sharded", False), ("sharded", True)])
+def test_two_processes_give_the_gradients_of_one_in_bfloat16(update, half_cases, folder, strategy, keeps_casts):
+    """Where autocast keeps the weights it cast, FSDP2 by itself adds the last micro-batch's gradients one update late.
+
+    The difference was 77 % of the norm; it is that of float32 sums in another order.
+    """
+    results = [torch.load(folder / f"{strategy}_half_{keeps_casts}{rank}.pt") for rank in range(2)]
+    # A kept weight that one pass uses twice sums its gradients in bfloat16; sharded weights are never kept.
+    half = ranks.bfloat16(keeps_casts and strategy == "replicated")
+    for (parts, number), *both in zip(half_cases, *results, strict=True):
+        together = replace(parts[0], micro_batches=(*parts[0].micro_batches, *parts[1].micro_batches))
+        expected, numbers = ranks.gradients(update[0], together, number, half=half)
+        for found, found_numbers in both:
+            assert found.keys() == expected.keys()
+            errors = network_errors(found, expected)
+            assert max(errors.values()) < 1e-4, errors
+            assert found_numbers["loss/generator"] == pytest.approx(numbers["loss/generator"], rel=1e-6)
