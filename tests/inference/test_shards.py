@@ -1,7 +1,12 @@
 """Corpora to codes and back: the codes of a single clip, kills, damage, several processes."""
 
 import importlib.util
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -156,3 +161,47 @@ def test_damaged_codes_are_refused(codes: Path, tmp_path: Path) -> None:
     shard.write_bytes(content[:-512])
     with pytest.raises(UserError, match="is missing or has not the"):
         CodeShards(copy)
+
+
+WAITS = """
+import multiprocessing, sys, time
+from pathlib import Path
+import torch
+from moss_train.inference import shards
+
+if __name__ == "__main__":
+    job = shards.EncodeJob(sys.argv[1], Path(sys.argv[2]), None, None, batch_seconds=20.0)
+    encoding = shards._on_devices(job, [0], [torch.device("cpu")], Path(sys.argv[3]))
+    next(encoding)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.processes
+def test_no_process_outlives_a_killed_parent(packed: Path, model: Path, tmp_path: Path) -> None:
+    """Each holds a GPU, and nobody would be left to end it."""
+    (tmp_path / "waits.py").write_text(WAITS)
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, str(tmp_path / "waits.py"), str(model), str(packed), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        children = [int(word) for word in parent.stdout.readline().split()]
+        found = [is_alive(child) for child in children]
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and any(map(is_alive, children)):
+        time.sleep(0.1)
+    left = [child for child in children if is_alive(child)]
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+    assert found == [True]
+    assert left == []
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
