@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from moss_train import load_config
 from moss_train.batch import Batch, UpdateBatch
+from moss_train.config.fit_schema import FitConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import split_by_length
 from moss_train.training.cost.flop_counter import FlopCounter
@@ -93,44 +94,50 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-def cases(options: argparse.Namespace, config: dict[str, Any]) -> Iterator[Case]:
+def cases(options: argparse.Namespace, config: FitConfig) -> Iterator[Case]:
     """Every wanted combination; on shards the clips are those of the data."""
     languages = {"both": (False, True), "with": (True,), "without": (False,)}[options.lm]
-    for stage in options.stages or [stage["name"] for stage in config["stages"]]:
-        for with_lm in languages if config["semantic"] is not None else (False,):
+    for stage in options.stages or [stage.name for stage in config.stages]:
+        for with_lm in languages if config.semantic is not None else (False,):
             for clips in ["0"] if options.shards else options.clips:
                 shortest, _, longest = clips.partition("-")
                 yield Case(stage, with_lm, float(shortest), float(longest or shortest))
 
 
-def case_config(config: dict[str, Any], case: Case, options: argparse.Namespace) -> dict[str, Any]:
+def case_config(config: FitConfig, case: Case, options: argparse.Namespace) -> FitConfig:
     """The run's configuration with one stage alone, in its full swing from the first update."""
-    by_name = {stage["name"]: stage for stage in config["stages"]}
+    by_name = {stage.name: stage for stage in config.stages}
     if case.stage not in by_name:
         raise SystemExit(f"--stages {case.stage}: {options.experiment} has {', '.join(by_name)}")
-    data = dict(config["data"], train=options.shards or [])
-    data["micro_batch_seconds"] = options.micro_batch_seconds or data["micro_batch_seconds"]
-    no_warmup = {"warmup_updates": 0, "discriminator_warmup_updates": 0}
-    stage = {**by_name[case.stage], **no_warmup, "updates": options.updates + 2}
-    stage["batch_seconds"] = data["micro_batch_seconds"] * options.micro_batches
-    return {**config, "stages": [stage], "data": data, "semantic": config["semantic"] if case.with_lm else None}
+    seconds = options.micro_batch_seconds or config.data.micro_batch_seconds
+    stage = by_name[case.stage].replace(
+        warmup_updates=0,
+        discriminator_warmup_updates=0,
+        updates=options.updates + 2,
+        batch_seconds=seconds * options.micro_batches,
+    )
+    return config.replace(
+        stages=[stage],
+        data=config.data.replace(train=options.shards or [], micro_batch_seconds=seconds),
+        semantic=config.semantic if case.with_lm else None,
+    )
 
 
-def synthetic_updates(config: dict[str, Any], case: Case, module: CatModule) -> list[UpdateBatch]:
+def synthetic_updates(config: FitConfig, case: Case, module: CatModule) -> list[UpdateBatch]:
     """One update, as often as needed: noise, random texts of read speech's length, everything drawn with one seed."""
-    stage = config["stages"][0]
+    stage = config.stages[0]
     rate, hop = module.tokenizer.sampling_rate, module.tokenizer.config.downsample_rate
     draw = np.random.default_rng(0)
-    count = max(1, round(stage["batch_seconds"] / ((case.shortest + case.longest) / 2)))
+    count = max(1, round(stage.batch_seconds / ((case.shortest + case.longest) / 2)))
     lengths = np.sort((draw.uniform(case.shortest, case.longest, count) * rate).astype(np.int64))[::-1]
-    data = config["data"]
-    groups = split_by_length(lengths, round(data["micro_batch_seconds"] * rate), data["min_length_ratio"])
+    data = config.data
+    groups = split_by_length(lengths, round(data.micro_batch_seconds * rate), data.min_length_ratio)
     vocabulary = 0 if module.semantic is None else module.semantic.text.vocab_size
     channels = module.tokenizer.config.number_channels
     batches = tuple(
         synthetic_batch(lengths[group.start : group.stop], rate, hop, channels, vocabulary) for group in groups
     )
-    return [UpdateBatch(batches, number, 0, ()) for number in range(stage["updates"])]
+    return [UpdateBatch(batches, number, 0, ()) for number in range(stage.updates)]
 
 
 def synthetic_batch(lengths: np.ndarray, rate: int, hop: int, channels: int, vocabulary: int) -> Batch:
@@ -251,14 +258,14 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(config: dict[str, Any], case: Case, options: argparse.Namespace) -> Result:
+def measure(config: FitConfig, case: Case, options: argparse.Namespace) -> Result:
     """Run one case; what it cannot do (out of memory, say) becomes its failure."""
     profile_path = None if options.profile is None else options.profile / f"{case.label.replace(' | ', '-')}.txt"
     meter = Meter(options.updates, profile_path)
     try:
         settings = case_config(config, case, options)
-        accelerator = choose_accelerator(settings["trainer"]["accelerator"])
-        trainer = build_trainer({**settings["trainer"], "devices": 1}, accelerator, [meter])
+        accelerator = choose_accelerator(settings.trainer.accelerator)
+        trainer = build_trainer(settings.trainer.replace(devices=1), accelerator, [meter])
         with torch.device(accelerator):  # a CPU takes half a minute to draw the weights of cat_1b6 (estimate)
             module = CatModule(**module_arguments(settings))
         prepare(module, settings)
@@ -276,22 +283,20 @@ def measure(config: dict[str, Any], case: Case, options: argparse.Namespace) -> 
         torch.cuda.empty_cache()
 
 
-def updates_of(
-    config: dict[str, Any], case: Case, module: CatModule, options: argparse.Namespace
-) -> Iterable[UpdateBatch]:
+def updates_of(config: FitConfig, case: Case, module: CatModule, options: argparse.Namespace) -> Iterable[UpdateBatch]:
     """Synthetic updates, or those of the packed folders, read by the experiment's number of workers."""
     if not options.shards:
         updates = synthetic_updates(config, case, module)
         return DataLoader(updates, batch_size=None, collate_fn=unchanged, pin_memory=torch.cuda.is_available())
-    stage = config["stages"][0]
+    stage = config.stages[0]
     return make_loader(
         open_stream(config, module.tokenizer.config),
         text_encoder=None if module.semantic is None else module.semantic.text,
         position=0,
-        updates=[(number, stage["batch_seconds"]) for number in range(stage["updates"])],
-        micro_batch_seconds=config["data"]["micro_batch_seconds"],
-        max_text_tokens=config["data"]["max_text_tokens"],
-        num_workers=config["data"]["num_workers"],
+        updates=[(number, stage.batch_seconds) for number in range(stage.updates)],
+        micro_batch_seconds=config.data.micro_batch_seconds,
+        max_text_tokens=config.data.max_text_tokens,
+        num_workers=config.data.num_workers,
     )
 
 

@@ -16,7 +16,6 @@ of wall-clock on a GPU, of CPU time of the process on a CPU, where other load mu
 import argparse
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from transformers.models.mimi.modeling_mimi import (
 )
 
 from moss_train import load_config
+from moss_train.config.fit_schema import FitConfig
 from moss_train.evaluation.per_level import DepthReport, depth_report, quarter_depths
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.training.module import CatModule
@@ -123,19 +123,19 @@ def mimi_halves(cat: MossAudioTokenizerModel, size: str) -> tuple[nn.Module, nn.
 PEERS = {"cat": None, "dac": dac_halves, "mimi": mimi_halves}
 
 
-def build_module(config: Mapping[str, Any], system: str, size: str) -> CatModule:
+def build_module(config: FitConfig, system: str, size: str) -> CatModule:
     """The training module of a system, from the same random weights on every call."""
     module = CatModule(**module_arguments(config))
     halves = PEERS[system]
     if halves is not None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config["seed"])
+            torch.manual_seed(config.seed)
             module.tokenizer = PeerTokenizer(module.tokenizer, *halves(module.tokenizer, size))  # type: ignore[assignment]
     return module
 
 
-def shorten(config: dict[str, Any], updates: int) -> dict[str, Any]:
-    return {**config, "stages": shortened(config["stages"], updates)}
+def shorten(config: FitConfig, updates: int) -> FitConfig:
+    return config.replace(stages=shortened(config.stages, updates))
 
 
 def clock() -> float:
@@ -143,7 +143,7 @@ def clock() -> float:
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
-def seconds_of(config: dict[str, Any], module: CatModule) -> float:
+def seconds_of(config: FitConfig, module: CatModule) -> float:
     begin = clock()
     train_in_memory(config, module)
     return clock() - begin
@@ -167,18 +167,18 @@ class Pace(Callback):
         return (later[-1] - later[0]) / (len(later) - 1)
 
 
-def affordable_updates(config: dict[str, Any], system: str, options: argparse.Namespace) -> int:
+def affordable_updates(config: FitConfig, system: str, options: argparse.Namespace) -> int:
     """How many updates fit the minutes, from the times of a few in each stage."""
-    per_update, total = 0.0, sum(stage["updates"] for stage in config["stages"])
-    for stage in config["stages"]:
-        alone = {**config, "stages": [{**stage, "updates": PACE_UPDATES, "discriminator_warmup_updates": 0}]}
+    per_update, total = 0.0, sum(stage.updates for stage in config.stages)
+    for stage in config.stages:
+        alone = config.replace(stages=[stage.replace(updates=PACE_UPDATES, discriminator_warmup_updates=0)])
         pace = Pace()
         train_in_memory(alone, build_module(alone, system, options.size), [pace])
-        per_update += pace.seconds_per_update * stage["updates"] / total
+        per_update += pace.seconds_per_update * stage.updates / total
     return max(4, int(options.minutes * 60 / per_update))
 
 
-def compare(config: dict[str, Any], system: str, options: argparse.Namespace) -> dict[str, Any]:
+def compare(config: FitConfig, system: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train one system for its minutes and measure it on held-out clips: one row."""
     whole = shorten(config, affordable_updates(config, system, options))
     module = build_module(whole, system, options.size)
@@ -187,7 +187,7 @@ def compare(config: dict[str, Any], system: str, options: argparse.Namespace) ->
     device = "cuda" if torch.cuda.is_available() else "cpu"  # Lightning leaves it on the CPU
     tokenizer = module.tokenizer.to(device).eval()
     report = depth_report(tokenizer, clips, quarter_depths(tokenizer.config.num_quantizers))
-    audio = sum(stage["updates"] * stage["batch_seconds"] for stage in whole["stages"])
+    audio = sum(stage.updates * stage.batch_seconds for stage in whole.stages)
     parameters = [sum(p.numel() for p in part.parameters()) for part in (tokenizer.encoder, tokenizer.decoder)]
     return {
         "system": system,

@@ -389,7 +389,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=12.0)
     options = parser.parse_args()
-    config = load_config("fit", [f"experiment={options.experiment}", *options.overrides]).to_plain()
+    config = load_config("fit", [f"experiment={options.experiment}", *options.overrides])
     arguments = plan_initialization(config).arguments
     with as_on_cuda(), dataless():
         module = CatModule(**arguments).train()

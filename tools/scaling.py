@@ -26,6 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train import load_config
 from moss_train.batch import UpdateBatch
+from moss_train.config.fit_schema import FitConfig
 from moss_train.evaluation.per_level import depth_report
 from moss_train.training.cost.flop_counter import FlopCounter
 from moss_train.training.module import CatModule
@@ -68,21 +69,21 @@ class FirstUpdates(Callback):
         self.flops += self.per_audio_second[self.kind] * seconds
 
 
-def scaled(config: dict[str, Any], scale: float, updates: int) -> dict[str, Any]:
+def scaled(config: FitConfig, scale: float, updates: int) -> FitConfig:
     """The experiment with its widths times `scale`, in whole heads, and its schedule shortened to `updates`."""
     stages = []
-    for stage in config["tokenizer"]["stages"]:
-        head = stage["d_model"] // stage["num_heads"]
-        heads = max(1, round(stage["num_heads"] * scale))
-        stages.append({**stage, "num_heads": heads, "d_model": heads * head})
-    schedule = shortened(config["stages"], updates)
-    for stage in schedule:
-        for name in ("learning_rate", "final_learning_rate"):
-            stage[name] = stage[name] / scale
-    return {**config, "tokenizer": {**config["tokenizer"], "stages": stages}, "stages": schedule}
+    assert config.tokenizer is not None
+    for stage in config.tokenizer.stages or []:
+        heads = max(1, round(stage.num_heads * scale))
+        stages.append(stage.replace(num_heads=heads, d_model=heads * (stage.d_model // stage.num_heads)))
+    schedule = [
+        stage.replace(learning_rate=stage.learning_rate / scale, final_learning_rate=stage.final_learning_rate / scale)
+        for stage in shortened(config.stages, updates)
+    ]
+    return config.replace(tokenizer=config.tokenizer.replace(stages=stages), stages=schedule)
 
 
-def measure(config: dict[str, Any], scale: float, options: argparse.Namespace) -> dict[str, Any]:
+def measure(config: FitConfig, scale: float, options: argparse.Namespace) -> dict[str, Any]:
     """Train one size: its parameters, compute and held-out distance."""
     settings = scaled(config, scale, options.updates)
     module = CatModule(**module_arguments(settings))

@@ -301,7 +301,9 @@ def _assign(
     """Set one key of composed data to what was typed."""
     hint = find_hint(schema, key)
     if hint is None:
-        raise ConfigError("unknown_key", key, text, _nearest(key, [*dotted_keys(schema, key), *groups]))
+        raise ConfigError(
+            "unknown_key", key, text, _nearest(key, [*dotted_keys(schema, key), *_set_keys(values), *groups])
+        )
     place, parts = values, key.split(".")
     for number, part in enumerate(parts[:-1]):
         place = _step(place, part, ".".join(parts[: number + 1]), parts[number + 1])
@@ -406,11 +408,19 @@ def dotted_keys(hint: Any, like: str = "", prefix: str = "") -> list[str]:
     return keys
 
 
+def _set_keys(values: Any, prefix: str = "") -> list[str]:
+    """List every dotted key that has a value: mappings have keys that no schema names, as the weights of losses."""
+    if not isinstance(values, dict):
+        return []
+    return [key for name, item in values.items() for key in (f"{prefix}{name}", *_set_keys(item, f"{prefix}{name}."))]
+
+
 def _nearest(key: str, known: list[str]) -> str:
     """Suggest a sibling of a similar name, the same name elsewhere, a similar key anywhere, or list the siblings."""
     from difflib import get_close_matches
 
     parent, _, last = key.rpartition(".")
+    known = list(dict.fromkeys(known))
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     prefix = f"{parent}." if parent else ""
     candidates = [

@@ -34,7 +34,7 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
         evaluation_rows(info.evaluation)
     source = choose(config.checkpoint, config.which)
     exported = f"{find_checkpoint(Path(source)) or source}{' (moving average)' if config.ema else ''}"
-    common: dict[str, Any] = {key: config[key] for key in ("ema", "part", "heldout")}
+    common: dict[str, Any] = {"ema": config.ema, "part": config.part, "heldout": config.heldout}
     if config.format == "onnx":
         if config.dtype != "float32" or config.with_training_state:
             raise UserError("format=onnx takes neither dtype nor with_training_state: its weights are float32 or int8")

@@ -80,5 +80,5 @@ def _check_data(config: FitConfig) -> None:
 def _texts(config: Any, key: str) -> Iterator[str]:
     """Yield the texts under a dotted key: one, several of a list, or none."""
     for part in key.split("."):
-        config = config.get(part) if hasattr(config, "get") else None
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
     yield from (value for value in (config if isinstance(config, list) else [config]) if isinstance(value, str))

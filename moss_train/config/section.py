@@ -8,11 +8,12 @@ declared once, with its type, its range and its default:
         keep: Annotated[int, at_least(2)] = 2
 """
 
+import dataclasses
 import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, dataclass_transform, get_args, get_origin
@@ -56,10 +57,8 @@ PathText = Annotated[str, "path"]
 
 
 @dataclass_transform(frozen_default=True)
-class Section(Mapping[str, Any]):
+class Section:
     """A part of a configuration; subclasses are frozen dataclasses without further ado.
-
-    Its fields can be read like those of a mapping too, so that a section turns into plain data where data is stored.
 
     Raises:
         ConfigError: the first value that has the wrong type or is out of range, with its path from this section.
@@ -81,9 +80,9 @@ class Section(Mapping[str, Any]):
         """Check what concerns several fields; types and ranges of each are right by now."""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
+    def of(cls, values: "Section | Mapping[str, Any]") -> Self:
         """Return a section as it is, and plain data as a section."""
-        return values if isinstance(values, cls) else cls.parse(values)
+        return values if isinstance(values, cls) else cls.parse(to_plain(values))
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], path: str = "") -> Self:
@@ -116,19 +115,12 @@ class Section(Mapping[str, Any]):
 
     def to_plain(self) -> dict[str, Any]:
         """Return dicts, lists and scalars, as a checkpoint stores them."""
-        return {name: to_plain(value) for name, value in self.items()}
+        values = {name: getattr(self, name) for name in hints_of(type(self))}
+        return {name: to_plain(value) for name, value in values.items() if value is not None or not self.omits_null}
 
-    def __getitem__(self, key: str) -> Any:
-        if key not in set(self):
-            raise KeyError(key)
-        return getattr(self, key)
-
-    def __iter__(self) -> Iterator[str]:
-        names = hints_of(type(self))
-        return (name for name in names if not self.omits_null or getattr(self, name) is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    def replace(self, **changes: Any) -> Self:
+        """Return the section with other values of some keys, plain data or sections. Raises ConfigError as `parse`."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 def to_plain(value: Any) -> Any:
@@ -157,9 +149,13 @@ def _item_of(hint: Any) -> Any:
     return next((get_args(kind)[0] for kind in alternatives(hint)[0] if get_origin(kind) is list), Any)
 
 
-@cache
-def hints_of(cls: type) -> dict[str, Any]:
+def hints_of(cls: Any) -> dict[str, Any]:
     """Return the declared types of a section's fields, in their order, with their rules."""
+    return _hints_of(cls)
+
+
+@cache
+def _hints_of(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in fields(cls)}
 
@@ -201,7 +197,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
             value = os.path.expanduser(value)
         for rule in extras:
             if isinstance(rule, Rule) and value is not None and not rule.holds(value):
-                raise ConfigError("value", path, value, _describe(hint))
+                raise ConfigError("value", path, value, describe(hint))
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(hint, value, path)
@@ -241,8 +237,8 @@ def _convert_union(hint: Any, value: Any, path: str) -> Any:
             errors.append(error)
     deep = [error for error in errors if error.path != path or error.kind == "conflict"]
     if len(others) == 1 or deep:
-        raise deep[0] if deep else ConfigError(errors[0].kind, path, value, _describe(hint))
-    raise ConfigError("value", path, value, _describe(hint))
+        raise deep[0] if deep else ConfigError(errors[0].kind, path, value, describe(hint))
+    raise ConfigError("value", path, value, describe(hint))
 
 
 def _convert_list(item: Any, value: Any, path: str) -> list[Any]:
@@ -257,7 +253,7 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is Literal:
         if value in get_args(hint) and type(value) in {type(option) for option in get_args(hint)}:
             return value
-        raise ConfigError("value", path, value, _describe(hint))
+        raise ConfigError("value", path, value, describe(hint))
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -265,11 +261,11 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     is_number = hint is not float or (isinstance(value, float) and not math.isnan(value))
     if isinstance(value, hint) and is_number and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError("type", path, value, _describe(hint))
+    raise ConfigError("type", path, value, describe(hint))
 
 
-def _describe(hint: Any) -> str:
-    """Say in words which values a declared type takes."""
+def describe(hint: Any) -> str:
+    """Return in words which values a declared type takes."""
     kinds, rules = alternatives(hint)
     words = []
     for kind in kinds:

@@ -171,7 +171,7 @@ class CatModule(lightning.LightningModule):
         return {name: value for counter in self.counters for name, value in counter(batch).items()}
 
     def _clip_norm(self, name: str) -> float:
-        return self.optimizer_settings.get(name, {}).get("clip_norm", 1.0)
+        return float(getattr(self.optimizer_settings, name).clip_norm)
 
     def _count_skipped(self, result: UpdateResult, batch: UpdateBatch) -> None:
         """Count updates in a row that were skipped, name their samples, and stop after too many."""

@@ -6,6 +6,7 @@ python recipes/cat_1b6/plan.py > recipes/cat_1b6/README.md
 from dataclasses import replace
 
 from moss_train import load_config
+from moss_train.config.fit_schema import TrainerConfig
 from moss_train.training.cost.estimate import GB, Estimate, Machine, estimate, stepping_seconds
 from moss_train.training.run.fit import measure
 from moss_train.training.run.warm_start import plan_initialization
@@ -81,7 +82,7 @@ def main() -> None:
     parameters = measure(beginning.arguments, config)
     machines = {gpus: Machine("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND) for gpus in GPUS}
     one = estimate(config, beginning.arguments, beginning.tokenizer_config, parameters, machines[GPUS[0]])
-    plans = {gpus: on_more(one, config["trainer"], machine) for gpus, machine in machines.items()}
+    plans = {gpus: on_more(one, config.trainer, machine) for gpus, machine in machines.items()}
     used = sum(stage.audio_seconds for stage in one.stages) / 3600
     byte_rate = FLAC_KBIT_PER_SECOND * 1000 / 8
     storage = HOURS * 3600 * byte_rate
@@ -120,7 +121,7 @@ def main() -> None:
     )
 
 
-def on_more(plan: Estimate, trainer: dict, machine: Machine) -> Estimate:
+def on_more(plan: Estimate, trainer: TrainerConfig, machine: Machine) -> Estimate:
     """The estimate for the first number of GPUs, carried over to another."""
     stages = [
         replace(

@@ -6,7 +6,7 @@ frames there is one state of zeros. The scores, in nats per token of the run's h
 
 import argparse
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moss_train.batch import TASKS, Batch
 from moss_train.config.build import build
-from moss_train.config.fit_schema import GeneratorOptimizerConfig
+from moss_train.config.fit_schema import DecayScales, FitConfig
+from moss_train.config.section import known_keys
 from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config
 from moss_train.semantic import TextLM
@@ -40,10 +41,10 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=100, help="updates between scores")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = read_config(arguments.run / CONFIG_FILE)
+    config = FitConfig.parse(known_keys(FitConfig, read_config(arguments.run / CONFIG_FILE)))
     rows = []
-    own = config["optimizers"]["generator"]
-    own_decay = own["weight_decay"] * own["weight_decay_scale"]["semantic"]
+    own = config.optimizers.generator
+    own_decay = own.weight_decay * own.weight_decay_scale.semantic
     for factor, decay in product(arguments.rate_factors, arguments.weight_decays or [own_decay]):
         for row in blind_course(config, factor, decay, arguments.every):
             rows.append(row)
@@ -55,43 +56,39 @@ def main() -> None:
     print("best:", min(rows, key=lambda row: row["text_nats"]))
 
 
-def blind_course(
-    config: Mapping[str, Any], rate_factor: float, weight_decay: float, every: int
-) -> Iterator[dict[str, float]]:
+def blind_course(config: FitConfig, rate_factor: float, weight_decay: float, every: int) -> Iterator[dict[str, float]]:
     """Scores of an LM every so many updates of a run's configuration, from its seed, and after the last one."""
-    schedule = Schedule.from_config(config["stages"])
-    stream = open_stream(config, tokenizer_config(config["tokenizer"]))
+    schedule = Schedule.from_config([stage.to_plain() for stage in config.stages])
+    stream = open_stream(config, tokenizer_config(config.tokenizer.to_plain()))
     clips = held_out_texts(config, stream.clip_format)
-    torch.manual_seed(config["seed"])
-    text_lm: TextLM = build(config["semantic"], path="semantic", latent_dim=1)
-    own = config["optimizers"]["generator"] | {"weight_decay": weight_decay, "weight_decay_scale": {}}
-    settings = GeneratorOptimizerConfig.parse(own)
+    torch.manual_seed(config.seed)
+    text_lm: TextLM = build(config.semantic, path="semantic", latent_dim=1)
+    settings = config.optimizers.generator.replace(weight_decay=weight_decay, weight_decay_scale=DecayScales())
     optimizer = build_adamw({"semantic": text_lm}, settings)
     loader = make_loader(
         stream,
         text_encoder=text_lm.text,
         position=0,
         updates=[(update, schedule.at(update).stage.batch_seconds) for update in range(schedule.updates)],
-        micro_batch_seconds=config["data"]["micro_batch_seconds"],
+        micro_batch_seconds=config.data.micro_batch_seconds,
     )
     texts = 0
     for update, batch in enumerate(loader):
         moment = schedule.at(update)
         set_learning_rate(optimizer, rate_factor * moment.stage.learning_rate * moment.stage.rate_factor(moment.update))
-        texts += learn(text_lm, optimizer, batch.micro_batches, settings["clip_norm"])
+        texts += learn(text_lm, optimizer, batch.micro_batches, settings.clip_norm)
         if (update + 1) % every == 0 or update + 1 == schedule.updates:
             nats = held_out_nats(text_lm, clips)
             yield dict(zip(COLUMNS, (rate_factor, weight_decay, update + 1, texts, nats), strict=True))
 
 
-def held_out_texts(config: Mapping[str, Any], clip_format: Any) -> list[HeldOutClip]:
+def held_out_texts(config: FitConfig, clip_format: Any) -> list[HeldOutClip]:
     """The clips with text of the run's validation."""
-    data, settings = config["validation"]["data"], config["validation"]
     clips = load_held_out(
-        [data] if isinstance(data, str) else data,
+        config.validation.data or [],
         clip_format,
-        max_clips=settings["max_clips"],
-        max_seconds=config["data"]["max_seconds"],
+        max_clips=config.validation.max_clips,
+        max_seconds=config.data.max_seconds,
     )
     return [clip for clip in clips if clip.text is not None]
 

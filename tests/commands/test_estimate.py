@@ -8,6 +8,7 @@ from transformers import Qwen2Config
 from moss_train import load_config
 from moss_train.cli.main import main
 from moss_train.commands.estimate import in_days
+from moss_train.config.fit_schema import TrainerConfig
 from moss_train.training.cost.estimate import Machine, read_scaling_law, stepping_seconds
 from moss_train.training.cost.flops import Cost, discriminators_cost, layers_cost, tokenizer_costs
 from moss_train.training.cost.hardware import StateSize
@@ -115,7 +116,7 @@ def test_a_measured_scaling_law_predicts_the_distance_and_says_how_far_it_reache
         assert float(distance) == pytest.approx(100 * float(flops) ** -0.1, rel=0.002)
     # All audio of both stages times what a second of it costs there.
     config = load_config("fit", ["experiment=cat_tiny"])
-    whole = sum(s["updates"] * s["batch_seconds"] * 1e9 * operations(text, s["name"]) for s in config["stages"])
+    whole = sum(s.updates * s.batch_seconds * 1e9 * operations(text, s.name) for s in config.stages)
     assert float(lines[-1][1]) == pytest.approx(whole, rel=0.005)
 
 
@@ -160,7 +161,7 @@ def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16():
 
     def seconds(gpus: int, sent: str, **options: bool) -> float:
         machine = Machine("h100", gpus, 0.4, 0.3, 15.0, 300.0)
-        return stepping_seconds(Stage("s", 10, 60.0, **options), {"reduce_dtype": sent}, size, machine)
+        return stepping_seconds(Stage("s", 10, 60.0, **options), TrainerConfig(reduce_dtype=sent), size, machine)
 
     assert seconds(1, "fp32") == pytest.approx(step)
     assert seconds(1, "fp32", adversarial=True) == pytest.approx(step * 2.04 / 2.0)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from moss_train import load_config
 from moss_train.batch import UpdateBatch
+from moss_train.config.fit_schema import FitConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config
 from moss_train.training import CatModule
@@ -40,15 +41,15 @@ Damage = Callable[[CatModule, UpdateBatch], UpdateBatch]
 
 
 @pytest.fixture(scope="module")
-def config(packed: Path) -> dict[str, Any]:
+def config(packed: Path) -> FitConfig:
     """The tiny recipe with both optimizers and longer texts from the first update on."""
     return load_config("fit", [*TINY, *EVERYTHING, f"data.train={packed}"])
 
 
 @pytest.fixture(scope="module")
-def updates(config: dict[str, Any]) -> list[UpdateBatch]:
+def updates(config: FitConfig) -> list[UpdateBatch]:
     """Six real updates; the one that gets damaged has a text."""
-    stream = open_stream(config, tokenizer_config(config["tokenizer"]))
+    stream = open_stream(config, tokenizer_config(config.tokenizer.to_plain()))
     module = CatModule(**module_arguments(config))
     assert module.semantic is not None
     loader = make_loader(
@@ -90,14 +91,14 @@ def state_of(trainer: Trainer) -> Any:
     return {"weights": copy.deepcopy(trainer.lightning_module.state_dict()), "optimizers": optimizers}
 
 
-def train(config: dict[str, Any], updates: Sequence[UpdateBatch], damage: Damage | None = None) -> Watch:
+def train(config: FitConfig, updates: Sequence[UpdateBatch], damage: Damage | None = None) -> Watch:
     """Train on these updates in a real Trainer, with one of them damaged."""
     module, watch = CatModule(**module_arguments(config)), Watch(damage)
     updates = list(updates)
     if damage is not None:
         updates[BAD] = damage(module, updates[BAD])
     loader = DataLoader(updates, batch_size=None, collate_fn=lambda update: update)
-    build_trainer(config["trainer"], "cpu", [watch]).fit(module, loader)
+    build_trainer(config.trainer, "cpu", [watch]).fit(module, loader)
     return watch
 
 

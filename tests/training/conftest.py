@@ -5,13 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moss_train import load_config
 from moss_train.batch import UpdateBatch
 from moss_train.cli.main import main
+from moss_train.config.fit_schema import FitConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config
 from moss_train.training import CatModule
@@ -71,15 +71,15 @@ def whole(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def module(small_config: Callable[..., dict[str, Any]]) -> CatModule:
+def module(small_config: Callable[..., FitConfig]) -> CatModule:
     return CatModule(**module_arguments(small_config()))
 
 
 @pytest.fixture
-def update(small_config: Callable[..., dict[str, Any]], module: CatModule) -> UpdateBatch:
+def update(small_config: Callable[..., FitConfig], module: CatModule) -> UpdateBatch:
     """A real update with more than one micro-batch, with and without text."""
     config = small_config()
-    stream = open_stream(config, tokenizer_config(config["tokenizer"]))
+    stream = open_stream(config, tokenizer_config(config.tokenizer.to_plain()))
     loader = make_loader(
         stream, text_encoder=module.semantic.text, position=0, updates=[(0, 16.0)], micro_batch_seconds=8.0
     )
@@ -89,20 +89,20 @@ def update(small_config: Callable[..., dict[str, Any]], module: CatModule) -> Up
 
 
 @pytest.fixture
-def small_config(small_overrides: list[str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def small_config(small_overrides: list[str], tmp_path: Path) -> Callable[..., FitConfig]:
     """Resolved `fit` configuration of the shrunk recipe, with further overrides."""
 
-    def make(*overrides: str) -> dict[str, Any]:
+    def make(*overrides: str) -> FitConfig:
         return load_config("fit", [*small_overrides, f"run_dir={tmp_path / 'run'}", *overrides])
 
     return make
 
 
 @pytest.fixture
-def finetune_config(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def finetune_config(tmp_path: Path) -> Callable[..., FitConfig]:
     """Resolved `fit` configuration of the experiment `finetune`, with further overrides."""
 
-    def make(*overrides: str) -> dict[str, Any]:
+    def make(*overrides: str) -> FitConfig:
         given = ["experiment=finetune", "trainer.num_threads=1", f"run_dir={tmp_path / 'run'}", *overrides]
         return load_config("fit", given)
 

@@ -77,7 +77,7 @@ def update(small_overrides) -> tuple[dict, UpdateBatch]:
 
     config = load_config("fit", [*small_overrides, "run_dir=unused", "stages.0.semantic_warmup_updates=1"])
     arguments = module_arguments(config)
-    stream = open_stream(config, tokenizer_config(config["tokenizer"]))
+    stream = open_stream(config, tokenizer_config(config.tokenizer.to_plain()))
     text_encoder = CatModule(**arguments).semantic.text
     loader = make_loader(stream, text_encoder=text_encoder, position=0, updates=[(0, 12.0)], micro_batch_seconds=8.0)
     return arguments, next(iter(loader))

@@ -145,7 +145,7 @@ def test_a_resumed_run_does_not_need_its_init(small_config, source, tmp_path):
     config = small_config(f"init={copy}", "tokenizer=null", "stop_at_update=1")
     fit(config)
     shutil.rmtree(copy)
-    assert fit(config | {"stop_at_update": 2}).update == 2
+    assert fit(config.replace(stop_at_update=2)).update == 2
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_with_init_again(small_config, source):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moss_train import load_config
+from moss_train.config.fit_schema import FitConfig
 from moss_train.discriminators.base import Discriminator
 from moss_train.export.load import tokenizer_config
 from moss_train.model.quantizer import LFQ
@@ -56,7 +57,7 @@ def shallow_module(name: str) -> CatModule:
         config["semantic"]["config"]["num_hidden_layers"] = 1
     assert tokenizer_config(config["tokenizer"]).num_quantizers
     with torch.device("cuda"):
-        return CatModule(**module_arguments(config)).train()
+        return CatModule(**module_arguments(FitConfig.parse(config))).train()
 
 
 def watch(module: CatModule) -> dict[str, set[torch.dtype]]:

@@ -37,7 +37,7 @@ def test_an_export_of_a_run_with_a_pretrained_lm_goes_on_without_its_folder(
     released = release(folder)
     text = ["semantic.text._target_=moss_train.semantic.PretrainedText", f"+semantic.text.path={folder}"]
     config = small_config(f"semantic.pretrained={folder}", "semantic.config=null", *text, "stages.0.updates=3")
-    run = fit(config | {"stop_at_update": 3}).directory
+    run = fit(config.replace(stop_at_update=3)).directory
     assert len(column(read_table(run / "metrics.csv"), "loss/semantic")) > 0
     assert main(["export", f"checkpoint={run}", f"out={out}", "with_training_state=true"]) == 0
     trained = open_source(run).load()["semantic"]
@@ -78,11 +78,11 @@ def test_fine_tuning_such_an_export_trains_its_lm_and_resumes_without_it(
     config = finetune_config(
         f"init={out}", f"data.train={packed}", *quick, "wandb=null", f"run_dir={tmp_path / 'tuned'}"
     )
-    fit(config | {"stop_at_update": 1})
+    fit(config.replace(stop_at_update=1))
     record = json.loads((tmp_path / "tuned" / RECORD_FILE).read_text())
     assert record["fresh"] == []
     assert record["semantic"]["pretrained"] is None
-    assert fit(config | {"stop_at_update": 2}).update == 2
+    assert fit(config.replace(stop_at_update=2)).update == 2
     losses = column(read_table(tmp_path / "tuned" / "metrics.csv"), "loss/semantic")
     assert len(losses) == 2
     assert (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moss_train.config.fit_schema import TrainerConfig
 from moss_train.training.loggers.csv import column, read_table
 from moss_train.training.run.trainer import count_processes
 from moss_train.utils.checkpoint import list_checkpoints, read_manifest
@@ -205,11 +206,11 @@ def test_every_recipe_is_a_script_that_bash_reads(script):
 def test_processes_are_those_that_were_started_or_asked_for(monkeypatch, environment, settings, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert count_processes({"devices": "auto", "num_nodes": "auto", **settings}, "cpu") == expected
+    assert count_processes(TrainerConfig(**settings), "cpu") == expected
 
 
 def test_another_number_than_srun_started_is_refused(monkeypatch):
     for name, value in {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"trainer\.devices=2 .*4 processes were started on each of 2 machines"):
-        count_processes({"devices": 2, "num_nodes": "auto"}, "cpu")
+        count_processes(TrainerConfig(devices=2), "cpu")

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import shape_wrapper
 
 from moss_train.batch import Batch
 from moss_train.cli.main import main
+from moss_train.config.fit_schema import FitConfig, TrainerConfig
 from moss_train.training.cost.flop_counter import FlopCounter
 from moss_train.training.cost.flops import FORMULAS, Cost
 from moss_train.training.cost.hardware import GPUS, device_peak, gpu_of
@@ -29,7 +30,7 @@ from moss_train.utils.errors import UserError
 from .gradients import accumulate
 from .runs import values
 
-BF16 = {"precision": "bf16-mixed", "matmul_precision": "highest"}
+BF16 = TrainerConfig(precision="bf16-mixed")
 CONTENT = UpdateContent(
     audio_seconds=100.0, clips=8, clips_with_text=2, text_frames=30, text_tokens=10, text_squares=900
 )
@@ -64,8 +65,8 @@ def test_gpus_are_known_by_the_names_of_their_driver(name, kind):
 def test_the_peak_is_that_of_the_precision_and_a_given_one_goes_before():
     name = "NVIDIA H100 80GB HBM3"
     assert device_peak(name, BF16, None) == 989.4e12
-    assert device_peak(name, {"precision": "32-true", "matmul_precision": "high"}, None) == 494.7e12
-    assert device_peak(name, {"precision": "32-true", "matmul_precision": "highest"}, None) == pytest.approx(66.9e12)
+    assert device_peak(name, TrainerConfig(precision="32-true", matmul_precision="high"), None) == 494.7e12
+    assert device_peak(name, TrainerConfig(precision="32-true"), None) == pytest.approx(66.9e12)
     assert device_peak(name, BF16, 500) == 500e12
     assert device_peak(None, BF16, None) is device_peak("a new GPU", BF16, None) is None
     with pytest.raises(UserError, match=r"logging\.peak_tflops=0 has to be above 0"):
@@ -82,7 +83,7 @@ def test_operations_over_what_was_possible(adversarial, update, judging):
     stage = Stage("s", 10, 1.0, adversarial=adversarial, discriminator_warmup_updates=2, discriminator_every=2)
     useful = 3000e12 + 111e12 + judging * 24e12
     assert OPERATIONS.of(CONTENT, ScheduleState(stage, update)) == useful
-    use = Utilization({"trainer": BF16, "logging": {}})
+    use = Utilization(FitConfig(experiment_name="e", run_dir="r", trainer=BF16))
     use.stages, use.peak = {"s": OPERATIONS}, 2 * 989.4e12  # two H100
     assert use.shares(CONTENT, ScheduleState(stage, update), seconds=4.0) == {
         "mfu": pytest.approx(useful / (4 * 2 * 989.4e12)),
@@ -91,7 +92,7 @@ def test_operations_over_what_was_possible(adversarial, update, judging):
 
 
 def test_without_a_known_peak_there_is_no_share():
-    use = Utilization({"trainer": BF16, "logging": {}})
+    use = Utilization(FitConfig(experiment_name="e", run_dir="r", trainer=BF16))
     use.start(None, torch.device("cpu"), 1)
     assert use.shares(CONTENT, ScheduleState(Stage("s", 1, 1.0), 0), 1.0) == {}
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from lightning.pytorch import Callback
 
 from moss_train.config.build import build
-from moss_train.config.section import to_plain
+from moss_train.config.fit_schema import FitConfig
 from moss_train.data.stream.sample_stats import StreamCounter
 from moss_train.data.stream.stream import AudioStream
 from moss_train.evaluation.metrics.base import split_available
@@ -32,7 +32,6 @@ from moss_train.training.loggers.wandb import WandbWriter
 from moss_train.training.step.objective import Objective
 from moss_train.utils.errors import UserError
 
-Node = Mapping[str, Any]
 Part = TypeVar("Part")
 KEYS = frozenset({"wandb", "tensorboard", "callbacks", "loggers", "logging", "validation", "health"})
 """What of a run's configuration is about watching it, and changes nothing of what is learned."""
@@ -42,7 +41,9 @@ NO_PICTURES = 'samples come without spectrograms: matplotlib is not installed (p
 
 
 def build_callbacks(
-    config: Node,
+    config: FitConfig,
+    train: Sequence[str],
+    held_out: Sequence[str],
     directory: Path,
     last: int,
     stream: AudioStream,
@@ -54,6 +55,8 @@ def build_callbacks(
 
     Args:
         config: of the run.
+        train: packed folders to learn from.
+        held_out: those of validation without `validation.data`.
         directory: of the run.
         last: update at which it ends.
         stream: of the training data.
@@ -65,7 +68,7 @@ def build_callbacks(
         UserError: a setting that cannot work.
     """
     notices: list[str] = []
-    plan = plan_validation(config, stream, num_quantizers, notices)
+    plan = plan_validation(config, stream, num_quantizers, notices, held_out)
     tables = {
         "metrics": metric_columns(objective),
         "codebooks": codebook_columns(num_quantizers),
@@ -73,15 +76,15 @@ def build_callbacks(
         **({} if plan is None else {"validation": plan.columns}),
     }
     writers = build_writers(config, directory, last, tables)
-    run_log = LoggerCollection([*writers, HealthMonitor(directory, config["health"], codebook_size)])
-    counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config["data"]["max_bad_share"])
-    window = config["logging"]["window_updates"]
+    run_log = LoggerCollection([*writers, HealthMonitor(directory, config.health, codebook_size)])
+    counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config.data.max_bad_share)
+    window = config.logging.window_updates
     clock = Clock()
     checkpoints = CheckpointWriter(
         directory / "checkpoints",
-        config["checkpoint"]["every_updates"],
-        config["checkpoint"]["keep"],
-        config["checkpoint"]["archive_every_updates"],
+        config.checkpoint.every_updates,
+        config.checkpoint.keep,
+        config.checkpoint.archive_every_updates,
         clock,
     )
     return [
@@ -91,7 +94,7 @@ def build_callbacks(
         UpdateMetrics(run_log, clock, Utilization(config)),
         DataMonitor(counter, stream.domains, run_log, window),
         CodebookMetrics(run_log, window),
-        build_fit(config, stream),
+        build_fit(train, stream),
         *([] if plan is None else [build_validation(config, directory, stream, plan, run_log, checkpoints)]),
         *build_own(config, "callbacks", Callback),
         checkpoints,
@@ -100,66 +103,69 @@ def build_callbacks(
     ]
 
 
-def build_writers(config: Node, directory: Path, last: int, tables: Mapping[str, Sequence[str]]) -> list[Writer]:
+def build_writers(config: FitConfig, directory: Path, last: int, tables: Mapping[str, Sequence[str]]) -> list[Writer]:
     """CSV files and the progress bar always, Weights & Biases, TensorBoard and the user's own as configured."""
     writers: list[Writer] = [CsvWriter(directory / f"{name}.csv", columns) for name, columns in tables.items()]
     writers.append(ProgressWriter(last))
-    every_updates = config["logging"]["every_updates"]
-    if config["tensorboard"]:
+    every_updates = config.logging.every_updates
+    if config.tensorboard:
         writers.append(TensorBoardWriter(directory / "tensorboard", every_updates))
-    if config["wandb"] is not None:
-        writers.append(WandbWriter(directory, config["wandb"], every_updates, to_plain(config)))
+    if config.wandb is not None:
+        writers.append(WandbWriter(directory, config.wandb, every_updates, config.to_plain()))
     return [*writers, *build_own(config, "loggers", Writer)]
 
 
-def build_own(config: Node, key: str, kind: type[Part]) -> list[Part]:
+def build_own(config: FitConfig, key: str, kind: type[Part]) -> list[Part]:
     """Build the user's nodes under a key. Raises UserError for one that is of another kind."""
-    parts = [build(node, path=f"{key}.{number}") for number, node in enumerate(config[key])]
-    for node, part in zip(config[key], parts, strict=True):
+    nodes = getattr(config, key)
+    parts = [build(node, path=f"{key}.{number}") for number, node in enumerate(nodes)]
+    for node, part in zip(nodes, parts, strict=True):
         if not isinstance(part, kind):
             raise UserError(f"{key}: {node['_target_']} is no subclass of {kind.__module__}.{kind.__name__}")
     return parts
 
 
 def plan_validation(
-    config: Node, stream: AudioStream, num_quantizers: int, notices: list[str]
+    config: FitConfig,
+    stream: AudioStream,
+    num_quantizers: int,
+    notices: list[str],
+    held_out: Sequence[str] = (),
 ) -> ValidationPlan | None:
     """Read the held-out clips and choose the measures; None without held-out audio, which is a notice then."""
-    settings = config["validation"]
-    data = settings["data"] or config["data"].get("heldout")
+    settings = config.validation
+    data = settings.data or list(held_out)
     if not data:
         notices.append(NO_VALIDATION)
         return None
-    levels = settings["levels"]
+    levels = settings.levels
     if levels is not None and max(levels, default=0) > num_quantizers:
         raise UserError(f"validation.levels={levels}: the model has levels 1 to {num_quantizers}")
-    metrics, missing = split_available(build_metrics(settings["metrics"], "validation.metrics"))
+    metrics, missing = split_available(build_metrics(settings.metrics, "validation.metrics"))
     notices += [f"validation without {name}: {reason}" for name, reason in missing.items()]
-    if settings["samples_clips"] and find_spec("matplotlib") is None:
+    if settings.samples_clips and find_spec("matplotlib") is None:
         notices.append(NO_PICTURES)
     clips = load_held_out(
         data,
         stream.clip_format,
-        max_clips=settings["max_clips"],
-        max_seconds=config["data"]["max_seconds"],
+        max_clips=settings.max_clips,
+        max_seconds=config.data.max_seconds,
     )
     return ValidationPlan(
-        clips, depths(num_quantizers, levels), settings["every_updates"], metrics, settings["metrics_clips"]
+        clips, depths(num_quantizers, levels), settings.every_updates, metrics, settings.metrics_clips
     )
 
 
-def build_fit(config: Node, stream: AudioStream) -> QuantizerFit:
+def build_fit(sources: Sequence[str], stream: AudioStream) -> QuantizerFit:
     """Build what fits the quantizer; the training clips are read when they are needed."""
-    sources = config["data"]["train"]
 
     def clips() -> list[HeldOutClip]:
-        chosen = [sources] if isinstance(sources, str) else sources
         # Source by source: the same recordings may be in two of them, with and without their text.
         return [
             clip
-            for source in chosen
+            for source in sources
             for clip in load_held_out(
-                [source], stream.clip_format, max_clips=-(-FIT_CLIPS // len(chosen)), max_seconds=FIT_SECONDS
+                [source], stream.clip_format, max_clips=-(-FIT_CLIPS // len(sources)), max_seconds=FIT_SECONDS
             )
         ]
 
@@ -167,7 +173,7 @@ def build_fit(config: Node, stream: AudioStream) -> QuantizerFit:
 
 
 def build_validation(
-    config: Node,
+    config: FitConfig,
     directory: Path,
     stream: AudioStream,
     plan: ValidationPlan,
@@ -175,17 +181,17 @@ def build_validation(
     checkpoints: CheckpointWriter,
 ) -> Validation:
     """The validation with its keeper of the best checkpoint and its samples, each where it is wanted."""
-    settings, metric = config["validation"], config["checkpoint"]["best"]
+    settings, metric = config.validation, config.checkpoint.best
     keeper = sampler = None
     if metric is not None:
         check_metric(metric, plan.columns)
         keeper = BestCheckpointKeeper(checkpoints.directory, metric, plan.higher, checkpoints.save)
-    if settings["samples_clips"] is not None:
+    if settings.samples_clips is not None:
         sampler = AudioSampleWriter(
             directory / "samples",
-            plan.clips[: settings["samples_clips"]],
+            plan.clips[: settings.samples_clips],
             plan.levels[1:] or plan.levels,
             stream.clip_format.sampling_rate,
-            settings["samples_every_updates"],
+            settings.samples_every_updates,
         )
     return Validation(run_log, plan, keeper, sampler)

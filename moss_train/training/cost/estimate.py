@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moss_train.config.fit_schema import FitConfig, TrainerConfig
 from moss_train.model import MossAudioTokenizerConfig
 from moss_train.training.cost.flops import Cost, discriminators_cost, losses_cost, semantic_cost, tokenizer_costs
 from moss_train.training.cost.hardware import GIB, GPUS, StateSize, is_half
@@ -114,7 +115,7 @@ class Machine:
         if not self.bus_gb_per_second > 0:
             raise UserError(f"bus_gb_per_second={self.bus_gb_per_second} has to be above 0")
 
-    def peak(self, trainer: Node) -> tuple[float, str]:
+    def peak(self, trainer: TrainerConfig) -> tuple[float, str]:
         """Peak in FLOP/s of one GPU for the configured precision, and the name of the format."""
         return GPUS[self.gpu].peak(trainer)
 
@@ -197,7 +198,7 @@ class Estimate:
 
 
 def estimate(
-    config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, parameters: StateSize, machine: Machine
+    config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, parameters: StateSize, machine: Machine
 ) -> Estimate:
     """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
     costs = cache(lambda learning: lasting_costs(learning, config, arguments, tokenizer, machine))
@@ -206,14 +207,14 @@ def estimate(
     for stage in Schedule.from_config(arguments["stages"]).stages:
         found = costs(stage.parts) | adversarial_costs(stage, config, arguments, tokenizer, objective)
         found["losses"] = losses_cost(objective, objective.stage_weights(stage), tokenizer)
-        stages.append(stage_estimate(stage, found, config["trainer"], parameters, machine))
+        stages.append(stage_estimate(stage, found, config.trainer, parameters, machine))
     everything = parameters.tokenizer + parameters.semantic + parameters.discriminators
-    average = 4 * parameters.tokenizer if config.get("ema") else 0
+    average = 4 * parameters.tokenizer if config.ema is not None else 0
     return Estimate(parameters, stages, memory_estimate(config, stages, parameters, machine), 12 * everything + average)
 
 
 def stage_estimate(
-    stage: Stage, costs: dict[str, Cost], trainer: Node, parameters: StateSize, machine: Machine
+    stage: Stage, costs: dict[str, Cost], trainer: TrainerConfig, parameters: StateSize, machine: Machine
 ) -> StageEstimate:
     """Times of one stage, given its costs."""
     peak, _ = machine.peak(trainer)
@@ -227,20 +228,20 @@ def stage_estimate(
     )
 
 
-def stepping_seconds(stage: Stage, trainer: Node, parameters: StateSize, machine: Machine) -> float:
+def stepping_seconds(stage: Stage, trainer: TrainerConfig, parameters: StateSize, machine: Machine) -> float:
     """Time of an update beside its audio: each GPU sends 2 (n - 1) / n of the gradients, and steps all optimizers."""
     learning = parameters.tokenizer + parameters.semantic + (parameters.discriminators if stage.adversarial else 0)
-    sent = 2 * (machine.gpus - 1) / machine.gpus * learning * (2 if trainer["reduce_dtype"] == "bf16" else 4)
+    sent = 2 * (machine.gpus - 1) / machine.gpus * learning * (2 if trainer.reduce_dtype == "bf16" else 4)
     moved = UPDATE_BYTES * learning
     return sent / (machine.bus_gb_per_second * GB) + moved / (GPUS[machine.gpu].bandwidth * 1e12)
 
 
 def lasting_costs(
-    learning: tuple[str, ...], config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
+    learning: tuple[str, ...], config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
 ) -> dict[str, Cost]:
     """Costs per audio-second of what every stage has, for clips of `data.crop_seconds`; the LM's as their mean."""
-    half, seconds = is_half(config["trainer"]), config["data"]["crop_seconds"]
-    again = config["trainer"]["activation_checkpointing"]
+    half, seconds = is_half(config.trainer), config.data.crop_seconds
+    again = config.trainer.activation_checkpointing
     costs = tokenizer_costs(tokenizer, seconds, half, learning, again)
     if arguments["semantic"] is not None and machine.text_share:
         frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * machine.text_tokens_per_second))
@@ -251,15 +252,15 @@ def lasting_costs(
 
 
 def adversarial_costs(
-    stage: Stage, config: Node, arguments: Node, tokenizer: MossAudioTokenizerConfig, objective: Objective
+    stage: Stage, config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, objective: Objective
 ) -> dict[str, Cost]:
     """Costs per audio-second that only an adversarial stage has."""
     if not stage.adversarial:
         return {}
-    half = is_half(config["trainer"])
+    half = is_half(config.trainer)
     forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, objective.crop_length, half)
     cost = judged_cost(forward, stage.discriminator_every, objective.generator_passes(stage))
-    return {"discriminators": cost * (1 / config["data"]["crop_seconds"])}
+    return {"discriminators": cost * (1 / config.data.crop_seconds)}
 
 
 def judged_cost(forward: Cost, every: int, generator_passes: int = 1) -> Cost:
@@ -273,7 +274,7 @@ def judged_cost(forward: Cost, every: int, generator_passes: int = 1) -> Cost:
 
 
 def memory_estimate(
-    config: Node, stages: list[StageEstimate], parameters: StateSize, machine: Machine
+    config: FitConfig, stages: list[StageEstimate], parameters: StateSize, machine: Machine
 ) -> MemoryEstimate:
     """Memory of one GPU by kind."""
     divided = parameters.tokenizer + parameters.semantic
@@ -281,10 +282,10 @@ def memory_estimate(
     kinds = {"weights": 4, "gradients": 4, "AdamW moments": 8}
     state = {kind: size * float(divided + whole) for kind, size in kinds.items()}
     sharded = {kind: size * (divided / machine.gpus + whole) for kind, size in kinds.items()}
-    if config.get("ema"):
+    if config.ema is not None:
         state["moving average"] = 4.0 * parameters.tokenizer
         sharded["moving average"] = 4.0 * parameters.tokenizer / machine.gpus
-    if is_half(config["trainer"]):
+    if is_half(config.trainer):
         state["bf16 copies of weights"] = sharded["bf16 copies of weights"] = 2.0 * (divided + whole)
     state["CUDA context (assumed)"] = sharded["CUDA context (assumed)"] = CONTEXT_BYTES
     sums = [sum(stage.costs.values(), Cost()) for stage in stages]

@@ -4,13 +4,12 @@ GPUs are known by our short names and by those that drivers give. Memory is comp
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from moss_train.config.fit_schema import TrainerConfig
 from moss_train.utils.errors import UserError
 from moss_train.utils.memory import available_memory_bytes
 
@@ -33,11 +32,11 @@ class Gpu:
     bandwidth: float
     device_names: str
 
-    def peak(self, trainer: Mapping[str, Any]) -> tuple[float, str]:
+    def peak(self, trainer: TrainerConfig) -> tuple[float, str]:
         """Peak in FLOP/s for the precision of a run's `trainer` settings, and the name of the format."""
         if is_half(trainer):
             return self.bf16 * 1e12, "bf16"
-        if trainer["matmul_precision"] == "highest":
+        if trainer.matmul_precision == "highest":
             return self.fp32 * 1e12, "fp32"
         return self.tf32 * 1e12, "tf32"
 
@@ -56,9 +55,9 @@ GPUS = {
 }
 
 
-def is_half(trainer: Mapping[str, Any]) -> bool:
+def is_half(trainer: TrainerConfig) -> bool:
     """Whether products are computed in 16 bits, as with `auto` on every GPU in the table."""
-    return "16" in str(trainer["precision"]) or trainer["precision"] == "auto"
+    return trainer.precision in ("bf16-mixed", "auto")
 
 
 def gpu_of(device_name: str) -> Gpu | None:
@@ -67,7 +66,7 @@ def gpu_of(device_name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS.values() if re.fullmatch(gpu.device_names, name)), None)
 
 
-def device_peak(device_name: str | None, trainer: Mapping[str, Any], given_tflops: float | None) -> float | None:
+def device_peak(device_name: str | None, trainer: TrainerConfig, given_tflops: float | None) -> float | None:
     """Peak in FLOP/s of one device of a run; None when it is not known, as that of a CPU (`device_name` None).
 
     Args:

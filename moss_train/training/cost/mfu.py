@@ -4,15 +4,14 @@ MFU (model FLOPs utilisation) counts every operation once, HFU (hardware) also t
 a second time (arXiv 2204.02311). Both count what the clips need, not their padding.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
+from moss_train.config.fit_schema import FitConfig
 from moss_train.semantic.text_encoder import with_config
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.cost.flops import Cost, discriminators_cost, losses_cost, semantic_cost, tokenizer_costs
@@ -86,17 +85,17 @@ class Utilization:
         config: of the run.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: FitConfig) -> None:
         self.config = config
-        self.given = config["logging"].get("peak_tflops")
-        device_peak(None, config["trainer"], self.given)  # an impossible one is refused here
+        self.given = config.logging.peak_tflops
+        device_peak(None, config.trainer, self.given)  # an impossible one is refused here
         self.peak: float | None = None
         self.stages: dict[str, StageOperations] = {}
 
     def start(self, module: CatModule, device: torch.device, num_devices: int) -> None:
         """Count what the stages cost, once, when there is a peak to compare it with; takes seconds."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        peak = device_peak(name, self.config["trainer"], self.given)
+        peak = device_peak(name, self.config.trainer, self.given)
         if peak is None:
             return
         try:
@@ -117,10 +116,10 @@ class Utilization:
         return {"mfu": operations / possible, "hfu": (operations + recomputed) / possible}
 
 
-def count_stages(module: CatModule, config: Mapping[str, Any]) -> dict[str, StageOperations]:
+def count_stages(module: CatModule, config: FitConfig) -> dict[str, StageOperations]:
     """Count every stage by name, on clips of `data.crop_seconds`."""
-    tokenizer, half = module.tokenizer.config, is_half(config["trainer"])
-    seconds, again = config["data"]["crop_seconds"], config["trainer"]["activation_checkpointing"]
+    tokenizer, half = module.tokenizer.config, is_half(config.trainer)
+    seconds, again = config.data.crop_seconds, config.trainer.activation_checkpointing
     judging, objective = 0.0, module.objective
     if module.schedule.adversarial:
         nodes, length = module.hparams["discriminators"], module.objective.crop_length

@@ -2,23 +2,36 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moss_train.config.fit_schema import DataConfig, FitConfig
 from moss_train.data.pack.on_the_fly import PackedSource, pack_cached
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.utils.checkpoint import list_checkpoints
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write, read_json
 
-Node = Mapping[str, Any]
 RECORD_FILE = "packed.json"
 CACHE_FOLDER = "packed"
 
 
-def with_packed_folder(config: Node, tokenizer: Any, directory: Path) -> Node:
-    """The configuration with `data.train`, and `data.heldout` where it is empty, filled from `data.path`.
+@dataclass(frozen=True)
+class DataFolders:
+    """The packed folders of a run.
+
+    Attributes:
+        train: to learn from.
+        held_out: for validation, unless `validation.data` names others.
+    """
+
+    train: list[str]
+    held_out: list[str]
+
+
+def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> DataFolders:
+    """Return the folders of `data.train`, or those into which `data.path` is packed here.
 
     A run that has begun keeps the shards it began with, also when its files are gone by now.
 
@@ -27,30 +40,27 @@ def with_packed_folder(config: Node, tokenizer: Any, directory: Path) -> Node:
         directory: of the run.
 
     Raises:
-        UserError: both `data.path` and `data.train` are given, nothing can be packed, or the files of a run changed.
+        UserError: nothing can be packed, or the files of a run changed.
     """
-    data = config["data"]
-    if data["path"] is None:
-        return config
-    if data["train"]:
-        raise UserError("data.path and data.train are both set: give a folder of audio, or packed folders")
+    data = config.data
+    if data.path is None:
+        return DataFolders(data.train, [])
     record = read_record(directory)
-    if record is not None and record.train.exists() and not Path(data["path"]).exists():
-        print(f"data.path={data['path']} is gone, going on with {record.train.parent}", file=sys.stderr)
+    if record is not None and record.train.exists() and not Path(data.path).exists():
+        print(f"data.path={data.path} is gone, going on with {record.train.parent}", file=sys.stderr)
         packed = record
     else:
-        packed = pack_for_run(data, tokenizer, directory)
-        if record is not None and record.key != packed.key and not config["allow_changes"]:
+        packed = pack_for_run(data.path, data, tokenizer, directory)
+        if record is not None and record.key != packed.key and not config.allow_changes:
             raise UserError(
-                f"the files of data.path={data['path']} are not those that {directory} was started with: use another "
+                f"the files of data.path={data.path} are not those that {directory} was started with: use another "
                 "name=, or allow_changes=true to go on with them"
             )
         write_record(directory, packed)
     if packed.is_silent:
-        warn_of_silence(directory, data["path"])
+        warn_of_silence(directory, data.path)
     heldout = [] if packed.heldout is None else [str(packed.heldout)]
-    filled = {**data, "train": [str(packed.train)], "heldout": data.get("heldout") or heldout}
-    return {**config, "data": filled}
+    return DataFolders([str(packed.train)], heldout)
 
 
 def warn_of_silence(directory: Path, source: str) -> None:
@@ -63,18 +73,16 @@ def warn_of_silence(directory: Path, source: str) -> None:
             file.write(message + "\n")
 
 
-def pack_for_run(data: Node, tokenizer: Any, directory: Path) -> PackedSource:
+def pack_for_run(path: str, data: DataConfig, tokenizer: Any, directory: Path) -> PackedSource:
     """Pack `data.path` in the tokenizer's format into `data.cache`, by default with the run."""
     options = PackOptions(
         sampling_rate=tokenizer.sampling_rate,
         num_channels=tokenizer.number_channels,
-        max_bad_share=data["max_bad_share"],
+        max_bad_share=data.max_bad_share,
     )
-    cache = directory / CACHE_FOLDER if data["cache"] is None else Path(data["cache"])
-    source = Path(data["path"]).expanduser()
-    return pack_cached(
-        source, cache, options, domain=data["domain"], heldout_share=data["heldout_share"], key="data.path"
-    )
+    cache = directory / CACHE_FOLDER if data.cache is None else Path(data.cache)
+    source = Path(path).expanduser()
+    return pack_cached(source, cache, options, domain=data.domain, heldout_share=data.heldout_share, key="data.path")
 
 
 def read_record(directory: Path) -> PackedSource | None:

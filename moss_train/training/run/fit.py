@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from moss_train.config.build import build
 from moss_train.config.fit_schema import FitConfig
 from moss_train.config.inputs import check_inputs
-from moss_train.config.section import known_keys, to_plain
+from moss_train.config.section import known_keys
 from moss_train.data.stream.loader import check_longest, make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.training.callbacks import build as observers
@@ -21,7 +21,7 @@ from moss_train.training.callbacks.checkpoint import read_progress
 from moss_train.training.cost.hardware import StateSize, check_memory, count_parameters
 from moss_train.training.distributed.preemption import PreemptionHandler, exit_after_preemption
 from moss_train.training.module import CatModule
-from moss_train.training.run.data_source import with_packed_folder
+from moss_train.training.run.data_source import find_data
 from moss_train.training.run.optimizations import prepare
 from moss_train.training.run.trainer import (
     build_trainer,
@@ -43,7 +43,6 @@ from moss_train.utils.checkpoint import list_checkpoints, resume_checkpoint
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write, file_lock, read_yaml
 
-Node = Mapping[str, Any]
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
@@ -72,7 +71,7 @@ class RunResult:
     rank: int = 0
 
 
-def fit(config: FitConfig | Node) -> RunResult:
+def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     """Train, or go on training, the run that a `fit` configuration describes.
 
     Args:
@@ -81,28 +80,30 @@ def fit(config: FitConfig | Node) -> RunResult:
     Raises:
         UserError: what the user has to change; nothing has been allocated or written then.
     """
-    config = config if isinstance(config, FitConfig) else FitConfig.parse(config)
+    config = FitConfig.of(config)
     check_inputs(config)
-    directory = Path(config["run_dir"])
+    directory = Path(config.run_dir)
     if list_checkpoints(directory / "checkpoints"):
         check_unchanged(config, directory)
     beginning = plan_initialization(config, directory)
     schedule = Schedule.from_config(beginning.arguments["stages"])
-    accelerator = choose_accelerator(config["trainer"]["accelerator"])
-    filled = with_packed_folder(config, beginning.tokenizer_config, directory)
+    accelerator = choose_accelerator(config.trainer.accelerator)
+    folders = find_data(config, beginning.tokenizer_config, directory)
     has_lm = beginning.arguments["semantic"] is not None
-    stream = open_stream(filled, beginning.tokenizer_config, has_lm)
+    stream = open_stream(config, beginning.tokenizer_config, has_lm, folders.train)
     if not stream.num_with_text:
         beginning = without_text(beginning)
     size = measure(beginning.arguments, config)
-    last = schedule.updates if config["stop_at_update"] is None else min(config["stop_at_update"], schedule.updates)
+    last = schedule.updates if config.stop_at_update is None else min(config.stop_at_update, schedule.updates)
     quantizer = beginning.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
     objective = Objective(stream.clip_format.sampling_rate, **beginning.arguments["objective"])
-    callbacks = observers.build_callbacks(filled, directory, last, stream, *sizes, objective)
+    callbacks = observers.build_callbacks(
+        config, folders.train, folders.held_out, directory, last, stream, *sizes, objective
+    )
     preemption = PreemptionHandler()
-    trainer = build_trainer(config["trainer"], accelerator, [preemption, *callbacks])
-    shards = trainer.world_size if config["trainer"]["strategy"] == "fsdp" else 1
+    trainer = build_trainer(config.trainer, accelerator, [preemption, *callbacks])
+    shards = trainer.world_size if config.trainer.strategy == "fsdp" else 1
     check_memory(replace(size, shards=shards), trainer.strategy.root_device, trainer.num_devices)
     directory.mkdir(parents=True, exist_ok=True)
     patience = LAUNCHED_PATIENCE_SECONDS if started_processes() else LOCK_TIMEOUT_SECONDS
@@ -132,7 +133,7 @@ def find_resume_checkpoint(config: FitConfig, directory: Path, trainer: Trainer)
 
 
 def train(
-    config: Node,
+    config: FitConfig,
     checkpoint: Path | None,
     beginning: InitPlan,
     stream: AudioStream,
@@ -145,16 +146,16 @@ def train(
     if checkpoint is None and beginning.source is not None:
         reports = initialize(module, beginning)
         if trainer.is_global_zero:
-            print_reports(beginning, reports, config["fresh_warmup_updates"])
-            store_record(Path(config["run_dir"]), beginning, reports)
+            print_reports(beginning, reports, config.fresh_warmup_updates)
+            store_record(Path(config.run_dir), beginning, reports)
     loader = make_loader(
         stream,
         text_encoder=None if module.semantic is None else module.semantic.text,
         position=read_progress(checkpoint)["position"],
         updates=[(update, module.schedule.at(update).stage.batch_seconds) for update in updates],
-        micro_batch_seconds=config["data"]["micro_batch_seconds"],
-        max_text_tokens=config["data"]["max_text_tokens"],
-        num_workers=config["data"]["num_workers"],
+        micro_batch_seconds=config.data.micro_batch_seconds,
+        max_text_tokens=config.data.max_text_tokens,
+        num_workers=config.data.num_workers,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
     )
@@ -168,7 +169,7 @@ def train(
     return module.update
 
 
-def measure(arguments: dict[str, Any], config: Node) -> StateSize:
+def measure(arguments: dict[str, Any], config: FitConfig) -> StateSize:
     """Count a run's parameters on the meta device, where nothing is allocated, and try its other options there."""
     semantic = arguments["semantic"]
     try:
@@ -182,17 +183,21 @@ def measure(arguments: dict[str, Any], config: Node) -> StateSize:
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     tokenizer, lm, judges = (count_parameters(part) for part in (module.tokenizer, text_lm, module.discriminators))
-    return StateSize(tokenizer, lm, judges, has_average=bool(config.get("ema")))
+    return StateSize(tokenizer, lm, judges, has_average=config.ema is not None)
 
 
-def open_stream(config: Node, tokenizer: Any, uses_text: bool | None = None) -> AudioStream:
+def open_stream(
+    config: FitConfig, tokenizer: Any, uses_text: bool | None = None, train: list[str] | None = None
+) -> AudioStream:
     """Open the training stream in the tokenizer's format; without a text LM clips with text are cropped like others.
 
     Args:
         uses_text: whether the module has a text LM; None: whether one is configured.
+        train: packed folders; None: `data.train`.
     """
-    data = config["data"]
-    if not data["train"]:
+    data = config.data
+    train = data.train if train is None else train
+    if not train:
         raise UserError(
             "data.train is empty: give the folders that `moss_train pack` made, as data.train=/my/shards, or a folder "
             "of audio files, as data.path=/my/audio"
@@ -201,21 +206,21 @@ def open_stream(config: Node, tokenizer: Any, uses_text: bool | None = None) -> 
         tokenizer.sampling_rate,
         tokenizer.number_channels,
         tokenizer.downsample_rate,
-        peak=data["peak"],
-        loudness_lufs=data["loudness_lufs"],
-        gain_db=None if data["gain_db"] is None else tuple(data["gain_db"]),
+        peak=data.peak,
+        loudness_lufs=data.loudness_lufs,
+        gain_db=None if data.gain_db is None else tuple(data.gain_db),
     )
     stream = AudioStream(
-        data["train"],
+        train,
         clip_format,
-        crop_seconds=data["crop_seconds"],
-        max_seconds=data["max_seconds"],
-        weights=data["weights"],
-        seed=config["seed"],
-        min_length_ratio=data["min_length_ratio"],
-        uses_text=config["semantic"] is not None if uses_text is None else uses_text,
+        crop_seconds=data.crop_seconds,
+        max_seconds=data.max_seconds,
+        weights=data.weights,
+        seed=config.seed,
+        min_length_ratio=data.min_length_ratio,
+        uses_text=config.semantic is not None if uses_text is None else uses_text,
     )
-    check_longest(stream, data["micro_batch_seconds"])
+    check_longest(stream, data.micro_batch_seconds)
     return stream
 
 
@@ -228,13 +233,13 @@ def store_config(config: FitConfig, directory: Path, is_new: bool) -> None:
     if not is_new:
         check_unchanged(config, directory)
     with atomic_write(directory / CONFIG_FILE) as temporary:
-        temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(config.to_plain(), sort_keys=False))
 
 
 def check_unchanged(config: FitConfig, directory: Path) -> None:
     """Raise UserError when a run began with another configuration, unless `allow_changes` is set."""
     path = directory / CONFIG_FILE
-    if config["allow_changes"] or not path.exists():
+    if config.allow_changes or not path.exists():
         return
     begun = FitConfig.parse(known_keys(FitConfig, read_config(path)))
     if closed := [name for name in begun.plugins if name not in config["plugins"]]:
@@ -260,7 +265,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def result_affecting(config: Node) -> dict[str, Any]:
+def result_affecting(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides what is learned."""
     kept = {key: value for key, value in config.items() if key not in MUTABLE_KEYS}
     return {**kept, "data": {key: value for key, value in kept["data"].items() if key not in FREE_DATA_KEYS}}

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch._functorch.config
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from moss_train.config.fit_schema import FitConfig
 from moss_train.discriminators.base import Discriminator
 from moss_train.discriminators.multi_resolution_stft import ComplexSTFTDiscriminator
 from moss_train.model import MossAudioTokenizerModel
@@ -26,18 +27,18 @@ RECOMPILE_LIMIT = 64
 """Versions of one code object that torch may compile; its own 8 are used up by the first update of `cat_1b6`."""
 
 
-def prepare(module: CatModule, config: Mapping[str, Any]) -> None:
+def prepare(module: CatModule, config: FitConfig) -> None:
     """Apply the `ema` and the `trainer` options of a run to its module."""
-    settings = config["trainer"]
-    module.shares_every_updates = config["logging"]["gradient_shares_every_updates"]
-    module.reduce_dtype = REDUCE_DTYPES[settings["reduce_dtype"]]
-    accelerator = choose_accelerator(settings["accelerator"])
-    is_half = choose_precision(settings["precision"], accelerator) == "bf16-mixed"
+    settings = config.trainer
+    module.shares_every_updates = config.logging.gradient_shares_every_updates
+    module.reduce_dtype = REDUCE_DTYPES[settings.reduce_dtype]
+    accelerator = choose_accelerator(settings.accelerator)
+    is_half = choose_precision(settings.precision, accelerator) == "bf16-mixed"
     module.gather_dtype = torch.bfloat16 if is_half else None
-    if config["ema"] is not None:
-        module.average = EMA(**config["ema"])
-    checkpoint_activations(module.tokenizer, settings["activation_checkpointing"])
-    backend = choose_compile(settings["compile"], accelerator)
+    if config.ema is not None:
+        module.average = EMA(config.ema.decay)
+    checkpoint_activations(module.tokenizer, settings.activation_checkpointing)
+    backend = choose_compile(settings.compile, accelerator)
     if backend is not None:
         compile_blocks(module, backend)
 

@@ -5,7 +5,6 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -17,13 +16,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from moss_train.config.fit_schema import TrainerConfig
 from moss_train.training.callbacks.checkpoint import DirectoryCheckpointIO
 from moss_train.training.distributed.collectives import ManualDDPStrategy
 from moss_train.training.distributed.fsdp import FSDP2Strategy
 from moss_train.utils.errors import UserError
 from moss_train.utils.workers import exit_with_parent
 
-STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 REDUCE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -48,7 +47,7 @@ def choose_precision(wanted: str, accelerator: str) -> Literal["32-true", "bf16-
     return "bf16-mixed" if uses_bf16 else "32-true"
 
 
-def count_processes(settings: Mapping[str, Any], accelerator: str) -> tuple[int, int]:
+def count_processes(settings: TrainerConfig, accelerator: str) -> tuple[int, int]:
     """Processes per machine and machines: as configured; "auto" is what torchrun or srun started, else every GPU.
 
     Raises:
@@ -57,12 +56,9 @@ def count_processes(settings: Mapping[str, Any], accelerator: str) -> tuple[int,
     started = started_processes()
     alone = torch.cuda.device_count() if accelerator == "cuda" else 1
     devices, nodes = (
-        default if settings[name] == "auto" else settings[name]
-        for name, default in zip(("devices", "num_nodes"), started or (alone, 1), strict=True)
+        default if wanted == "auto" else wanted
+        for wanted, default in zip((settings.devices, settings.num_nodes), started or (alone, 1), strict=True)
     )
-    for name, value in (("devices", devices), ("num_nodes", nodes)):
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"trainer.{name}={value} must be auto or a whole number from 1")
     if started is not None and started != (devices, nodes):
         raise UserError(
             f"trainer.devices={devices} trainer.num_nodes={nodes}, but {started[0]} processes were started on each of "
@@ -98,29 +94,25 @@ def is_srun_used() -> bool:
     )
 
 
-def choose_strategy(settings: Mapping[str, Any], num_processes: int) -> Strategy | str:
+def choose_strategy(settings: TrainerConfig, num_processes: int) -> Strategy | str:
     """One process needs nothing special; several hold copies of everything, or shares of the large networks."""
-    if settings["strategy"] not in STRATEGIES:
-        raise UserError(f"trainer.strategy={settings['strategy']!r} is not one of {', '.join(STRATEGIES)}")
-    is_sharded = settings["strategy"] == "fsdp"
+    is_sharded = settings.strategy == "fsdp"
     if num_processes == 1:
         if is_sharded:
             rank_zero_warn("trainer.strategy=fsdp has no effect: there is one process")
         return "auto"
-    timeout = timedelta(seconds=settings["timeout_seconds"])
+    timeout = timedelta(seconds=settings.timeout_seconds)
     return FSDP2Strategy(num_processes, timeout) if is_sharded else ManualDDPStrategy(timeout=timeout)
 
 
-def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbacks: list[Callback]) -> Trainer:
+def build_trainer(settings: TrainerConfig, accelerator: str, trainer_callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer without its own clocks, loggers, bars and checkpoints; one pass over the run's loader."""
-    if settings["reduce_dtype"] not in REDUCE_DTYPES:
-        raise UserError(f"trainer.reduce_dtype={settings['reduce_dtype']!r} is not one of {', '.join(REDUCE_DTYPES)}")
     devices, num_nodes = count_processes(settings, accelerator)
-    if settings["num_threads"] is not None:
-        torch.set_num_threads(settings["num_threads"])
-        os.environ["OMP_NUM_THREADS"] = str(settings["num_threads"])  # Lightning chooses where there is none
-    torch.set_float32_matmul_precision(settings["matmul_precision"])
-    if settings["deterministic"]:
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+        os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)  # Lightning chooses where there is none
+    torch.set_float32_matmul_precision(settings.matmul_precision)
+    if settings.deterministic:
         compute_deterministically()
     torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100 builds a graph for every new length
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -139,7 +131,7 @@ def build_trainer(settings: Mapping[str, Any], accelerator: str, trainer_callbac
         devices=devices,
         num_nodes=num_nodes,
         strategy=choose_strategy(settings, devices * num_nodes),
-        precision=choose_precision(settings["precision"], accelerator),
+        precision=choose_precision(settings.precision, accelerator),
         max_epochs=1,
         callbacks=trainer_callbacks,
         plugins=plugins,

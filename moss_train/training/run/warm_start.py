@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moss_train.config.fit_schema import FitConfig, ObjectiveConfig
 from moss_train.config.section import to_plain
 from moss_train.export.load import NETWORKS, ModelSource, open_source, tokenizer_config
 from moss_train.training.module import CatModule
@@ -27,7 +28,6 @@ from moss_train.utils.files import atomic_write, read_json
 
 Node = Mapping[str, Any]
 RECORD_FILE = "initialization.json"
-PLAIN_ARGUMENTS = ("optimizers", "seed", "max_skipped_updates")
 SHOWN_NAMES = 4  # weights that are named, of those that were not simply kept
 
 
@@ -51,7 +51,7 @@ class InitPlan:
         return tokenizer_config(self.arguments["tokenizer"])
 
 
-def plan_initialization(config: Node, directory: Path | None = None) -> InitPlan:
+def plan_initialization(config: FitConfig, directory: Path | None = None) -> InitPlan:
     """Decide on the architecture of a `fit` configuration; nothing is built yet.
 
     Args:
@@ -60,7 +60,7 @@ def plan_initialization(config: Node, directory: Path | None = None) -> InitPlan
     Raises:
         UserError: no architecture, one that cannot work, or changes that `init` does not allow.
     """
-    if config["init"] is None:
+    if config.init is None:
         return InitPlan(complete_arguments(config, configured_tokenizer(config), configured_networks(config), ()))
     # A record without a checkpoint is that of a run that was killed before it had any weights.
     has_begun = directory is not None and list_checkpoints(directory / "checkpoints")
@@ -68,40 +68,41 @@ def plan_initialization(config: Node, directory: Path | None = None) -> InitPlan
         record = read_json(directory / RECORD_FILE)
         networks = {name: record[name] for name in NETWORKS}
         return InitPlan(complete_arguments(config, record["tokenizer"], networks, record["fresh"]))
-    changes = config["tokenizer"] or {}
+    changes = {} if config.tokenizer is None else config.tokenizer.to_plain()
     if "stages" in changes:
         raise UserError(
             "tokenizer and init are both set: the architecture comes with init, use experiment=finetune or "
             "tokenizer=null"
         )
-    source = open_source(config["init"])
+    source = open_source(config.init)
     tokenizer = plain(adapt_config(source.tokenizer, changes).to_dict())
     networks, fresh = restored_networks(config, source)
     return InitPlan(complete_arguments(config, tokenizer, networks, fresh), source, fresh)
 
 
-def module_arguments(config: Node) -> dict[str, Any]:
+def module_arguments(config: FitConfig) -> dict[str, Any]:
     """Arguments of `CatModule` for a `fit` configuration, see `plan_initialization`."""
     return plan_initialization(config).arguments
 
 
-def configured_tokenizer(config: Node) -> Node:
+def configured_tokenizer(config: FitConfig) -> Node:
     """The tokenizer node of a run from scratch; UserError when there is none, or none that can be built."""
-    if config["tokenizer"] is None or "stages" not in config["tokenizer"]:
+    if config.tokenizer is None or config.tokenizer.stages is None:
         raise UserError("tokenizer has no stages and init is null: choose an experiment, or give init=<model>")
+    node = config.tokenizer.to_plain()
     try:
-        tokenizer_config(config["tokenizer"])
+        tokenizer_config(node)
     except (TypeError, ValueError) as error:
         raise UserError(f"tokenizer: {error}") from error
-    return config["tokenizer"]
+    return node
 
 
-def configured_networks(config: Node) -> dict[str, Any]:
+def configured_networks(config: FitConfig) -> dict[str, Any]:
     """The nodes of text LM and discriminators as configured."""
-    return {name: config[name] for name in NETWORKS}
+    return {"semantic": config.semantic, "discriminators": config.discriminators}
 
 
-def restored_networks(config: Node, source: ModelSource) -> tuple[dict[str, Any], tuple[str, ...]]:
+def restored_networks(config: FitConfig, source: ModelSource) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Nodes of LM and discriminators, and which of them start afresh.
 
     What is configured as null or [] stays away. The rest comes with `init` when it has it and `restore` names it, and
@@ -111,13 +112,13 @@ def restored_networks(config: Node, source: ModelSource) -> tuple[dict[str, Any]
     if networks["semantic"] and not semantic_has_effect(config):
         networks["semantic"] = None
         warnings.warn(
-            f"train={list(config['train'])}: the encoder and the quantizer do not learn, so a text LM has nothing to "
+            f"train={list(config.train)}: the encoder and the quantizer do not learn, so a text LM has nothing to "
             "teach; it is left out (train=[decoder,semantic] would let the LM itself learn)",
             stacklevel=2,
         )
     fresh = []
     for name in NETWORKS:
-        if networks[name] and name in config["restore"] and name in source.nodes:
+        if networks[name] and name in config.restore and name in source.nodes:
             networks[name] = source.nodes[name]
         elif networks[name]:
             fresh.append(name)
@@ -139,14 +140,14 @@ def without_text(beginning: InitPlan) -> InitPlan:
     return replace(beginning, arguments=beginning.arguments | {"semantic": None}, fresh=fresh)
 
 
-def semantic_has_effect(config: Node) -> bool:
+def semantic_has_effect(config: FitConfig) -> bool:
     """Whether, in some stage, the text LM learns or something learns from it."""
-    parts = [stage["train"] or config["train"] for stage in config["stages"]]
+    parts = [stage.train or config.train for stage in config.stages]
     return any({"encoder", "quantizer", "semantic"} & set(names) for names in parts)
 
 
 def complete_arguments(
-    config: Node, tokenizer: Node, networks: Mapping[str, Any], fresh: Sequence[str]
+    config: FitConfig, tokenizer: Node, networks: Mapping[str, Any], fresh: Sequence[str]
 ) -> dict[str, Any]:
     """Arguments of `CatModule`: the architecture, and the rest as configured."""
     channels = tokenizer_config(tokenizer).number_channels
@@ -156,18 +157,21 @@ def complete_arguments(
         "semantic": networks["semantic"],
         "discriminators": judges,
         "stages": stages_for(config, fresh),
-        "objective": objective_for(config["objective"], channels),
-        **{name: config[name] for name in PLAIN_ARGUMENTS},
+        "objective": objective_for(config.objective, channels),
+        "optimizers": config.optimizers,
+        "seed": config.seed,
+        "max_skipped_updates": config.max_skipped_updates,
     }
     return to_plain(arguments)
 
 
-def objective_for(node: Node, channels: int) -> dict[str, Any]:
+def objective_for(objective: ObjectiveConfig, channels: int) -> dict[str, Any]:
     """The objective's node; a mid/side weight of null is 1 for stereo and 0 otherwise. UserError for one without it."""
-    weight = node["weights"]["mid_side"]
+    weight = objective.weights["mid_side"]
     if weight and channels != 2:
         raise UserError(f"objective.weights.mid_side={weight} needs two channels, the tokenizer has {channels}")
-    return {**node, "weights": {**node["weights"], "mid_side": float(channels == 2) if weight is None else weight}}
+    weights = {**objective.weights, "mid_side": float(channels == 2) if weight is None else weight}
+    return objective.replace(weights=weights).to_plain()
 
 
 def with_channels(node: Node, channels: int) -> Node:
@@ -176,19 +180,19 @@ def with_channels(node: Node, channels: int) -> Node:
     return others if channels == 1 else {**others, "num_channels": channels}
 
 
-def stages_for(config: Node, fresh: Sequence[str]) -> list[dict[str, Any]]:
+def stages_for(config: FitConfig, fresh: Sequence[str]) -> list[dict[str, Any]]:
     """The stages as configured; `train` of the run holds for those that do not name their own parts.
 
     Networks that `init` does not bring get a head start of `fresh_warmup_updates`, in which they learn without being
     listened to: discriminators in the first adversarial stage, the LM in the first of all.
     """
-    stages = [{**stage, "train": stage["train"] or config["train"]} for stage in config["stages"]]
+    stages = [stage.to_plain() | {"train": stage.train or config.train} for stage in config.stages]
     judging = [stage for stage in stages if stage.get("adversarial")]
     starts = {"discriminators": judging[:1], "semantic": stages[:1]}
     keys = {"discriminators": "discriminator_warmup_updates", "semantic": "semantic_warmup_updates"}
     for name in fresh:
         for stage in starts[name]:
-            stage[keys[name]] = max(stage.get(keys[name], 0), config["fresh_warmup_updates"])
+            stage[keys[name]] = max(stage.get(keys[name], 0), config.fresh_warmup_updates)
     return stages
 
 

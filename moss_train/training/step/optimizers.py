@@ -38,7 +38,7 @@ def build_adamw(parts: Mapping[str, nn.Module], settings: OptimizerConfig) -> to
     rates: Mapping[str, float] = {}
     decays: Mapping[str, float] = {}
     if isinstance(settings, GeneratorOptimizerConfig):
-        rates, decays = settings.learning_rate_scale, settings.weight_decay_scale
+        rates, decays = settings.learning_rate_scale.to_plain(), settings.weight_decay_scale.to_plain()
     groups = [
         {**group, "scale": rates.get(name, 1.0)}
         for name, part in parts.items()
