@@ -13,8 +13,9 @@ import yaml
 
 from moss_train import load_config
 from moss_train.cli.compose import compose, dotted_keys, find_hint
-from moss_train.config.fit_schema import DataConfig, FitConfig, StageConfig, compile_backends
+from moss_train.config.fit_schema import DataConfig, FitConfig, ObjectiveConfig, StageConfig, compile_backends
 from moss_train.config.inputs import check_inputs
+from moss_train.config.renamed import RENAMED
 from moss_train.config.schema import COMMANDS
 from moss_train.config.section import Section, hints_of, known_keys
 from moss_train.utils.errors import ConfigError
@@ -60,7 +61,7 @@ def refusal(command, *overrides):
         ("fit", "semantic.config.hidden_size=32", 32),
         ("fit", "discriminators.1.window_lengths=[512]", [512]),
         ("fit", "stages.0.schedule=wsd", "wsd"),
-        ("fit", "stages.0.decay_share=0.3", 0.3),
+        ("fit", "stages.0.decay_fraction=0.3", 0.3),
         ("fit", "stages.1.weights.adversarial=3", 3),
         ("fit", "tokenizer.stages.0.context_duration=2", 2),
         ("fit", "tokenizer.layer_scale=0.1", 0.1),
@@ -113,13 +114,13 @@ def test_a_typed_value_arrives_as_the_type_of_its_key(command, override, value):
         ("fit", ["data.peak=0.5", "data.loudness_lufs=-20"], ("conflict", "data.peak", 0.5)),
         ("fit", ["data.train=a", "data.path=b"], ("conflict", "data.path", "b")),
         ("fit", ["seed=true"], ("type", "seed", True)),
-        ("fit", ["checkpoint.keep=1"], ("value", "checkpoint.keep", 1)),
-        ("fit", ["checkpoint.archive_every_updates=7"], ("conflict", "checkpoint.archive_every_updates", 7)),
+        ("fit", ["checkpoint.keep_last=1"], ("value", "checkpoint.keep_last", 1)),
+        ("fit", ["checkpoint.keep_every_updates=7"], ("conflict", "checkpoint.keep_every_updates", 7)),
         ("fit", ["stages.1.batch_seconds=-3"], ("value", "stages.1.batch_seconds", -3)),
         ("fit", ["stages.1.schedule=line"], ("value", "stages.1.schedule", "line")),
-        ("fit", ["stages.0.train=[semantic]"], ("value", "stages.0.train", ["semantic"])),
+        ("fit", ["stages.0.trainable=[semantic]"], ("value", "stages.0.trainable", ["semantic"])),
         ("fit", ["stages.0.weights.adverserial=3"], ("unknown_key", "stages.0.weights.adverserial", 3)),
-        ("fit", ["train=[encodr]"], ("value", "train.0", "encodr")),
+        ("fit", ["trainable=[encodr]"], ("value", "trainable.0", "encodr")),
         ("fit", ["discriminators=[]"], ("conflict", "stages.1.adversarial", True)),
         ("fit", ["ema={decay: 1}"], ("value", "ema.decay", 1)),
         ("fit", ["optimizers.generator.betas=[0.9]"], ("value", "optimizers.generator.betas", [0.9])),
@@ -133,7 +134,7 @@ def test_a_typed_value_arrives_as_the_type_of_its_key(command, override, value):
         ("estimate", ["gpu=h10"], ("value", "gpu", "h10")),
         ("estimate", ["gpus=0"], ("value", "gpus", 0)),
         ("pack", ["max_seconds=0.05"], ("conflict", "max_seconds", 0.05)),
-        ("pack", ["max_bad_share=2"], ("value", "max_bad_share", 2)),
+        ("pack", ["max_invalid_fraction=2"], ("value", "max_invalid_fraction", 2)),
         ("encode", ["device=[cuda:0,cuda:1]"], ("conflict", "device", ["cuda:0", "cuda:1"])),
         ("encode", ["shards=s"], ("conflict", "shards", "s")),
         ("encode", ["format=mp3"], ("value", "format", "mp3")),
@@ -255,6 +256,65 @@ def test_a_refusal_takes_two_seconds_of_processor_time_and_leaves_nothing(tmp_pa
     assert (status, heavy) == (2, [])
     assert seconds < 2.0
     assert list(tmp_path.iterdir()) == []
+
+
+OLD_NAMES = [
+    ("fit", "train=[decoder]", "trainable"),
+    ("fit", "stages.0.train=[decoder]", "stages.0.trainable"),
+    ("fit", "stages.0.decay_share=0.3", "stages.0.decay_fraction"),
+    ("fit", "allow_changes=true", "allow_config_changes"),
+    ("fit", "stop_at_update=3", "max_updates"),
+    ("fit", "fresh_warmup_updates=3", "new_module_warmup_updates"),
+    ("fit", "data.heldout_share=0.3", "data.heldout_fraction"),
+    ("fit", "data.max_bad_share=0.3", "data.max_invalid_fraction"),
+    ("fit", "objective.crop_seconds=0.3", "objective.discriminator_crop_seconds"),
+    ("fit", "logging.gradient_shares_every_updates=3", "logging.log_gradient_shares_every"),
+    ("fit", "health.grace_updates=3", "health.ignore_first_updates"),
+    ("fit", "checkpoint.keep=3", "checkpoint.keep_last"),
+    ("fit", "checkpoint.archive_every_updates=3000", "checkpoint.keep_every_updates"),
+    ("fit", "checkpoint.best=null", "checkpoint.monitor"),
+    ("estimate", "train=[decoder]", "trainable"),
+    ("estimate", "text_share=0.5", "text_fraction"),
+    ("estimate", "bus_gb_per_second=3", "allreduce_gb_per_second"),
+    ("evaluate", "workers=3", "num_workers"),
+    ("evaluate", "failures=official", "missing_values"),
+    ("export", "which=best", "select"),
+    ("inspect", "clipped_share=0.5", "clipped_fraction"),
+    ("pack", "max_bad_share=0.5", "max_invalid_fraction"),
+]
+
+
+@pytest.mark.parametrize(("command", "override", "new"), OLD_NAMES)
+def test_an_old_key_is_read_and_one_line_names_the_new_one(command, override, new, capsys):
+    old, _, text = override.partition("=")
+    given = REQUIRED[command]
+    assert load_config(command, [*given, override]) == load_config(command, [*given, f"{new}={text}"])
+    assert load_config(command, [*given, override]) != load_config(command, given)
+    assert capsys.readouterr().err.splitlines() == [f"moss_train: {old} is now called {new}"] * 2
+
+
+def test_every_renamed_key_is_tried():
+    tried = {override.partition("=")[0].rpartition(".")[2] for _, override, _ in OLD_NAMES}
+    assert {old for names in RENAMED.values() for old in names} == tried
+
+
+def test_an_old_key_in_a_file_of_ones_own_counts_more_than_the_shipped_default(tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults: [cat_tiny, _self_]\ntrain: [decoder]\ncheckpoint: {keep: 7}\n"
+    (tmp_path / "experiment/mine.yaml").write_text(text)
+    config = load_config("fit", ["experiment=mine"], tmp_path)
+    assert (config.trainable, config.checkpoint.keep_last) == (["decoder"], 7)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_the_stored_configuration_of_an_older_run_is_that_of_todays_keys():
+    stored = yaml.safe_load((ROOT / "tests/config/older_run.yaml").read_text("utf-8"))
+    begun = FitConfig.parse(known_keys(FitConfig, stored))
+    assert (begun.max_updates, begun.checkpoint.keep_last) == (5, 3)
+    assert (begun.objective.discriminator_crop_seconds, begun.logging.log_gradient_shares_every) == (0.12, 2)
+    assert begun.stages[1].trainable == ["decoder"]
+    assert begun.objective.losses == ObjectiveConfig().losses
+    assert FitConfig.parse(begun.to_plain()) == begun
 
 
 def test_composing_leaves_required_values_open():

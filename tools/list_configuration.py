@@ -19,7 +19,7 @@ import yaml
 from moss_train.config.renamed import RENAMED
 from moss_train.config.schema import COMMANDS, FitConfig
 from moss_train.config.section import Section, alternatives, describe, hints_of, is_required, is_section, to_plain
-from moss_train.utils.paths import config_directory
+from moss_train.utils.files import config_directory
 
 PAGE = Path(__file__).parents[1] / "recipes/guides/configuration.md"
 KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?P<value>(?: [^#]*)?)(?:#\s*(?P<comment>.*))?$")

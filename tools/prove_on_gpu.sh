@@ -58,7 +58,7 @@ if [ -n "$train" ]; then
     # shellcheck disable=SC2086
     signal=TERM step model "$python" -m moss_train fit experiment=$model data.train="$train" validation.data="$heldout" \
         validation.every_updates=200 checkpoint.every_updates=200 wandb=null run_dir="$out/model" data.num_workers=$workers
-    step evaluate "$python" -m moss_train evaluate model="$out/model" data="$heldout" out="$out/evaluation" workers=$workers
+    step evaluate "$python" -m moss_train evaluate model="$out/model" data="$heldout" out="$out/evaluation" num_workers=$workers
 fi
 
 echo

@@ -52,7 +52,7 @@ def open_plugins(config: Section) -> None:
     Only for what `compose` made: it takes `plugins` from the overrides and from no file. A worker process gets objects
     of these packages pickled and imports them by name; the processes of other ranks read the same command line.
     """
-    for name in config.get("plugins", ()):
+    for name in getattr(config, "plugins", ()):
         allow_package(name)
 
 
@@ -285,12 +285,14 @@ def _with_present_names(hint: Any, values: Any, path: str = "") -> Any:
     section = _section_of(hint) if hint is not None else None
     if section is None or not isinstance(values, dict):
         return values
+    # The shipped files have the present names only, so what stands under an older one was set on top of them.
+    older = {new_name(section, key) for key in values if new_name(section, key) != key}
     result = {}
     for key, value in values.items():
         new = new_name(section, key)
         if new != key:
             print(f"moss_train: {path}{key} is now called {path}{new}", file=sys.stderr)
-        if new == key or new not in values:
+        if new != key or key not in older:
             result[new] = _with_present_names(hint_inside(hint, new), value, f"{path}{new}.")
     return result
 

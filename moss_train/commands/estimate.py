@@ -30,7 +30,7 @@ EXAMPLES = (
 )
 SHORT_UPDATE_SECONDS = 0.1  # below, starting the operations takes longer than doing them
 MODELLED_MFU = 0.3  # the default
-MACHINE_KEYS = ("gpu", "gpus", "mfu", "text_share", "text_tokens_per_second", "bus_gb_per_second")
+MACHINE_KEYS = ("gpu", "gpus", "mfu", "text_fraction", "text_tokens_per_second", "allreduce_gb_per_second")
 
 
 def run(config: EstimateConfig) -> int:
@@ -190,8 +190,8 @@ def assumptions(config: EstimateConfig, result: Estimate, machine: Machine) -> l
         f"  mfu={machine.mfu:g}{origin} of {peak / 1e12:g} TFLOP/s ({machine.gpu}, dense {kind}, data sheet), all "
         "included",
         f"  clips of data.crop_seconds={config.data.crop_seconds:g} s",
-        f"  text_share={machine.text_share:g} of the audio, with {machine.text_tokens_per_second:g} tokens per second",
-        f"  gradients summed at {machine.bus_gb_per_second:g} GB/s (busbw) after the backward passes, "
+        f"  text_fraction={machine.text_fraction:g} of the audio, {machine.text_tokens_per_second:g} tokens a second",
+        f"  gradients summed at {machine.allreduce_gb_per_second:g} GB/s (busbw) after the backward passes, "
         f"{UPDATE_BYTES} bytes of memory traffic per parameter and step (as with trainer.strategy=ddp)",
         "  no restarts, no waiting for data, no validation",
         *(

@@ -73,7 +73,7 @@ def choose_clips(clips: Sequence[EvaluationClip], per_domain: int | None, seed: 
 SUMMARY = "Measure a codec at every bitrate: the published table's columns, with a report."
 EXAMPLES = (
     "python -m moss_train evaluate model=runs/x data=heldout.jsonl out=evaluation",
-    "python -m moss_train evaluate model=my-tokenizer data=/shards/test num_quantizers=[8,32] out=evaluation workers=4",
+    "python -m moss_train evaluate model=my-tokenizer data=/shards/test num_quantizers=[8,32] out=scores num_workers=4",
     "python -m moss_train evaluate codec=mimi weights=/models/mimi data=heldout.jsonl out=mimi compare=[evaluation]",
     "python -m moss_train evaluate pairs=/other/codec out=scores",
 )
@@ -119,7 +119,7 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
         subject.renderer,
         metrics,
         results,
-        num_workers=config.workers,
+        num_workers=config.num_workers,
         keep_audio_of=heard,
     )
     evaluation = Evaluation(
@@ -131,7 +131,7 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
         PROFILES[config.profile],
         subject.codec,
     )
-    table = write_outputs(evaluation, config.failures, config.seed, config.compare, config.blind)
+    table = write_outputs(evaluation, config.missing_values, config.seed, config.compare, config.blind)
     print(printable(table))
     return _print_counts(rows, out)
 

@@ -32,7 +32,7 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
     )
     if info.evaluation is not None:
         evaluation_rows(info.evaluation)
-    source = choose(config.checkpoint, config.which)
+    source = choose(config.checkpoint, config.select)
     exported = f"{find_checkpoint(Path(source)) or source}{' (moving average)' if config.ema else ''}"
     common: dict[str, Any] = {"ema": config.ema, "part": config.part, "heldout": config.heldout}
     if config.format == "onnx":
@@ -54,19 +54,19 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
     return 0
 
 
-def choose(source: str, which: str) -> str:
+def choose(source: str, select: str) -> str:
     """What to export of a run: its newest checkpoint, which the run itself stands for, or the best one.
 
     Raises:
-        UserError: there is no best checkpoint, or `which` is something else.
+        UserError: there is no best checkpoint, or `select` is something else.
     """
-    if which not in ("newest", "best"):
-        raise UserError(f"which={which} has to be newest or best")
-    if which == "newest":
+    if select not in ("newest", "best"):
+        raise UserError(f"select={select} has to be newest or best")
+    if select == "newest":
         return source
     best = best_checkpoint(Path(source) / "checkpoints")
     if best is None:
         raise UserError(
-            f"{source} has no best checkpoint: which=best needs a run with validation.data, or use which=newest"
+            f"{source} has no best checkpoint: select=best needs a run with validation.data, or use select=newest"
         )
     return str(best)

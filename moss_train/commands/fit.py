@@ -10,7 +10,7 @@ SUMMARY = "Train a tokenizer, or go on with a run that was stopped."
 EXAMPLES = (
     "python -m moss_train fit experiment=cat_tiny data.train=/my/shards",
     "python -m moss_train fit experiment=cat_1b6 data.train=/shards/{speech,music,sound} name=first",
-    "python -m moss_train fit experiment=finetune init=my-tokenizer data.train=/my/shards 'train=[decoder]'",
+    "python -m moss_train fit experiment=finetune init=my-tokenizer data.train=/my/shards 'trainable=[decoder]'",
 )
 
 

@@ -33,7 +33,7 @@ PLAYER_SECONDS = 30
 def run(config: InspectConfig | Mapping[str, Any]) -> int:
     """Inspect every folder and write the report; the exit status is 1 when bytes differ from the index."""
     config = InspectConfig.of(config)
-    limits = DropLimits(config.silent_db, config.clipped_share, config.max_characters_per_second)
+    limits = DropLimits(config.silent_db, config.clipped_fraction, config.max_characters_per_second)
     folders, out = config.shards, Path(config.out).expanduser()
     if (out / "index.json").exists():
         raise UserError(f"out={out} is a folder of shards; give another one for the report")

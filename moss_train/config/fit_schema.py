@@ -37,7 +37,7 @@ class LoggingConfig(Section):
 
     every_updates: Count = 10
     window_updates: Count = 100
-    gradient_shares_every_updates: Count | None = 100
+    log_gradient_shares_every: Count | None = 100
     peak_tflops: Positive | None = None
 
 
@@ -58,7 +58,7 @@ class HealthConfig(Section):
     """Limits beyond which a run gets a warning; all of them hold over `window_updates`."""
 
     window_updates: Annotated[int, at_least(10)] = 200
-    grace_updates: NonNegative = 1000
+    ignore_first_updates: NonNegative = 1000
     min_codebook_use: NonNegativeFloat = 0.02
     max_discriminator_margin: NonNegativeFloat = 0.95
     min_discriminator_margin: NonNegativeFloat = 0.02
@@ -140,7 +140,7 @@ class ObjectiveConfig(Section):
     """What is minimised."""
 
     quantizer_dropout: Fraction = 1.0
-    crop_seconds: Positive = 1.0
+    discriminator_crop_seconds: Positive = 1.0
     adversarial_reduction: Literal["mean", "sum"] = "mean"
     feature_reduction: Literal["relative_mean", "absolute_sum"] = "relative_mean"
     balance: dict[str, NonNegativeFloat] | None = None
@@ -238,14 +238,16 @@ class StageConfig(Section):
     semantic_warmup_updates: NonNegative = 0  # the text LM learns at first without influence on the tokenizer
     discriminator_every: Count = 1  # the discriminators learn in every n-th update
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: cosine, or the peak with a decay at the end
-    decay_share: ShareOrOne = 0.2  # of the updates, length of that decay
-    train: list[Part] | None = None  # parts that learn; null: those of the run (train)
+    decay_fraction: ShareOrOne = 0.2  # of the updates, length of that decay
+    trainable: list[Part] | None = None  # parts that learn; null: those of the run (trainable)
     weights: dict[str, float] = field(default_factory=dict)  # loss weights that differ in this stage
     quantize: bool = True  # false: learns with the continuous latent; then the levels are fitted to data
 
     def check(self) -> None:
-        if self.train is not None and not set(self.train) & {"encoder", "quantizer", "decoder"}:
-            raise ConfigError("value", "train", self.train, "a list with encoder, quantizer or decoder among others")
+        if self.trainable is not None and not set(self.trainable) & {"encoder", "quantizer", "decoder"}:
+            raise ConfigError(
+                "value", "trainable", self.trainable, "a list with encoder, quantizer or decoder among others"
+            )
 
 
 class DataConfig(Section):
@@ -255,7 +257,7 @@ class DataConfig(Section):
     path: PathText | None = None
     cache: PathText | None = None
     domain: str = "speech"
-    heldout_share: Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)] = 0.02
+    heldout_fraction: Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)] = 0.02
     weights: dict[str, NonNegativeFloat] | None = None
     crop_seconds: Positive = 12.0
     max_seconds: Positive = 30.0
@@ -265,7 +267,7 @@ class DataConfig(Section):
     peak: ShareOrOne | None = None
     loudness_lufs: Annotated[float, within(-70, 0)] | None = None
     gain_db: list[Annotated[float, within(-60, 60)]] | None = None
-    max_bad_share: Fraction = 0.01
+    max_invalid_fraction: Fraction = 0.01
     num_workers: NonNegative = 2
 
     def check(self) -> None:
@@ -339,15 +341,15 @@ class CheckpointConfig(Section):
     """When checkpoints are written and which of them stay."""
 
     every_updates: Count = 1000
-    keep: Annotated[int, at_least(2)] = 2
-    archive_every_updates: Count | None = None
-    best: str | None = "mel_distance"
+    keep_last: Annotated[int, at_least(2)] = 2
+    keep_every_updates: Count | None = None
+    monitor: str | None = "mel_distance"
 
     def check(self) -> None:
-        archived = self.archive_every_updates
+        archived = self.keep_every_updates
         if archived is not None and archived % self.every_updates:
             expected = f"has to be a multiple of every_updates={self.every_updates}"
-            raise ConfigError("conflict", "archive_every_updates", archived, expected)
+            raise ConfigError("conflict", "keep_every_updates", archived, expected)
 
 
 class FitConfig(Section):
@@ -359,9 +361,9 @@ class FitConfig(Section):
     seed: NonNegative = 0
     init: PathText | None = None
     restore: list[Network] = field(default_factory=lambda: ["semantic", "discriminators"])
-    fresh_warmup_updates: NonNegative = 0
-    stop_at_update: NonNegative | None = None
-    allow_changes: bool = False
+    new_module_warmup_updates: NonNegative = 0
+    max_updates: NonNegative | None = None
+    allow_config_changes: bool = False
     max_skipped_updates: Count = 3
     wandb: Literal["auto", "online", "offline"] | None = "auto"
     tensorboard: bool = False
@@ -377,15 +379,17 @@ class FitConfig(Section):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizers: OptimizersConfig = field(default_factory=OptimizersConfig)
     ema: EmaConfig | None = None
-    train: list[Part] = field(default_factory=lambda: ["encoder", "quantizer", "decoder", "semantic"])
+    trainable: list[Part] = field(default_factory=lambda: ["encoder", "quantizer", "decoder", "semantic"])
     stages: list[StageConfig] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def check(self) -> None:
-        if not set(self.train) & {"encoder", "quantizer", "decoder"}:
-            raise ConfigError("value", "train", self.train, "a list with encoder, quantizer or decoder among others")
+        if not set(self.trainable) & {"encoder", "quantizer", "decoder"}:
+            raise ConfigError(
+                "value", "trainable", self.trainable, "a list with encoder, quantizer or decoder among others"
+            )
         for number, stage in enumerate(self.stages):
             if stage.adversarial and not self.discriminators:
                 expected = "needs discriminators, and there are none"
@@ -402,7 +406,7 @@ class EstimateConfig(FitConfig):
     gpu: GpuName = "h100"
     gpus: Count = 8
     mfu: ShareOrOne | PathText = 0.3
-    text_share: Fraction = 0.3
+    text_fraction: Fraction = 0.3
     text_tokens_per_second: NonNegativeFloat = 15.0
-    bus_gb_per_second: Positive = 300.0
+    allreduce_gb_per_second: Positive = 300.0
     scaling: PathText | None = None

@@ -3,7 +3,29 @@
 from collections.abc import Mapping
 from typing import Any
 
-RENAMED: dict[str, dict[str, str]] = {}
+RENAMED: dict[str, dict[str, str]] = {
+    "FitConfig": {
+        "train": "trainable",
+        "allow_changes": "allow_config_changes",
+        "stop_at_update": "max_updates",
+        "fresh_warmup_updates": "new_module_warmup_updates",
+    },
+    "StageConfig": {"train": "trainable", "decay_share": "decay_fraction"},
+    "DataConfig": {"heldout_share": "heldout_fraction", "max_bad_share": "max_invalid_fraction"},
+    "ObjectiveConfig": {"crop_seconds": "discriminator_crop_seconds"},
+    "LoggingConfig": {"gradient_shares_every_updates": "log_gradient_shares_every"},
+    "HealthConfig": {"grace_updates": "ignore_first_updates"},
+    "CheckpointConfig": {
+        "keep": "keep_last",
+        "archive_every_updates": "keep_every_updates",
+        "best": "monitor",
+    },
+    "EstimateConfig": {"text_share": "text_fraction", "bus_gb_per_second": "allreduce_gb_per_second"},
+    "EvaluateConfig": {"workers": "num_workers", "failures": "missing_values"},
+    "ExportConfig": {"which": "select"},
+    "InspectConfig": {"clipped_share": "clipped_fraction"},
+    "PackConfig": {"max_bad_share": "max_invalid_fraction"},
+}
 """By the name of the section's class: old key -> new key."""
 
 

@@ -50,7 +50,7 @@ class PackConfig(Section):
     min_level_db: float | None = None
     drop: PathText | None = None
     shard_bytes: Count = 268435456
-    max_bad_share: Fraction = 0.0
+    max_invalid_fraction: Fraction = 0.0
     num_workers: Count | None = None
     executor: Literal["local", "ray"] = "local"
     overwrite: bool = False
@@ -126,14 +126,14 @@ class EvaluateConfig(Section):
     speaker_model: PathText | None = None
     recognition: Literal["auto", "faster_whisper", "whisper", "pocketsphinx"] = "auto"
     recognition_model: PathText | None = None
-    failures: Literal["exclude", "official"] = "exclude"
+    missing_values: Literal["exclude", "official"] = "exclude"
     anchors: bool = True
     strict: bool = False
     report_clips: NonNegative | list[str] = 2
     blind: bool = False
     compare: list[PathText] = field(default_factory=list)
     bits_per_level: Positive | None = None
-    workers: NonNegative = 0
+    num_workers: NonNegative = 0
     precision: Literal["fp32", "bf16"] | None = None
     device: str = "auto"
     plugins: list[str] = field(default_factory=list)
@@ -162,7 +162,7 @@ class ExportConfig(Section):
     format: Literal["huggingface", "onnx"] = "huggingface"
     weights: Literal["float32", "int8"] = "float32"
     chunk_frames: Count = 8
-    which: Literal["newest", "best"] = "newest"
+    select: Literal["newest", "best"] = "newest"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     with_training_state: bool = False
     ema: bool = False
@@ -183,7 +183,7 @@ class InspectConfig(Section):
     shards: list[PathText]
     out: PathText
     silent_db: float = -60.0
-    clipped_share: Fraction = 0.01
+    clipped_fraction: Fraction = 0.01
     max_characters_per_second: Positive = 40.0
     num_workers: Count | None = None
 

@@ -5,7 +5,7 @@ declared once, with its type, its range and its default:
 
     class CheckpointConfig(Section):
         every_updates: Count = 1000
-        keep: Annotated[int, at_least(2)] = 2
+        keep_last: Annotated[int, at_least(2)] = 2
 """
 
 import dataclasses

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from moss_train.batch import UpdateBatch
 from moss_train.config.build import build
-from moss_train.config.fit_schema import OptimizersConfig
+from moss_train.config.fit_schema import ObjectiveConfig, OptimizersConfig
+from moss_train.config.renamed import rename_keys
 from moss_train.discriminators import DiscriminatorSet
 from moss_train.export.load import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel
@@ -86,7 +87,7 @@ class CatModule(lightning.LightningModule):
             self.semantic = build(semantic, path="semantic", latent_dim=latent_dim) if semantic else None
             judges = [build(node, path=f"discriminators[{i}]") for i, node in enumerate(discriminators)]
             self.discriminators = DiscriminatorSet(judges) if judges else None
-        self.objective = Objective(self.tokenizer.sampling_rate, **(objective or {}))
+        self.objective = Objective(self.tokenizer.sampling_rate, **rename_keys(ObjectiveConfig, objective or {}))
         for stage in self.schedule.stages:
             with_weights(self.objective.weights, stage.weights)
         self.update = 0
@@ -251,7 +252,7 @@ def out_of_memory(module: CatModule, batch: UpdateBatch) -> str:
     return (
         f"out of memory on {module.device} in update {module.update}, whose largest micro-batch is {clips} clips of "
         f"{seconds:.1f} s: use trainer.precision=bf16-mixed, trainer.activation_checkpointing, trainer.strategy=fsdp "
-        "or a lower data.micro_batch_seconds (with allow_changes=true); it goes on from the newest checkpoint"
+        "or a lower data.micro_batch_seconds (with allow_config_changes=true); it goes on from the newest checkpoint"
     )
 
 

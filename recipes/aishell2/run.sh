@@ -11,4 +11,4 @@ folder=${DATA:-data}
 python=${PYTHON:-.venv/bin/python}
 manifest="$folder/manifests/aishell2/$part.jsonl"
 "$python" recipes/aishell2/prepare.py "$source" "$manifest"
-"$python" -m moss_train pack input="$manifest" out="$folder/shards/aishell2-$part" max_bad_share=0.001
+"$python" -m moss_train pack input="$manifest" out="$folder/shards/aishell2-$part" max_invalid_fraction=0.001

@@ -11,4 +11,4 @@ folder=${DATA:-data}
 python=${PYTHON:-.venv/bin/python}
 manifest="$folder/manifests/audioset/$part.jsonl"
 "$python" recipes/audioset/prepare.py "$segments" "$labels" "$audio" "$manifest"
-"$python" -m moss_train pack input="$manifest" out="$folder/shards/audioset-$part" max_bad_share=0.01
+"$python" -m moss_train pack input="$manifest" out="$folder/shards/audioset-$part" max_invalid_fraction=0.01

@@ -69,7 +69,7 @@ SHARDS=/shards NODES=8 bash recipes/cat_1b6/slurm.sh name=first                 
 ```
 
 `settings.sh` holds what both pass on: the sets, `trainer.reduce_dtype=bf16`, `checkpoint.every_updates={every}` and
-`checkpoint.archive_every_updates={archive_plain}`.
+`checkpoint.keep_every_updates={archive_plain}`.
 
 `python tools/simulate_cluster.py` checks the data order for 256 ranks over a million shards before the first GPU is
 rented; `python -m moss_train estimate experiment=cat_1b6 gpus=64` prints the memory of each GPU."""

@@ -4,6 +4,6 @@ settings=(
     experiment=cat_1b6
     "data.train=[$SHARDS/speech,$SHARDS/music,$SHARDS/sound]"
     checkpoint.every_updates=6000 # 35 minutes on 64 GPUs, see README.md
-    checkpoint.archive_every_updates=60000
+    checkpoint.keep_every_updates=60000
     trainer.reduce_dtype=bf16
 )

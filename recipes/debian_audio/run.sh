@@ -35,5 +35,5 @@ done
 "$python" recipes/debian_audio/prepare.py "$folder/unpacked" "$folder"
 for part in train heldout; do
     [ -e "$folder/$part/index.json" ] || "$python" -m moss_train pack input="$folder/$part.jsonl" out="$folder/$part" \
-        max_bad_share=0.01
+        max_invalid_fraction=0.01
 done

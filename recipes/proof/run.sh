@@ -31,7 +31,7 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=10000
     stages.0.updates=4000 stages.0.batch_seconds=11.52 stages.0.learning_rate=3e-3 \
     stages.1.updates=60 stages.1.batch_seconds=5.76 objective.quantizer_dropout=0.5 \
     validation.data="$folder/heldout_known.jsonl" validation.max_clips=400 validation.every_updates=1000 \
-    validation.samples_every_updates=4060 checkpoint.every_updates=200 checkpoint.best=null \
+    validation.samples_every_updates=4060 checkpoint.every_updates=200 checkpoint.monitor=null \
     "${lm[@]}" "${changes[@]}" "${@:3}"
 
 if [ "$variant" != without_text ]; then

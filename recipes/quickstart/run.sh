@@ -54,7 +54,7 @@ fi
 
 say "3. The same command again resumes"
 "${training[@]}" run_dir="$out/trained"
-"${training[@]}" run_dir="$out/untrained" stop_at_update=0
+"${training[@]}" run_dir="$out/untrained" max_updates=0
 
 say "4. Fine-tune the committed model on the same recordings"
 moss_train fit experiment=finetune init=recipes/cat_mini data.train="$out/shards" run_dir="$out/finetuned" \

@@ -23,7 +23,7 @@ def folder(recordings, tmp_path) -> Path:
 
 
 def prepare(folder: Path, cache: Path, **options):
-    return pack_cached(folder, cache, PackOptions(**options), domain="sound", heldout_share=0.02)
+    return pack_cached(folder, cache, PackOptions(**options), domain="sound", heldout_fraction=0.02)
 
 
 def test_a_folder_is_packed_once_with_one_clip_held_out(folder, tmp_path, capsys):
@@ -63,7 +63,7 @@ def test_one_damaged_file_is_named_and_nothing_is_left(folder, tmp_path):
     file = sorted(folder.rglob("*.flac"))[0]
     file.write_bytes(b"not audio")
     with pytest.raises(UserError, match=file.name):
-        prepare(folder, tmp_path / "cache", max_bad_share=0.01)
+        prepare(folder, tmp_path / "cache", max_invalid_fraction=0.01)
     assert list((tmp_path / "cache").rglob("*.tar")) == []
-    packed = prepare(folder, tmp_path / "cache", max_bad_share=0.5)
+    packed = prepare(folder, tmp_path / "cache", max_invalid_fraction=0.5)
     assert len(ShardIndex.load(packed.train)) + len(ShardIndex.load(packed.heldout)) == 7

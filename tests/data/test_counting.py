@@ -49,7 +49,7 @@ def updates_of(
 def test_damage_is_counted_by_kind_and_named_once(packed: Path, tmp_path: Path, kind: str) -> None:
     copy = Path(shutil.copytree(packed, tmp_path / "copy"))
     updates = updates_of(copy, DAMAGES[kind])
-    counter = StreamCounter(24000, max_bad_share=1.0)
+    counter = StreamCounter(24000, max_invalid_fraction=1.0)
     lines = [line for update in updates * 2 for line in counter.add(update)]
     lost = [sample_id for update in updates for sample_id, *_ in update.dropped]
     assert counter.bad == {kind: 2 * len(lost)}
@@ -59,7 +59,7 @@ def test_damage_is_counted_by_kind_and_named_once(packed: Path, tmp_path: Path, 
 
 
 def test_other_reasons_have_a_kind_too(packed: Path) -> None:
-    counter = StreamCounter(24000, max_bad_share=1.0)
+    counter = StreamCounter(24000, max_invalid_fraction=1.0)
     for update in updates_of(packed, text_encoder=lambda text: []):
         counter.add(update)
     assert list(counter.bad) == ["text"]
@@ -81,18 +81,20 @@ def test_hours_are_those_of_the_clips(packed: Path) -> None:
 def test_a_share_above_the_ceiling_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "MIN_SAMPLES", 100)
     bad = UpdateBatch((), 0, 0, (BadSample("clip-7", "damaged JSON (x)", Fault.JSON),))
-    counter = StreamCounter(24000, max_bad_share=0.02)
+    counter = StreamCounter(24000, max_invalid_fraction=0.02)
     counter.add(bad)
     counter.add(bad)
-    with pytest.raises(UserError, match=r"3 of 3 samples could not be used \(3 JSON\), more than max_bad_share=0\.02"):
+    with pytest.raises(
+        UserError, match=r"3 of 3 samples could not be used \(3 JSON\), more than max_invalid_fraction=0\.02"
+    ):
         counter.add(bad)
-    with pytest.raises(UserError, match="max_bad_share=2 has to be"):
-        StreamCounter(24000, max_bad_share=2)
+    with pytest.raises(UserError, match="max_invalid_fraction=2 has to be"):
+        StreamCounter(24000, max_invalid_fraction=2)
 
 
 def test_data_out_of_reach_late_in_a_run_stops_it_within_twenty_updates() -> None:
     """A share of all samples alone would let it go on for a thousand updates."""
-    counter = StreamCounter(24000, max_bad_share=0.01)
+    counter = StreamCounter(24000, max_invalid_fraction=0.01)
     counter.load_state_dict({"samples": {"speech": 10**9}, "kinds": {}, "num_clips": 10**6})
     good, gone = ({"used_clips": used, "bad/file": bad} for used, bad in ((10.0, 0.0), (0.0, 10.0)))
     for _ in range(counting.RECENT_UPDATES):

@@ -183,11 +183,13 @@ def test_a_bad_file_stops_or_is_left_out(
     shutil.copy(sorted((recordings / "speech").glob("*.flac"))[0], source / "a.flac")
     message = make_bad_file(source, kind)
     config = pack_config(input=source, out=tmp_path / "out")
-    check_refused(tmp_path, config, message + ".*max_bad_share")
+    check_refused(tmp_path, config, message + ".*max_invalid_fraction")
     check_refused(
-        tmp_path, config | {"max_bad_share": 0.4}, r"1 of 2 clips cannot be used \(1 \w+\), more than max_bad_share=0.4"
+        tmp_path,
+        config | {"max_invalid_fraction": 0.4},
+        r"1 of 2 clips cannot be used \(1 \w+\), more than max_invalid_fraction=0.4",
     )
-    assert pack_command.run(config | {"max_bad_share": 0.5}) == 0
+    assert pack_command.run(config | {"max_invalid_fraction": 0.5}) == 0
     assert len(ShardIndex.load(tmp_path / "out")) == 1
     assert "left out: 1 clip that cannot be used (1 " in capsys.readouterr().out
 
@@ -255,13 +257,15 @@ def test_bad_lines_are_counted_by_kind_and_stop_above_the_ceiling(
     manifest = tmp_path / "list.jsonl"
     manifest.write_bytes(b"\n".join([*lines[:3], *bad, *lines[3:]]) + b"\n")
     config = pack_config(input=manifest, out=tmp_path / "out")
-    with pytest.raises(UserError, match=r"list\.jsonl:4: not a line of JSON .*max_bad_share=0\.01"):
+    with pytest.raises(UserError, match=r"list\.jsonl:4: not a line of JSON .*max_invalid_fraction=0\.01"):
         pack_command.run(config)
-    message = r"6 of 12 clips cannot be used \(4 line, 1 missing file, 1 repeated id\), more than max_bad_share=0\.4"
+    message = (
+        r"6 of 12 clips cannot be used \(4 line, 1 missing file, 1 repeated id\), more than max_invalid_fraction=0\.4"
+    )
     with pytest.raises(UserError, match=message):
-        pack_command.run(config | {"max_bad_share": 0.4})
+        pack_command.run(config | {"max_invalid_fraction": 0.4})
     assert not (tmp_path / "out").exists()
-    assert pack_command.run(config | {"max_bad_share": 0.5}) == 0
+    assert pack_command.run(config | {"max_invalid_fraction": 0.5}) == 0
     printed = capsys.readouterr().out
     assert "left out: 6 clips that cannot be used (4 line, 1 missing file, 1 repeated id)" in printed
     assert "list.jsonl:4: not a line of JSON" in printed

@@ -65,7 +65,7 @@ def test_what_is_no_ordinary_file_is_named_counted_and_never_opened(special: Pat
     assert [clip.id for clip in found.clips] == ["good.wav"]
     assert [bad.name for bad in found.bad] == ["dangling.wav", "device.wav", "loop.wav", "pipe.wav", "socket.wav"]
     assert {bad.fault for bad in found.bad} == {Fault.SPECIAL_FILE}
-    report = pack(found, tmp_path / "out", PackOptions(max_bad_share=1.0), num_workers=1)
+    report = pack(found, tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
     assert (report.index["num_samples"], len(report.bad)) == (1, 5)
     works = find_audio([str(special)], tmp_path / "codes")
     assert (len(works.works), len(works.failures)) == (1, 5)
@@ -169,7 +169,7 @@ def test_half_a_character_is_a_bad_line_and_a_strange_name_is_none(tmp_path: Pat
     found = list_clips(source, "speech")
     assert [clip.id for clip in found.clips] == ["ok", "caf\\xe9.wav"]
     assert [bad.fault for bad in found.bad] == [Fault.LINE, Fault.FILE, Fault.FILE, Fault.FILE]
-    report = pack(found, tmp_path / "out", PackOptions(max_bad_share=1.0), num_workers=1)
+    report = pack(found, tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
     assert report.index["num_samples"] == 2
 
 
@@ -241,7 +241,7 @@ def test_pack_says_that_all_is_silent_and_works_without_utf8_home_and_tmpdir(tmp
 def test_silence_is_a_warning_of_the_run(tmp_path: Path) -> None:
     wav(tmp_path / "audio/a.wav", TONE * 0)
     packed = pack_cached(
-        tmp_path / "audio", tmp_path / "cache", PackOptions(), domain="speech", heldout_share=0.0, key="data.path"
+        tmp_path / "audio", tmp_path / "cache", PackOptions(), domain="speech", heldout_fraction=0.0, key="data.path"
     )
     assert packed.is_silent
     for _ in range(2):  # every rank, and after a resume

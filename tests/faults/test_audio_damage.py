@@ -153,7 +153,7 @@ def test_one_bad_file_among_good_ones_loses_nothing_else(tmp_path: Path) -> None
     everything = {**UNREADABLE, **TOO_SHORT, **USABLE}
     for kind, make in everything.items():
         (folder / f"{kind.replace(' ', '_')}.wav").write_bytes(make())
-    report = pack(list_clips(folder, "speech"), tmp_path / "out", PackOptions(max_bad_share=1.0), num_workers=1)
+    report = pack(list_clips(folder, "speech"), tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
     found = {name for name, _, _ in iterate_clips([tmp_path / "out"], sampling_rate=RATE, num_channels=1)}
     assert found == {f"{kind.replace(' ', '_')}.wav" for kind in USABLE}
     assert len(report.bad) == len(UNREADABLE)

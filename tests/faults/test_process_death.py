@@ -60,7 +60,7 @@ def test_stops_and_resumes_anywhere(whole: Fit, make_fit) -> None:
     """At the start, inside a stage, between the stages, before the last update, after it; some of them twice."""
     fit = make_fit("stopped")
     for stop in (0, 0, 4, 6, 6, 11, 12):
-        fit.finish(f"stop_at_update={stop}")
+        fit.finish(f"max_updates={stop}")
         assert fit.newest().name == f"update-{stop:08d}"
     assert "finished at update 12 of 12" in fit.finish().log
     assert_same_run(fit, whole)

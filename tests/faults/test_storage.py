@@ -25,7 +25,7 @@ FINISHED = ["update-00000006", "update-00000009", "update-00000012"]  # the end 
 def begun(make_fit) -> Fit:
     """A run that stopped after four updates, with two checkpoints."""
     fit = make_fit("begun")
-    fit.finish("stop_at_update=4")
+    fit.finish("max_updates=4")
     assert fit.checkpoints == FIRST
     return fit
 
@@ -194,7 +194,7 @@ def test_every_damage_of_the_newest_checkpoint_makes_way_for_the_one_before(whol
         shutil.rmtree(begun.newest())
         shutil.copytree(kept, begun.directory / "checkpoints" / FIRST[1])
     flip(begun.newest() / CHECKPOINT_FILE)
-    outcome = begun.finish("stop_at_update=4")
+    outcome = begun.finish("max_updates=4")
     assert "update-00000004 is damaged" in outcome.log
     assert_sound(begun, FIRST)
     shutil.rmtree(begun.newest())  # gone altogether

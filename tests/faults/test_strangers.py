@@ -237,7 +237,7 @@ EVIL_YAML = "!!python/object/apply:os.system ['touch {canary}']"
 def test_yaml_builds_no_objects(tmp_path: Path, canary: Path, make_fit) -> None:
     """Neither the configuration that a run directory stores nor one of a folder of the user's own."""
     fit = make_fit("begun")
-    fit.finish("stop_at_update=1")
+    fit.finish("max_updates=1")
     (fit.directory / "config.yaml").write_text(f"seed: {EVIL_YAML.format(canary=canary)}\n")
     outcome = fit.run()
     assert outcome.status == 2, outcome.log

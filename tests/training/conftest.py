@@ -34,7 +34,7 @@ SMALL = [
     "discriminators.0.channels=[2, 4]",
     "discriminators.1.channels=2",
     "discriminators.1.window_lengths=[512]",
-    "objective.crop_seconds=0.12",
+    "objective.discriminator_crop_seconds=0.12",
     "data.crop_seconds=0.4",
     "data.max_seconds=6",
     "data.micro_batch_seconds=8",
@@ -52,7 +52,7 @@ SMALL = [
     "checkpoint.every_updates=2",
     "wandb=null",
     "logging.window_updates=3",
-    "logging.gradient_shares_every_updates=2",
+    "logging.log_gradient_shares_every=2",
 ]
 
 

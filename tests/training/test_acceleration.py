@@ -54,7 +54,7 @@ def test_a_run_with_every_option_resumes_to_the_last_bit(small_overrides, tmp_pa
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["fit", *small_overrides, *ALL_OPTIONS, f"run_dir={whole}"]) == 0
     for stop in (3, 6, 8):
-        assert main(["fit", *small_overrides, *ALL_OPTIONS, f"run_dir={parts}", f"stop_at_update={stop}"]) == 0
+        assert main(["fit", *small_overrides, *ALL_OPTIONS, f"run_dir={parts}", f"max_updates={stop}"]) == 0
     assert values(parts) == values(whole)
     assert [row["loss/discriminators"] != "" for row in values(whole)[4:]] == [True, False, True, False]
     assert_equal(state(parts), state(whole))
@@ -66,9 +66,9 @@ def test_a_run_with_every_option_resumes_to_the_last_bit(small_overrides, tmp_pa
 
 def test_a_changed_setting_holds_after_a_resume(small_overrides, tmp_path):
     run = tmp_path / "run"
-    assert main(["fit", *small_overrides, f"run_dir={run}", "stop_at_update=1"]) == 0
+    assert main(["fit", *small_overrides, f"run_dir={run}", "max_updates=1"]) == 0
     changed = ["optimizers.generator.weight_decay=0.5", "optimizers.generator.learning_rate_scale={decoder: 3.0}"]
-    options = ["stop_at_update=2", "allow_changes=true"]
+    options = ["max_updates=2", "allow_config_changes=true"]
     assert main(["fit", *small_overrides, *changed, f"run_dir={run}", *options]) == 0
     groups = state(run)["optimizer_states"][0]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.5, 0.0}

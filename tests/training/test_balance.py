@@ -130,7 +130,7 @@ def test_a_balanced_run_resumes_to_the_last_bit(small_overrides, tmp_path):
     arguments = ["fit", *small_overrides, BALANCE]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*arguments, f"run_dir={whole}"]) == 0
-    assert main([*arguments, f"run_dir={parts}", "stop_at_update=7"]) == 0
+    assert main([*arguments, f"run_dir={parts}", "max_updates=7"]) == 0
     assert main([*arguments, f"run_dir={parts}"]) == 0
     assert values(parts) == values(whole)
     assert_equal(state(parts), state(whole))

@@ -52,7 +52,7 @@ def unlike() -> Iterator[CatModule]:
             {"_target_": "moss_train.discriminators.MultiPeriodDiscriminator", **periods},
             {"_target_": "moss_train.discriminators.MultiResolutionSTFTDiscriminator", "channels": 2},
         ],
-        objective={"crop_seconds": 0.25},
+        objective={"discriminator_crop_seconds": 0.25},
     ).train()
     torch._dynamo.reset()
 

@@ -31,6 +31,6 @@ def test_a_compiled_run_resumes_to_the_last_bit(small_overrides, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fit(small_overrides, "trainer.compile=aot_eager", f"run_dir={whole}")
     for stop in (3, 5):
-        fit(small_overrides, "trainer.compile=aot_eager", f"run_dir={parts}", f"stop_at_update={stop}")
+        fit(small_overrides, "trainer.compile=aot_eager", f"run_dir={parts}", f"max_updates={stop}")
     assert values(parts) == values(whole)
     assert_equal(state(parts), state(whole))

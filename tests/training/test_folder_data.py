@@ -15,7 +15,7 @@ QUICK = [
     "data.micro_batch_seconds=8",
     "stages.0.batch_seconds=6",
     "stages.0.warmup_updates=0",
-    "objective.crop_seconds=0.1",
+    "objective.discriminator_crop_seconds=0.1",
     "trainer.accelerator=cpu",
     "trainer.num_threads=1",
 ]
@@ -54,22 +54,22 @@ def test_a_plain_folder_fine_tunes_a_model_also_at_another_rate_and_in_stereo(in
 def test_the_shards_are_part_of_what_a_run_was_started_with(init, audio, tmp_path, capsys):
     run = tmp_path / "run"
     command = ["fit", *QUICK, *NO_NETWORKS, f"init={init}", f"data.path={audio}", f"run_dir={run}"]
-    assert main([*command, "stop_at_update=1"]) == 0
+    assert main([*command, "max_updates=1"]) == 0
     record = json.loads((run / "packed.json").read_text())
     assert record["train"].startswith(str(run / "packed"))
     name = sorted(audio.iterdir())[0]
     name.rename(tmp_path / name.name)
-    assert main([*command, "stop_at_update=2"]) == 2
+    assert main([*command, "max_updates=2"]) == 2
     assert "are not those that" in capsys.readouterr().err
-    assert main([*command, "stop_at_update=2", "allow_changes=true"]) == 0
+    assert main([*command, "max_updates=2", "allow_config_changes=true"]) == 0
     shutil.rmtree(audio)
-    assert main([*command, "stop_at_update=3"]) == 0
+    assert main([*command, "max_updates=3"]) == 0
     assert "is gone, going on with" in capsys.readouterr().err
     assert list_checkpoints(run / "checkpoints")[-1].name == "update-00000003"
 
 
 def test_texts_of_a_manifest_need_a_text_lm_and_clips_without_leave_it_out(init, recordings, audio, tmp_path, capsys):
-    command = ["fit", *QUICK, f"init={init}", "stop_at_update=1", "discriminators.0.channels=[2,4]"]
+    command = ["fit", *QUICK, f"init={init}", "max_updates=1", "discriminators.0.channels=[2,4]"]
     command += ["discriminators.1.channels=2", "semantic.config.hidden_size=32", "semantic.config.num_hidden_layers=1"]
     with pytest.warns(UserWarning, match="no clip has a text that is used: the text LM is left out"):
         assert main([*command, f"data.path={audio}", f"run_dir={tmp_path / 'plain'}"]) == 0
@@ -87,7 +87,7 @@ def test_texts_of_a_manifest_need_a_text_lm_and_clips_without_leave_it_out(init,
     [
         (["data.path=./nowhere"], "data.path=./nowhere does not exist"),
         (["data.path=.", "data.train=."], "data.path=. excludes data.train"),
-        (["data.path=.", "data.heldout_share=1"], "data.heldout_share=1"),
+        (["data.path=.", "data.heldout_fraction=1"], "data.heldout_fraction=1"),
         (["data.path=."], "has no audio files"),
     ],
 )

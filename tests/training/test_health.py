@@ -3,7 +3,7 @@ import pytest
 from moss_train.config.fit_schema import HealthConfig
 from moss_train.training.callbacks.health import HealthMonitor
 
-LIMITS = HealthConfig(window_updates=20, grace_updates=100)
+LIMITS = HealthConfig(window_updates=20, ignore_first_updates=100)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_an_export_with_training_state_brings_them_too(small_config, source, tmp
 
 
 def test_the_moving_average_is_exported_on_demand(small_config, source, tmp_path, capsys):
-    directory = fit(small_config("ema={decay: 0.5}", "stop_at_update=2", "stages.0.learning_rate=1e-2")).directory
+    directory = fit(small_config("ema={decay: 0.5}", "max_updates=2", "stages.0.learning_rate=1e-2")).directory
     assert main(["export", f"checkpoint={directory}", f"out={tmp_path / 'average'}", "ema=true"]) == 0
     average, weights = load_tokenizer(tmp_path / "average").state_dict(), load_tokenizer(directory).state_dict()
     kept = read_checkpoint(find_checkpoint(directory))["ema"]["weights"]
@@ -85,7 +85,7 @@ def test_the_moving_average_is_exported_on_demand(small_config, source, tmp_path
 
 
 def test_networks_that_init_does_not_bring_start_afresh_with_a_head_start(small_config, exported, capsys):
-    config = small_config(f"init={exported}", "tokenizer=null", "fresh_warmup_updates=3", "stop_at_update=0", *OTHER)
+    config = small_config(f"init={exported}", "tokenizer=null", "new_module_warmup_updates=3", "max_updates=0", *OTHER)
     with pytest.warns(UserWarning, match="start afresh, init has none; head start of 3 updates") as warned:
         directory = fit(config).directory
     assert sum("start afresh" in str(warning.message) for warning in warned) == 2
@@ -127,12 +127,12 @@ def test_what_is_configured_away_stays_away_and_restore_chooses(small_config, so
 
 
 def test_the_head_start_of_the_text_lm_leaves_the_tokenizer_alone(small_config, exported):
-    module, _ = begin(small_config(f"init={exported}", "tokenizer=null", "fresh_warmup_updates=3"))
+    module, _ = begin(small_config(f"init={exported}", "tokenizer=null", "new_module_warmup_updates=3"))
     assert [module.schedule.at(update).taught for update in (2, 3, 4)] == [False, True, True]
 
 
 def test_fine_tuning_the_decoder_moves_nothing_else_and_leaves_the_text_lm_out(small_config, source):
-    config = small_config(f"init={source}", "tokenizer=null", "train=[decoder]", "stop_at_update=2")
+    config = small_config(f"init={source}", "tokenizer=null", "trainable=[decoder]", "max_updates=2")
     with pytest.warns(UserWarning, match="a text LM has nothing to teach; it is left out"):
         tuned = load_tokenizer(fit(config).directory).state_dict()
     old = load_tokenizer(source).state_dict()
@@ -142,14 +142,14 @@ def test_fine_tuning_the_decoder_moves_nothing_else_and_leaves_the_text_lm_out(s
 def test_a_resumed_run_does_not_need_its_init(small_config, source, tmp_path):
     copy = tmp_path / "source"
     shutil.copytree(source, copy)
-    config = small_config(f"init={copy}", "tokenizer=null", "stop_at_update=1")
+    config = small_config(f"init={copy}", "tokenizer=null", "max_updates=1")
     fit(config)
     shutil.rmtree(copy)
-    assert fit(config.replace(stop_at_update=2)).update == 2
+    assert fit(config.replace(max_updates=2)).update == 2
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_with_init_again(small_config, source):
-    config = small_config(f"init={source}", "tokenizer=null", "stop_at_update=0")
+    config = small_config(f"init={source}", "tokenizer=null", "max_updates=0")
     directory = fit(config).directory
     shutil.rmtree(directory / "checkpoints")
     fit(config)

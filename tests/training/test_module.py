@@ -91,7 +91,7 @@ def test_neither_side_leaks_into_the_other(module, update):
 
 
 def test_stages_choose_what_learns(small_config, update):
-    config = small_config("train=[decoder]")
+    config = small_config("trainable=[decoder]")
     module = CatModule(**module_arguments(config))
     module._choose_parts(module.schedule.at(0))
     gradients = accumulate(module, update.micro_batches, 0)

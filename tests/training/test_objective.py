@@ -156,7 +156,7 @@ def test_the_configuration_shows_the_defaults_of_the_code():
 
 def test_crops_start_where_the_clip_says_and_stay_inside_it():
     batch = make_batch([4800, 2400, 600], [0.999, 0.5, 0.9])
-    objective = Objective(RATE, crop_seconds=0.05)  # 1200 samples
+    objective = Objective(RATE, discriminator_crop_seconds=0.05)  # 1200 samples
     ramp = torch.arange(1.0, 4801.0).expand(3, 1, -1)
     crop = objective.crop(ramp, batch)
     assert crop.shape == (3, 1, 1200)

@@ -52,8 +52,8 @@ def test_its_launch_scripts_start_the_planned_run(script, tmp_path):
     assert config["name"] == "first"
     assert config["data"]["train"] == [f"/data/shards/{domain}" for domain in ("speech", "music", "sound")]
     assert config["checkpoint"]["every_updates"] == int(planned) == config["validation"]["every_updates"]
-    archived = re.search(r"checkpoint\.archive_every_updates=(\d+)", (RECIPE / "README.md").read_text())[1]
-    assert config["checkpoint"]["archive_every_updates"] == int(archived)
+    archived = re.search(r"checkpoint\.keep_every_updates=(\d+)", (RECIPE / "README.md").read_text())[1]
+    assert config["checkpoint"]["keep_every_updates"] == int(archived)
     assert config["trainer"]["reduce_dtype"] == "bf16"
     del environment["SHARDS"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -37,7 +37,7 @@ def test_an_export_of_a_run_with_a_pretrained_lm_goes_on_without_its_folder(
     released = release(folder)
     text = ["semantic.text._target_=moss_train.semantic.PretrainedText", f"+semantic.text.path={folder}"]
     config = small_config(f"semantic.pretrained={folder}", "semantic.config=null", *text, "stages.0.updates=3")
-    run = fit(config.replace(stop_at_update=3)).directory
+    run = fit(config.replace(max_updates=3)).directory
     assert len(column(read_table(run / "metrics.csv"), "loss/semantic")) > 0
     assert main(["export", f"checkpoint={run}", f"out={out}", "with_training_state=true"]) == 0
     trained = open_source(run).load()["semantic"]
@@ -69,20 +69,23 @@ def test_fine_tuning_such_an_export_trains_its_lm_and_resumes_without_it(
     folder, out = tmp_path / "qwen", tmp_path / "exported"
     release(folder)
     text = ["semantic.text._target_=moss_train.semantic.PretrainedText", f"+semantic.text.path={folder}"]
-    run = fit(
-        small_config(f"semantic.pretrained={folder}", "semantic.config=null", *text, "stop_at_update=1")
-    ).directory
+    run = fit(small_config(f"semantic.pretrained={folder}", "semantic.config=null", *text, "max_updates=1")).directory
     assert main(["export", f"checkpoint={run}", f"out={out}", "with_training_state=true"]) == 0
     shutil.rmtree(folder)
-    quick = ["data.crop_seconds=0.4", "data.num_workers=0", "stages.0.batch_seconds=4", "objective.crop_seconds=0.1"]
+    quick = [
+        "data.crop_seconds=0.4",
+        "data.num_workers=0",
+        "stages.0.batch_seconds=4",
+        "objective.discriminator_crop_seconds=0.1",
+    ]
     config = finetune_config(
         f"init={out}", f"data.train={packed}", *quick, "wandb=null", f"run_dir={tmp_path / 'tuned'}"
     )
-    fit(config.replace(stop_at_update=1))
+    fit(config.replace(max_updates=1))
     record = json.loads((tmp_path / "tuned" / RECORD_FILE).read_text())
     assert record["fresh"] == []
     assert record["semantic"]["pretrained"] is None
-    assert fit(config.replace(stop_at_update=2)).update == 2
+    assert fit(config.replace(max_updates=2)).update == 2
     losses = column(read_table(tmp_path / "tuned" / "metrics.csv"), "loss/semantic")
     assert len(losses) == 2
     assert (

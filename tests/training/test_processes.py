@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(start, whole, tmp
     process.kill()
     process.wait()
     wait_until_gone(other)
-    assert start(directory, "stop_at_update=6").wait(timeout=240) == 0
+    assert start(directory, "max_updates=6").wait(timeout=240) == 0
     assert start(directory, "trainer.devices=2").wait(timeout=240) == 0
     assert_same_course(directory, whole)
 
@@ -182,7 +182,7 @@ def test_the_slurm_recipe_requeues_its_job_once_and_goes_on(start, tmp_path):
     assert (tmp_path / "calls").read_text() == "requeue 4711\n"
     last = int(read_table(directory / "metrics.csv")[-1]["update"])
     assert read_manifest(list_checkpoints(directory / "checkpoints")[-1])["update"] == last
-    again = start(directory, *overrides, f"stop_at_update={last + 1}", launcher=batch, **job)
+    again = start(directory, *overrides, f"max_updates={last + 1}", launcher=batch, **job)
     assert again.wait(timeout=120) == 0
     assert column(read_table(directory / "metrics.csv"), "update") == [*range(1, last + 2)]
 

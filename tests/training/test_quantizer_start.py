@@ -84,11 +84,11 @@ def stages():
 
 
 def test_a_run_that_stops_at_the_fit_goes_on_exactly(small_overrides, stages, tmp_path, capfd):
-    overrides = [*small_overrides, stages, "checkpoint.every_updates=1", "checkpoint.keep=4"]
+    overrides = [*small_overrides, stages, "checkpoint.every_updates=1", "checkpoint.keep_last=4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["fit", *overrides, f"run_dir={whole}"]) == 0
     assert "quantizer fitted" in capfd.readouterr().err
-    assert main(["fit", *overrides, f"run_dir={parts}", "stop_at_update=2"]) == 0
+    assert main(["fit", *overrides, f"run_dir={parts}", "max_updates=2"]) == 0
     assert main(["fit", *overrides, f"run_dir={parts}"]) == 0
     assert values(parts) == values(whole)
     assert_equal(state(parts), state(whole))

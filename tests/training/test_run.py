@@ -55,7 +55,7 @@ def test_a_killed_run_resumes_to_the_last_bit(whole, small_overrides, tmp_path):
 
 
 def test_the_hours_of_every_domain_are_those_of_the_whole_run(whole):
-    counts = state(whole)["callbacks"]["DataMonitor"]
+    counts = state(whole)["callbacks"]["StreamWatch"]
     assert set(counts["samples"]) <= {"speech", "music", "sound"}
     seconds = sum(column(read_table(whole / "metrics.csv"), "audio_seconds"))
     assert sum(counts["samples"].values()) / 24000 == pytest.approx(seconds)
@@ -76,7 +76,7 @@ def test_a_changed_configuration_is_refused_with_its_path_and_values(whole, smal
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(whole, small_overrides, tmp_path):
     directory = tmp_path / "damaged"
     overrides = [*small_overrides, f"run_dir={directory}"]
-    assert main(["fit", *overrides, "stop_at_update=4"]) == 0
+    assert main(["fit", *overrides, "max_updates=4"]) == 0
     newest = list_checkpoints(directory / "checkpoints")[-1] / CHECKPOINT_FILE
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.warns(UserWarning, match="update-00000004 is damaged"):
@@ -85,7 +85,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(whole, small_ov
 
 
 def test_all_checkpoints_damaged_is_no_silent_start_from_scratch(small_config):
-    config = small_config("stop_at_update=2")
+    config = small_config("max_updates=2")
     directory = fit(config).directory
     for path in list_checkpoints(directory / "checkpoints"):
         (path / CHECKPOINT_FILE).write_bytes(b"")
@@ -108,14 +108,14 @@ def test_the_module_loads_from_its_checkpoint_alone_and_encodes_like_the_tokeniz
 
 
 def test_fine_tuning_starts_from_the_given_weights(whole, small_config):
-    config = small_config(f"init={whole}", "tokenizer=null", "stop_at_update=0")
+    config = small_config(f"init={whole}", "tokenizer=null", "max_updates=0")
     tuned = load_tokenizer(fit(config).directory)
     source = load_tokenizer(whole)
     assert all(torch.equal(a, b) for a, b in zip(tuned.parameters(), source.parameters(), strict=True))
 
 
 def test_fine_tuning_the_decoder_leaves_the_codes_as_they_are(whole, small_config):
-    config = small_config(f"init={whole}", "tokenizer=null", "train=[decoder]", "semantic=null")
+    config = small_config(f"init={whole}", "tokenizer=null", "trainable=[decoder]", "semantic=null")
     tuned, source = load_tokenizer(fit(config).directory), load_tokenizer(whole)
     audio = torch.randn(1, 1, 48000, generator=torch.Generator().manual_seed(0))
     codes = source.encode(audio).audio_codes
@@ -140,7 +140,7 @@ def test_a_machine_that_is_too_small_is_told_so_before_anything_is_written(packe
         ("tokenizer.stages.0.d_model=33", "tokenizer: d_model 33 must be an even multiple"),
         ("tokenizer.sampling_rate=16000", "24000"),
         ("semantic.config=null", "either config"),
-        ("stop_at_update=1.5", "stop_at_update=1.5 has to be a whole number at least 0, or null"),
+        ("max_updates=1.5", "max_updates=1.5 has to be a whole number at least 0, or null"),
     ],
 )
 def test_impossible_configurations_are_one_line_and_leave_nothing(small_overrides, tmp_path, capsys, override, message):
@@ -168,10 +168,10 @@ def test_unreadable_samples_are_named_and_stop_the_run_past_the_ceiling(packed, 
         tar.write_bytes(content)
     others = [override for override in small_overrides if not override.startswith("data.train=")]
     overrides = [*others, f"data.train={damaged}", f"run_dir={tmp_path / 'run'}"]
-    assert main(["fit", *overrides, "data.max_bad_share=0"]) == 2
+    assert main(["fit", *overrides, "data.max_invalid_fraction=0"]) == 2
     error = capsys.readouterr().err
     assert "left out" in error
-    assert re.search(r"(\d+) of \1 samples could not be used .* more than max_bad_share=0 allows", error)
+    assert re.search(r"(\d+) of \1 samples could not be used .* more than max_invalid_fraction=0 allows", error)
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["update-00000000"]
 
 

@@ -38,7 +38,7 @@ def test_rates_warm_up_and_follow_a_cosine():
 
 def test_wsd_stays_at_the_peak_and_decays_at_the_end():
     options = {"updates": 20, "batch_seconds": 1.0, "warmup_updates": 4, "learning_rate": 1e-3}
-    stage = Stage("s", **options, final_learning_rate=1e-4, schedule="wsd", decay_share=0.2)
+    stage = Stage("s", **options, final_learning_rate=1e-4, schedule="wsd", decay_fraction=0.2)
     factors = [stage.rate_factor(update) for update in range(21)]
     assert factors[3:17] == [1.0] * 14
     assert factors[17:] == pytest.approx([0.1 + 0.9 * (1 - math.sqrt(i / 4)) for i in (1, 2, 3, 4)])
@@ -57,11 +57,11 @@ def test_discriminators_learn_every_nth_update_and_judge_along_a_ramp():
     [
         ({"batch_seconds": 0}, "batch_seconds"),
         ({"updates": -1}, "updates"),
-        ({"train": ["decoder", "vocoder"]}, "train.1"),
+        ({"trainable": ["decoder", "vocoder"]}, "trainable.1"),
         ({"discriminator_every": 0}, "discriminator_every"),
         ({"schedule": "linear"}, "schedule"),
-        ({"decay_share": 0}, "decay_share"),
-        ({"train": ["semantic"]}, "train"),
+        ({"decay_fraction": 0}, "decay_fraction"),
+        ({"trainable": ["semantic"]}, "trainable"),
     ],
 )
 def test_impossible_stages_are_refused(change, path):

@@ -72,7 +72,7 @@ def test_samples_of_skipped_updates_are_written_down(small_overrides, tmp_path, 
 
 
 def test_a_summary_that_cannot_be_written_is_a_warning(small_config, capsys):
-    config = small_config("stop_at_update=1")
+    config = small_config("max_updates=1")
     (Path(config.run_dir) / "summary.md").mkdir(parents=True)
     assert fit(config).update == 1
     assert "warning: summary.md could not be written: " in capsys.readouterr().err

@@ -95,11 +95,11 @@ def test_the_best_checkpoint_stays_and_is_recorded(watched):
 
 
 def test_the_best_checkpoint_can_be_exported(watched, whole, tmp_path, capsys):
-    assert main(["export", f"checkpoint={watched}", "which=best", f"out={tmp_path / 'best'}"]) == 0
+    assert main(["export", f"checkpoint={watched}", "select=best", f"out={tmp_path / 'best'}"]) == 0
     best = load_tokenizer(best_checkpoint(watched / "checkpoints")).state_dict()
     exported = load_tokenizer(tmp_path / "best").state_dict()
     assert all(torch.equal(exported[name], value) for name, value in best.items())
-    assert main(["export", f"checkpoint={whole}", "which=best", f"out={tmp_path / 'none'}"]) == 2
+    assert main(["export", f"checkpoint={whole}", "select=best", f"out={tmp_path / 'none'}"]) == 2
     assert "has no best checkpoint" in capsys.readouterr().err
 
 
@@ -120,7 +120,7 @@ def test_samples_are_there_to_hear_and_to_read(watched):
 
 def test_a_resumed_run_has_the_same_validations(validated, watched, tmp_path):
     overrides = [*validated, f"run_dir={tmp_path}"]
-    assert main(["fit", *overrides, "stop_at_update=5"]) == 0
+    assert main(["fit", *overrides, "max_updates=5"]) == 0
     assert main(["fit", *overrides]) == 0
     assert scores_of(tmp_path) == scores_of(watched)
     assert read_best(tmp_path / "checkpoints") == read_best(watched / "checkpoints")
@@ -128,11 +128,11 @@ def test_a_resumed_run_has_the_same_validations(validated, watched, tmp_path):
 
 @pytest.mark.processes
 def test_two_processes_have_the_scores_of_one(validated, watched, tmp_path):
-    overrides = [*validated, f"run_dir={tmp_path}", "validation.max_clips=3", "stop_at_update=1"]
+    overrides = [*validated, f"run_dir={tmp_path}", "validation.max_clips=3", "max_updates=1"]
     # Lightning starts the second process with this one's command line, so it has to be that of the command.
     subprocess.run([sys.executable, "-m", "moss_train", "fit", *overrides, "trainer.devices=2"], check=True)
     pair = scores_of(tmp_path)
-    assert main(["fit", *validated, f"run_dir={tmp_path / 'one'}", "validation.max_clips=3", "stop_at_update=1"]) == 0
+    assert main(["fit", *validated, f"run_dir={tmp_path / 'one'}", "validation.max_clips=3", "max_updates=1"]) == 0
     (one,) = scores_of(tmp_path / "one")
     assert [name for name, value in one.items() if value] == [name for name, value in pair[0].items() if value]
     for name, value in one.items():
@@ -179,7 +179,7 @@ def test_clips_are_chosen_in_turn_and_brought_to_the_format(recordings):
     [
         ("validation.data=/nowhere", "validation.data=/nowhere does not exist"),
         ("validation.levels=[5]", "validation.levels=[5]: the model has levels 1 to 4"),
-        ("checkpoint.best=mel", "checkpoint.best=mel is no score of the validation"),
+        ("checkpoint.monitor=mel", "checkpoint.monitor=mel is no score of the validation"),
     ],
 )
 def test_impossible_settings_are_one_line_before_anything_starts(validated, tmp_path, capsys, override, message):

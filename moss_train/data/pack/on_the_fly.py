@@ -43,7 +43,7 @@ class PackedSource:
 
 
 def pack_cached(
-    source: Path, cache: Path, options: PackOptions, *, domain: str, heldout_share: float, key: str = "input"
+    source: Path, cache: Path, options: PackOptions, *, domain: str, heldout_fraction: float, key: str = "input"
 ) -> PackedSource:
     """Pack a source into `cache`, or find it there; a line says which, and where.
 
@@ -53,11 +53,11 @@ def pack_cached(
     Raises:
         UserError: nothing to pack, too many unreadable files, or a share that cannot be held out.
     """
-    if not 0 <= heldout_share < 1:
-        raise UserError(f"data.heldout_share={heldout_share} has to be at least 0 and below 1")
+    if not 0 <= heldout_fraction < 1:
+        raise UserError(f"data.heldout_fraction={heldout_fraction} has to be at least 0 and below 1")
     sources = list_clips(source, domain, key)
-    heldout, train = split(sources, heldout_share)
-    found = locate(cache, listing_key(sources, options, heldout_share), bool(heldout.clips))
+    heldout, train = split(sources, heldout_fraction)
+    found = locate(cache, listing_key(sources, options, heldout_fraction), bool(heldout.clips))
     cache.mkdir(parents=True, exist_ok=True)
     with file_lock(cache / LOCK_FILE, str(cache), LONGEST_WAIT_SECONDS):
         parts = [(train, found.train)] + ([(heldout, found.heldout)] if found.heldout is not None else [])
@@ -79,9 +79,11 @@ def locate(cache: Path, key: str, has_heldout: bool) -> PackedSource:
     return PackedSource(key, folder / "train", folder / "heldout" if has_heldout else None)
 
 
-def listing_key(sources: SourceList, options: PackOptions, heldout_share: float) -> str:
+def listing_key(sources: SourceList, options: PackOptions, heldout_fraction: float) -> str:
     """Hash of the files by name, size and time, of their labels, and of the format in which they are packed."""
-    settings = asdict(options) | {"heldout_share": heldout_share, "resampler": RESAMPLER, "format": FORMAT_VERSION}
+    # Under the names that these had at first: a run that began then has to find its folder.
+    settings = asdict(options) | {"heldout_share": heldout_fraction, "resampler": RESAMPLER, "format": FORMAT_VERSION}
+    settings["max_bad_share"] = settings.pop("max_invalid_fraction")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for clip in sources.clips:
         status = clip.path.stat()
@@ -91,12 +93,12 @@ def listing_key(sources: SourceList, options: PackOptions, heldout_share: float)
     return digest.hexdigest()
 
 
-def split(sources: SourceList, heldout_share: float) -> tuple[SourceList, SourceList]:
+def split(sources: SourceList, heldout_fraction: float) -> tuple[SourceList, SourceList]:
     """A share of the files, one at least, and the others; which ones depends on their names alone.
 
     Nothing is held out of a single file.
     """
-    count = math.ceil(heldout_share * len(sources.clips)) if len(sources.clips) > 1 else 0
+    count = math.ceil(heldout_fraction * len(sources.clips)) if len(sources.clips) > 1 else 0
     order = sorted(sources.clips, key=lambda clip: hashlib.sha256(clip.id.encode()).digest())
     chosen = {clip.id for clip in order[:count]}
 

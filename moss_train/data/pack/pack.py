@@ -31,7 +31,7 @@ CLIPS_PER_PROCESS = 200
 
 SILENT = "of digital silence"
 
-_NOT_CONTENT = ("max_bad_share",)  # options that do not change what is in a shard
+_NOT_CONTENT = ("max_invalid_fraction",)  # options that do not change what is in a shard
 
 Outcome = EncodedClip | SkippedClip
 
@@ -202,17 +202,17 @@ class _Packer:
 
     def _check_share(self) -> None:
         """Raise UserError when too many files and lines are bad."""
-        share, total = self._options.max_bad_share, len(self._sources.clips) + len(self._sources.bad)
+        share, total = self._options.max_invalid_fraction, len(self._sources.clips) + len(self._sources.bad)
         if len(self.bad) <= share * total:
             return
         last = self.bad[-1].reason
         if share == 0:
             raise UserError(
-                f"{self.bad[0].reason}; repair or remove it, or leave such clips out with max_bad_share=0.01"
+                f"{self.bad[0].reason}; repair or remove it, or leave such clips out with max_invalid_fraction=0.01"
             )
         raise UserError(
             f"{len(self.bad)} of {total} clips cannot be used ({count_faults(self.bad)}), more than "
-            f"max_bad_share={share} allows; the last: {last}"
+            f"max_invalid_fraction={share} allows; the last: {last}"
         )
 
     def _writer(self, domain: str) -> ShardWriter:

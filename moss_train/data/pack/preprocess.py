@@ -31,7 +31,7 @@ class PackOptions:
     num_channels: int = 1
     min_seconds: float = 0.1  # shorter clips are left out
     shard_bytes: int = 256 * 2**20  # a shard is closed once it has this size
-    max_bad_share: float = 0.0  # share of unreadable files beyond which packing stops
+    max_invalid_fraction: float = 0.0  # share of unreadable files beyond which packing stops
     max_seconds: float | None = 600.0  # longer clips are left out, unless they are cut
     segment_seconds: float | None = 60.0  # longer clips without text are cut into equal parts of at most this
     min_level_db: float | None = None  # clips with a lower level, in dB below full scale, are left out
@@ -41,8 +41,8 @@ class PackOptions:
             raise UserError(f"sampling_rate={self.sampling_rate} is outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]} Hz")
         if self.num_channels < 1 or self.min_seconds < 0 or self.shard_bytes < 1:
             raise UserError("num_channels and shard_bytes have to be at least 1, min_seconds at least 0")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"max_bad_share={self.max_bad_share} has to be between 0 and 1")
+        if not 0 <= self.max_invalid_fraction <= 1:
+            raise UserError(f"max_invalid_fraction={self.max_invalid_fraction} has to be between 0 and 1")
         for name in ("max_seconds", "segment_seconds"):
             value = getattr(self, name)
             if value is not None and not value > max(self.min_seconds, 0.01):

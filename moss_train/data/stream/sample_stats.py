@@ -12,18 +12,18 @@ MIN_SAMPLES = 1000
 
 RECENT_UPDATES = 20
 RECENT_BAD_SHARE = 0.5
-"""Of the samples of so many updates in a row at most this share may be bad, or `max_bad_share` if that is more: late in
-a run its share of all samples would let it go on without data for days."""
+"""Of the samples of so many updates in a row at most this share may be bad, or `max_invalid_fraction` if that is more:
+late in a run its share of all samples would let it go on without data for days."""
 
 
 class StreamCounter:
-    """Counts what a run has used and lost. `max_bad_share` is the share of samples that may be lost."""
+    """Counts what a run has used and lost. `max_invalid_fraction` is the share of samples that may be lost."""
 
-    def __init__(self, sampling_rate: int, *, max_bad_share: float = 0.01) -> None:
-        if not 0 <= max_bad_share <= 1:
-            raise UserError(f"max_bad_share={max_bad_share} has to be between 0 and 1")
+    def __init__(self, sampling_rate: int, *, max_invalid_fraction: float = 0.01) -> None:
+        if not 0 <= max_invalid_fraction <= 1:
+            raise UserError(f"max_invalid_fraction={max_invalid_fraction} has to be between 0 and 1")
         self._sampling_rate = sampling_rate
-        self._max_bad_share = max_bad_share
+        self._max_invalid_fraction = max_invalid_fraction
         self._samples: Counter[str] = Counter()  # audio samples by domain
         self._kinds: Counter[str] = Counter()
         self._num_clips = 0
@@ -95,7 +95,9 @@ class StreamCounter:
 
     def _check_recent(self) -> None:
         used, bad = (sum(column) for column in zip(*self._recent, strict=True))
-        if len(self._recent) == RECENT_UPDATES and bad > max(RECENT_BAD_SHARE, self._max_bad_share) * (used + bad):
+        if len(self._recent) == RECENT_UPDATES and bad > max(RECENT_BAD_SHARE, self._max_invalid_fraction) * (
+            used + bad
+        ):
             raise UserError(
                 f"{bad} of the {used + bad} samples of the last {RECENT_UPDATES} updates could not be used: is the "
                 f"data still in reach? The same command goes on from the newest checkpoint. {self._last_line}".rstrip()
@@ -104,12 +106,12 @@ class StreamCounter:
     def _check_share(self, last: str) -> None:
         num_bad = sum(self._kinds.values())
         num_samples = self._num_clips + num_bad
-        if num_bad <= self._max_bad_share * max(num_samples, MIN_SAMPLES):
+        if num_bad <= self._max_invalid_fraction * max(num_samples, MIN_SAMPLES):
             return
         kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
         raise UserError(
-            f"{num_bad} of {num_samples} samples could not be used ({kinds}), more than max_bad_share="
-            f"{self._max_bad_share} allows; find them with `moss_train inspect`. {last}".rstrip()
+            f"{num_bad} of {num_samples} samples could not be used ({kinds}), more than max_invalid_fraction="
+            f"{self._max_invalid_fraction} allows; find them with `moss_train inspect`. {last}".rstrip()
         )
 
     def state_dict(self) -> dict[str, Any]:

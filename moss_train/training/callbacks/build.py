@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lightning.pytorch import Callback
 
@@ -77,14 +77,14 @@ def build_callbacks(
     }
     writers = build_writers(config, directory, last, tables)
     run_log = LoggerCollection([*writers, HealthMonitor(directory, config.health, codebook_size)])
-    counter = StreamCounter(stream.clip_format.sampling_rate, max_bad_share=config.data.max_bad_share)
+    counter = StreamCounter(stream.clip_format.sampling_rate, max_invalid_fraction=config.data.max_invalid_fraction)
     window = config.logging.window_updates
     clock = Clock()
     checkpoints = CheckpointWriter(
         directory / "checkpoints",
         config.checkpoint.every_updates,
-        config.checkpoint.keep,
-        config.checkpoint.archive_every_updates,
+        config.checkpoint.keep_last,
+        config.checkpoint.keep_every_updates,
         clock,
     )
     return [
@@ -181,7 +181,7 @@ def build_validation(
     checkpoints: CheckpointWriter,
 ) -> Validation:
     """The validation with its keeper of the best checkpoint and its samples, each where it is wanted."""
-    settings, metric = config.validation, config.checkpoint.best
+    settings, metric = config.validation, config.checkpoint.monitor
     keeper = sampler = None
     if metric is not None:
         check_metric(metric, plan.columns)

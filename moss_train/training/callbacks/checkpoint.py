@@ -74,7 +74,9 @@ class BestCheckpointKeeper:
 def check_metric(metric: str, columns: tuple[str, ...]) -> str:
     """The metric, or UserError when no validation has it."""
     if metric not in columns[2:]:
-        raise UserError(f"checkpoint.best={metric} is no score of the validation, which has {', '.join(columns[2:])}")
+        raise UserError(
+            f"checkpoint.monitor={metric} is no score of the validation, which has {', '.join(columns[2:])}"
+        )
     return metric
 
 
@@ -107,7 +109,7 @@ class DirectoryCheckpointIO(CheckpointIO):
 class CheckpointWriter(Callback):
     """Saves at the start, every `every_updates` updates, when a stage is over and at the end.
 
-    The `keep` newest stay, those at the end of a stage, and those of every `archive_every_updates` updates if that is
+    The `keep` newest stay, those at the end of a stage, and those of every `keep_every_updates` updates if that is
     given: to go back to when something goes wrong unnoticed, and to try another second stage.
 
     The one at the start shows that the disk takes a checkpoint before hours are spent. The training waits until a
@@ -115,22 +117,22 @@ class CheckpointWriter(Callback):
     """
 
     def __init__(
-        self, directory: Path, every_updates: int, keep: int, archive_every_updates: int | None, clock: Clock
+        self, directory: Path, every_updates: int, keep: int, keep_every_updates: int | None, clock: Clock
     ) -> None:
         if every_updates < 1 or keep < 2:
             raise UserError(
-                f"checkpoint.every_updates={every_updates} must be at least 1 and checkpoint.keep={keep} at least 2 "
+                f"checkpoint.every_updates={every_updates} must be at least 1, checkpoint.keep_last={keep} at least 2 "
                 "(the newest may turn out damaged)"
             )
-        if archive_every_updates is not None and archive_every_updates % every_updates:
+        if keep_every_updates is not None and keep_every_updates % every_updates:
             raise UserError(
-                f"checkpoint.archive_every_updates={archive_every_updates} must be a multiple of "
+                f"checkpoint.keep_every_updates={keep_every_updates} must be a multiple of "
                 f"checkpoint.every_updates={every_updates}, or null"
             )
         self.directory = directory
         self.every_updates = every_updates
         self.keep = keep
-        self.archive_every_updates = archive_every_updates
+        self.keep_every_updates = keep_every_updates
         self.clock = clock
         self.saved_update: int | None = None
 
@@ -151,7 +153,7 @@ class CheckpointWriter(Callback):
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what has not been saved; all ranks take part, the first one writes."""
         module = cat_module(pl_module)
-        update, ends, archive = module.update, module.schedule.ends, self.archive_every_updates
+        update, ends, archive = module.update, module.schedule.ends, self.keep_every_updates
         if update == self.saved_update:
             return
         self.saved_update, begin = update, time.perf_counter()

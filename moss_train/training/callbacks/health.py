@@ -90,7 +90,7 @@ class HealthMonitor(Writer):
             self._judge_data(row["update"])
 
     def _judge_codebooks(self, row: Row) -> None:
-        if row["update"] <= self.limits.grace_updates or row.get("frames", 0) < 4 * self.codebook_size:
+        if row["update"] <= self.limits.ignore_first_updates or row.get("frames", 0) < 4 * self.codebook_size:
             return
         least = self.limits.min_codebook_use * self.codebook_size
         levels = {name.partition("/")[2]: row[name] for name in row if name.startswith("perplexity/")}

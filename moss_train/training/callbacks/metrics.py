@@ -201,6 +201,11 @@ class DataMonitor(Callback):
         if trainer.is_global_zero:
             print(printable(f"audio used: {hours}"), file=sys.stderr)
 
+    @property
+    def state_key(self) -> str:
+        """Name of the counts in a checkpoint; runs began when the class was called so."""
+        return "StreamWatch"
+
     def state_dict(self) -> dict[str, Any]:
         return self.counter.state_dict()
 

@@ -89,9 +89,9 @@ class Machine:
         gpu, gpus: name in GPUS, and how many.
         mfu: share of the peak that the operations reach, those done a second time included; an assumption until it is
             measured (`hfu` in metrics.csv).
-        text_share: of the audio that comes with text, an assumption about the data.
+        text_fraction: of the audio that comes with text, an assumption about the data.
         text_tokens_per_second: of such audio, likewise.
-        bus_gb_per_second: of a sum over all GPUs, as nccl-tests report it (busbw), an assumption about the network.
+        allreduce_gb_per_second: of a sum over all GPUs, as nccl-tests report it (busbw); assumed.
 
     Raises:
         UserError: an unknown GPU, or a number out of range.
@@ -100,20 +100,25 @@ class Machine:
     gpu: str
     gpus: int
     mfu: float
-    text_share: float
+    text_fraction: float
     text_tokens_per_second: float
-    bus_gb_per_second: float
+    allreduce_gb_per_second: float
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
             raise UserError(f"gpu={self.gpu} is not known: there are {', '.join(GPUS)}")
-        if self.gpus < 1 or not 0 < self.mfu <= 1 or not 0 <= self.text_share <= 1 or self.text_tokens_per_second < 0:
+        if (
+            self.gpus < 1
+            or not 0 < self.mfu <= 1
+            or not 0 <= self.text_fraction <= 1
+            or self.text_tokens_per_second < 0
+        ):
             raise UserError(
-                f"gpus={self.gpus} has to be at least 1, mfu={self.mfu} above 0 and at most 1, text_share="
-                f"{self.text_share} between 0 and 1, text_tokens_per_second={self.text_tokens_per_second} at least 0"
+                f"gpus={self.gpus} has to be at least 1, mfu={self.mfu} above 0 and at most 1, text_fraction="
+                f"{self.text_fraction} between 0 and 1, text_tokens_per_second={self.text_tokens_per_second} at least 0"
             )
-        if not self.bus_gb_per_second > 0:
-            raise UserError(f"bus_gb_per_second={self.bus_gb_per_second} has to be above 0")
+        if not self.allreduce_gb_per_second > 0:
+            raise UserError(f"allreduce_gb_per_second={self.allreduce_gb_per_second} has to be above 0")
 
     def peak(self, trainer: TrainerConfig) -> tuple[float, str]:
         """Peak in FLOP/s of one GPU for the configured precision, and the name of the format."""
@@ -233,7 +238,7 @@ def stepping_seconds(stage: Stage, trainer: TrainerConfig, parameters: StateSize
     learning = parameters.tokenizer + parameters.semantic + (parameters.discriminators if stage.adversarial else 0)
     sent = 2 * (machine.gpus - 1) / machine.gpus * learning * (2 if trainer.reduce_dtype == "bf16" else 4)
     moved = UPDATE_BYTES * learning
-    return sent / (machine.bus_gb_per_second * GB) + moved / (GPUS[machine.gpu].bandwidth * 1e12)
+    return sent / (machine.allreduce_gb_per_second * GB) + moved / (GPUS[machine.gpu].bandwidth * 1e12)
 
 
 def lasting_costs(
@@ -243,11 +248,11 @@ def lasting_costs(
     half, seconds = is_half(config.trainer), config.data.crop_seconds
     again = config.trainer.activation_checkpointing
     costs = tokenizer_costs(tokenizer, seconds, half, learning, again)
-    if arguments["semantic"] is not None and machine.text_share:
+    if arguments["semantic"] is not None and machine.text_fraction:
         frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * machine.text_tokens_per_second))
         width = tokenizer.quantizer_kwargs["output_dim"]
         clip = semantic_cost(arguments["semantic"], width, frames, tokens, half, "semantic" in learning)
-        costs["text LM"] = clip * (machine.text_share / seconds)
+        costs["text LM"] = clip * (machine.text_fraction / seconds)
     return costs
 
 

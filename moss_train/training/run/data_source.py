@@ -51,10 +51,10 @@ def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> DataFolders
         packed = record
     else:
         packed = pack_for_run(data.path, data, tokenizer, directory)
-        if record is not None and record.key != packed.key and not config.allow_changes:
+        if record is not None and record.key != packed.key and not config.allow_config_changes:
             raise UserError(
                 f"the files of data.path={data.path} are not those that {directory} was started with: use another "
-                "name=, or allow_changes=true to go on with them"
+                "name=, or allow_config_changes=true to go on with them"
             )
         write_record(directory, packed)
     if packed.is_silent:
@@ -78,11 +78,13 @@ def pack_for_run(path: str, data: DataConfig, tokenizer: Any, directory: Path) -
     options = PackOptions(
         sampling_rate=tokenizer.sampling_rate,
         num_channels=tokenizer.number_channels,
-        max_bad_share=data.max_bad_share,
+        max_invalid_fraction=data.max_invalid_fraction,
     )
     cache = directory / CACHE_FOLDER if data.cache is None else Path(data.cache)
     source = Path(path).expanduser()
-    return pack_cached(source, cache, options, domain=data.domain, heldout_share=data.heldout_share, key="data.path")
+    return pack_cached(
+        source, cache, options, domain=data.domain, heldout_fraction=data.heldout_fraction, key="data.path"
+    )
 
 
 def read_record(directory: Path) -> PackedSource | None:

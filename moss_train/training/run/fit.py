@@ -52,13 +52,13 @@ LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machin
 MUTABLE_KEYS = {
     "run_dir",
     "name",
-    "stop_at_update",
+    "max_updates",
     "trainer",
     "checkpoint",
-    "allow_changes",
+    "allow_config_changes",
     "plugins",
 } | observers.KEYS
-FREE_DATA_KEYS = {"num_workers", "max_bad_share", "cache"}
+FREE_DATA_KEYS = {"num_workers", "max_invalid_fraction", "cache"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     if not stream.num_with_text:
         beginning = without_text(beginning)
     size = measure(beginning.arguments, config)
-    last = schedule.updates if config.stop_at_update is None else min(config.stop_at_update, schedule.updates)
+    last = schedule.updates if config.max_updates is None else min(config.max_updates, schedule.updates)
     quantizer = beginning.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
     objective = Objective(stream.clip_format.sampling_rate, **beginning.arguments["objective"])
@@ -146,7 +146,7 @@ def train(
     if checkpoint is None and beginning.source is not None:
         reports = initialize(module, beginning)
         if trainer.is_global_zero:
-            print_reports(beginning, reports, config.fresh_warmup_updates)
+            print_reports(beginning, reports, config.new_module_warmup_updates)
             store_record(Path(config.run_dir), beginning, reports)
     loader = make_loader(
         stream,
@@ -228,7 +228,7 @@ def store_config(config: FitConfig, directory: Path, is_new: bool) -> None:
     """Write the resolved configuration, or compare it with the one that the run was started with.
 
     Raises:
-        UserError: it differs in something that changes what is learned, and `allow_changes` is not set.
+        UserError: it differs in something that changes what is learned, and `allow_config_changes` is not set.
     """
     if not is_new:
         check_unchanged(config, directory)
@@ -237,12 +237,12 @@ def store_config(config: FitConfig, directory: Path, is_new: bool) -> None:
 
 
 def check_unchanged(config: FitConfig, directory: Path) -> None:
-    """Raise UserError when a run began with another configuration, unless `allow_changes` is set."""
+    """Raise UserError when a run began with another configuration, unless `allow_config_changes` is set."""
     path = directory / CONFIG_FILE
-    if config.allow_changes or not path.exists():
+    if config.allow_config_changes or not path.exists():
         return
     begun = FitConfig.parse(known_keys(FitConfig, read_config(path)))
-    if closed := [name for name in begun.plugins if name not in config["plugins"]]:
+    if closed := [name for name in begun.plugins if name not in config.plugins]:
         raise UserError(
             f"{directory} was started with plugins=[{','.join(closed)}]: give it again, or use another name="
         )
@@ -250,7 +250,7 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
     if changes:
         raise UserError(
             f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
-            "allow_changes=true to go on with the new values"
+            "allow_config_changes=true to go on with the new values"
         )
 
 

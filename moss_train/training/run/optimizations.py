@@ -30,7 +30,7 @@ RECOMPILE_LIMIT = 64
 def prepare(module: CatModule, config: FitConfig) -> None:
     """Apply the `ema` and the `trainer` options of a run to its module."""
     settings = config.trainer
-    module.shares_every_updates = config.logging.gradient_shares_every_updates
+    module.shares_every_updates = config.logging.log_gradient_shares_every
     module.reduce_dtype = REDUCE_DTYPES[settings.reduce_dtype]
     accelerator = choose_accelerator(settings.accelerator)
     is_half = choose_precision(settings.precision, accelerator) == "bf16-mixed"

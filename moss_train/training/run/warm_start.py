@@ -112,8 +112,8 @@ def restored_networks(config: FitConfig, source: ModelSource) -> tuple[dict[str,
     if networks["semantic"] and not semantic_has_effect(config):
         networks["semantic"] = None
         warnings.warn(
-            f"train={list(config.train)}: the encoder and the quantizer do not learn, so a text LM has nothing to "
-            "teach; it is left out (train=[decoder,semantic] would let the LM itself learn)",
+            f"trainable={list(config.trainable)}: encoder and quantizer do not learn, so a text LM has nothing to "
+            "teach; it is left out (trainable=[decoder,semantic] would let the LM itself learn)",
             stacklevel=2,
         )
     fresh = []
@@ -142,7 +142,7 @@ def without_text(beginning: InitPlan) -> InitPlan:
 
 def semantic_has_effect(config: FitConfig) -> bool:
     """Whether, in some stage, the text LM learns or something learns from it."""
-    parts = [stage.train or config.train for stage in config.stages]
+    parts = [stage.trainable or config.trainable for stage in config.stages]
     return any({"encoder", "quantizer", "semantic"} & set(names) for names in parts)
 
 
@@ -181,18 +181,18 @@ def with_channels(node: Node, channels: int) -> Node:
 
 
 def stages_for(config: FitConfig, fresh: Sequence[str]) -> list[dict[str, Any]]:
-    """The stages as configured; `train` of the run holds for those that do not name their own parts.
+    """The stages as configured; `trainable` of the run holds for those that do not name their own parts.
 
-    Networks that `init` does not bring get a head start of `fresh_warmup_updates`, in which they learn without being
-    listened to: discriminators in the first adversarial stage, the LM in the first of all.
+    Networks that `init` does not bring get a head start of `new_module_warmup_updates`, in which they learn without
+    being listened to: discriminators in the first adversarial stage, the LM in the first of all.
     """
-    stages = [stage.to_plain() | {"train": stage.train or config.train} for stage in config.stages]
+    stages = [stage.to_plain() | {"trainable": stage.trainable or config.trainable} for stage in config.stages]
     judging = [stage for stage in stages if stage.get("adversarial")]
     starts = {"discriminators": judging[:1], "semantic": stages[:1]}
     keys = {"discriminators": "discriminator_warmup_updates", "semantic": "semantic_warmup_updates"}
     for name in fresh:
         for stage in starts[name]:
-            stage[keys[name]] = max(stage.get(keys[name], 0), config.fresh_warmup_updates)
+            stage[keys[name]] = max(stage.get(keys[name], 0), config.new_module_warmup_updates)
     return stages
 
 
@@ -255,7 +255,7 @@ def print_reports(beginning: InitPlan, reports: Mapping[str, WeightReport], warm
     for name in beginning.fresh:
         reason = "restore leaves out what init has" if name in beginning.source.nodes else "init has none"
         warnings.warn(
-            f"{name} start afresh, {reason}; head start of {warmup_updates} updates (fresh_warmup_updates)",
+            f"{name} start afresh, {reason}; head start of {warmup_updates} updates (new_module_warmup_updates)",
             stacklevel=2,
         )
 

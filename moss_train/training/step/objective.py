@@ -134,7 +134,7 @@ class Objective(nn.Module):
     Args:
         sampling_rate: in Hz.
         weights: of the terms that differ from WEIGHTS; they go before the `weight` of a loss's own node.
-        crop_seconds: length of the random crop that the discriminators see, per clip.
+        discriminator_crop_seconds: length of the random crop that the discriminators see, per clip.
         quantizer_dropout: share of clips that use a random prefix of the levels (1.0 in the paper); the others use all.
         adversarial_reduction: of the LSGAN losses over sub-discriminators, "mean" (the paper) or "sum" (public code).
         feature_reduction: of feature matching, "relative_mean" or "absolute_sum" (see `feature_matching_loss`).
@@ -152,7 +152,7 @@ class Objective(nn.Module):
         self,
         sampling_rate: int,
         weights: Mapping[str, float] | None = None,
-        crop_seconds: float = 1.0,
+        discriminator_crop_seconds: float = 1.0,
         quantizer_dropout: float = 1.0,
         adversarial_reduction: AdversarialReduction = "mean",
         feature_reduction: FeatureReduction = "relative_mean",
@@ -170,7 +170,7 @@ class Objective(nn.Module):
         given = {name: weight for name, weight in (weights or {}).items() if weight is not None}
         self.weights = with_weights(known | own, given)
         self.quantizer_dropout = quantizer_dropout
-        self.crop_length = round(crop_seconds * sampling_rate)
+        self.crop_length = round(discriminator_crop_seconds * sampling_rate)
         self.balancer = None if balance is None else GradientBalancer(balance, self.output_names)
 
     def _names(self, kind: type[nn.Module]) -> tuple[str, ...]:

@@ -21,12 +21,12 @@ class Stage(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "train", list(PARTS) if self.train is None else self.train)
+        object.__setattr__(self, "trainable", list(PARTS) if self.trainable is None else self.trainable)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts of the networks that learn."""
-        return tuple(self.train or ())
+        return tuple(self.trainable or ())
 
     def rate_factor(self, update: int) -> float:
         """Learning rate of an update of this stage (from 0) as a share of the peak.
@@ -37,7 +37,7 @@ class Stage(StageConfig):
             return (update + 1) / self.warmup_updates
         start = self.warmup_updates
         if self.schedule == "wsd":
-            start = max(start, self.updates - round(self.decay_share * self.updates))
+            start = max(start, self.updates - round(self.decay_fraction * self.updates))
         progress = min(max(update - start, 0) / max(self.updates - start, 1), 1.0)
         left = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - math.sqrt(progress)
         floor = self.final_learning_rate / self.learning_rate
