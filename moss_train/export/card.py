@@ -12,7 +12,7 @@ from moss_train.export.load import find_checkpoint
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 
-TESTED_VERSIONS = ("4.57.1", "5.0.0", "5.17.0", "5.23.0")
+TESTED_VERSIONS = ("4.57.1", "5.0.0", "5.17.0", "5.23.0", "5.24.0")
 """Versions of transformers in which tests/export/test_transformers_versions.py passed."""
 
 TEXT = """
