@@ -425,8 +425,12 @@ def _nearest(key: str, known: list[str]) -> str:
     known = list(dict.fromkeys(known))
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     prefix = f"{parent}." if parent else ""
+    # Below a mapping of free names, as objective.weights, no keys are known.
+    parents = get_close_matches(parent, known, n=1, cutoff=0.8) if parent and not siblings else []
+    free = [name for name in parents if name != parent and not any(other.startswith(f"{name}.") for other in known)]
     candidates = [
         *(prefix + name for name in get_close_matches(last, siblings, n=1)),
+        *(f"{name}.{last}" for name in free),
         *get_close_matches(key, [name for name in known if name.rpartition(".")[2] == last], n=1, cutoff=0.0),
         *(get_close_matches(key, known, n=1, cutoff=0.7) if not siblings else []),
     ]

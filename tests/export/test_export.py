@@ -92,8 +92,8 @@ def test_half_precision_weights_keep_the_quantizer(model_folder, tmp_path):
     ("arguments", "message"),
     [
         (["out=."], "out=. exists already"),
-        (["out=new", "dtype=int4"], "dtype='int4' is not one of"),
-        (["out=new", "part=middle"], "part='middle' is not encoder or decoder"),
+        (["out=new", "dtype=int4"], "dtype=int4 has to be one of float32, bfloat16, float16"),
+        (["out=new", "part=middle"], "part=middle has to be one of encoder, decoder, or null"),
         (["out=new", "licence='do what you want'"], "is not an identifier"),
         (["out=new", "evaluation=empty"], "evaluation=empty has no table.csv"),
         (["out=new", "push=owner/name"], "push needs licence="),
