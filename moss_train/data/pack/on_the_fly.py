@@ -82,9 +82,9 @@ def locate(cache: Path, key: str, has_heldout: bool) -> PackedSource:
 def listing_key(sources: SourceList, options: PackOptions, heldout_fraction: float) -> str:
     """Hash of the files by name, size and time, of their labels, and of the format in which they are packed."""
     # Under the names that these had at first: a run that began then has to find its folder.
-    settings = asdict(options) | {"heldout_share": heldout_fraction, "resampler": RESAMPLER, "format": FORMAT_VERSION}
-    settings["max_bad_share"] = settings.pop("max_invalid_fraction")
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    content = asdict(options) | {"heldout_share": heldout_fraction, "resampler": RESAMPLER, "format": FORMAT_VERSION}
+    content["max_bad_share"] = content.pop("max_invalid_fraction")
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for clip in sources.clips:
         status = clip.path.stat()
         part = (clip.start_seconds, clip.end_seconds, clip.row)
