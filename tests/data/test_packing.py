@@ -157,7 +157,11 @@ def test_bad_folders_are_refused(tmp_path: Path, pack_config: Callable) -> None:
     check_refused(tmp_path, pack_config(input=tmp_path / "list.txt", out=out), "neither a folder nor an audio file")
     check_refused(tmp_path, pack_config(input=tmp_path / "m.jsonl", out=out), "has no lines")
     check_refused(tmp_path, pack_config(input=tmp_path / "texts", out=out, domain="a/b"), "domain: domain 'a/b'")
-    check_refused(tmp_path, pack_config(input=tmp_path, out=out, sampling_rate=0), "sampling_rate=0 has to be a whole number from 2000")
+    check_refused(
+        tmp_path,
+        pack_config(input=tmp_path, out=out, sampling_rate=0),
+        "sampling_rate=0 has to be a whole number from 2000",
+    )
 
 
 def make_bad_file(folder: Path, kind: str) -> str:
