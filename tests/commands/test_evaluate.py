@@ -129,18 +129,21 @@ def test_pairs_of_files_and_a_comparison(folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data=good.jsonl"], "give one of model=, codec= and pairs=, got none"),
-        (["model=small", "pairs=x", "data=good.jsonl"], "give one of model=, codec= and pairs=, got model and pairs"),
-        (["model=small"], "data= is required"),
-        (["pairs=x"], "pairs=x is not a folder"),
-        (["pairs=x", "data=good.jsonl"], "data= has no effect with pairs="),
+        (["data=good.jsonl"], "model is required: give one of model=, codec= and pairs="),
+        (
+            ["model=small", "pairs=x", "data=good.jsonl"],
+            "pairs=x excludes model: give one of model=, codec= and pairs=",
+        ),
+        (["model=small"], "data is required: give audio to measure on"),
+        (["pairs=x"], "pairs=x does not exist"),
+        (["pairs=x", "data=good.jsonl"], "data=['good.jsonl'] has no effect with pairs="),
         (["model=small", "data=good.jsonl", "profile=44k"], "profile=44k has to be one of official, dac24k"),
-        (["model=small", "data=good.jsonl", "metrics=[mos]"], "metrics=mos has to be one of text_model, stoi"),
+        (["model=small", "data=good.jsonl", "metrics=[mos]"], "metrics.0=mos has to be one of text_model, stoi"),
         (
             ["model=small", "data=good.jsonl", "num_quantizers=[5]"],
             "num_quantizers=[5]: small has levels 1 to 4, got 5",
         ),
-        (["model=small", "data=good.jsonl", "num_workers=-1"], "num_workers=-1 has to be at least 0"),
+        (["model=small", "data=good.jsonl", "num_workers=-1"], "num_workers=-1 has to be a whole number at least 0"),
         (["model=small", "data=good.jsonl", "clip_seconds=900"], "no clip of data=good.jsonl is clip_seconds=900 long"),
         (["codec=bigcodec", "data=good.jsonl"], "codec=bigcodec needs weights="),
         (["model=small", "data=good.jsonl", "report_clips=[nothing]"], "report_clips=['nothing']: there is no clip"),
