@@ -38,7 +38,7 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
     if config.format == "onnx":
         if config.dtype != "float32" or config.with_training_state:
             raise UserError("format=onnx takes neither dtype nor with_training_state: its weights are float32 or int8")
-        options = {"weights": config.weights, "chunk_frames": config.chunk_frames}
+        options: dict[str, Any] = {"weights": config.weights, "chunk_frames": config.chunk_frames}
         folder = export_onnx(source, config.out, info=info, **options, **common)
         print(f"wrote {folder} of {exported}: README.md says how to use it, `python {folder}/runtime.py` checks it")
     else:

@@ -162,7 +162,8 @@ def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None
             0, config.quantizer_kwargs["codebook_size"], shape, generator=torch.Generator().manual_seed(0)
         )
     else:
-        codes = model.encode(audio).audio_codes
+        encoded: Any = model.encode(audio)
+        codes = encoded.audio_codes
     samples = (audio * 32768).numpy().astype(np.int16)
     stored: dict[str, Any] = {"audio": samples, "codes": codes.numpy().astype(np.int32)}
     tokenizer, equal = Tokenizer(folder), None
@@ -170,7 +171,8 @@ def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None
         equal = float((tokenizer.encode(audio.numpy()) == codes.numpy()).mean())
         stored["least_equal"] = np.float64(equal - max(0.01, 0.1 * (1 - equal)))
     if part != "encoder":
-        decoded = model.decode(codes[:, :1]).audio[:, :1].numpy()
+        output: Any = model.decode(codes[:, :1])
+        decoded = output.audio[:, :1].numpy()
         error = np.abs(tokenizer.decode(codes[:, :1].numpy())[:, :1] - decoded).max() / np.abs(decoded).max()
         stored |= {"decoded": decoded, "greatest_error": np.float64(max(1e-4, 1.5 * error))}
     with (folder / VECTORS_FILE).open("wb") as file:
@@ -181,7 +183,11 @@ def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None
 @torch.no_grad()
 def count_changed(model: MossAudioTokenizerModel, tokenizer: Tokenizer, clips: list[Tensor]) -> tuple[float, float]:
     """Return the fraction of codes of clips [C, T] that differ between torch and the graphs, and the clips' seconds."""
-    differs = [model.encode(clip[None]).audio_codes.numpy() != tokenizer.encode(clip[None].numpy()) for clip in clips]
+    outputs: list[Any] = [model.encode(clip[None]) for clip in clips]
+    differs = [
+        output.audio_codes.numpy() != tokenizer.encode(clip[None].numpy())
+        for output, clip in zip(outputs, clips, strict=True)
+    ]
     seconds = sum(clip.shape[1] for clip in clips) / model.config.sampling_rate
     return float(sum(codes.sum() for codes in differs) / sum(codes.size for codes in differs)), seconds
 

@@ -131,6 +131,7 @@ def add_next_position(build: GraphBuilder, position: str, codes: str) -> None:
 
 def add_modules(build: GraphBuilder, modules: nn.ModuleList, x: str, position: str, chunk_frames: int) -> str:
     """Pass [B, T, C] through the patch modules and transformer stages of a half."""
+    module: Any
     for number, module in enumerate(modules):
         if isinstance(module, PatchedPretransform):
             x = add_patch(build, module, x, number, modules)
@@ -218,7 +219,8 @@ def add_layer(
     slots: str,
 ) -> str:
     """Pass [B, T, D] through a layer; the rings with these frames written to them become the outputs `next_...`."""
-    attention = layer.self_attn
+    attention: Any = layer.self_attn
+    scale: Any = layer.layer_scale_1.scale
     heads, width = attention.num_heads, layer.norm1.weight.shape[0]
     head_dim = width // heads
     normed = build("LayerNormalization", x, layer.norm1.weight, layer.norm1.bias, epsilon=layer.norm1.eps)
@@ -237,7 +239,7 @@ def add_layer(
     scores = build("Add", build("MatMul", query, build("Transpose", written[0], perm=[0, 1, 3, 2])), mask)
     attended = build("MatMul", build("Softmax", scores, axis=-1), written[1])
     attended = build("Reshape", build("Transpose", attended, perm=[0, 2, 1, 3]), [0, 0, width])
-    x = build("Add", x, build.linear(attended, attention.out_projs[0].weight * layer.layer_scale_1.scale[:, None]))
+    x = build("Add", x, build.linear(attended, attention.out_projs[0].weight * scale[:, None]))
     normed = build("LayerNormalization", x, layer.norm2.weight, layer.norm2.bias, epsilon=layer.norm2.eps)
     wide = build.linear(normed, layer.linear1.weight)
     # The exact GELU in basic operations, which runtimes join again.

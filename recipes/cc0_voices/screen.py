@@ -21,7 +21,7 @@ from torch import Tensor
 from moss_train.audio.io import read_audio
 from moss_train.cli.compose import load_config
 from moss_train.evaluation.metrics.base import Metric, Pair, score_pair
-from moss_train.evaluation.validation import validation_metrics
+from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.export.load import tokenizer_config
 from moss_train.losses import (
     MultiScaleMelLoss,
@@ -70,7 +70,7 @@ def main(voices: Path, options: Options) -> None:
     mel, relative_error = MultiScaleMelLoss(RATE), RelativeSquaredErrorLoss()
     train = read_voice(voices / "train.jsonl", options.voice, 60 * options.minutes)
     held_out = read_voice(voices / "heldout.jsonl", options.voice, float("inf"))[: options.held_out]
-    metrics = validation_metrics(["stoi", "pitch", "buzz"])
+    metrics = build_metrics(["stoi", "pitch", "buzz"])
     started = time.process_time()
 
     for update in range(1, options.updates + 1):
