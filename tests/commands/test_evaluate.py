@@ -144,7 +144,10 @@ def test_pairs_of_files_and_a_comparison(folder, tmp_path, monkeypatch, capsys):
             "num_quantizers=[5]: small has levels 1 to 4, got 5",
         ),
         (["model=small", "data=good.jsonl", "num_workers=-1"], "num_workers=-1 has to be a whole number at least 0"),
-        (["model=small", "data=good.jsonl", "clip_seconds=900"], "no clip of data=good.jsonl is clip_seconds=900 long"),
+        (
+            ["model=small", "data=good.jsonl", "clip_seconds=900"],
+            "no clip of data=['good.jsonl'] is clip_seconds=900 long",
+        ),
         (["codec=bigcodec", "data=good.jsonl"], "codec=bigcodec needs weights="),
         (["model=small", "data=good.jsonl", "report_clips=[nothing]"], "report_clips=['nothing']: there is no clip"),
         (["model=small", "data=good.jsonl", "weights=x"], "weights=x has no effect without codec="),
