@@ -62,7 +62,8 @@ def read_training_state(folder: Path) -> dict[str, Network]:
             networks[name] = Network(node, weights)
         return networks
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"the training state in {folder} is damaged ({error}); export it again") from error
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"the training state in {folder} is damaged ({reason}); export it again") from error
 
 
 def without_aliases(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -48,6 +48,8 @@ class TextLM(nn.Module):
         super().__init__()
         if (config is None) == (pretrained is None):
             raise ValueError("give either config (a model from scratch) or pretrained (a path or repository)")
+        if not hasattr(text, "vocab_size"):
+            raise ValueError(f"text must be a text encoder such as ByteText, got {text!r:.60}")
         self.text = text
         self.language_model = self._language_model(config, pretrained)
         vocab_size = self.language_model.config.vocab_size
