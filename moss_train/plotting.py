@@ -68,7 +68,7 @@ def _fonts() -> Iterator[None]:
 def drawable(text: str) -> str:
     """Return a text as a figure can show it: on one line, no formula, escaped when no font has its characters."""
     text = " ".join(text.split())
-    text = "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
     if not all(ord(character) in _known_characters() for character in text):
         text = text.encode("ascii", "backslashreplace").decode()
     return text.replace("$", r"\$")

@@ -335,5 +335,5 @@ def write_audio(target: str | Path | BinaryIO, audio: Tensor, sampling_rate: int
         with Path(target).open("wb") if isinstance(target, str | Path) else nullcontext(target) as file:
             samples = to_pcm16(audio.detach().cpu()).T.numpy()
             soundfile.write(file, samples, sampling_rate, subtype="PCM_16", format=format.upper())
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(f"cannot write {target}: {error}") from error
+    except (OSError, AssertionError, soundfile.LibsndfileError) as error:  # soundfile asserts that all was written
+        raise UserError(f"cannot write {target}: {error or 'not everything could be written'}") from error

@@ -172,7 +172,7 @@ def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16():
 
 def test_operations_of_the_discriminators(published):
     """26.8 for the five periods and 7.9 for the three resolutions, forward, at 24 kHz."""
-    cost = discriminators_cost(published["discriminators"], 1, 24000, half=True)
+    cost = discriminators_cost(published.discriminators, 1, 24000, half=True)
     assert cost.forward / 1e9 == pytest.approx(34.7, rel=0.01)
 
 

@@ -177,7 +177,7 @@ def test_filters_count_what_they_leave_out(
     (tmp_path / "drop.jsonl").write_text('{"id": "a"}\n["b"]\n')
     with pytest.raises(UserError, match=r"drop\.jsonl:2: not a JSON object with an 'id'"):
         pack_command.run(config | {"out": str(tmp_path / "three")})
-    with pytest.raises(UserError, match="max_seconds=0 has to be above min_seconds"):
+    with pytest.raises(UserError, match="max_seconds=0 has to be a number above 0"):
         pack_command.run(config | {"max_seconds": 0})
 
 
