@@ -334,6 +334,8 @@ def write_audio(target: str | Path | BinaryIO, audio: Tensor, sampling_rate: int
     try:
         with Path(target).open("wb") if isinstance(target, str | Path) else nullcontext(target) as file:
             samples = to_pcm16(audio.detach().cpu()).T.numpy()
-            soundfile.write(file, samples, sampling_rate, subtype="PCM_16", format=format.upper())
-    except (OSError, AssertionError, soundfile.LibsndfileError) as error:  # soundfile asserts that all was written
-        raise UserError(f"cannot write {target}: {error or 'not everything could be written'}") from error
+            encoded = io.BytesIO()  # libsndfile's callbacks would print what a full disk raises, and lose it
+            soundfile.write(encoded, samples, sampling_rate, subtype="PCM_16", format=format.upper())
+            file.write(encoded.getbuffer())
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise UserError(f"cannot write {target}: {error}") from error
