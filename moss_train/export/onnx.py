@@ -142,8 +142,8 @@ def write_graphs(
             continue
         graph = make(model, chunk_frames, weights == "int8", {key: str(value) for key, value in settings.items()})
         size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-        external = {"save_as_external_data": True, "location": f"{name}.weights"} if size > LARGEST_FILE else {}
-        onnx.save_model(graph, str(folder / f"{name}.onnx"), **external)
+        file, is_large = str(folder / f"{name}.onnx"), size > LARGEST_FILE
+        onnx.save_model(graph, file, save_as_external_data=is_large, location=f"{name}.weights" if is_large else None)
 
 
 @torch.no_grad()
