@@ -18,8 +18,7 @@ from moss_train.evaluation.metrics.base import Metric, split_available
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.evaluation.metrics.signal import PROFILES
 from moss_train.evaluation.metrics.text_lm import TextCrossEntropy, text_lm_of_checkpoint
-from moss_train.evaluation.pairs import PairRenderer, find_pairs
-from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip
+from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip, PairRenderer, find_pairs
 from moss_train.evaluation.report.tables import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import ClipRow, Results, all_conditions

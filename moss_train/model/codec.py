@@ -1,18 +1,60 @@
-"""Base class of the model: encoder, quantizer and decoder on latent sequences, in one pass or as a stream."""
+"""Base class of the model: encoder, quantizer and decoder on latents, whole, as a stream, or in chunks.
 
+Chunks hand on their state and bound the memory. The results of the public model are defined first.
+"""
+
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
+from .argument_checks import can_read
 from .attention import HAS_WINDOW_KERNEL, LARGEST_BLOCK
 from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
 from .kv_cache import StageState
 from .prepacked_linear import FEWEST_ROWS, LARGEST_PACKED, LARGEST_ROWS
-from .quantizer import ResidualLFQ
+from .quantizer import FoldedQuantizer, ResidualLFQ
 from .transformer import PatchedPretransform, ProjectedTransformer
+
+
+@dataclass
+class MossAudioTokenizerEncoderOutput(ModelOutput):
+    """Result of `encode`.
+
+    Attributes:
+        audio_codes: [N, B, frames] int64, zero beyond an item's length.
+        audio_codes_lengths: [B] int64, frames of each item; a started frame counts.
+        encoder_hidden_states: [B, D, frames] latent before the quantizer.
+    """
+
+    audio_codes: Tensor | None = None
+    audio_codes_lengths: Tensor | None = None
+    encoder_hidden_states: Tensor | None = None
+
+
+@dataclass
+class MossAudioTokenizerDecoderOutput(ModelOutput):
+    """Result of `decode`: audio [B, C, frames * downsample_rate] and audio_lengths [B] in samples."""
+
+    audio: Tensor | None = None
+    audio_lengths: Tensor | None = None
+
+
+@dataclass
+class MossAudioTokenizerOutput(ModelOutput):
+    """Result of `forward`: reconstruction [B, C, T], its lengths [B], codes [N, B, frames] and their lengths [B]."""
+
+    audio: Tensor | None = None
+    audio_lengths: Tensor | None = None
+    audio_codes: Tensor | None = None
+    audio_codes_lengths: Tensor | None = None
+
 
 STAGE_SIZES = ("input_dimension", "output_dimension", "d_model", "num_heads", "num_layers", "dim_feedforward")
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -189,3 +231,81 @@ def build_modules(config: MossAudioTokenizerConfig, name: str) -> nn.ModuleList:
         )
         modules.append(stage)
     return nn.ModuleList(modules)
+
+
+BLOCK_SECONDS = 30.0
+
+
+def block_frames(codec: LatentCodec, chunk_frames: int | None, frames: int) -> int:
+    """Return the code frames per block: the given chunk, the whole clip, or blocks of `BLOCK_SECONDS` of a long one."""
+    longest = max(1, round(BLOCK_SECONDS * codec.config.frame_rate))
+    if chunk_frames is None:
+        return max(1, frames) if frames <= 2 * longest else longest
+    return chunk_frames
+
+
+def encode_chunked(
+    codec: LatentCodec, audio: Tensor, lengths: Tensor, num_quantizers: int, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """Encode the first `lengths` samples of each item of audio [B, C, T] to codes [N, B, F] and latent [B, F, D]."""
+    batch, frames = audio.shape[0], codec.num_frames(audio.shape[2])
+    block = block_frames(codec, chunk, frames)
+    states = codec.new_states("encoder", batch, block) if block < frames else None
+    quantizer = FoldedQuantizer(codec.quantizer)
+    codes = torch.empty(num_quantizers, batch, frames, dtype=torch.int64, device=audio.device)
+    latent = torch.empty(0)
+    for start in range(0, frames, block):
+        part = slice(start, min(start + block, frames))
+        encoded = codec.encode_latent(complete_frames(audio, lengths, part, codec.config.downsample_rate), states)
+        if start == 0:
+            latent = encoded.new_empty(batch, frames, encoded.shape[2])
+        latent[:, part] = encoded
+        codes[:, :, part] = quantizer.encode(encoded, num_quantizers)
+    return codes, latent
+
+
+def encode_unbatched(
+    codec: LatentCodec, clips: Sequence[Tensor], num_quantizers: int, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """Apply `encode_chunked` to clips [1, C, T] one by one; the results are padded with zeros."""
+    results = []
+    for clip in clips:
+        length = torch.full((1,), clip.shape[2], device=clip.device)
+        results.append(encode_chunked(codec, clip, length, num_quantizers, chunk))
+    longest = max(codes.shape[2] for codes, _ in results)
+    codes = [F.pad(codes, (0, longest - codes.shape[2])) for codes, _ in results]
+    latents = [F.pad(latent, (0, 0, 0, longest - latent.shape[1])) for _, latent in results]
+    return torch.cat(codes, dim=1), torch.cat(latents)
+
+
+def complete_frames(audio: Tensor, lengths: Tensor, frames: slice, hop: int) -> Tensor:
+    """Return the given frames of audio [B, C, T], silent beyond each item's length: [B, C, F * hop]."""
+    part = audio[..., frames.start * hop : frames.stop * hop]
+    if can_read(lengths) and int(lengths.min()) >= frames.stop * hop:
+        return part
+    position = torch.arange(frames.start * hop, frames.start * hop + part.shape[2], device=audio.device)
+    part = part.masked_fill((position >= lengths[:, None])[:, None], 0)
+    return F.pad(part, (0, (frames.stop - frames.start) * hop - part.shape[2]))
+
+
+def decode_chunked(codec: LatentCodec, codes: Tensor, chunk: int | None) -> Tensor:
+    """Return the audio [B, C, F * hop] of codes [n, B, F]."""
+    batch, frames, hop = codes.shape[1], codes.shape[2], codec.config.downsample_rate
+    block = block_frames(codec, chunk, frames)
+    states = codec.new_states("decoder", batch, block) if block < frames else None
+    quantizer = FoldedQuantizer(codec.quantizer)
+    audio = torch.empty(batch, codec.config.number_channels, 0, dtype=codec.dtype, device=codes.device)
+    for start in range(0, frames, block):
+        stop = min(start + block, frames)
+        decoded = codec.decode_latent(quantizer.decode(codes[:, :, start:stop]), states)
+        if start == 0:
+            audio = decoded.new_empty(*decoded.shape[:2], frames * hop)
+        audio[..., start * hop : stop * hop] = decoded
+    return audio
+
+
+def decode_unbatched(codec: LatentCodec, clips: Sequence[Tensor], chunk: int | None) -> Tensor:
+    """Apply `decode_chunked` to codes [n, 1, F] one by one; the results are padded with zeros."""
+    results = [decode_chunked(codec, codes, chunk) for codes in clips]
+    longest = max(audio.shape[2] for audio in results)
+    return torch.cat([F.pad(audio, (0, longest - audio.shape[2])) for audio in results])

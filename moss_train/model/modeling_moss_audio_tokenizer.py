@@ -11,13 +11,20 @@ from torch import Tensor, nn
 # Several releases of transformers copy only the files that this one imports itself; so it imports all.
 from .argument_checks import check_audio, check_codes, check_level, check_samples, chunk_frames, valid_lengths
 from .attention import MultiheadAttention
-from .chunked import complete_frames, decode_chunked, decode_unbatched, encode_chunked, encode_unbatched
-from .codec import LatentCodec
-from .config_validation import check_architecture
-from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
+from .codec import (
+    LatentCodec,
+    MossAudioTokenizerDecoderOutput,
+    MossAudioTokenizerEncoderOutput,
+    MossAudioTokenizerOutput,
+    complete_frames,
+    decode_chunked,
+    decode_unbatched,
+    encode_chunked,
+    encode_unbatched,
+)
+from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig, check_architecture
 from .cuda_graphs import GraphedStep
 from .kv_cache import StageState
-from .outputs import MossAudioTokenizerDecoderOutput, MossAudioTokenizerEncoderOutput, MossAudioTokenizerOutput
 from .prepacked_linear import LinearOps
 from .quantizer import ResidualLFQ
 from .streaming import ContinuousDecoder, MossAudioTokenizerStream

@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .argument_checks import check_audio, check_codes, check_samples
-from .chunked import block_frames
-from .codec import LatentCodec
+from .codec import LatentCodec, MossAudioTokenizerDecoderOutput, block_frames
 from .cuda_graphs import GraphedStep
 from .kv_cache import StageState
-from .outputs import MossAudioTokenizerDecoderOutput
 from .quantizer import FoldedQuantizer
 
 

@@ -9,7 +9,7 @@ import torchaudio.functional
 
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.audio.loudness import bandwidth, loudness, power_spectrum
-from moss_train.data.inspect.measure import DropLimits, ends_abruptly, find_bad, inspect_folder, summarize
+from moss_train.data.inspect import DropLimits, ends_abruptly, find_bad, inspect_folder, summarize
 from moss_train.evaluation import low_pass
 
 

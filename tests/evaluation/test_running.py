@@ -15,11 +15,12 @@ from small_codec import METRICS, run
 
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.evaluation.metrics.base import Pair
-from moss_train.evaluation.pairs import PairRenderer, find_pairs
 from moss_train.evaluation.reconstruct import (
     ClipReconstructions,
     CodecRenderer,
     Condition,
+    PairRenderer,
+    find_pairs,
     fit_length,
     mismatched_clips,
     pcm16,

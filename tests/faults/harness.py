@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
-from moss_train.training.loggers.csv import read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 
 LIMIT_SECONDS = 180.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.training.loggers.csv import read_table
+from moss_train.training.loggers.base import read_table
 
 from .harness import SCALE, Fit, assert_same_run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.training.loggers.csv import read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, find_damage, newest_checkpoint
 
 from .harness import Fit, assert_same_run

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.model import chunked
+from moss_train.model import codec as chunked
 
 from .small_models import num_real_differences, relative_error, small_model
 

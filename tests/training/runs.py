@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
-from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.loggers.base import column, read_table
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 
 FIT = ["-m", "moss_train", "fit"]

@@ -7,7 +7,7 @@ import torch
 
 from moss_train.cli.main import main
 from moss_train.training import CatModule
-from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.loggers.base import column, read_table
 from moss_train.training.run.warm_start import module_arguments
 from moss_train.training.step.objective import GradientBalancer
 from moss_train.training.step.update import add_up, forward_backward

@@ -3,7 +3,7 @@ import resource
 
 import pytest
 
-from moss_train.training.loggers.csv import CsvWriter, column, read_table
+from moss_train.training.loggers.base import CsvWriter, column, read_table
 
 
 def rows_until(path, updates, columns=("update", "loss/generator", "seconds")):

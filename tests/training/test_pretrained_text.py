@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from moss_train.cli.main import main
 from moss_train.export.load import open_source
 from moss_train.training import CatModule
-from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.loggers.base import column, read_table
 from moss_train.training.run.fit import fit
 from moss_train.training.run.warm_start import RECORD_FILE, initialize, plan_initialization
 

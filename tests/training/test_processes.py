@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moss_train.config.fit_schema import TrainerConfig
-from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.loggers.base import column, read_table
 from moss_train.training.run.trainer import count_processes
 from moss_train.utils.checkpoint import list_checkpoints, read_manifest
 from moss_train.utils.errors import UserError

@@ -14,7 +14,7 @@ from moss_train.export.load import load_tokenizer
 from moss_train.training import CatModule
 from moss_train.training.callbacks.metrics import metric_columns
 from moss_train.training.cost import hardware as resource_room
-from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.loggers.base import column, read_table
 from moss_train.training.run.fit import differences, fit
 from moss_train.training.step.objective import Objective
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints

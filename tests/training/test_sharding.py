@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moss_train.cli.main import main
-from moss_train.training.loggers.csv import read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import list_checkpoints
 
 from .gradients import network_errors

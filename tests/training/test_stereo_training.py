@@ -9,7 +9,7 @@ import torch
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
-from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.loggers.base import column, read_table
 from moss_train.training.run.warm_start import module_arguments
 from moss_train.utils.errors import UserError
 

@@ -12,7 +12,7 @@ from moss_train.data.stream.stream import ClipFormat
 from moss_train.export.load import load_tokenizer
 from moss_train.losses import multi_scale_mel_distance
 from moss_train.training.callbacks.validation_data import depths, load_held_out, scores
-from moss_train.training.loggers.csv import column, read_table
+from moss_train.training.loggers.base import column, read_table
 from moss_train.utils.checkpoint import best_checkpoint, list_checkpoints, read_best
 
 from .runs import assert_equal, state, values

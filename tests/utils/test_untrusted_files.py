@@ -21,8 +21,7 @@ from moss_train.audio.io import write_audio
 from moss_train.cli.compose import compose, load_config
 from moss_train.cli.main import main
 from moss_train.commands.pack import _totals_table
-from moss_train.data.inspect.measure import ClipFacts, Inspection
-from moss_train.data.inspect.report import render_page
+from moss_train.data.inspect import ClipFacts, Inspection, render_page
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.shards import remote
 from moss_train.data.shards.codes import (

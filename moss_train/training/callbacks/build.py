@@ -24,8 +24,7 @@ from moss_train.training.callbacks.summary import Summary
 from moss_train.training.callbacks.validation import Validation, ValidationPlan
 from moss_train.training.callbacks.validation_data import HeldOutClip, depths, load_held_out
 from moss_train.training.cost.mfu import Utilization
-from moss_train.training.loggers.base import LoggerCollection, Writer
-from moss_train.training.loggers.csv import CsvWriter
+from moss_train.training.loggers.base import CsvWriter, LoggerCollection, Writer
 from moss_train.training.loggers.progress import ProgressWriter
 from moss_train.training.loggers.tensorboard import TensorBoardWriter
 from moss_train.training.loggers.wandb import WandbWriter

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moss_train.data.stream.sample_stats import StreamCounter
 from moss_train.plotting import Curve, Panel, save_curves
 from moss_train.training.callbacks.run_records import ENVIRONMENT_FILE, SKIPPED_FILE, warn
-from moss_train.training.loggers.csv import iterate_table, read_table
+from moss_train.training.loggers.base import iterate_table, read_table
 from moss_train.training.loggers.progress import clock
 from moss_train.training.module import CatModule, cat_module
 from moss_train.utils.checkpoint import read_best

@@ -16,7 +16,7 @@ from moss_train.semantic.text_encoder import with_config
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.cost.flops import Cost, discriminators_cost, losses_cost, semantic_cost, tokenizer_costs
 from moss_train.training.cost.hardware import device_peak, is_half
-from moss_train.training.loggers.csv import iterate_table
+from moss_train.training.loggers.base import iterate_table
 from moss_train.training.module import CatModule
 from moss_train.training.step.schedule import ScheduleState
 from moss_train.utils.errors import UserError

@@ -1,1 +1,0 @@
-"""Measure packed audio and report on it."""
