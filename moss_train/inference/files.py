@@ -228,9 +228,17 @@ def _relative(name: str, suffix: str, stripped: Collection[str]) -> PurePosixPat
     return PurePosixPath(*(_possible(part, "") for part in parts[:-1]), _possible(parts[-1], suffix))
 
 
+def _as_utf8(name: str) -> str:
+    """Return a name read from a folder as the text its bytes are, also where Python's file names are ASCII."""
+    try:
+        return os.fsencode(name).decode("utf-8")
+    except UnicodeError:
+        return name
+
+
 def _possible(name: str, suffix: str) -> str:
     """A name that file systems take: control characters written out, cut and numbered by its hash when too long."""
-    content = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", name).encode("utf-8", "backslashreplace")
+    content = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", _as_utf8(name)).encode("utf-8", "backslashreplace")
     room = MAX_NAME_BYTES - len(suffix)
     if len(content) > room:
         digest = hashlib.sha256(content).hexdigest()[:12]
