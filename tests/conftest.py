@@ -1,7 +1,8 @@
 """Real recordings of the quick start, packed once for all tests."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RECORDINGS = ROOT / "recipes" / "quickstart" / "audio"
 
 
-PROCESS_FIXTURES = {"launcher", "start"}
+PROCESS_FIXTURES = {"launcher", "start", "browser"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
@@ -59,3 +60,20 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = _config(input=RECORDINGS / "train.jsonl", out=out, shard_bytes=300_000)
     assert pack_command.run(config) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, that of the system: Playwright's own would be a download."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        assert "CI" not in os.environ, "continuous integration has to look at pages in a browser"
+        pytest.skip("there is no chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        # The sandbox refuses to run as root; /dev/shm of a container is too small.
+        opened = started.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield opened
+        opened.close()

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ $# -eq 0 ]; then
     set -- --upgrade
 fi
-.venv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --extra eval --extra cluster --extra datasets --extra tensorboard --extra onnx --extra dev --generate-hashes \
+.venv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --extra eval --extra cluster --extra datasets --extra tensorboard --extra onnx --extra demo --extra dev --generate-hashes \
     --no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet --output-file requirements.lock "$@"
 header='# The exact versions that the tests run with, with hashes; refresh with: bash tools/lock.sh'
 printf '%s\n' "$header" | cat - requirements.lock >requirements.lock.new
