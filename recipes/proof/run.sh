@@ -28,8 +28,11 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=10000
 [ -e "$folder/heldout_known.jsonl" ] || "$python" recipes/proof/known_voices.py "$folder"
 "$python" -m moss_train fit experiment=cat_tiny run_dir="$out" data.train="$folder/train" \
     'data.weights={speech: 0.7, sound: 0.2, music: 0.1}' data.max_seconds=4.0 data.micro_batch_seconds=24 \
-    stages.0.updates=4000 stages.0.batch_seconds=11.52 stages.0.learning_rate=3e-3 \
-    stages.1.updates=60 stages.1.batch_seconds=5.76 objective.quantizer_dropout=0.5 \
+    "stages=[{name: reconstruction, updates: 4000, batch_seconds: 11.52, learning_rate: 3.0e-3,
+        final_learning_rate: 3.0e-4, warmup_updates: 100}, {name: adversarial, updates: 60, batch_seconds: 5.76,
+        adversarial: true, learning_rate: 3.0e-4, final_learning_rate: 7.5e-5, discriminator_learning_rate: 3.0e-4,
+        warmup_updates: 20, discriminator_warmup_updates: 20}]" \
+    objective.quantizer_dropout=0.5 objective.weights.commitment=0.25 objective.weights.relative_error=0 \
     validation.data="$folder/heldout_known.jsonl" validation.max_clips=400 validation.every_updates=1000 \
     validation.samples_every_updates=4060 checkpoint.every_updates=200 checkpoint.monitor=null \
     "${lm[@]}" "${changes[@]}" "${@:3}"

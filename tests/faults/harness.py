@@ -45,13 +45,13 @@ TINY = (
     "data.max_seconds=0.8",
     "data.micro_batch_seconds=0.8",
     "data.num_workers=0",
-    "stages.0.updates=6",
-    "stages.0.batch_seconds=1.2",
-    "stages.0.warmup_updates=2",
-    "stages.1.updates=6",
-    "stages.1.batch_seconds=0.9",
-    "stages.1.warmup_updates=2",
-    "stages.1.discriminator_warmup_updates=2",
+    "objective.quantizer_dropout=1.0",
+    "objective.weights.commitment=0.25",
+    "objective.weights.relative_error=0",
+    "stages=[{name: reconstruction, updates: 6, batch_seconds: 1.2, learning_rate: 1.5e-3, "
+    "final_learning_rate: 3.0e-4, warmup_updates: 2}, {name: adversarial, updates: 6, batch_seconds: 0.9, "
+    "adversarial: true, learning_rate: 3.0e-4, final_learning_rate: 7.5e-5, discriminator_learning_rate: 3.0e-4, "
+    "warmup_updates: 2, discriminator_warmup_updates: 2}]",
     "checkpoint.every_updates=3",
     "wandb=null",
 )

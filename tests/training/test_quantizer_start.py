@@ -83,8 +83,10 @@ def stages():
     )
 
 
-def test_a_run_that_stops_at_the_fit_goes_on_exactly(small_overrides, stages, tmp_path, capfd):
+def test_a_run_that_stops_at_the_fit_goes_on_exactly(small_overrides, recordings, stages, tmp_path, capfd):
+    validation = [f"validation.data={recordings / 'heldout.jsonl'}", "validation.every_updates=1"]
     overrides = [*small_overrides, stages, "checkpoint.every_updates=1", "checkpoint.keep_last=4"]
+    overrides += [*validation, "validation.max_clips=1", "checkpoint.monitor=null"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["fit", *overrides, f"run_dir={whole}"]) == 0
     assert "quantizer fitted" in capfd.readouterr().err
@@ -92,6 +94,8 @@ def test_a_run_that_stops_at_the_fit_goes_on_exactly(small_overrides, stages, tm
     assert main(["fit", *overrides, f"run_dir={parts}"]) == 0
     assert values(parts) == values(whole)
     assert_equal(state(parts), state(whole))
+    scored = column(read_table(whole / "validation.csv"), "update")
+    assert scored == [0, 3, 4]  # not between: levels that are not fitted yet say nothing
     commitment = column(read_table(whole / "metrics.csv"), "loss/commitment")
     assert commitment[:2] == [0.0, 0.0]
     assert min(commitment[2:]) > 0

@@ -123,7 +123,8 @@ class Validation(Callback):
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cat_module(pl_module)
-        if module.update == self.done_update:
+        before_fit = module.update > 0 and not module.schedule.at(module.update - 1).stage.quantize
+        if module.update == self.done_update or before_fit:  # levels that are not fitted yet decode to noise
             return
         self.done_update = module.update
         started = time.perf_counter()
