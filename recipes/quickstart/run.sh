@@ -15,7 +15,7 @@ started=$SECONDS
 
 if [ "${QUICKSTART_UPDATES:-full}" = short ]; then
     out=out/quickstart-short
-    schedule=(stages.0.updates=200 stages.1.updates=30 checkpoint.every_updates=50)
+    schedule=(stages.0.updates=80 stages.1.updates=130 stages.2.updates=30 checkpoint.every_updates=50)
     half=120
     gate=0.85
     finetune_updates=40
