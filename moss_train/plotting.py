@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from moss_train.audio.mel import log_mel_spectrogram
+from moss_train.audio.stft import log_mel_spectrogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

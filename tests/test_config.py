@@ -15,9 +15,8 @@ from moss_train import load_config
 from moss_train.cli.compose import compose, dotted_keys, find_hint
 from moss_train.config.fit_schema import DataConfig, FitConfig, ObjectiveConfig, StageConfig, compile_backends
 from moss_train.config.inputs import check_inputs
-from moss_train.config.renamed import RENAMED
 from moss_train.config.schema import COMMANDS
-from moss_train.config.section import Section, hints_of, known_keys
+from moss_train.config.section import RENAMED, Section, hints_of, known_keys
 from moss_train.utils.errors import ConfigError
 from moss_train.utils.files import config_directory
 

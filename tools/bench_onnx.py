@@ -21,9 +21,8 @@ import torch
 from moss_train.cli.compose import load_config
 from moss_train.export.onnx import write_graphs
 from moss_train.export.onnx_runtime import Tokenizer
-from moss_train.export.vectors import known_audio
-from moss_train.export.write import read_clips
-from moss_train.losses.mel import multi_scale_mel_distance
+from moss_train.export.write import known_audio, read_clips
+from moss_train.losses.reconstruction import multi_scale_mel_distance
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 
 SPEECH = Path(__file__).parents[1] / "recipes" / "quickstart" / "audio" / "speech"

@@ -34,11 +34,10 @@ from transformers.models.mimi.modeling_mimi import (
 
 from moss_train import load_config
 from moss_train.config.fit_schema import FitConfig
-from moss_train.evaluation.per_level import DepthReport, depth_report, quarter_depths
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.training.module import CatModule
-from moss_train.training.run.short_runs import packed_clips, shortened, train_in_memory
 from moss_train.training.run.warm_start import module_arguments
+from tools.short_runs import DepthReport, depth_report, packed_clips, quarter_depths, shortened, train_in_memory
 
 PACE_UPDATES = 16  # more than data workers read ahead
 EXPERIMENTS = {"tiny": "cat_tiny", "small": "cat_small"}

@@ -16,9 +16,17 @@ from typing import Any
 
 import yaml
 
-from moss_train.config.renamed import RENAMED
 from moss_train.config.schema import COMMANDS, FitConfig
-from moss_train.config.section import Section, alternatives, describe, hints_of, is_required, is_section, to_plain
+from moss_train.config.section import (
+    RENAMED,
+    Section,
+    alternatives,
+    describe,
+    hints_of,
+    is_required,
+    is_section,
+    to_plain,
+)
 from moss_train.utils.files import config_directory
 
 PAGE = Path(__file__).parents[1] / "recipes/guides/configuration.md"

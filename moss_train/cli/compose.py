@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.config.build import allow_package
-from moss_train.config.renamed import new_name
 from moss_train.config.schema import COMMANDS
-from moss_train.config.section import Section, alternatives, hints_of, is_section
+from moss_train.config.section import Section, alternatives, hints_of, is_section, new_name
 from moss_train.config.text import hint_inside, read_value
 from moss_train.utils.errors import ConfigError, UserError
 from moss_train.utils.files import config_directory, read_yaml

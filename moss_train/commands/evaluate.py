@@ -15,9 +15,9 @@ from moss_train.data.clips import FileClip, ShardClip, UnreadableClip, list_sour
 from moss_train.evaluation.codecs.base import CatCodec, Codec, check_levels
 from moss_train.evaluation.codecs.published_table import load_codec
 from moss_train.evaluation.metrics.base import Metric, split_available
+from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.evaluation.metrics.signal import PROFILES
-from moss_train.evaluation.metrics.text_lm import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip, PairRenderer, find_pairs
 from moss_train.evaluation.report.tables import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs

@@ -9,8 +9,7 @@ from moss_train.export import export
 from moss_train.export.card import CardInfo, check_licence, evaluation_rows
 from moss_train.export.load import find_checkpoint
 from moss_train.export.onnx import export_onnx
-from moss_train.export.push import push
-from moss_train.export.write import check_target
+from moss_train.export.write import check_target, push
 from moss_train.utils.checkpoint import best_checkpoint
 from moss_train.utils.errors import UserError
 

@@ -11,7 +11,7 @@ import numpy as np
 from moss_train.audio.io import write_audio
 from moss_train.config.schema import InspectConfig
 from moss_train.data.inspect import ClipFacts, DropLimits, Inspection, find_bad, inspect_folder, render_page
-from moss_train.data.stream.order import permutation
+from moss_train.data.stream.corpus import permutation
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.plotting import Histogram, Scatter, save_histograms
 from moss_train.utils.errors import UserError

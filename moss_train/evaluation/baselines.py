@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moss_train.audio.stft import normalized_stft
-from moss_train.losses.mel import multi_scale_mel_distance
+from moss_train.losses.reconstruction import multi_scale_mel_distance
 
 BASELINES = ("silence", "noise", "low_pass")
 LOW_PASS_HZ = 2000.0

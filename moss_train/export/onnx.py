@@ -13,8 +13,7 @@ from torch import Tensor
 from moss_train.export.card import CardInfo, metadata, table
 from moss_train.export.load import load_tokenizer
 from moss_train.export.onnx_runtime import SETTINGS_FILE, VECTORS_FILE, Tokenizer
-from moss_train.export.vectors import SECONDS_BEYOND_WINDOW, known_audio
-from moss_train.export.write import check_target, read_clips
+from moss_train.export.write import SECONDS_BEYOND_WINDOW, check_target, known_audio, read_clips
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 

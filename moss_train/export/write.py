@@ -1,22 +1,28 @@
 """Write a Hugging Face model folder that loads where `moss_train` is not installed."""
 
 import copy
+import hashlib
 import inspect
 import json
+import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor
 
 from moss_train.audio.io import read_audio
 from moss_train.export.card import CardInfo, model_card, training_facts
-from moss_train.export.load import load_tokenizer, open_source
-from moss_train.export.training_state import STATE_FOLDER, Network, write_training_state
-from moss_train.export.vectors import count_changed_codes, write_test_vectors
+from moss_train.export.load import STATE_FOLDER, Network, load_tokenizer, open_source, write_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.model.feature_extraction_moss_audio_tokenizer import MossAudioTokenizerFeatureExtractor
 from moss_train.utils.errors import UserError
@@ -164,3 +170,118 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text("utf-8"))
     change(content)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def describe_upload(folder: Path, repository: str) -> str:
+    """Return what would be uploaded where: every file with its size, and the sum."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"  {path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in files]
+    total = sum(path.stat().st_size for path in files)
+    return "\n".join([f"to {repository}: {len(files)} files, {total:,} bytes", *lines])
+
+
+def push(folder: Path, repository: str, *, private: bool = True) -> str:
+    """Show what goes, create the repository if it is missing, and upload every file in one commit.
+
+    The token is the one that `hf auth login` or HF_TOKEN gave; it is never shown.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: no token, no network, no permission, or a name that is no repository.
+    """
+    print(describe_upload(folder, repository), file=sys.stderr)
+    api = HfApi()
+    try:
+        if get_token() is None:
+            raise UserError(
+                f"push={repository} needs a token of the Hugging Face Hub: run `hf auth login` or set HF_TOKEN"
+            )
+        api.create_repo(repository, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Export by moss_train"
+        ).commit_url
+    except HFValidationError as error:
+        raise UserError(f"push={repository} is not the name of a repository, owner/name: {_line(error)}") from None
+    except LocalTokenNotFoundError:
+        raise UserError(f"push={repository} needs a token of the Hugging Face Hub: run `hf auth login`") from None
+    except HfHubHTTPError as error:
+        status: Any = getattr(error.response, "status_code", "no")
+        reason = {401: "the token is not valid", 403: "the token may not write there", 404: "no such owner"}
+        raise UserError(
+            f"push={repository}: {reason.get(status, _line(error))} (status {status}); {folder} is complete"
+        ) from None
+    except (OSError, httpx.HTTPError) as error:  # connections that fail
+        raise UserError(
+            f"push={repository}: the Hub cannot be reached ({type(error).__name__}); {folder} is complete"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+FOLDER = "test_vectors"
+SECONDS_BEYOND_WINDOW = 2.0
+TOLERANCES = {"codes": 0.99, "audio": 2e-3}
+"""Fraction of equal codes, and largest error of the audio relative to its peak, that another installation may have."""
+
+
+def known_audio(sampling_rate: int, num_channels: int, seconds: float) -> Tensor:
+    """Return two clips [2, C, T] that are the same everywhere: gliding harmonics in syllables, and noise in bursts."""
+    time = torch.arange(round(seconds * sampling_rate), dtype=torch.float64) / sampling_rate
+    pitch = 120 * torch.exp2(0.4 * torch.sin(2 * math.pi * 0.31 * time))
+    phase = 2 * math.pi * torch.cumsum(pitch, 0) / sampling_rate
+    voice = sum(torch.sin(k * phase) / k for k in range(1, 12))
+    voice = voice * (0.5 + 0.5 * torch.sin(2 * math.pi * 3.1 * time)).square()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(time), generator=generator, dtype=torch.float64)
+    noise = noise * (0.5 + 0.5 * torch.sin(2 * math.pi * 1.7 * time)) ** 4
+    mono = torch.stack((0.1 * voice, 0.05 * noise))
+    scales = torch.tensor([1.0, 0.7, 0.5, 0.3])[:num_channels, None]
+    # 16-bit steps, so that the stored numbers are the ones that were encoded.
+    return (mono[:, None] * scales * 32768).round().clamp(-32768, 32767) / 32768
+
+
+@torch.no_grad()
+def write_test_vectors(model: MossAudioTokenizerModel, complete: MossAudioTokenizerModel, folder: Path) -> None:
+    """Write `test_vectors/` and `verify.py` into an exported folder.
+
+    Args:
+        model: as it is written, perhaps with 16-bit weights or half of them.
+        complete: the whole model in float32, whose codes are the reference.
+    """
+    config = model.config
+    seconds = config.causal_transformer_context_duration + SECONDS_BEYOND_WINDOW
+    audio = known_audio(config.sampling_rate, config.number_channels, seconds).float()
+    source = complete if model.part == "decoder" else model
+    encoded: Any = source.encode(audio)
+    codes: Tensor = encoded.audio_codes
+    tensors = {"audio": (audio * 32768).to(torch.int16), "codes": codes.to(torch.int32)}
+    if model.part != "encoder":
+        decoded: Any = model.decode(codes)
+        tensors["decoded"] = decoded.audio.float()[:1, :1].contiguous()
+    target = folder / FOLDER
+    target.mkdir()
+    (target / "vectors.safetensors").write_bytes(save(tensors))
+    files = sorted(folder.glob("*.safetensors"))
+    record = {
+        "tolerances": TOLERANCES,
+        "codes_sha256": hashlib.sha256(tensors["codes"].numpy().tobytes()).hexdigest(),
+        "weights_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+    }
+    (target / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    shutil.copyfile(Path(__file__).with_name("verify.py"), folder / "verify.py")
+
+
+@torch.no_grad()
+def count_changed_codes(exact: MossAudioTokenizerModel, rounded: MossAudioTokenizerModel, clips: list[Tensor]) -> float:
+    """Return the fraction of codes of clips [C, T] that differ between two models."""
+    changed = total = 0
+    for clip in clips:
+        outputs: list[Any] = [model.encode(clip[None]) for model in (exact, rounded)]
+        codes: list[Tensor] = [output.audio_codes for output in outputs]
+        changed += int((codes[0] != codes[1]).sum())
+        total += codes[0].numel()
+    return changed / total

@@ -8,9 +8,15 @@ from moss_train.losses.adversarial import (
     generator_loss,
 )
 from moss_train.losses.base import AdversarialLoss, AudioLoss, QuantizerLoss
-from moss_train.losses.mel import MultiScaleMelLoss, multi_scale_mel_distance
 from moss_train.losses.quantization import CodebookLoss, CommitmentLoss, codebook_loss, commitment_loss
-from moss_train.losses.waveform import ComplexSTFTLoss, MidSideLoss, RelativeSquaredErrorLoss, WaveformLoss
+from moss_train.losses.reconstruction import (
+    ComplexSTFTLoss,
+    MidSideLoss,
+    MultiScaleMelLoss,
+    RelativeSquaredErrorLoss,
+    WaveformLoss,
+    multi_scale_mel_distance,
+)
 
 __all__ = [
     "AdversarialLoss",

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 # Several releases of transformers copy only the files that this one imports itself; so it imports all.
-from .argument_checks import check_audio, check_codes, check_level, check_samples, chunk_frames, valid_lengths
+from .argument_checks import (
+    as_tensor,
+    check_audio,
+    check_codes,
+    check_level,
+    check_samples,
+    chunk_frames,
+    pad_together,
+    set_level,
+    valid_lengths,
+)
 from .attention import MultiheadAttention
 from .codec import (
     LatentCodec,
@@ -29,7 +39,6 @@ from .prepacked_linear import LinearOps
 from .quantizer import ResidualLFQ
 from .streaming import ContinuousDecoder, MossAudioTokenizerStream
 from .transformer import initialize_weights
-from .waveforms import as_tensor, pad_together, set_level
 
 __all__ = [
     "ContinuousDecoder",

@@ -9,9 +9,9 @@ import pytest
 
 from moss_train.batch import UpdateBatch
 from moss_train.data.shards.index import ClipLocation, ShardIndex
-from moss_train.data.stream import sample_stats as counting
+from moss_train.data.stream import sample_reader as counting
 from moss_train.data.stream.loader import make_loader
-from moss_train.data.stream.sample_stats import StreamCounter
+from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import BadSample, Fault, UserError
 

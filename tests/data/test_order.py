@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from moss_train.data.stream.corpus import DomainOrder
-from moss_train.data.stream.order import DomainMixture, domain_shares, permutation, units
+from moss_train.data.stream.corpus import DomainMixture, DomainOrder, domain_shares, permutation, units
 from moss_train.data.stream.stream import deal, split_by_length
 from moss_train.utils.errors import UserError
 

@@ -7,8 +7,7 @@ import torch
 
 from moss_train.batch import UpdateBatch
 from moss_train.data.stream.loader import PREFETCH_BYTES, make_loader, prefetch_within, split_by_text
-from moss_train.data.stream.sample_reader import TrainingClip
-from moss_train.data.stream.sample_stats import StreamCounter
+from moss_train.data.stream.sample_reader import StreamCounter, TrainingClip
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 
 HOP = 1920

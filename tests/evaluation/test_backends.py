@@ -9,10 +9,10 @@ from moss_train.audio.io import read_audio
 from moss_train.evaluation.codecs.base import CatCodec
 from moss_train.evaluation.metrics.asr import ErrorRates, choose_backend, words
 from moss_train.evaluation.metrics.base import MetricError, Pair
-from moss_train.evaluation.metrics.dnsmos import Dnsmos
+from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
+from moss_train.evaluation.metrics.signal import Dnsmos
 from moss_train.evaluation.metrics.speaker import Ge2eEncoder, Ge2eSimilarity, partial_starts
 from moss_train.evaluation.metrics.speaker_wavlm import SpeakerVerifier, WavLMSimilarity, load_weights, map_weight_name
-from moss_train.evaluation.metrics.text_lm import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.semantic import ByteText, TextLM
 from moss_train.utils.errors import UserError

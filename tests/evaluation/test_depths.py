@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moss_train.evaluation.per_level import DepthReport, depth_report, quarter_depths
-from moss_train.losses.mel import multi_scale_mel_distance
+from moss_train.losses.reconstruction import multi_scale_mel_distance
 from tests.model.small_models import small_model
+from tools.short_runs import depth_report, quarter_depths
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,6 @@ def test_report_holds_the_distances_of_decoded_prefixes_and_the_shares_of_used_e
 def test_no_clip_is_an_error(model):
     with pytest.raises(ValueError, match="at least one clip"):
         depth_report(model, [], [1])
-
-
-def test_monotone_means_that_every_depth_is_better_than_the_one_before():
-    assert DepthReport({1: 3.0, 4: 2.0, 8: 1.5}, (), ()).is_monotone
-    assert not DepthReport({8: 2.5, 1: 3.0, 4: 2.0}, (), ()).is_monotone
 
 
 def test_depths_of_the_short_table():

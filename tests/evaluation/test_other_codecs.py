@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from moss_train.evaluation.codecs.adapters import (
+from moss_train.evaluation.codecs.base import (
     BigCodec,
     DacCodec,
     EncodecCodec,
@@ -24,8 +24,9 @@ from moss_train.evaluation.codecs.adapters import (
     Qwen3TtsCodec,
     SpeechTokenizerCodec,
     Xcodec2Codec,
+    bitrate,
+    check_levels,
 )
-from moss_train.evaluation.codecs.base import bitrate, check_levels
 from moss_train.evaluation.codecs.published_table import CODECS, load_codec
 from moss_train.utils.errors import UserError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moss_train.evaluation.metrics.base import Column
-from moss_train.evaluation.metrics.codebooks import count_codes, effective_bitrate, level_use
+from moss_train.evaluation.metrics.codes import count_codes, effective_bitrate, level_use
 from moss_train.evaluation.reconstruct import Condition
 from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated, latex, markdown
 from moss_train.evaluation.results import ClipRow, ConditionRow

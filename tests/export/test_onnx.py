@@ -12,7 +12,7 @@ import torch
 from moss_train.cli.main import main
 from moss_train.export.onnx import write_graphs
 from moss_train.export.onnx_runtime import Tokenizer
-from moss_train.export.vectors import known_audio
+from moss_train.export.write import known_audio
 from moss_train.model import MossAudioTokenizerModel
 from tests.model.small_models import num_real_differences, relative_error, small_model
 

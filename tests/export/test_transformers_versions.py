@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from moss_train.cli.main import main
-from moss_train.export.vectors import known_audio
+from moss_train.export.write import known_audio
 from moss_train.model import MossAudioTokenizerModel
 
 pytestmark = pytest.mark.processes

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moss_train.audio.io import read_audio
-from moss_train.audio.mel import log_mel_spectrogram, mel_bank
+from moss_train.audio.stft import log_mel_spectrogram, mel_bank
 from moss_train.losses import MultiScaleMelLoss, multi_scale_mel_distance
 
 RATE = 24_000

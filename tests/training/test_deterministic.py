@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moss_train.training import CatModule
-from moss_train.training.run.short_runs import train_in_memory
 from moss_train.training.run.warm_start import module_arguments
+from tools.short_runs import train_in_memory
 
 SHORT = [f"stages.{i}.{key}=1" for i in range(2) for key in ("updates", "warmup_updates")]
 

@@ -15,8 +15,7 @@ from moss_train.config import build as build_module
 from moss_train.config.schema import FitConfig
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.training.callbacks.build import build_own
-from moss_train.training.loggers.base import Writer
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import Writer, column, read_table
 from moss_train.utils.errors import ConfigError, UserError
 
 from .runs import state

@@ -7,8 +7,8 @@ from lightning.pytorch import Callback
 
 from moss_train.training import CatModule
 from moss_train.training.module import update_result
-from moss_train.training.run.short_runs import train_in_memory
 from moss_train.training.run.warm_start import module_arguments
+from tools.short_runs import train_in_memory
 
 WATCHED = ("tokenizer.quantizer.input_proj", "tokenizer.encoder.1.input_proj", "semantic.projection", "discriminators")
 

@@ -1,12 +1,11 @@
 import pytest
 import torch
 
-from moss_train.data.stream.sample_stats import StreamCounter
+from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.discriminators import DiscriminatorOutput
-from moss_train.training.callbacks.codebooks import codebook_columns, codebook_row
+from moss_train.evaluation.metrics.codes import codebook_columns, codebook_row
 from moss_train.training.callbacks.metrics import count_clips, loss_row
-from moss_train.training.step.diagnostics import count_codes, mean_logits
-from moss_train.training.step.objective import Objective
+from moss_train.training.step.objective import Objective, count_codes, mean_logits
 from moss_train.training.step.schedule import ScheduleState, Stage
 from moss_train.training.step.update import UpdateResult, output_gradient
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from moss_train import load_config
 from moss_train.config.fit_schema import FitConfig
-from moss_train.discriminators.base import Discriminator
+from moss_train.discriminators import Discriminator
 from moss_train.export.load import tokenizer_config
 from moss_train.model.quantizer import LFQ
 from moss_train.model.transformer import ProjectedTransformer, TransformerLayer

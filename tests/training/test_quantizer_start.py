@@ -6,7 +6,7 @@ import torch
 from moss_train.cli.main import main
 from moss_train.export.load import load_tokenizer
 from moss_train.model.quantizer import ResidualLFQ
-from moss_train.training.callbacks.quantizer_fit import fit_updates
+from moss_train.training.callbacks.quantizer import fit_updates
 from moss_train.training.loggers.base import column, read_table
 from moss_train.training.step.quantizer_start import fit_quantizer, pass_unquantized
 from moss_train.training.step.schedule import Schedule

@@ -7,8 +7,7 @@ import pytest
 
 from moss_train import load_config
 from moss_train.training.callbacks.summary import codebook_lines, follow, panels, validation_table
-from moss_train.training.loggers.base import read_table
-from moss_train.training.loggers.progress import clock
+from moss_train.training.loggers.base import clock, read_table
 from moss_train.training.run.fit import fit
 
 

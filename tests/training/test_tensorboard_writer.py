@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from moss_train.audio.io import write_audio
-from moss_train.training.loggers.base import ClipSample
-from moss_train.training.loggers.tensorboard import TensorBoardWriter
+from moss_train.training.loggers.base import ClipSample, TensorBoardWriter
 from moss_train.utils.errors import UserError
 
 
@@ -36,7 +35,7 @@ def test_scalars_audio_and_texts_can_be_read_back(tmp_path):
 def test_without_the_package_it_is_one_clear_line(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "moss_train.training.loggers.tensorboard.find_spec", lambda name: None if name == "tensorboard" else find(name)
+        "moss_train.training.loggers.base.find_spec", lambda name: None if name == "tensorboard" else find(name)
     )
     with pytest.raises(UserError, match="tensorboard=true needs a package: pip install tensorboard"):
         TensorBoardWriter(tmp_path, every_updates=1)

@@ -21,8 +21,7 @@ from moss_train.training.cost.mfu import (
     count_stages,
     measured_share,
 )
-from moss_train.training.loggers.base import column, read_table
-from moss_train.training.loggers.progress import ProgressWriter
+from moss_train.training.loggers.base import ProgressWriter, column, read_table
 from moss_train.training.run.optimizations import checkpoint_activations
 from moss_train.training.step.schedule import ScheduleState, Stage
 from moss_train.utils.errors import UserError

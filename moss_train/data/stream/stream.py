@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_train.data.shards.index import ClipLocation
-from moss_train.data.stream.corpus import Corpus, DomainOrder
-from moss_train.data.stream.order import DomainMixture, domain_shares, units
+from moss_train.data.stream.corpus import Corpus, DomainMixture, DomainOrder, domain_shares, units
 from moss_train.utils.errors import UserError
 
 

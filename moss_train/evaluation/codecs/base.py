@@ -1,12 +1,17 @@
-"""Codecs as the evaluation sees them, and ours as one of them."""
+"""Codecs as the evaluation sees them: the protocol, our model, and codecs of other projects behind it."""
 
 import hashlib
 import math
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torchaudio.transforms import MelSpectrogram
 
+from moss_train.audio.io import resample
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 
@@ -80,3 +85,231 @@ class CatCodec:
         """See `Codec`."""
         with torch.inference_mode():
             return self._model.decode(codes[:, None], return_dict=True).audio[0].float().cpu()
+
+
+class WrappedCodec:
+    """What the adapters share: the facts of a codec, its model and its device. Subclasses turn batches around."""
+
+    def __init__(self, model: Any, name: str, sampling_rate: int, frame_rate: float, codebook_sizes: list[int]) -> None:
+        self.name = name
+        self.sampling_rate = sampling_rate
+        self.num_channels = 1
+        self.frame_rate = frame_rate
+        self.codebook_sizes = tuple(codebook_sizes)
+        self.fingerprint = weights_fingerprint(model)
+        self.model = model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device) -> "WrappedCodec":
+        """Move the model."""
+        self.model.to(device)
+        return self
+
+    @torch.inference_mode()
+    def encode(self, audio: Tensor) -> Tensor:
+        """See `Codec`."""
+        return self._encode(audio[None].to(self.device)).cpu().long()
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """See `Codec`."""
+        return self._decode(codes.to(self.device)).float().cpu()
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        """[1, 1, T] -> [N, frames]."""
+        return self.model.encode(audio).audio_codes[0]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        """[n, frames] -> [1, T]."""
+        return self.model.decode(audio_codes=codes[None]).audio_values.reshape(1, -1)
+
+
+class EncodecCodec(WrappedCodec):
+    """EnCodec (arXiv 2210.13438), the causal 24 kHz model."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        if config.chunk_length_s is not None or config.audio_channels != 1:
+            raise UserError("codec=encodec measures the 24 kHz mono model, which encodes a clip in one piece")
+        sizes = [config.codebook_size] * config.num_quantizers
+        super().__init__(model, "EnCodec", config.sampling_rate, config.frame_rate, sizes)
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        bandwidth = self.model.config.target_bandwidths[-1]
+        return self.model.encode(audio, bandwidth=bandwidth).audio_codes[0, 0]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.model.decode(codes[None, None], [None]).audio_values[0]
+
+
+class DacCodec(WrappedCodec):
+    """Descript audio codec (arXiv 2306.06546)."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        sizes = [config.codebook_size] * config.n_codebooks
+        super().__init__(model, "DAC", config.sampling_rate, config.sampling_rate / config.hop_length, sizes)
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        return self.model.encode(F.pad(audio, (0, -audio.shape[-1] % self.model.config.hop_length))).audio_codes[0]
+
+
+class MimiCodec(WrappedCodec):
+    """Mimi, the codec of Moshi (arXiv 2410.00037)."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        sizes = [config.codebook_size] * config.num_quantizers
+        super().__init__(model, "Mimi", config.sampling_rate, config.frame_rate, sizes)
+
+
+class HiggsCodec(WrappedCodec):
+    """Higgs Audio v2 tokenizer."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        sizes = [config.codebook_size] * config.num_quantizers
+        super().__init__(model, "Higgs Audio Tokenizer", config.sample_rate, config.frame_rate, sizes)
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        return self.model.encode(F.pad(audio, (0, -audio.shape[-1] % self.model.config.hop_length))).audio_codes[0]
+
+
+class Xcodec2Codec(WrappedCodec):
+    """X-Codec 2 (arXiv 2502.04128): one codebook, and a semantic encoder that needs mel features."""
+
+    def __init__(self, model: Any, feature_extractor: Any) -> None:
+        config = model.config
+        rate = config.sampling_rate
+        super().__init__(model, "XCodec2.0", rate, rate / config.hop_length, [math.prod(config.quantization_levels)])
+        self._features = feature_extractor
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        inputs = self._features(audio[0, 0].cpu().numpy(), sampling_rate=self.sampling_rate, return_tensors="pt")
+        return self.model.encode(**{key: value.to(self.device) for key, value in inputs.items()}).audio_codes[0]
+
+
+class SpeechTokenizerCodec(WrappedCodec):
+    """SpeechTokenizer (arXiv 2308.16692) through its package."""
+
+    def __init__(self, model: Any) -> None:
+        sizes = [model.quantizer.bins] * model.quantizer.n_q
+        rate = model.sample_rate
+        super().__init__(model, "SpeechTokenizer", rate, float(rate / model.downsample_rate), sizes)
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        return self.model.encode(audio)[:, 0]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.model.decode(codes[:, None])[0]
+
+
+class BigCodec(WrappedCodec):
+    """BigCodec (arXiv 2409.05377) through the package of its name: one codebook, 16 kHz."""
+
+    def __init__(self, model: Any) -> None:
+        self._hop_length = int(model.decoder.hop_length)
+        sizes = [layer._codebook.num_embeddings for layer in model.decoder.quantizer.layers]
+        super().__init__(model, "BigCodec", 16_000, 16_000 / self._hop_length, sizes)
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        return self.model.encode(F.pad(audio, (0, -audio.shape[-1] % self._hop_length)))[:, 0]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.model.decode(codes[:, None])[0]
+
+
+class Qwen3TtsCodec(WrappedCodec):
+    """Qwen3 TTS tokenizer, the one of 12.5 Hz (the one of 25 Hz also needs the speaker's embedding to decode)."""
+
+    def __init__(self, model: Any) -> None:
+        if not hasattr(model, "encoder_valid_num_quantizers"):
+            raise UserError("codec=qwen3_tts measures the tokenizer of 12.5 Hz")
+        config = model.config
+        sizes = [config.decoder_config.codebook_size] * model.encoder_valid_num_quantizers
+        rate = config.output_sample_rate
+        super().__init__(model, "Qwen3 TTS Tokenizer", rate, rate / config.decode_upsample_rate, sizes)
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        return self.model.encode(audio[:, 0], torch.ones_like(audio[:, 0]).long()).audio_codes[0].T
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        with _set_to(self.model.decoder.config, "num_quantizers", len(codes)):
+            return self.model.decode(codes.T[None]).audio_values[0][None]
+
+
+class MimoCodec(WrappedCodec):
+    """MiMo audio tokenizer: it takes log mel spectrograms, with other codebook sizes on deeper levels."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        sizes = list(config.codebook_size)
+        sizes += sizes[-1:] * (config.num_quantizers - len(sizes))
+        rate = config.sampling_rate
+        super().__init__(
+            model, "MiMo Audio Tokenizer", rate, rate / model.downsample_rate, sizes[: config.num_quantizers]
+        )
+        self._mel = MelSpectrogram(
+            rate,
+            config.nfft,
+            config.window_size,
+            config.hop_length,
+            config.fmin,
+            config.fmax,
+            n_mels=config.n_mels,
+            power=1.0,
+        )
+
+    def to(self, device: torch.device) -> "MimoCodec":
+        """On a GPU its attention is FlashAttention, which knows 16-bit numbers only."""
+        if device.type != "cpu":
+            self.model.bfloat16()
+        self._mel.to(device)
+        super().to(device)
+        return self
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        mels = self._mel(audio[0]).clamp(min=1e-7).log()[0].T
+        lengths = torch.tensor([len(mels)], device=mels.device)
+        return self.model.encoder.encode(mels, lengths, return_codes_only=True)[0]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.model.decode(codes).reshape(1, -1)
+
+
+class XYTokenizerCodec(WrappedCodec):
+    """XY-Tokenizer (arXiv 2506.23325): takes 16 kHz and gives 24 kHz, at which it is measured."""
+
+    def __init__(self, model: Any, feature_extractor: Any) -> None:
+        config = model.config
+        quantizer = config.params["quantizer_kwargs"]
+        sizes = [quantizer["codebook_size"]] * quantizer["num_quantizers"]
+        self._input_rate: int = feature_extractor.sampling_rate
+        frame_rate = self._input_rate / config.encoder_downsample_rate
+        super().__init__(model, "XY-Tokenizer", round(frame_rate * config.decoder_upsample_rate), frame_rate, sizes)
+        self._features = feature_extractor
+
+    def _encode(self, audio: Tensor) -> Tensor:
+        waveform = resample(audio[0].cpu(), self.sampling_rate, self._input_rate)
+        options = {"return_attention_mask": True, "return_tensors": "pt"}
+        return self.model.encode(self._features(waveform, sampling_rate=self._input_rate, **options)).audio_codes[:, 0]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        # Left at its number of levels it would repeat a single level into all of them.
+        with _set_to(self.model, "nq", len(codes)):
+            return self.model.decode(codes[:, None]).audio_values[0]
+
+
+@contextmanager
+def _set_to(holder: Any, name: str, value: int) -> Iterator[None]:
+    """An attribute for a while: where a decoder takes exactly as many levels as one of its numbers says."""
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from moss_train.evaluation.codecs.adapters import (
+from moss_train.evaluation.codecs.base import (
     BigCodec,
+    Codec,
     DacCodec,
     EncodecCodec,
     HiggsCodec,
@@ -25,7 +26,6 @@ from moss_train.evaluation.codecs.adapters import (
     Xcodec2Codec,
     XYTokenizerCodec,
 )
-from moss_train.evaluation.codecs.base import Codec
 from moss_train.evaluation.metrics.base import missing_package
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json

@@ -6,9 +6,8 @@ from typing import Any
 from moss_train.config.build import build
 from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, columns_of
-from moss_train.evaluation.metrics.dnsmos import Dnsmos
 from moss_train.evaluation.metrics.pitch import pitch_metrics
-from moss_train.evaluation.metrics.signal import PROFILES, native_metrics
+from moss_train.evaluation.metrics.signal import PROFILES, Dnsmos, native_metrics
 from moss_train.evaluation.metrics.speaker import Ge2eSimilarity
 from moss_train.evaluation.metrics.speaker_wavlm import WavLMSimilarity
 from moss_train.utils.errors import UserError

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moss_train.audio.mel import mel_bank
+from moss_train.audio.stft import mel_bank
 from moss_train.evaluation.metrics.base import Column, MetricError, Pair, package_version
 
 SAMPLING_RATE = 16_000

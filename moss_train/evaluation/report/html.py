@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moss_train.audio.io import read_audio
 from moss_train.evaluation.metrics.base import Column, missing_package
-from moss_train.evaluation.metrics.codebooks import LevelUse
+from moss_train.evaluation.metrics.codes import LevelUse
 from moss_train.evaluation.reconstruct import ANCHORS, RESAMPLE_ONLY, Condition
 from moss_train.evaluation.report.tables import Comparison, Difference, Table, table_cells
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, file_name

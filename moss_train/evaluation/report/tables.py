@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from moss_train.evaluation.metrics.base import Column, Metric
-from moss_train.evaluation.metrics.codebooks import LevelUse
+from moss_train.evaluation.metrics.codes import LevelUse
 from moss_train.evaluation.reconstruct import ANCHORS, Condition
 from moss_train.evaluation.results import ROWS_FILE, ClipRow, read_rows
 from moss_train.evaluation.statistics import Estimate, SummaryRow, paired_difference

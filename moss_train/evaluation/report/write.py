@@ -8,7 +8,7 @@ from typing import Any
 
 from moss_train.evaluation.codecs.base import Codec
 from moss_train.evaluation.metrics.base import SPEECH, Column, Metric, columns_of, package_version
-from moss_train.evaluation.metrics.codebooks import RELIABLE_FRAMES, LevelUse, count_codes, effective_bitrate, level_use
+from moss_train.evaluation.metrics.codes import RELIABLE_FRAMES, LevelUse, count_codes, effective_bitrate, level_use
 from moss_train.evaluation.metrics.signal import Profile
 from moss_train.evaluation.reconstruct import ANCHORS, Condition
 from moss_train.evaluation.report.html import Report, write_report

@@ -9,24 +9,22 @@ from lightning.pytorch import Callback
 
 from moss_train.config.build import build
 from moss_train.config.fit_schema import FitConfig
-from moss_train.data.stream.sample_stats import StreamCounter
+from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.data.stream.stream import AudioStream
 from moss_train.evaluation.metrics.base import split_available
+from moss_train.evaluation.metrics.codes import codebook_columns
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.training.callbacks.checkpoint import BestCheckpointKeeper, CheckpointWriter, check_metric
-from moss_train.training.callbacks.codebooks import CodebookMetrics, codebook_columns
 from moss_train.training.callbacks.health import HealthMonitor
 from moss_train.training.callbacks.metrics import Clock, DataMonitor, UpdateMetrics, metric_columns
-from moss_train.training.callbacks.quantizer_fit import FIT_CLIPS, FIT_SECONDS, QuantizerFit
+from moss_train.training.callbacks.quantizer import FIT_CLIPS, FIT_SECONDS, CodebookMetrics, QuantizerFit
 from moss_train.training.callbacks.run_records import EnvironmentLogger, SkippedUpdateLogger, StartupMessages
 from moss_train.training.callbacks.samples import AudioSampleWriter
 from moss_train.training.callbacks.summary import Summary
 from moss_train.training.callbacks.validation import Validation, ValidationPlan
 from moss_train.training.callbacks.validation_data import HeldOutClip, depths, load_held_out
 from moss_train.training.cost.mfu import Utilization
-from moss_train.training.loggers.base import CsvWriter, LoggerCollection, Writer
-from moss_train.training.loggers.progress import ProgressWriter
-from moss_train.training.loggers.tensorboard import TensorBoardWriter
+from moss_train.training.loggers.base import CsvWriter, LoggerCollection, ProgressWriter, TensorBoardWriter, Writer
 from moss_train.training.loggers.wandb import WandbWriter
 from moss_train.training.step.objective import Objective
 from moss_train.utils.errors import UserError

@@ -9,12 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train.batch import UpdateBatch
-from moss_train.data.stream.sample_stats import StreamCounter
+from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.training.cost.mfu import UTILIZATION, UpdateContent, Utilization
 from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module, update_result
-from moss_train.training.step.diagnostics import LOGITS, gradient_shares
-from moss_train.training.step.objective import Objective
+from moss_train.training.step.objective import LOGITS, Objective, gradient_shares
 from moss_train.training.step.schedule import PARTS
 from moss_train.training.step.update import UpdateResult
 from moss_train.utils.files import printable

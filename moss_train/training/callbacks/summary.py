@@ -9,11 +9,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moss_train.data.stream.sample_stats import StreamCounter
+from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.plotting import Curve, Panel, save_curves
 from moss_train.training.callbacks.run_records import ENVIRONMENT_FILE, SKIPPED_FILE, warn
-from moss_train.training.loggers.base import iterate_table, read_table
-from moss_train.training.loggers.progress import clock
+from moss_train.training.loggers.base import clock, iterate_table, read_table
 from moss_train.training.module import CatModule, cat_module
 from moss_train.utils.checkpoint import read_best
 from moss_train.utils.files import atomic_write, parse_json, read_json

@@ -12,12 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moss_train.evaluation.metrics.base import Metric, columns_of
+from moss_train.evaluation.metrics.codes import codebook_columns
 from moss_train.evaluation.reconstruct import Condition, Rendition, pcm16
 from moss_train.evaluation.results import ClipRow
 from moss_train.evaluation.runner import score_renditions
 from moss_train.evaluation.statistics import ALL_DOMAINS, mean_scores
 from moss_train.training.callbacks.checkpoint import BestCheckpointKeeper
-from moss_train.training.callbacks.codebooks import codebook_columns
 from moss_train.training.callbacks.samples import AudioSampleWriter
 from moss_train.training.callbacks.validation_data import (
     BLIND,

@@ -16,10 +16,10 @@ from moss_train.batch import TASKS
 from moss_train.data.clips import ListedClip, list_sources
 from moss_train.data.stream.sample_reader import adjust_level
 from moss_train.data.stream.stream import ClipFormat
+from moss_train.evaluation.metrics.codes import codebook_row
 from moss_train.losses import multi_scale_mel_distance
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.semantic import TextLM
-from moss_train.training.callbacks.codebooks import codebook_row
 from moss_train.utils.errors import UserError
 
 MIDDLE = 0.5  # of the range of the random gain in training

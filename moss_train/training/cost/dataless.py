@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-import moss_train.audio.mel as mel
 import moss_train.audio.stft as stft
 from moss_train.batch import Batch
 from moss_train.training.cost.flops import fake_tensors
@@ -84,12 +83,12 @@ def full_swing(module: CatModule, stage: Stage) -> ScheduleState:
 @contextmanager
 def dataless() -> Iterator[None]:
     """Within it tensors have no data; windows and mel filters, which are made from values, are constant."""
-    window, bank = stft.normalized_hann_window, mel.mel_bank
+    window, bank = stft.normalized_hann_window, stft.mel_bank
     stft.normalized_hann_window = lambda length, device: torch.ones(length, device=device)  # type: ignore[assignment]
-    mel.mel_bank = lambda rate, length, mels, device: torch.zeros(length // 2 + 1, mels, device=device)  # type: ignore[assignment]
+    stft.mel_bank = lambda rate, length, mels, device: torch.zeros(length // 2 + 1, mels, device=device)  # type: ignore[assignment]
     try:
         with fake_tensors():
             yield
     finally:
-        stft.normalized_hann_window, mel.mel_bank = window, bank
+        stft.normalized_hann_window, stft.mel_bank = window, bank
         window.cache_clear()

@@ -4,13 +4,19 @@ The CSV files are complete after a kill, continued by a resume, readable without
 """
 
 import csv
+import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from moss_train.audio.io import read_audio
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import add_path_to_error, atomic_write
+from moss_train.utils.progress import progress
 
 TABLES = ("metrics", "codebooks", "audio_hours", "validation")
 """A row per update; use of every codebook level; hours by domain; scores on held-out audio. `update` is in each."""
@@ -138,3 +144,114 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def column(rows: Iterable[dict[str, str]], name: str) -> list[float]:
     """One column as numbers, without rows in which it does not apply."""
     return [float(row[name]) for row in rows if row[name]]
+
+
+LINE_SECONDS = 600.0
+"""Without a terminal, in a batch system's log, a line at most so often."""
+
+
+class ProgressWriter(Writer):
+    """Updates done, speed and time left, with the losses that matter most and the last validation."""
+
+    def __init__(self, updates: int, line_seconds: float = LINE_SECONDS) -> None:
+        self.updates = updates
+        self.line_seconds = line_seconds
+        self.stack = ExitStack()
+        self.note = self.validation = ""
+
+    def start(self, update: int) -> None:
+        """Show the bar."""
+        self.first_update = update
+        self.started = self.last_line = time.monotonic()
+        bar = progress("training", total=self.updates, unit="updates", completed=update)
+        self.task = self.stack.enter_context(bar)
+
+    def write(self, table: str, row: Row) -> None:
+        """Advance by an update, with stage, losses and speed; remember a validation."""
+        if table == "validation":
+            self.validation = f", held out {row['mel_distance']:.3f}"
+            self.task.advance(0, note=self.note + self.validation)
+        if table != "metrics":
+            return
+        note = f"{row['stage']}: rec {row.get('loss/reconstruction', float('nan')):.3f}"
+        if "loss/semantic" in row:
+            note += f", sem {row['loss/semantic']:.2f}"
+        if "loss/discriminators" in row:
+            note += f", D {row['loss/discriminators']:.2f}"
+        speed = row["audio_seconds_per_second"]
+        self.note = f"{note}, {speed:.{0 if speed >= 10 else 2}f} audio-s/s"
+        if "mfu" in row:
+            self.note += f", MFU {row['mfu']:.1%}"
+        self.task.advance(1, note=self.note + self.validation)
+        self._print_line(row["update"])
+
+    def _print_line(self, update: int) -> None:
+        now = time.monotonic()
+        if self.task.is_visible or now - self.last_line < self.line_seconds:
+            return
+        self.last_line = now
+        seconds_left = (now - self.started) / (update - self.first_update) * (self.updates - update)
+        left = clock(seconds_left)
+        note = self.note + self.validation
+        print(f"training: {update}/{self.updates} updates, {left} left, {note}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.stack.close()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as hours and minutes, days in front where there are any."""
+    minutes = round(seconds / 60)
+    days, hours = minutes // 1440, minutes // 60 % 24
+    return f"{days} d {hours:02d}:{minutes % 60:02d} h" if days else f"{hours}:{minutes % 60:02d} h"
+
+
+class TensorBoardWriter(Writer):
+    """Every number as a scalar, samples as audio and text; `tensorboard --logdir <run directory>` shows them.
+
+    Args:
+        directory: of the event files.
+        every_updates: updates per row of the metrics table; other tables are logged whole.
+
+    Raises:
+        UserError: the package tensorboard is missing.
+    """
+
+    def __init__(self, directory: Path, every_updates: int) -> None:
+        if find_spec("tensorboard") is None:
+            raise UserError("tensorboard=true needs a package: pip install tensorboard, or tensorboard=false")
+        self.directory = directory
+        self.every_updates = every_updates
+        self.events: Any = None
+
+    def start(self, update: int) -> None:
+        """Open the next event file; what earlier ones say about later updates is hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.events = SummaryWriter(str(self.directory), purge_step=update + 1)
+
+    def write(self, table: str, row: Row) -> None:
+        """Add one row."""
+        if table == "metrics" and row["update"] % self.every_updates:
+            return
+        for name, value in row.items():
+            if name != "update" and isinstance(value, int | float):
+                self.events.add_scalar(name if table == "metrics" else f"{table}/{name}", value, row["update"])
+
+    def show(self, samples: Sequence[ClipSample]) -> None:
+        """Add audio and texts; spectrograms are pictures in the run directory."""
+        for sample in samples:
+            for label, path in sample.audio.items():
+                audio, rate = read_audio(path, num_channels=1)
+                self.events.add_audio(f"{sample.name}/{label}", audio, sample.update, sample_rate=rate)
+            if sample.texts:
+                lines = "  \n".join(f"{label}: {text}" for label, text in sample.texts.items())
+                self.events.add_text(f"{sample.name}/transcripts", lines, sample.update)
+        self.events.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self.events is not None:
+            self.events.close()
+            self.events = None

@@ -13,8 +13,7 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from moss_train.config.fit_schema import FitConfig
-from moss_train.discriminators.base import Discriminator
-from moss_train.discriminators.multi_resolution_stft import ComplexSTFTDiscriminator
+from moss_train.discriminators import ComplexSTFTDiscriminator, Discriminator
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
 from moss_train.training.callbacks.run_records import warn

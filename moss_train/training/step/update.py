@@ -24,8 +24,15 @@ from moss_train.training.distributed.collectives import (
     sum_to_host,
 )
 from moss_train.training.distributed.fsdp import is_sharded
-from moss_train.training.step.diagnostics import LOGITS, count_codes, mean_logits
-from moss_train.training.step.objective import SEMANTIC, Objective, UpdateCounts, weighted_sum
+from moss_train.training.step.objective import (
+    LOGITS,
+    SEMANTIC,
+    Objective,
+    UpdateCounts,
+    count_codes,
+    mean_logits,
+    weighted_sum,
+)
 from moss_train.training.step.optimizers import scale_gradients, set_learning_rate, squared_norm
 from moss_train.training.step.quantizer_start import pass_unquantized
 from moss_train.training.step.schedule import ScheduleState

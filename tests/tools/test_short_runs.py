@@ -1,7 +1,7 @@
 """Schedules scaled to a number of updates."""
 
 from moss_train.config.fit_schema import StageConfig
-from moss_train.training.run.short_runs import shortened
+from tools.short_runs import shortened
 
 STAGES = (
     StageConfig("first", 700, 4.0, warmup_updates=100, learning_rate=1e-3),
