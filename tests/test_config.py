@@ -15,8 +15,8 @@ from moss_train import load_config
 from moss_train.cli.compose import compose, dotted_keys, find_hint
 from moss_train.config.fit_schema import DataConfig, FitConfig, ObjectiveConfig, StageConfig, compile_backends
 from moss_train.config.inputs import check_inputs
-from moss_train.config.schema import COMMANDS
-from moss_train.config.section import RENAMED, Section, hints_of, known_keys
+from moss_train.config.schema import COMMANDS, EvaluateConfig
+from moss_train.config.section import REMOVED, RENAMED, Section, hints_of, known_keys
 from moss_train.utils.errors import ConfigError
 from moss_train.utils.files import config_directory
 
@@ -295,6 +295,13 @@ def test_an_old_key_is_read_and_one_line_names_the_new_one(command, override, ne
 def test_every_renamed_key_is_tried():
     tried = {override.partition("=")[0].rpartition(".")[2] for _, override, _ in OLD_NAMES}
     assert {old for names in RENAMED.values() for old in names} == tried
+
+
+def test_a_removed_key_is_left_out_with_the_reason(capsys):
+    required = REQUIRED["evaluate"]
+    assert load_config("evaluate", [*required, "speaker=ge2e"]) == load_config("evaluate", required)
+    assert REMOVED["EvaluateConfig"]["speaker"] in capsys.readouterr().err
+    assert EvaluateConfig.parse({"model": "m", "data": ["d"], "out": "o", "blind": True}).model == "m"
 
 
 def test_an_old_key_in_a_file_of_ones_own_counts_more_than_the_shipped_default(tmp_path, capsys):

@@ -35,7 +35,7 @@ FENCES = {
         "semantic",
         "utils/hub.py",
         "export/verify.py",
-        "evaluation/metrics/speaker_wavlm.py",
+        "evaluation/metrics/speaker.py",
         "evaluation/metrics/asr.py",
     },
     "webdataset": {"data"},
@@ -45,13 +45,12 @@ FENCES = {
     "pystoi": {"evaluation"},
     "matplotlib": {"evaluation", "plotting"},
     "faster_whisper": {"evaluation"},
-    "pocketsphinx": {"evaluation"},
     "speechmos": {"evaluation"},
     # Both are extras: onnx_graph is imported when a graph is written, and the runtime imports onnxruntime when it runs.
     "onnx": {"export/onnx_graph.py", "export/onnx.py"},
     "onnxruntime": {"export/onnx_runtime.py"},
 }
-EXTRAS = {"matplotlib", "pystoi", "pesq", "faster_whisper", "pocketsphinx", "speechmos"}
+EXTRAS = {"matplotlib", "pystoi", "pesq", "faster_whisper", "speechmos"}
 # Asks only whether, and in which version, a package can be imported.
 ENVIRONMENT_CHECK = "commands/doctor.py"
 MODEL_IMPORTS = {"torch", "transformers"} | set(sys.stdlib_module_names)

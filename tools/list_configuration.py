@@ -18,6 +18,7 @@ import yaml
 
 from moss_train.config.schema import COMMANDS, FitConfig
 from moss_train.config.section import (
+    REMOVED,
     RENAMED,
     Section,
     alternatives,
@@ -174,6 +175,9 @@ def renamed_keys() -> str:
     for section, names in RENAMED.items():
         command, prefix = places[section]
         lines += [f"| {command} | `{prefix}{old}` | `{prefix}{new}` |" for old, new in names.items()]
+    for section, reasons in REMOVED.items():
+        command, prefix = places[section]
+        lines += [f"| {command} | `{prefix}{old}` | none: {reason} |" for old, reason in reasons.items()]
     return "\n".join(lines) + "\n"
 
 

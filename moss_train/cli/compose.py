@@ -14,7 +14,7 @@ from typing import Any
 
 from moss_train.config.build import allow_package
 from moss_train.config.schema import COMMANDS
-from moss_train.config.section import Section, alternatives, hints_of, is_section, new_name
+from moss_train.config.section import Section, alternatives, hints_of, is_section, new_name, why_removed
 from moss_train.config.text import hint_inside, read_value
 from moss_train.utils.errors import ConfigError, UserError
 from moss_train.utils.files import config_directory, read_yaml
@@ -111,7 +111,9 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
     for key in COMMAND_LINE_ONLY:
         if values.get(key):
             raise ConfigError("conflict", key, values[key], "runs code, so it is taken from the command line only")
-    assignments = [(_present_key(schema, key), sign, text) for key, sign, text in assignments]
+    assignments = [
+        (_present_key(schema, key), sign, text) for key, sign, text in assignments if not _is_removed(schema, key)
+    ]
     for key, sign, text in _join_repeated(schema, assignments):
         _assign(schema, values, key, sign, text, tuple(path.name for path in _groups(directories)))
     if any("${" in str(name) for name in values.get("plugins") or ()):
@@ -264,6 +266,14 @@ def find_hint(schema: type[Section], key: str) -> Any:
     return hint
 
 
+def _is_removed(section: type[Section], key: str, path: str = "") -> bool:
+    """Whether a key has no effect any more; a line says why."""
+    reason = why_removed(section, key)
+    if reason:
+        print(f"moss_train: {path}{key} has no effect any more: {reason}", file=sys.stderr)
+    return reason is not None
+
+
 def _present_key(schema: type[Section], key: str) -> str:
     """Return a typed key under its present name; a line names the new one."""
     hint: Any = schema
@@ -288,6 +298,8 @@ def _with_present_names(hint: Any, values: Any, path: str = "") -> Any:
     older = {new_name(section, key) for key in values if new_name(section, key) != key}
     result = {}
     for key, value in values.items():
+        if _is_removed(section, key, path):
+            continue
         new = new_name(section, key)
         if new != key:
             print(f"moss_train: {path}{key} is now called {path}{new}", file=sys.stderr)

@@ -98,7 +98,6 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
         build_metrics(
             config.metrics,
             profile=config.profile,
-            speaker=config.speaker,
             speaker_model=config.speaker_model,
             recognition=config.recognition,
             recognition_model=config.recognition_model,
@@ -130,7 +129,7 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
         PROFILES[config.profile],
         subject.codec,
     )
-    table = write_outputs(evaluation, config.missing_values, config.seed, config.compare, config.blind)
+    table = write_outputs(evaluation, config.missing_values, config.seed, config.compare)
     print(printable(table))
     return _print_counts(rows, out)
 

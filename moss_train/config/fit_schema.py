@@ -26,7 +26,7 @@ from moss_train.utils.errors import ConfigError
 
 Part = Literal["encoder", "quantizer", "decoder", "semantic"]
 Network = Literal["semantic", "discriminators"]
-ValidationMetric = Literal["stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "speaker", "recognition", "dnsmos"]
+ValidationMetric = Literal["stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "recognition", "dnsmos"]
 Node = dict[str, Any]
 """A `_target_` with its arguments, which only the class itself can check."""
 ShareOrOne = Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)]

@@ -122,15 +122,13 @@ class EvaluateConfig(Section):
     seed: NonNegative = 0
     profile: Literal["official", "dac24k"] = "official"
     metrics: list[EvaluationMetric | Node] = field(default_factory=lambda: list(DEFAULT_METRICS))
-    speaker: Literal["auto", "ge2e", "wavlm"] = "auto"
     speaker_model: PathText | None = None
-    recognition: Literal["auto", "faster_whisper", "whisper", "pocketsphinx"] = "auto"
+    recognition: Literal["auto", "faster_whisper", "whisper"] = "auto"
     recognition_model: PathText | None = None
     missing_values: Literal["exclude", "official"] = "exclude"
     anchors: bool = True
     strict: bool = False
     report_clips: NonNegative | list[str] = 2
-    blind: bool = False
     compare: list[PathText] = field(default_factory=list)
     bits_per_level: Positive | None = None
     num_workers: NonNegative = 0

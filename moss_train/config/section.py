@@ -317,14 +317,28 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 """By the name of the section's class: old key -> new key."""
 
+REMOVED: dict[str, dict[str, str]] = {
+    "EvaluateConfig": {
+        "blind": "the report has no votes any more",
+        "speaker": "speaker similarity is the published one, with the weights of speaker_model",
+    },
+}
+"""Keys without effect: what an old command line or file says under them is left out, with this explanation."""
+
 
 def new_name(section: type, key: str) -> str:
     """Return the present name of a section's key."""
     return next((RENAMED[base.__name__][key] for base in section.__mro__ if key in RENAMED.get(base.__name__, ())), key)
 
 
+def why_removed(section: type, key: str) -> str | None:
+    """Return why a key has no effect any more; None for a key that has one, or never existed."""
+    return next((reasons[key] for base in section.__mro__ if key in (reasons := REMOVED.get(base.__name__, {}))), None)
+
+
 def rename_keys(section: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the values of a section under their present names; of two names for one key the new one counts."""
+    values = {key: value for key, value in values.items() if not why_removed(section, key)}
     names = {key: new_name(section, key) for key in values}
     if all(old == new for old, new in names.items()):
         return values

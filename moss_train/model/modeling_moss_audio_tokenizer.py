@@ -235,12 +235,6 @@ class MossAudioTokenizerModel(LatentCodec):
         """Start `batch_size` streams that are encoded or decoded chunk by chunk; see `MossAudioTokenizerStream`."""
         return MossAudioTokenizerStream(self, batch_size, **options)
 
-    def compile_layers(self, **options: Any) -> None:
-        """Compile every transformer layer in place with `torch.compile(**options)`; parameter names stay."""
-        for stage in (*self.stages(self.encoder), *self.stages(self.decoder)):
-            for layer in stage.transformer.layers:
-                layer.compile(**options)
-
     def check_codes(self, codes: Tensor) -> None:
         """Raise ValueError unless codes are [n, B, frames] integers of this model."""
         check_codes(self.config, codes)

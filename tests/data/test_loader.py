@@ -17,10 +17,10 @@ from moss_train.audio.io import read_audio
 from moss_train.batch import TASKS, Batch, UpdateBatch
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.loader import make_loader
-from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
 from moss_train.utils.workers import num_cores
+from tests.data.packed_clips import iterate_clips
 
 UPDATES = [(number, 8.0 if number < 3 else 12.0) for number in range(6)]
 

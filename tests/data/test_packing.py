@@ -16,8 +16,8 @@ from moss_train.commands import pack as pack_command
 from moss_train.data.pack import pack as packing
 from moss_train.data.pack.manifest import SourceClip, SourceList, list_clips
 from moss_train.data.shards.index import ShardIndex
-from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.utils.errors import UserError
+from tests.data.packed_clips import iterate_clips
 
 
 def manifest_of(path: Path) -> list[dict]:

@@ -11,7 +11,8 @@ import torch
 
 from moss_train.data.shards.index import ClipLocation, ShardIndex
 from moss_train.data.shards.reader import ShardFiles
-from moss_train.data.stream.sample_reader import ClipReader, SampleError, iterate_clips, scale_to_peak
+from moss_train.data.stream.sample_reader import ClipReader, SampleError, scale_to_peak
+from tests.data.packed_clips import iterate_clips
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.commands import pack as pack_command
 from moss_train.data.shards.format import sha256_of
-from moss_train.data.stream.sample_reader import iterate_clips
+from tests.data.packed_clips import iterate_clips
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -16,9 +16,9 @@ from moss_train.data.shards import remote
 from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.loader import make_loader
-from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
+from tests.data.packed_clips import iterate_clips
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

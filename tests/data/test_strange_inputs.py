@@ -20,12 +20,12 @@ from moss_train.data.pack.on_the_fly import pack_cached
 from moss_train.data.pack.pack import SILENT, pack
 from moss_train.data.pack.preprocess import EncodedClip, PackOptions, SkippedClip, prepare
 from moss_train.data.shards.index import ShardIndex
-from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.inference.files import find_audio, find_codes, targets_of
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.training.run.data_source import warn_of_silence
 from moss_train.utils.errors import Fault, UserError
 from moss_train.utils.files import MAX_NAME_BYTES, atomic_write
+from tests.data.packed_clips import iterate_clips
 
 RATE = 24000
 TONE = (np.sin(np.arange(RATE) * 0.05) * 0.4).astype(np.float32)

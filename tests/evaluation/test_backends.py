@@ -8,11 +8,10 @@ import torch
 from moss_train.audio.io import read_audio
 from moss_train.evaluation.codecs.base import CatCodec
 from moss_train.evaluation.metrics.asr import ErrorRates, choose_backend, words
-from moss_train.evaluation.metrics.base import MetricError, Pair
+from moss_train.evaluation.metrics.base import Pair
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.metrics.signal import Dnsmos
-from moss_train.evaluation.metrics.speaker import Ge2eEncoder, Ge2eSimilarity, partial_starts
-from moss_train.evaluation.metrics.speaker_wavlm import SpeakerVerifier, WavLMSimilarity, load_weights, map_weight_name
+from moss_train.evaluation.metrics.speaker import SpeakerVerifier, WavLMSimilarity, load_weights, map_weight_name
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.semantic import ByteText, TextLM
 from moss_train.utils.errors import UserError
@@ -29,37 +28,6 @@ def recording(kind: str, stem: str = "pocketsphinx_2967dc9e43c5-noise20.flac") -
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     return Pair(recording("gt_audios"), recording("syn_audios"), RATE, {"text": TEXT, "language": "en"})
-
-
-def test_windows_of_the_speaker_encoder_cover_the_clip():
-    assert partial_starts(RATE) == [0]
-    assert partial_starts(2 * RATE) == [0, 77]
-    assert partial_starts(round(1.9 * RATE)) == [0]  # the second would hold less than three quarters of a window
-    assert partial_starts(5 * RATE) == [0, 77, 154, 231, 308]
-
-
-def test_ge2e_embeddings_are_unit_vectors_of_any_weights(tmp_path, pair):
-    torch.manual_seed(0)
-    encoder = Ge2eEncoder()
-    torch.save({"model_state": {**encoder.state_dict(), "similarity_weight": torch.ones(1)}}, tmp_path / "weights.pt")
-    similarity = Ge2eSimilarity(str(tmp_path / "weights.pt"))
-    assert similarity.missing() is None
-    torch.testing.assert_close(encoder.embed(recording("gt_audios")[0]).norm(), torch.tensor(1.0))
-    assert 0 < similarity.score(pair)["sim_ge2e"] <= 1
-    with pytest.raises(MetricError, match=r"less than 0\.3 seconds"):
-        similarity.score(Pair(torch.ones(1, 100), torch.ones(1, 100), RATE))
-    assert "there is no" in str(Ge2eSimilarity(str(tmp_path / "other.pt")).missing())
-
-
-def test_ge2e_of_the_package_separates_damage_and_speakers(pair):
-    similarity = Ge2eSimilarity()
-    if similarity.missing():
-        pytest.skip(str(similarity.missing()))
-    clean = Pair(recording("gt_audios"), recording("gt_audios"), RATE)
-    other = recording("gt_audios", "sonic_10db73b7903b-bits6.flac")
-    values = [similarity.score(item)["sim_ge2e"] for item in (clean, pair, Pair(recording("gt_audios"), other, RATE))]
-    assert values[0] == pytest.approx(1.0, abs=1e-5)
-    assert values[0] > values[1] > values[2]
 
 
 def tiny_verifier() -> SpeakerVerifier:
@@ -168,7 +136,6 @@ def test_embeddings_do_not_depend_on_the_level():
 def test_the_published_similarity_asks_for_its_weights():
     assert "wavlm_large_finetune.pth" in str(WavLMSimilarity().missing())
     assert "there is no /nowhere" in str(WavLMSimilarity("/nowhere").missing())
-    assert WavLMSimilarity.columns[0].title != Ge2eSimilarity.columns[0].title
 
 
 @pytest.mark.parametrize(
@@ -200,16 +167,15 @@ def test_the_table_of_spellings_is_that_of_the_model(tmp_path):
         words("colour", "en", str(tmp_path / "wrong"))
 
 
-@pytest.mark.parametrize(("backend", "highest"), [("faster_whisper", 0.2), ("pocketsphinx", 0.9)])
-def test_recognition_of_a_sentence(pair, backend, highest):
-    rates = ErrorRates(backend)
+def test_recognition_of_a_sentence(pair):
+    rates = ErrorRates("faster_whisper")
     if rates.missing():
         pytest.skip(str(rates.missing()))
     values = rates.score(pair)
     assert values["wer_words"] == len(TEXT.split())
-    assert values["wer_original_errors"] / values["wer_words"] <= highest
+    assert values["wer_original_errors"] / values["wer_words"] <= 0.2
     assert values == rates.score(pair)
-    assert backend != "faster_whisper" or values["dwer_errors"] <= 3
+    assert values["dwer_errors"] <= 3
 
 
 def test_a_recogniser_of_english_leaves_other_languages_out(pair):
@@ -221,7 +187,7 @@ def test_missing_recognisers_say_what_to_do(tmp_path):
     assert "recognition_model=" in str(ErrorRates("whisper").missing())
     assert "there is no /nowhere" in str(ErrorRates("whisper", "/nowhere").missing())
     assert choose_backend("whisper", str(tmp_path)).missing() is None
-    assert choose_backend("auto", None).backend in ("faster_whisper", "pocketsphinx")
+    assert choose_backend("auto", None).backend == "faster_whisper"
 
 
 def test_whisper_through_transformers(tmp_path, pair):

@@ -11,7 +11,7 @@ import torch
 from moss_train.evaluation.metrics.base import Column
 from moss_train.evaluation.metrics.codes import count_codes, effective_bitrate, level_use
 from moss_train.evaluation.reconstruct import Condition
-from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated, latex, markdown
+from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated, markdown
 from moss_train.evaluation.results import ClipRow, ConditionRow
 from moss_train.evaluation.statistics import bootstrap, paired_difference, summarize
 
@@ -119,13 +119,6 @@ def test_csv_has_every_value(table):
     assert line["score"] == "1.5"
     assert (float(line["score_low"]), float(line["score_high"])) == (1.0, 2.0)
     assert (line["score_clips"], line["errors"], line["errors_clips"]) == ("2", "", "0")
-
-
-def test_latex_is_a_whole_tabular(table):
-    text = latex(table)
-    assert text.count(r"\\") == 2
-    assert r"Score $\uparrow$" in text
-    assert text.index(r"\begin{tabular}") < text.index(r"\midrule") < text.index(r"\end{tabular}")
 
 
 def test_codebook_csv_has_a_line_per_level():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from moss_train.audio.io import read_audio
 from moss_train.cli.main import main
-from moss_train.export import load_tokenizer, push
+from moss_train.export import load_tokenizer, write
 from moss_train.export.verify import compare
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
@@ -243,7 +243,7 @@ def hub(monkeypatch):
     Hub.status = 200
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(push, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=address))
+    monkeypatch.setattr(write, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=address))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     yield Hub
     server.shutdown()
@@ -253,7 +253,7 @@ def test_push_shows_what_goes_uploads_it_and_never_shows_the_token(hub, tmp_path
     (tmp_path / "README.md").write_text("card")
     (tmp_path / "test_vectors").mkdir()
     (tmp_path / "test_vectors" / "record.json").write_text("{}")
-    assert push.push(tmp_path, "owner/name").endswith("/owner/name/commit/1")
+    assert write.push(tmp_path, "owner/name").endswith("/owner/name/commit/1")
     paths = [path for path, _, _ in hub.requests]
     assert paths[0] == "/api/repos/create"
     assert b"private" in hub.requests[0][2]
@@ -272,12 +272,12 @@ def test_push_shows_what_goes_uploads_it_and_never_shows_the_token(hub, tmp_path
 def test_a_refused_upload_is_one_line(hub, tmp_path, status, reason):
     hub.status = status
     with pytest.raises(UserError, match=reason) as error:
-        push.push(tmp_path, "owner/name")
+        write.push(tmp_path, "owner/name")
     assert "hf_secret" not in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_an_upload_needs_a_token(tmp_path, monkeypatch):
-    monkeypatch.setattr(push, "get_token", lambda: None)
+    monkeypatch.setattr(write, "get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):
-        push.push(tmp_path, "owner/name")
+        write.push(tmp_path, "owner/name")

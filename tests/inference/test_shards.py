@@ -19,12 +19,12 @@ from moss_train.config.inputs import check_inputs
 from moss_train.data.pack.resume import unfinished_folder
 from moss_train.data.shards.codes import CodeShards, is_code_folder
 from moss_train.data.shards.index import ShardIndex
-from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.inference import shards as shards_module
 from moss_train.inference.decode import Decoder
 from moss_train.inference.shards import EncodeJob, decode_shards, encode_shards
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import ConfigError, UserError
+from tests.data.packed_clips import iterate_clips
 
 CPU = torch.device("cpu")
 

@@ -47,11 +47,6 @@ class PackReport:
     num_resumed: int  # shards that an earlier attempt had finished
     remarks: dict[str, int]  # clips that were packed all the same, by what is worth telling of them
 
-    @property
-    def too_short(self) -> int:
-        """Clips shorter than `min_seconds`."""
-        return self.left_out.get("too short", 0)
-
 
 def pack(
     sources: SourceList,

@@ -7,7 +7,7 @@ import math
 import tarfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from moss_train.batch import TASKS, UpdateBatch
 from moss_train.data.shards.format import MAX_LABEL_BYTES
 from moss_train.data.shards.index import ClipLocation
 from moss_train.data.shards.reader import ShardFiles
-from moss_train.data.stream.corpus import Corpus
 from moss_train.data.stream.stream import ClipFormat, SampleRef
 from moss_train.utils.errors import Fault, SampleError, UserError
 from moss_train.utils.files import parse_json
@@ -182,26 +181,6 @@ class SampleReader:
         if not tokens:
             raise SampleError(Fault.TEXT, "the text encoder gives no tokens")
         return tokens
-
-
-def iterate_clips(
-    sources: Sequence[str | Path], *, sampling_rate: int, num_channels: int, peak: float | None = None
-) -> Iterator[tuple[str, Tensor, dict]]:
-    """Yield the id, the whole audio [C, T] and the JSON of every clip, in the order of the index.
-
-    Raises UserError, naming shard and clip, for a clip that cannot be read: an evaluation must not lose any.
-    """
-    corpus = Corpus.load(sources, sampling_rate=sampling_rate, num_channels=num_channels)
-    reader = ClipReader(sampling_rate, num_channels)
-    for row in range(len(corpus)):
-        location = corpus.locate(row)
-        try:
-            reader.check_headers(location)
-            labels = reader.read_labels(location)
-            audio = reader.read_audio(location, 0, location.num_samples)
-        except SampleError as error:
-            raise UserError(f"{location.shard}, clip at byte {location.audio_offset}: {error}") from error
-        yield labels["id"], scale_to_peak(audio, peak), labels
 
 
 MIN_SAMPLES = 1000

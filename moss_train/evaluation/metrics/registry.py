@@ -8,8 +8,7 @@ from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, columns_of
 from moss_train.evaluation.metrics.pitch import pitch_metrics
 from moss_train.evaluation.metrics.signal import PROFILES, Dnsmos, native_metrics
-from moss_train.evaluation.metrics.speaker import Ge2eSimilarity
-from moss_train.evaluation.metrics.speaker_wavlm import WavLMSimilarity
+from moss_train.evaluation.metrics.speaker import WavLMSimilarity
 from moss_train.utils.errors import UserError
 
 
@@ -18,7 +17,6 @@ def build_metrics(
     path: str = "metrics",
     *,
     profile: str = "official",
-    speaker: str = "auto",
     speaker_model: str | None = None,
     recognition: str = "auto",
     recognition_model: str | None = None,
@@ -29,7 +27,7 @@ def build_metrics(
         wanted: names, and `_target_` nodes of the user's classes. `text_model` is passed over: it is measured where the
             codes are made (see `TextCrossEntropy`).
         path: of `wanted` in the configuration, for errors.
-        profile, speaker, speaker_model, recognition, recognition_model: see configs/evaluate.yaml.
+        profile, speaker_model, recognition, recognition_model: see configs/evaluate.yaml.
 
     Returns:
         Metrics by name; one of the user's has the name of its class.
@@ -38,7 +36,7 @@ def build_metrics(
         UserError: a node that cannot be built, is no metric, or has a column that another one has.
     """
     known: dict[str, Metric] = {
-        "speaker": _speaker_metric(speaker, speaker_model),
+        "speaker": WavLMSimilarity(speaker_model),
         **native_metrics(PROFILES[profile]),
         **pitch_metrics(),
         "recognition": choose_backend(recognition, recognition_model),
@@ -50,12 +48,6 @@ def build_metrics(
             place = f"{path}.{number}"
             _add_own(metrics, build(node, path=place), place)
     return metrics
-
-
-def _speaker_metric(name: str, model: str | None) -> Metric:
-    """Return the published similarity when its weights are given, else the one that needs none."""
-    is_published = name == "wavlm" or (name == "auto" and model is not None)
-    return WavLMSimilarity(model) if is_published else Ge2eSimilarity(model)
 
 
 def _add_own(metrics: dict[str, Metric], metric: Any, path: str) -> None:

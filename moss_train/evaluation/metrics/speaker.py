@@ -1,122 +1,229 @@
-"""Speaker similarity by the GE2E encoder whose weights lie in the Resemblyzer package, which need not be importable.
+"""Speaker similarity as in the published table: WavLM features with an ECAPA-TDNN head, fine-tuned for verification.
 
-The encoder is that of generalized end-to-end loss (arXiv 1710.10467). Different speakers score 0.5 to 0.8 with it, so
-the column is not comparable with the published SIM, which is WavLM's.
+The weights (`wavlm_large_finetune.pth`, WavLM large with its features fixed, VoxCeleb) are not ours to hand out; they
+are given by path. WavLM is transformers' class, so the names of its weights are translated; the head is ECAPA-TDNN
+(arXiv 2005.07143) with 512 channels, over all hidden states, their sum weighted by learned weights.
 """
 
-import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moss_train.audio.stft import mel_bank
-from moss_train.evaluation.metrics.base import Column, MetricError, Pair, package_version
+from moss_train.evaluation.metrics.base import Column, MetricError, Pair
+from moss_train.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import WavLMConfig
 
 SAMPLING_RATE = 16_000
-WINDOW_LENGTH = 400
-HOP_LENGTH = 160
-NUM_MELS = 40
-PARTIAL_FRAMES = 160  # 1.6 s
-PARTIAL_STEP = 77  # frames; 1.3 windows per second
-MIN_COVERAGE = 0.75  # of the last window
-SMALLEST_SECONDS = 0.3
+SMALLEST_SAMPLES = 4_000
+
+# WavLM large, as released with the head.
+LARGE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "conv_bias": False,
+}
+
+# Names of WavLM's weights: (pattern in the released file, replacement here); the first that fits is used.
+_NAMES = (
+    (r"mask_emb", "masked_spec_embed"),
+    (r"post_extract_proj\.", "feature_projection.projection."),
+    (r"layer_norm\.", "feature_projection.layer_norm."),
+    (r"feature_extractor\.conv_layers\.(\d+)\.0\.", r"feature_extractor.conv_layers.\1.conv."),
+    (r"feature_extractor\.conv_layers\.(\d+)\.2\.(?:1\.)?", r"feature_extractor.conv_layers.\1.layer_norm."),
+    (r"encoder\.pos_conv\.0\.weight_g", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
+    (r"encoder\.pos_conv\.0\.weight_v", "encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
+    (r"encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.conv."),
+    (r"(encoder\.layers\.\d+)\.self_attn\.relative_attention_bias\.", r"\1.attention.rel_attn_embed."),
+    (r"(encoder\.layers\.\d+)\.self_attn\.grep_linear\.", r"\1.attention.gru_rel_pos_linear."),
+    (r"(encoder\.layers\.\d+)\.self_attn\.grep_a", r"\1.attention.gru_rel_pos_const"),
+    (r"(encoder\.layers\.\d+)\.self_attn\.", r"\1.attention."),
+    (r"(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.layer_norm."),
+    (r"(encoder\.layers\.\d+)\.fc1\.", r"\1.feed_forward.intermediate_dense."),
+    (r"(encoder\.layers\.\d+)\.fc2\.", r"\1.feed_forward.output_dense."),
+)
+_FEATURES = "feature_extract.model."
 
 
 @dataclass(frozen=True)
-class Ge2eSimilarity:
-    """Cosine of GE2E embeddings of reference and reconstruction, at 16 kHz."""
+class WavLMSimilarity:
+    """Cosine of WavLM speaker embeddings of reference and reconstruction, at 16 kHz: the published SIM."""
 
-    weights: str | None = None  # path of pretrained.pt, None for the one in the Resemblyzer package
-    columns = (Column("sim_ge2e", "SIM-GE2E", True, is_speech_only=True, decimals=3),)
+    weights: str | None = None  # path of wavlm_large_finetune.pth
+    columns = (Column("sim_wavlm", "SIM-WavLM", True, is_speech_only=True, decimals=3),)
 
     @property
     def description(self) -> str:
         """See `Metric`."""
-        return f"GE2E, {Path(self.weights).name if self.weights else 'Resemblyzer ' + package_version('Resemblyzer')}"
+        return f"WavLM + ECAPA-TDNN, {Path(self.weights or '').name}"
 
     def missing(self) -> str | None:
         """See `Metric`."""
-        path = self._path()
-        if path is None:
-            return "package Resemblyzer is not installed (pip install --no-deps Resemblyzer is enough)"
-        return None if path.is_file() else f"there is no {path}"
+        if self.weights is None:
+            return "no weights: give speaker_model=<path of wavlm_large_finetune.pth>"
+        return None if Path(self.weights).is_file() else f"there is no {self.weights}"
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError for silence and for less than 0.3 s."""
-        path = self._path()
-        assert path is not None
-        encoder = load_ge2e(str(path))
+        """See `Metric`; MetricError for less than a quarter of a second and for silence."""
+        assert self.weights is not None
+        model = load_wavlm(self.weights)
         wanted, got = pair.at(SAMPLING_RATE)
-        if len(wanted) < SMALLEST_SECONDS * SAMPLING_RATE:
-            raise MetricError(f"less than {SMALLEST_SECONDS} seconds")
+        if len(wanted) < SMALLEST_SAMPLES:
+            raise MetricError(f"less than {SMALLEST_SAMPLES / SAMPLING_RATE} seconds")
         if not wanted.any() or not got.any():
             raise MetricError("reference or reconstruction is silent")
-        return {"sim_ge2e": min(1.0, F.cosine_similarity(encoder.embed(wanted), encoder.embed(got), dim=0).item())}
-
-    def _path(self) -> Path | None:
-        if self.weights is not None:
-            return Path(self.weights)
-        # Asking where the package lies does not import it: its own imports fail beside a new setuptools.
-        spec = find_spec("resemblyzer")
-        folders = list(spec.submodule_search_locations or []) if spec is not None else []
-        return Path(folders[0]) / "pretrained.pt" if folders else None
+        with torch.inference_mode():
+            first, second = (model(audio[None])[0] for audio in (wanted, got))
+        return {"sim_wavlm": F.cosine_similarity(first, second, dim=0).item()}
 
 
-class Ge2eEncoder(nn.Module):
-    """Three LSTM layers over 40 mel powers; names of the parts are those of the weights."""
+class SpeakerVerifier(nn.Module):
+    """WavLM and its head: audio [B, T] at 16 kHz -> embeddings [B, 256]."""
 
-    def __init__(self, width: int = 256) -> None:
+    def __init__(self, config: "WavLMConfig", channels: int = 512, width: int = 256) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(NUM_MELS, width, num_layers=3, batch_first=True)
-        self.linear = nn.Linear(width, width)
+        from transformers import WavLMModel
 
-    def forward(self, mels: Tensor) -> Tensor:
-        """Mel powers [B, frames, 40] -> unit embeddings [B, width]."""
-        _, (hidden, _) = self.lstm(mels)
-        return F.normalize(F.relu(self.linear(hidden[-1])), dim=1)
+        self.wavlm = WavLMModel(config)
+        self.feature_weight = nn.Parameter(torch.zeros(config.num_hidden_layers + 1))
+        self.instance_norm = nn.InstanceNorm1d(config.hidden_size)
+        self.layer1 = ConvReluNorm(config.hidden_size, channels, 5, padding=2)
+        self.layer2 = SqueezeExcitationBlock(channels, dilation=2)
+        self.layer3 = SqueezeExcitationBlock(channels, dilation=3)
+        self.layer4 = SqueezeExcitationBlock(channels, dilation=4)
+        self.conv = nn.Conv1d(3 * channels, 3 * channels, 1)
+        self.pooling = AttentivePooling(3 * channels)
+        self.bn = nn.BatchNorm1d(6 * channels)
+        self.linear = nn.Linear(6 * channels, width)
 
-    @torch.no_grad()
-    def embed(self, audio: Tensor) -> Tensor:
-        """Unit embedding [width] of audio [T]: the mean over windows of 1.6 s."""
-        starts = partial_starts(len(audio))
-        end = (starts[-1] + PARTIAL_FRAMES) * HOP_LENGTH
-        mels = mel_powers(F.pad(audio, (0, max(0, end - len(audio)))))
-        windows = torch.stack([mels[start : start + PARTIAL_FRAMES] for start in starts])
-        return F.normalize(self(windows).mean(0), dim=0)
-
-
-def partial_starts(num_samples: int) -> list[int]:
-    """First frame of every window; the last one is kept when audio covers three quarters of it."""
-    frames = math.ceil((num_samples + 1) / HOP_LENGTH)
-    starts = list(range(0, max(1, frames - PARTIAL_FRAMES + PARTIAL_STEP + 1), PARTIAL_STEP))
-    covered = (num_samples - starts[-1] * HOP_LENGTH) / (PARTIAL_FRAMES * HOP_LENGTH)
-    return starts[:-1] if covered < MIN_COVERAGE and len(starts) > 1 else starts
-
-
-def mel_powers(audio: Tensor) -> Tensor:
-    """Audio [T] -> Slaney mel powers [frames, 40], without logarithm."""
-    spectrum = torch.stft(
-        audio,
-        WINDOW_LENGTH,
-        HOP_LENGTH,
-        window=torch.hann_window(WINDOW_LENGTH),
-        center=True,
-        pad_mode="constant",
-        return_complex=True,
-    )
-    power = spectrum.abs().square().T
-    return power @ mel_bank(SAMPLING_RATE, WINDOW_LENGTH, NUM_MELS, torch.device("cpu"))
+    def forward(self, audio: Tensor) -> Tensor:
+        """Audio [B, T] -> embeddings [B, width]."""
+        states = self.wavlm(F.layer_norm(audio, audio.shape[-1:]), output_hidden_states=True).hidden_states
+        weights = self.feature_weight.softmax(0)
+        features = sum(weight * state for weight, state in zip(weights, states, strict=True))
+        x = self.layer1(self.instance_norm(features.transpose(1, 2) + 1e-6))
+        outputs = [x]
+        for layer in (self.layer2, self.layer3, self.layer4):
+            outputs.append(layer(outputs[-1]))
+        return self.linear(self.bn(self.pooling(self.conv(torch.cat(outputs[1:], dim=1)).relu())))
 
 
-@lru_cache(maxsize=2)
-def load_ge2e(path: str) -> Ge2eEncoder:
-    """The encoder with the weights of a file."""
-    weights = torch.load(path, map_location="cpu", weights_only=True)["model_state"]
-    encoder = Ge2eEncoder()
-    encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
-    return encoder.eval()
+class ConvReluNorm(nn.Module):
+    """Convolution, ReLU, batch normalisation, in this order: [B, C, T] -> [B, D, T]."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, kernel_size: int = 1, padding: int = 0) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(num_inputs, num_outputs, kernel_size, padding=padding)
+        self.bn = nn.BatchNorm1d(num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> [B, D, T]."""
+        return self.bn(self.conv(x).relu())
+
+
+class MultiScaleConv(nn.Module):
+    """The Res2Net convolution: each of 8 groups of channels is added to the next before that one's convolution."""
+
+    def __init__(self, channels: int, dilation: int, scale: int = 8) -> None:
+        super().__init__()
+        width = channels // scale
+        convolutions = (nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation) for _ in range(scale - 1))
+        self.convs = nn.ModuleList(convolutions)
+        self.bns = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(scale - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> [B, C, T]."""
+        *groups, last = x.chunk(len(self.convs) + 1, dim=1)
+        outputs: list[Tensor] = []
+        for group, conv, norm in zip(groups, self.convs, self.bns, strict=True):
+            outputs.append(norm(conv(group + outputs[-1] if outputs else group).relu()))
+        return torch.cat([*outputs, last], dim=1)
+
+
+class ChannelGate(nn.Module):
+    """Squeeze and excitation: every channel is scaled by a function of the means of all."""
+
+    def __init__(self, channels: int, bottleneck: int = 128) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(channels, bottleneck)
+        self.linear2 = nn.Linear(bottleneck, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> [B, C, T]."""
+        return x * self.linear2(self.linear1(x.mean(2)).relu()).sigmoid()[:, :, None]
+
+
+class SqueezeExcitationBlock(nn.Module):
+    """The block of ECAPA-TDNN, with a connection around it; names of the parts are those of the weights."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.Conv1dReluBn1 = ConvReluNorm(channels, channels)
+        self.Res2Conv1dReluBn = MultiScaleConv(channels, dilation)
+        self.Conv1dReluBn2 = ConvReluNorm(channels, channels)
+        self.SE_Connect = ChannelGate(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> [B, C, T]."""
+        return x + self.SE_Connect(self.Conv1dReluBn2(self.Res2Conv1dReluBn(self.Conv1dReluBn1(x))))
+
+
+class AttentivePooling(nn.Module):
+    """Mean and standard deviation over time, weighted by attention per channel: [B, C, T] -> [B, 2 C]."""
+
+    def __init__(self, channels: int, bottleneck: int = 128) -> None:
+        super().__init__()
+        self.linear1 = nn.Conv1d(channels, bottleneck, 1)
+        self.linear2 = nn.Conv1d(bottleneck, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> [B, 2 C]."""
+        weights = self.linear2(self.linear1(x).tanh()).softmax(2)
+        mean = (weights * x).sum(2)
+        variance = (weights * x.square()).sum(2) - mean.square()
+        return torch.cat([mean, variance.clamp(min=1e-9).sqrt()], dim=1)
+
+
+def map_weight_name(name: str) -> str:
+    """Name of a weight in `SpeakerVerifier` for its name in the released file."""
+    if not name.startswith(_FEATURES):
+        return name
+    inner = name.removeprefix(_FEATURES)
+    for pattern, replacement in _NAMES:
+        renamed, count = re.subn(f"^{pattern}", replacement, inner)
+        if count:
+            return f"wavlm.{renamed}"
+    return f"wavlm.{inner}"
+
+
+def load_weights(model: SpeakerVerifier, weights: Mapping[str, Tensor]) -> None:
+    """Load weights under their released names; UserError when one is missing; left-over ones are fine."""
+    found = {map_weight_name(name): tensor for name, tensor in weights.items()}
+    missing = [name for name in model.state_dict() if name not in found and name != "wavlm.masked_spec_embed"]
+    if missing:
+        raise UserError(
+            f"speaker_model lacks {len(missing)} weights, such as {missing[0]}: is it wavlm_large_finetune.pth?"
+        )
+    model.load_state_dict({name: found[name] for name in model.state_dict() if name in found}, strict=False)
+
+
+@lru_cache(maxsize=1)
+def load_wavlm(path: str) -> SpeakerVerifier:
+    """The verifier with the weights of the released file."""
+    from transformers import WavLMConfig
+
+    model = SpeakerVerifier(WavLMConfig(**LARGE))
+    load_weights(model, torch.load(path, map_location="cpu", weights_only=True)["model"])
+    return model.eval()

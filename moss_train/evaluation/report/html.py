@@ -4,7 +4,6 @@ import base64
 import csv
 import html
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -164,7 +163,6 @@ class Report:
     levels: Sequence[LevelUse]
     comparisons: Sequence[Comparison]
     folder: Path  # of the evaluation, with the audio that was kept
-    is_blind: bool
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -177,7 +175,6 @@ def write_report(path: Path, report: Report) -> None:
         "plots": f"<p>{without_plots}</p>" if without_plots else "".join(_plots(report)),
         "comparisons": "".join(map(_comparison, report.comparisons)),
         "clips": "".join(_clips(report, draw=without_plots is None)),
-        "blind": json.dumps(report.is_blind),
     }
     with atomic_write(path) as temporary:
         temporary.write_text(Template(TEMPLATE.read_text("utf-8")).substitute(parts), encoding="utf-8")
@@ -266,7 +263,7 @@ def _clips(report: Report, draw: bool) -> Iterator[str]:
         picture = _spectrograms(folder, depths) if draw else ""
         name = html.escape(f"{row.domain}: {row.clip}")
         inner = f"<h3>{name}</h3>{''.join(players)}{picture}"
-        yield f'<section class="clip" data-clip="{html.escape(row.clip)}">{inner}</section>'
+        yield f'<section class="clip">{inner}</section>'
 
 
 def _player(label: str, path: Path) -> str:
@@ -275,7 +272,7 @@ def _player(label: str, path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     name = html.escape(label)
     audio = f'<audio controls preload="metadata" src="data:audio/flac;base64,{data}"></audio>'
-    return f'<div class="player" data-name="{name}"><span class="name">{name}</span>{audio}</div>'
+    return f'<div class="player"><span class="name">{name}</span>{audio}</div>'
 
 
 def _spectrograms(folder: Path, depths: Sequence[Condition]) -> str:

@@ -37,16 +37,6 @@ def markdown(table: Table) -> str:
     return "\n".join([f"# {table.title}", "", *lines, "", *notes, ""])
 
 
-def latex(table: Table) -> str:
-    """A booktabs tabular with the same cells."""
-    cells = [_header(table, r"$\uparrow$", r"$\downarrow$"), *(_cells(table, row) for row in table.rows)]
-    lines = [" & ".join(_latex_text(cell) for cell in line) + r" \\" for line in cells]
-    columns = "ll" + "r" * (len(cells[0]) - 2)
-    notes = [f"% {note}" for note in table.footnotes]
-    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-    return "\n".join([*notes, *body, r"\end{tabular}", ""])
-
-
 def comma_separated(table: Table) -> str:
     """Every value of every domain with its interval and number of clips, unrounded."""
     output = io.StringIO()
@@ -88,11 +78,11 @@ def codebook_csv(levels: Sequence[LevelUse]) -> str:
 
 def table_cells(table: Table) -> list[list[str]]:
     """The table as texts, the header first."""
-    return [_header(table, "↑", "↓"), *(_cells(table, row) for row in table.rows)]
+    return [_header(table), *(_cells(table, row) for row in table.rows)]
 
 
-def _header(table: Table, up: str, down: str) -> list[str]:
-    titles = [f"{column.title} {up if column.is_higher_better else down}" for column in table.columns]
+def _header(table: Table) -> list[str]:
+    titles = [f"{column.title} {'↑' if column.is_higher_better else '↓'}" for column in table.columns]
     effective = ["eff. bps"] * bool(table.effective_bitrates)
     speed = ["RTF"] * bool(table.real_time_factors)
     return ["domain", "system", "Nq", "bps", *effective, *titles, *speed, "ok/n"]
@@ -123,12 +113,6 @@ def _number(value: float | None, form: Callable[[float], str] = str) -> str:
 
 def _markdown_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _latex_text(text: str) -> str:
-    for plain in "&%#_":
-        text = text.replace(plain, f"\\{plain}")
-    return text.replace(EMPTY, "--")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from moss_train.evaluation.report.tables import (
     codebook_csv,
     comma_separated,
     compare,
-    latex,
     load_evaluation,
     markdown,
 )
@@ -54,7 +53,7 @@ class Evaluation:
         return level_use(count_codes(codes, self.codec.codebook_sizes))
 
 
-def write_outputs(evaluation: Evaluation, policy: str, seed: int, others: Sequence[str], is_blind: bool) -> str:
+def write_outputs(evaluation: Evaluation, policy: str, seed: int, others: Sequence[str]) -> str:
     """Write every output of an evaluation beside its rows; returns the table as Markdown."""
     folder = evaluation.results.folder
     levels = evaluation.level_use()
@@ -62,14 +61,14 @@ def write_outputs(evaluation: Evaluation, policy: str, seed: int, others: Sequen
     loaded = [load_evaluation(Path(other).expanduser()) for other in others]
     comparisons = [compare(evaluation.rows, evaluation.conditions, evaluation.metrics, other) for other in loaded]
     text = markdown(table) + "".join(comparison.markdown() for comparison in comparisons)
-    files = {"table.md": text, "table.csv": comma_separated(table), "table.tex": latex(table)}
+    files = {"table.md": text, "table.csv": comma_separated(table)}
     if levels:
         files["codebook.csv"] = codebook_csv(levels)
     files["results.json"] = json.dumps(_results(evaluation, table, levels, comparisons), indent=1) + "\n"
     for name, content in files.items():
         with atomic_write(folder / name) as path:
             path.write_text(content, encoding="utf-8")
-    write_report(folder / "report.html", Report(table, evaluation.rows, levels, comparisons, folder, is_blind))
+    write_report(folder / "report.html", Report(table, evaluation.rows, levels, comparisons, folder))
     return text
 
 
