@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--warm-seconds", type=float, default=10.0)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--heldout", default=SPEECH, help="audio for the quality of a trained model")
-    parser.add_argument("--clips", type=int, default=3)
+    parser.add_argument("--clips", type=int, default=3, help="for the quality; 0 measures the speed only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = load(options)
@@ -121,7 +121,7 @@ def main() -> None:
             graphs[weights] = Tokenizer(folder, threads=1)
         print(f"| task | frames per chunk | torch | {' | '.join(graphs)} |", flush=True)
         speed(model, graphs, options)
-        if options.model:
+        if options.model and options.clips:
             quality(model, graphs, options)
 
 

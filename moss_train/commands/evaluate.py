@@ -12,7 +12,7 @@ import torch
 from moss_train.audio.io import RESAMPLER
 from moss_train.config.schema import EvaluateConfig
 from moss_train.data.clips import FileClip, ShardClip, UnreadableClip, list_sources
-from moss_train.evaluation.codecs.base import CatCodec, Codec, check_levels
+from moss_train.evaluation.codecs.base import CatCodec, Codec, OnnxCodec, check_levels
 from moss_train.evaluation.codecs.published_table import load_codec
 from moss_train.evaluation.metrics.base import Metric, split_available
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
@@ -24,6 +24,7 @@ from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import ClipRow, Results, all_conditions
 from moss_train.evaluation.runner import Reconstructor, evaluate
 from moss_train.export.load import find_checkpoint, load_tokenizer
+from moss_train.export.onnx_runtime import SETTINGS_FILE, Tokenizer
 from moss_train.inference.batching import choose_device, use_precision
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.checkpoint import read_payload
@@ -147,7 +148,10 @@ def _codec(config: EvaluateConfig) -> Subject:
     device = choose_device(config.device)
     codec: Codec
     text_model: TextCrossEntropy | None = None
-    if config.model is not None:
+    graphs = Path(str(config.model)).expanduser()
+    if config.model is not None and (graphs / SETTINGS_FILE).is_file():
+        codec = _onnx_codec(graphs, config)
+    elif config.model is not None:
         model = use_precision(load_tokenizer(config.model), config.precision, device)
         codec = CatCodec(model.to(device), Path(str(config.model)).name)  # type: ignore[arg-type]
         text_model = _text_model(config, model, device)
@@ -163,6 +167,16 @@ def _codec(config: EvaluateConfig) -> Subject:
     renderer = CodecRenderer(codec, levels, clips, config.anchors, measure)
     identity = {"codec": codec.name, "fingerprint": codec.fingerprint}
     return Subject(renderer, clips, codec, identity, {"text_model": text_model} if text_model is not None else {})
+
+
+def _onnx_codec(folder: Path, config: EvaluateConfig) -> OnnxCodec:
+    """The graphs in a folder, on as many threads as torch has."""
+    if config.precision == "bf16":
+        raise UserError(f"precision=bf16 has no effect on the graphs of model={folder}; export them with weights=int8")
+    try:
+        return OnnxCodec(Tokenizer(folder, threads=torch.get_num_threads()), folder.name)
+    except ValueError as error:
+        raise UserError(f"model={folder}: {error}") from None
 
 
 def _text_model(

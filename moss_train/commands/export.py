@@ -6,7 +6,7 @@ from typing import Any
 
 from moss_train.config.schema import ExportConfig
 from moss_train.export import export
-from moss_train.export.card import CardInfo, check_licence, evaluation_rows
+from moss_train.export.card import CardInfo, check_licence, data_licences, evaluation_rows, licence_of_data
 from moss_train.export.load import find_checkpoint
 from moss_train.export.onnx import export_onnx
 from moss_train.export.write import check_target, push
@@ -20,10 +20,13 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
     """Export and say where. Returns 0."""
     config = ExportConfig.of(config)
     check_target(config.out)
-    if config.push and not config.licence:
+    source = choose(config.checkpoint, config.select)
+    stated = data_licences(source)
+    licence = check_licence(config.licence or "") or licence_of_data(stated)
+    if config.push and not licence:
         raise UserError("push needs licence=..., for example licence=cc-by-4.0: what others may do with the model")
     info = CardInfo(
-        licence=check_licence(config.licence or ""),
+        licence=licence,
         language=config.language or (),
         data=config.data or "",
         level_db=config.level_db,
@@ -31,7 +34,6 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
     )
     if info.evaluation is not None:
         evaluation_rows(info.evaluation)
-    source = choose(config.checkpoint, config.select)
     exported = f"{find_checkpoint(Path(source)) or source}{' (moving average)' if config.ema else ''}"
     common: dict[str, Any] = {"ema": config.ema, "part": config.part, "heldout": config.heldout}
     if config.format == "onnx":
@@ -46,8 +48,12 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
         state = config.with_training_state
         folder = export(source, config.out, config.dtype, info=info, with_training_state=state, **common)
         print(f"wrote {folder} of {exported}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it")
-    if not info.licence:
-        print("The card states no licence: give licence=..., for example licence=cc-by-4.0")
+    if not licence:
+        found = ", ".join(f"{name} ({count} clips)" for name, count in sorted(stated.items()))
+        reason = f" (the data state: {found})" if set(stated) - {"none"} else ""
+        print(f"The card states no licence{reason}: give licence=..., for example licence=cc-by-4.0")
+    elif not config.licence:
+        print(f"licence {licence}: all manifests of the training data state it")
     if config.push:
         print(f"uploaded: {push(folder, config.push, private=config.private)}")
     return 0

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from moss_train.export.load import find_checkpoint
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import read_json, read_yaml
 
 TESTED_VERSIONS = ("4.57.1", "5.0.0", "5.17.0", "5.23.0", "5.24.0")
 """Versions of transformers in which tests/export/test_transformers_versions.py passed."""
@@ -75,6 +77,40 @@ def check_licence(licence: str) -> str:
     if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence.lower()):
         raise UserError(f"licence={licence!r} is not an identifier such as apache-2.0, cc-by-4.0 or other")
     return licence.lower()
+
+
+def data_licences(source: str | Path) -> dict[str, int]:
+    """Return the number of training clips of a run by the licence that the manifests state, "none" without one.
+
+    Empty where that is not known: there is no run, its shards are not here, or it began with another model's weights.
+    """
+    checkpoint = find_checkpoint(Path(source))
+    if checkpoint is None:
+        return {}
+    run = checkpoint.parent.parent
+    found: Counter[str] = Counter()
+    try:
+        config = read_yaml(run / "config.yaml")
+        if config.get("init"):
+            return {}
+        packed = [read_json(run / "packed.json")["train"]] if config["data"].get("path") else config["data"]["train"]
+        for folder in [packed] if isinstance(packed, str) else packed:
+            totals = read_json(Path(folder) / "index.json")["totals"]
+            groups = totals.get("licence") or {"none": {"clips": sum(g["clips"] for g in totals["domain"].values())}}
+            found.update({name: int(group["clips"]) for name, group in groups.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return dict(found)
+
+
+def licence_of_data(licences: Mapping[str, int]) -> str:
+    """Return the licence when all clips state the same one and it is an identifier, else "": it is never guessed."""
+    if len(licences) != 1 or "none" in licences:
+        return ""
+    try:
+        return check_licence(next(iter(licences)))
+    except UserError:
+        return ""
 
 
 def training_facts(source: str | Path) -> dict[str, str]:

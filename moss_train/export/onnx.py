@@ -122,8 +122,12 @@ def write_graphs(
     part: str | None = None,
     chunk_frames: int = 8,
     weights: str = "float32",
+    largest_file: int = LARGEST_FILE,
 ) -> None:
-    """Write `encoder.onnx`, `decoder.onnx` (or the one that `part` names) and `codec.json`."""
+    """Write `encoder.onnx`, `decoder.onnx` (or the one that `part` names) and `codec.json`.
+
+    A graph of more than `largest_file` bytes has its weights beside it, in `encoder.weights` or `decoder.weights`.
+    """
     import onnx
 
     from moss_train.export.onnx_graph import decoder_graph, encoder_graph
@@ -141,7 +145,7 @@ def write_graphs(
             continue
         graph = make(model, chunk_frames, weights == "int8", {key: str(value) for key, value in settings.items()})
         size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-        file, is_large = str(folder / f"{name}.onnx"), size > LARGEST_FILE
+        file, is_large = str(folder / f"{name}.onnx"), size > largest_file
         onnx.save_model(graph, file, save_as_external_data=is_large, location=f"{name}.weights" if is_large else None)
 
 

@@ -1,12 +1,18 @@
 """Cat: causal audio tokenizer with transformer (arXiv 2602.10934), the public model."""
 
 import copy
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 # Several releases of transformers copy only the files that this one imports itself; so it imports all.
 from .argument_checks import (
@@ -267,16 +273,21 @@ class MossAudioTokenizerModel(LatentCodec):
         """Load a folder or repository in the released layout.
 
         Args:
-            part: "encoder" or "decoder" loads only that half and the quantizer; the other's calls are then refused.
+            part: "encoder" or "decoder" loads only that half and the quantizer; the other's calls are then refused. Of
+                a repository with several files of weights only those with that half are downloaded.
 
         Raises:
             ValueError: a missing or left-over weight, or a `part` that the folder does not have.
         """
         kwargs.setdefault("key_mapping", OLDER_WEIGHT_NAMES)
+        source, whole = pretrained_model_name_or_path, nullcontext(pretrained_model_name_or_path)
         if part is not None:
-            kwargs["config"] = cls._config_of_part(pretrained_model_name_or_path, part, kwargs)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            kwargs["config"] = cls._config_of_part(source, part, kwargs)
+        with whole if part is None else shards_of_part(source, part, kwargs) as place:
+            loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
         model, info = loaded
+        if part is not None:
+            model.name_or_path = model.config._name_or_path = str(source)
         problems = {kind: sorted(map(str, info[kind])) for kind in info if info[kind]}
         if problems:
             details = "; ".join(f"{kind}: {', '.join(names[:5])} ({len(names)})" for kind, names in problems.items())
@@ -290,9 +301,7 @@ class MossAudioTokenizerModel(LatentCodec):
         config = options.get("config")
         # Not isinstance of this configuration: AutoConfig of transformers 5.24 has imported a copy of its file.
         if config is None or isinstance(config, str | PathLike):
-            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            location = {name: options[name] for name in names if name in options}
-            config = cls.config_class.from_pretrained(source if config is None else config, **location)
+            config = cls.config_class.from_pretrained(source if config is None else config, **location_of(options))
         available = getattr(config, "part", None)
         if part not in ("encoder", "decoder") or available not in (None, part):
             choices = available or "encoder, decoder"
@@ -300,3 +309,39 @@ class MossAudioTokenizerModel(LatentCodec):
         config = copy.deepcopy(config)
         config.part = part
         return config
+
+
+def location_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options of `from_pretrained` that say where the files of a repository are."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {name: options[name] for name in names if name in options}
+
+
+@contextmanager
+def shards_of_part(source: Any, part: str, options: dict[str, Any]) -> Iterator[Any]:
+    """Yield what "encoder" or "decoder" is loaded from, so that nothing else of a repository is downloaded.
+
+    That is a folder with the files that hold weights of that half and an index of these weights, where `source` is a
+    repository with several files of weights; `source` itself in all other cases.
+
+    Raises:
+        ValueError: the index names files elsewhere.
+    """
+    location = location_of(options)
+    found = None
+    if not os.path.isdir(source) and not options.get("variant") and options.get("use_safetensors") is not False:
+        found = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **location)
+    if found is None:
+        yield source
+        return
+    index = json.loads(Path(found).read_text("utf-8"))
+    wanted = {name: file for name, file in index["weight_map"].items() if name.startswith((f"{part}.", "quantizer."))}
+    with TemporaryDirectory() as folder:
+        place = Path(folder, location.get("subfolder") or "")
+        place.mkdir(parents=True, exist_ok=True)
+        for file in sorted(set(wanted.values())):
+            if Path(file).name != file:
+                raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {source} names {file!r}, which is no plain file name")
+            (place / file).symlink_to(Path(cached_file(source, file, **location)).resolve())
+        (place / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index | {"weight_map": wanted}), "utf-8")
+        yield folder

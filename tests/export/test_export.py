@@ -16,9 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from moss_train.audio.io import read_audio
 from moss_train.cli.main import main
+from moss_train.commands import pack as pack_command
 from moss_train.export import load_tokenizer, write
+from moss_train.export.card import data_licences, licence_of_data
 from moss_train.export.verify import compare
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, checkpoint_name, write_checkpoint
 from moss_train.utils.errors import UserError
 
 STRANGER = """
@@ -155,6 +158,36 @@ def test_a_licence_is_never_guessed(model_folder, tmp_path, capsys):
     assert main(["export", f"checkpoint={model_folder}", f"out={tmp_path / 'out'}"]) == 0
     assert "license" not in front_matter(tmp_path / "out")
     assert "licence=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stated", "licence"),
+    [
+        (["CC0-1.0", "CC0-1.0"], "cc0-1.0"),
+        (["cc0-1.0", "cc-by-4.0"], ""),
+        (["cc0-1.0", None], ""),
+        ([None, None], ""),
+        (["ask the author", "ask the author"], ""),
+    ],
+)
+def test_the_licence_of_a_run_is_that_of_all_its_clips(stated, licence, tmp_path, recordings, pack_config):
+    files = sorted((recordings / "speech").glob("librivox*.flac"))[:2]
+    keys = ("licence", "license")  # both spellings
+    lines = [{"path": str(path), key: text} for path, key, text in zip(files, keys, stated, strict=True)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert pack_command.run(pack_config(input=tmp_path / "list.jsonl", out=tmp_path / "shards")) == 0
+    run = tmp_path / "run"
+    write_checkpoint(
+        run / "checkpoints" / checkpoint_name(1), lambda folder: torch.save({}, folder / CHECKPOINT_FILE), {}
+    )
+    config = {"init": None, "data": {"train": [str(tmp_path / "shards")], "path": None}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    found = data_licences(run)
+    assert found == {text or "none": stated.count(text) for text in stated}
+    assert licence_of_data(found) == licence
+    # Weights that a run began with have seen other data.
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"init": "owner/name"}))
+    assert data_licences(run) == {}
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from moss_train.cli.main import main
+from moss_train.evaluation.results import read_rows
 from moss_train.export.onnx import write_graphs
 from moss_train.export.onnx_runtime import Tokenizer
 from moss_train.export.write import known_audio
@@ -122,6 +124,49 @@ def test_int8_weights_are_a_quarter_of_the_size_and_stay_close(cat_mini, mini_fo
     assert float((rounded.encode(audio.numpy())[0] == codes[0]).mean()) > 0.4
     error = rounded.decode(codes) - exact.decode(codes)
     assert 0 < np.sqrt((error**2).mean()) < 0.2 * exact.decode(codes).std()
+
+
+def test_weights_of_large_models_lie_beside_the_graphs(tmp_path):
+    model = small_model()
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "beside").mkdir()
+    write_graphs(model, tmp_path / "inside")
+    write_graphs(model, tmp_path / "beside", largest_file=1000)
+    moved = (tmp_path / "beside").rename(tmp_path / "moved")
+    assert {path.name for path in moved.iterdir()} == {
+        "codec.json",
+        *(f"{part}.{kind}" for part in ("encoder", "decoder") for kind in ("onnx", "weights")),
+    }
+    inside, outside = Tokenizer(tmp_path / "inside"), Tokenizer(moved)
+    codes = inside.encode(some_audio(model).numpy())
+    assert np.array_equal(outside.encode(some_audio(model).numpy()), codes)
+    assert np.array_equal(outside.decode(codes), inside.decode(codes))
+    (moved / "decoder.weights").unlink()
+    with pytest.raises(ValueError, match=r"decoder\.onnx is damaged, copy or export it again"):
+        Tokenizer(moved).decode(codes)
+
+
+def test_graphs_are_evaluated_like_a_model(exported, tmp_path):
+    """Rates and levels are those of the model, and so is, but for rounding, what is measured."""
+    (tmp_path / "audio").mkdir()
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
+    soundfile.write(tmp_path / "audio" / "tone.wav", tone, 8000)
+    values = {}
+    for name, model in (("graphs", exported), ("model", exported.parent / "model")):
+        arguments = [f"model={model}", f"data={tmp_path / 'audio'}", f"out={tmp_path / name}", "report_clips=0"]
+        assert main(["evaluate", *arguments, "metrics=[spectral,si_sdr]", "anchors=false"]) == 0
+        (row,) = read_rows(tmp_path / name / "per_clip.jsonl")
+        values[name] = {entry.condition.num_quantizers: entry.values for entry in row.conditions}
+    assert values["graphs"].keys() == values["model"].keys() == {1, 2, 4}
+    for levels, expected in values["model"].items():
+        assert len(expected) >= 3
+        assert values["graphs"][levels] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_graphs_take_no_other_precision(exported, tmp_path, capsys):
+    arguments = [f"model={exported}", f"data={CAT_MINI}", f"out={tmp_path / 'new'}", "precision=bf16"]
+    assert main(["evaluate", *arguments]) == 2
+    assert "precision=bf16" in capsys.readouterr().err
 
 
 STRANGER = """

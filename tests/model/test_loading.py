@@ -147,3 +147,43 @@ def test_saved_folder_runs_where_the_package_is_missing(tmp_path):
     assert torch.equal(result["codes"], codes)
     assert torch.equal(result["streamed"], codes)
     assert relative_error(result["audio"], model.decode(codes).audio) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("subfolder", ["", "inner"])
+def test_half_of_a_repository_needs_only_the_files_of_that_half(tmp_path, part, subfolder):
+    """The cache of the hub lacks the others, and nothing can be downloaded."""
+    model = small_model()
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    model.save_pretrained(snapshot / subfolder, max_shard_size="8KB")
+    place = {"cache_dir": tmp_path, "subfolder": subfolder}
+    index = json.loads((snapshot / subfolder / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in index.items() if name.split(".")[0] in (part, "quantizer")}
+    others = set(index.values()) - needed
+    assert len(needed) > 1
+    assert len(others) > 1
+    for file in others:
+        (snapshot / subfolder / file).unlink()
+    half = MossAudioTokenizerModel.from_pretrained("owner/name", part=part, **place)
+    expected = {name: value for name, value in model.state_dict().items() if name.split(".")[0] in (part, "quantizer")}
+    assert half.state_dict().keys() == expected.keys()
+    assert all(torch.equal(half.state_dict()[name], value) for name, value in expected.items())
+    assert half.name_or_path == half.config.name_or_path == "owner/name"
+    (snapshot / subfolder / sorted(needed)[0]).unlink()
+    with pytest.raises(OSError, match="in the cached files"):
+        MossAudioTokenizerModel.from_pretrained("owner/name", part=part, **place)
+
+
+def test_an_index_of_a_repository_names_no_files_elsewhere(tmp_path):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    small_model().save_pretrained(snapshot, max_shard_size="8KB")
+    path = snapshot / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../../outside.safetensors")
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"'\.\./\.\./outside\.safetensors', which is no plain file name"):
+        MossAudioTokenizerModel.from_pretrained("owner/name", part="encoder", cache_dir=tmp_path)

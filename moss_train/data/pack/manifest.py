@@ -27,6 +27,7 @@ AUDIO_SUFFIXES = frozenset(
 DOMAIN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 _KEYS = ("path", "id", "domain", "text", "task", "language", "speaker")
+_LICENCE_KEYS = ("licence", "license")
 _TIMES = ("start_seconds", "end_seconds")
 _MAX_LINE_BYTES = 2**22
 _MAX_LABEL_BYTES = 2**17  # of one clip; readers of shards take eight times as much
@@ -51,6 +52,7 @@ class SourceClip:
     task: str | None = None  # one of TASKS, set exactly where there is text
     language: str | None = None
     speaker: str | None = None
+    licence: str | None = None  # as the manifest states it
     start_seconds: float = 0.0  # part of the file that is the clip
     end_seconds: float | None = None
     row: int | None = None  # of the saved dataset that `path` belongs to
@@ -58,7 +60,7 @@ class SourceClip:
     def labels(self) -> dict[str, str]:
         """What is stored beside the audio: the labels that are there."""
         values = {"domain": self.domain, "text": self.text, "task": self.task}
-        values |= {"language": self.language, "speaker": self.speaker}
+        values |= {"language": self.language, "speaker": self.speaker, "licence": self.licence}
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -249,7 +251,7 @@ def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
             continue
         places[clip.id] = f"line {where.rpartition(':')[2]}" if ":" in where else where
         clips.append(clip)
-        for key in set(entry) - {*_KEYS, *_TIMES, *_NEMO_KEYS, "row"}:
+        for key in set(entry) - {*_KEYS, *_LICENCE_KEYS, *_TIMES, *_NEMO_KEYS, "row"}:
             ignored[key] = ignored.get(key, 0) + 1
     if not clips:
         raise UserError(
@@ -385,10 +387,17 @@ def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> Sour
         task=task if text else None,
         language=entry.get("language") or None,
         speaker=entry.get("speaker") or None,
+        licence=_licence(entry),
         start_seconds=entry.get("start_seconds") or 0.0,
         end_seconds=entry.get("end_seconds"),
         row=entry.get("row"),
     )
+
+
+def _licence(entry: dict) -> str | None:
+    """Return the licence that a line states; none where it is no text, as in some lists of other programs."""
+    stated = (entry.get(key) for key in _LICENCE_KEYS)
+    return next((text.strip() for text in stated if isinstance(text, str) and text.strip()), None)
 
 
 def write_manifest(path: Path, entries: Iterable[dict[str, Any]]) -> int:

@@ -132,7 +132,7 @@ class IndexBuilder:
         self._sampling_rate = sampling_rate
         self._num_channels = num_channels
         self._shards: dict[str, tuple[ShardRecord, dict[str, np.ndarray]]] = {}
-        self._totals: dict[str, dict[str, Counter]] = {"domain": {}, "language": {}, "task": {}}
+        self._totals: dict[str, dict[str, Counter]] = {"domain": {}, "language": {}, "task": {}, "licence": {}}
 
     def add(self, file: str, domain: str, contents: ShardContents) -> None:
         """Add one finished shard."""
@@ -167,7 +167,10 @@ class IndexBuilder:
         return index
 
     def _sum_up(self) -> dict:
-        """Clips, clips with text and hours by domain, language and task; clips without a label count as 'none'."""
+        """Clips, clips with text and hours by domain, language, task and, where one is stated, licence.
+
+        Clips without a label count as 'none'.
+        """
         hour = 3600 * self._sampling_rate
         return {
             kind: {
@@ -175,6 +178,7 @@ class IndexBuilder:
                 for name, group in sorted(groups.items())
             }
             for kind, groups in self._totals.items()
+            if kind != "licence" or set(groups) - {"none"}
         }
 
 

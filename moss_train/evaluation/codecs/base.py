@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +86,44 @@ class CatCodec:
         """See `Codec`."""
         with torch.inference_mode():
             return self._model.decode(codes[:, None], return_dict=True).audio[0].float().cpu()
+
+
+class OnnxCodec:
+    """The graphs of an export with format=onnx as a codec, run by onnxruntime on the CPU.
+
+    Args:
+        tokenizer: a `Tokenizer` of the runtime that ships with the graphs.
+
+    Raises:
+        UserError: a graph is missing or damaged, or onnxruntime is not installed.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.name = name
+        self.sampling_rate: int = tokenizer.sampling_rate
+        self.num_channels: int = tokenizer.num_channels
+        self.frame_rate: float = tokenizer.sampling_rate / tokenizer.hop
+        self.codebook_sizes = (tokenizer.codebook_size,) * tokenizer.num_levels
+        try:
+            for part in ("encoder", "decoder"):
+                tokenizer.session(part)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{error}") from None
+        digest = hashlib.sha256()
+        for pattern in ("*.onnx", "*.weights"):
+            for path in sorted(Path(tokenizer.folder).glob(pattern)):
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        self.fingerprint = digest.hexdigest()[:16]
+        self._tokenizer = tokenizer
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """See `Codec`."""
+        return torch.from_numpy(self._tokenizer.encode(audio[None].numpy())[:, 0])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """See `Codec`."""
+        return torch.from_numpy(self._tokenizer.decode(codes[:, None].numpy())[0])
 
 
 class WrappedCodec:
