@@ -65,16 +65,16 @@ def test_recomputing_the_stages_of_high_rates_costs_their_forward_pass(published
 def test_activation_checkpointing_takes_longer_and_less_memory(capsys):
     texts = []
     for overrides in ([], ["trainer.activation_checkpointing=[100,50]"]):
-        assert main([*TINY, "stages.0.batch_seconds=1e5", *overrides]) == 0  # next to which a step takes no time
+        assert main([*TINY, "stages.1.batch_seconds=1e5", *overrides]) == 0  # next to which a step takes no time
         texts.append(capsys.readouterr().out)
     assert "activation_checkpointing" not in texts[0]
     saved = float(re.search(r"saves ([\d.]+) MB per second", texts[1])[1])
     kept = [float(re.search(r"activations: ([\d.]+) MB", text)[1]) for text in texts]
     assert kept[0] - kept[1] == pytest.approx(saved, abs=0.11)
-    longer = float(re.search(r"reconstruction \+([\d.]+)%", texts[1])[1])
-    rates = [rate_of(text, "reconstruction") for text in texts]
+    longer = float(re.search(r"quantized \+([\d.]+)%", texts[1])[1])
+    rates = [rate_of(text, "quantized") for text in texts]
     assert rates[0] / rates[1] == pytest.approx(1 + longer / 100, rel=0.001)
-    assert operations(texts[0], "reconstruction") == operations(texts[1], "reconstruction")
+    assert operations(texts[0], "quantized") == operations(texts[1], "quantized")
 
 
 def test_sharded_memory_is_shown_where_there_is_something_to_divide(capsys):
@@ -135,7 +135,7 @@ def test_a_measured_share_replaces_the_assumed_one(tmp_path, capsys):
     assert main([*TINY, f"mfu={tmp_path}"]) == 0
     text = capsys.readouterr().out
     assert f"mfu=0.36 (measured: {tmp_path}) of 989.4 TFLOP/s" in text
-    assert rate_of(text, "reconstruction") == pytest.approx(expected_rate(text, 0.36), rel=0.01)
+    assert rate_of(text, "quantized") == pytest.approx(expected_rate(text, 0.36), rel=0.01)
     assert main([*TINY, f"mfu={tmp_path / 'none'}"]) == 2
     assert "neither a number nor a run directory" in capsys.readouterr().err
 
@@ -150,7 +150,7 @@ def expected_rate(text: str, mfu: float) -> float:
     """Audio-seconds per second of the first stage of `cat_tiny` on one H100, from the operations as printed."""
     sizes = re.findall(r"│ (?:tokenizer|text LM)\s+│ ([\d,]+)", text)
     stepping = 48 * sum(int(size.replace(",", "")) for size in sizes) / 3.35e12
-    computing = 5.76 * operations(text, "reconstruction") * 1e9 / (mfu * 989.4e12)
+    computing = 5.76 * operations(text, "quantized") * 1e9 / (mfu * 989.4e12)
     return 5.76 / (computing + stepping)
 
 
@@ -181,7 +181,7 @@ def test_the_report_adds_up_and_names_its_assumptions(capsys):
     text = capsys.readouterr().out
     assert "5,440,128" in text
     assert "mfu=0.3 (a model, not a measurement: tools/model_gpu.py) of 989.4 TFLOP/s (h100, dense bf16" in text
-    assert rate_of(text, "reconstruction") == pytest.approx(expected_rate(text, 0.3), rel=0.01)
+    assert rate_of(text, "quantized") == pytest.approx(expected_rate(text, 0.3), rel=0.01)
     networks = re.findall(r"│ (?:tokenizer|text LM|discriminators)\s+│ ([\d,]+)", text)
     total = sum(int(number.replace(",", "")) for number in networks)
     assert f"checkpoint: {12 * total / 1e9:.1f} GB" in text
@@ -200,7 +200,7 @@ def operations(text: str, stage: str) -> float:
 
 def test_without_text_there_is_no_text_lm(capsys):
     assert main([*TINY, "semantic=null"]) == 0
-    assert "reconstruction: text LM" not in capsys.readouterr().out
+    assert "quantized: text LM" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
