@@ -140,7 +140,7 @@ def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
     failed = [row for row in rows if row.failure is not None]
     for row in failed[:20]:
         print(printable(f"moss_train evaluate: passed over: {row.failure}"), file=sys.stderr)
-    print(f"evaluate: {len(rows) - len(failed)} of {len(rows)} clips; {out / 'report.html'}")
+    print(printable(f"evaluate: {len(rows) - len(failed)} of {len(rows)} clips; {out / 'report.html'}"))
     return 1 if failed else 0
 
 

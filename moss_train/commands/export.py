@@ -12,6 +12,7 @@ from moss_train.export.onnx import export_onnx
 from moss_train.export.write import check_target, push
 from moss_train.utils.checkpoint import best_checkpoint
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import printable
 
 SUMMARY = "Write a trained tokenizer as a Hugging Face model folder, or as ONNX graphs."
 
@@ -41,19 +42,20 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
             raise UserError("format=onnx takes neither dtype nor with_training_state: its weights are float32 or int8")
         options: dict[str, Any] = {"weights": config.weights, "chunk_frames": config.chunk_frames}
         folder = export_onnx(source, config.out, info=info, **options, **common)
-        print(f"wrote {folder} of {exported}: README.md says how to use it, `python {folder}/runtime.py` checks it")
+        line = f"wrote {folder} of {exported}: README.md says how to use it, `python {folder}/runtime.py` checks it"
     else:
         if config.weights != "float32":
             raise UserError(f"weights={config.weights} needs format=onnx; a Hugging Face folder has dtype=")
         state = config.with_training_state
         folder = export(source, config.out, config.dtype, info=info, with_training_state=state, **common)
-        print(f"wrote {folder} of {exported}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it")
+        line = f"wrote {folder} of {exported}: AutoModel.from_pretrained('{folder}', trust_remote_code=True) loads it"
+    print(printable(line))
     if not licence:
         found = ", ".join(f"{name} ({count} clips)" for name, count in sorted(stated.items()))
         reason = f" (the data state: {found})" if set(stated) - {"none"} else ""
-        print(f"The card states no licence{reason}: give licence=..., for example licence=cc-by-4.0")
+        print(printable(f"The card states no licence{reason}: give licence=..., for example licence=cc-by-4.0"))
     elif not config.licence:
-        print(f"licence {licence}: all manifests of the training data state it")
+        print(printable(f"licence {licence}: all manifests of the training data state it"))
     if config.push:
         print(f"uploaded: {push(folder, config.push, private=config.private)}")
     return 0

@@ -49,7 +49,7 @@ def run(config: InspectConfig | Mapping[str, Any]) -> int:
     for problem in problems:
         print(printable(problem))
     num_clips = pluralize(sum(len(inspection.clips) for inspection in inspections), "clip")
-    print(f"inspect: {num_clips}, {len(bad)} to drop, see {out / 'report.html'}")
+    print(printable(f"inspect: {num_clips}, {len(bad)} to drop, see {out / 'report.html'}"))
     return 1 if problems else 0
 
 

@@ -66,7 +66,8 @@ def run(config: PackConfig | Mapping[str, Any]) -> int:
         raise
     _print_report(report, config.out)
     if report.left_out.get("dropped", 0) < len(drop):
-        print(f"drop={config.drop}: {len(drop) - report.left_out.get('dropped', 0)} ids are not in {config.input}")
+        missing = len(drop) - report.left_out.get("dropped", 0)
+        print(printable(f"drop={config.drop}: {missing} ids are not in {config.input}"))
     return 0
 
 

@@ -270,5 +270,5 @@ def print_report(report: Report, out: Path, verb: str, unit: str = "file") -> in
     if len(report.failures) > _SHOWN_FAILURES:
         print(f"moss_train {verb}: and {len(report.failures) - _SHOWN_FAILURES} more", file=sys.stderr)
     written, failed = pluralize(report.num_written, unit), pluralize(len(report.failures), "clip")
-    print(f"{verb}: {written} written to {out}, {report.num_present} were there, {failed} failed")
+    print(printable(f"{verb}: {written} written to {out}, {report.num_present} were there, {failed} failed"))
     return 1 if report.failures else 0

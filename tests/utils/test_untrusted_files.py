@@ -10,6 +10,7 @@ import threading
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +43,8 @@ from moss_train.evaluation.results import ClipRow, ConditionRow, file_name
 from moss_train.evaluation.statistics import Estimate, SummaryRow
 from moss_train.inference.files import Report as FilesReport
 from moss_train.inference.files import print_report
+from moss_train.training.callbacks.run_records import StartupMessages
+from moss_train.training.run.data_source import warn_of_silence
 from moss_train.utils.checkpoint import read_best
 from moss_train.utils.errors import ConfigError, UserError
 from moss_train.utils.files import MAX_YAML_VALUES, parse_json, printable, read_json, read_yaml
@@ -322,11 +325,13 @@ def test_what_steers_a_terminal_is_written_out(text: str, expected: str) -> None
 def test_names_in_messages_steer_no_terminal(tmp_path: Path, capsys) -> None:
     name = "x\x1b[31m.wav"
     report = FilesReport(0, 0, [(tmp_path / name, "is not audio")])
-    assert print_report(report, tmp_path, "encode") == 1
+    assert print_report(report, tmp_path / name, "encode") == 1
+    warn_of_silence(tmp_path, name)
+    StartupMessages([name]).on_train_start(SimpleNamespace(is_global_zero=True), None)
     assert main(["encode", "--config-dir", name]) == 2
     printed = "".join(capsys.readouterr())
     assert "\x1b" not in printed
-    assert printed.count("\\x1b[31m.wav") == 2
+    assert printed.count("\\x1b[31m.wav") == 5
 
 
 SECRETS = [

@@ -69,7 +69,8 @@ def pack_cached(
             if part is train and report.remarks.get(SILENT) == report.index["num_samples"]:
                 (folder.parent / SILENT_FILE).touch()
     count = f"{pluralize(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
-    print(f"{source}: {count}, {'packed into' if todo else 'found packed in'} {found.train.parent}", file=sys.stderr)
+    done = "packed into" if todo else "found packed in"
+    print(printable(f"{source}: {count}, {done} {found.train.parent}"), file=sys.stderr)
     return found
 
 

@@ -34,7 +34,7 @@ class StartupMessages(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            print(*self.lines, sep="\n", end="\n" if self.lines else "", file=sys.stderr)
+            print(*map(printable, self.lines), sep="\n", end="\n" if self.lines else "", file=sys.stderr)
 
 
 ENVIRONMENT_FILE = "environment.json"

@@ -11,7 +11,7 @@ from moss_train.data.pack.on_the_fly import PackedSource, pack_cached
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.utils.checkpoint import list_checkpoints
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import atomic_write, read_json
+from moss_train.utils.files import atomic_write, printable, read_json
 
 RECORD_FILE = "packed.json"
 CACHE_FOLDER = "packed"
@@ -47,7 +47,7 @@ def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> DataFolders
         return DataFolders(data.train, [])
     record = read_record(directory)
     if record is not None and record.train.exists() and not Path(data.path).exists():
-        print(f"data.path={data.path} is gone, going on with {record.train.parent}", file=sys.stderr)
+        print(printable(f"data.path={data.path} is gone, going on with {record.train.parent}"), file=sys.stderr)
         packed = record
     else:
         packed = pack_for_run(data.path, data, tokenizer, directory)
@@ -66,7 +66,7 @@ def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> DataFolders
 def warn_of_silence(directory: Path, source: str) -> None:
     """Say that there is nothing to learn, now and in the summary of the run."""
     message = f"update 0: every clip of data.path={source} is digital silence: nothing can be learned from them"
-    print(f"warning: {message}", file=sys.stderr)
+    print(printable(f"warning: {message}"), file=sys.stderr)
     path = directory / "warnings.txt"
     if not path.exists() or message not in path.read_text("utf-8", errors="replace"):
         with path.open("a", encoding="utf-8") as file:

@@ -24,7 +24,7 @@ from moss_train.training.run.resize_model import (
 )
 from moss_train.utils.checkpoint import list_checkpoints
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import atomic_write, read_json
+from moss_train.utils.files import atomic_write, printable, read_json
 
 Node = Mapping[str, Any]
 RECORD_FILE = "initialization.json"
@@ -241,7 +241,9 @@ def print_reports(beginning: InitPlan, reports: Mapping[str, WeightReport], warm
     Weights are named where some of a network were kept and others not.
     """
     assert beginning.source is not None
-    table = Table("", "kept", "resampled", "fresh", "left over", title=Text(f"weights from {beginning.source.path}"))
+    table = Table(
+        "", "kept", "resampled", "fresh", "left over", title=Text(printable(f"weights from {beginning.source.path}"))
+    )
     for name, report in reports.items():
         columns = (report.kept, report.resampled, report.fresh, report.left_over)
         table.add_row(name, *(f"{len(names)}" for names in columns))
@@ -251,7 +253,7 @@ def print_reports(beginning: InitPlan, reports: Mapping[str, WeightReport], warm
         kinds = {"resampled": report.resampled, "fresh": report.fresh, "left over": others}
         for kind, names in kinds.items():
             if names and report.kept:
-                print(f"{name}, {kind}: {shown_names(names)}", file=sys.stderr)
+                print(printable(f"{name}, {kind}: {shown_names(names)}"), file=sys.stderr)
     for name in beginning.fresh:
         reason = "restore leaves out what init has" if name in beginning.source.nodes else "init has none"
         warnings.warn(
