@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
-from moss_train.semantic.text_encoder import make_portable, with_local_text
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, find_damage, newest_checkpoint, read_payload
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
@@ -178,6 +177,8 @@ class Network:
 
 def write_training_state(folder: Path, networks: Mapping[str, Network]) -> None:
     """Write networks into a new folder, with everything they need: nothing points to files outside it."""
+    from moss_train.semantic.text_encoder import make_portable  # here, because encode and decode need no language model
+
     folder.mkdir(parents=True)
     records = {}
     for name, network in networks.items():
@@ -195,6 +196,8 @@ def read_training_state(folder: Path) -> dict[str, Network]:
     Raises:
         UserError: the folder is damaged or of another version.
     """
+    from moss_train.semantic.text_encoder import with_local_text
+
     try:
         state = read_json(folder / STATE_FILE)
         if {key: state[key] for key in FORMAT} != FORMAT:
