@@ -57,7 +57,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
     """The models to compare, by name; ours first."""
     dtype = DTYPES[options.dtype]
     if options.experiment:
-        settings = load_config("fit", [f"experiment={options.experiment}"]).tokenizer
+        settings = load_config("fit", [f"experiment={options.experiment}"]).tokenizer.to_plain()
         torch.manual_seed(0)
         with torch.device(options.device):  # a CPU takes long to draw the weights of a large model
             models: dict[str, Any] = {"ours": MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(**settings))}

@@ -32,7 +32,7 @@ def load(options: argparse.Namespace) -> MossAudioTokenizerModel:
     """Return the model of a folder, or a random one of an experiment."""
     if options.model:
         return MossAudioTokenizerModel.from_pretrained(options.model).eval()
-    settings = load_config("fit", [f"experiment={options.experiment}"]).tokenizer
+    settings = load_config("fit", [f"experiment={options.experiment}"]).tokenizer.to_plain()
     torch.manual_seed(0)
     return MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(**settings)).eval()
 
