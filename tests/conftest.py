@@ -1,4 +1,4 @@
-"""Real recordings of the quick start, packed once for all tests."""
+"""What all tests share: real recordings, packed once, and one prepared process from which command lines are forked."""
 
 import os
 import shutil
@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 from moss_train.commands import pack as pack_command
+
+from .faults.harness import Launcher
 
 ROOT = Path(__file__).parents[1]
 RECORDINGS = ROOT / "recipes" / "quickstart" / "audio"
@@ -77,3 +79,11 @@ def browser() -> Iterator[Any]:
         )
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Starts command lines without the seconds that a fresh interpreter takes to import them."""
+    launcher = Launcher(tmp_path_factory.mktemp("logs"))
+    yield launcher
+    launcher.close()

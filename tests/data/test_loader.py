@@ -2,8 +2,7 @@
 
 import resource
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -21,6 +20,8 @@ from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
 from moss_train.utils.workers import num_cores
 from tests.data.packed_clips import iterate_clips
+
+from ..faults.harness import wait_for_numbers
 
 UPDATES = [(number, 8.0 if number < 3 else 12.0) for number in range(6)]
 
@@ -218,11 +219,10 @@ def test_large_updates_need_few_open_files(packed: Path) -> None:
     assert_equal(update, load(packed, updates=[(0, 150.0)])[0])
 
 
-@pytest.mark.processes
-def test_workers_end_when_the_training_process_is_killed(packed):
+def test_workers_end_when_the_training_process_is_killed(launcher, packed, tmp_path):
     """Their results are larger than a pipe holds, so a worker that waited for a reader would wait for ever."""
     script = f"""
-import sys, time
+import time
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 stream = AudioStream([{str(packed)!r}], ClipFormat(24000, 1, 1920), crop_seconds=5.0, max_seconds=10.0)
@@ -233,10 +233,11 @@ next(batches)
 print(batches._workers[0].pid, flush=True)
 time.sleep(60)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    worker = int(process.stdout.readline())
-    process.kill()
-    process.wait()
+    (tmp_path / "script.py").write_text(script)
+    job = launcher.start_script(tmp_path / "script.py")
+    (worker,) = wait_for_numbers(job)
+    job.send(signal.SIGKILL)
+    job.wait()
     deadline = time.monotonic() + 15
     while Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes():
         assert time.monotonic() < deadline, f"worker {worker} outlives its parent"

@@ -1,10 +1,7 @@
 """`pack` with processes, killed and started again: the same bytes as in one go, and no finished shard is made twice."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,8 @@ from moss_train.data.pack.pack import pack
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.pack.resume import resumable_directory, unfinished_folder
 from moss_train.utils.errors import UserError
+
+from ..faults.harness import Launcher
 
 SHARD_BYTES = 300_000
 
@@ -90,20 +89,17 @@ def test_changed_input_options_or_shards_are_packed_anew(packed: Path, tmp_path:
     assert pack(sources, tmp_path / "two", other, num_workers=1).num_resumed == 0
 
 
-@pytest.mark.processes
 @pytest.mark.faults
 def test_a_killed_command_is_resumed_and_its_processes_end(
-    packed: Path, tmp_path: Path, recordings: Path, pack_config: Callable
+    launcher: Launcher, packed: Path, tmp_path: Path, recordings: Path, pack_config: Callable
 ) -> None:
     target = tmp_path / "out"
-    command = [sys.executable, "-m", "moss_train", "pack", f"input={recordings / 'train.jsonl'}", f"out={target}"]
-    process = subprocess.Popen(
-        [*command, f"shard_bytes={SHARD_BYTES}", "num_workers=2"], start_new_session=True, stderr=subprocess.DEVNULL
-    )
+    command = ["pack", f"input={recordings / 'train.jsonl'}", f"out={target}"]
+    process = launcher.start(*command, f"shard_bytes={SHARD_BYTES}", "num_workers=2")
     journal = unfinished_folder(target) / "journal.jsonl"
     while not journal.exists() and process.poll() is None:
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send(signal.SIGKILL)
     process.wait()
     if not target.exists():  # else it was faster than the kill
         assert journal.exists()

@@ -106,7 +106,7 @@ def version_used(version: str, exported: Path, tmp_path: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("version", PINNED)
+@pytest.mark.parametrize("version", [PINNED[0], pytest.param(PINNED[1], marks=pytest.mark.nightly)])
 def test_an_export_works_in_the_versions_that_users_pin(version, exported, tmp_path):
     assert version_used(version, exported, tmp_path) == version
 

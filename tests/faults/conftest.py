@@ -1,19 +1,11 @@
-"""One prepared process per test session, from which every command line is forked, and tiny runs to damage."""
+"""Tiny runs to damage."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from .harness import Fit, Launcher
-
-
-@pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    """Starts command lines."""
-    launcher = Launcher(tmp_path_factory.mktemp("logs"))
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import signal
 import struct
 import sys
@@ -49,6 +50,10 @@ def run(job: dict[str, Any]) -> int:
     tempfile.tempdir = None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it
     inject(job["fault"])
+    if "script" in job:
+        sys.argv = [job["script"], *job["arguments"]]
+        runpy.run_path(job["script"], run_name="__main__")
+        return 0
     from moss_train.cli.main import main
 
     return main(job["arguments"])

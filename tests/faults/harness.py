@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
 from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 
-LIMIT_SECONDS = 180.0
+LIMIT_SECONDS = float(os.environ.get("FAULTS_LIMIT_SECONDS", "180"))
 """A command that takes longer hangs: about twenty times what it needs beside other work."""
 
 SCALE = int(os.environ.get("FAULTS_SCALE", "1"))
@@ -106,12 +108,22 @@ class Job:
         os.killpg(self.pid, signal.SIGKILL)
 
 
+def wait_for_numbers(job: Job) -> list[int]:
+    """Wait for a program to print a line of numbers."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while (line := re.search(r"^[\d ]+\n", log := job.log.read_text(errors="replace"), re.MULTILINE)) is None:
+        assert job.poll() is None, log
+        assert time.monotonic() < deadline, log
+        time.sleep(0.03)
+    return [int(word) for word in line[0].split()]
+
+
 class Launcher:
     """Starts command lines as forks of one prepared process, see `forking.py`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.count = 0
+        self.jobs: list[Job] = []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("forking.py"))],
@@ -121,6 +133,27 @@ class Launcher:
             env=environment,
             start_new_session=True,
         )
+
+    def start_ranks(self, *arguments: str, environment: Mapping[str, str] | None = None) -> "list[Job]":
+        """Start two processes of one run, as torchrun does; `environment` is for both."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        common |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "faults", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        common |= {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0", **(environment or {})}
+        return [
+            self.start(*arguments, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)
+        ]
+
+    def start_script(self, script: str | Path, *arguments: str) -> Job:
+        """Start a file of Python with these arguments."""
+        return self._start({"script": str(script), "arguments": arguments, "environment": {}, "fault": {}})
+
+    def _start(self, order: Mapping[str, Any]) -> Job:
+        log = self.folder / f"{len(self.jobs)}.log"
+        self.jobs.append(Job(self, self.ask({"start": {**order, "log": str(log)}}), log))
+        return self.jobs[-1]
 
     def ask(self, order: Mapping[str, Any]) -> Any:
         """Send one order and return the answer."""
@@ -134,17 +167,17 @@ class Launcher:
         self, *arguments: str, fault: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
     ) -> Job:
         """Start `python -m moss_train` with these arguments, with a fault of `forking.inject`."""
-        self.count += 1
-        log = self.folder / f"{self.count}.log"
-        job = {"arguments": arguments, "log": str(log), "environment": environment or {}, "fault": fault or {}}
-        return Job(self, self.ask({"start": job}), log)
+        return self._start({"arguments": arguments, "environment": environment or {}, "fault": fault or {}})
 
     def run(self, *arguments: str, limit_seconds: float = LIMIT_SECONDS, **options: Any) -> Outcome:
         """Start and wait."""
         return self.start(*arguments, **options).wait(limit_seconds)
 
     def close(self) -> None:
-        """End the prepared process."""
+        """End the prepared process and what failed tests left running."""
+        for job in self.jobs:
+            if job.poll() is None:
+                job.kill_group()
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(30)
@@ -169,6 +202,10 @@ class Fit:
     def run(self, *overrides: str, **options: Any) -> Outcome:
         """Start it and wait."""
         return self.launcher.run(*self.arguments(*overrides), **options)
+
+    def start_ranks(self, *overrides: str) -> list[Job]:
+        """Start it as two processes."""
+        return self.launcher.start_ranks(*self.arguments(*overrides))
 
     def finish(self, *overrides: str, **options: Any) -> Outcome:
         """Start it and wait; it has to succeed."""

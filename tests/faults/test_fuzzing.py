@@ -25,7 +25,7 @@ from .harness import SCALE
 
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")]
 
-EXAMPLES = 60 * SCALE
+EXAMPLES = 30 * SCALE
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -14,7 +14,7 @@ from .harness import SCALE, Fit, assert_same_run
 
 pytestmark = pytest.mark.faults
 
-KILLS_PER_RUN = 4
+KILLS_PER_RUN = 3
 CALLS_PER_UPDATE = 30_000
 """Python calls of about one update with its metrics and a checkpoint: how far into an update a kill may come."""
 
@@ -38,10 +38,10 @@ def kill_again_and_again(fit: Fit, seed: int) -> int:
     return kills
 
 
-@pytest.mark.parametrize("seed", range(3 * SCALE))
+@pytest.mark.parametrize("seed", range(2 * SCALE))
 def test_killed_runs_end_like_the_whole_one(whole: Fit, make_fit, seed: int) -> None:
-    """Both stages, LM, quantizer dropout and accumulated gradients; workers 0, 1 and 2."""
-    fit = make_fit("killed", f"data.num_workers={seed % 3}")
+    """Both stages, LM, quantizer dropout and accumulated gradients; workers 2 and 0, nightly also 1."""
+    fit = make_fit("killed", f"data.num_workers={(2, 0, 1)[seed % 3]}")
     assert kill_again_and_again(fit, seed) >= KILLS_PER_RUN - 1
     assert_same_run(fit, whole)
 
@@ -57,9 +57,9 @@ def test_averaged_weights_and_rates_per_part_survive_kills(make_fit) -> None:
 
 
 def test_stops_and_resumes_anywhere(whole: Fit, make_fit) -> None:
-    """At the start, inside a stage, between the stages, before the last update, after it; some of them twice."""
+    """At the start, inside a stage, twice between the stages, and after the last update."""
     fit = make_fit("stopped")
-    for stop in (0, 0, 4, 6, 6, 11, 12):
+    for stop in (0, 4, 6, 6, 12):
         fit.finish(f"max_updates={stop}")
         assert fit.newest().name == f"update-{stop:08d}"
     assert "finished at update 12 of 12" in fit.finish().log

@@ -19,7 +19,7 @@ from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 
-from .harness import Fit, Job, Launcher, assert_same_run
+from .harness import Fit, Launcher, assert_same_run
 
 pytestmark = pytest.mark.faults
 
@@ -107,24 +107,12 @@ def test_a_shard_that_does_not_come_is_given_up_and_named(packed: Path, served, 
     assert time.monotonic() - start < 60
 
 
-def start_ranks(fit: Fit, *overrides: str) -> list[Job]:
-    """Two processes of one run, as torchrun starts them."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "faults", "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    common |= {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"}
-    return [
-        fit.start(*overrides, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
-    ]
-
-
 def test_a_slow_rank_is_waited_for_and_changes_nothing(make_fit) -> None:
     """One of two processes stands still for some seconds; both end with what they would have learned anyway."""
     usual, slow = make_fit("usual"), make_fit("slow")
-    for job in start_ranks(usual):
+    for job in usual.start_ranks():
         assert job.wait().status == 0
-    jobs = start_ranks(slow)
+    jobs = slow.start_ranks()
     while not slow.checkpoints and jobs[0].poll() is None:
         time.sleep(0.05)
     jobs[1].send(signal.SIGSTOP)
@@ -139,7 +127,7 @@ def test_a_slow_rank_is_waited_for_and_changes_nothing(make_fit) -> None:
 def test_a_rank_that_never_answers_ends_the_run_within_the_limit(make_fit) -> None:
     """It stands still for ever; after trainer.timeout_seconds the other one gives up with an error."""
     fit = make_fit("stuck", "trainer.timeout_seconds=8", "stages.0.updates=10000")
-    jobs = start_ranks(fit)
+    jobs = fit.start_ranks()
     while not fit.checkpoints and jobs[0].poll() is None:
         time.sleep(0.05)
     jobs[1].send(signal.SIGSTOP)
@@ -159,7 +147,7 @@ def test_ranks_with_fewer_samples_than_others_do_as_many_updates(
     fit = Fit(
         launcher, tmp_path / "few", (f"data.train={one_shard(packed, tmp_path / 'one')}", "stages.0.batch_seconds=0.1")
     )
-    for job in start_ranks(fit):
+    for job in fit.start_ranks():
         outcome = job.wait()
         assert outcome.status == 0, outcome.log[-3000:]
     assert [row["update"] for row in fit.rows()] == [str(number) for number in range(1, 13)]

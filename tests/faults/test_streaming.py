@@ -12,6 +12,7 @@ from torch import Tensor
 from moss_train.model import MossAudioTokenizerModel
 
 from ..model.small_models import num_real_differences, relative_error, small_model
+from .harness import SCALE
 
 pytestmark = pytest.mark.faults
 
@@ -158,7 +159,11 @@ class Rows(RuleBasedStateMachine):
 
 
 many = settings(
-    max_examples=24, stateful_step_count=50, deadline=None, derandomize=True, phases=[Phase.generate]
+    max_examples=8 * SCALE,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=SCALE == 1,
+    phases=[Phase.generate],
 )  # a failing sequence is long enough to read without an hour of shrinking
 TestStreams = Streams.TestCase
 TestStreams.settings = many

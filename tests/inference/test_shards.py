@@ -4,8 +4,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +23,8 @@ from moss_train.inference.shards import EncodeJob, decode_shards, encode_shards
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import ConfigError, UserError
 from tests.data.packed_clips import iterate_clips
+
+from ..faults.harness import Launcher, wait_for_numbers
 
 CPU = torch.device("cpu")
 
@@ -178,17 +178,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.processes
-def test_no_process_outlives_a_killed_parent(packed: Path, model: Path, tmp_path: Path) -> None:
+def test_no_process_outlives_a_killed_parent(launcher: Launcher, packed: Path, model: Path, tmp_path: Path) -> None:
     """Each holds a GPU, and nobody would be left to end it."""
     (tmp_path / "waits.py").write_text(WAITS)
     (tmp_path / "out").mkdir()
-    command = [sys.executable, str(tmp_path / "waits.py"), str(model), str(packed), str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        children = [int(word) for word in parent.stdout.readline().split()]
-        found = [is_alive(child) for child in children]
-        parent.kill()
+    parent = launcher.start_script(tmp_path / "waits.py", str(model), str(packed), str(tmp_path / "out"))
+    children = wait_for_numbers(parent)
+    found = [is_alive(child) for child in children]
+    parent.send(signal.SIGKILL)
+    parent.wait()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and any(map(is_alive, children)):
         time.sleep(0.1)

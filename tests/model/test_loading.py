@@ -130,6 +130,7 @@ save_file({"codes": encoded.audio_codes, "audio": decoded.audio, "streamed": str
 
 
 @pytest.mark.processes
+@pytest.mark.nightly  # the ordinary run starts an exported folder, see tests/export
 def test_saved_folder_runs_where_the_package_is_missing(tmp_path):
     model = small_model(3)
     MossAudioTokenizerConfig.register_for_auto_class("AutoConfig")

@@ -70,6 +70,29 @@ def whole(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
     return directory
 
 
+@pytest.fixture(scope="session")
+def validated(small_overrides: list[str], recordings: Path) -> list[str]:
+    """Overrides of a run with validation in every second update."""
+    return [
+        *small_overrides,
+        f"validation.data={recordings / 'heldout.jsonl'}",
+        "validation.every_updates=2",
+        "validation.max_clips=4",
+        "validation.metrics=[si_sdr]",
+        "validation.metrics_clips=2",
+        "validation.samples_every_updates=4",
+        "validation.samples_clips=4",
+    ]
+
+
+@pytest.fixture(scope="session")
+def watched(validated: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with validation and samples."""
+    directory = tmp_path_factory.mktemp("runs") / "watched"
+    assert main(["fit", *validated, f"run_dir={directory}"]) == 0
+    return directory
+
+
 @pytest.fixture
 def module(small_config: Callable[..., FitConfig]) -> CatModule:
     return CatModule(**module_arguments(small_config()))

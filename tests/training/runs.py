@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
 from moss_train.training.loggers.base import column, read_table
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
+
+from ..faults.harness import Job, assert_equal
 
 FIT = ["-m", "moss_train", "fit"]
 CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")
@@ -26,23 +29,14 @@ def state(directory: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def assert_equal(a: object, b: object, where: str = "") -> None:
-    """Equal to the last bit, through containers."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{where}[{i}]")
-    else:
-        assert a == b, where
+def wait_for_end(jobs: Sequence[Job]) -> None:
+    """Wait until all have succeeded."""
+    for job in jobs:
+        outcome = job.wait()
+        assert outcome.status == 0, outcome.log[-3000:]
 
 
-def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_rows(directory: Path, count: int, process: subprocess.Popen | Job) -> None:
     deadline = time.monotonic() + 120
     while len(read_table(directory / "metrics.csv")) < count:
         assert process.poll() is None

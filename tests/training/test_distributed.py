@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +13,10 @@ from moss_train.training.distributed.collectives import fingerprint, make_bucket
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.warm_start import module_arguments
 
+from ..faults.harness import Launcher
 from . import ranks
 from .gradients import network_errors
+from .runs import wait_for_end
 
 
 def test_buckets_hold_every_parameter_once_and_one_dtype():
@@ -124,7 +124,7 @@ def half_cases(update) -> list[tuple[tuple[UpdateBatch, UpdateBatch], int]]:
 
 
 @pytest.fixture(scope="module")
-def folder(update, cases, half_cases, tmp_path_factory) -> Path:
+def folder(launcher: Launcher, update, cases, half_cases, tmp_path_factory) -> Path:
     """What two processes found, both with copies of everything and sharded."""
     folder = tmp_path_factory.mktemp("ranks")
     work = {
@@ -133,13 +133,10 @@ def folder(update, cases, half_cases, tmp_path_factory) -> Path:
         "half_cases": half_cases,
     }
     torch.save(work, folder / "work.pt")
-    command = [sys.executable, ranks.__file__, str(folder)]
-    processes = [subprocess.Popen([*command, str(rank), "2"]) for rank in range(2)]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    wait_for_end([launcher.start_script(ranks.__file__, str(folder), str(rank), "2") for rank in range(2)])
     return folder
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])
 def test_two_processes_give_the_gradients_of_one(update, cases, folder, strategy):
     arguments, _ = update
@@ -158,7 +155,6 @@ def test_two_processes_give_the_gradients_of_one(update, cases, folder, strategy
     assert not any(name.startswith("semantic.") for name in results[0][5][0])
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("strategy", "keeps_casts"), [("replicated", True), ("sharded", False), ("sharded", True)])
 def test_two_processes_give_the_gradients_of_one_in_bfloat16(update, half_cases, folder, strategy, keeps_casts):
     """Where autocast keeps the weights it cast, FSDP2 by itself adds the last micro-batch's gradients one update late.

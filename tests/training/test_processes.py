@@ -1,10 +1,13 @@
-"""Runs of two processes from the command line, started by Lightning, torchrun and srun; killed, and told to stop."""
+"""Runs of two processes, killed and told to stop.
+
+Most are forked from one prepared process with the variables that torchrun or srun sets; the programs that set them, and
+Lightning's own start of further processes, are each run once, the longer ones nightly.
+"""
 
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,8 @@ from moss_train.training.run.trainer import count_processes
 from moss_train.utils.checkpoint import list_checkpoints, read_manifest
 from moss_train.utils.errors import UserError
 
-from .runs import FIT, assert_equal, assert_same_course, state, values, wait_for_rows
-
-pytestmark = pytest.mark.processes
+from ..faults.harness import Job, Launcher
+from .runs import assert_equal, assert_same_course, state, values, wait_for_end, wait_for_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
@@ -34,21 +36,13 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
-        assert time.monotonic() < deadline, f"process {pid} is still there"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
-def pair(small_overrides, tmp_path_factory) -> Path:
+def pair(launcher: Launcher, small_overrides, tmp_path_factory) -> Path:
     """The small recipe by two processes."""
     directory = tmp_path_factory.mktemp("runs") / "pair"
-    command = [sys.executable, *FIT, *small_overrides, f"run_dir={directory}", "trainer.devices=2"]
-    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("finished at update 8 of 8") == 1
+    ranks = launcher.start_ranks("fit", *small_overrides, f"run_dir={directory}")
+    wait_for_end(ranks)
+    assert [job.log.read_text().count("finished at update 8 of 8") for job in ranks] == [1, 0]
     return directory
 
 
@@ -56,20 +50,20 @@ def test_two_processes_train_like_one(pair, whole):
     assert_same_course(pair, whole)
 
 
-def test_a_killed_run_goes_on_with_another_number_of_processes(start, whole, tmp_path):
+def test_a_killed_run_goes_on_with_another_number_of_processes(launcher, small_overrides, whole, tmp_path):
     """SIGKILL of the first of two processes ends the other; one process goes on, and then two again."""
     directory = tmp_path / "run"
-    process = start(directory, "trainer.devices=2")
-    wait_for_rows(directory, 3, process)
-    (other,) = children(process)
-    process.kill()
-    process.wait()
-    wait_until_gone(other)
-    assert start(directory, "max_updates=6").wait(timeout=240) == 0
-    assert start(directory, "trainer.devices=2").wait(timeout=240) == 0
+    arguments = ("fit", *small_overrides, f"run_dir={directory}")
+    first, second = launcher.start_ranks(*arguments)
+    wait_for_rows(directory, 3, first)
+    first.send(signal.SIGKILL)
+    assert second.wait().status != 0
+    wait_for_end([launcher.start(*arguments, "max_updates=6")])
+    wait_for_end(launcher.start_ranks(*arguments))
     assert_same_course(directory, whole)
 
 
+@pytest.mark.nightly
 def test_a_killed_process_ends_the_run_with_an_error(start, tmp_path):
     process = start(tmp_path / "run", "trainer.devices=2", *ENDLESS)
     wait_for_rows(tmp_path / "run", 1, process)
@@ -77,6 +71,7 @@ def test_a_killed_process_ends_the_run_with_an_error(start, tmp_path):
     assert process.wait(timeout=60) not in (0, None)
 
 
+@pytest.mark.nightly
 def test_the_torchrun_recipe_starts_a_group_again_when_one_process_dies(start, pair, tmp_path):
     directory = tmp_path / "run"
     settings = {"PYTHON": sys.executable, "PROCESSES_PER_NODE": "2", "MAX_RESTARTS": "1"}
@@ -145,6 +140,14 @@ done
 """
 
 
+def start_tasks(launcher: Launcher, variables: dict[str, str], *arguments: str) -> list[Job]:
+    """Start the tasks of a job step as srun does."""
+    return [
+        launcher.start(*arguments, environment={**variables, **STEP, "SLURM_PROCID": task, "SLURM_LOCALID": task})
+        for task in ("0", "1")
+    ]
+
+
 def cluster(folder: Path) -> dict[str, str]:
     """The variables of a SLURM job of two tasks; on its PATH an srun, and an scontrol that writes down its calls."""
     (folder / "bin").mkdir()
@@ -168,23 +171,31 @@ def cluster(folder: Path) -> dict[str, str]:
     }
 
 
-def test_the_slurm_recipe_requeues_its_job_once_and_goes_on(start, tmp_path):
+def test_a_slurm_job_is_requeued_once_and_goes_on(launcher, small_overrides, tmp_path):
     """The signal that comes before the time limit, to one task and to the data workers of the other; the job again."""
     directory, job = tmp_path / "run", cluster(tmp_path)
-    batch = ("bash", str(RECIPES / "slurm" / "train.sbatch"))
-    overrides = ("data.num_workers=1", *ENDLESS)
-    process = start(directory, *overrides, launcher=batch, **job)
-    wait_for_rows(directory, 2, process)
-    first, second = children(process)
-    for pid in [second, *children_of(first)]:
+    arguments = ("fit", *small_overrides, f"run_dir={directory}", "data.num_workers=1", *ENDLESS)
+    first, second = start_tasks(launcher, job, *arguments)
+    wait_for_rows(directory, 2, first)
+    for pid in [second.pid, *children_of(first.pid)]:
         os.kill(pid, signal.SIGUSR1)
-    assert process.wait(timeout=120) == 138
+    assert [task.wait().status for task in (first, second)] == [138, 138]
     assert (tmp_path / "calls").read_text() == "requeue 4711\n"
     last = int(read_table(directory / "metrics.csv")[-1]["update"])
     assert read_manifest(list_checkpoints(directory / "checkpoints")[-1])["update"] == last
-    again = start(directory, *overrides, f"max_updates={last + 1}", launcher=batch, **job)
-    assert again.wait(timeout=120) == 0
+    wait_for_end(start_tasks(launcher, job, *arguments, f"max_updates={last + 1}"))
     assert column(read_table(directory / "metrics.csv"), "update") == [*range(1, last + 2)]
+
+
+@pytest.mark.nightly
+def test_the_slurm_recipe_starts_the_tasks_of_its_job(start, tmp_path):
+    directory, job = tmp_path / "run", cluster(tmp_path)
+    batch = ("bash", str(RECIPES / "slurm" / "train.sbatch"))
+    process = start(directory, *ENDLESS, launcher=batch, **job)
+    wait_for_rows(directory, 2, process)
+    os.kill(children(process)[1], signal.SIGUSR1)
+    assert process.wait(timeout=120) == 138
+    assert (tmp_path / "calls").read_text() == "requeue 4711\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")

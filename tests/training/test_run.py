@@ -1,10 +1,7 @@
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -37,16 +34,14 @@ def test_the_published_recipe_runs_through_both_stages(whole):
     assert [path.name for path in list_checkpoints(whole / "checkpoints")] == kept
 
 
-@pytest.mark.processes
-def test_a_killed_run_resumes_to_the_last_bit(whole, small_overrides, tmp_path):
+def test_a_killed_run_resumes_to_the_last_bit(launcher, whole, small_overrides, tmp_path):
     """SIGKILL in either stage, then once more with a data worker: losses, weights and optimizers are the same."""
     directory = tmp_path / "killed"
-    command = [sys.executable, "-m", "moss_train", "fit", *small_overrides, f"run_dir={directory}"]
     for rows_before_kill in (3, 6):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        wait_for_rows(directory, rows_before_kill, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        job = launcher.start("fit", *small_overrides, f"run_dir={directory}")
+        wait_for_rows(directory, rows_before_kill, job)
+        job.send(signal.SIGKILL)
+        assert job.wait().status == -signal.SIGKILL
     assert main(["fit", *small_overrides, f"run_dir={directory}", "data.num_workers=1"]) == 0
     assert values(directory) == values(whole)
     for table in ("codebooks.csv", "audio_hours.csv"):

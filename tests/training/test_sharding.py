@@ -1,9 +1,7 @@
 """Runs of two processes that share tokenizer and text LM (FSDP2), from the command line."""
 
-import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,20 +10,19 @@ from moss_train.cli.main import main
 from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import list_checkpoints
 
+from ..faults.harness import Launcher
 from .gradients import network_errors
-from .runs import FIT, assert_equal, assert_same_course, state, values, wait_for_rows
+from .runs import assert_equal, assert_same_course, state, values, wait_for_end, wait_for_rows
 
-pytestmark = pytest.mark.processes
-
-SHARDED = ("trainer.devices=2", "trainer.strategy=fsdp")
+SHARDED = "trainer.strategy=fsdp"
 
 
 @pytest.fixture(scope="module")
-def sharded(small_overrides, packed, tmp_path_factory) -> Path:
+def sharded(launcher: Launcher, small_overrides, packed, tmp_path_factory) -> Path:
     """The small recipe by two processes that share tokenizer and text LM, with averaged weights and validation."""
     directory = tmp_path_factory.mktemp("runs") / "sharded"
-    command = [sys.executable, *FIT, *small_overrides, f"run_dir={directory}", *SHARDED, *watched(packed)]
-    assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
+    arguments = ("fit", *small_overrides, f"run_dir={directory}", SHARDED, *watched(packed))
+    wait_for_end(launcher.start_ranks(*arguments))
     return directory
 
 
@@ -45,25 +42,26 @@ def test_sharded_processes_train_like_one(sharded, whole):
     assert_same_course(sharded, whole)
 
 
-def test_a_killed_sharded_run_goes_on_to_the_last_bit(start, sharded, packed, tmp_path):
+def test_a_killed_sharded_run_goes_on_to_the_last_bit(launcher, small_overrides, sharded, packed, tmp_path):
     directory = tmp_path / "run"
-    process = start(directory, *SHARDED, *watched(packed))
-    wait_for_rows(directory, 3, process)
-    process.kill()
-    process.wait()
-    assert start(directory, *SHARDED, *watched(packed)).wait(timeout=240) == 0
+    arguments = ("fit", *small_overrides, f"run_dir={directory}", SHARDED, *watched(packed))
+    ranks = launcher.start_ranks(*arguments)
+    wait_for_rows(directory, 3, ranks[0])
+    ranks[0].send(signal.SIGKILL)
+    assert ranks[1].wait().status != 0
+    wait_for_end(launcher.start_ranks(*arguments))
     assert values(directory) == values(sharded)
     assert_equal(state(directory), state(sharded))
     tables = [read_table(run / "validation.csv") for run in (directory, sharded)]
     assert [row["mel_distance"] for row in tables[0]] == [row["mel_distance"] for row in tables[1]]
 
 
-def test_a_run_goes_on_with_another_strategy(small_overrides, start, sharded, whole, packed, tmp_path):
+def test_a_run_goes_on_with_another_strategy(small_overrides, launcher, sharded, whole, packed, tmp_path):
     """A checkpoint of sharded processes for one process, with its averaged weights, and the other way round."""
     alone = newest_removed(sharded, tmp_path / "alone")
     assert main(["fit", *small_overrides, f"run_dir={alone}", *watched(packed)]) == 0
     together = newest_removed(whole, tmp_path / "together")
-    assert start(together, *SHARDED).wait(timeout=240) == 0
+    wait_for_end(launcher.start_ranks("fit", *small_overrides, f"run_dir={together}", SHARDED))
     for directory, other in ((alone, sharded), (together, whole)):
         assert_same_course(directory, other)
         found, expected = state(directory)["state_dict"], state(other)["state_dict"]

@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,31 +13,9 @@ from moss_train.training.callbacks.validation_data import depths, load_held_out,
 from moss_train.training.loggers.base import column, read_table
 from moss_train.utils.checkpoint import best_checkpoint, list_checkpoints, read_best
 
-from .runs import assert_equal, state, values
+from .runs import assert_equal, state, values, wait_for_end
 
 FORMAT = ClipFormat(24000, 1, 1920, peak=0.7)
-
-
-@pytest.fixture(scope="module")
-def validated(small_overrides, recordings):
-    """Overrides of a run with validation in every second update."""
-    return [
-        *small_overrides,
-        f"validation.data={recordings / 'heldout.jsonl'}",
-        "validation.every_updates=2",
-        "validation.max_clips=4",
-        "validation.metrics=[si_sdr]",
-        "validation.metrics_clips=2",
-        "validation.samples_every_updates=4",
-        "validation.samples_clips=4",
-    ]
-
-
-@pytest.fixture(scope="module")
-def watched(validated, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs") / "watched"
-    assert main(["fit", *validated, f"run_dir={directory}"]) == 0
-    return directory
 
 
 def scores_of(directory):
@@ -126,11 +102,9 @@ def test_a_resumed_run_has_the_same_validations(validated, watched, tmp_path):
     assert read_best(tmp_path / "checkpoints") == read_best(watched / "checkpoints")
 
 
-@pytest.mark.processes
-def test_two_processes_have_the_scores_of_one(validated, watched, tmp_path):
+def test_two_processes_have_the_scores_of_one(launcher, validated, watched, tmp_path):
     overrides = [*validated, f"run_dir={tmp_path}", "validation.max_clips=3", "max_updates=1"]
-    # Lightning starts the second process with this one's command line, so it has to be that of the command.
-    subprocess.run([sys.executable, "-m", "moss_train", "fit", *overrides, "trainer.devices=2"], check=True)
+    wait_for_end(launcher.start_ranks("fit", *overrides))
     pair = scores_of(tmp_path)
     assert main(["fit", *validated, f"run_dir={tmp_path / 'one'}", "validation.max_clips=3", "max_updates=1"]) == 0
     (one,) = scores_of(tmp_path / "one")
