@@ -24,6 +24,48 @@ RECORDINGS = ROOT / "recipes" / "quickstart" / "audio"
 PROCESS_FIXTURES = {"launcher", "start", "browser"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--cpu-seconds`."""
+    parser.addoption("--cpu-seconds", action="store_true", help="show the processor time of every test file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure processor time if that is wanted, in every process of pytest-xdist."""
+    if config.getoption("--cpu-seconds"):
+        config.pluginmanager.register(CpuSeconds())
+
+
+class CpuSeconds:
+    """Processor time of every test, with the programs it started and waited for; other work on the machine adds little.
+
+    Programs that the launcher forked are counted in its own file's last test: the launcher waits for them.
+    """
+
+    def pytest_collection_finish(self) -> None:
+        """Begin after the imports."""
+        self.last = sum(os.times()[:4])
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Iterator:
+        """Note what was used since the last report."""
+        report = yield
+        before, self.last = self.last, sum(os.times()[:4])
+        report.user_properties.append(("cpu_seconds", self.last - before))
+        return report
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Print the files, the longest first."""
+        files: dict[str, float] = {}
+        for report in (report for kind in terminalreporter.stats.values() for report in kind):
+            seconds = dict(getattr(report, "user_properties", ())).get("cpu_seconds", 0.0)
+            file = getattr(report, "nodeid", "").partition("::")[0]
+            files[file] = files.get(file, 0.0) + seconds
+        terminalreporter.write_sep("=", f"processor time: {sum(files.values()):.0f} s")
+        for file, seconds in sorted(files.items(), key=lambda item: -item[1]):
+            if seconds >= 1:
+                terminalreporter.write_line(f"{seconds:7.1f} s  {file}")
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave nightly tests out unless `-m` names them; mark tests whose fixtures start command lines."""

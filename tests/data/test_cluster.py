@@ -12,6 +12,7 @@ from moss_train.utils.errors import UserError
 HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed")
 def test_ray_makes_the_same_bytes(packed: Path, recordings: Path, pack_config: Callable, tmp_path: Path) -> None:

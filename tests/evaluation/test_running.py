@@ -130,6 +130,7 @@ def table_without_times(evaluation: Evaluation) -> str:
     return comma_separated(make_table(evaluation, evaluation.level_use(), "exclude", 0))
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_runs_and_workers_give_the_same_bytes(tmp_path):
     clips = awkward_clips()[:4]

@@ -15,6 +15,7 @@ import struct
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
@@ -23,12 +24,7 @@ CAPABILITY_VERSION = 0x20080522
 
 def serve() -> int:
     """Answer orders until standard input ends: `start` forks a command line, `poll` asks for its exit status."""
-    import torch
-
-    import moss_train.commands.fit
-    import moss_train.commands.inspect  # noqa: F401
-
-    torch.set_num_threads(1)
+    warm_up()
     for line in sys.stdin:
         order = json.loads(line)
         if "poll" in order:
@@ -39,6 +35,22 @@ def serve() -> int:
         else:
             print(pid, flush=True)
     return 0
+
+
+def warm_up() -> None:
+    """Do once what every run would do first: import everything, read the shipped files, draw a picture with fonts."""
+    import torch
+
+    import moss_train.commands.fit
+    import moss_train.commands.inspect  # noqa: F401
+    from moss_train import load_config
+    from moss_train.plotting import Curve, Panel, save_curves
+
+    torch.set_num_threads(1)
+    for experiment in ("cat_tiny", "cat_1b6"):
+        load_config("fit", [f"experiment={experiment}", "data.train=unused"])
+    with tempfile.TemporaryDirectory() as folder:
+        save_curves([Panel("", [Curve("", [0, 1], [1, 10])], logarithmic=True)], Path(folder) / "curve.png", "")
 
 
 def run(job: dict[str, Any]) -> int:

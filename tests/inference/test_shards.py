@@ -69,13 +69,15 @@ def test_codes_are_those_of_single_clips_with_their_labels(packed: Path, model: 
     assert found.source.num_levels == 3
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_processes_make_the_same_bytes(packed: Path, model: Path, codes: Path, tmp_path: Path) -> None:
     encode_shards(job(model, packed), tmp_path / "out", [CPU, CPU])
     assert bytes_of(tmp_path / "out") == bytes_of(codes)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.nightly
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_ray_makes_the_same_bytes(packed: Path, model: Path, codes: Path, tmp_path: Path) -> None:
     encode_shards(job(model, packed), tmp_path / "out", [CPU], executor="ray")

@@ -12,7 +12,7 @@ from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
 from moss_train.training.loggers.base import column, read_table
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 
-from ..faults.harness import Job, assert_equal
+from ..faults.harness import LIMIT_SECONDS, Job, assert_equal
 
 FIT = ["-m", "moss_train", "fit"]
 CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")
@@ -37,7 +37,7 @@ def wait_for_end(jobs: Sequence[Job]) -> None:
 
 
 def wait_for_rows(directory: Path, count: int, process: subprocess.Popen | Job) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_SECONDS
     while len(read_table(directory / "metrics.csv")) < count:
         assert process.poll() is None
         assert time.monotonic() < deadline

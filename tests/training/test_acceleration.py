@@ -100,6 +100,7 @@ def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(module,
         checkpoint_activations(module.tokenizer, [99])
 
 
+@pytest.mark.nightly  # the ordinary run compiles one block, and traces all parts in test_compile_graphs
 def test_compiled_parts_give_the_same_gradients_under_the_same_names(module, update):
     """Traced and differentiated by the compiler; what it makes of one block is in the next test."""
     batches = update.micro_batches[:1]
