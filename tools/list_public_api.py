@@ -26,11 +26,10 @@ from moss_train.cli.help import find_verbs
 from moss_train.config.fit_schema import FitConfig
 from moss_train.config.schema import COMMANDS
 from moss_train.evaluation.metrics.base import columns_of
-from moss_train.evaluation.metrics.codebooks import LevelUse
+from moss_train.evaluation.metrics.codes import LevelUse, codebook_columns
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated
 from moss_train.evaluation.results import ClipRow
-from moss_train.training.callbacks.codebooks import codebook_columns
 from moss_train.training.callbacks.metrics import metric_columns
 from moss_train.training.callbacks.validation import ValidationPlan
 from moss_train.training.callbacks.validation_data import HeldOutClip
@@ -127,8 +126,7 @@ def placeholders(column: str) -> str:
 
 def evaluation_columns() -> list[str]:
     """Return the columns of an evaluation with every metric that `evaluate` knows."""
-    metrics = [*build_metrics(METRICS).values(), *build_metrics(["speaker"], speaker="wavlm").values()]
-    columns = columns_of({str(number): metric for number, metric in enumerate(metrics)})
+    columns = columns_of(build_metrics(METRICS))
     header = comma_separated(Table("", columns, ())).splitlines()[0].split(",")
     return [name for name in header if not name.endswith(("_low", "_high", "_clips"))] + [
         "<column>_low",
