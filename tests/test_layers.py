@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -66,7 +67,12 @@ class Import:
     relative: bool
 
 
-def imports_of(path: Path) -> Iterator[Import]:
+@cache
+def imports_of(path: Path) -> tuple[Import, ...]:
+    return tuple(iterate_imports(path))
+
+
+def iterate_imports(path: Path) -> Iterator[Import]:
     tree = ast.parse(path.read_text("utf-8"))
     later = (block for block in ast.walk(tree) if isinstance(block, ast.FunctionDef) or is_for_type_checking(block))
     inner = {id(node) for block in later for node in ast.walk(block)}
@@ -99,27 +105,33 @@ def name(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_imports_go_down_or_stay_in_the_room(path):
-    room = room_of(path)
-    if room == "__init__":
-        pytest.skip("the package's own face")
-    assert room in LAYER_OF, f"{name(path)} stands outside the layout"
-    for entry in imports_of(path):
-        parts = entry.module.split(".")
-        if parts[0] != "moss_train" or len(parts) < 2 or parts[1] == room or parts[1] not in LAYER_OF:
-            continue
-        same_top = LAYER_OF[room] == LAYER_OF[parts[1]] in (0, 4)
-        assert LAYER_OF[parts[1]] < LAYER_OF[room] or same_top, f"{name(path)}:{entry.line} imports {entry.module}"
+def found(path: Path, entry: Import) -> str:
+    return f"{name(path)}:{entry.line} imports {entry.module}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_third_party_packages_stay_behind_their_fences(path):
-    if name(path) == ENVIRONMENT_CHECK:
-        pytest.skip("reports on every package")
-    for entry in imports_of(path):
-        allowed = FENCES.get(entry.module.split(".")[0])
-        assert allowed is None or {room_of(path), name(path)} & allowed, f"{name(path)}:{entry.line} {entry.module}"
+def goes_up(room: str, module: str) -> bool:
+    """Whether a module stands in a higher layer than a room of the package, or in another room of the same."""
+    parts = module.split(".")
+    if parts[0] != "moss_train" or len(parts) < 2 or parts[1] == room or parts[1] not in LAYER_OF:
+        return False
+    same_top = LAYER_OF[room] == LAYER_OF[parts[1]] in (0, 4)
+    return not (LAYER_OF[parts[1]] < LAYER_OF[room] or same_top)
+
+
+def test_imports_go_down_or_stay_in_the_room():
+    files = [path for path in FILES if room_of(path) != "__init__"]  # the package's own face
+    assert {room_of(path) for path in files} == LAYER_OF.keys()
+    assert [found(path, e) for path in files for e in imports_of(path) if goes_up(room_of(path), e.module)] == []
+
+
+def test_third_party_packages_stay_behind_their_fences():
+    offenders = []
+    for path in (path for path in FILES if name(path) != ENVIRONMENT_CHECK):
+        for entry in imports_of(path):
+            allowed = FENCES.get(entry.module.split(".")[0])
+            if allowed is not None and not {room_of(path), name(path)} & allowed:
+                offenders.append(found(path, entry))
+    assert offenders == []
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").rglob("*.py")), ids=name)
@@ -151,11 +163,9 @@ def test_the_modelling_file_imports_every_file_that_ships():
     }
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_extras_are_imported_only_when_used(path):
-    for entry in imports_of(path):
-        extra = entry.module.split(".")[0] in EXTRAS
-        assert not (extra and entry.at_import), f"{name(path)}:{entry.line} imports {entry.module} at the top"
+def test_extras_are_imported_only_when_used():
+    imports = [(path, entry) for path in FILES for entry in imports_of(path) if entry.at_import]
+    assert [found(path, entry) for path, entry in imports if entry.module.split(".")[0] in EXTRAS] == []
 
 
 def test_the_package_has_no_circular_imports():
