@@ -21,7 +21,7 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.workers import num_cores
 from tests.data.packed_clips import iterate_clips
 
-from ..faults.harness import wait_for_numbers
+from ..faults.harness import is_alive, wait_for_numbers
 
 UPDATES = [(number, 8.0 if number < 3 else 12.0) for number in range(6)]
 
@@ -239,7 +239,7 @@ time.sleep(60)
     job.send(signal.SIGKILL)
     job.wait()
     deadline = time.monotonic() + 15
-    while Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes():
+    while is_alive(worker):
         assert time.monotonic() < deadline, f"worker {worker} outlives its parent"
         time.sleep(0.1)
 

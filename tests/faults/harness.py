@@ -108,6 +108,14 @@ class Job:
         os.killpg(self.pid, signal.SIGKILL)
 
 
+def is_alive(process: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def wait_for_numbers(job: Job) -> list[int]:
     """Wait for a program to print a line of numbers."""
     deadline = time.monotonic() + LIMIT_SECONDS
@@ -152,6 +160,7 @@ class Launcher:
 
     def _start(self, order: Mapping[str, Any]) -> Job:
         log = self.folder / f"{len(self.jobs)}.log"
+        log.touch()
         self.jobs.append(Job(self, self.ask({"start": {**order, "log": str(log)}}), log))
         return self.jobs[-1]
 

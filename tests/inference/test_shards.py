@@ -24,7 +24,7 @@ from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import ConfigError, UserError
 from tests.data.packed_clips import iterate_clips
 
-from ..faults.harness import Launcher, wait_for_numbers
+from ..faults.harness import Launcher, is_alive, wait_for_numbers
 
 CPU = torch.device("cpu")
 
@@ -197,11 +197,3 @@ def test_no_process_outlives_a_killed_parent(launcher: Launcher, packed: Path, m
         os.kill(child, signal.SIGKILL)
     assert found == [True]
     assert left == []
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
