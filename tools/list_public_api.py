@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -59,15 +59,27 @@ def public_api() -> str:
 
 
 def exported_names() -> Iterator[str]:
-    """Yield what `__all__` of the package and its sub-packages names, with parameters."""
+    """Yield the public names of the package, its modules and its sub-packages, with parameters."""
     packages = [item.name for item in pkgutil.walk_packages(moss_train.__path__, "moss_train.") if item.ispkg]
-    for name in ["moss_train", *sorted(packages)]:
-        package = importlib.import_module(name)
-        for public in sorted(getattr(package, "__all__", ())):
-            value = getattr(package, public)
+    modules = [f"moss_train.{item.name}" for item in pkgutil.iter_modules(moss_train.__path__) if not item.ispkg]
+    for name in ["moss_train", *sorted([*packages, *modules])]:
+        if name == "moss_train.__main__":
+            continue
+        home = importlib.import_module(name)
+        for public in sorted(getattr(home, "__all__", own_names(home) if name in modules else ())):
+            value = getattr(home, public)
             yield f"{name}.{public}{parameters(value)}"
             if name == "moss_train" and public in WITH_METHODS:
                 yield from (f"{name}.{public}.{method}" for method in methods(value))
+
+
+def own_names(module: ModuleType) -> list[str]:
+    """Return the classes and functions that a module defines."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    ]
 
 
 def names_of_the_guides() -> Iterator[str]:
