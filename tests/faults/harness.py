@@ -189,7 +189,7 @@ class Launcher:
                 job.kill_group()
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(LIMIT_SECONDS)
 
 
 @dataclass(frozen=True)
