@@ -6,9 +6,9 @@
     python tools/bench_training.py --experiment cat_1b6 --profile profile --clips 10 --stages reconstruction
 
 A case is a stage of the experiment, with or without the text LM, on clips of one length or of lengths between two.
-The FLOPs of its first update are counted operation by operation, later updates are timed. MFU
-is the counted FLOPs per second over `--peak-tflops` (dense bf16 of an H100); causal attention counts in full, as usual,
-and so does the second forward of activation checkpointing where it is on. Other keys of `fit` can follow as overrides.
+The FLOPs of its first update are counted operation by operation, later updates are timed. MFU is the counted FLOPs per
+second over `--peak-tflops` (dense bf16 of an H100), counted as for `mfu` of a run's metrics.csv; where activation
+checkpointing is on, its second forward counts too, as in `hfu`. Other keys of `fit` can follow as overrides.
 """
 
 import argparse

@@ -26,14 +26,13 @@ from torch.utils.flop_counter import flop_registry
 
 import moss_train.model.attention as attention
 from moss_train import load_config
-from moss_train.training.cost.dataless import dataless, micro_batch, run_micro_batch
 from moss_train.training.cost.estimate import UPDATE_BYTES
-from moss_train.training.cost.flop_counter import ATTENTION
 from moss_train.training.cost.hardware import GPUS
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.optimizations import compiled_parts
 from moss_train.training.run.warm_start import plan_initialization
 from moss_train.training.step.schedule import Stage
+from tools.dataless import dataless, micro_batch, run_micro_batch
 
 SMS = {"a100": 108, "a100_40gb": 108, "h100_pcie": 114, "l40s": 142, "rtx4090": 128, "b200": 148}  # others: 132
 TEXT_TOKENS_PER_SECOND = 15
@@ -161,7 +160,7 @@ class Recorder(TorchDispatchMode):
         if name == "_to_copy" and len(inputs) == 1 and inputs[0].untyped_storage()._cdata in self.weights:
             name = WEIGHT_CAST
         self._alive += [tensor.untyped_storage() for tensor in outputs]
-        formula = {**flop_registry, **ATTENTION, **FLOPS}.get(func._overloadpacket)
+        formula = {**flop_registry, **FLOPS}.get(func._overloadpacket)
         node = torch._C._current_autograd_node()
         component, call = self.stack[-1]
         if node is not None:

@@ -19,9 +19,9 @@ from moss_train.export.load import tokenizer_config
 from moss_train.model.quantizer import LFQ
 from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
 from moss_train.training import CatModule
-from moss_train.training.cost.dataless import dataless, micro_batch, run_micro_batch
 from moss_train.training.run.warm_start import module_arguments
 from moss_train.utils.files import config_directory
+from tools.dataless import dataless, micro_batch, run_micro_batch
 
 ALWAYS = {"cat_1b6", "cat_nano", "finetune"}  # the others differ from these in sizes
 EXPERIMENTS = [

@@ -1,8 +1,7 @@
 """Count the floating-point operations and memory of a second of audio, on tensors without values.
 
-Every kind of layer runs once, forward and backward, under torch's FLOP counter, on tensors without data; the cost of a
-stage is that of its layers. An addition and a multiplication are two operations. Causal attention counts the pairs that
-it needs, not those of the whole square.
+Every kind of layer runs once, forward and backward, under the FLOP counter, on tensors without data; the cost of a
+stage is that of its layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from moss_train.audio.stft import normalized_hann_window
 from moss_train.config.build import build
@@ -24,9 +22,8 @@ from moss_train.model.attention import rotation
 from moss_train.model.modeling_moss_audio_tokenizer import MossAudioTokenizerModel
 from moss_train.model.quantizer import ResidualLFQ
 from moss_train.model.transformer import ProjectedTransformer
+from moss_train.training.cost.flop_counter import FlopCounter
 from moss_train.training.step.objective import Objective
-
-_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -72,32 +69,6 @@ def fake_tensors() -> Iterator[None]:
         normalized_hann_window.cache_clear()
 
 
-def attention_forward(
-    query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, attn_mask: Any = None, **_: Any
-) -> int:
-    """Operations of fused attention of the given shapes [B, H, T, D]: two products over the pairs that it needs.
-
-    A square mask is a causal one: transformers writes it out for tensors without values.
-    """
-    batch, heads, queries, width = query
-    is_causal = causal or (attn_mask is not None and queries == key[-2])
-    pairs = queries * (queries + 1) // 2 if is_causal else queries * key[-2]
-    return 4 * batch * heads * width * pairs
-
-
-def attention_backward(
-    gradient: Any, query: Any, key: Any, value: Any, *rest: Any, attn_mask: Any = None, **_: Any
-) -> int:
-    """Twice the forward; what the kernel computes again is not counted."""
-    return 2 * attention_forward(query, key, value, 0.0, rest[3], attn_mask)
-
-
-FORMULAS: dict[Any, Callable[..., int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-}
-
-
 def count(module: nn.Module, run: Callable[[], Any], half: bool) -> Cost:
     """Cost of `run`, a pass through `module` that returns a tensor, or several to be differentiated together.
 
@@ -117,14 +88,14 @@ def count(module: nn.Module, run: Callable[[], Any], half: bool) -> Cost:
 
     precision = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
     watch = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward, precision, watch:
+    with FlopCounter() as forward, precision, watch:
         result = run()
     outputs = [result] if isinstance(result, Tensor) else list(result)
     differentiable = [output.float().sum() for output in outputs if output.requires_grad]
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as backward:
+    with FlopCounter() as backward:
         if differentiable:
             torch.stack(differentiable).sum().backward()
-    return Cost(forward.get_total_flops(), backward.get_total_flops(), sum(kept.values()))
+    return Cost(forward.total, backward.total, sum(kept.values()))
 
 
 def stage_cost(
@@ -232,12 +203,12 @@ def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, l
     with fake_tensors(), precision:
         judges = DiscriminatorSet([build(node, path="discriminators") for node in nodes])
         waveform = torch.zeros(1, num_channels, length)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             outputs = judges(waveform)
     kept = [feature.nbytes for output in outputs for feature in (*output.features, output.logits)]
     # A convolution keeps its input, which is the activated output of the layer before; the activation keeps its own.
     bytes_kept = 2 * sum(kept)
-    return Cost(forward=counter.get_total_flops(), kept=bytes_kept, kept_checkpointed=bytes_kept)
+    return Cost(forward=counter.total, kept=bytes_kept, kept_checkpointed=bytes_kept)
 
 
 def losses_cost(objective: Objective, weights: Mapping[str, float], config: MossAudioTokenizerConfig) -> Cost:
