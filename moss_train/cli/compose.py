@@ -16,7 +16,7 @@ from moss_train.config.build import allow_package
 from moss_train.config.schema import COMMANDS
 from moss_train.config.section import Section, alternatives, hints_of, is_section, new_name, why_removed
 from moss_train.config.text import hint_inside, read_value
-from moss_train.utils.errors import ConfigError, UserError
+from moss_train.utils.errors import ConfigError, UserError, first_line
 from moss_train.utils.files import config_directory, read_yaml
 
 MAX_FILES = 10_000
@@ -188,7 +188,7 @@ def _refuse_resolvers(value: Any, path: Path) -> None:
         try:
             calls = _has_resolver(parse(value))
         except OmegaConfBaseException as error:
-            raise UserError(f"{path}: {value!r} is no reference ({_first_line(error)})") from error
+            raise UserError(f"{path}: {value!r} is no reference ({first_line(error)})") from error
         if calls:
             raise UserError(f"{path}: {value!r} is not allowed: a file's references name other keys, as ${{stages}}")
 
@@ -223,7 +223,7 @@ def _read_files(command: str, chosen_groups: Sequence[tuple[str, str]], director
     except yaml.YAMLError as error:
         raise UserError(f"a configuration file is not plain YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"the configuration files do not go together: {_first_line(error)}") from error
+        raise UserError(f"the configuration files do not go together: {first_line(error)}") from error
     container = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
@@ -466,8 +466,4 @@ def _unresolved(error: Exception) -> UserError:
     from omegaconf.errors import OmegaConfBaseException
 
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    return ConfigError("syntax", str(getattr(error, "full_key", None) or "a reference"), None, _first_line(cause))
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ConfigError("syntax", str(getattr(error, "full_key", None) or "a reference"), None, first_line(cause))

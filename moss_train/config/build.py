@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import UserError, first_line
 
 TARGETS = frozenset(
     {
@@ -73,7 +73,7 @@ def allow_package(name: str) -> None:
         importlib.import_module(name)
     except ImportError as error:
         hint = "install it, or put the folder that holds it on PYTHONPATH"
-        raise UserError(f"plugins: {name} cannot be imported ({_first_line(error)}): {hint}") from error
+        raise UserError(f"plugins: {name} cannot be imported ({first_line(error)}): {hint}") from error
     _allowed_packages.add(name)
 
 
@@ -245,10 +245,6 @@ def _may_be_own(name: str) -> bool:
 
 def _place(path: str) -> str:
     return f"{path}: " if path else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _example() -> str:

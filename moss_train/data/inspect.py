@@ -70,7 +70,7 @@ def inspect_folder(
     """Verify and measure a packed folder. Raises UserError when its index is damaged or a shard missing or cut."""
     index = ShardIndex.load(folder)
     problems, clips = _problems(index.verify_arrays), []
-    with worker_pool(num_workers, "moss_train.data.inspect") as submit:
+    with worker_pool(num_workers if num_workers > 1 else 0, "moss_train.data.inspect") as submit:
         shards = ((str(folder), number) for number in range(len(index.shards)))
         for _, (found, facts) in ordered(submit, _inspect_shard, shards, ahead=TASKS_PER_PROCESS * num_workers):
             problems += found

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moss_train.audio.io import convert_channels, read_audio, resample, to_pcm16
 from moss_train.evaluation.codecs.base import Codec, bitrate
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import UserError, first_line
 
 RESAMPLE_ONLY = "resample-only"
 MISMATCHED = "mismatched"
@@ -128,7 +128,7 @@ class CodecRenderer:
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError) as error:
-            reason = f"{self.codec.name} failed: {str(error).splitlines()[0]}"
+            reason = f"{self.codec.name} failed: {first_line(error)}"
             return ClipReconstructions(tuple(renditions), seconds, failures=dict.fromkeys(depths, reason) | failures)
         for condition, (output, _) in zip(depths, decoded, strict=True):
             degraded = pcm16(fit_length(output, reference.shape[-1]))

@@ -1,10 +1,10 @@
 """Run an evaluation clip by clip; a second run continues where the first one stopped."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, Ev
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import init_pool_worker
+from moss_train.utils.workers import worker_pool
 
 
 class Reconstructor(Protocol):
@@ -140,23 +140,18 @@ class _Task:
 _worker_metrics: Mapping[str, Metric] = {}
 
 
-def _start_worker(metrics: Mapping[str, Metric]) -> None:
+def _use_metrics(metrics: Mapping[str, Metric], worker: int) -> None:
     global _worker_metrics
-    init_pool_worker()
     _worker_metrics = metrics
 
 
-def _score_in_worker(task: _Task) -> ClipRow:
-    return _score(task, _worker_metrics)
-
-
-def _score(task: _Task, metrics: Mapping[str, Metric]) -> ClipRow:
+def _score(task: _Task) -> ClipRow:
     failed = [ConditionRow(condition, failure=reason) for condition, reason in task.failures.items()]
     renditions = [
         Rendition(condition, torch.from_numpy(reference), torch.from_numpy(degraded), rate)
         for condition, reference, degraded, rate in task.pairs
     ]
-    scored = score_renditions(renditions, metrics, task.labels, task.values)
+    scored = score_renditions(renditions, _worker_metrics, task.labels, task.values)
     return ClipRow(task.clip, task.domain, task.key, task.seconds, (*failed, *scored))
 
 
@@ -172,16 +167,5 @@ def _scorer(metrics: Mapping[str, Metric], num_workers: int) -> Iterator[Any]:
         labels = {"domain": clip.domain} | clip.labels
         return _Task(clip.id, clip.domain, key, rendered.seconds, labels, pairs, rendered.values, rendered.failures)
 
-    def score_here(clip: EvaluationClip, key: str, rendered: ClipReconstructions) -> Future[ClipRow]:
-        future: Future[ClipRow] = Future()
-        future.set_result(_score(task_of(clip, key, rendered), metrics))
-        return future
-
-    if num_workers == 0:
-        yield score_here
-        return
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (metrics,))
-    try:
-        yield lambda clip, key, rendered: pool.submit(_score_in_worker, task_of(clip, key, rendered))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with worker_pool(num_workers, __name__, partial(_use_metrics, metrics), num_threads=None) as submit:
+        yield lambda clip, key, rendered: submit(_score, task_of(clip, key, rendered))

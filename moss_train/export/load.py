@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, find_damage, newest_checkpoint, read_payload
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import UserError, first_line
 from moss_train.utils.files import read_json
 from moss_train.utils.hub import from_pretrained, refuse_missing_model
 
@@ -116,7 +116,7 @@ def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
     except UserError:
         raise
     except LOAD_ERRORS as error:
-        raise UserError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a tokenizer from {path}: {first_line(error)}") from error
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -142,7 +142,7 @@ def tokenizer_of(content: Mapping[str, Any]) -> MossAudioTokenizerModel:
         model = MossAudioTokenizerModel(tokenizer_config(content["hyper_parameters"]["tokenizer"]))
         model.load_state_dict(weights_under("tokenizer.", content["state_dict"]))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the checkpoint does not hold a tokenizer: {_first_line(error)}") from error
+        raise UserError(f"the checkpoint does not hold a tokenizer: {first_line(error)}") from error
     return model
 
 
@@ -156,10 +156,6 @@ def tokenizer_config(node: Mapping[str, Any]) -> MossAudioTokenizerConfig:
     if "stages" in node:
         return MossAudioTokenizerConfig.from_stages(**node)
     return MossAudioTokenizerConfig(**node)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 STATE_FOLDER = "training_state"

@@ -25,7 +25,7 @@ from moss_train.export.card import CardInfo, model_card, training_facts
 from moss_train.export.load import STATE_FOLDER, Network, load_tokenizer, open_source, write_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.model.feature_extraction_moss_audio_tokenizer import MossAudioTokenizerFeatureExtractor
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import UserError, first_line
 
 PIPELINE = "pipeline_moss_audio_tokenizer"
 
@@ -203,23 +203,19 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
             repo_id=repository, folder_path=folder, commit_message="Export by moss_train"
         ).commit_url
     except HFValidationError as error:
-        raise UserError(f"push={repository} is not the name of a repository, owner/name: {_line(error)}") from None
+        raise UserError(f"push={repository} is not the name of a repository, owner/name: {first_line(error)}") from None
     except LocalTokenNotFoundError:
         raise UserError(f"push={repository} needs a token of the Hugging Face Hub: run `hf auth login`") from None
     except HfHubHTTPError as error:
         status: Any = getattr(error.response, "status_code", "no")
         reason = {401: "the token is not valid", 403: "the token may not write there", 404: "no such owner"}
         raise UserError(
-            f"push={repository}: {reason.get(status, _line(error))} (status {status}); {folder} is complete"
+            f"push={repository}: {reason.get(status, first_line(error))} (status {status}); {folder} is complete"
         ) from None
     except (OSError, httpx.HTTPError) as error:  # connections that fail
         raise UserError(
             f"push={repository}: the Hub cannot be reached ({type(error).__name__}); {folder} is complete"
         ) from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 FOLDER = "test_vectors"

@@ -1,11 +1,9 @@
 """Encode packed shards to shards of codes, and decode them to audio files."""
 
 import json
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -26,7 +24,7 @@ from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import EXECUTORS, init_pool_worker, ordered, ray_pool
+from moss_train.utils.workers import EXECUTORS, TASKS_PER_PROCESS, num_cores, ordered, ray_pool, worker_pool
 
 
 @dataclass(frozen=True)
@@ -150,15 +148,10 @@ def _reading(index: ShardIndex, reader: ClipReader) -> Callable[[int], tuple[Ten
 
 def _on_devices(job: EncodeJob, todo: list[int], devices: Sequence[torch.device], folder: Path):
     """Encode shards in one process per device; yield their numbers and failures as they are done."""
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("i", 0)
-    names = [str(device) for device in devices]
-    with ProcessPoolExecutor(
-        len(devices), mp_context=context, initializer=_start_process, initargs=(job, names, counter)
-    ) as pool:
-        futures = [(number, pool.submit(_encode_in_process, number, str(folder))) for number in todo]
-        for number, future in futures:
-            yield number, future.result()
+    setup = partial(_use_device, job, [str(device) for device in devices])
+    threads = max(1, num_cores() // len(devices))
+    with worker_pool(len(devices), __name__, setup, threads) as submit:
+        yield from ordered(submit, _encode_in_process, todo, str(folder), ahead=TASKS_PER_PROCESS * len(devices))
 
 
 def _on_ray(job: EncodeJob, todo: list[int], devices: Sequence[torch.device], folder: Path):
@@ -180,13 +173,9 @@ def _loaded(job: EncodeJob, device: str) -> tuple[Encoder, ShardIndex]:
 _PROCESS: dict = {}
 
 
-def _start_process(job: EncodeJob, devices: list[str], counter) -> None:
-    init_pool_worker()
-    with counter.get_lock():
-        place = counter.value
-        counter.value += 1
-    torch.set_num_threads(max(1, torch.get_num_threads() // len(devices)))
-    encoder = make_encoder(job, torch.device(devices[place]))
+def _use_device(job: EncodeJob, devices: Sequence[str], worker: int) -> None:
+    """In a process of `_on_devices`: load the model onto its device."""
+    encoder = make_encoder(job, torch.device(devices[worker]))
     _PROCESS.update(job=job, encoder=encoder, index=ShardIndex.load(job.audio))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import UserError, first_line
 from moss_train.utils.files import atomic_write, read_json
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
@@ -110,7 +110,7 @@ def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
     try:
         content = torch.load(path, **{"map_location": "cpu", **options, "weights_only": True})
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be loaded as tensors and plain data: {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} is not a checkpoint of a training")

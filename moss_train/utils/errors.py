@@ -110,3 +110,8 @@ def fault_of(error: Exception) -> Fault:
 def count_faults(bad: Iterable[BadSample]) -> str:
     """Return how many there are of every kind as text, the most frequent first: "3 audio, 1 line"."""
     return ", ".join(f"{count} {fault}" for fault, count in Counter(item.fault for item in bad).most_common())
+
+
+def first_line(error: BaseException | None) -> str:
+    """Return the first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from moss_train.utils.errors import Fault, SampleError, UserError
+from moss_train.utils.errors import Fault, SampleError, UserError, first_line
 
 MAX_NAME_BYTES = 255  # of one name, in the file systems of Linux
 
@@ -99,17 +99,18 @@ def file_lock(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator
     warns and goes on.
 
     Args:
-        path: lock file; its folder must exist.
+        path: lock file, or a folder that is locked itself; the folder must exist.
         what: what is locked, for the message.
 
     Raises:
         UserError: another process holds the lock.
     """
     deadline = time.monotonic() + patience_seconds
-    with path.open("a") as file:
+    descriptor = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT), 0o666)
+    try:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -125,6 +126,8 @@ def file_lock(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator
                 )
                 break
         yield
+    finally:
+        os.close(descriptor)
 
 
 def pluralize(number: int, noun: str) -> str:
@@ -198,7 +201,7 @@ def parse_json(content: str | bytes, place: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError, MemoryError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{place}: not JSON that can be read ({reason})") from error
 
 

@@ -20,21 +20,6 @@ import torch
 
 from moss_train.utils.errors import UserError
 
-
-def init_pool_worker() -> None:
-    """In a worker of a pool: Ctrl-C ends the parent, which ends its workers; none outlives a killed parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_starter, daemon=True).start()
-
-
-def _end_with_starter() -> None:
-    """The parent of a worker may be a fork server, so what counts is the process that wanted it."""
-    starter = multiprocessing.parent_process()
-    assert starter is not None
-    starter.join()
-    os._exit(1)
-
-
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Submit = Callable[..., "Future[Any]"]
@@ -75,26 +60,54 @@ def _end_when_told_by(parent: int) -> None:
 
 
 @contextmanager
-def worker_pool(num_workers: int, preload: str = __name__) -> Iterator[Submit]:
-    """Give a `submit` for so many processes; for one process the work is done in this one, at once.
+def worker_pool(
+    num_workers: int,
+    preload: str = __name__,
+    setup: Callable[[int], None] | None = None,
+    num_threads: int | None = 1,
+) -> Iterator[Submit]:
+    """Yield a `submit` for so many processes; with 0 the work is done in this one, at once.
 
-    The processes are forked from a clean one that has imported `preload`, never from this one with its threads.
+    The processes are forked from a clean one that has imported `preload`, never from this one with its threads. Ctrl-C
+    ends this process, which ends them; they also end when this one is killed.
+
+    Args:
+        setup: called first in every process, with its number from 0.
+        num_threads: of each process; None for as many as there are cores.
     """
-    if num_workers <= 1:
+    if num_workers == 0:
+        if setup is not None:
+            setup(0)
         yield _do_now
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_pool_worker)
+    arguments = (context.Value("i", 0), setup, num_threads)
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_pool_worker, initargs=arguments)
     try:
         yield pool.submit
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_pool_worker() -> None:
-    init_pool_worker()
-    torch.set_num_threads(1)
+def _start_pool_worker(counter: Any, setup: Callable[[int], None] | None, num_threads: int | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_starter, daemon=True).start()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
+    if setup is not None:
+        setup(number)
+
+
+def _end_with_starter() -> None:
+    """The parent of a worker is a fork server, so what counts is the process that wanted it."""
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+    starter.join()
+    os._exit(1)
 
 
 def _do_now(function: Callable[..., Any], *args: Any) -> "Future[Any]":

@@ -93,7 +93,7 @@ def _pool(executor: str, num_workers: int | None, num_clips: int) -> Iterator[tu
             yield submit, TASKS_PER_PROCESS * (num_workers or cores)
         return
     count = num_workers or min(num_cores(), 1 + num_clips // CLIPS_PER_PROCESS)
-    with worker_pool(count, "moss_train.data.pack.preprocess") as submit:
+    with worker_pool(count if count > 1 else 0, "moss_train.data.pack.preprocess") as submit:
         yield submit, 1 if count == 1 else TASKS_PER_PROCESS * count
 
 

@@ -1,6 +1,5 @@
 """Progress log of an unfinished folder, so that a killed job resumes after its last finished shard."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,8 +14,8 @@ from typing import Any
 
 from moss_train.data.pack.manifest import SourceClip
 from moss_train.data.shards.format import ShardContents, read_shard
-from moss_train.utils.errors import Fault, UserError
-from moss_train.utils.files import parse_json
+from moss_train.utils.errors import Fault
+from moss_train.utils.files import file_lock, parse_json
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -163,12 +162,7 @@ def resumable_directory(target: Path) -> Iterator[Path]:
     """
     target, folder = target.resolve(), unfinished_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is making {target}; wait for it or give another out=") from error
+    with file_lock(folder, str(target), 0.0):
         try:
             yield folder
         except BaseException:
@@ -177,8 +171,6 @@ def resumable_directory(target: Path) -> Iterator[Path]:
             raise
         (folder / JOURNAL_FILE).unlink(missing_ok=True)
         _give_name(folder, target)
-    finally:
-        os.close(lock)
 
 
 def _give_name(folder: Path, target: Path) -> None:

@@ -5,8 +5,8 @@ longest goes when the cache is full. Processes share the cache.
 """
 
 import errno
-import fcntl
 import hashlib
+import math
 import os
 import re
 import time
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import file_lock
 
 CACHE_VARIABLE = "MOSS_TRAIN_CACHE"
 """Environment variable with the folder of the cache; `~/.cache/moss_train` without it."""
@@ -116,10 +117,9 @@ def _folder_of(url: str) -> Path:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Let one process at a time fetch or delete a file. Raises BlockingIOError when it is not to wait."""
+    """Let one process at a time fetch or delete a file. Raises UserError when it is not to wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    with file_lock(path.with_name(f".{path.name}.lock"), str(path), math.inf if wait else 0.0):
         yield
 
 
@@ -139,7 +139,7 @@ def _evict_until_fits(size: int) -> None:
     for _, length, path in sorted(files):
         if total + size <= limit:
             return
-        with suppress(BlockingIOError), _locked(path, wait=False):
+        with suppress(UserError), _locked(path, wait=False):
             path.unlink(missing_ok=True)
             total -= length
 

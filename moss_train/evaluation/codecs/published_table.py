@@ -27,7 +27,7 @@ from moss_train.evaluation.codecs.base import (
     XYTokenizerCodec,
 )
 from moss_train.evaluation.metrics.base import missing_package
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import UserError, first_line
 from moss_train.utils.files import read_json
 
 OWN_ENVIRONMENT = "an environment of its own, with this package installed into it by pip install --no-deps"
@@ -55,16 +55,12 @@ def load_codec(name: str, weights: str | None, device: torch.device, code: str |
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"weights={weights}: {_first_line(error)}") from error
+        raise UserError(f"weights={weights}: {first_line(error)}") from error
     except (ImportError, AttributeError, TypeError) as error:
         raise UserError(
             f"codec={name}: its code does not run beside transformers {_transformers().__version__} "
-            f"({_first_line(error)}): give it {OWN_ENVIRONMENT}; {_WAY_OUT}"
+            f"({first_line(error)}): give it {OWN_ENVIRONMENT}; {_WAY_OUT}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _transformers() -> Any:

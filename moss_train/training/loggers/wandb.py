@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.loggers.base import ClipSample, Row, Writer
+from moss_train.utils.errors import first_line
 from moss_train.utils.files import read_json
 from moss_train.utils.hub import call_with_timeout
 
@@ -163,7 +164,7 @@ class WandbWriter(Writer):
             action()
         except Exception as error:
             self.run = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             warn(f"wandb is off from here on: {reason}")
 
 
