@@ -35,7 +35,7 @@ from moss_train.batch import Batch, UpdateBatch
 from moss_train.config.fit_schema import FitConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import split_by_length
-from moss_train.training.cost.flop_counter import FlopCounter
+from moss_train.training.cost.flops import FlopCounter
 from moss_train.training.module import CatModule
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.optimizations import prepare

@@ -27,7 +27,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moss_train import load_config
 from moss_train.batch import UpdateBatch
 from moss_train.config.fit_schema import FitConfig
-from moss_train.training.cost.flop_counter import FlopCounter
+from moss_train.training.cost.flops import FlopCounter
 from moss_train.training.module import CatModule
 from moss_train.training.run.warm_start import module_arguments
 from tools.short_runs import depth_report, packed_clips, shortened, train_in_memory

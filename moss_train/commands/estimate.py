@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moss_train.config.fit_schema import EstimateConfig
-from moss_train.semantic.text_encoder import resolve_lm_config
+from moss_train.semantic import resolve_lm_config
 from moss_train.training.cost.estimate import (
     GB,
     UPDATE_BYTES,

@@ -173,7 +173,7 @@ class Network:
 
 def write_training_state(folder: Path, networks: Mapping[str, Network]) -> None:
     """Write networks into a new folder, with everything they need: nothing points to files outside it."""
-    from moss_train.semantic.text_encoder import make_portable  # here, because encode and decode need no language model
+    from moss_train.semantic import make_portable  # here, because encode and decode need no language model
 
     folder.mkdir(parents=True)
     records = {}
@@ -192,7 +192,7 @@ def read_training_state(folder: Path) -> dict[str, Network]:
     Raises:
         UserError: the folder is damaged or of another version.
     """
-    from moss_train.semantic.text_encoder import with_local_text
+    from moss_train.semantic import with_local_text
 
     try:
         state = read_json(folder / STATE_FILE)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .accelerated_step import FEWEST_ROWS, LARGEST_PACKED, LARGEST_ROWS
 from .argument_checks import can_read
 from .attention import HAS_WINDOW_KERNEL, LARGEST_BLOCK
 from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
 from .kv_cache import StageState
-from .prepacked_linear import FEWEST_ROWS, LARGEST_PACKED, LARGEST_ROWS
 from .quantizer import FoldedQuantizer, ResidualLFQ
 from .transformer import PatchedPretransform, ProjectedTransformer
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .prepacked_linear import LinearOps
+from .accelerated_step import LinearOps
 
 NUM_VIEWS = 8  # lengths of the part of a ring that is looked at while it fills
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from .accelerated_step import GraphedStep, LinearOps
+
 # Several releases of transformers copy only the files that this one imports itself; so it imports all.
 from .argument_checks import (
     as_tensor,
@@ -39,9 +41,7 @@ from .codec import (
     encode_unbatched,
 )
 from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig, check_architecture
-from .cuda_graphs import GraphedStep
 from .kv_cache import StageState
-from .prepacked_linear import LinearOps
 from .quantizer import ResidualLFQ
 from .streaming import ContinuousDecoder, MossAudioTokenizerStream
 from .transformer import initialize_weights

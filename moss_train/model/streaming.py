@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .accelerated_step import GraphedStep
 from .argument_checks import check_audio, check_codes, check_samples
 from .codec import LatentCodec, MossAudioTokenizerDecoderOutput, block_frames
-from .cuda_graphs import GraphedStep
 from .kv_cache import StageState
 from .quantizer import FoldedQuantizer
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .accelerated_step import CastLinearOps, LinearOps, PrepackedLinearOps
 from .attention import MultiheadAttention, Rotation, rotation
 from .kv_cache import StageState, StreamChunk
-from .prepacked_linear import CastLinearOps, LinearOps, PrepackedLinearOps
 
 
 class LayerScale(nn.Module):

@@ -12,7 +12,8 @@ import soundfile
 
 from moss_train.data.pack.manifest import SourceClip, list_clips
 from moss_train.data.pack.pack import pack
-from moss_train.data.pack.preprocess import EncodedClip, PackOptions, SkippedClip, prepare
+from moss_train.data.pack.preprocess import PackOptions, SkippedClip, prepare
+from moss_train.data.shards.format import EncodedClip
 from tests.data.packed_clips import iterate_clips
 
 from .harness import SCALE

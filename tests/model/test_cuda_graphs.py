@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moss_train.model.cuda_graphs import GraphedStep
+from moss_train.model.accelerated_step import GraphedStep
 
 from .small_models import small_model
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from moss_train.model.prepacked_linear import CastLinearOps, LinearOps
+from moss_train.model.accelerated_step import CastLinearOps, LinearOps
 from moss_train.model.transformer import ProjectedTransformer
 
 

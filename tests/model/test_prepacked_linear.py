@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moss_train.model import codec
-from moss_train.model.prepacked_linear import LARGEST_ROWS, LinearOps, PrepackedLinearOps, can_pack
+from moss_train.model.accelerated_step import LARGEST_ROWS, LinearOps, PrepackedLinearOps, can_pack
 from moss_train.model.transformer import LayerScale
 
 from .small_models import small_model

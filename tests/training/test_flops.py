@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moss_train.training.cost.flop_counter import FlopCounter, attention
+from moss_train.training.cost.flops import FlopCounter, attention
 
 
 def test_forward_and_backward_of_a_product_are_counted():

@@ -9,8 +9,7 @@ import torch
 from moss_train.batch import Batch
 from moss_train.cli.main import main
 from moss_train.config.fit_schema import FitConfig, TrainerConfig
-from moss_train.training.cost.flop_counter import FlopCounter
-from moss_train.training.cost.flops import Cost
+from moss_train.training.cost.flops import Cost, FlopCounter
 from moss_train.training.cost.hardware import GPUS, device_peak, gpu_of
 from moss_train.training.cost.mfu import (
     StageOperations,

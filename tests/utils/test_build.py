@@ -101,7 +101,7 @@ def test_of_all_names_of_the_package_only_those_of_the_list_are_accepted():
         "moss_train.training.distributed.preemption.stop_torchrun",
         "moss_train.training.run.fit.fit",
         "moss_train.training.CatModule.load_from_checkpoint",
-        "moss_train.semantic.text_encoder.make_portable",
+        "moss_train.semantic.make_portable",
         "moss_train.discriminators.F",
     } <= refused
 

@@ -12,6 +12,7 @@ from moss_train.audio.io import AudioSource, audio_info, read_audio, resample, w
 from moss_train.audio.window import Remark
 from moss_train.data.pack.foreign_datasets import open_row
 from moss_train.data.pack.manifest import SourceClip
+from moss_train.data.shards.format import EncodedClip
 from moss_train.utils.errors import Fault, SampleError, UserError, fault_of
 
 RATE_LIMITS = (2000, 768_000)
@@ -47,17 +48,6 @@ class PackOptions:
             value = getattr(self, name)
             if value is not None and not value > max(self.min_seconds, 0.01):
                 raise UserError(f"{name}={value} has to be above min_seconds={self.min_seconds}, or null")
-
-
-@dataclass(frozen=True)
-class EncodedClip:
-    """A clip as it is stored."""
-
-    id: str
-    flac: bytes
-    num_samples: int
-    remarks: tuple[Remark, ...] = ()
-    is_silent: bool = False  # digital silence
 
 
 @dataclass(frozen=True)

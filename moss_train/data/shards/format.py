@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from webdataset import TarWriter
 
-from moss_train.data.pack.preprocess import EncodedClip
+from moss_train.audio.window import Remark
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import add_path_to_error, parse_json
 
@@ -37,6 +37,17 @@ MAX_LABEL_BYTES = 2**20
 
 LATER_ARRAYS = frozenset({"json_crc32"})
 """What folders of earlier versions lack."""
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """A clip as it is stored."""
+
+    id: str
+    flac: bytes
+    num_samples: int
+    remarks: tuple[Remark, ...] = ()
+    is_silent: bool = False  # digital silence
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 from moss_train.config.fit_schema import FitConfig
-from moss_train.semantic.text_encoder import with_config
+from moss_train.semantic import with_config
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.cost.flops import Cost, discriminators_cost, losses_cost, semantic_cost, tokenizer_costs
 from moss_train.training.cost.hardware import device_peak, is_half
