@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moss_train.audio.io import write_audio
 from moss_train.batch import TASKS
@@ -58,20 +57,20 @@ class AudioSampleWriter:
         if module.update % self.every_updates and module.update != module.schedule.updates:
             return []
         samples = []
-        folder = self.directory / f"update-{module.update:08d}"
         for name, clip in zip(self.names, self.clips, strict=True):
             made = reconstruct(module.tokenizer, clip, self.levels)
             texts = transcripts(module, clip, made)
             if is_main:
-                samples.append(self._write(folder, name, clip, made, texts))
+                samples.append(self._write(module.update, name, clip, made, texts))
         if is_main:
-            self._write_texts(folder, samples)
+            self._write_texts(module.update, samples)
         gc.collect()  # pictures are full of cycles: a dozen of them, 50 MB, would wait for a collection
         return samples
 
     def _write(
-        self, folder: Path, name: str, clip: HeldOutClip, made: Reconstruction, texts: Mapping[str, str]
+        self, update: int, name: str, clip: HeldOutClip, made: Reconstruction, texts: Mapping[str, str]
     ) -> ClipSample:
+        folder = self._folder(update)
         audio = {ORIGINAL: clip.audio[:, : clip.length]} | {label(count): made.audio[count] for count in self.levels}
         paths = {key: folder / f"{name}.{key}.flac" for key in audio}
         paths[ORIGINAL] = self.directory / ORIGINAL / f"{name}.flac"
@@ -79,18 +78,18 @@ class AudioSampleWriter:
             if key != ORIGINAL or not path.exists():
                 with atomic_write(path) as whole:
                     write_audio(whole, audio[key].nan_to_num().clamp(-1, 1), self.sampling_rate)
-        return ClipSample(int(folder.name[-8:]), name, paths, self._draw(folder / f"{name}.png", audio, clip), texts)
+        picture = folder / f"{name}.png" if self.draws else None
+        if picture is not None:
+            with atomic_write(picture) as whole:
+                save_spectrograms(audio, self.sampling_rate, whole, title=f"{clip.id}, update {update}")
+        return ClipSample(update, name, paths, picture, texts)
 
-    def _draw(self, path: Path, audio: Mapping[str, Tensor], clip: HeldOutClip) -> Path | None:
-        if not self.draws:
-            return None
-        with atomic_write(path) as whole:
-            save_spectrograms(audio, self.sampling_rate, whole, title=f"{clip.id}, update {int(path.parent.name[-8:])}")
-        return path
+    def _folder(self, update: int) -> Path:
+        return self.directory / f"update-{update:08d}"
 
-    def _write_texts(self, folder: Path, samples: Sequence[ClipSample]) -> None:
+    def _write_texts(self, update: int, samples: Sequence[ClipSample]) -> None:
         """`transcripts.md`: the LM's reading of every clip with text, greedily, with the audio of each depth."""
-        lines = [f"# Transcripts at update {int(folder.name[-8:])}", ""]
+        lines = [f"# Transcripts at update {update}", ""]
         for sample in samples:
             if sample.texts:
                 lines += [f"## {sample.name}", "", "| heard | text |", "|---|---|"]
@@ -99,7 +98,7 @@ class AudioSampleWriter:
                 ]
                 lines.append("")
         if len(lines) > 2:
-            with atomic_write(folder / "transcripts.md") as whole:
+            with atomic_write(self._folder(update) / "transcripts.md") as whole:
                 whole.write_text("\n".join(lines), "utf-8")
 
 
