@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from moss_train.config.text import read_value
+from moss_train.config.overrides import read_value
 
 NESTED = "[{name: a, updates: 3, weights: {adversarial: 40, feature: 160}}, {name: 2024, train: [decoder]}]"
 

@@ -36,7 +36,7 @@ def test_training_does_not_need_wandb(whole: Fit, make_fit, where: str) -> None:
         outcome = fit.finish(
             "wandb=online",
             environment={"WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40, "NO_PROXY": "*"},
-            fault={"constants": {"moss_train.training.loggers.wandb.CHECK_SECONDS": 3.0}},
+            fault={"constants": {"moss_train.training.loggers.wandb.INIT_SECONDS": 3.0}},
         )
     assert "wandb is offline" in outcome.log
     assert_same_run(fit, whole)

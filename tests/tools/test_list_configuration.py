@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.cli.compose import dotted_keys
+from moss_train.config.overrides import dotted_keys
 from moss_train.config.schema import COMMANDS
 
 ROOT = Path(__file__).parents[2]

@@ -1,14 +1,11 @@
 """Log a run to Weights & Biases, online or offline."""
 
-import base64
 import json
 import netrc
 import os
 import re
 import secrets
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,66 +15,28 @@ from moss_train.training.callbacks.run_records import warn
 from moss_train.training.loggers.base import ClipSample, Row, Writer
 from moss_train.utils.errors import first_line
 from moss_train.utils.files import read_json
-from moss_train.utils.hub import call_with_timeout
 
-CHECK_SECONDS = 10.0
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # older and newer name of the public server
-QUERY = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+MODES = ("auto", "online", "offline")
+ID_FILE = "wandb.json"
+INIT_SECONDS = 20.0
+"""Longest wait for the server; after it the run is logged offline."""
+FINISH_SECONDS = 60.0
+"""Longest wait for what is not uploaded yet; it stays in the run directory and `wandb sync` uploads it."""
 
 
-def why_offline(base_url: str, seconds: float = CHECK_SECONDS) -> str | None:
-    """Why logging cannot be online, None when the server took our key.
-
-    Args:
-        base_url: of the server.
-        seconds: how long the whole check may take.
-    """
-    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return None  # exchanged by wandb itself
-    key = find_key(base_url)
-    if key is None:
-        return "no API key (wandb login, or WANDB_API_KEY)"
-    return call_with_timeout(
-        lambda: ask_server(base_url, key, seconds), seconds, f"{base_url} did not answer in {seconds:g} s"
-    )
-
-
-def find_key(base_url: str) -> str | None:
-    """The API key of the environment or of the netrc file, where `wandb login` puts it."""
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key
+def has_key(base_url: str) -> bool:
+    """Whether the environment or the netrc file, where `wandb login` puts it, has a key for a server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
     default = Path("~/.netrc").expanduser()
     path = Path(os.environ.get("NETRC", default if default.exists() else Path("~/_netrc").expanduser()))
     try:
-        entries = netrc.netrc(path)
+        hosts = netrc.netrc(path).hosts
     except (OSError, netrc.NetrcParseError):
-        return None
+        return False
     host = urlsplit(base_url).netloc
-    hosts = PUBLIC_HOSTS if host in PUBLIC_HOSTS else (host,)
-    found = [entry[2] for name in hosts if (entry := entries.hosts.get(name)) is not None]
-    return found[0] if found else None
-
-
-def ask_server(base_url: str, key: str, seconds: float) -> str | None:
-    """Ask the server whose key this is; why it cannot be used, None when it can."""
-    credentials = base64.b64encode(f"api:{key}".encode()).decode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Basic {credentials}"}
-    request = urllib.request.Request(f"{base_url.rstrip('/')}/graphql", QUERY, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=seconds) as answer:
-            viewer = json.loads(answer.read(2**20))["data"]["viewer"]
-    except urllib.error.HTTPError as error:
-        return f"{base_url} refused the API key ({error.code})" if error.code in (401, 403) else f"{base_url}: {error}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{base_url} cannot be reached ({getattr(error, 'reason', None) or error or type(error).__name__})"
-    return None if viewer else f"{base_url} does not know the API key"
-
-
-MODES = ("auto", "online", "offline")
-ID_FILE = "wandb.json"
-INIT_SECONDS = 60.0
-FINISH_SECONDS = 60.0
-"""Longest wait for what is not uploaded yet; it stays in the run directory and `wandb sync` uploads it."""
+    return any(name in hosts for name in (PUBLIC_HOSTS if host in PUBLIC_HOSTS else (host,)))
 
 
 class WandbWriter(Writer):
@@ -85,7 +44,7 @@ class WandbWriter(Writer):
 
     Args:
         directory: run directory; its name and parent name the run.
-        mode: of MODES; auto is online when there is a key and the server takes it, else offline, which `wandb sync
+        mode: of MODES; auto is online when there is a key and the server answers, else offline, which `wandb sync
             --append <directory>/wandb/offline-run-*` uploads later.
         every_updates: updates per row of the metrics table; other tables are logged whole.
         config: of the run, shown beside it.
@@ -106,9 +65,24 @@ class WandbWriter(Writer):
         # Imported here: it takes half a second.
         import wandb
 
-        mode = self._choose_mode(wandb.Settings().base_url)
-        if mode == "disabled":
+        wanted = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        if wanted == "disabled":
             return
+        if wanted in ("auto", "online"):
+            if has_key(wandb.Settings().base_url):
+                try:
+                    self._start_run("online")
+                    print(f"wandb: {self.run.url}", file=sys.stderr)
+                    return
+                except wandb.Error as error:
+                    warn(f"wandb is offline: {first_line(error)}")
+            elif wanted == "online":  # most people without a key do not want to hear of it with every run
+                warn("wandb is offline: no API key (wandb login, or WANDB_API_KEY)")
+        self._start_run("offline")
+
+    def _start_run(self, mode: Any) -> None:
+        import wandb
+
         settings = wandb.Settings(
             console="off", silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, disable_code=True
         )
@@ -126,19 +100,6 @@ class WandbWriter(Writer):
         # The axis is our clock, not the number of calls: a resumed run logs some updates a second time.
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")
-        if mode == "online":
-            print(f"wandb: {self.run.url}", file=sys.stderr)
-
-    def _choose_mode(self, base_url: str) -> Any:
-        wanted = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
-        if wanted not in ("auto", "online"):
-            return wanted
-        base_url = os.environ.get("WANDB_BASE_URL", base_url)
-        reason = why_offline(base_url)
-        # Most people without a key do not want to hear of it with every run.
-        if reason is not None and (wanted == "online" or "API key (" not in reason):
-            warn(f"wandb is offline: {reason}")
-        return "online" if reason is None else "offline"
 
     def write(self, table: str, row: Row) -> None:
         """Log one row; tables other than the first put their name before their columns."""
