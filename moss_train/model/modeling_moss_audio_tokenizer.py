@@ -342,6 +342,7 @@ def shards_of_part(source: Any, part: str, options: dict[str, Any]) -> Iterator[
         for file in sorted(set(wanted.values())):
             if Path(file).name != file:
                 raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {source} names {file!r}, which is no plain file name")
-            (place / file).symlink_to(Path(cached_file(source, file, **location)).resolve())
+            shard: Any = cached_file(source, file, **location)  # raises where there is none
+            (place / file).symlink_to(Path(shard).resolve())
         (place / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index | {"weight_map": wanted}), "utf-8")
         yield folder
