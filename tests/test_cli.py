@@ -8,7 +8,7 @@ import yaml
 
 import moss_train
 from moss_train import load_config
-from moss_train.cli.help import find_verbs
+from moss_train.cli.help import find_commands
 from moss_train.cli.main import main
 from moss_train.config.inputs import check_inputs
 from moss_train.utils.errors import ConfigError, UserError
@@ -35,29 +35,29 @@ def error_line(capsys, arguments, status=2):
 # Help
 
 
-def test_help_lists_every_verb_with_its_summary(capsys):
+def test_help_lists_every_command_with_its_summary(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    verbs = find_verbs()
-    assert {"pack", "doctor", "encode", "decode"} <= verbs.keys()
-    for verb, summary in verbs.items():
+    commands = find_commands()
+    assert {"pack", "doctor", "encode", "decode"} <= commands.keys()
+    for command, summary in commands.items():
         assert summary
-        assert f"{verb}" in text
+        assert f"{command}" in text
         assert summary in text
 
 
-def test_no_verb_prints_the_help_to_stderr_with_status_2(capsys):
+def test_no_command_prints_the_help_to_stderr_with_status_2(capsys):
     assert main([]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "Usage: python -m moss_train <verb>" in captured.err
+    assert "Usage: python -m moss_train <command>" in captured.err
 
 
 @pytest.mark.parametrize("arguments", [["encode", "--help"], ["--help", "encode"], ["encode", "input=x", "-h"]])
-def test_help_of_a_verb_shows_its_commented_yaml_and_examples(capsys, arguments):
+def test_help_of_a_command_shows_its_commented_yaml_and_examples(capsys, arguments):
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert text.startswith(find_verbs()["encode"])
+    assert text.startswith(find_commands()["encode"])
     assert "batch_seconds: 120     # padded audio per batch; lower it when memory runs out" in text
     assert "python -m moss_train encode model=my-tokenizer input=/my/audio" in text
     assert "data.train=/shards/{speech,music}" in text
@@ -98,7 +98,7 @@ def test_cfg_job_prints_the_composed_configuration_without_running(capsys, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plain_configuration_reaches_the_verb_again_and_again():
+def test_plain_configuration_reaches_the_command_again_and_again():
     for rate in (16000, 48000):
         config = load_config("pack", ["input=a", "out=b", f"sampling_rate={rate}"])
         assert config.sampling_rate == rate
@@ -165,7 +165,7 @@ def test_numbers_and_lists_keep_their_types(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pakc"], "moss_train: unknown verb 'pakc': did you mean pack?"),
+        (["pakc"], "moss_train: unknown command 'pakc': did you mean pack?"),
         ([*PACK, "sampling_rat=3"], "moss_train pack: unknown key 'sampling_rat': did you mean sampling_rate?"),
         ([*PACK, "pack.overwrite=3"], "moss_train pack: unknown key 'pack.overwrite': did you mean overwrite?"),
         ([*PACK, "~nothing"], "moss_train pack: unknown key 'nothing': the keys are"),
@@ -227,7 +227,7 @@ def test_unknown_experiment_lists_those_there_are(capsys):
         assert path.stem in line
 
 
-def test_user_errors_of_a_verb(capsys, tmp_path):
+def test_user_errors_of_a_command(capsys, tmp_path):
     line = error_line(capsys, ["pack", f"input={tmp_path}/nowhere", f"out={tmp_path}/out"])
     assert line.startswith(f"moss_train pack: input={tmp_path}/nowhere does not exist")
     line = error_line(capsys, ["encode", f"model={tmp_path}", f"input={tmp_path}", "out=o", "batch_seconds=0"])
@@ -306,7 +306,7 @@ def test_program_help_and_config(tmp_path):
         (UserError("change\n  this"), 2, "moss_train doctor: change this"),
     ],
 )
-def test_errors_while_a_verb_runs(capsys, monkeypatch, error, status, message):
+def test_errors_while_a_command_runs(capsys, monkeypatch, error, status, message):
     def fail(config):
         raise error
 
@@ -324,7 +324,7 @@ def test_bugs_keep_their_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (1, 1)])
-def test_the_verb_decides_the_exit_status(monkeypatch, returned, status):
+def test_the_command_decides_the_exit_status(monkeypatch, returned, status):
     monkeypatch.setattr("moss_train.commands.doctor.run", lambda config: returned)
     assert main(["doctor"]) == status
 

@@ -6,13 +6,13 @@ import pytest
 import yaml
 
 from moss_train.cli.compose import compose
-from moss_train.cli.help import default_groups, find_verbs, group_options, verb_help
+from moss_train.cli.help import command_help, default_groups, find_commands, group_options
 from moss_train.config.build import check_node, iterate_targets
 from moss_train.utils.files import config_directory
 
 CONFIGS = config_directory()
 ALL = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
-VERBS = [name for name in ALL if "/" not in name]
+COMMANDS = [name for name in ALL if "/" not in name]
 OPTIONS = [name for name in ALL if "/" in name]
 # What training hands to the parts that configurations name, by the part's place.
 GIVEN_AT_RUN_TIME = {"semantic": {"latent_dim": None}, "objective.losses.reconstruction": {"sampling_rate": None}}
@@ -23,38 +23,38 @@ def check_targets(config):
         check_node(node, place, GIVEN_AT_RUN_TIME.get(place))
 
 
-def verb_of(group):
-    """The verb whose defaults list names the group."""
-    return next((verb for verb in VERBS if group in groups_of(verb)), None)
+def command_of(group):
+    """The command whose defaults list names the group."""
+    return next((command for command in COMMANDS if group in groups_of(command)), None)
 
 
-def groups_of(verb):
-    return default_groups(yaml.safe_load((CONFIGS / f"{verb}.yaml").read_text("utf-8")) or {})
+def groups_of(command):
+    return default_groups(yaml.safe_load((CONFIGS / f"{command}.yaml").read_text("utf-8")) or {})
 
 
-def mandatory_groups(verb):
+def mandatory_groups(command):
     """The first option of every group without a default."""
-    open_groups = [group for group, default in groups_of(verb).items() if default == "???"]
+    open_groups = [group for group, default in groups_of(command).items() if default == "???"]
     return {group: sorted((CONFIGS / group).glob("*.yaml"))[0].stem for group in open_groups}
 
 
-def test_every_verb_has_a_configuration_and_every_configuration_a_verb():
-    assert sorted(find_verbs()) == VERBS
+def test_every_command_has_a_configuration_and_every_configuration_a_command():
+    assert sorted(find_commands()) == COMMANDS
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_verb_composes_and_names_existing_classes(verb):
-    config = compose(verb, [f"{group}={name}" for group, name in mandatory_groups(verb).items()])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_composes_and_names_existing_classes(command):
+    config = compose(command, [f"{group}={name}" for group, name in mandatory_groups(command).items()])
     assert len(config) > 0
     check_targets(config)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_option_composes_with_its_verb(option):
+def test_option_composes_with_its_command(option):
     group, _, name = option.rpartition("/")
-    verb = verb_of(group)
-    assert verb is not None, f"no verb has the group {group}"
-    check_targets(compose(verb, [f"{group}={name}"]))
+    command = command_of(group)
+    assert command is not None, f"no command has the group {group}"
+    check_targets(compose(command, [f"{group}={name}"]))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -64,14 +64,14 @@ def test_help_lists_it_with_a_short_whole_sentence(option):
     assert sentence[0].isupper()
     assert sentence.endswith(".")
     assert len(sentence) <= 100
-    assert f"{name} " in verb_help("estimate")
-    assert sentence in verb_help("estimate")
+    assert f"{name} " in command_help("estimate")
+    assert sentence in command_help("estimate")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_the_commented_file(verb):
-    text = verb_help(verb)
-    for line in (CONFIGS / f"{verb}.yaml").read_text("utf-8").splitlines():
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_the_commented_file(command):
+    text = command_help(command)
+    for line in (CONFIGS / f"{command}.yaml").read_text("utf-8").splitlines():
         assert line.strip() in text
 
 

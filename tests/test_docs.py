@@ -36,9 +36,9 @@ def words(line: str) -> list[str]:
 
 @pytest.mark.parametrize(("page", "line"), sorted(set(commands())))
 def test_a_command_of_a_page_composes(page: str, line: str) -> None:
-    verb, *overrides = words(line)
-    if verb != "doctor" or overrides:
-        assert load_config(verb, overrides)
+    command, *overrides = words(line)
+    if command != "doctor" or overrides:
+        assert load_config(command, overrides)
 
 
 def test_there_are_commands_to_test() -> None:

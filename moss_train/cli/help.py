@@ -30,45 +30,45 @@ _OVERRIDES = f"""\
   quote them for the shell only. A leading ~ is the home folder."""
 
 
-def find_verbs() -> dict[str, str]:
-    """Return the summary of every verb by name, read from the sources so that no command is imported."""
+def find_commands() -> dict[str, str]:
+    """Return the summary of every command by name, read from the sources so that no command is imported."""
     directory = PACKAGE_DIRECTORY / "commands"
     files = sorted(path for path in directory.glob("*.py") if not path.name.startswith("_"))
     return {path.stem: _constant(path, "SUMMARY", "") for path in files}
 
 
-def program_help(verbs: dict[str, str]) -> str:
-    """Return the text of `moss_train --help`: every verb with its summary, the options, the override syntax."""
-    width = max(map(len, verbs), default=0)
-    lines = [f"  {verb:<{width}}  {summary}" for verb, summary in verbs.items()]
+def program_help(commands: dict[str, str]) -> str:
+    """Return the text of `moss_train --help`: every command with its summary, the options, the override syntax."""
+    width = max(map(len, commands), default=0)
+    lines = [f"  {command:<{width}}  {summary}" for command, summary in commands.items()]
     return "\n".join(
         [
             "Trains neural audio tokenizers from raw audio and hands them over as Hugging Face models.",
-            "\nUsage: python -m moss_train <verb> [options] [key=value ...]",
-            "\nVerbs:",
+            "\nUsage: python -m moss_train <command> [options] [key=value ...]",
+            "\nCommands:",
             *lines,
             f"\nOptions:\n{_OPTIONS}",
             f"\nValues:\n{_OVERRIDES}",
-            "\npython -m moss_train <verb> --help shows a verb's configuration with its comments.",
+            "\npython -m moss_train <command> --help shows a command's configuration with its comments.",
         ]
     )
 
 
-def verb_help(verb: str, extra_directory: Path | None = None) -> str:
-    """Return the text of `<verb> --help`: usage, experiments, groups, the commented YAML, examples."""
+def command_help(command: str, extra_directory: Path | None = None) -> str:
+    """Return the text of `<command> --help`: usage, experiments, groups, the commented YAML, examples."""
     directories = [directory for directory in (config_directory(), extra_directory) if directory is not None]
-    text = _read_verb_config(verb, directories)
+    text = _read_command_config(command, directories)
     config = yaml.safe_load(text) or {}
-    module = PACKAGE_DIRECTORY / "commands" / f"{verb}.py"
+    module = PACKAGE_DIRECTORY / "commands" / f"{command}.py"
     parts = [
         _constant(module, "SUMMARY", ""),
-        f"\nUsage: python -m moss_train {verb} [options] [key=value ...]",
+        f"\nUsage: python -m moss_train {command} [options] [key=value ...]",
         f"\nOptions:\n{_OPTIONS}",
         f"\nValues:\n{_OVERRIDES}",
         *_group_parts(config, directories),
-        f"\nConfiguration (configs/{verb}.yaml):\n{textwrap.indent(text.strip(), '  ')}",
+        f"\nConfiguration (configs/{command}.yaml):\n{textwrap.indent(text.strip(), '  ')}",
         "\nExamples:",
-        *[f"  {example}" for example in _constant(module, "EXAMPLES", ()) or _examples(verb, config, directories)],
+        *[f"  {example}" for example in _constant(module, "EXAMPLES", ()) or _examples(command, config, directories)],
     ]
     return "\n".join(parts)
 
@@ -92,7 +92,7 @@ def unknown(kind: str, word: str, known: list[str]) -> str:
 
 
 def default_groups(config: dict[str, Any]) -> dict[str, str | None]:
-    """Return the groups in a verb's defaults list with the option each stands at."""
+    """Return the groups in a command's defaults list with the option each stands at."""
     groups: dict[str, str | None] = {}
     for entry in config.get("defaults") or []:
         if isinstance(entry, dict):
@@ -129,21 +129,21 @@ def _group_parts(config: dict[str, Any], directories: list[Path]) -> list[str]:
     return parts
 
 
-def _examples(verb: str, config: dict[str, Any], directories: list[Path]) -> list[str]:
+def _examples(command: str, config: dict[str, Any], directories: list[Path]) -> list[str]:
     required = " ".join(f"{key}=<{key.split('.')[-1]}>" for key in mandatory_keys(config))
-    start = f"python -m moss_train {verb}"
+    start = f"python -m moss_train {command}"
     if _EXPERIMENT in default_groups(config):
         experiment = next(iter(group_options(_EXPERIMENT, directories)), "<name>")
         start = f"{start} experiment={experiment}"
     return [f"{start} {required}".rstrip(), f"{start} {required} --cfg job".replace("  ", " ")]
 
 
-def _read_verb_config(verb: str, directories: list[Path]) -> str:
+def _read_command_config(command: str, directories: list[Path]) -> str:
     for directory in directories:
-        path = directory / f"{verb}.yaml"
+        path = directory / f"{command}.yaml"
         if path.is_file():
             return path.read_text("utf-8")
-    raise FileNotFoundError(f"the configuration of {verb} is missing: {directories[0] / verb}.yaml")
+    raise FileNotFoundError(f"the configuration of {command} is missing: {directories[0] / command}.yaml")
 
 
 def _constant(path: Path, name: str, default: Any) -> Any:

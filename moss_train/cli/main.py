@@ -27,7 +27,7 @@ EXIT_INTERRUPTED = 130
 class Arguments:
     """What stands on the command line, before any configuration is read."""
 
-    verb: str | None
+    command: str | None
     overrides: tuple[str, ...]
     show_help: bool
     show_config: bool
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run_program() -> NoReturn:
-    """Run one verb and end with its status.
+    """Run one command and end with its status.
 
     When several processes train together, one that failed ends at once. Python would first run the farewells that torch
     and Lightning have registered, and NCCL's waits for the others, who wait for this one in a collective.
@@ -61,9 +61,9 @@ def run_program() -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit status.
+    """Run one command and return the exit status.
 
-    0 done, 1 the verb's own report of failure or numbers that diverged, 2 wrong input, 130 Ctrl-C, 143 stopped by
+    0 done, 1 the command's own report of failure or numbers that diverged, 2 wrong input, 130 Ctrl-C, 143 stopped by
     SIGTERM after a checkpoint.
 
     Any other exception is a bug of ours and passes through with its traceback.
@@ -83,20 +83,20 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show ends no command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    verb = next((argument for argument in argv if argument in help_texts.find_verbs()), "")
+    command = next((argument for argument in argv if argument in help_texts.find_commands()), "")
     try:
         return _run(parse_arguments(argv))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except (UserError, OSError) as error:
-        return _fail(verb, _one_line(error), EXIT_USER_ERROR, argv)
+        return _fail(command, _one_line(error), EXIT_USER_ERROR, argv)
     except FloatingPointError as error:
-        return _fail(verb, _one_line(error), EXIT_FAILED, argv)
+        return _fail(command, _one_line(error), EXIT_FAILED, argv)
     except PreemptedError as error:
-        return _fail(verb, str(error), 128 + error.number, argv)
+        return _fail(command, str(error), 128 + error.number, argv)
     except KeyboardInterrupt:
-        return _fail(verb, "interrupted", EXIT_INTERRUPTED, argv)
+        return _fail(command, "interrupted", EXIT_INTERRUPTED, argv)
 
 
 def _one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
@@ -105,7 +105,7 @@ def _one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Split the command line into verb, flags and Hydra overrides. Raises UserError for an unknown flag."""
+    """Split the command line into command, flags and Hydra overrides. Raises UserError for an unknown flag."""
     parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
@@ -115,7 +115,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--version", action="store_true")
     found = parser.parse_intermixed_args(argv)
     return Arguments(
-        verb=found.words[0] if found.words else None,
+        command=found.words[0] if found.words else None,
         overrides=tuple(found.words[1:]),
         show_help=found.help,
         show_config=found.cfg is not None,
@@ -128,31 +128,31 @@ def _run(arguments: Arguments) -> int:
     if arguments.show_version:
         print(f"{PROGRAM} {__version__}")
         return 0
-    verbs = help_texts.find_verbs()
-    if arguments.verb is None:
-        text = help_texts.program_help(verbs)
+    commands = help_texts.find_commands()
+    if arguments.command is None:
+        text = help_texts.program_help(commands)
         print(text, file=sys.stdout if arguments.show_help else sys.stderr)
         return 0 if arguments.show_help else EXIT_USER_ERROR
-    if arguments.verb not in verbs:
-        raise UserError(help_texts.unknown("verb", arguments.verb, list(verbs)))
+    if arguments.command not in commands:
+        raise UserError(help_texts.unknown("command", arguments.command, list(commands)))
     if arguments.show_help:
-        print(help_texts.verb_help(arguments.verb, arguments.config_directory))
+        print(help_texts.command_help(arguments.command, arguments.config_directory))
         return 0
-    return _run_verb(arguments.verb, arguments)
+    return _run_command(arguments.command, arguments)
 
 
-def _run_verb(verb: str, arguments: Arguments) -> int:
+def _run_command(command: str, arguments: Arguments) -> int:
     from moss_train.cli.compose import compose, open_plugins, parse_config, to_yaml
     from moss_train.config.inputs import check_inputs
 
-    values = compose(verb, arguments.overrides, arguments.config_directory)
+    values = compose(command, arguments.overrides, arguments.config_directory)
     if arguments.show_config:
         print(to_yaml(values), end="")
         return 0
-    config = parse_config(verb, values)
+    config = parse_config(command, values)
     check_inputs(config)
     open_plugins(config)
-    run: Callable[[Any], int | None] = importlib.import_module(f"moss_train.commands.{verb}").run
+    run: Callable[[Any], int | None] = importlib.import_module(f"moss_train.commands.{command}").run
     return run(config) or 0
 
 
@@ -171,8 +171,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _fail(verb: str, message: str, status: int, argv: list[str]) -> int:
+def _fail(command: str, message: str, status: int, argv: list[str]) -> int:
     if "--traceback" in argv:
         traceback.print_exc()
-    print(printable(f"{PROGRAM} {verb}: {message}" if verb else f"{PROGRAM}: {message}"), file=sys.stderr)
+    print(printable(f"{PROGRAM} {command}: {message}" if command else f"{PROGRAM}: {message}"), file=sys.stderr)
     return status

@@ -139,7 +139,7 @@ def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
     """Print what failed to stderr and the counts to stdout; returns the exit status."""
     failed = [row for row in rows if row.failure is not None]
     for row in failed[:20]:
-        print(printable(f"moss_train evaluate: passed over: {row.failure}"), file=sys.stderr)
+        print(printable(f"moss_train evaluate: skipped: {row.failure}"), file=sys.stderr)
     print(printable(f"evaluate: {len(rows) - len(failed)} of {len(rows)} clips; {out / 'report.html'}"))
     return 1 if failed else 0
 

@@ -5,7 +5,7 @@ import sys
 from moss_train.config.fit_schema import FitConfig
 from moss_train.training.run.fit import fit
 
-SUMMARY = "Train a tokenizer, or go on with a run that was stopped."
+SUMMARY = "Train a tokenizer, or resume a run that was stopped."
 
 EXAMPLES = (
     "python -m moss_train fit experiment=cat_tiny data.train=/my/shards",

@@ -74,7 +74,7 @@ def run(config: PackConfig | Mapping[str, Any]) -> int:
 def _say_what_is_kept(target: Path) -> None:
     folder = unfinished_folder(target)
     if (folder / JOURNAL_FILE).exists():
-        print(f"finished shards are kept in {folder}; the same command goes on after them", file=sys.stderr)
+        print(f"finished shards are kept in {folder}; the same command resumes after them", file=sys.stderr)
 
 
 def _print_report(report: PackReport, out: str) -> None:

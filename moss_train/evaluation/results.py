@@ -168,7 +168,7 @@ def file_name(condition: Condition) -> str:
 
 
 def read_rows(path: Path) -> list[ClipRow]:
-    """All whole rows of a file; the torn last line of an interrupted run is passed over."""
+    """All whole rows of a file; the torn last line of an interrupted run is skipped."""
     rows = []
     for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         try:

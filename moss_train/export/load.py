@@ -34,7 +34,7 @@ Weights = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A tokenizer to go on from and, where they were kept, the networks of its training.
+    """A tokenizer to continue from and, where they were kept, the networks of its training.
 
     Attributes:
         path: what it is, for messages.
@@ -50,7 +50,7 @@ class ModelSource:
 
 
 def open_source(path: str | Path) -> ModelSource:
-    """Open what training can go on from, see `load_tokenizer` for what `path` may be; weights are not read yet.
+    """Open what training can continue from, see `load_tokenizer` for what `path` may be; weights are not read yet.
 
     Raises:
         UserError: there is no model at `path`, or its training state is damaged.

@@ -46,7 +46,7 @@ def export(
     Args:
         out: a folder that does not exist yet.
         dtype: of the stored weights: float32, bfloat16 or float16; the quantizer stays float32.
-        with_training_state: also write text LM and discriminators, so that `fit init=<out>` goes on with them.
+        with_training_state: also write text LM and discriminators, so that `fit init=<out>` continues with them.
         ema: write the moving average of the tokenizer's weights instead.
         part: "encoder" or "decoder" writes only that half and the quantizer.
         info: what the card says besides what the model itself tells.

@@ -66,7 +66,7 @@ class Decoder:
 
 
 def decode_files(decoder: Decoder, works: Sequence[Work], batch_seconds: float) -> Report:
-    """Decode what is not there yet, trimmed to the clips' original lengths; unusable files are reported, passed over.
+    """Decode what is not there yet, trimmed to the clips' original lengths; unusable files are reported, skipped.
 
     Args:
         batch_seconds: padded audio per batch; a longer clip is a batch of its own.

@@ -96,7 +96,7 @@ class Encoder:
 def encode_files(
     encoder: Encoder, works: Sequence[Work], batch_seconds: float, failures: Sequence[tuple[Path, str]] = ()
 ) -> Report:
-    """Encode what is not there yet, clips of similar length together; what cannot be read is reported and passed over.
+    """Encode what is not there yet, clips of similar length together; what cannot be read is reported and skipped.
 
     Args:
         batch_seconds: padded audio per batch; a longer clip is a batch of its own.

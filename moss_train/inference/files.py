@@ -259,16 +259,16 @@ def _with_targets(pairs: list[tuple[Path, str]], out: Path, suffix: str, strippe
 _SHOWN_FAILURES = 20
 
 
-def print_report(report: Report, out: Path, verb: str, unit: str = "file") -> int:
+def print_report(report: Report, out: Path, command: str, unit: str = "file") -> int:
     """Print the failures to stderr and the counts to stdout. Returns the exit status: 1 when anything failed.
 
     `unit` is what was written; what fails are clips.
     """
     for path, reason in report.failures[:_SHOWN_FAILURES]:
         text = reason if str(path) in reason else f"{path}: {reason}"
-        print(printable(f"moss_train {verb}: passed over: {text}"), file=sys.stderr)
+        print(printable(f"moss_train {command}: skipped: {text}"), file=sys.stderr)
     if len(report.failures) > _SHOWN_FAILURES:
-        print(f"moss_train {verb}: and {len(report.failures) - _SHOWN_FAILURES} more", file=sys.stderr)
+        print(f"moss_train {command}: and {len(report.failures) - _SHOWN_FAILURES} more", file=sys.stderr)
     written, failed = pluralize(report.num_written, unit), pluralize(len(report.failures), "clip")
-    print(printable(f"{verb}: {written} written to {out}, {report.num_present} were there, {failed} failed"))
+    print(printable(f"{command}: {written} written to {out}, {report.num_present} already there, {failed} failed"))
     return 1 if report.failures else 0

@@ -44,7 +44,7 @@ class EncodeJob:
 def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device], *, executor: str = "local") -> Report:
     """Encode a packed folder into a folder of codes of the same shards, one process per device, or on a Ray cluster.
 
-    The folder appears when it is complete; after a kill the next call goes on after the shards that are finished.
+    The folder appears when it is complete; after a kill the next call continues after the shards that are finished.
     Clips that cannot be read are reported and left out. Raises UserError when `target` is something else or was begun
     with other weights or options, or the model does not fit the audio.
     """

@@ -4,7 +4,7 @@ They take the logits and features of K sub-discriminators, each with the clip as
 a clip first and then summed over clips and divided by `num_clips`, the number of clips of the whole update (all
 micro-batches, all ranks), so that the values of parts add up to the value of the whole.
 
-Papers and public code differ in how they go on. The technical report (arXiv 2602.10934) takes means over
+Papers and public code differ in how they continue. The technical report (arXiv 2602.10934) takes means over
 sub-discriminators and layers and divides feature distances by the size of the features. Public code of its authors and
 of others (HiFi-GAN, DAC) takes sums of plain distances, which are ten to a hundred times larger at the same weights.
 """

@@ -210,7 +210,7 @@ class CatModule(lightning.LightningModule):
         check_equal_start(self, (self.update, self.position))
 
     def on_train_start(self) -> None:
-        """With everything restored: settings that were changed since the checkpoint hold, the average goes on."""
+        """With everything restored: settings that were changed since the checkpoint hold, the average continues."""
         for optimizer, options in zip(self.trainer.optimizers, self._group_options, strict=True):
             restore_options(optimizer, options)
         if self.average is not None:
@@ -252,7 +252,7 @@ def out_of_memory(module: CatModule, batch: UpdateBatch) -> str:
     return (
         f"out of memory on {module.device} in update {module.update}, whose largest micro-batch is {clips} clips of "
         f"{seconds:.1f} s: use trainer.precision=bf16-mixed, trainer.activation_checkpointing, trainer.strategy=fsdp "
-        "or a lower data.micro_batch_seconds (with allow_config_changes=true); it goes on from the newest checkpoint"
+        "or a lower data.micro_batch_seconds (with allow_config_changes=true); it continues from the newest checkpoint"
     )
 
 

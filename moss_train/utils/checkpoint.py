@@ -146,7 +146,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest sound checkpoint, with a warning for each damaged one that is passed over; None when there is none.
+    """The newest sound checkpoint, with a warning for each damaged one that is skipped; None when there is none.
 
     Raises:
         UserError: there are checkpoints and all are damaged. Training never silently starts from scratch beside them.
@@ -166,7 +166,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def resume_checkpoint(directory: Path) -> Path | None:
-    """`newest_checkpoint` for going on from it: damaged newer ones are renamed, so that retention does not count them.
+    """`newest_checkpoint` to continue from: damaged newer ones are renamed, so that retention does not count them.
 
     Raises:
         UserError: as `newest_checkpoint`; nothing is renamed then.

@@ -96,7 +96,7 @@ def file_lock(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator
     """Hold a lock file; the system releases it when the process ends, however it ends.
 
     It waits a little, because workers of a killed process hold it until they notice. On a file system without locks it
-    warns and goes on.
+    warns and continues.
 
     Args:
         path: lock file, or a folder that is locked itself; the folder must exist.

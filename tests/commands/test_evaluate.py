@@ -46,7 +46,7 @@ def test_a_model_is_measured_at_every_depth_and_domain(folder, capsys, monkeypat
     assert main(arguments) == 1  # as every command that had to leave something out
     captured = capsys.readouterr()
     assert "3 of 4 clips" in captured.out
-    assert "passed over: " in captured.err
+    assert "skipped: " in captured.err
     assert "bad.wav is not audio" in captured.err
     rows = rows_of(folder / "out")
     assert [row["domain"] for row in rows[::4]] == ["sound", "speech", "all"]

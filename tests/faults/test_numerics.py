@@ -1,4 +1,4 @@
-"""Numbers that are not finite, silent, empty or far too large: no weight is poisoned, and training goes on."""
+"""Numbers that are not finite, silent, empty or far too large: no weight is poisoned, and training continues."""
 
 import copy
 import math
@@ -145,7 +145,7 @@ NOT_FINITE = {
 
 @pytest.mark.parametrize("kind", NOT_FINITE)
 def test_an_update_that_is_not_finite_moves_nothing(config, updates, kind: str) -> None:
-    """Neither optimizer steps, weights and moments keep every bit, the samples are named, and training goes on."""
+    """Neither optimizer steps, weights and moments keep every bit, the samples are named, and training continues."""
     with pytest.warns(UserWarning, match=rf"update {BAD} skipped: .* not finite; samples .*\.flac"):
         watch = train(config, updates, NOT_FINITE[kind])
     assert_equal(watch.after, watch.before)

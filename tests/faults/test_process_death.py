@@ -20,7 +20,7 @@ CALLS_PER_UPDATE = 30_000
 
 
 def kill_places(seed: int) -> list[tuple[int, int]]:
-    """Seeded (update of the process, further calls) of one run's kills; a resume goes on from update 0, 3, 6 or 9."""
+    """Seeded (update of the process, further calls) of one run's kills; a resume continues from update 0, 3, 6 or 9."""
     generator = random.Random(seed)
     return [(generator.randint(1, 4), generator.randrange(CALLS_PER_UPDATE)) for _ in range(KILLS_PER_RUN)]
 

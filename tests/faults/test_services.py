@@ -1,4 +1,4 @@
-"""Servers that are down, slow or lie, and ranks that are: the run goes on, or ends within a stated time."""
+"""Servers that are down, slow or lie, and ranks that are: the run continues, or ends within a stated time."""
 
 import functools
 import http.server

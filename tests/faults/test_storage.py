@@ -148,7 +148,7 @@ def test_a_slow_disk_costs_time_and_says_so(whole: Fit, make_fit) -> None:
         job.send(signal.SIGTERM)
     outcome = job.wait()
     assert outcome.status == 128 + signal.SIGTERM, outcome.log[-3000:]
-    assert "stopped by SIGTERM at update 3; the same command goes on from there" in outcome.log
+    assert "stopped by SIGTERM at update 3; the same command resumes from there" in outcome.log
     assert_sound(fit, ["update-00000002", "update-00000003"])
     outcome = fit.finish(fault={"slow_sync": 0.2})
     assert_same_run(fit, whole)

@@ -32,15 +32,15 @@ def test_encode_and_decode_a_folder(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert main(["encode", "model=model", "input=in put", "out=codes", "device=cpu", "batch_seconds=5"]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "encode: 2 files written to codes, 0 were there, 1 clip failed\n"
-    assert "moss_train encode: passed over: in put/bad.wav is not audio" in captured.err
+    assert captured.out == "encode: 2 files written to codes, 0 already there, 1 clip failed\n"
+    assert "moss_train encode: skipped: in put/bad.wav is not audio" in captured.err
     codes, info = read_codes(Path("codes/a/one.safetensors"))
     samples, _ = read_audio("in put/a/one.wav", sampling_rate=16000)
     assert (info.num_channels, info.num_samples) == (2, samples.shape[1])
     assert codes.shape == (3, -(-samples.shape[1] // 240))
 
     assert main(["decode", "model=model", "input=codes", "out=audio", "format=flac", "device=cpu"]) == 0
-    assert capsys.readouterr().out == "decode: 2 files written to audio, 0 were there, 0 clips failed\n"
+    assert capsys.readouterr().out == "decode: 2 files written to audio, 0 already there, 0 clips failed\n"
     decoded, rate = read_audio("audio/a/one.flac")
     assert (decoded.shape, rate) == (samples.shape, 16000)
     assert sorted(path.name for path in Path("audio").rglob("*") if path.is_file()) == ["one.flac", "two.flac"]

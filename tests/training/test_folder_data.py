@@ -64,7 +64,7 @@ def test_the_shards_are_part_of_what_a_run_was_started_with(init, audio, tmp_pat
     assert main([*command, "max_updates=2", "allow_config_changes=true"]) == 0
     shutil.rmtree(audio)
     assert main([*command, "max_updates=3"]) == 0
-    assert "is gone, going on with" in capsys.readouterr().err
+    assert "is gone, continuing with" in capsys.readouterr().err
     assert list_checkpoints(run / "checkpoints")[-1].name == "update-00000003"
 
 

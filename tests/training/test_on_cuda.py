@@ -49,7 +49,7 @@ def cuda_autocast(device_type: str, dtype: Any = None, enabled: bool = True, **_
 def shallow_module(name: str) -> CatModule:
     """The module of an experiment in its own widths, with one layer per stage and LM."""
     config = load_config("fit", [f"experiment={name}"]).to_plain()
-    if config["tokenizer"].get("stages") is None:  # as in the model that it goes on from
+    if config["tokenizer"].get("stages") is None:  # as in the model that it continues from
         config["tokenizer"] = load_config("fit", ["experiment=cat_tiny"]).to_plain()["tokenizer"]
     for stage in config["tokenizer"]["stages"]:
         stage["num_layers"] = 1

@@ -51,7 +51,7 @@ def test_two_processes_train_like_one(pair, whole):
 
 
 def test_a_killed_run_goes_on_with_another_number_of_processes(launcher, small_overrides, whole, tmp_path):
-    """SIGKILL of the first of two processes ends the other; one process goes on, and then two again."""
+    """SIGKILL of the first of two processes ends the other; one process continues, and then two again."""
     directory = tmp_path / "run"
     arguments = ("fit", *small_overrides, f"run_dir={directory}")
     first, second = launcher.start_ranks(*arguments)

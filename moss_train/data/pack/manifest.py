@@ -66,7 +66,7 @@ class SourceClip:
 
 @dataclass(frozen=True)
 class SourceList:
-    """Clips in their fixed order, with what was passed over while listing them."""
+    """Clips in their fixed order, with what was skipped while listing them."""
 
     source: Path
     clips: tuple[SourceClip, ...]
@@ -151,7 +151,7 @@ def check_domain(domain: str, where: str) -> str:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder; linked folders are followed once, hidden names are passed over.
+    """Yield every file below a folder; linked folders are followed once, hidden names are skipped.
 
     What is neither a folder nor a file is yielded too and must not be opened: a pipe may wait for ever. Links that lead
     out of the folder are followed, because many keep their corpora so, with a warning: whoever passes the shards on
@@ -294,7 +294,7 @@ def _iterate_table(manifest: Path, delimiter: str) -> Entries:
                 row = next(rows)
             except StopIteration:
                 return
-            except csv.Error as error:  # the reader goes on with the next line
+            except csv.Error as error:  # the reader continues with the next line
                 where = f"{manifest}:{rows.line_num + 1}"
                 yield where, UserError(f"{where}: not a line of UTF-8 CSV ({error})")
                 continue

@@ -47,7 +47,7 @@ def pack_cached(
 ) -> PackedSource:
     """Pack a source into `cache`, or find it there; a line says which, and where.
 
-    Packing that was interrupted goes on after its last finished shard. Of several processes one packs and the others
+    Packing that was interrupted continues after its last finished shard. Of several processes one packs and the others
     wait.
 
     Raises:

@@ -189,7 +189,7 @@ MIN_SAMPLES = 1000
 RECENT_UPDATES = 20
 RECENT_BAD_SHARE = 0.5
 """Of the samples of so many updates in a row at most this share may be bad, or `max_invalid_fraction` if that is more:
-late in a run its share of all samples would let it go on without data for days."""
+late in a run its share of all samples would let it continue without data for days."""
 
 
 class StreamCounter:
@@ -276,7 +276,7 @@ class StreamCounter:
         ):
             raise UserError(
                 f"{bad} of the {used + bad} samples of the last {RECENT_UPDATES} updates could not be used: is the "
-                f"data still in reach? The same command goes on from the newest checkpoint. {self._last_line}".rstrip()
+                f"data still in reach? The same command resumes from the newest checkpoint. {self._last_line}".rstrip()
             )
 
     def _check_share(self, last: str) -> None:

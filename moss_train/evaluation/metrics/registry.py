@@ -24,7 +24,7 @@ def build_metrics(
     """Build metrics, in the order of the published table whatever that of `wanted` is, the user's own after them.
 
     Args:
-        wanted: names, and `_target_` nodes of the user's classes. `text_model` is passed over: it is measured where the
+        wanted: names, and `_target_` nodes of the user's classes. `text_model` is skipped: it is measured where the
             codes are made (see `TextCrossEntropy`).
         path: of `wanted` in the configuration, for errors.
         profile, speaker_model, recognition, recognition_model: see configs/evaluate.yaml.

@@ -128,7 +128,7 @@ def prefetch_in_turn(units: Sequence[Sequence[Any]]) -> None:
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's processes and device mesh for FSDP2; `CatModule.configure_model` shards.
 
-    Checkpoints hold whole tensors under the names of one process, so that a run can go on with other processes or
+    Checkpoints hold whole tensors under the names of one process, so that a run can continue with other processes or
     another strategy. Lightning's own collection would step an optimizer without state to give it one.
     """
 

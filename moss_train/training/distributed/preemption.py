@@ -65,7 +65,7 @@ def exit_after_preemption(received: signal.Signals, update: int, trainer: Traine
         atexit.register(stop_torchrun)
     if trainer.local_rank == 0 or started_processes() is not None:
         raise PreemptedError(
-            received, f"stopped by {received.name} at update {update}; the same command goes on from there"
+            received, f"stopped by {received.name} at update {update}; the same command resumes from there"
         )
 
 

@@ -39,7 +39,7 @@ class Writer:
     """Something that keeps a log; each one takes what it can show."""
 
     def start(self, update: int) -> None:
-        """Begin, or go on after `update`: what is written about later updates is about to be written again."""
+        """Begin, or continue after `update`: what is written about later updates is about to be written again."""
 
     def write(self, table: str, row: Row) -> None:
         """Take a row of one of TABLES."""
@@ -82,7 +82,7 @@ class LoggerCollection:
 
 
 class CsvWriter(Writer):
-    """One table, floats to the last bit; a resumed run goes on below its checkpoint.
+    """One table, floats to the last bit; a resumed run continues below its checkpoint.
 
     Args:
         path: of the file; its stem names the table.

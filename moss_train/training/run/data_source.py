@@ -47,14 +47,14 @@ def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> DataFolders
         return DataFolders(data.train, [])
     record = read_record(directory)
     if record is not None and record.train.exists() and not Path(data.path).exists():
-        print(printable(f"data.path={data.path} is gone, going on with {record.train.parent}"), file=sys.stderr)
+        print(printable(f"data.path={data.path} is gone, continuing with {record.train.parent}"), file=sys.stderr)
         packed = record
     else:
         packed = pack_for_run(data.path, data, tokenizer, directory)
         if record is not None and record.key != packed.key and not config.allow_config_changes:
             raise UserError(
                 f"the files of data.path={data.path} are not those that {directory} was started with: use another "
-                "name=, or allow_config_changes=true to go on with them"
+                "name=, or allow_config_changes=true to continue with them"
             )
         write_record(directory, packed)
     if packed.is_silent:

@@ -72,7 +72,7 @@ class RunResult:
 
 
 def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
-    """Train, or go on training, the run that a `fit` configuration describes.
+    """Train, or continue training, the run that a `fit` configuration describes.
 
     Args:
         config: of `moss_train.load_config("fit", [...])`; plain data is checked in the same way.
@@ -250,7 +250,7 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
     if changes:
         raise UserError(
             f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
-            "allow_config_changes=true to go on with the new values"
+            "allow_config_changes=true to continue with the new values"
         )
 
 

@@ -37,7 +37,7 @@ class InitPlan:
 
     Attributes:
         arguments: of `CatModule`, plain data.
-        source: where weights come from; None from scratch, and for a run that goes on from a checkpoint.
+        source: where weights come from; None from scratch, and for a run that continues from a checkpoint.
         fresh: networks that `init` does not bring, or is not asked for.
     """
 

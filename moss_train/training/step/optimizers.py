@@ -113,7 +113,7 @@ class EMA:
         self._names: list[str] = []
 
     def start(self, model: nn.Module) -> None:
-        """Begin with the model's weights as they are, or go on with those that were loaded."""
+        """Begin with the model's weights as they are, or continue with those that were loaded."""
         parameters = dict(model.named_parameters())
         self._names, self._weights = list(parameters), list(parameters.values())
         stored = [self._stored.get(name) for name in parameters]
