@@ -10,7 +10,7 @@ import moss_train
 from moss_train import load_config
 from moss_train.cli.help import find_commands
 from moss_train.cli.main import main
-from moss_train.config.inputs import check_inputs
+from moss_train.config.schema import check_inputs
 from moss_train.utils.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[1]

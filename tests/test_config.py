@@ -14,9 +14,8 @@ import yaml
 from moss_train import load_config
 from moss_train.cli.compose import compose
 from moss_train.config.fit_schema import DataConfig, FitConfig, ObjectiveConfig, StageConfig, compile_backends
-from moss_train.config.inputs import check_inputs
 from moss_train.config.overrides import dotted_keys, find_hint
-from moss_train.config.schema import COMMANDS, EvaluateConfig
+from moss_train.config.schema import COMMANDS, EvaluateConfig, check_inputs
 from moss_train.config.section import REMOVED, RENAMED, Section, hints_of, known_keys
 from moss_train.utils.errors import ConfigError
 from moss_train.utils.files import config_directory

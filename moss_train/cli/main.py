@@ -143,7 +143,7 @@ def _run(arguments: Arguments) -> int:
 
 def _run_command(command: str, arguments: Arguments) -> int:
     from moss_train.cli.compose import compose, open_plugins, parse_config, to_yaml
-    from moss_train.config.inputs import check_inputs
+    from moss_train.config.schema import check_inputs
 
     values = compose(command, arguments.overrides, arguments.config_directory)
     if arguments.show_config:

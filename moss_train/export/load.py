@@ -120,7 +120,7 @@ def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a path means: itself, or the newest sound one of a run; None for anything else."""
+    """The checkpoint that a path means: itself, or the newest valid one of a run; None for anything else."""
     if (path / CHECKPOINT_FILE).exists():
         if problem := find_damage(path):
             raise UserError(f"checkpoint {path} is damaged: {problem}")

@@ -93,7 +93,7 @@ def sync(path: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The `info` of a sound checkpoint's manifest."""
+    """The `info` of a valid checkpoint's manifest."""
     return read_json(directory / MANIFEST)["info"]
 
 
@@ -135,7 +135,7 @@ def find_damage(directory: Path) -> str | None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoint directories in a run's checkpoint folder, oldest first, sound or not; none without a folder.
+    """Checkpoint directories in a run's checkpoint folder, oldest first, valid or not; none without a folder.
 
     Raises:
         OSError: the folder cannot be read, which does not mean that it is empty.
@@ -146,7 +146,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest sound checkpoint, with a warning for each damaged one that is skipped; None when there is none.
+    """The newest valid checkpoint, with a warning for each damaged one that is skipped; None when there is none.
 
     Raises:
         UserError: there are checkpoints and all are damaged. Training never silently starts from scratch beside them.
@@ -208,7 +208,7 @@ def read_best(directory: Path) -> BestCheckpoint | None:
 
 
 def best_checkpoint(directory: Path) -> Path | None:
-    """The sound checkpoint of the best validation of a checkpoint folder; None when no validation chose one.
+    """The valid checkpoint of the best validation of a checkpoint folder; None when no validation chose one.
 
     Raises:
         UserError: it is damaged.
@@ -218,7 +218,7 @@ def best_checkpoint(directory: Path) -> Path | None:
         return None
     path = Path(directory) / best.name
     if problem := find_damage(path):
-        raise UserError(f"the best checkpoint {path} is damaged ({problem}); the newest one may still be sound")
+        raise UserError(f"the best checkpoint {path} is damaged ({problem}); the newest one may still be valid")
     return path
 
 

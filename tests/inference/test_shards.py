@@ -13,7 +13,7 @@ import torch
 from moss_train import load_config
 from moss_train.audio.io import read_audio
 from moss_train.cli.main import main
-from moss_train.config.inputs import check_inputs
+from moss_train.config.schema import check_inputs
 from moss_train.data.pack.resume import unfinished_folder
 from moss_train.data.shards.codes import CodeShards, is_code_folder
 from moss_train.data.shards.index import ShardIndex

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from moss_train.config.build import build
 from moss_train.config.fit_schema import FitConfig
-from moss_train.config.inputs import check_inputs
+from moss_train.config.schema import check_inputs
 from moss_train.config.section import known_keys
 from moss_train.data.stream.loader import check_longest, make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
@@ -118,7 +118,7 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
 
 
 def find_resume_checkpoint(config: FitConfig, directory: Path, trainer: Trainer) -> Path | None:
-    """The newest sound checkpoint, None for a new run. Rank 0 looks, before it starts the others; all of them learn."""
+    """The newest valid checkpoint, None for a new run. Rank 0 looks, before it starts the others; all of them learn."""
     checkpoint = None
     if trainer.is_global_zero:
         checkpoint = resume_checkpoint(directory / "checkpoints")
