@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import wandb
 
 from moss_train.audio.io import write_audio
 from moss_train.training.loggers import wandb as wandb_access
@@ -61,6 +62,7 @@ def test_a_server_that_cannot_be_reached_is_one_warning(tmp_path, capfd, monkeyp
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(wandb_access, "INIT_SECONDS", 1.0)
+    wandb.teardown()  # which reads the environment once
     writer = WandbWriter(tmp_path, "auto", 1, {})
     writer.start(0)
     assert writer.run.offline

@@ -76,6 +76,7 @@ class WandbWriter(Writer):
                     return
                 except wandb.Error as error:
                     warn(f"wandb is offline: {first_line(error)}")
+                    wandb.teardown()  # or the id would still be in use
             elif wanted == "online":  # most people without a key do not want to hear of it with every run
                 warn("wandb is offline: no API key (wandb login, or WANDB_API_KEY)")
         self._start_run("offline")
