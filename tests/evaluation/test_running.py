@@ -113,7 +113,7 @@ def test_failures_are_counted_and_never_a_crash(tmp_path):
     silent = next(row for row in evaluation.rows if row.clip == "silent")
     assert all(entry.errors == {"si_sdr": "the reference is silent"} for entry in silent.conditions
                if entry.condition.system != "mismatched")  # fmt: skip
-    text = write_outputs(evaluation, "exclude", 0, [], False)
+    text = write_outputs(evaluation, "exclude", 0, [])
     (line,) = [line for line in text.splitlines() if line.startswith("| speech | bits | 8")]
     assert line.endswith("| 3/7 |")
     assert "3 clips not read" in text
