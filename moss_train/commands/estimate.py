@@ -94,8 +94,8 @@ def time_table(result: Estimate) -> Table:
         *columns, title="time (audio-s per update; audio-s/s are audio-h/h; stepping: share of sums and optimizers)"
     )
     for s in result.stages:
-        seconds = s.computing + s.stepping
-        times = (f"{seconds:,.3g}", f"{s.stepping / seconds:.0%}", f"{s.rate:,.0f}", f"{s.updates_per_hour:,.0f}")
+        seconds = s.compute_seconds + s.step_seconds
+        times = (f"{seconds:,.3g}", f"{s.step_seconds / seconds:.0%}", f"{s.rate:,.0f}", f"{s.updates_per_hour:,.0f}")
         work = (f"{number:,.0f}" for number in (s.stage.updates, s.stage.batch_seconds))
         table.add_row(s.stage.name, *work, *times, f"{s.audio_seconds / 3600:,.0f}", in_days(s.days))
     table.add_section()
@@ -180,7 +180,7 @@ def scaling_lines(result: Estimate, law: ScalingLaw) -> list[str]:
 
 def assumptions(config: EstimateConfig, result: Estimate, machine: Machine) -> list[str]:
     """Everything that was not counted."""
-    hurried = any(stage.updates_per_hour > 3600 / SHORT_UPDATE_SECONDS for stage in result.stages)
+    is_launch_bound = any(stage.updates_per_hour > 3600 / SHORT_UPDATE_SECONDS for stage in result.stages)
     peak, kind = machine.peak(config.trainer)
     origin = f" (measured: {config.mfu})" if isinstance(config.mfu, str) else ""
     if config.mfu == MODELLED_MFU:
@@ -196,7 +196,7 @@ def assumptions(config: EstimateConfig, result: Estimate, machine: Machine) -> l
         "  no restarts, no waiting for data, no validation",
         *(
             [f"  updates of less than {SHORT_UPDATE_SECONDS} s wait for the CPU: this run takes longer"]
-            if hurried
+            if is_launch_bound
             else []
         ),
     ]

@@ -12,31 +12,31 @@ from moss_train.training.loggers.base import Row, Writer
 from moss_train.utils.files import atomic_write
 
 SHARE = "gradient_share/"
-MEASURED_SHARES = 5  # in a row that are looked at together
+MEASURED_SHARES = 5  # of which all have to be too small
 
 
 class WarningLatch:
-    """Sounds when a sign appears, and again only after it was gone for a while: a value near its limit is one sign."""
+    """Warns when a condition becomes true, and again only after CALM checks in which it was false (hysteresis)."""
 
-    CALM = 10  # judgements in a row without the sign
+    CALM = 10
 
-    def __init__(self, sound: Callable[[str], None]) -> None:
-        self.sound = sound
-        self.calm: dict[str, int] = {}  # judgements since a sign was there, of those that were
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.warn = warn
+        self.calm: dict[str, int] = {}  # by condition that was true: checks since then
 
-    def judge(self, sign: str, is_there: bool, message: Callable[[], str]) -> None:
-        """Take note of one sign."""
-        if is_there and self.calm.get(sign, self.CALM) >= self.CALM:
-            self.sound(message())
-        if is_there:
-            self.calm[sign] = 0
-        elif sign in self.calm:
-            self.calm[sign] += 1
+    def update(self, condition: str, is_true: bool, message: Callable[[], str]) -> None:
+        """Take the result of one check."""
+        if is_true and self.calm.get(condition, self.CALM) >= self.CALM:
+            self.warn(message())
+        if is_true:
+            self.calm[condition] = 0
+        elif condition in self.calm:
+            self.calm[condition] += 1
 
 
 @dataclass
-class Between:
-    """What the time since a judged checkpoint went into."""
+class CheckpointInterval:
+    """Where the time since the last checked checkpoint went."""
 
     updates: int = 0
     update_seconds: float = 0.0
@@ -48,7 +48,7 @@ class HealthMonitor(Writer):
 
     Args:
         directory: of the run.
-        limits: what counts as trouble.
+        limits: beyond which it warns.
         codebook_size: codes per level.
     """
 
@@ -56,9 +56,9 @@ class HealthMonitor(Writer):
         self.path = directory / "warnings.txt"
         self.limits = limits
         self.codebook_size = codebook_size
-        self.alarm = WarningLatch(self._sound)
+        self.latch = WarningLatch(self._warn)
         self.rows: deque[Row] = deque(maxlen=limits.window_updates)
-        self.between = Between()
+        self.interval = CheckpointInterval()
         self.shares: deque[Row] = deque(maxlen=MEASURED_SHARES)
 
     def start(self, update: int) -> None:
@@ -68,28 +68,28 @@ class HealthMonitor(Writer):
             with atomic_write(self.path) as path:
                 path.write_text("".join(f"{line}\n" for line in lines if update_of(line) <= update), "utf-8")
 
-    def _sound(self, message: str) -> None:
+    def _warn(self, message: str) -> None:
         warn(message)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(message + "\n")
 
     def write(self, table: str, row: Row) -> None:
-        """Look at a row."""
+        """Check a row."""
         if table == "codebooks":
-            self._judge_codebooks(row)
+            self._check_codebooks(row)
         if table != "metrics":
             return
         self.rows.append(row)
         if any(name.startswith(SHARE) for name in row):
             self.shares.append(row)
-            self._judge_shares(row["update"])
-        self._judge_checkpoints(row)
+            self._check_shares(row["update"])
+        self._check_checkpoints(row)
         if row["update"] % max(1, self.limits.window_updates // 10) == 0 and len(self.rows) == self.rows.maxlen:
-            self._judge_discriminators(row["update"])
-            self._judge_gradients(row["update"])
-            self._judge_data(row["update"])
+            self._check_discriminators(row["update"])
+            self._check_gradients(row["update"])
+            self._check_data(row["update"])
 
-    def _judge_codebooks(self, row: Row) -> None:
+    def _check_codebooks(self, row: Row) -> None:
         if row["update"] <= self.limits.ignore_first_updates or row.get("frames", 0) < 4 * self.codebook_size:
             return
         least = self.limits.min_codebook_use * self.codebook_size
@@ -104,16 +104,16 @@ class HealthMonitor(Writer):
                 "objective.weights.codebook, and see whether the training audio is silent (`moss_train inspect`)"
             )
 
-        self.alarm.judge("codebooks", bool(poor), message)
+        self.latch.update("codebooks", bool(poor), message)
 
-    def _judge_discriminators(self, update: int) -> None:
-        # Not in their head start, in which they have yet to learn.
+    def _check_discriminators(self, update: int) -> None:
+        # Not during their warm-up.
         judged = [row for row in self.rows if "loss/adversarial" in row]
         margins = [row["discriminator/real"] - row["discriminator/generated"] for row in judged]
         if len(margins) < len(self.rows):
             return
         margin, count = statistics.fmean(margins), len(margins)
-        self.alarm.judge(
+        self.latch.update(
             "discriminators win",
             margin > self.limits.max_discriminator_margin,
             lambda: (
@@ -122,7 +122,7 @@ class HealthMonitor(Writer):
                 "raise discriminator_every, or raise objective.weights.feature"
             ),
         )
-        self.alarm.judge(
+        self.latch.update(
             "discriminators lose",
             margin < self.limits.min_discriminator_margin,
             lambda: (
@@ -131,12 +131,12 @@ class HealthMonitor(Writer):
             ),
         )
 
-    def _judge_shares(self, update: int) -> None:
+    def _check_shares(self, update: int) -> None:
         """A term that has a weight, but hardly a part in the gradient, trains nothing."""
         names = [name.removeprefix(SHARE) for name in self.shares[-1] if name.startswith(SHARE)]
         for name in names:
             shares = [row.get(SHARE + name, 1.0) for row in self.shares if row.get(f"weighted/{name}")]
-            self.alarm.judge(
+            self.latch.update(
                 f"share of {name}",
                 len(shares) == MEASURED_SHARES and max(shares) < self.limits.min_gradient_share,
                 lambda name=name, shares=shares: (  # type: ignore[misc]
@@ -145,14 +145,14 @@ class HealthMonitor(Writer):
                 ),
             )
 
-    def _judge_gradients(self, update: int) -> None:
+    def _check_gradients(self, update: int) -> None:
         for side in ("generator", "discriminators"):
             norms = [row[f"gradient_norm/{side}"] for row in self.rows if f"gradient_norm/{side}" in row]
             recent = self.limits.window_updates // 4
             if len(norms) < len(self.rows):
                 continue
             before, now = statistics.median(norms[:-recent]), statistics.median(norms[-recent:])
-            self.alarm.judge(
+            self.latch.update(
                 f"gradients of {side}",
                 now > self.limits.max_gradient_growth * before,
                 lambda side=side, before=before, now=now: (  # type: ignore[misc]
@@ -161,11 +161,11 @@ class HealthMonitor(Writer):
                 ),
             )
 
-    def _judge_data(self, update: int) -> None:
+    def _check_data(self, update: int) -> None:
         waited = sum(row["data_wait_seconds"] for row in self.rows)
         total = sum(row["update_seconds"] for row in self.rows)
         share = waited / total if total else 0.0
-        self.alarm.judge(
+        self.latch.update(
             "data",
             share > self.limits.max_data_wait,
             lambda: (
@@ -174,13 +174,13 @@ class HealthMonitor(Writer):
             ),
         )
 
-    def _judge_checkpoints(self, row: Row) -> None:
-        seconds, between = row["checkpoint_seconds"], self.between
-        if between.updates:  # the one at the start has no updates before it
-            between.checkpoint_seconds += seconds
-        if seconds and between.updates >= self.limits.window_updates:
-            share = between.checkpoint_seconds / (between.checkpoint_seconds + between.update_seconds)
-            self.alarm.judge(
+    def _check_checkpoints(self, row: Row) -> None:
+        seconds, interval = row["checkpoint_seconds"], self.interval
+        if interval.updates:  # the one at the start has no updates before it
+            interval.checkpoint_seconds += seconds
+        if seconds and interval.updates >= self.limits.window_updates:
+            share = interval.checkpoint_seconds / (interval.checkpoint_seconds + interval.update_seconds)
+            self.latch.update(
                 "checkpoints",
                 share > self.limits.max_checkpoint_time,
                 lambda: (
@@ -188,9 +188,9 @@ class HealthMonitor(Writer):
                     "s for the last one: raise checkpoint.every_updates, or put run_dir on a faster disk"
                 ),
             )
-            self.between = between = Between()
-        between.updates += 1
-        between.update_seconds += row["update_seconds"]
+            self.interval = interval = CheckpointInterval()
+        interval.updates += 1
+        interval.update_seconds += row["update_seconds"]
 
 
 def update_of(line: str) -> int:

@@ -132,20 +132,20 @@ class StageEstimate:
     Attributes:
         costs: per audio-second, by network.
         audio_seconds: in the whole stage.
-        computing: seconds of an update in which all GPUs work on its audio.
-        stepping: seconds of an update after that: gradients are summed over the GPUs, then the optimizers step.
+        compute_seconds: of an update in which all GPUs work on its audio.
+        step_seconds: of an update after that: gradients are summed over the GPUs, then the optimizers step.
     """
 
     stage: Stage
     costs: dict[str, Cost]
     audio_seconds: float
-    computing: float
-    stepping: float
+    compute_seconds: float
+    step_seconds: float
 
     @property
     def rate(self) -> float:
         """Audio-seconds per second on all GPUs."""
-        return self.stage.batch_seconds / (self.computing + self.stepping)
+        return self.stage.batch_seconds / (self.compute_seconds + self.step_seconds)
 
     @property
     def operations(self) -> float:
@@ -206,7 +206,7 @@ def estimate(
     config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, parameters: StateSize, machine: Machine
 ) -> Estimate:
     """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
-    costs = cache(lambda learning: lasting_costs(learning, config, arguments, tokenizer, machine))
+    costs = cache(lambda learning: constant_costs(learning, config, arguments, tokenizer, machine))
     objective = Objective(tokenizer.sampling_rate, **arguments["objective"])
     stages = []
     for stage in Schedule.from_config(arguments["stages"]).stages:
@@ -228,12 +228,12 @@ def stage_estimate(
         stage,
         costs,
         audio_seconds=stage.updates * stage.batch_seconds,
-        computing=operations / (machine.gpus * machine.mfu * peak),
-        stepping=stepping_seconds(stage, trainer, parameters, machine),
+        compute_seconds=operations / (machine.gpus * machine.mfu * peak),
+        step_seconds=seconds_of_step(stage, trainer, parameters, machine),
     )
 
 
-def stepping_seconds(stage: Stage, trainer: TrainerConfig, parameters: StateSize, machine: Machine) -> float:
+def seconds_of_step(stage: Stage, trainer: TrainerConfig, parameters: StateSize, machine: Machine) -> float:
     """Time of an update beside its audio: each GPU sends 2 (n - 1) / n of the gradients, and steps all optimizers."""
     learning = parameters.tokenizer + parameters.semantic + (parameters.discriminators if stage.adversarial else 0)
     sent = 2 * (machine.gpus - 1) / machine.gpus * learning * (2 if trainer.reduce_dtype == "bf16" else 4)
@@ -241,7 +241,7 @@ def stepping_seconds(stage: Stage, trainer: TrainerConfig, parameters: StateSize
     return sent / (machine.allreduce_gb_per_second * GB) + moved / (GPUS[machine.gpu].bandwidth * 1e12)
 
 
-def lasting_costs(
+def constant_costs(
     learning: tuple[str, ...], config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
 ) -> dict[str, Cost]:
     """Costs per audio-second of what every stage has, for clips of `data.crop_seconds`; the LM's as their mean."""
