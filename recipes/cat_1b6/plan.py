@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moss_train import load_config
 from moss_train.config.fit_schema import TrainerConfig
-from moss_train.training.cost.estimate import GB, Estimate, Machine, estimate, stepping_seconds
+from moss_train.training.cost.estimate import GB, Estimate, Machine, estimate, seconds_of_step
 from moss_train.training.run.fit import measure
 from moss_train.training.run.warm_start import plan_initialization
 
@@ -126,8 +126,8 @@ def on_more(plan: Estimate, trainer: TrainerConfig, machine: Machine) -> Estimat
     stages = [
         replace(
             stage,
-            computing=stage.computing * GPUS[0] / machine.gpus,
-            stepping=stepping_seconds(stage.stage, trainer, plan.parameters, machine),
+            compute_seconds=stage.compute_seconds * GPUS[0] / machine.gpus,
+            step_seconds=seconds_of_step(stage.stage, trainer, plan.parameters, machine),
         )
         for stage in plan.stages
     ]
@@ -137,7 +137,9 @@ def on_more(plan: Estimate, trainer: TrainerConfig, machine: Machine) -> Estimat
 def row(plan: Estimate, gpus: int, byte_rate: float, writing_days: float) -> str:
     """The plan for a number of GPUs, from its estimate and what all checkpoints take."""
     rates = [stage.rate for stage in plan.stages]
-    stepping = " / ".join(f"{stage.stepping / (stage.computing + stage.stepping):.0%}" for stage in plan.stages)
+    stepping = " / ".join(
+        f"{stage.step_seconds / (stage.compute_seconds + stage.step_seconds):.0%}" for stage in plan.stages
+    )
     gpu_hours = plan.days * 24 * gpus
     stops = gpu_hours / GPU_HOURS_PER_FAILURE
     lost_days = stops * (CHECKPOINT_MINUTES / 2 + RESTART_MINUTES) / 60 / 24 + writing_days

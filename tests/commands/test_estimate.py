@@ -9,7 +9,7 @@ from moss_train import load_config
 from moss_train.cli.main import main
 from moss_train.commands.estimate import in_days
 from moss_train.config.fit_schema import TrainerConfig
-from moss_train.training.cost.estimate import Machine, read_scaling_law, stepping_seconds
+from moss_train.training.cost.estimate import Machine, read_scaling_law, seconds_of_step
 from moss_train.training.cost.flops import Cost, discriminators_cost, layers_cost, tokenizer_costs
 from moss_train.training.cost.hardware import StateSize
 from moss_train.training.run.warm_start import plan_initialization
@@ -161,7 +161,7 @@ def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16():
 
     def seconds(gpus: int, sent: str, **options: bool) -> float:
         machine = Machine("h100", gpus, 0.4, 0.3, 15.0, 300.0)
-        return stepping_seconds(Stage("s", 10, 60.0, **options), TrainerConfig(reduce_dtype=sent), size, machine)
+        return seconds_of_step(Stage("s", 10, 60.0, **options), TrainerConfig(reduce_dtype=sent), size, machine)
 
     assert seconds(1, "fp32") == pytest.approx(step)
     assert seconds(1, "fp32", adversarial=True) == pytest.approx(step * 2.04 / 2.0)
