@@ -11,7 +11,7 @@ import torch
 from moss_train.audio.io import audio_info, read_audio, resample, to_pcm16, write_audio
 from moss_train.utils.errors import UserError
 
-RECORDINGS = Path(__file__).parents[1] / "recipes" / "quickstart" / "audio"
+RECORDINGS = Path(__file__).parents[2] / "recipes" / "quickstart" / "audio"
 
 
 @pytest.fixture(scope="module")
