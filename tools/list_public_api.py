@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import moss_train
-from moss_train.cli.compose import dotted_keys
-from moss_train.cli.help import find_verbs
+from moss_train.cli.help import find_commands
 from moss_train.config.fit_schema import FitConfig
+from moss_train.config.overrides import dotted_keys
 from moss_train.config.schema import COMMANDS
 from moss_train.evaluation.metrics.base import columns_of
 from moss_train.evaluation.metrics.codes import LevelUse, codebook_columns
@@ -45,7 +45,7 @@ def public_api() -> str:
     """Return the whole list."""
     parts = {
         "Python": [*exported_names(), *names_of_the_guides()],
-        "Commands": sorted(find_verbs()),
+        "Commands": sorted(find_commands()),
         "Configuration keys": list(configuration_keys()),
         "Columns of metrics.csv": metric_columns(Objective(24_000)),
         "Columns of validation.csv": [placeholders(name) for name in validation_columns()],
