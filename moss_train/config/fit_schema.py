@@ -343,6 +343,7 @@ class CheckpointConfig(Section):
     every_updates: Count = 1000
     keep_last: Annotated[int, at_least(2)] = 2
     keep_every_updates: Count | None = None
+    background: bool = False
     monitor: str | None = "mel_distance"
 
     def check(self) -> None:

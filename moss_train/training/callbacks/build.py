@@ -182,7 +182,7 @@ def build_validation(
     keeper = sampler = None
     if metric is not None:
         check_metric(metric, plan.columns)
-        keeper = BestCheckpointKeeper(checkpoints.directory, metric, plan.higher, checkpoints.save)
+        keeper = BestCheckpointKeeper(checkpoints.directory, metric, plan.higher, checkpoints.save_now)
     if settings.samples_clips is not None:
         sampler = AudioSampleWriter(
             directory / "samples",

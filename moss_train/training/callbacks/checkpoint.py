@@ -4,12 +4,15 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from moss_train.training.callbacks.metrics import Clock
 from moss_train.training.module import cat_module
@@ -81,15 +84,30 @@ def check_metric(metric: str, columns: tuple[str, ...]) -> str:
 
 
 class DirectoryCheckpointIO(CheckpointIO):
-    """Lightning's plugin point: a checkpoint is a verified directory, read without unpickling objects."""
+    """Lightning's plugin point: a checkpoint is a verified directory, read without unpickling objects.
+
+    Args:
+        background: a thread writes a copy of the state while the training goes on, one checkpoint at a time. The copy
+            is in the memory of the host. An error comes up with the next checkpoint, or in `finish`.
+    """
+
+    def __init__(self, background: bool = False) -> None:
+        self.background = background
+        self._threads = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        def write(directory: Path) -> None:
-            # Given a path, torch hides why a disk takes no more.
-            with (directory / CHECKPOINT_FILE).open("wb") as file:
-                torch.save(checkpoint, file)
+        self.finish()
+        if self._threads is None:
+            write_state(checkpoint, Path(path))
+        else:
+            self._writing = self._threads.submit(write_state, snapshot(checkpoint), Path(path))
 
-        write_checkpoint(Path(path), write, info=checkpoint["progress"])
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk for good. Raises OSError when it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def load_checkpoint(
         self,
@@ -106,6 +124,37 @@ class DirectoryCheckpointIO(CheckpointIO):
         raise UserError(f"{path}: checkpoints are removed by their retention, not through Lightning")
 
 
+def is_written_in_background(trainer: Trainer) -> bool:
+    """Whether a thread writes the checkpoints of a run."""
+    checkpoint_io = trainer.strategy.checkpoint_io
+    return isinstance(checkpoint_io, DirectoryCheckpointIO) and checkpoint_io.background
+
+
+def write_state(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint directory. Raises OSError when the disk does not take it."""
+
+    def write(directory: Path) -> None:
+        # Given a path, torch hides why a disk takes no more.
+        with (directory / CHECKPOINT_FILE).open("wb") as file:
+            torch.save(checkpoint, file)
+
+    write_checkpoint(path, write, info=checkpoint["progress"])
+
+
+def snapshot(state: Any) -> Any:
+    """Copy all tensors of a state to the host, through containers.
+
+    What is there already while the training has a GPU was gathered or copied for this checkpoint, and stays.
+    """
+    if isinstance(state, Tensor):
+        return state.detach().clone() if state.device.type == "cpu" and not torch.cuda.is_available() else state.cpu()
+    if isinstance(state, Mapping):
+        return {key: snapshot(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(snapshot, state))
+    return state
+
+
 class CheckpointWriter(Callback):
     """Saves at the start, every `every_updates` updates, when a stage is over and at the end.
 
@@ -113,7 +162,7 @@ class CheckpointWriter(Callback):
     given: to go back to when something goes wrong unnoticed, and to try another second stage.
 
     The one at the start shows that the disk takes a checkpoint before hours are spent. The training waits until a
-    checkpoint is on the disk for good; `clock` is told for how long.
+    checkpoint is on the disk for good, unless it is written in the background; `clock` is told for how long.
     """
 
     def __init__(
@@ -140,7 +189,7 @@ class CheckpointWriter(Callback):
         # Not on_train_start, which a run without a single update never reaches.
         self.saved_update = None if trainer.ckpt_path is None else read_manifest(Path(trainer.ckpt_path))["update"]
         if self.saved_update is None:
-            self.save(trainer, pl_module)
+            self.save_now(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         module = cat_module(pl_module)
@@ -148,26 +197,52 @@ class CheckpointWriter(Callback):
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save_now(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with suppress(OSError):  # what the training ends with says more
+            self.finish(trainer)
+
+    def save_now(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, and wait until it is on the disk."""
         self.save(trainer, pl_module)
+        self.finish(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Wait for the last checkpoint, and remove those that it replaces."""
+        begin = time.perf_counter()
+        checkpoint_io = trainer.strategy.checkpoint_io
+        if trainer.is_global_zero and isinstance(checkpoint_io, DirectoryCheckpointIO):
+            checkpoint_io.finish()
+            self._prune(trainer)
+        self.clock.checkpoint_seconds += time.perf_counter() - begin
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what has not been saved; all ranks take part, the first one writes."""
         module = cat_module(pl_module)
-        update, ends, archive = module.update, module.schedule.ends, self.keep_every_updates
+        update = module.update
         if update == self.saved_update:
             return
+        is_background = is_written_in_background(trainer)
+        if is_background:
+            self.finish(trainer)  # removing older ones would take what is being written for what a kill left
         self.saved_update, begin = update, time.perf_counter()
         path = self.directory / checkpoint_name(update)
         if trainer.is_global_zero and path.exists():
             shutil.rmtree(path)  # damaged, or the run would have started from it
         trainer.save_checkpoint(path)
+        if not is_background:
+            self._prune(trainer)
+        self.clock.checkpoint_seconds += time.perf_counter() - begin
+
+    def _prune(self, trainer: Trainer) -> None:
+        ends, archive = cat_module(trainer.lightning_module).schedule.ends, self.keep_every_updates
         if trainer.is_global_zero:
             prune_checkpoints(
                 self.directory,
                 self.keep,
                 lambda update: update in ends or (archive is not None and update > 0 and update % archive == 0),
             )
-        self.clock.checkpoint_seconds += time.perf_counter() - begin
 
 
 def read_progress(checkpoint: Path | None) -> Mapping[str, int]:

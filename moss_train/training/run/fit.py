@@ -102,7 +102,7 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
         config, folders.train, folders.held_out, directory, last, stream, *sizes, objective
     )
     preemption = PreemptionHandler()
-    trainer = build_trainer(config.trainer, accelerator, [preemption, *callbacks])
+    trainer = build_trainer(config.trainer, accelerator, [preemption, *callbacks], config.checkpoint.background)
     shards = trainer.world_size if config.trainer.strategy == "fsdp" else 1
     check_memory(replace(size, shards=shards), trainer.strategy.root_device, trainer.num_devices)
     directory.mkdir(parents=True, exist_ok=True)

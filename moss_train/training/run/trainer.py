@@ -105,7 +105,9 @@ def choose_strategy(settings: TrainerConfig, num_processes: int) -> Strategy | s
     return FSDP2Strategy(num_processes, timeout) if is_sharded else ManualDDPStrategy(timeout=timeout)
 
 
-def build_trainer(settings: TrainerConfig, accelerator: str, trainer_callbacks: list[Callback]) -> Trainer:
+def build_trainer(
+    settings: TrainerConfig, accelerator: str, trainer_callbacks: list[Callback], background_checkpoints: bool = False
+) -> Trainer:
     """Lightning's Trainer without its own clocks, loggers, bars and checkpoints; one pass over the run's loader."""
     devices, num_nodes = count_processes(settings, accelerator)
     if settings.num_threads is not None:
@@ -120,7 +122,7 @@ def build_trainer(settings: TrainerConfig, accelerator: str, trainer_callbacks: 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of Lightning about itself
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run that stops where it stands
-    plugins: list[Any] = [DirectoryCheckpointIO()]
+    plugins: list[Any] = [DirectoryCheckpointIO(background_checkpoints)]
     if not TorchElasticEnvironment.detect():
         if is_srun_used():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's saves beside our checkpoints

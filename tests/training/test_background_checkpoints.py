@@ -1,0 +1,50 @@
+"""Checkpoints that a thread writes while the training goes on."""
+
+import threading
+
+import pytest
+import torch
+
+from moss_train.cli.main import main
+from moss_train.training.callbacks.checkpoint import DirectoryCheckpointIO
+from moss_train.utils.checkpoint import list_checkpoints, read_payload
+
+from .runs import assert_equal, state, values
+
+
+def checkpoint(value: float) -> dict:
+    return {"progress": {"update": 1, "position": 2}, "state_dict": {"w": torch.full((3,), value)}, "more": [1, (2.0,)]}
+
+
+def test_what_is_written_is_the_state_when_it_was_saved(tmp_path):
+    writer, gate = DirectoryCheckpointIO(background=True), threading.Event()
+    writer._threads.submit(gate.wait)
+    content = checkpoint(1.0)
+    writer.save_checkpoint(content, tmp_path / "update-00000001")
+    content["state_dict"]["w"].fill_(2.0)
+    assert not (tmp_path / "update-00000001").exists()
+    gate.set()
+    writer.save_checkpoint(content, tmp_path / "update-00000002")  # waits for the one before
+    assert_equal(read_payload(tmp_path / "update-00000001"), checkpoint(1.0))
+    writer.finish()
+    assert_equal(read_payload(tmp_path / "update-00000002"), checkpoint(2.0))
+
+
+def test_what_could_not_be_written_comes_up_once(tmp_path):
+    (tmp_path / "file").touch()
+    writer = DirectoryCheckpointIO(background=True)
+    writer.save_checkpoint(checkpoint(1.0), tmp_path / "file" / "update-00000001")
+    with pytest.raises(OSError, match="update-00000001"):
+        writer.finish()
+    writer.finish()
+
+
+def test_a_run_with_checkpoints_in_the_background_goes_on_to_the_last_bit(small_overrides, whole, tmp_path):
+    directory = tmp_path / "run"
+    command = ["fit", *small_overrides, f"run_dir={directory}", "checkpoint.background=true"]
+    for stop in ("max_updates=3", "max_updates=8"):
+        assert main([*command, stop]) == 0
+    assert values(directory) == values(whole)
+    assert_equal(state(directory), state(whole))
+    kept = [[path.name for path in list_checkpoints(run / "checkpoints")] for run in (directory, whole)]
+    assert kept[0] == kept[1]
