@@ -191,7 +191,7 @@ def assumptions(config: EstimateConfig, result: Estimate, machine: Machine) -> l
         "included",
         f"  clips of data.crop_seconds={config.data.crop_seconds:g} s",
         f"  text_fraction={machine.text_fraction:g} of the audio, {machine.text_tokens_per_second:g} tokens a second",
-        f"  gradients summed at {machine.allreduce_gb_per_second:g} GB/s (busbw) after the backward passes, "
+        f"  gradients summed at {machine.allreduce_gb_per_second:g} GB/s (busbw), as if after the backward passes, "
         f"{UPDATE_BYTES} bytes of memory traffic per parameter and step (as with trainer.strategy=ddp)",
         "  no restarts, no waiting for data, no validation",
         *(

@@ -53,7 +53,8 @@ on your machines shows, and print the plan again.
 |---|---|---|---|---|---|---|---|---|---|
 {rows}
 
-Stepping: share of stage 1 / 2 in which gradients are summed (in bf16, after the backward passes) and optimizers step.
+Stepping: share of stage 1 / 2 in which gradients are summed (in bf16, counted as if after the backward passes) and
+optimizers step.
 The published batch is fixed, so with more GPUs each computes less between two sums, and the same money buys less. A
 larger batch is another recipe.
 

@@ -148,6 +148,9 @@ def test_an_update_that_is_not_finite_moves_nothing(config, updates, kind: str) 
     """Neither optimizer steps, weights and moments keep every bit, the samples are named, and training continues."""
     with pytest.warns(UserWarning, match=rf"update {BAD} skipped: .* not finite; samples .*\.flac"):
         watch = train(config, updates, NOT_FINITE[kind])
+    for before, after in zip(watch.before["optimizers"], watch.after["optimizers"], strict=True):
+        for place in after.keys() - before.keys():  # of the LM, whose first text comes in this update
+            assert not any(value.any() for value in after.pop(place).values())
     assert_equal(watch.after, watch.before)
     assert not all(map(math.isfinite, watch.metrics[BAD].values()))
     rest = [value for number, row in enumerate(watch.metrics) if number != BAD for value in row.values()]

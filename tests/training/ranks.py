@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moss_train.batch import UpdateBatch
 from moss_train.training import CatModule
+from moss_train.training.distributed.collectives import GradientSums
 from moss_train.training.distributed.fsdp import full_tensor
 from moss_train.training.step.update import OptimizerGroup, run_update
 
@@ -74,6 +76,42 @@ def gradients(
     return found, numbers
 
 
+def sums_beside_backward(rank: int, names_unused: bool) -> dict[str, Any]:
+    """Sum gradients of three small networks over two ranks: two passes and one, text in the first pass of one rank.
+
+    Returns buckets sent before the end and in all, the sums, what they should be, and what this rank had none of.
+    """
+    torch.manual_seed(0)
+    encoder, decoder, text = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 1)
+    parameters = [p for part in (encoder, decoder, text) for p in part.parameters()]
+    inputs = [(0, torch.randn(5, 3), True), (0, torch.randn(5, 3), False), (1, torch.randn(5, 3), False)]
+
+    def loss(audio: torch.Tensor, has_text: bool) -> torch.Tensor:
+        hidden = encoder(audio).tanh()
+        return decoder(hidden).square().sum() + (text(hidden).sum() if has_text else 0.0)
+
+    of_ranks = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
+    for owner, audio, has_text in inputs:
+        found = torch.autograd.grad(loss(audio, has_text), parameters, allow_unused=True)
+        of_ranks[owner] = [
+            total if part is None else total + part for total, part in zip(of_ranks[owner], found, strict=True)
+        ]
+    sums = GradientSums([list(part.parameters()) for part in (encoder, decoder, text)], bucket_bytes=1)
+    passes = [(audio, has_text) for owner, audio, has_text in inputs if owner == rank]
+    for number, (audio, has_text) in enumerate(passes, 1):
+        unused = text.parameters() if names_unused and not has_text else ()
+        with sums.beside_backward(unused) if number == len(passes) else nullcontext():
+            loss(audio, has_text).backward()
+    sent = sums.num_sent
+    sums.finish()
+    return {
+        "sent": (sent, sums.num_sent),
+        "found": [p.grad for p in parameters],
+        "expected": [a + b for a, b in zip(*of_ranks, strict=True)],
+        "missing": [p in sums.missing for p in parameters],
+    }
+
+
 def bfloat16(keeps_casts: bool) -> torch.autocast:
     """Mixed precision that keeps the weights it cast until it ends, or casts them at each use, as Lightning's does."""
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps_casts)
@@ -83,6 +121,7 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     """Read the work of this rank, do it, and store the result of each case."""
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=world_size, rank=rank)
+    torch.save([sums_beside_backward(rank, named) for named in (True, False)], folder / f"sums{rank}.pt")
     work = torch.load(folder / "work.pt", weights_only=False)
     sharded = init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
     for name, mesh in (("replicated", None), ("sharded", sharded)):

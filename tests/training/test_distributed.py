@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,14 @@ from moss_train.batch import Batch, UpdateBatch
 from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config
 from moss_train.training import CatModule
-from moss_train.training.distributed.collectives import fingerprint, make_buckets, sum_to_host
+from moss_train.training.distributed.collectives import fingerprint, make_buckets, read_by_name, sum_by_name
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.warm_start import module_arguments
 
 from ..faults.harness import Launcher
 from . import ranks
 from .gradients import network_errors
-from .runs import wait_for_end
+from .runs import assert_equal, wait_for_end
 
 
 def test_buckets_hold_every_parameter_once_and_one_dtype():
@@ -28,10 +29,16 @@ def test_buckets_hold_every_parameter_once_and_one_dtype():
 
 
 def test_numbers_of_one_process_come_back_by_name():
-    values = {"a": torch.tensor(1.5), "b": 2, "c": True, "d": torch.tensor(float("nan"))}
-    numbers = sum_to_host(values, torch.device("cpu"))
-    assert (numbers["a"], numbers["b"], numbers["c"]) == (1.5, 2.0, 1.0)
-    assert numbers["d"] != numbers["d"]
+    values = {
+        "host": {"a": 2, "b": True},
+        "device": {"a": torch.tensor(1.5), "c": torch.tensor(float("nan"))},
+        "none": {},
+        "more": {"d": 7.0},
+    }
+    numbers = read_by_name(sum_by_name(values, torch.device("cpu")), values)
+    assert (numbers["host"], numbers["none"], numbers["more"]) == ({"a": 2.0, "b": 1.0}, {}, {"d": 7.0})
+    assert numbers["device"]["a"] == 1.5
+    assert math.isnan(numbers["device"]["c"])
 
 
 def test_a_fingerprint_sees_one_bit():
@@ -137,6 +144,14 @@ def folder(launcher: Launcher, update, cases, half_cases, tmp_path_factory) -> P
     return folder
 
 
+def test_gradients_are_summed_beside_the_last_pass(folder):
+    for rank in range(2):
+        for named, result in zip((True, False), torch.load(folder / f"sums{rank}.pt"), strict=True):
+            assert result["sent"] == ((6, 6) if named else (0, 6)), rank  # the text network's are the first in turn
+            assert result["missing"] == [False] * 4 + [rank == 1] * 2
+            assert_equal(result["found"], result["expected"])
+
+
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])
 def test_two_processes_give_the_gradients_of_one(update, cases, folder, strategy):
     arguments, _ = update
@@ -162,8 +177,7 @@ def test_two_processes_give_the_gradients_of_one_in_bfloat16(update, half_cases,
     The difference was 77 % of the norm; it is that of float32 sums in another order.
     """
     results = [torch.load(folder / f"{strategy}_half_{keeps_casts}{rank}.pt") for rank in range(2)]
-    # A kept weight that one pass uses twice sums its gradients in bfloat16; sharded weights are never kept.
-    half = ranks.bfloat16(keeps_casts and strategy == "replicated")
+    half = ranks.bfloat16(keeps_casts)
     for (parts, number), *both in zip(half_cases, *results, strict=True):
         together = replace(parts[0], micro_batches=(*parts[0].micro_batches, *parts[1].micro_batches))
         expected, numbers = ranks.gradients(update[0], together, number, half=half)

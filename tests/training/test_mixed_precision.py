@@ -4,6 +4,7 @@ import math
 
 import torch
 from lightning.pytorch import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moss_train.training import CatModule
 from moss_train.training.module import update_result
@@ -33,6 +34,38 @@ class Gradients(Callback):
         self.losses.append(update_result(outputs).metrics["loss/generator"])
 
 
+class WeightCasts(TorchDispatchMode):
+    """Counts how often each of some weights is cast to bfloat16."""
+
+    def __init__(self, weights: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.counts = {weight.data_ptr(): 0 for weight in weights}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            place = args[0].data_ptr()
+            if place in self.counts:
+                self.counts[place] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class CountCasts(Callback):
+    """Casts of the encoder's first layer in every update, and the number of its micro-batches."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, set[int]]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        layer = pl_module.tokenizer.encoder[1].transformer.layers[0]
+        linears = [part.weight for part in layer.modules() if isinstance(part, torch.nn.Linear)]
+        self.casts = WeightCasts(linears)
+        self.casts.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.casts.__exit__(None, None, None)
+        self.found.append((len(batch.micro_batches), set(self.casts.counts.values())))
+
+
 def train(config: dict) -> tuple[CatModule, Gradients]:
     module, gradients = CatModule(**module_arguments(config)), Gradients()
     train_in_memory(config, module, [gradients])
@@ -47,3 +80,14 @@ def test_backward_runs_outside_autocast_on_float32_weights(small_config):
     assert len(half.losses) == len(full.losses) == 8
     assert half.losses != full.losses
     assert all(math.isclose(a, b, rel_tol=0.02) for a, b in zip(half.losses, full.losses, strict=True))
+
+
+def test_a_weight_is_cast_once_per_update(small_config):
+    lengths = [
+        f"stages.{stage}.{key}={value}" for stage in (0, 1) for key, value in (("updates", 1), ("batch_seconds", 16))
+    ]
+    lengths += ["stages.0.warmup_updates=0", "stages.1.warmup_updates=0", "stages.1.discriminator_warmup_updates=0"]
+    config, casts = small_config("trainer.precision=bf16-mixed", *lengths), CountCasts()
+    train_in_memory(config, CatModule(**module_arguments(config)), [casts])
+    assert [counts for _, counts in casts.found] == [{1}, {1}]
+    assert min(micro_batches for micro_batches, _ in casts.found) > 1

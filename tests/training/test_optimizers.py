@@ -1,3 +1,7 @@
+import copy
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -10,11 +14,13 @@ from moss_train.training.step.optimizers import (
     group_options,
     parameter_groups,
     restore_options,
-    scale_gradients,
     set_learning_rate,
     squared_norm,
+    step_clipped,
 )
 from moss_train.utils.errors import ConfigError
+
+from .runs import assert_equal
 
 
 def test_only_matrices_decay():
@@ -59,14 +65,90 @@ def test_a_shared_parameter_is_optimised_once():
     assert optimizer.defaults["betas"] == (0.8, 0.9)
 
 
-def test_gradients_are_scaled_to_the_norm():
+def trained(steps, fused, state=None, options=None):
+    """A network after some steps of AdamW, scaled gradients; goes on from a state if there is one."""
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    optimizer = build_adamw({"encoder": part}, GeneratorOptimizerConfig(weight_decay=0.1))
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    wrapper = SimpleNamespace(optimizer=optimizer, step=optimizer.step)
+    if state is not None:
+        part.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+        restore_options(optimizer, [{"fused": fused}] * 2)
+    for step in steps:
+        part(torch.full((2, 7), 0.1 * step)).square().sum().backward()
+        factor = 1 / (1 + step)
+        if fused:
+            step_clipped(wrapper, 1e-2, torch.tensor(factor, dtype=torch.float64), torch.tensor(True))
+        else:
+            for parameter in part.parameters():
+                parameter.grad *= factor
+            set_learning_rate(optimizer, 1e-2)
+            optimizer.step()
+        optimizer.zero_grad()
+    return copy.deepcopy((part.state_dict(), optimizer.state_dict()))
+
+
+def weights_and_moments(state):
+    return {
+        **state[0],
+        **{f"{key}.{name}": v for key, values in state[1]["state"].items() for name, v in values.items()},
+    }
+
+
+def test_a_fused_step_is_that_of_the_formulas():
+    fused, plain = (weights_and_moments(trained(range(5), fused)) for fused in (True, False))
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-5, atol=1e-7, msg=name)
+    assert fused["0.step"].item() == 5.0
+
+
+def test_a_fused_run_goes_on_to_the_last_bit_also_from_one_that_was_not():
+    for fused in (True, False):
+        begun, whole = trained(range(3), fused), trained(range(5), True)
+        went_on = trained(range(3, 5), True, begun)
+        for name, value in weights_and_moments(whole).items():
+            found = weights_and_moments(went_on)[name]
+            tolerance = {"rtol": 0, "atol": 0} if fused else {"rtol": 1e-5, "atol": 1e-7}
+            torch.testing.assert_close(found, value, **tolerance, msg=name)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_leaves_every_bit(bad):
+    part = nn.Linear(3, 2)
+    optimizer = build_adamw({"encoder": part}, GeneratorOptimizerConfig())
+    wrapper = SimpleNamespace(optimizer=optimizer, step=optimizer.step)
+    kept = []
+    for gradient in (1.0, bad):
+        for parameter in part.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        step_clipped(wrapper, 1e-2, torch.tensor(0.5), torch.tensor(gradient == 1.0))
+        kept.append(copy.deepcopy((part.state_dict(), optimizer.state_dict()["state"])))
+    assert_equal(*kept)
+    assert optimizer.grad_scale is None
+    assert optimizer.found_inf is None
+
+
+def test_a_step_on_a_gpu_does_not_wait_for_it():
+    """Tensors without data cannot tell the host a value: factor and check stay on the device."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        part = nn.Module()
+        part.weight = nn.Parameter(torch.empty(3, 3, device="cuda"))
+        optimizer = build_adamw({"encoder": part}, GeneratorOptimizerConfig())
+        wrapper = SimpleNamespace(optimizer=optimizer, step=optimizer.step)
+        for _ in range(2):
+            part.weight.grad = torch.empty(3, 3, device="cuda")
+            factor = (1.0 / squared_norm([part.weight]).sqrt()).clamp(max=1.0)
+            step_clipped(wrapper, 1e-2, factor, factor.isfinite())
+        assert optimizer.state[part.weight]["step"].device.type == "cuda"
+
+
+def test_the_norm_is_that_of_all_gradients():
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
     assert squared_norm(parameters).item() == 25.0
-    scale_gradients(parameters, 1.0)
-    assert parameters[1].grad.item() == 4.0
-    scale_gradients(parameters, 0.2)
-    torch.testing.assert_close(torch.stack([p.grad for p in parameters[:2]]), torch.tensor([[0.6], [0.8]]))
     assert squared_norm(parameters[2:]).item() == 0.0
 
 
@@ -86,7 +168,7 @@ def test_parts_decay_by_their_own_factors():
 
 @pytest.mark.parametrize("moved", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
 def test_a_run_goes_on_where_it_did_not_begin(moved):
-    """Fused AdamW, which a GPU uses, wants its numbers of steps on the GPU, the other one on the host."""
+    """AdamW wants its numbers of steps on the device of the weights; a checkpoint brings them back on the host."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         optimizers = []
         for device in moved:
@@ -97,7 +179,7 @@ def test_a_run_goes_on_where_it_did_not_begin(moved):
         for group in old.param_groups:
             for parameter in group["params"]:
                 zeros = torch.zeros_like(parameter)
-                step = torch.tensor(7.0, device=parameter.device if group["fused"] else "cpu")
+                step = torch.tensor(7.0, device=parameter.device)
                 old.state[parameter] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros}
         saved = old.state_dict()
         saved["state"] = {
@@ -106,7 +188,7 @@ def test_a_run_goes_on_where_it_did_not_begin(moved):
         options = group_options(new)
         new.load_state_dict(saved)
         restore_options(new, options)
-        assert [group["fused"] for group in new.param_groups] == [True if moved[1] == "cuda" else None] * 2
+        assert [group["fused"] for group in new.param_groups] == [True, True]
         (state,) = new.state.values()
         assert {name: value.device.type for name, value in state.items()} == dict.fromkeys(state, moved[1])
         assert state["step"].dtype == torch.float32

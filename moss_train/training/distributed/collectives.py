@@ -5,8 +5,8 @@ sums. Without a process group every function does what is right for one process.
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,6 @@ from moss_train.training.distributed.fsdp import is_sharded
 
 Key = TypeVar("Key")
 BUCKET_BYTES = 64 * 2**20
-BUCKETS_IN_FLIGHT = 2
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers of the size of a weight in bytes
 
 
@@ -26,7 +25,7 @@ class ManualDDPStrategy(DDPStrategy):
     """The processes, launching and saving of DDP without its wrapper around the module.
 
     The wrapper would reduce the generator in every backward of the discriminators too, and refuses an update in which a
-    rank has no text; `sum_gradients` reduces each network once per update instead.
+    rank has no text; `GradientSums` reduces each network once per update instead.
     """
 
     def configure_ddp(self) -> None:
@@ -72,46 +71,109 @@ def gather_over_ranks(item: Any) -> list[Any]:
     return items
 
 
-def sum_to_host(values: Mapping[Key, Tensor | float], device: torch.device) -> dict[Key, float]:
-    """Sum named numbers over ranks and bring them to the host: one collective, one synchronisation for all of them.
+def sum_by_name(groups: Mapping[str, Mapping[str, Tensor | float]], device: torch.device) -> dict[str, Tensor]:
+    """Sum groups of named numbers over ranks in one collective: a vector for each group, float64, on the device.
 
-    The names must be the same on every rank, and so must which of the values are tensors (scalars on `device`).
+    The names must be the same on every rank. The values of a group are scalars on `device`, or numbers of the host.
     """
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    numbers = {name: float(value) for name, value in values.items() if name not in tensors}
-    parts = [value.detach().double().reshape(1) for value in tensors.values()]
-    on_host = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    held = {group: [v for v in values.values() if isinstance(v, Tensor)] for group, values in groups.items()}
+    numbers = [float(v) for group, values in groups.items() if not held[group] for v in values.values()]
+    on_host = torch.tensor(numbers, dtype=torch.float64)
+    parts = [value.detach().double().reshape(1) for values in held.values() for value in values]
     vector = sum_over_ranks(torch.cat([*parts, on_host.to(device, non_blocking=True)]))
-    return dict(zip([*tensors, *numbers], vector.tolist(), strict=True))
+    order = [*(group for group in groups if held[group]), *(group for group in groups if not held[group])]
+    return dict(zip(order, vector.split([len(groups[group]) for group in order]), strict=True))
 
 
-@torch.no_grad()
-def sum_gradients(parameters: Sequence[nn.Parameter], dtype: torch.dtype | None = None) -> None:
-    """Replace each gradient by its sum over ranks, one all-reduce per flat bucket; a missing gradient counts as zero.
+def read_by_name(vectors: Mapping[str, Tensor], names: Mapping[str, Iterable[Key]]) -> dict[str, dict[Key, float]]:
+    """Bring vectors of one device to the host in one copy, with the name of each number; the host waits for it."""
+    pieces = torch.cat(list(vectors.values())).cpu().split([len(vector) for vector in vectors.values()])
+    return {
+        group: dict(zip(names[group], piece.tolist(), strict=True))
+        for group, piece in zip(vectors, pieces, strict=True)
+    }
+
+
+def sum_to_host(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sum named numbers over ranks and bring them back; the names must be the same on every rank."""
+    return read_by_name(sum_by_name({"": values}, device), {"": values})[""]
+
+
+class GradientSums:
+    """Sums gradients over ranks, those of the last backward passes as soon as they are there.
+
+    They go out in flat buckets, in one order on every rank, about that in which a backward pass comes to them: later
+    parts before earlier ones. A bucket that is not complete holds up those behind it until `finish`.
 
     Args:
-        parameters: the same ones in the same order on every rank.
-        dtype: of what is sent, by default float32; bfloat16 halves the traffic and rounds every partial sum.
+        parts: parameters of every network, the same ones in the same order on every rank.
+        dtype: of what is sent, by default that of the gradients; bfloat16 halves the traffic and rounds partial sums.
     """
-    if num_ranks() == 1:
-        return
-    waiting: deque[tuple[list[nn.Parameter], Tensor, Any]] = deque()
-    for bucket in make_buckets(parameters, BUCKET_BYTES):
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[nn.Parameter]],
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self.dtype = dtype
+        in_turn = [parameters[::-1] for parameters in parts[::-1]] if num_ranks() > 1 else []
+        self._buckets = [bucket for parameters in in_turn for bucket in make_buckets(parameters, bucket_bytes)]
+        self._place = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
+        self._incomplete = [set(bucket) for bucket in self._buckets]
+        self._sent: list[tuple[Tensor, Any]] = []
+        self.missing: set[nn.Parameter] = set()  # those sent that had no gradient on this rank
+
+    @property
+    def num_sent(self) -> int:
+        """Buckets that are under way."""
+        return len(self._sent)
+
+    @contextmanager
+    def beside_backward(self, unused: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+        """Within it gradients are summed when they are there; it is for the last one of each of this rank.
+
+        unused: parameters that get none any more; what they have is the last.
+        """
+        for parameter in unused:
+            self._complete(parameter)
+        hooks = [p.register_post_accumulate_grad_hook(self._add) for bucket in self._buckets for p in bucket]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def finish(self) -> None:
+        """Sum what is left; then every gradient is the sum, and a missing one counts as zero."""
+        while self.num_sent < len(self._buckets):
+            self._send()
+        for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
+            work.wait()
+            pieces = flat.to(bucket[0].dtype).split([p.numel() for p in bucket])
+            for parameter, piece in zip(bucket, pieces, strict=True):
+                parameter.grad = piece.view_as(parameter)
+
+    def _add(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        self._complete(parameter)
+        while self.num_sent < len(self._buckets) and not self._incomplete[self.num_sent]:
+            self._send()
+
+    def _complete(self, parameter: nn.Parameter) -> None:
+        if parameter in self._place:
+            self._incomplete[self._place[parameter]].discard(parameter)
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        """Copy the next bucket into one tensor, in place of its gradients, and begin to sum it."""
+        bucket = self._buckets[self.num_sent]
+        self.missing.update(p for p in bucket if p.grad is None)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        flat = torch.cat([gradient.flatten() for gradient in gradients]).to(dtype or gradients[0].dtype)
-        waiting.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-        if len(waiting) > BUCKETS_IN_FLIGHT:
-            _receive(*waiting.popleft())
-    while waiting:
-        _receive(*waiting.popleft())
-
-
-def _receive(bucket: list[nn.Parameter], flat: Tensor, work: Any) -> None:
-    """Make the gradients of a bucket views of what was reduced."""
-    work.wait()
-    pieces = flat.to(bucket[0].dtype).split([p.numel() for p in bucket])
-    for parameter, piece in zip(bucket, pieces, strict=True):
-        parameter.grad = piece.view_as(parameter)
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).to(self.dtype or gradients[0].dtype)
+        for parameter in bucket:
+            parameter.grad = None
+        self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
 
 
 def make_buckets(parameters: Iterable[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:

@@ -44,9 +44,9 @@ def build_adamw(parts: Mapping[str, nn.Module], settings: OptimizerConfig) -> to
         for name, part in parts.items()
         for group in parameter_groups([part], settings.weight_decay * decays.get(name, 1.0))
     ]
-    on_cuda = any(p.is_cuda for group in groups for p in group["params"])
     first, second = settings.betas
-    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=settings.eps, fused=on_cuda or None)
+    # Fused: one pass over weights, gradients and moments instead of one per operation.
+    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=settings.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -63,16 +63,14 @@ def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def restore_options(optimizer: torch.optim.Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
     """Set the options of the groups once the optimizer's state was restored, and put the states where these need it.
 
-    AdamW keeps the number of its steps on the host unless it is fused; a state comes back as it was saved, so that of
-    a run on a CPU lies in the wrong place for a GPU.
+    Fused AdamW keeps the number of its steps beside each weight; a state comes back as it was saved, on a host.
     """
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update(option)
         for parameter in group["params"]:
             step = optimizer.state.get(parameter, {}).get("step")
             if isinstance(step, Tensor):
-                on_device = group.get("fused") or group.get("capturable")
-                optimizer.state[parameter]["step"] = step.to(parameter.device if on_device else "cpu", torch.float32)
+                optimizer.state[parameter]["step"] = step.to(parameter.device, torch.float32)
 
 
 def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -83,11 +81,20 @@ def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
 
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply all gradients, in place."""
-    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
-    if gradients and factor != 1.0:
-        torch._foreach_mul_(gradients, factor)
+def step_clipped(optimizer: Any, learning_rate: float, factor: Tensor, is_finite: Tensor) -> None:
+    """Do one step with all gradients times a factor, or none; the host need not know which.
+
+    Args:
+        optimizer: Lightning's wrapper of a fused one.
+        factor: scalar on the device.
+        is_finite: bool on the device; without it weights, moments and the number of steps keep every bit.
+    """
+    set_learning_rate(optimizer.optimizer, learning_rate)
+    # What a GradScaler gives a fused optimizer: it divides by the first and passes everything over if the second is 1.
+    optimizer.optimizer.grad_scale = factor.reciprocal().float()
+    optimizer.optimizer.found_inf = (~is_finite).float()
+    optimizer.step()
+    optimizer.optimizer.grad_scale = optimizer.optimizer.found_inf = None
 
 
 CHECKPOINT_KEY = "ema"

@@ -5,7 +5,8 @@ Everything is passed in, and what came of it is returned as an `UpdateResult`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,12 @@ from moss_train.discriminators import DiscriminatorSet
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.semantic import TextLM
 from moss_train.training.distributed.collectives import (
+    GradientSums,
     max_over_ranks,
     num_ranks,
-    sum_gradients,
+    read_by_name,
+    sum_by_name,
     sum_over_ranks,
-    sum_to_host,
 )
 from moss_train.training.distributed.fsdp import is_sharded
 from moss_train.training.step.objective import (
@@ -33,7 +35,7 @@ from moss_train.training.step.objective import (
     mean_logits,
     weighted_sum,
 )
-from moss_train.training.step.optimizers import scale_gradients, set_learning_rate, squared_norm
+from moss_train.training.step.optimizers import squared_norm, step_clipped
 from moss_train.training.step.quantizer_start import pass_unquantized
 from moss_train.training.step.schedule import ScheduleState
 
@@ -144,65 +146,85 @@ def run_update(
     if networks.is_sharded:
         # Before the passes: a rank that is done early would wait here while the others wait for it in their passes.
         num_turns = max_over_ranks(num_own, device)
-        # A weight that autocast cast and kept outlives its micro-batch: FSDP2 would add the gradient of the last one to
-        # the next update. The autocast around an update sets this back when it ends.
-        torch.set_autocast_cache_enabled(False)
-    results = [
-        forward_backward(networks, objective, micro_batch, counts, moment, weights, backward, measure_shares)
-        for micro_batch in batch.micro_batches
-    ]
+    # Autocast casts a weight once per update and keeps it until its context ends, which is around the update. FSDP2
+    # would add what the last micro-batch gives such a copy to the next update, so that sharded networks cast each time.
+    torch.set_autocast_cache_enabled(not networks.is_sharded)
+    # Gradients of whole networks are summed over ranks beside the last backward passes; sharded ones sum their own.
+    parts = {name: list(part) for group in groups for name, part in group.parts.items()}
+    sums_of_gradients = GradientSums([[p for p in part if not is_sharded(p)] for part in parts.values()], reduce_dtype)
+    results = []
+    for turn, micro_batch in enumerate(batch.micro_batches):
+        is_last = turn == num_own - 1 and not networks.is_sharded
+        has_text = SEMANTIC in weights and bool(((micro_batch.host or micro_batch).text_lengths > 0).any())
+        unused = () if networks.text_lm is None or has_text else networks.text_lm.parameters()
+        with sums_of_gradients.beside_backward(unused) if is_last else nullcontext():
+            results.append(
+                forward_backward(networks, objective, micro_batch, counts, moment, weights, backward, measure_shares)
+            )
     for _ in range(num_turns - num_own):
         dummy_forward_backward(networks, moment, backward)
     terms = add_up([result.terms for result in results])
     squares = add_up([result.output_squares for result in results])
 
-    # One collective brings all numbers to the host: the only wait for the device in an update.
-    parts = {name: list(part) for group in groups for name, part in group.parts.items()}
+    # One collective sums all numbers. Clip factors and the check follow from them on the device, so that the step is
+    # queued behind the passes before the host waits, once, to read them.
+    sums_of_gradients.finish()
     parameters = [parameter for part in parts.values() for parameter in part]
-    is_missing = {str(i): p.grad is None for i, p in enumerate(parameters)} if num_ranks() > 1 else {}
-    for part in parts.values():
-        sum_gradients([p for p in part if not is_sharded(p)], reduce_dtype)
+    is_missing = {
+        str(i): p in sums_of_gradients.missing or p.grad is None for i, p in enumerate(parameters) if num_ranks() > 1
+    }
     zero = torch.zeros((), device=device)
     names = log_names(objective)
-    totals = sum_groups_to_host(
-        {
-            "terms": {name: terms.get(name, zero) for name in names},
-            "has_term": {name: name in terms for name in names},
-            "output_squares": {name: squares.get(name, zero) for name in objective.output_names},
-            "has_square": {name: name in squares for name in objective.output_names},
-            "part_squares": {name: share_of_square(part).to(device) for name, part in parts.items()},
-            "missing": is_missing,
-            "contributions": contribute(batch),
-            "num_clips": {"": sum(micro_batch.num_clips for micro_batch in batch.micro_batches)},
-        },
-        device,
-    )
-    # A parameter without a gradient on every rank has none, as in one process: zeros would decay its moments.
-    for parameter, ranks_without in zip(parameters, totals["missing"].values(), strict=False):
-        if ranks_without == num_ranks():
-            parameter.grad = None
-    if networks.text_lm is not None and not totals["has_term"][f"loss/{SEMANTIC}"]:
-        networks.text_lm.zero_grad(set_to_none=True)  # left by dummy passes
+    num_own_clips = sum(micro_batch.num_clips for micro_batch in batch.micro_batches)
+    numbers: dict[str, Mapping[str, Tensor | float]] = {
+        "terms": {name: terms.get(name, zero) for name in names},
+        "has_term": {name: name in terms for name in names},
+        "output_squares": {name: squares.get(name, zero) for name in objective.output_names},
+        "has_square": {name: name in squares for name in objective.output_names},
+        "part_squares": {name: share_of_square(part).to(device) for name, part in parts.items()},
+        "missing": is_missing,
+        "contributions": contribute(batch),
+        "num_clips": {"": num_own_clips},
+    }
+    sums = sum_by_name(numbers, device)
+    is_finite = sums["terms"].isfinite().all() & sums["part_squares"].isfinite().all()
+    squares_of_part = dict(zip(parts, sums["part_squares"].unbind(), strict=True))
+    group_norms = [sum((squares_of_part[name] for name in group.parts), zero.double()).sqrt() for group in groups]
+    clip_factors = [
+        (group.clip_norm / (norm + 1e-6)).clamp(max=1.0) for group, norm in zip(groups, group_norms, strict=True)
+    ]
+    sums |= {"group_norms": torch.stack(group_norms), "clip_factors": torch.stack(clip_factors)}
+    names_of = {group: values.keys() for group, values in numbers.items()}
+    names_of |= {key: [group.name for group in groups] for key in ("group_norms", "clip_factors")}
+
+    totals = None
+    learns_text = networks.text_lm is None or f"loss/{SEMANTIC}" in terms
+    if num_ranks() > 1 and not (num_own_clips and learns_text and not any(is_missing.values())):
+        # Whether other ranks have what this one lacks decides what steps. A parameter without a gradient on every rank
+        # has none, as in one process: zeros would decay its moments.
+        totals = read_by_name(sums, names_of)
+        for parameter, ranks_without in zip(parameters, totals["missing"].values(), strict=True):
+            if ranks_without == num_ranks():
+                parameter.grad = None
+        if networks.text_lm is not None and not totals["has_term"][f"loss/{SEMANTIC}"]:
+            networks.text_lm.zero_grad(set_to_none=True)  # left by dummy passes
+    if num_own_clips or (totals is not None and totals["num_clips"][""]):
+        for group, factor in zip(groups, clip_factors, strict=True):
+            step_clipped(group.optimizer, group.learning_rate, factor, is_finite)
+    for group in groups:
+        group.optimizer.zero_grad(set_to_none=True)
+    totals = totals or read_by_name(sums, names_of)
 
     metrics = {name: value for name, value in totals["terms"].items() if totals["has_term"][name]}
-    norms = {name: math.sqrt(square) for name, square in totals["part_squares"].items()}
-    group_norms = {group.name: math.hypot(*(norms[name] for name in group.parts)) for group in groups}
-    clip_factors = {group.name: min(1.0, group.clip_norm / (group_norms[group.name] + 1e-6)) for group in groups}
     num_clips = round(totals["num_clips"][""])
     if num_clips:
-        metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-    is_finite = all(map(math.isfinite, metrics.values()))
+        metrics |= {f"gradient_norm/{name}": math.sqrt(square) for name, square in totals["part_squares"].items()}
     for group in groups if num_clips else ():
         metrics |= {
-            f"gradient_norm/{group.name}": group_norms[group.name],
-            f"clip_factor/{group.name}": clip_factors[group.name],
+            f"gradient_norm/{group.name}": totals["group_norms"][group.name],
+            f"clip_factor/{group.name}": totals["clip_factors"][group.name],
             f"learning_rate/{group.name}": group.learning_rate,
         }
-        if is_finite:
-            scale_gradients(group.parameters, clip_factors[group.name])
-            set_learning_rate(group.optimizer.optimizer, group.learning_rate)
-            group.optimizer.step()
-        group.optimizer.zero_grad(set_to_none=True)
     return UpdateResult(
         metrics,
         weights,
@@ -278,9 +300,10 @@ def forward_backward(
     # Adversarial terms, and the discriminators' own loss, which goes back to their weights only.
     if discriminators is not None and (moment.judged or moment.discriminators_learn):
         discriminators.requires_grad_(moment.discriminators_learn)
-        with torch.set_grad_enabled(moment.discriminators_learn):
-            real = discriminators(objective.crop(batch.audio, batch))
-        generated = discriminators(objective.crop(output if moment.judged else output.detach(), batch))
+        with casting_at_each_use():
+            with torch.set_grad_enabled(moment.discriminators_learn):
+                real = discriminators(objective.crop(batch.audio, batch))
+            generated = discriminators(objective.crop(output if moment.judged else output.detach(), batch))
         observed |= mean_logits(real, generated, counts.clips)
         if moment.discriminators_learn:
             own_loss = objective.discriminator_loss(real, generated, counts)
@@ -306,6 +329,17 @@ def forward_backward(
     if moment.stage.quantize:
         codes = count_codes(quantized.codes, frame_mask, tokenizer.config.quantizer_kwargs["codebook_size"])
     return MicroBatchResult({name: value.detach() for name, value in observed.items()}, squares, codes)
+
+
+@contextmanager
+def casting_at_each_use() -> Iterator[None]:
+    """Within it autocast keeps no copies: one that two passes share would sum their gradients in bfloat16."""
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)
 
 
 def output_gradient(
@@ -375,15 +409,6 @@ def add_up(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Sum tensors name by name; a part may lack some."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.stack([part[name] for part in parts if name in part]).sum() for name in names}
-
-
-def sum_groups_to_host(
-    groups: Mapping[str, Mapping[str, Tensor | float]], device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Sum groups of named numbers over ranks with one collective and one synchronisation (see `sum_to_host`)."""
-    flat = {(group, name): value for group, values in groups.items() for name, value in values.items()}
-    totals = sum_to_host(flat, device)
-    return {group: {name: totals[group, name] for name in values} for group, values in groups.items()}
 
 
 def share_of_square(parameters: Sequence[nn.Parameter]) -> Tensor:
