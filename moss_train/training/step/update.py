@@ -5,7 +5,7 @@ Everything is passed in, and what came of it is returned as an `UpdateResult`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -194,7 +194,7 @@ def run_update(
         (group.clip_norm / (norm + 1e-6)).clamp(max=1.0) for group, norm in zip(groups, group_norms, strict=True)
     ]
     sums |= {"group_norms": torch.stack(group_norms), "clip_factors": torch.stack(clip_factors)}
-    names_of = {group: values.keys() for group, values in numbers.items()}
+    names_of: dict[str, Iterable[str]] = {group: values.keys() for group, values in numbers.items()}
     names_of |= {key: [group.name for group in groups] for key in ("group_norms", "clip_factors")}
 
     totals = None
