@@ -5,6 +5,7 @@ sums. Without a process group every function does what is right for one process.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -121,13 +122,9 @@ class GradientSums:
         self._buckets = [bucket for parameters in in_turn for bucket in make_buckets(parameters, bucket_bytes)]
         self._place = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
         self._incomplete = [set(bucket) for bucket in self._buckets]
-        self._sent: list[tuple[Tensor, Any]] = []
+        self._under_way: deque[tuple[list[nn.Parameter], Tensor, Any]] = deque()
+        self.num_sent = 0  # buckets
         self.missing: set[nn.Parameter] = set()  # those sent that had no gradient on this rank
-
-    @property
-    def num_sent(self) -> int:
-        """Buckets that are under way."""
-        return len(self._sent)
 
     @contextmanager
     def beside_backward(self, unused: Iterable[nn.Parameter] = ()) -> Iterator[None]:
@@ -148,7 +145,8 @@ class GradientSums:
         """Sum what is left; then every gradient is the sum, and a missing one counts as zero."""
         while self.num_sent < len(self._buckets):
             self._send()
-        for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
+        while self._under_way:
+            bucket, flat, work = self._under_way.popleft()
             work.wait()
             pieces = flat.to(bucket[0].dtype).split([p.numel() for p in bucket])
             for parameter, piece in zip(bucket, pieces, strict=True):
@@ -173,7 +171,8 @@ class GradientSums:
         flat = torch.cat([gradient.flatten() for gradient in gradients]).to(self.dtype or gradients[0].dtype)
         for parameter in bucket:
             parameter.grad = None
-        self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
+        self._under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        self.num_sent += 1
 
 
 def make_buckets(parameters: Iterable[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
