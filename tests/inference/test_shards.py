@@ -161,7 +161,7 @@ def test_damaged_codes_are_refused(codes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its hash differs"):
         CodeShards(copy).verify()
     shard.write_bytes(content[:-512])
-    with pytest.raises(UserError, match="is missing or has not the"):
+    with pytest.raises(UserError, match="its index says"):
         CodeShards(copy)
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from webdataset import TarWriter
 
 from moss_train.data.shards.format import sha256_of
-from moss_train.data.shards.index import ARRAYS_FILE, INDEX_FILE, ShardRecord
+from moss_train.data.shards.index import ARRAYS_FILE, INDEX_FILE, ShardRecord, ShardTable, check_size, write_index
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write, parse_json, read_json
 
@@ -87,20 +86,10 @@ def write_code_index(folder: Path, shards: list[tuple[str, str]], source: CodesS
         size = (folder / file).stat().st_size
         records.append(ShardRecord(file, domain, len(arrays["num_samples"]), size, sha256_of(folder / file), seconds))
     columns = {
-        name: torch.from_numpy(np.concatenate([part[name].astype(dtype) for part in parts]))
-        for name, dtype in CODE_ARRAYS.items()
+        name: np.concatenate([part[name].astype(dtype) for part in parts]) for name, dtype in CODE_ARRAYS.items()
     }
-    (folder / ARRAYS_FILE).write_bytes(save(columns))
-    index = {
-        "format": CODES_FORMAT,
-        "version": CODES_VERSION,
-        "source": asdict(source),
-        "num_samples": sum(record.num_samples for record in records),
-        "arrays_sha256": sha256_of(folder / ARRAYS_FILE),
-        "shards": [asdict(record) for record in records],
-    }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return index
+    header = {"format": CODES_FORMAT, "version": CODES_VERSION, "source": asdict(source)}
+    return write_index(folder, header, records, columns, {})
 
 
 def _read_headers(path: Path) -> dict[str, np.ndarray]:
@@ -139,7 +128,7 @@ class CodeShards:
             if (index["format"], index["version"]) != (CODES_FORMAT, CODES_VERSION):
                 raise UserError(f"{self.folder} is not a folder of codes of this version; encode the shards again")
             self.source = CodesSource(**index["source"])
-            self.shards = tuple(ShardRecord(**record) for record in index["shards"])
+            self.shards = ShardTable(index["shards"], self.folder / INDEX_FILE)
             with safe_open(self.folder / ARRAYS_FILE, "pt") as file:
                 self.arrays = {name: file.get_tensor(name).numpy() for name in CODE_ARRAYS}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -151,9 +140,7 @@ class CodeShards:
                 f"the index of {self.folder} is damaged: {ARRAYS_FILE} does not fit; encode the shards again"
             )
         for shard in self.shards:
-            path = self.folder / Path(shard.file).name
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise UserError(f"{path} is missing or has not the {shard.bytes} bytes of its index")
+            check_size(self.folder / shard.file, shard.bytes)
 
     def _places_fit(self) -> bool:
         """Whether every clip lies inside its shard, so that sizes of files bound what is read."""
@@ -168,7 +155,7 @@ class CodeShards:
             return True
         if numbers.min() < 0 or numbers.max() >= len(self.shards):
             return False
-        sizes = np.array([shard.bytes for shard in self.shards], np.int64)[numbers]
+        sizes = self.shards.sizes[numbers]
         return all(
             bool(((arrays[f"{part}_offset"] >= 0) & (arrays[f"{part}_offset"] <= sizes)).all())
             and bool(((arrays[f"{part}_size"] >= 0) & (arrays[f"{part}_size"] <= sizes)).all())
@@ -181,12 +168,12 @@ class CodeShards:
     def verify(self) -> None:
         """Compare every byte with the hashes of the index. Raises UserError."""
         for shard in self.shards:
-            if sha256_of(self.folder / Path(shard.file).name) != shard.sha256:
+            if sha256_of(self.folder / shard.file) != shard.sha256:
                 raise UserError(f"{self.folder / shard.file} is damaged: its hash differs from the index")
 
     def labels(self, row: int) -> dict:
         """Read the JSON of one clip. Raises UserError."""
-        path = self.folder / Path(self.shards[int(self.arrays["shard"][row])].file).name
+        path = self.folder / self.shards[int(self.arrays["shard"][row])].file
         try:
             with path.open("rb") as file:
                 file.seek(int(self.arrays["json_offset"][row]))
@@ -197,7 +184,7 @@ class CodeShards:
     def read(self, row: int) -> tuple[Tensor, dict]:
         """Read the codes [N, frames] int64 and the JSON of one clip. Raises UserError."""
         values = {name: self.arrays[name][row].item() for name in CODE_ARRAYS}
-        path = self.folder / Path(self.shards[values["shard"]].file).name
+        path = self.folder / self.shards[values["shard"]].file
         try:
             with path.open("rb") as file:
                 file.seek(values["codes_offset"])

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,27 @@ class ClipLocation:
     json_crc32: int | None = None  # not known of folders of earlier versions
 
 
+def write_index(
+    folder: Path,
+    header: Mapping[str, Any],
+    records: Sequence[ShardRecord],
+    arrays: Mapping[str, np.ndarray],
+    more: Mapping[str, Any],
+) -> dict:
+    """Write the arrays and index.json of a folder of shards, and return the content of the latter."""
+    # Not save_file: the file it makes cannot be read by other users.
+    (folder / ARRAYS_FILE).write_bytes(save({name: torch.from_numpy(array) for name, array in arrays.items()}))
+    index = {
+        **header,
+        "num_samples": sum(record.num_samples for record in records),
+        "arrays_sha256": sha256_of(folder / ARRAYS_FILE),
+        **more,
+        "shards": [asdict(record) for record in records],
+    }
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return index
+
+
 class IndexBuilder:
     """Collects finished shards, in any order, and writes the index of all of them, in the order of their names."""
 
@@ -148,23 +169,15 @@ class IndexBuilder:
     def write(self, folder: Path) -> dict:
         """Write both index files into `folder` and return the content of index.json."""
         shards = [self._shards[file] for file in sorted(self._shards)]
-        counts = [record.num_samples for record, _ in shards]
-        arrays = {name: np.concatenate([parts[name] for _, parts in shards]) for name in SAMPLE_ARRAYS}
-        # Not save_file: the file it makes cannot be read by other users.
-        (folder / ARRAYS_FILE).write_bytes(save({name: torch.from_numpy(array) for name, array in arrays.items()}))
-        index = {
+        header = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "sampling_rate": self._sampling_rate,
             "num_channels": self._num_channels,
             "resampler": RESAMPLER,
-            "num_samples": sum(counts),
-            "arrays_sha256": sha256_of(folder / ARRAYS_FILE),
-            "totals": self._sum_up(),
-            "shards": [asdict(record) for record, _ in shards],
         }
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return index
+        arrays = {name: np.concatenate([parts[name] for _, parts in shards]) for name in SAMPLE_ARRAYS}
+        return write_index(folder, header, [record for record, _ in shards], arrays, {"totals": self._sum_up()})
 
     def _sum_up(self) -> dict:
         """Clips, clips with text and hours by domain, language, task and, where one is stated, licence.
