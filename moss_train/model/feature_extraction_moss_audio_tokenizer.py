@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import BatchFeature, SequenceFeatureExtractor
 
-from .argument_checks import as_tensor, pad_together, set_level
+from .waveforms import as_tensor, pad_together, set_level
 
 
 class MossAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):

@@ -17,17 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 from .accelerated_step import GraphedStep, LinearOps
 
 # Several releases of transformers copy only the files that this one imports itself; so it imports all.
-from .argument_checks import (
-    as_tensor,
-    check_audio,
-    check_codes,
-    check_level,
-    check_samples,
-    chunk_frames,
-    pad_together,
-    set_level,
-    valid_lengths,
-)
+from .argument_checks import check_audio, check_codes, check_level, check_samples, chunk_frames, valid_lengths
 from .attention import MultiheadAttention
 from .codec import (
     LatentCodec,
@@ -45,6 +35,7 @@ from .kv_cache import StageState
 from .quantizer import ResidualLFQ
 from .streaming import ContinuousDecoder, MossAudioTokenizerStream
 from .transformer import initialize_weights
+from .waveforms import as_tensor, pad_together, set_level
 
 __all__ = [
     "ContinuousDecoder",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moss_train.model import MossAudioTokenizerModel
-from moss_train.model.argument_checks import level_db, set_level
+from moss_train.model.waveforms import level_db, set_level
 
 from .small_models import small_model
 

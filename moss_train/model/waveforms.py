@@ -1,0 +1,82 @@
+"""Bring waveforms of any container to tensors, pad them, and measure and set their level."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST_GAIN_DB = 40.0  # more would only raise the noise of a nearly silent clip
+
+
+def as_tensor(values: Any, name: str) -> Tensor:
+    """Return a tensor of a tensor, an array, or nested sequences of numbers, arrays or tensors of equal shape.
+
+    Raises:
+        ValueError: anything else, or parts of different shapes; `name` is what the message calls them.
+    """
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, list | tuple) and values and not isinstance(values[0], int | float):
+        parts = [as_tensor(value, name) for value in values]
+        if any(part.shape != parts[0].shape for part in parts):
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts[:5])
+            raise ValueError(
+                f"{name} have different shapes ({shapes}): use batch_encode or batch_decode, or the feature extractor"
+            )
+        return torch.stack(parts)
+    try:
+        return torch.tensor(values)  # a copy: arrays that are read-only would be shared otherwise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} must be a tensor, an array or lists of numbers, got {type(values).__name__}"
+        ) from error
+
+
+def pad_together(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack tensors [X, T] of different T to one [B, X, T], zeros behind, with a mask [B, T] of what is real."""
+    if not clips or any(clip.ndim != 2 or clip.shape[0] != clips[0].shape[0] for clip in clips):
+        raise ValueError(f"expected tensors [X, T] that differ in T only, got {[tuple(clip.shape) for clip in clips]}")
+    longest = max(clip.shape[1] for clip in clips)
+    lengths = torch.tensor([clip.shape[1] for clip in clips], device=clips[0].device)
+    padded = torch.stack([F.pad(clip, (0, longest - clip.shape[1])) for clip in clips])
+    return padded, torch.arange(longest, device=lengths.device) < lengths[:, None]
+
+
+def level_db(audio: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Return the RMS level [B] of audio [B, C, T] in dB relative to full scale; -inf for silence.
+
+    Args:
+        lengths: [B] samples of each item that count, None for all.
+    """
+    count = torch.full(audio.shape[:1], audio.shape[2], device=audio.device) if lengths is None else lengths
+    is_padding = torch.arange(audio.shape[2], device=audio.device) >= count[:, None]
+    energy = audio.float().masked_fill(is_padding[:, None], 0).square().sum(dim=(1, 2))
+    return 10 * torch.log10(energy / (count.clamp(min=1) * audio.shape[1]))
+
+
+def set_level(audio: Tensor, level: float, lengths: Tensor | None = None) -> Tensor:
+    """Scale every item of audio [B, C, T] to an RMS level in dB relative to full scale.
+
+    The gain is at most 40 dB and, unless the input is louder already, leaves peaks below full scale; silence stays.
+
+    Raises:
+        ValueError: a level that is not a number below 0.
+    """
+    if not -100 <= level <= 0:
+        raise ValueError(f"loudness is a level in dB relative to full scale, from -100 to 0, got {level}")
+    gain_db = (level - level_db(audio, lengths)).clamp(max=LARGEST_GAIN_DB)
+    gain = 10 ** (gain_db / 20)
+    count = torch.full(audio.shape[:1], audio.shape[2], device=audio.device) if lengths is None else lengths
+    is_padding = torch.arange(audio.shape[2], device=audio.device) >= count[:, None]
+    peak = audio.float().abs().masked_fill(is_padding[:, None], 0).amax(dim=(1, 2))
+    gain = torch.minimum(gain, (1 / peak).clamp(min=1))
+    gain = torch.where(peak > 0, gain, torch.ones_like(gain))
+    return audio * gain.to(audio.dtype)[:, None, None]
+
+
+def is_far(level: float, expected: float, tolerance: float = 12.0) -> bool:
+    """Return whether a level differs by more than `tolerance` dB from what is expected; silence does not count."""
+    return math.isfinite(level) and abs(level - expected) > tolerance
