@@ -303,7 +303,7 @@ def test_names_and_texts_in_the_report_of_evaluate_are_text(tmp_path: Path) -> N
         column = Column("mel_loss", name, False)
         summary = SummaryRow(name, condition, {"mel_loss": Estimate(1.0, 0.9, 1.1, 1)}, 1, 0)
         table = Table(name, (column,), (summary,), {}, {}, (name,))
-        write_report(folder / "report.html", Report(table, [row], [], [], folder, False))
+        write_report(folder / "report.html", Report(table, [row], [], [], folder))
         return (folder / "report.html").read_text()
 
     assert Elements(page(EVIL, tmp_path / "a")).found == Elements(page("plain", tmp_path / "b")).found

@@ -263,7 +263,7 @@ def _clips(report: Report, draw: bool) -> Iterator[str]:
         picture = _spectrograms(folder, depths) if draw else ""
         name = html.escape(f"{row.domain}: {row.clip}")
         inner = f"<h3>{name}</h3>{''.join(players)}{picture}"
-        yield f'<section class="clip">{inner}</section>'
+        yield f'<section class="clip" data-clip="{html.escape(row.clip)}">{inner}</section>'
 
 
 def _player(label: str, path: Path) -> str:
