@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Adds to .venv what `evaluate` can use beyond requirements.lock: PESQ, a speaker encoder, recognisers, packages of other
+# Adds to .venv what `evaluate` can use beyond requirements.lock: PESQ, a recogniser, packages of other
 # codecs; 0.4 GB, hash-checked, each without dependencies of its own, because some of these do not build any more.
 # What cannot be had here is named and left out: `evaluate` then says so in a footnote. Takes no time when all is there.
 set -euo pipefail
