@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 class CpuSeconds:
     """Processor time of every test, with the programs it started and waited for; other work on the machine adds little.
 
-    Programs that the launcher forked are counted in its own file's last test: the launcher waits for them.
+    What the launcher forked is added to the last test of the process, when the launcher ends.
     """
 
     def pytest_collection_finish(self) -> None:
