@@ -32,11 +32,24 @@ class Batch:
     sample_ids: tuple[str, ...]
     domains: tuple[str, ...]
     host: "Batch | None" = None  # what it was copied from by `to`: asking its lengths does not wait for the device
+    # Of a decoder with its own sampling rate, the same clips at that rate; `audio` is at the encoder's.
+    target: Tensor | None = None  # [B, C, T'] float32, as many frames as `audio`
+    target_lengths: Tensor | None = None  # [B] int64
 
     @property
     def num_clips(self) -> int:
         """Number of clips, B."""
         return len(self.sample_ids)
+
+    @property
+    def reference(self) -> Tensor:
+        """What the decoder's output is compared with, [B, C, T] at its rate: the target, or the audio itself."""
+        return self.audio if self.target is None else self.target
+
+    @property
+    def reference_lengths(self) -> Tensor:
+        """Samples of each clip of `reference` before padding, [B] int64."""
+        return self.audio_lengths if self.target_lengths is None else self.target_lengths
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with its tensors on `device`; copies from pinned memory do not wait."""

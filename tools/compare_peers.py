@@ -58,7 +58,7 @@ class PeerTokenizer(nn.Module):
     def __init__(self, cat: MossAudioTokenizerModel, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.config = cat.config
-        self.sampling_rate = cat.sampling_rate
+        self.sampling_rate, self.output_sampling_rate = cat.sampling_rate, cat.output_sampling_rate
         self.num_frames = cat.num_frames
         self.encoder, self.quantizer, self.decoder = encoder, cat.quantizer, decoder
 

@@ -44,11 +44,13 @@ def micro_batch(
     module: CatModule, clips: int, seconds: float, texts: int, tokens: int, device: torch.device | str
 ) -> Batch:
     """Clips of equal length, the first of them with texts of so many tokens; call it within `dataless`."""
-    hop = module.tokenizer.config.downsample_rate
-    length = math.ceil(seconds * module.tokenizer.sampling_rate / hop) * hop
+    config = module.tokenizer.config
+    frames = math.ceil(seconds * config.sampling_rate / config.downsample_rate)
+    length, has_target = frames * config.downsample_rate, config.output_sampling_rate != config.sampling_rate
     text_lengths = [tokens] * texts + [0] * (clips - texts)
     shapes = {
-        "audio": (clips, module.tokenizer.config.number_channels, length),
+        "audio": (clips, config.number_channels, length),
+        **({"target": (clips, config.number_channels, frames * config.upsample_rate)} if has_target else {}),
         "quantizer_units": (clips,),
         "crop_units": (clips,),
     }
@@ -59,9 +61,8 @@ def micro_batch(
         "sample_ids": ("",) * clips,
         "domains": ("",) * clips,
     }
-    lengths: dict[str, Any] = {
-        name: torch.zeros(clips, dtype=torch.int64, device=device) for name in ("audio_lengths", "text_lengths")
-    }
+    names = ("audio_lengths", "text_lengths", *(["target_lengths"] if has_target else []))
+    lengths: dict[str, Any] = {name: torch.zeros(clips, dtype=torch.int64, device=device) for name in names}
     known: dict[str, Any] = {"audio_lengths": on_host([length] * clips), "text_lengths": on_host(text_lengths)}
     return Batch(**numbers, **lengths, host=Batch(**numbers, **known))
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from moss_train.audio.io import resample
 from moss_train.config.fit_schema import FitConfig, StageConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.sample_reader import SampleReader
@@ -66,7 +67,8 @@ def packed_clips(config: FitConfig, folder: str, module: CatModule, count: int, 
     stream = open_stream(config.replace(data=data, seed=0), module.tokenizer.config)
     reader = SampleReader(stream.clip_format, None)
     with torch.inference_mode():
-        return [reader.read(stream.sample(position)).audio for position in range(count)]
+        clips = [reader.read(stream.sample(position)) for position in range(count)]
+    return [clip.audio if clip.target is None else clip.target for clip in clips]
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,11 @@ def quarter_depths(num_quantizers: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def depth_report(tokenizer: Any, clips: Iterable[Tensor], depths: Sequence[int]) -> DepthReport:
-    """Encode every clip [C, T] once and decode it at every depth.
+    """Encode every clip [C, T], at the decoder's rate, once and decode it at every depth.
 
     Args:
         tokenizer: has the pieces of `MossAudioTokenizerModel` that training uses: `encode_latent`, `quantizer`,
-            `decode_latent`, `sampling_rate`, `config`. It stays in the mode it is in.
+            `decode_latent`, `config`. It stays in the mode it is in.
 
     Raises:
         ValueError: there is no clip.
@@ -99,16 +101,15 @@ def depth_report(tokenizer: Any, clips: Iterable[Tensor], depths: Sequence[int])
     distances: dict[int, list[float]] = {levels: [] for levels in depths}
     device = tokenizer.quantizer.quantizers[0].codebook.weight.device
     for clip in clips:
-        length = clip.shape[-1]
-        audio = F.pad(clip.to(device), (0, -length % config.downsample_rate))[None]
+        wanted, length = clip.to(device)[None], clip.shape[-1]
+        audio = resample(wanted, config.output_sampling_rate, config.sampling_rate)
+        audio = F.pad(audio, (0, -audio.shape[-1] % config.downsample_rate))
         codes = tokenizer.quantizer.encode(tokenizer.encode_latent(audio), config.num_quantizers)
         counts += torch.stack([torch.bincount(level.flatten(), minlength=counts.shape[1]) for level in codes]).cpu()
         for levels, values in distances.items():
             restored = tokenizer.decode_latent(tokenizer.quantizer.decode(codes[:levels]))[..., :length]
             whole = torch.tensor([length], device=device)
-            values.append(
-                multi_scale_mel_distance(audio[..., :length], restored, whole, tokenizer.sampling_rate).item()
-            )
+            values.append(multi_scale_mel_distance(wanted, restored, whole, config.output_sampling_rate).item())
     if not counts.any():
         raise ValueError("a depth report needs at least one clip, got none")
     shares = counts / counts.sum(dim=1, keepdim=True)

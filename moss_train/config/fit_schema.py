@@ -100,6 +100,7 @@ class TokenizerConfig(Section):
     omits_null: ClassVar[bool] = True
 
     sampling_rate: Count | None = None  # Hz
+    output_sampling_rate: Count | None = None  # Hz, of the decoder, a multiple; null: the encoder's, or as in init
     number_channels: Count | None = None  # 1 or 2; null: 1, or as in init
     stages: list[TokenizerStageConfig] | None = None  # of the encoder, in order; null: as in init
     quantizer: QuantizerConfig | None = None

@@ -123,7 +123,7 @@ class EvaluateConfig(Section):
     max_clips: Count | None = None
     clip_seconds: Annotated[float, at_least(0.1)] | None = None
     seed: NonNegative = 0
-    profile: Literal["official", "dac24k"] = "official"
+    profile: Literal["official", "dac24k", "full48k"] = "official"
     metrics: list[EvaluationMetric | Node] = field(default_factory=lambda: list(DEFAULT_METRICS))
     speaker_model: PathText | None = None
     recognition: Literal["auto", "faster_whisper", "whisper"] = "auto"

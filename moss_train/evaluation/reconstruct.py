@@ -21,7 +21,8 @@ from moss_train.utils.errors import UserError, first_line
 RESAMPLE_ONLY = "resample-only"
 MISMATCHED = "mismatched"
 ANCHORS = (RESAMPLE_ONLY, MISMATCHED)
-"""The ceiling: the original at the codec's rate. The floor: another clip of the domain, by another speaker if known."""
+"""The ceiling: the original at the rate of the codec's output. The floor: another clip of the domain, by another
+speaker if known."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class CodecRenderer:
             wanted: conditions to render, all of them when None.
         """
         check_audio(audio, clip.id)
-        original = self._prepare(audio, rate)
-        reference = pcm16(original)
+        rates = (self.codec.sampling_rate, self.codec.output_sampling_rate)
+        original = self._prepare(audio, rate, rates[0])
+        reference = pcm16(original if rates[0] == rates[1] else self._prepare(audio, rate, rates[1]))
         seconds = audio.shape[-1] / rate
         wanted = self.conditions if wanted is None else wanted
         needs_anchors = any(condition.num_quantizers is None for condition in wanted)
@@ -132,7 +134,7 @@ class CodecRenderer:
             return ClipReconstructions(tuple(renditions), seconds, failures=dict.fromkeys(depths, reason) | failures)
         for condition, (output, _) in zip(depths, decoded, strict=True):
             degraded = pcm16(fit_length(output, reference.shape[-1]))
-            renditions.append(Rendition(condition, reference, degraded, self.codec.sampling_rate))
+            renditions.append(Rendition(condition, reference, degraded, self.codec.output_sampling_rate))
         times = dict(
             zip((condition.num_quantizers or 0 for condition in depths), (spent for _, spent in decoded), strict=True)
         )
@@ -141,8 +143,8 @@ class CodecRenderer:
         )
         return ClipReconstructions(tuple(renditions), seconds, codes, encode_seconds, times, values, failures)
 
-    def _prepare(self, audio: Tensor, rate: int) -> Tensor:
-        return resample(convert_channels(audio, self.codec.num_channels), rate, self.codec.sampling_rate)
+    def _prepare(self, audio: Tensor, rate: int, wanted: int) -> Tensor:
+        return resample(convert_channels(audio, self.codec.num_channels), rate, wanted)
 
     def _anchors(
         self, clip: EvaluationClip, audio: Tensor, rate: int, reference: Tensor
@@ -151,16 +153,16 @@ class CodecRenderer:
             return [], {}
         ceiling, floor = map(Condition, ANCHORS)
         # At one rate and with one number of channels the way there and back changes nothing, as it should.
-        back = fit_length(resample(reference, self.codec.sampling_rate, rate), audio.shape[-1])
+        back = fit_length(resample(reference, self.codec.output_sampling_rate, rate), audio.shape[-1])
         original = pcm16(convert_channels(audio, self.codec.num_channels))
         anchors = [Rendition(ceiling, original, back, rate)]
         if clip.id not in self._others:
             return anchors, {floor: "no other clip in the domain"}
         try:
-            different = self._prepare(*self._others[clip.id].read())
+            different = self._prepare(*self._others[clip.id].read(), self.codec.output_sampling_rate)
         except (UserError, OSError) as error:
             return anchors, {floor: str(error)}
-        return [*anchors, Rendition(floor, reference, pcm16(different), self.codec.sampling_rate)], {}
+        return [*anchors, Rendition(floor, reference, pcm16(different), self.codec.output_sampling_rate)], {}
 
 
 def _timed(function: Callable[[Tensor], Tensor], argument: Tensor) -> tuple[Tensor, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.export.load import find_checkpoint
-from moss_train.model import MossAudioTokenizerModel
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json, read_yaml
 
@@ -185,7 +185,7 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
     channels = "1 channel" if config.number_channels == 1 else f"{config.number_channels} channels"
     level = "not recorded" if info.level_db is None else f"about {info.level_db:g} dB RMS relative to full scale"
     facts = {
-        "sampling rate": f"{config.sampling_rate} Hz, {channels}",
+        "sampling rate": sampling_rates(config) + f", {channels}",
         "frame rate": f"{config.frame_rate:g} frames per second",
         "levels": f"{config.num_quantizers} x {size} codes",
         "bitrate": f"{bitrate:g} bit/s per level, {bitrate * config.num_quantizers:g} bit/s in all",
@@ -220,6 +220,13 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
         sections=sections,
     )
     return f"---\n{metadata(name, info, measured)}---\n{body}"
+
+
+def sampling_rates(config: MossAudioTokenizerConfig) -> str:
+    """Return the sampling rate in words, both where the decoder has its own."""
+    if config.output_ratio == 1:
+        return f"{config.sampling_rate} Hz"
+    return f"{config.sampling_rate} Hz in, {config.output_sampling_rate} Hz out"
 
 
 def table(rows: Mapping[str, str], header: bool = True) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moss_train.export.card import CardInfo, metadata, table
+from moss_train.export.card import CardInfo, metadata, sampling_rates, table
 from moss_train.export.load import load_tokenizer
 from moss_train.export.onnx_runtime import SETTINGS_FILE, VECTORS_FILE, Tokenizer
 from moss_train.export.write import SECONDS_BEYOND_WINDOW, check_target, known_audio, read_clips
@@ -36,7 +36,7 @@ from runtime import Tokenizer
 tokenizer = Tokenizer("{name}")
 samples, rate = soundfile.read("speech.wav", dtype="float32", always_2d=True)  # at {sampling_rate} Hz
 codes = tokenizer.encode(samples.T[None])  # [levels, batch, frames]; a started frame counts
-restored = tokenizer.decode(codes[:8])  # [batch, channels, frames * {hop}]; any prefix of the levels
+restored = tokenizer.decode(codes[:8])  # [batch, channels, frames * {output_hop}]; any prefix of the levels
 stream = tokenizer.stream()
 codes = stream.encode(samples[:1000].T[None])  # of any number of samples; stream.flush() ends a clip
 heard = stream.decode(codes)  # equal to decoding the whole
@@ -139,6 +139,8 @@ def write_graphs(
     }
     settings |= {"codebook_size": config.quantizer_kwargs["codebook_size"], "chunk_frames": chunk_frames}
     settings |= {"weights": weights}
+    if config.output_ratio > 1:
+        settings["output_sampling_rate"] = config.output_sampling_rate
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     for name, make in (("encoder", encoder_graph), ("decoder", decoder_graph)):
         if part not in (None, name):
@@ -200,7 +202,7 @@ def onnx_card(name: str, model: MossAudioTokenizerModel, info: CardInfo, chunk_f
     config = model.config
     size = config.quantizer_kwargs["codebook_size"]
     facts = {
-        "sampling rate": f"{config.sampling_rate} Hz, {config.number_channels} channel(s)",
+        "sampling rate": f"{sampling_rates(config)}, {config.number_channels} channel(s)",
         "frame rate": f"{config.frame_rate:g} frames per second",
         "levels": f"{config.num_quantizers} x {size} codes",
         "weights": info.precision,
@@ -212,6 +214,7 @@ def onnx_card(name: str, model: MossAudioTokenizerModel, info: CardInfo, chunk_f
         facts=table(facts),
         sampling_rate=config.sampling_rate,
         hop=config.downsample_rate,
+        output_hop=config.upsample_rate,
         channels=config.number_channels,
         chunk_frames=chunk_frames,
         levels=config.num_quantizers,

@@ -111,7 +111,7 @@ def encoder_graph(model: MossAudioTokenizerModel, chunk_frames: int, int8: bool,
 
 @torch.no_grad()
 def decoder_graph(model: MossAudioTokenizerModel, chunk_frames: int, int8: bool, metadata: dict[str, str]) -> Any:
-    """Return the step codes [N, B, F] -> audio [B, C, F * hop], as `encoder_graph`; -1 stands for no code."""
+    """Return the step codes [N, B, F] -> audio [B, C, T], as `encoder_graph`; -1 stands for no code."""
     build, config = GraphBuilder(int8), model.config
     codes = build.input("codes", TensorProto.INT64, [config.num_quantizers, "batch", "frames"])
     position = build.input("position", TensorProto.INT64, ["batch"])

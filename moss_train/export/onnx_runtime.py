@@ -36,6 +36,7 @@ class Tokenizer:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} is no complete ONNX export: {SETTINGS_FILE}: {error!r}") from None
         self.sampling_rate, self.num_channels, self.hop, self.num_levels, self.codebook_size, self.chunk_frames = values
+        self.output_sampling_rate = int(self.settings.get("output_sampling_rate", self.sampling_rate))
         self._sessions: dict[str, Any] = {}
 
     def encode(self, audio: Any, lengths: Any = None, num_quantizers: int | None = None) -> np.ndarray:
@@ -56,7 +57,7 @@ class Tokenizer:
         return codes * (np.arange(codes.shape[2]) < -(-own[:, None] // self.hop))
 
     def decode(self, codes: Any) -> np.ndarray:
-        """Return the audio [B, C, frames * hop] of codes [n, B, frames], or [n, frames], of the first n levels."""
+        """Return the audio [B, C, T] of codes [n, B, frames], or [n, frames], at `output_sampling_rate`."""
         codes = np.asarray(codes)[:, None] if np.ndim(codes) == 2 else np.asarray(codes)
         return self.stream(codes.shape[1] if codes.ndim == 3 else 1).decode(codes)
 
@@ -128,7 +129,7 @@ class Stream:
         return self.encode(np.zeros((self.batch_size, self.tokenizer.num_channels, missing), np.float32))
 
     def decode(self, codes: Any) -> np.ndarray:
-        """Return the audio [B, C, frames * hop] of the next frames of codes [n, B, frames] of the first n levels."""
+        """Return the audio [B, C, T] of the next frames of codes [n, B, frames] of the first n levels."""
         codes, levels, size = np.asarray(codes), self.tokenizer.num_levels, self.tokenizer.codebook_size
         if codes.ndim != 3 or not 1 <= len(codes) <= levels or codes.dtype.kind not in "iu":
             raise ValueError(f"expected whole numbers [1..{levels}, B, frames], got {codes.dtype} {codes.shape}")
@@ -157,12 +158,11 @@ class Stream:
 
     def _step(self, part: str, name: str, value: np.ndarray) -> np.ndarray:
         """Run a graph once; what it calls `next_x` is its input `x` of the next step."""
-        session = self.tokenizer.session(part)
+        session, size = self.tokenizer.session(part), self.batch_size
         if part not in self._states:
             inputs = [i for i in session.get_inputs() if i.name != name]
             kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
-            zeros = [np.zeros([self.batch_size, *i.shape[1:]], kinds[i.type]) for i in inputs]
-            self._states[part] = {i.name: _value(zero) for i, zero in zip(inputs, zeros, strict=True)}
+            self._states[part] = {i.name: _value(np.zeros([size, *i.shape[1:]], kinds[i.type])) for i in inputs}
         state = self._states[part]
         outputs = [output.name for output in session.get_outputs()]
         found = dict(zip(outputs, session.run_with_ort_values(outputs, {name: _value(value), **state}), strict=True))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Decoder:
         if (info.sampling_rate, info.num_channels) != (config.sampling_rate, config.number_channels):
             raise UserError(
                 f"{work.source} holds codes of {info.sampling_rate} Hz with {info.num_channels} channels, "
-                f"the model makes {config.sampling_rate} Hz with {config.number_channels}"
+                f"the model has codes of {config.sampling_rate} Hz with {config.number_channels}"
             )
         try:
             self.model.check_codes(codes[:, None])
@@ -63,6 +64,14 @@ class Decoder:
         assert output.audio_lengths is not None
         lengths = output.audio_lengths.tolist()
         return [output.audio[index, :, :length].float().cpu() for index, length in enumerate(lengths)]
+
+    def write(self, path: Path, audio: Tensor, num_samples: int) -> None:
+        """Write audio [C, T] trimmed to the length of the clip that was encoded, `num_samples` at the encoder's rate.
+
+        The file has the decoder's rate.
+        """
+        config = self.model.config
+        write_audio(path, audio[:, : num_samples * config.output_ratio], config.output_sampling_rate)
 
 
 def decode_files(decoder: Decoder, works: Sequence[Work], batch_seconds: float) -> Report:
@@ -88,7 +97,7 @@ def _decode_group(decoder: Decoder, outcomes: list[tuple[Work, Codes | Exception
     decoded = decoder.audio([codes for _, (codes, _) in clips])
     for (work, (_, info)), audio in zip(clips, decoded, strict=True):
         with atomic_write(work.target) as temporary:
-            write_audio(temporary, audio[:, : info.num_samples], info.sampling_rate)
+            decoder.write(temporary, audio, info.num_samples)
         report.num_written += 1
 
 

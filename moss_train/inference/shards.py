@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moss_train.audio.io import write_audio
 from moss_train.data.pack.pack import check_target
 from moss_train.data.pack.resume import JOURNAL_FILE, resumable_directory
 from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
@@ -226,8 +225,8 @@ def _check_model(decoder: Decoder, source: CodesSource, folder: Path) -> None:
     config = decoder.model.config
     if (source.sampling_rate, source.num_channels) != (config.sampling_rate, config.number_channels):
         raise UserError(
-            f"{folder} holds codes of {source.sampling_rate} Hz with {source.num_channels} channels, the model makes "
-            f"{config.sampling_rate} Hz with {config.number_channels}"
+            f"{folder} holds codes of {source.sampling_rate} Hz with {source.num_channels} channels, the model has "
+            f"codes of {config.sampling_rate} Hz with {config.number_channels}"
         )
     if (decoder.num_quantizers or 0) > source.num_levels:
         raise UserError(f"{folder} has {source.num_levels} levels, fewer than num_quantizers={decoder.num_quantizers}")
@@ -240,5 +239,5 @@ def _decode_group(decoder: Decoder, todo: list[tuple[Path, Tensor, dict]], repor
         todo, decoder.audio([codes[: decoder.num_quantizers] for _, codes, _ in todo]), strict=True
     ):
         with atomic_write(target) as temporary:
-            write_audio(temporary, audio[:, : labels["num_samples"]], labels["sampling_rate"])
+            decoder.write(temporary, audio, labels["num_samples"])
         report.num_written += 1

@@ -40,7 +40,7 @@ class MossAudioTokenizerEncoderOutput(ModelOutput):
 
 @dataclass
 class MossAudioTokenizerDecoderOutput(ModelOutput):
-    """Result of `decode`: audio [B, C, frames * downsample_rate] and audio_lengths [B] in samples."""
+    """Result of `decode`: audio [B, C, frames * upsample_rate] and audio_lengths [B] in samples."""
 
     audio: Tensor | None = None
     audio_lengths: Tensor | None = None
@@ -48,7 +48,13 @@ class MossAudioTokenizerDecoderOutput(ModelOutput):
 
 @dataclass
 class MossAudioTokenizerOutput(ModelOutput):
-    """Result of `forward`: reconstruction [B, C, T], its lengths [B], codes [N, B, frames] and their lengths [B]."""
+    """Result of `forward`.
+
+    Attributes:
+        audio: reconstruction [B, C, T * output_ratio].
+        audio_lengths: [B] samples of it that are each item's own.
+        audio_codes, audio_codes_lengths: [N, B, frames] and [B], as those of `encode`.
+    """
 
     audio: Tensor | None = None
     audio_lengths: Tensor | None = None
@@ -153,7 +159,7 @@ class LatentCodec(PreTrainedModel):
     def decode_latent(
         self, latent: Tensor, states: list[StageState] | None = None, num_frames: Tensor | None = None
     ) -> Tensor:
-        """Decode a quantized latent [B, F, D] to audio [B, C, F * hop]; arguments as in `encode_latent`."""
+        """Decode a quantized latent [B, F, D] to audio [B, C, F * upsample_rate]; arguments as in `encode_latent`."""
         self.check_part("decoder")
         with self._precision():
             x = run_stages(self.decoder, latent.to(self.dtype), states, num_frames, latent.shape[1])
@@ -290,7 +296,7 @@ def complete_frames(audio: Tensor, lengths: Tensor, frames: slice, hop: int) -> 
 
 def decode_chunked(codec: LatentCodec, codes: Tensor, chunk: int | None) -> Tensor:
     """Return the audio [B, C, F * hop] of codes [n, B, F]."""
-    batch, frames, hop = codes.shape[1], codes.shape[2], codec.config.downsample_rate
+    batch, frames, hop = codes.shape[1], codes.shape[2], codec.config.upsample_rate
     block = block_frames(codec, chunk, frames)
     states = codec.new_states("decoder", batch, block) if block < frames else None
     quantizer = FoldedQuantizer(codec.quantizer)

@@ -25,6 +25,8 @@ class MossAudioTokenizerConfig(PretrainedConfig):
             `{"module_type": "Transformer", "input_dimension", "output_dimension", "d_model", "num_heads", ...}`.
         quantizer_kwargs: `input_dim`, `rvq_dim`, `output_dim`, `num_quantizers`, `codebook_size`, `codebook_dim`.
         number_channels: of the waveform; several are interleaved in time.
+        output_sampling_rate: of the decoder's waveform, in Hz, a multiple of `sampling_rate`, which stays that of the
+            encoder's; None for the same. The patches of the decoder multiply to so many more samples.
         kwargs: also `attention_implementation` ("sdpa": torch's general kernels; "flash_attention_2" or not given: the
             windowed kernel where device and dtype have it) and `compute_dtype` ("bf16" or "fp16": automatic mixed
             precision in encoder and decoder; "fp32" or not given: the weights' own dtype), `part` ("encoder" or
@@ -45,6 +47,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         decoder_kwargs: Sequence[Mapping[str, Any]] = (),
         quantizer_kwargs: Mapping[str, Any] | None = None,
         number_channels: int = 1,
+        output_sampling_rate: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.sampling_rate = kwargs["sample_rate"] = as_whole("sampling_rate", sampling_rate)
@@ -54,6 +57,8 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         self.decoder_kwargs = as_entries("decoder_kwargs", decoder_kwargs)
         self.quantizer_kwargs = as_entries("quantizer_kwargs", [quantizer_kwargs or {}])[0]
         self.number_channels = as_whole("number_channels", number_channels)
+        output_rate = self.sampling_rate if output_sampling_rate is None else output_sampling_rate
+        self.output_sampling_rate = as_whole("output_sampling_rate", output_rate)
         kwargs.setdefault("enable_channel_interleave", self.number_channels > 1)
         kwargs.setdefault("quantizer_type", self.quantizer_kwargs.get("quantizer_type", "rlfq"))
         kwargs.setdefault("reversed_decoder_kwargs", None)
@@ -70,6 +75,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         context_seconds: float = 10.0,
         layer_scale: float = 0.01,
         number_channels: int = 1,
+        output_sampling_rate: int | None = None,
     ) -> "MossAudioTokenizerConfig":
         """Expand five numbers per encoder stage to the released lists; the decoder mirrors the encoder.
 
@@ -78,6 +84,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
                 `dim_feedforward` (4 x d_model) and `context_duration` (seconds) may be given.
             quantizer: `rvq_dim`, `num_quantizers`, `codebook_size`, `codebook_dim`.
             context_seconds: attention window of every stage.
+            output_sampling_rate: of the decoder; its last patch has so many more samples.
 
         Raises:
             ValueError: a missing or unknown key of a stage, or an illegal combination.
@@ -87,14 +94,16 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         width = 1
         check_stages(stages)
         check_positive("tokenizer", {"number_channels": number_channels}, ("number_channels",))
+        ratio = output_ratio(sampling_rate, output_sampling_rate)
         for stage in stages:
             width *= stage["patch_size"]
             patch = {"module_type": "PatchedPretransform", "patch_size": stage["patch_size"]}
             transformer = expand_stage(stage, layer_scale)
             sizes = {"input_dimension": width, "output_dimension": stage["output_dimension"]}
-            mirrored = {"input_dimension": stage["output_dimension"], "output_dimension": width}
+            factor = 1 if decoder else ratio  # of the patch at the waveform
+            mirrored = {"input_dimension": stage["output_dimension"], "output_dimension": width * factor}
             encoder += [patch, transformer | sizes]
-            decoder = [transformer | mirrored, dict(patch), *decoder]
+            decoder = [transformer | mirrored, patch | {"patch_size": stage["patch_size"] * factor}, *decoder]
             width = stage["output_dimension"]
         hop = math.prod(stage["patch_size"] for stage in stages)
         if hop % number_channels:
@@ -107,12 +116,23 @@ class MossAudioTokenizerConfig(PretrainedConfig):
             decoder_kwargs=decoder,
             quantizer_kwargs={"input_dim": width, "output_dim": width, "quantizer_type": "rlfq", **quantizer},
             number_channels=number_channels,
+            output_sampling_rate=output_sampling_rate,
         )
 
     @property
     def frame_rate(self) -> float:
         """Frames of codes per second."""
         return self.sampling_rate / self.downsample_rate
+
+    @property
+    def output_ratio(self) -> int:
+        """Samples that the decoder makes for one of the encoder's."""
+        return self.output_sampling_rate // self.sampling_rate
+
+    @property
+    def upsample_rate(self) -> int:
+        """Samples of one channel that the decoder makes of a frame of codes."""
+        return self.downsample_rate * self.output_ratio
 
     @property
     def num_quantizers(self) -> int:
@@ -132,12 +152,14 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         return stage_windows(vars(self), name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with `auto_map` as class references.
+        """Plain data, with `auto_map` as class references and without an output rate that is the encoder's.
 
         transformers takes any class with "Tokenizer" in its name for a text tokenizer and stores a (slow, fast) pair,
         which its own loader then cannot read for a model.
         """
         output = super().to_dict()
+        if output.get("output_sampling_rate") == output.get("sampling_rate"):
+            output.pop("output_sampling_rate", None)  # files of models with one rate stay as they were
         if auto_map := output.get("auto_map"):
             pairs = {name: value for name, value in auto_map.items() if not isinstance(value, str)}
             output["auto_map"] = {**auto_map, **{name: value[0] for name, value in pairs.items()}}
@@ -189,6 +211,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
         ValueError: no model can be built from it, with the offending values.
     """
     check_positive("config", config, ("sampling_rate", "downsample_rate", "number_channels"))
+    output_ratio(config["sampling_rate"], config["output_sampling_rate"])
     check_positive("config", config, ("causal_transformer_context_duration",), (int, float))
     check_quantizer(config["quantizer_kwargs"])
     for key, choices in CHOICES.items():
@@ -200,9 +223,24 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     check_modules(config, "decoder_kwargs", config["quantizer_kwargs"]["output_dim"], 1)
 
 
+def output_ratio(sampling_rate: int, output_sampling_rate: int | None) -> int:
+    """Return how many samples the decoder makes for one of the encoder's.
+
+    Raises:
+        ValueError: the output rate is not a multiple of the encoder's.
+    """
+    output = sampling_rate if output_sampling_rate is None else output_sampling_rate
+    rates = {"sampling_rate": sampling_rate, "output_sampling_rate": output}
+    rates = {name: as_whole(name, rate) for name, rate in rates.items()}
+    check_positive("config", rates, tuple(rates))
+    if rates["output_sampling_rate"] % rates["sampling_rate"]:
+        raise ValueError(f"output_sampling_rate={output} is not a multiple of sampling_rate={sampling_rate}")
+    return rates["output_sampling_rate"] // rates["sampling_rate"]
+
+
 def check_modules(config: Mapping[str, Any], name: str, width: int, wanted: int) -> None:
     """Check the entries of an encoder or decoder: kinds, patch sizes, sizes that fit, windows of a frame or more."""
-    entries = config[name]
+    entries, encodes = config[name], name == "encoder_kwargs"
     for number, entry in enumerate(entries):
         where, kind = f"{name}[{number}]", entry.get("module_type")
         if not isinstance(kind, str) or kind not in ENTRY_KEYS:
@@ -214,10 +252,12 @@ def check_modules(config: Mapping[str, Any], name: str, width: int, wanted: int)
         else:
             check_transformer(where, entry)
     patches = [entry["patch_size"] for entry in entries if "patch_size" in entry]
-    if math.prod(patches) != config["downsample_rate"] * config["number_channels"]:
+    ratio = 1 if encodes else output_ratio(config["sampling_rate"], config["output_sampling_rate"])
+    if math.prod(patches) != config["downsample_rate"] * ratio * config["number_channels"]:
+        times = f" x {ratio} (output_sampling_rate)" if ratio > 1 else ""
         raise ValueError(
             f"{name}: patch sizes {patches} multiply to {math.prod(patches)}, but downsample_rate "
-            f"{config['downsample_rate']} x {config['number_channels']} channel(s) is needed"
+            f"{config['downsample_rate']}{times} x {config['number_channels']} channel(s) is needed"
         )
     check_widths(name, entries, width, wanted)
     for number, window in stage_windows(config, name).items():

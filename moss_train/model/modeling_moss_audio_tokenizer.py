@@ -83,8 +83,13 @@ class MossAudioTokenizerModel(LatentCodec):
 
     @property
     def sampling_rate(self) -> int:
-        """Of the waveform, in Hz."""
+        """Of the waveform that the encoder takes, in Hz."""
         return self.config.sampling_rate
+
+    @property
+    def output_sampling_rate(self) -> int:
+        """Of the waveform that the decoder gives, in Hz."""
+        return self.config.output_sampling_rate
 
     def forward(
         self,
@@ -96,14 +101,14 @@ class MossAudioTokenizerModel(LatentCodec):
         """Encode, quantize with the first `num_quantizers` levels and decode, with gradients; see `encode`."""
         levels = self.check_num_quantizers(num_quantizers)
         audio, lengths = self._prepare_audio(input_values, padding_mask)
-        num_samples = audio.shape[2]
+        num_samples, ratio = audio.shape[2], self.config.output_ratio
         audio = complete_frames(audio, lengths, slice(0, self.num_frames(audio.shape[2])), self.config.downsample_rate)
         used = torch.full((audio.shape[0],), levels, device=audio.device)
         quantizer_output = self.quantizer(self.encode_latent(audio), used)
         reconstruction = self.decode_latent(quantizer_output.quantized)
         output = MossAudioTokenizerOutput(
-            audio=reconstruction[..., :num_samples],
-            audio_lengths=lengths,
+            audio=reconstruction[..., : num_samples * ratio],
+            audio_lengths=lengths * ratio,
             audio_codes=quantizer_output.codes[:levels],
             audio_codes_lengths=self.num_frames(lengths),
         )
@@ -180,7 +185,7 @@ class MossAudioTokenizerModel(LatentCodec):
             audio = decode_unbatched(self, clips, chunk)
         else:
             audio = decode_chunked(self, codes, chunk)
-        output = MossAudioTokenizerDecoderOutput(audio=audio, audio_lengths=frames * self.config.downsample_rate)
+        output = MossAudioTokenizerDecoderOutput(audio=audio, audio_lengths=frames * self.config.upsample_rate)
         return output if return_dict is not False else output.to_tuple()
 
     def batch_encode(self, waveforms: Sequence[Tensor], **options: Any) -> Any:

@@ -64,7 +64,7 @@ class StreamGroup:
         return join(parts) if parts else torch.zeros(empty, dtype=torch.int64, device=audio.device)
 
     def decode(self, codes: Tensor, counts: list[int]) -> Tensor:
-        """Decode codes [n, B, F], of which each item's first `counts` frames are its own, to audio [B, C, F * hop]."""
+        """Decode codes [n, B, F], of which each item's first `counts` frames are its own, to audio [B, C, T]."""
         parts = [
             self.decode_step(part, self._own_frames(counts, start, part.shape[2]))
             for start, part in self._blocks(codes)
@@ -189,12 +189,12 @@ class MossAudioTokenizerStream:
             lengths: [B] how many of the F frames each item brings, None for all.
 
         Returns:
-            audio [B, C, F * hop] and, as [B] int64, how many samples of it are each item's own.
+            audio [B, C, F * upsample_rate] and, as [B] int64, how many samples of it are each item's own.
         """
         self.model.check_part("decoder")
         codes = check_codes(self.model.config, codes).to(self.model.execution_device, torch.int64)
         counts = self._counts(codes.shape[1], codes.shape[2], lengths)
-        hop = self.model.config.downsample_rate
+        hop = self.model.config.upsample_rate
         parts = []
         for group, items, longest in self._groups(counts):
             audio = group.decode(codes[:, items, :longest], counts[items])

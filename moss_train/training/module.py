@@ -87,7 +87,7 @@ class CatModule(lightning.LightningModule):
             self.semantic = build(semantic, path="semantic", latent_dim=latent_dim) if semantic else None
             judges = [build(node, path=f"discriminators[{i}]") for i, node in enumerate(discriminators)]
             self.discriminators = DiscriminatorSet(judges) if judges else None
-        self.objective = Objective(self.tokenizer.sampling_rate, **rename_keys(ObjectiveConfig, objective or {}))
+        self.objective = Objective(self.tokenizer.output_sampling_rate, **rename_keys(ObjectiveConfig, objective or {}))
         for stage in self.schedule.stages:
             with_weights(self.objective.weights, stage.weights)
         self.update = 0

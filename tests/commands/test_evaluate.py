@@ -137,7 +137,7 @@ def test_pairs_of_files_and_a_comparison(folder, tmp_path, monkeypatch, capsys):
         (["model=small"], "data is required: give audio to measure on"),
         (["pairs=x"], "pairs=x does not exist"),
         (["pairs=x", "data=good.jsonl"], "data=['good.jsonl'] has no effect with pairs="),
-        (["model=small", "data=good.jsonl", "profile=44k"], "profile=44k has to be one of official, dac24k"),
+        (["model=small", "data=good.jsonl", "profile=44k"], "profile=44k has to be one of official, dac24k, full48k"),
         (["model=small", "data=good.jsonl", "metrics=[mos]"], "metrics.0=mos has to be one of text_model, stoi"),
         (
             ["model=small", "data=good.jsonl", "num_quantizers=[5]"],

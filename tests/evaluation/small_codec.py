@@ -20,7 +20,7 @@ class BitCodec:
     """Level n adds the n-th bit of the amplitude: 24 kHz, eight levels with two codes each."""
 
     name = "bits"
-    sampling_rate = RATE
+    sampling_rate = output_sampling_rate = RATE
     num_channels = 1
     frame_rate = float(RATE)
     codebook_sizes = (2,) * 8

@@ -120,6 +120,13 @@ def test_a_profile_is_its_rate_and_window(sentence):
     assert "sqrt-Hann" in SpectralDistances(OFFICIAL).description
 
 
+def test_only_the_profile_at_48_khz_hears_the_upper_octave():
+    wide = torch.randn(1, 48_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    low = torch.fft.irfft(torch.fft.rfft(wide) * (torch.fft.rfftfreq(48_000, 1 / 48_000) < 12_500), n=48_000)
+    heard = {name: SpectralDistances(PROFILES[name]).score(Pair(wide, low, 48_000))["mel_loss"] for name in PROFILES}
+    assert heard["full48k"] > 1.0 > 0.1 > max(heard["dac24k"], heard["official"])
+
+
 def test_half_the_level_is_a_constant_distance_by_hand():
     """Of white noise and half of it: log10(4) per scale, and half the mean magnitude."""
     clip = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(0))

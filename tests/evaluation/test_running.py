@@ -13,7 +13,7 @@ import small_codec as small
 import torch
 from small_codec import METRICS, run
 
-from moss_train.audio.io import read_audio, write_audio
+from moss_train.audio.io import read_audio, resample, write_audio
 from moss_train.evaluation.metrics.base import Pair
 from moss_train.evaluation.reconstruct import (
     ClipReconstructions,
@@ -53,6 +53,31 @@ def test_a_clip_is_encoded_once_and_every_prefix_is_that_of_a_direct_decode():
     assert torch.equal(ceiling.degraded, ceiling.reference)
     floor = by_condition[Condition("mismatched")]
     assert torch.equal(floor.degraded, pcm16(clips[1].read()[0]))
+
+
+class DoublingCodec(small.BitCodec):
+    """Takes 24 kHz and gives 48 kHz, every sample twice."""
+
+    output_sampling_rate = 48_000
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return super().decode(codes).repeat_interleave(2, dim=-1)
+
+
+def test_a_codec_of_two_rates_is_measured_at_that_of_its_output():
+    original = torch.randn(1, 48_001, generator=torch.Generator().manual_seed(0)) * 0.1
+    clips = [small.clip_of(original, "a"), *small.tones(1)]
+    codec = DoublingCodec()
+    rendered = CodecRenderer(codec, (8,), clips).render(clips[0], original, 48_000)
+    by_condition = {item.condition.system: item for item in rendered.renditions}
+    item = by_condition["bits"]
+    assert item.sampling_rate == 48_000
+    assert torch.equal(item.reference, pcm16(original))
+    encoded = codec.encode(resample(original, 48_000, 24_000))
+    assert torch.equal(rendered.codes, encoded)
+    assert torch.equal(item.degraded, pcm16(codec.decode(encoded)[:, :48_001]))
+    assert torch.equal(by_condition["resample-only"].degraded, pcm16(original))
+    assert by_condition["mismatched"].sampling_rate == 48_000
 
 
 def test_more_levels_are_nearer_and_the_anchors_lie_beyond(tmp_path):

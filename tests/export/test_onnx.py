@@ -26,6 +26,7 @@ OTHER_RATIOS = (
 FAMILIES = {
     "mono": {},
     "stereo": {"number_channels": 2},
+    "higher_output": {"output_sampling_rate": 480},
     "other_ratios": {"stages": OTHER_RATIOS, "context_seconds": 1.0},
     "wide_quantizer": {"quantizer": {"rvq_dim": 24, "num_quantizers": 3, "codebook_size": 17, "codebook_dim": 4}},
 }
@@ -91,7 +92,8 @@ def test_items_of_a_batch_are_independent(family):
     stream.decode(codes[:, :, :5])
     stream.reset([False, True])
     heard = stream.decode(codes[:, :, 5:12])
-    whole = tokenizer.decode(codes[:, :, :12])[:1, :, 5 * tokenizer.hop :]
+    whole = tokenizer.decode(codes[:, :, :12])[:1, :, 5 * model.config.upsample_rate :]
+    assert tokenizer.output_sampling_rate == model.output_sampling_rate
     fresh = tokenizer.decode(codes[:, 1:, 5:12])
     assert np.abs(heard - np.concatenate((whole, fresh))).max() < 1e-4 * np.abs(whole).max()
 

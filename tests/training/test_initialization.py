@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio.io import resample
+from moss_train.audio.io import read_audio, resample
 from moss_train.cli.main import main
 from moss_train.export.load import ModelSource, find_checkpoint, load_tokenizer, open_source, read_checkpoint
 from moss_train.training import CatModule
@@ -15,6 +15,7 @@ from moss_train.training.run.resize_model import WeightReport
 from moss_train.training.run.warm_start import RECORD_FILE, InitPlan, initialize, plan_initialization, print_reports
 from moss_train.utils.errors import ConfigError, UserError
 
+CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
 FIRST, LAST = "encoder.1.input_proj.weight", "decoder.6.output_proj.weight"
 NEXT = "encoder.3.input_proj.weight"
 # Discriminators of another size than the source's.
@@ -159,6 +160,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_with_init_agai
 
 CHANGED = {
     "a lower rate": (["tokenizer.sampling_rate=16000"], {FIRST, LAST}, set()),
+    "a decoder at a higher rate": (["tokenizer.output_sampling_rate=48000"], {LAST}, set()),
     "stereo": (["tokenizer.number_channels=2"], {FIRST, LAST}, set()),
     "stereo at a higher rate": (["tokenizer.sampling_rate=48000", "tokenizer.number_channels=2"], {FIRST, LAST}, set()),
     "another first patch": (["tokenizer.patch_sizes=[120,2,2,2]"], set(), {FIRST, LAST}),
@@ -224,10 +226,42 @@ def test_a_lower_rate_begins_as_the_old_model_on_resampled_audio(finetune_config
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_decoder_at_a_higher_rate_begins_as_the_resampled_output(finetune_config, source, channels, recordings):
+    """In decibels relative to the waveform; linear interpolation of the rows would reach -33 on this clip."""
+    start = [f"init={CAT_MINI}", "semantic=null", "discriminators=[]", "stages.0.adversarial=false"]
+    if channels == 2:
+        start.append("tokenizer.number_channels=2")
+    module, reports = begin(finetune_config(*start, "tokenizer.output_sampling_rate=48000"))
+    higher, old = module.tokenizer.eval(), load_tokenizer(CAT_MINI)
+    assert reports["tokenizer"].fresh == ()
+    assert (higher.config.sampling_rate, higher.config.frame_rate) == (24000, old.config.frame_rate)
+    entry = json.loads((recordings / "heldout.jsonl").read_text().splitlines()[0])
+    audio = read_audio(recordings / entry["path"], sampling_rate=24000, num_channels=1)[0][None]
+    codes = old.encode(audio).audio_codes
+    assert torch.equal(higher.encode(audio.expand(-1, channels, -1)).audio_codes, codes)
+    wanted = resample(old.decode(codes).audio, 24000, 48000).expand(-1, channels, -1)
+    error = (higher.decode(codes).audio - wanted).square().sum() / wanted.square().sum()
+    assert 10 * torch.log10(error).item() < -40
+
+
+def test_a_decoder_at_a_higher_rate_keeps_its_rate_when_it_is_tuned_on(finetune_config, source, tmp_path):
+    first = begin(finetune_config(f"init={source}", "tokenizer.output_sampling_rate=48000"))[0].tokenizer
+    first.save_pretrained(tmp_path / "higher")
+    again, reports = begin(finetune_config(f"init={tmp_path / 'higher'}"))
+    assert again.tokenizer.output_sampling_rate == 48000
+    assert (reports["tokenizer"].resampled, reports["tokenizer"].fresh) == ((), ())
+    back, reports = begin(finetune_config(f"init={tmp_path / 'higher'}", "tokenizer.output_sampling_rate=24000"))
+    assert back.tokenizer.config.decoder_kwargs[-1]["patch_size"] == 240
+    assert reports["tokenizer"].resampled == (LAST,)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["tokenizer.sampling_rate=22050"], "first patch 220.5 samples"),
+        (["tokenizer.output_sampling_rate=36000"], "tokenizer.output_sampling_rate=36000 is not a multiple"),
+        (["tokenizer.sampling_rate=16000", "tokenizer.output_sampling_rate=24000"], "not a multiple of sampling_rate"),
         (["tokenizer.patch_sizes=[240,2,2]"], "must be 4 whole numbers"),
         (["tokenizer.patch_sizes=[15,1,1,1]", "tokenizer.number_channels=2"], "multiply to 15, not a multiple of 2"),
         (["tokenizer.context_seconds=3"], "tokenizer.context_seconds: the architecture comes with init"),

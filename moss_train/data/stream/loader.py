@@ -70,7 +70,7 @@ class _PlannedUpdates(Dataset[UpdateBatch]):
         max_text_tokens: int | None,
         max_lm_positions: int,
     ) -> None:
-        self._hop_length = clip_format.hop_length
+        self._format = clip_format
         self._max_lm_positions = max_lm_positions
         self._reader = SampleReader(clip_format, text_encoder, max_text_tokens)
 
@@ -78,8 +78,10 @@ class _PlannedUpdates(Dataset[UpdateBatch]):
         update, plan = item
         dropped: list[BadSample] = []
         read = [self._read(refs, dropped) for refs in plan.micro_batches]
-        groups = [part for clips in read for part in split_by_text(clips, self._hop_length, self._max_lm_positions)]
-        batches = tuple(collate(clips, self._hop_length) for clips in groups)
+        groups = [
+            part for clips in read for part in split_by_text(clips, self._format.hop_length, self._max_lm_positions)
+        ]
+        batches = tuple(collate(clips, self._format) for clips in groups)
         without_text = tuple(clip.sample_id for clips in read for clip in clips if clip.is_text_too_long)
         return UpdateBatch(batches, update, plan.next_position, tuple(dropped), without_text)
 
@@ -142,7 +144,9 @@ def prefetch_within(clip_format: ClipFormat, seconds: float, num_workers: int) -
 
     One worker stays, and each reads one update ahead at least and two at most.
     """
-    size = max(1.0, 4 * seconds * clip_format.sampling_rate * clip_format.num_channels)
+    rate = clip_format.sampling_rate
+    rate += clip_format.stored_rate if clip_format.output_ratio > 1 else 0
+    size = max(1.0, 4 * seconds * rate * clip_format.num_channels)
     workers = max(min(num_workers, 1), min(num_workers, int(PREFETCH_BYTES / size)))
     return workers, min(2, max(1, int(PREFETCH_BYTES / (size * max(1, workers)))))
 
@@ -175,16 +179,13 @@ def check_longest(stream: AudioStream, micro_batch_seconds: float) -> None:
         )
 
 
-def collate(clips: Sequence[TrainingClip], hop_length: int) -> Batch:
-    """Pad clips to one length, a whole number of `hop_length` samples, and their tokens likewise."""
+def collate(clips: Sequence[TrainingClip], clip_format: ClipFormat) -> Batch:
+    """Pad clips to one length, a whole number of frames, and their tokens likewise."""
     audio_lengths = torch.tensor([clip.audio.shape[-1] for clip in clips])
-    num_frames = -(-int(audio_lengths.max()) // hop_length)
-    audio = clips[0].audio.new_empty(len(clips), clips[0].audio.shape[0], num_frames * hop_length)
-    for row, clip in zip(audio, clips, strict=True):
-        row[:, : clip.audio.shape[-1]] = clip.audio
-        row[:, clip.audio.shape[-1] :] = 0
+    num_samples = -(-int(audio_lengths.max()) // clip_format.hop_length) * clip_format.hop_length
+    targets = [clip.target for clip in clips if clip.target is not None]
     return Batch(
-        audio=audio,
+        audio=_pad_audio([clip.audio for clip in clips], num_samples),
         audio_lengths=audio_lengths,
         text_tokens=_pad_tokens([clip.tokens for clip in clips]),
         text_lengths=torch.tensor([len(clip.tokens) for clip in clips]),
@@ -193,7 +194,17 @@ def collate(clips: Sequence[TrainingClip], hop_length: int) -> Batch:
         crop_units=torch.tensor([clip.ref.crop_unit for clip in clips], dtype=torch.float32),
         sample_ids=tuple(clip.sample_id for clip in clips),
         domains=tuple(clip.ref.domain for clip in clips),
+        target=_pad_audio(targets, num_samples * clip_format.output_ratio) if targets else None,
+        target_lengths=torch.tensor([target.shape[-1] for target in targets]) if targets else None,
     )
+
+
+def _pad_audio(clips: Sequence[Tensor], num_samples: int) -> Tensor:
+    padded = clips[0].new_empty(len(clips), clips[0].shape[0], num_samples)
+    for row, clip in zip(padded, clips, strict=True):
+        row[:, : clip.shape[-1]] = clip
+        row[:, clip.shape[-1] :] = 0
+    return padded
 
 
 def _pad_tokens(tokens: Sequence[Sequence[int]]) -> Tensor:

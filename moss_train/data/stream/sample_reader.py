@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moss_train.audio.io import read_audio
+from moss_train.audio.io import read_audio, resample
 from moss_train.audio.loudness import loudness, power_spectrum
 from moss_train.batch import TASKS, UpdateBatch
 from moss_train.data.shards.format import MAX_LABEL_BYTES
@@ -29,11 +29,11 @@ MAX_GAIN_DB = 30.0
 
 
 def adjust_level(audio: Tensor, clip_format: ClipFormat, gain_unit: float) -> Tensor:
-    """Bring audio [C, T] to the level that a format asks for; silence stays silent, nothing exceeds full scale."""
+    """Bring audio [C, T], as stored, to a format's level; silence stays silent, nothing exceeds full scale."""
     audio = scale_to_peak(audio, clip_format.peak)
     gain_db = 0.0
     if clip_format.loudness_lufs is not None:
-        wanted = clip_format.loudness_lufs - loudness(power_spectrum(audio), clip_format.sampling_rate)
+        wanted = clip_format.loudness_lufs - loudness(power_spectrum(audio), clip_format.stored_rate)
         gain_db = min(max(wanted, -MAX_GAIN_DB), MAX_GAIN_DB) if math.isfinite(wanted) else 0.0
     if clip_format.gain_db is not None:
         lowest, highest = clip_format.gain_db
@@ -51,6 +51,16 @@ def scale_to_peak(audio: Tensor, peak: float | None) -> Tensor:
     return audio * (peak / highest) if highest > 0 else audio
 
 
+def target_and_input(audio: Tensor, clip_format: ClipFormat) -> tuple[Tensor | None, Tensor]:
+    """Return a stored clip [C, T] as the decoder's target, None at one rate, and as the encoder's input.
+
+    The input is what `encode` makes of a file with this clip, to the bit: the codes are those of inference.
+    """
+    if clip_format.output_ratio == 1:
+        return None, audio
+    return audio, resample(audio, clip_format.stored_rate, clip_format.sampling_rate)
+
+
 TextEncoder = Callable[[str], Sequence[int]]
 
 
@@ -60,10 +70,11 @@ class TrainingClip:
 
     ref: SampleRef
     sample_id: str
-    audio: Tensor  # [C, T] float32
+    audio: Tensor  # [C, T] float32, as the encoder takes it
     tokens: tuple[int, ...]  # empty for a clip without text
     task_id: int  # -1 for a clip without text
     is_text_too_long: bool = False  # and so left out
+    target: Tensor | None = None  # [C, T'] float32, where the decoder has its own sampling rate
 
 
 class ClipReader:
@@ -150,7 +161,7 @@ class SampleReader:
         self, clip_format: ClipFormat, text_encoder: TextEncoder | None, max_text_tokens: int | None = None
     ) -> None:
         self._max_text_tokens = max_text_tokens
-        self._clips = ClipReader(clip_format.sampling_rate, clip_format.num_channels)
+        self._clips = ClipReader(clip_format.stored_rate, clip_format.num_channels)
         self._format = clip_format
         self._text_encoder = text_encoder
 
@@ -168,8 +179,8 @@ class SampleReader:
         is_too_long = self._max_text_tokens is not None and len(tokens) > self._max_text_tokens
         tokens = () if is_too_long else tokens
         task_id = TASKS.index(labels["task"]) if tokens else -1
-        audio = adjust_level(audio, self._format, ref.gain_unit)
-        return TrainingClip(ref, sample_id, audio, tokens, task_id, is_too_long)
+        target, audio = target_and_input(adjust_level(audio, self._format, ref.gain_unit), self._format)
+        return TrainingClip(ref, sample_id, audio, tokens, task_id, is_too_long, target)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         if self._text_encoder is None:

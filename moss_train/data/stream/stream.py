@@ -20,12 +20,13 @@ from moss_train.utils.errors import UserError
 class ClipFormat:
     """How a model wants its clips."""
 
-    sampling_rate: int  # Hz
+    sampling_rate: int  # Hz, of the encoder
     num_channels: int
-    hop_length: int  # samples per frame; batches are padded to whole frames
+    hop_length: int  # samples per frame at that rate; batches are padded to whole frames
     peak: float | None = None  # used audio is scaled to this highest absolute sample; silence stays silent
     loudness_lufs: float | None = None  # or to this loudness, as far as full scale allows
     gain_db: tuple[float, float] | None = None  # then by a random gain between these, as far as full scale allows
+    output_sampling_rate: int | None = None  # Hz, of the decoder, a multiple of the encoder's; None: the encoder's
 
     def __post_init__(self) -> None:
         for name in ("sampling_rate", "num_channels", "hop_length"):
@@ -39,6 +40,20 @@ class ClipFormat:
             raise UserError(f"loudness_lufs={self.loudness_lufs} has to be between -70 and 0, or null")
         if self.gain_db is not None and not -60 <= self.gain_db[0] <= self.gain_db[1] <= 60:
             raise UserError(f"gain_db={list(self.gain_db)} has to be [lowest, highest] between -60 and 60, or null")
+        if self.stored_rate % self.sampling_rate:
+            raise UserError(
+                f"output_sampling_rate={self.stored_rate} has to be a multiple of sampling_rate={self.sampling_rate}"
+            )
+
+    @property
+    def stored_rate(self) -> int:
+        """Sampling rate of the clips in the shards: the decoder's, from which the encoder's input is resampled."""
+        return self.sampling_rate if self.output_sampling_rate is None else self.output_sampling_rate
+
+    @property
+    def output_ratio(self) -> int:
+        """Samples at the decoder's rate for one at the encoder's."""
+        return self.stored_rate // self.sampling_rate
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,7 @@ class AudioStream:
         self.seed = seed
         self.min_length_ratio = min_length_ratio
         self.uses_text = uses_text
-        rate = clip_format.sampling_rate
+        rate = clip_format.stored_rate
         self._crop_length, self._max_length = round(crop_seconds * rate), round(max_seconds * rate)
         if not isinstance(sources, Corpus):
             sources = Corpus.load(sources, sampling_rate=rate, num_channels=clip_format.num_channels)
@@ -139,7 +154,7 @@ class AudioStream:
         whose count times longest stays within `micro_batch_seconds`. Which samples an update has depends on neither.
         With fewer samples than ranks some ranks have no micro-batches.
         """
-        rate = self.clip_format.sampling_rate
+        rate = self.clip_format.stored_rate
         lengths = self._lengths_until(position, round(batch_seconds * rate))
         mine = deal(lengths, rank, world_size)
         groups = split_by_length(lengths[mine], round(micro_batch_seconds * rate), self.min_length_ratio)
@@ -197,7 +212,7 @@ class AudioStream:
 
     def _measure(self) -> tuple[list[float], dict[str, float], float]:
         """Mean used seconds and available seconds per domain, and the longest used seconds of all."""
-        rate = self.clip_format.sampling_rate
+        rate = self.clip_format.stored_rate
         means, available, longest = [], {}, 0
         self.num_with_text = 0  # clips whose text is used
         for order in self._orders:

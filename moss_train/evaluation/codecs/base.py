@@ -21,7 +21,8 @@ class Codec(Protocol):
     """An audio codec with levels of which any prefix decodes."""
 
     name: str
-    sampling_rate: int  # Hz, of what it takes and gives
+    sampling_rate: int  # Hz, of what it takes
+    output_sampling_rate: int  # Hz, of what it gives
     num_channels: int
     frame_rate: float  # Hz
     codebook_sizes: tuple[int, ...]  # one per level
@@ -70,6 +71,7 @@ class CatCodec:
         config = model.config
         self.name = name
         self.sampling_rate: int = config.sampling_rate
+        self.output_sampling_rate: int = config.output_sampling_rate
         self.num_channels: int = config.number_channels
         self.frame_rate: float = config.frame_rate
         self.codebook_sizes = (config.quantizer_kwargs["codebook_size"],) * config.num_quantizers
@@ -101,6 +103,7 @@ class OnnxCodec:
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.name = name
         self.sampling_rate: int = tokenizer.sampling_rate
+        self.output_sampling_rate: int = tokenizer.output_sampling_rate
         self.num_channels: int = tokenizer.num_channels
         self.frame_rate: float = tokenizer.sampling_rate / tokenizer.hop
         self.codebook_sizes = (tokenizer.codebook_size,) * tokenizer.num_levels
@@ -131,7 +134,7 @@ class WrappedCodec:
 
     def __init__(self, model: Any, name: str, sampling_rate: int, frame_rate: float, codebook_sizes: list[int]) -> None:
         self.name = name
-        self.sampling_rate = sampling_rate
+        self.sampling_rate = self.output_sampling_rate = sampling_rate
         self.num_channels = 1
         self.frame_rate = frame_rate
         self.codebook_sizes = tuple(codebook_sizes)

@@ -33,8 +33,10 @@ class Profile:
 PROFILES = {
     "official": Profile("official", 16_000, True),
     "dac24k": Profile("dac24k", 24_000, False),
+    "full48k": Profile("full48k", 48_000, False),
 }
-"""`official`: the released evaluation code. `dac24k`: audiotools at 24 kHz, probably behind the published table."""
+"""`official`: the released evaluation code. `dac24k`: audiotools at 24 kHz, probably behind the published table.
+`full48k`: the whole band of audio at 48 kHz."""
 
 
 def mel_distance(reference: Tensor, degraded: Tensor, profile: Profile) -> float:

@@ -188,7 +188,7 @@ def build_validation(
             directory / "samples",
             plan.clips[: settings.samples_clips],
             plan.levels[1:] or plan.levels,
-            stream.clip_format.sampling_rate,
+            stream.clip_format.stored_rate,
             settings.samples_every_updates,
         )
     return Validation(run_log, plan, keeper, sampler)

@@ -29,7 +29,7 @@ class AudioSampleWriter:
         directory: `samples` of the run.
         clips: held-out clips, the same ones all along.
         levels: numbers of quantizer levels to decode, ascending.
-        sampling_rate: of the model.
+        sampling_rate: of what the model decodes.
         every_updates: updates between samples; they are made with the first validation from there on.
     """
 
@@ -71,7 +71,7 @@ class AudioSampleWriter:
         self, update: int, name: str, clip: HeldOutClip, made: Reconstruction, texts: Mapping[str, str]
     ) -> ClipSample:
         folder = self._folder(update)
-        audio = {ORIGINAL: clip.audio[:, : clip.length]} | {label(count): made.audio[count] for count in self.levels}
+        audio = {ORIGINAL: clip.target} | {label(count): made.audio[count] for count in self.levels}
         paths = {key: folder / f"{name}.{key}.flac" for key in audio}
         paths[ORIGINAL] = self.directory / ORIGINAL / f"{name}.flac"
         for key, path in paths.items():

@@ -165,11 +165,14 @@ def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
         found = text_of(module, plan, clip, made)
         if place >= len(plan.clips):
             continue  # this rank has kept the others company
-        found |= mel_sums(clip, made, module.tokenizer.sampling_rate) | {"clips": 1.0, f"clips/{clip.domain}": 1.0}
+        found |= mel_sums(clip, made, module.tokenizer.output_sampling_rate) | {
+            "clips": 1.0,
+            f"clips/{clip.domain}": 1.0,
+        }
         sums |= {name: sums[name] + value for name, value in found.items()}
         counts.scatter_add_(1, made.codes, torch.ones_like(made.codes))
         if place < plan.metrics_clips and plan.metrics:
-            rows.append((place, score_clip(clip, made, plan.metrics, module.tokenizer.sampling_rate)))
+            rows.append((place, score_clip(clip, made, plan.metrics, module.tokenizer.output_sampling_rate)))
     total = sum_to_host(sums, module.device)
     row = scores(total, sum_over_ranks(counts).cpu(), plan.levels)
     return row | further_scores(plan, rows)
@@ -211,14 +214,14 @@ def next_with_text(clips: Sequence[HeldOutClip], clip: HeldOutClip) -> HeldOutCl
 
 def score_clip(clip: HeldOutClip, made: Reconstruction, metrics: Mapping[str, Metric], sampling_rate: int) -> ClipRow:
     """Apply further measures to a clip as 16-bit audio."""
-    wanted = pcm16(clip.audio[:, : clip.length].cpu())
+    wanted = pcm16(clip.target.cpu())
     pairs = [
         Rendition(Condition(SYSTEM, count), wanted, pcm16(audio.cpu()), sampling_rate)
         for count, audio in made.audio.items()
     ]
     labels = {"domain": clip.domain} | ({} if clip.text is None else {"text": clip.text})
     rows = score_renditions(pairs, metrics, labels)
-    return ClipRow(clip.id, clip.domain, clip.id, clip.length / sampling_rate, rows)
+    return ClipRow(clip.id, clip.domain, clip.id, clip.target.shape[-1] / sampling_rate, rows)
 
 
 def further_scores(plan: ValidationPlan, rows: Sequence[tuple[int, ClipRow]]) -> dict[str, float]:

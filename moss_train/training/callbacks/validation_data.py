@@ -14,7 +14,7 @@ from torch import Tensor
 from moss_train.audio.io import convert_channels, resample
 from moss_train.batch import TASKS
 from moss_train.data.clips import ListedClip, list_sources
-from moss_train.data.stream.sample_reader import adjust_level
+from moss_train.data.stream.sample_reader import adjust_level, target_and_input
 from moss_train.data.stream.stream import ClipFormat
 from moss_train.evaluation.metrics.codes import codebook_row
 from moss_train.losses import multi_scale_mel_distance
@@ -31,8 +31,8 @@ class HeldOutClip:
 
     id: str
     domain: str
-    audio: Tensor  # [C, T] at the model's rate, T a whole number of hops
-    length: int  # samples before padding
+    audio: Tensor  # [C, T] at the encoder's rate, padded to whole frames
+    target: Tensor  # [C, T'] at the decoder's rate, without padding: what is to be reconstructed
     text: str | None
     task: str
 
@@ -79,10 +79,11 @@ def read_clip(clip: ListedClip, clip_format: ClipFormat, max_seconds: float) -> 
     limit = round(max_seconds * rate)
     text = clip.labels.get("text") if audio.shape[-1] <= limit else None
     audio = convert_channels(audio[:, :limit], clip_format.num_channels, clip.id)
-    audio = adjust_level(resample(audio, rate, clip_format.sampling_rate), clip_format, MIDDLE)
-    length = audio.shape[-1]
-    padded = F.pad(audio, (0, -length % clip_format.hop_length))
-    return HeldOutClip(clip.id, clip.domain, padded, length, text, clip.labels.get("task", "asr"))
+    stored = adjust_level(resample(audio, rate, clip_format.stored_rate), clip_format, MIDDLE)
+    _, audio = target_and_input(stored, clip_format)
+    padded = F.pad(audio, (0, -audio.shape[-1] % clip_format.hop_length))
+    target = padded[:, : audio.shape[-1]] if clip_format.output_ratio == 1 else stored
+    return HeldOutClip(clip.id, clip.domain, padded, target, text, clip.labels.get("task", "asr"))
 
 
 BLIND = ("other", "silent")
@@ -95,7 +96,7 @@ class Reconstruction:
 
     codes: Tensor  # [N, F]
     states: Mapping[int, Tensor]  # number of levels -> [1, F, D] after the quantizer
-    audio: Mapping[int, Tensor]  # number of levels -> [C, T] as long as the clip
+    audio: Mapping[int, Tensor]  # number of levels -> [C, T'] as long as the clip's target
 
 
 def depths(num_quantizers: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -109,7 +110,9 @@ def reconstruct(tokenizer: MossAudioTokenizerModel, clip: HeldOutClip, levels: S
     latent = tokenizer.encode_latent(clip.audio[None].to(tokenizer.device))
     outputs = {count: tokenizer.quantizer(latent, torch.tensor([count], device=latent.device)) for count in levels}
     states = {count: output.quantized for count, output in outputs.items()}
-    audio = {count: tokenizer.decode_latent(state)[0, :, : clip.length].float() for count, state in states.items()}
+    audio = {
+        count: tokenizer.decode_latent(state)[0, :, : clip.target.shape[-1]].float() for count, state in states.items()
+    }
     return Reconstruction(outputs[levels[-1]].codes[:, 0], states, audio)
 
 
@@ -117,8 +120,8 @@ def mel_sums(clip: HeldOutClip, made: Reconstruction, sampling_rate: int) -> dic
     """Mel distance of every depth, for all domains together and for the clip's own."""
     sums: dict[str, float] = {}
     for count, audio in made.audio.items():
-        wanted = clip.audio[None, :, : clip.length].to(audio.device)
-        length = torch.tensor([clip.length], device=audio.device)
+        wanted = clip.target[None].to(audio.device)
+        length = torch.tensor([clip.target.shape[-1]], device=audio.device)
         distance = multi_scale_mel_distance(wanted, audio[None], length, sampling_rate).item()
         sums |= {f"mel_distance/{count}": distance, f"mel_distance/{clip.domain}/{count}": distance}
     return sums

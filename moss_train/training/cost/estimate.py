@@ -207,7 +207,7 @@ def estimate(
 ) -> Estimate:
     """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
     costs = cache(lambda learning: constant_costs(learning, config, arguments, tokenizer, machine))
-    objective = Objective(tokenizer.sampling_rate, **arguments["objective"])
+    objective = Objective(tokenizer.output_sampling_rate, **arguments["objective"])
     stages = []
     for stage in Schedule.from_config(arguments["stages"]).stages:
         found = costs(stage.parts) | adversarial_costs(stage, config, arguments, tokenizer, objective)

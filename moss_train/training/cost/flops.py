@@ -222,8 +222,8 @@ def losses_cost(objective: Objective, weights: Mapping[str, float], config: Moss
     Their transforms are not counted as operations. One second is computed: the filters that they make depend on values.
     """
     total = Cost()
-    lengths = torch.tensor([config.sampling_rate])
-    audio = torch.zeros(1, config.number_channels, config.sampling_rate)
+    lengths = torch.tensor([config.output_sampling_rate])
+    audio = torch.zeros(1, config.number_channels, config.output_sampling_rate)
     for name, loss in objective.losses.items():
         if isinstance(loss, AudioLoss) and weights.get(name):
             output = torch.zeros_like(audio, requires_grad=True)

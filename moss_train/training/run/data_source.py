@@ -76,7 +76,7 @@ def warn_of_silence(directory: Path, source: str) -> None:
 def pack_for_run(path: str, data: DataConfig, tokenizer: Any, directory: Path) -> PackedSource:
     """Pack `data.path` in the tokenizer's format into `data.cache`, by default with the run."""
     options = PackOptions(
-        sampling_rate=tokenizer.sampling_rate,
+        sampling_rate=tokenizer.output_sampling_rate,
         num_channels=tokenizer.number_channels,
         max_invalid_fraction=data.max_invalid_fraction,
     )

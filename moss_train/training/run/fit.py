@@ -97,7 +97,7 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     last = schedule.updates if config.max_updates is None else min(config.max_updates, schedule.updates)
     quantizer = beginning.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
-    objective = Objective(stream.clip_format.sampling_rate, **beginning.arguments["objective"])
+    objective = Objective(stream.clip_format.stored_rate, **beginning.arguments["objective"])
     callbacks = observers.build_callbacks(
         config, folders.train, folders.held_out, directory, last, stream, *sizes, objective
     )
@@ -209,6 +209,7 @@ def open_stream(
         peak=data.peak,
         loudness_lufs=data.loudness_lufs,
         gain_db=None if data.gain_db is None else (data.gain_db[0], data.gain_db[1]),
+        output_sampling_rate=tokenizer.output_sampling_rate,
     )
     stream = AudioStream(
         train,

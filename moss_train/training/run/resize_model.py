@@ -13,7 +13,9 @@ from moss_train.audio.io import resample
 from moss_train.model import MossAudioTokenizerConfig
 from moss_train.utils.errors import UserError
 
-CHANGES = ("sampling_rate", "number_channels", "patch_sizes", "num_quantizers")
+CHANGES = ("sampling_rate", "output_sampling_rate", "number_channels", "patch_sizes", "num_quantizers")
+EDGE = 16
+"""Samples by which a patch of waveform is continued for the filter of the resampler."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> M
     """The architecture of a given model with some of CHANGES; null and missing ones stay as they are.
 
     Unless `patch_sizes` (samples or frames that each stage joins, encoder order) are given, the first patch follows
-    sampling rate and channels, so that the frame rate stays.
+    sampling rate and channels, so that the frame rate stays. The decoder's patch at the waveform is longer where it has
+    its own sampling rate; one that `init` has stays.
 
     Raises:
         UserError: a key that cannot be changed, or values that do not go together.
@@ -51,10 +54,14 @@ def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> M
     if not wanted:
         return old
     rate, channels = wanted.get("sampling_rate", old.sampling_rate), wanted.get("number_channels", old.number_channels)
-    values = old.to_dict() | {"sampling_rate": rate, "number_channels": channels}
+    own_rate = None if old.output_ratio == 1 else old.output_sampling_rate
+    output_rate = wanted.get("output_sampling_rate", own_rate or rate)
+    if output_rate % rate:
+        raise UserError(f"tokenizer.output_sampling_rate={output_rate} is not a multiple of sampling_rate={rate}")
+    values = old.to_dict() | {"sampling_rate": rate, "number_channels": channels, "output_sampling_rate": output_rate}
     values.pop("sample_rate", None)
     patches = wanted.get("patch_sizes") or following_patches(old, rate, channels)
-    values |= with_patches(old, patches)
+    values |= with_patches(old, patches, output_rate // rate)
     hop = math.prod(patches)
     if hop % channels:
         raise UserError(f"tokenizer.patch_sizes={patches} multiply to {hop}, not a multiple of {channels} channels")
@@ -84,16 +91,20 @@ def following_patches(old: MossAudioTokenizerConfig, rate: int, channels: int) -
     return [int(wanted), *others]
 
 
-def with_patches(old: MossAudioTokenizerConfig, patches: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """Encoder and decoder entries with these patch sizes and the projections that fit them; widths stay."""
+def with_patches(old: MossAudioTokenizerConfig, patches: list[int], ratio: int) -> dict[str, list[dict[str, Any]]]:
+    """Encoder and decoder entries with these patch sizes and the projections that fit them; widths stay.
+
+    Args:
+        ratio: of the decoder's sampling rate to the encoder's, by which its patch at the waveform is longer.
+    """
     count = len(patch_sizes(old))
     if len(patches) != count or not all(isinstance(size, int) and size > 0 for size in patches):
         raise UserError(f"tokenizer.patch_sizes={patches} must be {count} whole numbers, one for each stage of init")
+    decoded = [patches[0] * ratio, *patches[1:]]
+    reversed_decoder = rescale_patches(old.decoder_kwargs[::-1], decoded, "output_dimension", "input_dimension")
     return {
         "encoder_kwargs": rescale_patches(old.encoder_kwargs, patches, "input_dimension", "output_dimension"),
-        "decoder_kwargs": rescale_patches(old.decoder_kwargs[::-1], patches, "output_dimension", "input_dimension")[
-            ::-1
-        ],
+        "decoder_kwargs": reversed_decoder[::-1],
     }
 
 
@@ -134,28 +145,53 @@ def load_matching_weights(
     )
 
 
+@dataclass(frozen=True)
+class WaveformEnd:
+    """Where an encoder or decoder meets the waveform: samples per patch (of all channels), rate in Hz, channels."""
+
+    patch: int
+    rate: int
+    channels: int
+
+    @property
+    def samples(self) -> int:
+        """Samples of one channel in a patch."""
+        return self.patch // self.channels
+
+    def lasts_as(self, other: "WaveformEnd") -> bool:
+        """Whether the patches of both are whole samples of every channel and as long in seconds."""
+        if self.patch % self.channels or other.patch % other.channels:
+            return False
+        return Fraction(self.samples, self.rate) == Fraction(other.samples, other.rate)
+
+
+def encoder_end(config: MossAudioTokenizerConfig) -> WaveformEnd:
+    """Return the encoder's end of a configuration."""
+    return WaveformEnd(patch_sizes(config)[0], config.sampling_rate, config.number_channels)
+
+
+def decoder_end(config: MossAudioTokenizerConfig) -> WaveformEnd:
+    """Return the decoder's end of a configuration."""
+    patch = next(entry["patch_size"] for entry in config.decoder_kwargs[::-1] if "patch_size" in entry)
+    return WaveformEnd(patch, config.output_sampling_rate, config.number_channels)
+
+
 def resampled_projections(
     old: MossAudioTokenizerConfig, new: MossAudioTokenizerConfig, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The two projections at the waveform, made from the old ones for another rate or other channels, by name.
+    """The projections at the waveform that change, made from the old ones for another rate or other channels, by name.
 
     Where a patch lasts as long as before, the new encoder does what the old one did to the resampled waveform with its
     channels averaged, and the new decoder gives the old one's waveform, resampled, on every channel. Nothing otherwise.
     """
-    before, after = patch_sizes(old)[0], patch_sizes(new)[0]
-    if (old.sampling_rate, old.number_channels) == (new.sampling_rate, new.number_channels):
-        return {}
-    whole = before % old.number_channels == 0 and after % new.number_channels == 0
-    lasts = Fraction(before, old.sampling_rate * old.number_channels)
-    if not whole or lasts != Fraction(after, new.sampling_rate * new.number_channels):
-        return {}
     first = f"encoder.{waveform_stage(new.encoder_kwargs)}.input_proj.weight"
     last = f"decoder.{len(new.decoder_kwargs) - 1 - waveform_stage(new.decoder_kwargs[::-1])}.output_proj.weight"
     made = {}
-    if first in weights:
-        made[first] = resampled_input(weights[first], old, new)
-    if last in weights:
-        made[last] = resampled_output(weights[last], old, new)
+    for name, end, resampled in ((first, encoder_end, resampled_input), (last, decoder_end, resampled_output)):
+        before, after = end(old), end(new)
+        has_changed = (before.rate, before.channels) != (after.rate, after.channels)
+        if name in weights and has_changed and before.lasts_as(after):
+            made[name] = resampled(weights[name], before, after)
     return made
 
 
@@ -164,25 +200,40 @@ def waveform_stage(entries: list[dict[str, Any]]) -> int:
     return next(number for number, entry in enumerate(entries) if "patch_size" not in entry)
 
 
-def resampled_input(weight: Tensor, old: MossAudioTokenizerConfig, new: MossAudioTokenizerConfig) -> Tensor:
+def resampled_input(weight: Tensor, old: WaveformEnd, new: WaveformEnd) -> Tensor:
     """[D, old patch] -> [D, new patch]: the old map after resampling a patch to the old rate."""
-    parts = weight.unflatten(1, (-1, old.number_channels))  # [D, samples, C]
-    if old.number_channels != new.number_channels:
-        parts = parts.sum(dim=2, keepdim=True).expand(-1, -1, new.number_channels) / new.number_channels
-    if old.sampling_rate != new.sampling_rate:
-        impulses = torch.eye(patch_sizes(new)[0] // new.number_channels, dtype=weight.dtype)
-        responses = resample(impulses, new.sampling_rate, old.sampling_rate)[:, : parts.shape[1]]
+    parts = weight.unflatten(1, (-1, old.channels))  # [D, samples, C]
+    if old.channels != new.channels:
+        parts = parts.sum(dim=2, keepdim=True).expand(-1, -1, new.channels) / new.channels
+    if old.rate != new.rate:
+        impulses = torch.eye(new.samples, dtype=weight.dtype)
+        responses = resample(impulses, new.rate, old.rate)[:, : old.samples]
         parts = torch.einsum("dsc,ns->dnc", parts, responses)
     return parts.flatten(1)
 
 
-def resampled_output(weight: Tensor, old: MossAudioTokenizerConfig, new: MossAudioTokenizerConfig) -> Tensor:
-    """[old patch, D] -> [new patch, D]: the old map, its patch of waveform resampled to the new rate."""
-    parts = weight.unflatten(0, (-1, old.number_channels))  # [samples, C, D]
-    if old.number_channels != new.number_channels:
-        parts = parts.mean(dim=1, keepdim=True).expand(-1, new.number_channels, -1)
-    if old.sampling_rate != new.sampling_rate:
-        samples = patch_sizes(new)[0] // new.number_channels
-        waves = parts.movedim(0, 2).contiguous()
-        parts = resample(waves, old.sampling_rate, new.sampling_rate)[..., :samples].movedim(2, 0)
+def resampled_output(weight: Tensor, old: WaveformEnd, new: WaveformEnd) -> Tensor:
+    """[old patch, D] -> [new patch, D]: the old map, its patch of waveform resampled to the new rate.
+
+    The resampler's filter reaches beyond a patch, into neighbours that a projection does not see. There the patch is
+    continued by its point reflection at the edge sample, which on speech comes closer to the resampled waveform than
+    silence or linear interpolation.
+    """
+    parts = weight.unflatten(0, (-1, old.channels))  # [samples, C, D]
+    if old.channels != new.channels:
+        parts = parts.mean(dim=1, keepdim=True).expand(-1, new.channels, -1)
+    if old.rate != new.rate:
+        # Whole units of both rates, so that the new samples lie where they would without the edges.
+        unit, new_unit = (rate // math.gcd(old.rate, new.rate) for rate in (old.rate, new.rate))
+        edge = min(-(-EDGE // unit), (old.samples - 1) // unit)
+        waves = continued(parts.movedim(0, 2), edge * unit)
+        waves = resample(waves.contiguous(), old.rate, new.rate)
+        parts = waves[..., edge * new_unit :][..., : new.samples].movedim(2, 0)
     return parts.flatten(0, 1)
+
+
+def continued(waves: Tensor, count: int) -> Tensor:
+    """Continue waveforms [..., T] by `count` < T samples on both sides, reflected at the points of the edge samples."""
+    before = 2 * waves[..., :1] - waves[..., 1 : count + 1].flip(-1)
+    after = 2 * waves[..., -1:] - waves[..., waves.shape[-1] - 1 - count : -1].flip(-1)
+    return torch.cat((before, waves, after), dim=-1)

@@ -132,7 +132,7 @@ class Objective(nn.Module):
     """Loss terms of generator and discriminators, and their weights (arXiv 2603.18090, section 3).
 
     Args:
-        sampling_rate: in Hz.
+        sampling_rate: in Hz, of the decoder's output.
         weights: of the terms that differ from WEIGHTS; they go before the `weight` of a loss's own node.
         discriminator_crop_seconds: length of the random crop that the discriminators see, per clip.
         quantizer_dropout: share of clips that use a random prefix of the levels (1.0 in the paper); the others use all.
@@ -220,7 +220,7 @@ class Objective(nn.Module):
     def count(self, batches: Sequence[Batch], device: torch.device | str = "cpu") -> UpdateCounts:
         """Counts of one rank's micro-batches, which may be none."""
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        lengths = torch.cat([none, *(batch.audio_lengths for batch in batches)])
+        lengths = torch.cat([none, *(batch.reference_lengths for batch in batches)])
         text = torch.cat([none, *(batch.text_lengths for batch in batches)])
         audio = {name: self.losses[name].counts(lengths) for name in self._names(AudioLoss)}  # type: ignore[operator]
         return UpdateCounts(torch.ones_like(lengths).sum(), text.sum(), audio)
@@ -229,7 +229,7 @@ class Objective(nn.Module):
         self, batch: Batch, reconstruction: Tensor, counts: UpdateCounts, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
         """Compute the terms between recording and reconstruction [B, C, T], of those in `weights`."""
-        arguments = (batch.audio, reconstruction, batch.audio_lengths)
+        arguments = (batch.reference, reconstruction, batch.reference_lengths)
         names = [name for name in self._names(AudioLoss) if name in weights]
         return {name: self.losses[name](*arguments, counts.audio[name]) for name in names}
 
@@ -266,10 +266,10 @@ class Objective(nn.Module):
         It starts where the clip's own random number says, inside its valid samples; a shorter clip is zero-padded.
         """
         length = self.crop_length
-        room = (batch.audio_lengths - length).clamp(min=0)
+        room = (batch.reference_lengths - length).clamp(min=0)
         start = (batch.crop_units.double() * (room + 1)).long()
         index = start[:, None] + torch.arange(length, device=audio.device)
-        valid = index < batch.audio_lengths[:, None]
+        valid = index < batch.reference_lengths[:, None]
         index = index.clamp(max=audio.shape[2] - 1)[:, None].expand(-1, audio.shape[1], -1)
         return audio.gather(2, index) * valid[:, None]
 

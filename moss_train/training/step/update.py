@@ -302,7 +302,7 @@ def forward_backward(
         discriminators.requires_grad_(moment.discriminators_learn)
         with casting_at_each_use():
             with torch.set_grad_enabled(moment.discriminators_learn):
-                real = discriminators(objective.crop(batch.audio, batch))
+                real = discriminators(objective.crop(batch.reference, batch))
             generated = discriminators(objective.crop(output if moment.judged else output.detach(), batch))
         observed |= mean_logits(real, generated, counts.clips)
         if moment.discriminators_learn:

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Give a 24 kHz model a decoder at 48 kHz for the same codes, and measure what it adds.
+#   bash recipes/output_48khz/run.sh [voices [out [override ...]]]
+# voices: a folder with train.jsonl, heldout.jsonl and audio at 48 kHz, as recipes/cc0_voices/run.sh makes (data/cc0_voices).
+# INIT names another model than recipes/cat_mini, EVERY=4 takes every fourth training clip only. A second call goes on
+# where the first one stopped.
+set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+voices=$(realpath "${1:-data/cc0_voices}")
+out=${2:-out/output_48khz}
+python=${PYTHON:-.venv/bin/python}
+init=${INIT:-recipes/cat_mini}
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=10000
+
+mkdir -p "$out"
+if [ ! -e "$out/train/index.json" ]; then
+    awk -v every="${EVERY:-1}" 'NR % every == 0' "$voices/train.jsonl" | sed "s#\"path\": \"#&$voices/#" >"$out/train.jsonl"
+    "$python" -m moss_train pack input="$out/train.jsonl" out="$out/train" sampling_rate=48000
+fi
+"$python" -m moss_train fit experiment=finetune init="$init" run_dir="$out/run" \
+    tokenizer.output_sampling_rate=48000 'trainable=[decoder]' semantic=null \
+    data.train="$out/train" data.peak=0.7 data.crop_seconds=0.96 data.micro_batch_seconds=12 data.num_workers=1 \
+    'discriminators.0.channels=[8,16,32,64,64]' 'discriminators.1.window_lengths=[2048]' discriminators.1.channels=4 \
+    objective.discriminator_crop_seconds=0.24 objective.quantizer_dropout=0.5 objective.weights.relative_error=100 \
+    'objective.losses.relative_error={floor_rms: 6.3e-3}' 'ema={decay: 0.99}' new_module_warmup_updates=20 \
+    'stages=[{name: reconstruction, updates: 350, batch_seconds: 5.76, learning_rate: 1.0e-3, final_learning_rate: 5.0e-4, warmup_updates: 20},{name: adversarial, updates: 250, batch_seconds: 3.84, adversarial: true, learning_rate: 5.0e-4, final_learning_rate: 1.0e-4, discriminator_learning_rate: 5.0e-4, warmup_updates: 20, weights: {adversarial: 40, feature: 160}}]' \
+    validation.data="$voices/heldout.jsonl" validation.max_clips=6 validation.every_updates=350 \
+    validation.samples_every_updates=600 validation.samples_clips=2 checkpoint.every_updates=50 \
+    trainer.accelerator=cpu trainer.num_threads=1 wandb=null "${@:3}"
+"$python" recipes/output_48khz/measure.py "$out/run" "$voices/heldout.jsonl" --init "$init"
