@@ -8,12 +8,12 @@ import torch
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.commands import pack as pack_command
 from moss_train.data.stream.loader import make_loader, prefetch_within
-from moss_train.data.stream.sample_reader import iterate_clips
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.encode import Encoder
 from moss_train.inference.files import Work
 from moss_train.utils.errors import UserError
+from tests.data.packed_clips import iterate_clips
 
 HIGH = ClipFormat(24000, 1, 1920, output_sampling_rate=48000)
 CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
