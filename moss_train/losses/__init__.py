@@ -7,8 +7,15 @@ from moss_train.losses.adversarial import (
     feature_matching_loss,
     generator_loss,
 )
-from moss_train.losses.base import AdversarialLoss, AudioLoss, QuantizerLoss
-from moss_train.losses.quantization import CodebookLoss, CommitmentLoss, codebook_loss, commitment_loss
+from moss_train.losses.base import (
+    AdversarialLoss,
+    AudioLoss,
+    CodebookLoss,
+    CommitmentLoss,
+    QuantizerLoss,
+    codebook_loss,
+    commitment_loss,
+)
 from moss_train.losses.reconstruction import (
     ComplexSTFTLoss,
     MidSideLoss,

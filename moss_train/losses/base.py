@@ -1,8 +1,12 @@
-"""Base classes of losses, one for each place of the model that a loss can look at.
+"""Base classes of losses, one for each place of the model that a loss can look at, and the losses of the quantizer.
 
 A loss of your own is a subclass of one of them and an entry under `objective.losses` with a `_target_` and a `weight`.
 Every value is a sum over clips divided by a count of the whole update (all micro-batches, all ranks), so that the
 values and gradients of parts add up to those of the whole.
+
+Commitment and codebook loss are squared distances between a level's latent and the codeword that was looked up for it:
+mean over the dimensions and the valid frames of a clip, zero where quantizer dropout left the level out, summed over
+levels. Codebooks learn by gradient.
 """
 
 from collections.abc import Sequence
@@ -75,3 +79,49 @@ def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
     """
     beyond = torch.arange(x.shape[-1], device=x.device) >= lengths.to(x.device).unsqueeze(-1)
     return x.masked_fill(beyond.view(len(lengths), *[1] * (x.dim() - 2), -1), 0)
+
+
+class CommitmentLoss(QuantizerLoss):
+    """Keeps the latents near the rows that they chose (see `commitment_loss`)."""
+
+    def forward(
+        self, latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+    ) -> Tensor:
+        """Compute the loss."""
+        return commitment_loss(latents, rows, frame_mask, level_mask, num_clips)
+
+
+class CodebookLoss(QuantizerLoss):
+    """Moves the rows to the latents that chose them (see `codebook_loss`)."""
+
+    def forward(
+        self, latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+    ) -> Tensor:
+        """Compute the loss."""
+        return codebook_loss(latents, rows, frame_mask, level_mask, num_clips)
+
+
+def commitment_loss(
+    latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+) -> Tensor:
+    """Pulls the latents to their rows, which get no gradient.
+
+    latents, rows [N, B, T, D]; frame_mask [B, T] bool, true for valid frames; level_mask [N, B] bool, true for levels
+    in use; num_clips: clips of the whole update. Returns a scalar, float32.
+    """
+    return _squared_distance(latents, rows.detach(), frame_mask, level_mask) / num_clips
+
+
+def codebook_loss(
+    latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+) -> Tensor:
+    """Pulls the rows to the latents that chose them, which get no gradient. Arguments as for `commitment_loss`."""
+    return _squared_distance(latents.detach(), rows, frame_mask, level_mask) / num_clips
+
+
+def _squared_distance(latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor) -> Tensor:
+    """Scalar: sum over levels and clips. What is masked is removed before squaring, so that it cannot leak a NaN."""
+    in_use = frame_mask.bool() & level_mask.bool().unsqueeze(-1)
+    difference = (latents.float() - rows.float()).masked_fill(~in_use.unsqueeze(-1), 0)
+    num_frames = frame_mask.sum(-1).clamp(min=1)
+    return (difference.square().mean(-1).sum(-1) / num_frames).sum()
