@@ -1,6 +1,7 @@
 """What tests of gradients share."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -13,7 +14,12 @@ def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> di
     """Gradients of update `number` over the given micro-batches, by parameter name."""
     moment = module.schedule.at(number)
     weights = module.objective.active_weights(moment)
-    module.manual_backward = lambda loss, **options: loss.backward(**options)  # outside a Trainer
+
+    def backward(loss: torch.Tensor, **options: Any) -> None:  # `CatModule.manual_backward` outside a Trainer
+        with torch.autocast("cpu", enabled=False):
+            loss.backward(**options)
+
+    module.manual_backward = backward
     module.zero_grad()
     counts = module.objective.count(batches)
     for batch in batches:
