@@ -237,6 +237,9 @@ def store_config(config: FitConfig, directory: Path, is_new: bool) -> None:
         temporary.write_text(yaml.safe_dump(config.to_plain(), sort_keys=False))
 
 
+NAMED_CHANGES = 6  # in one message
+
+
 def check_unchanged(config: FitConfig, directory: Path) -> None:
     """Raise UserError when a run began with another configuration, unless `allow_config_changes` is set."""
     path = directory / CONFIG_FILE
@@ -249,9 +252,11 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
         )
     changes = differences(result_affecting(begun.to_plain()), result_affecting(config.to_plain()))
     if changes:
+        named = "; ".join(changes[:NAMED_CHANGES])
+        further = f"; and {len(changes) - NAMED_CHANGES} more" if len(changes) > NAMED_CHANGES else ""
         raise UserError(
-            f"{directory} was started with another configuration: {'; '.join(changes)}. Use another name=, or "
-            "allow_config_changes=true to continue with the new values"
+            f"{directory} was started with another configuration: {named}{further}. Use another name=, or "
+            f"allow_config_changes=true to continue with the new values; the old ones are in {path}"
         )
 
 
