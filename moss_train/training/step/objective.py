@@ -129,7 +129,7 @@ class UpdateCounts:
 
 
 class Objective(nn.Module):
-    """Loss terms of generator and discriminators, and their weights (arXiv 2603.18090, section 3).
+    """Loss terms of generator and discriminators, and their weights (MOSS-TTS report, arXiv 2603.18090, section 3).
 
     Args:
         sampling_rate: in Hz, of the decoder's output.

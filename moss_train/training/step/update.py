@@ -1,4 +1,4 @@
-"""One update, from a batch to the step of the optimizers, in the order of the paper (arXiv 2603.18090, section 3).
+"""One update, from a batch to the step of the optimizers, in the order of section 3 of arXiv 2603.18090 (MOSS-TTS).
 
 Encode, quantize, decode; reconstruction terms; text term; adversarial terms; backward; sum over ranks; clip; step.
 Everything is passed in, and what came of it is returned as an `UpdateResult`.
