@@ -11,7 +11,7 @@ from .harness import SCALE, Fit, Job
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-UPDATES = 60 if SCALE == 1 else 200 * SCALE
+UPDATES = 100 if SCALE == 1 else 200 * SCALE
 WARM = UPDATES // 4
 LAST = UPDATES - 5
 LATE_KB, GROWTH_KB = 3072, 1024
