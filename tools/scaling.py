@@ -3,6 +3,7 @@
     python tools/scaling.py --experiment cat_small --scales 0.5 1 1.5 2 --train SHARDS --heldout SHARDS       # one GPU
     python tools/scaling.py --experiment cat_tiny --scales 0.5 0.75 1 --updates 100 --train SHARDS --heldout SHARDS
 
+With `--test SCALE` a size that the law has not seen is trained afterwards and compared with what the law says of it.
 Every size sees the same clips in the same order with the experiment's schedule, shortened to `--updates`. The loss is
 the seven-scale mel distance of held-out clips with all levels; the compute are the FLOPs of one update, counted
 operation by operation, times the updates. Learning rates shrink with the width, as 1 / scale. Writes `scaling.png` and
@@ -115,13 +116,23 @@ def fit_power_law(points: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def plot(points: list[dict[str, Any]], law: dict[str, float], path: Path, title: str) -> None:
+def predict(law: dict[str, float], flops: Any) -> Any:
+    """The mel distance that the law gives for that much compute."""
+    return law["coefficient"] * flops ** law["exponent"]
+
+
+def plot(
+    points: list[dict[str, Any]], law: dict[str, float], tested: dict[str, Any] | None, path: Path, title: str
+) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot([p["flops"] for p in points], [p["mel_distance"] for p in points], "o", color="tab:blue")
+    if tested is not None:
+        axes.plot(tested["flops"], tested["mel_distance"], "s", color="tab:orange", label="not in the fit")
+        points = [*points, tested]
     flops = np.array([point["flops"] for point in points])
-    axes.plot(flops, [point["mel_distance"] for point in points], "o", color="tab:blue")
     curve = np.geomspace(flops.min() / 1.3, flops.max() * 1.3, 50)
     label = f"{law['coefficient']:.3g} · FLOP^{law['exponent']:.3f}, R² {law['r_squared']:.2f}"
-    axes.plot(curve, law["coefficient"] * curve ** law["exponent"], color="tab:gray", label=label)
+    axes.plot(curve, predict(law, curve), color="tab:gray", label=label)
     for point in points:
         text = f"{point['parameters'] / 1e6:.1f}M"
         axes.annotate(text, (point["flops"], point["mel_distance"]), xytext=(4, 6), textcoords="offset points")
@@ -136,6 +147,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", default="cat_small")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="of the widths")
+    parser.add_argument("--test", type=float, help="a size to train after the fit, against the law's prediction")
     parser.add_argument("--updates", type=int, default=2000, help="per size, over all stages")
     parser.add_argument("--train", nargs="+", required=True, help="packed folders")
     parser.add_argument("--heldout", required=True, help="packed folder of held-out clips")
@@ -157,6 +169,14 @@ def main() -> None:
         points.append(measure(config, scale, options))
         print(json.dumps(points[-1]), flush=True)
     law = fit_power_law(points)
+    print(f"mel distance = {law['coefficient']:.4g} * FLOP^{law['exponent']:.4f}, R² {law['r_squared']:.3f}")
+    if law["exponent"] >= 0:
+        print("The distance does not fall with compute: the runs are too short, the law predicts nothing.")
+    tested = None
+    if options.test is not None:
+        tested = measure(config, options.test, options)
+        tested["predicted_mel_distance"] = predict(law, tested["flops"])
+        print(json.dumps(tested), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
@@ -167,13 +187,11 @@ def main() -> None:
         "command": "python " + " ".join(sys.argv),
         "points": points,
         "law": law,
+        "tested": tested,
     }
     (options.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
     title = f"{options.experiment}, {points[0]['audio_seconds'] / 60:.0f} min of audio per size"
-    plot(points, law, options.out / "scaling.png", title)
-    print(f"mel distance = {law['coefficient']:.4g} * FLOP^{law['exponent']:.4f}, R² {law['r_squared']:.3f}")
-    if law["exponent"] >= 0:
-        print("The distance does not fall with compute: the runs are too short, the law predicts nothing.")
+    plot(points, law, tested, options.out / "scaling.png", title)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from moss_train.config.fit_schema import FitConfig, StageConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.sample_reader import SampleReader
 from moss_train.losses.reconstruction import multi_scale_mel_distance
+from moss_train.training.callbacks.build import build_fit
 from moss_train.training.module import CatModule
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.trainer import build_trainer, choose_accelerator
@@ -38,12 +39,17 @@ def shortened(stages: Sequence[StageConfig], updates: int) -> list[StageConfig]:
 
 
 def train_in_memory(config: FitConfig, module: CatModule, callbacks: Sequence[Callback] = ()) -> None:
-    """Do all updates of the module's schedule on `data.train` of a `fit` configuration, on one device."""
+    """Do all updates of the module's schedule on `data.train` of a `fit` configuration, on one device.
+
+    As in `fit`, the levels are fitted to the latents where a stage without a quantizer ends.
+    """
     accelerator = choose_accelerator(config.trainer.accelerator)
-    trainer = build_trainer(config.trainer.replace(devices=1, num_nodes=1), accelerator, list(callbacks))
+    stream = open_stream(config, module.tokenizer.config)
+    callbacks = [build_fit(config.data.train, stream), *callbacks]
+    trainer = build_trainer(config.trainer.replace(devices=1, num_nodes=1), accelerator, callbacks)
     schedule = module.schedule
     loader = make_loader(
-        open_stream(config, module.tokenizer.config),
+        stream,
         text_encoder=None if module.semantic is None else module.semantic.text,
         position=0,
         updates=[(update, schedule.at(update).stage.batch_seconds) for update in range(schedule.updates)],
