@@ -69,10 +69,10 @@ def micro_batch(
 
 def run_micro_batch(module: CatModule, batch: Batch, stage: Stage, backward: Callable[..., None]) -> None:
     """Forward and backward of a micro-batch in the full swing of a stage."""
-    moment = full_swing(module, stage)
-    weights = module.objective.active_weights(moment)
+    schedule_state = full_swing(module, stage)
+    weights = module.objective.active_weights(schedule_state)
     counts = module.objective.count((batch,), batch.audio.device)
-    forward_backward(module.networks, module.objective, batch, counts, moment, weights, backward)
+    forward_backward(module.networks, module.objective, batch, counts, schedule_state, weights, backward)
 
 
 def full_swing(module: CatModule, stage: Stage) -> ScheduleState:

@@ -49,8 +49,8 @@ class FirstUpdates(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
     ) -> None:
-        moment = pl_module.schedule.at(pl_module.update)  # type: ignore[union-attr,operator]
-        kind = (moment.stage.name, moment.judged)
+        schedule_state = pl_module.schedule.at(pl_module.update)  # type: ignore[union-attr,operator]
+        kind = (schedule_state.stage.name, schedule_state.adversarial_loss_active)
         if kind not in self.per_audio_second:
             self.counted, self.counter = kind, FlopCounter()
             self.counter.__enter__()

@@ -16,7 +16,7 @@ from moss_train.training.cost.estimate import (
 )
 from moss_train.training.cost.hardware import GIB, GPUS
 from moss_train.training.cost.mfu import measured_share
-from moss_train.training.run.fit import measure
+from moss_train.training.run.fit import count_parameters_on_meta
 from moss_train.training.run.warm_start import plan_initialization
 
 SUMMARY = "Say what a run will need before it starts: parameters, memory, operations, days."
@@ -37,11 +37,11 @@ def run(config: EstimateConfig) -> int:
     """Count, estimate and print. Returns 0."""
     law = None if config.scaling is None else read_scaling_law(config.scaling)
     machine = Machine(**{key: getattr(config, key) for key in MACHINE_KEYS} | {"mfu": share_of_peak(config.mfu)})
-    beginning = plan_initialization(config)
-    semantic = beginning.arguments["semantic"]
-    arguments = {**beginning.arguments, "semantic": None if semantic is None else resolve_lm_config(semantic)}
-    parameters = measure(arguments, config)
-    result = estimate(config, arguments, beginning.tokenizer_config, parameters, machine)
+    init_plan = plan_initialization(config)
+    semantic = init_plan.arguments["semantic"]
+    arguments = {**init_plan.arguments, "semantic": None if semantic is None else resolve_lm_config(semantic)}
+    parameters = count_parameters_on_meta(arguments, config)
+    result = estimate(config, arguments, init_plan.tokenizer_config, parameters, machine)
     console = Console(width=max(Console().width, 110))
     for table in (parameter_table(result), cost_table(result), time_table(result), memory_table(result, machine)):
         console.print(table)

@@ -85,8 +85,8 @@ class CatModule(lightning.LightningModule):
             self.tokenizer = MossAudioTokenizerModel(tokenizer_config(tokenizer))
             latent_dim = self.tokenizer.config.quantizer_kwargs["output_dim"]
             self.semantic = build(semantic, path="semantic", latent_dim=latent_dim) if semantic else None
-            judges = [build(node, path=f"discriminators[{i}]") for i, node in enumerate(discriminators)]
-            self.discriminators = DiscriminatorSet(judges) if judges else None
+            built = [build(node, path=f"discriminators[{i}]") for i, node in enumerate(discriminators)]
+            self.discriminators = DiscriminatorSet(built) if built else None
         self.objective = Objective(self.tokenizer.output_sampling_rate, **rename_keys(ObjectiveConfig, objective or {}))
         for stage in self.schedule.stages:
             with_weights(self.objective.weights, stage.weights)
@@ -130,13 +130,15 @@ class CatModule(lightning.LightningModule):
 
     def training_step(self, batch: UpdateBatch, batch_idx: int) -> dict[str, UpdateResult]:
         """One update: gradients of every micro-batch for both sides, then one step of each optimizer."""
-        moment = self.schedule.at(self.update)
-        self._choose_parts(moment)
+        schedule_state = self.schedule.at(self.update)
+        self._choose_parts(schedule_state)
         measures = self.shares_every_updates is not None and (self.update + 1) % self.shares_every_updates == 0
         how = (self._contributions, self.reduce_dtype, measures)
-        groups = self.optimizer_groups(moment)
+        groups = self.optimizer_groups(schedule_state)
         try:
-            result = run_update(self.networks, self.objective, groups, self.manual_backward, batch, moment, *how)
+            result = run_update(
+                self.networks, self.objective, groups, self.manual_backward, batch, schedule_state, *how
+            )
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory(self, batch)) from error
         self._count_skipped(result, batch)
@@ -153,16 +155,18 @@ class CatModule(lightning.LightningModule):
         """What an update trains."""
         return Networks(self.tokenizer, self.semantic, self.discriminators, is_sharded=self.shards is not None)
 
-    def optimizer_groups(self, moment: ScheduleState) -> list[OptimizerGroup]:
+    def optimizer_groups(self, schedule_state: ScheduleState) -> list[OptimizerGroup]:
         """What steps in an update: the generator's trained parts, and the discriminators when it is their turn."""
         optimizers: Any = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        parts = {name: list(part.parameters()) for name, part in self.parts().items() if name in moment.stage.parts}
-        chosen = [("generator", moment.stage.learning_rate, parts)]
-        if moment.discriminators_learn:
+        parts = {
+            name: list(part.parameters()) for name, part in self.parts().items() if name in schedule_state.stage.parts
+        }
+        chosen = [("generator", schedule_state.stage.learning_rate, parts)]
+        if schedule_state.discriminators_learn:
             discriminators = {"discriminators": self.discriminator_parameters()}
-            chosen.append(("discriminators", moment.stage.discriminator_learning_rate, discriminators))
-        factor = moment.stage.rate_factor(moment.update)
+            chosen.append(("discriminators", schedule_state.stage.discriminator_learning_rate, discriminators))
+        factor = schedule_state.stage.rate_factor(schedule_state.update)
         return [
             OptimizerGroup(name, optimizer, peak * factor, self._clip_norm(name), parts)
             for optimizer, (name, peak, parts) in zip(optimizers, chosen, strict=False)
@@ -202,9 +206,9 @@ class CatModule(lightning.LightningModule):
         """Parameters of all sub-discriminators."""
         return [] if self.discriminators is None else list(self.discriminators.parameters())
 
-    def _choose_parts(self, moment: ScheduleState) -> None:
+    def _choose_parts(self, schedule_state: ScheduleState) -> None:
         for name, part in self.parts().items():
-            part.requires_grad_(name in moment.stage.parts)
+            part.requires_grad_(name in schedule_state.stage.parts)
 
     def on_fit_start(self) -> None:
         check_equal_start(self, (self.update, self.position))

@@ -92,7 +92,7 @@ WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre and NFS
 
 
 @contextmanager
-def file_lock(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator[None]:
+def file_lock(path: Path, what: str, timeout_seconds: float = 10.0) -> Iterator[None]:
     """Hold a lock file; the system releases it when the process ends, however it ends.
 
     It waits a little, because workers of a killed process hold it until they notice. On a file system without locks it
@@ -105,7 +105,7 @@ def file_lock(path: Path, what: str, patience_seconds: float = 10.0) -> Iterator
     Raises:
         UserError: another process holds the lock.
     """
-    deadline = time.monotonic() + patience_seconds
+    deadline = time.monotonic() + timeout_seconds
     descriptor = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT), 0o666)
     try:
         while True:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from moss_train import load_config
 from moss_train.config.fit_schema import TrainerConfig
 from moss_train.training.cost.estimate import GB, Estimate, Machine, estimate, seconds_of_step
-from moss_train.training.run.fit import measure
+from moss_train.training.run.fit import count_parameters_on_meta
 from moss_train.training.run.warm_start import plan_initialization
 
 HOURS = 3_000_000
@@ -79,10 +79,10 @@ rented; `python -m moss_train estimate experiment=cat_1b6 gpus=64` prints the me
 def main() -> None:
     """Print the plan."""
     config = load_config("fit", ["experiment=cat_1b6", "trainer.reduce_dtype=bf16"])
-    beginning = plan_initialization(config)
-    parameters = measure(beginning.arguments, config)
+    init_plan = plan_initialization(config)
+    parameters = count_parameters_on_meta(init_plan.arguments, config)
     machines = {gpus: Machine("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND) for gpus in GPUS}
-    one = estimate(config, beginning.arguments, beginning.tokenizer_config, parameters, machines[GPUS[0]])
+    one = estimate(config, init_plan.arguments, init_plan.tokenizer_config, parameters, machines[GPUS[0]])
     plans = {gpus: on_more(one, config.trainer, machine) for gpus, machine in machines.items()}
     used = sum(stage.audio_seconds for stage in one.stages) / 3600
     byte_rate = FLAC_KBIT_PER_SECOND * 1000 / 8

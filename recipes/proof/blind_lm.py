@@ -74,8 +74,11 @@ def blind_course(config: FitConfig, rate_factor: float, weight_decay: float, eve
     )
     texts = 0
     for update, batch in enumerate(loader):
-        moment = schedule.at(update)
-        set_learning_rate(optimizer, rate_factor * moment.stage.learning_rate * moment.stage.rate_factor(moment.update))
+        schedule_state = schedule.at(update)
+        set_learning_rate(
+            optimizer,
+            rate_factor * schedule_state.stage.learning_rate * schedule_state.stage.rate_factor(schedule_state.update),
+        )
         texts += learn(text_lm, optimizer, batch.micro_batches, settings.clip_norm)
         if (update + 1) % every == 0 or update + 1 == schedule.updates:
             nats = held_out_nats(text_lm, clips)

@@ -59,7 +59,7 @@ TINY = (
 )
 """Overrides of `fit` that shrink the whole recipe until an update takes some hundredths of a second.
 
-Both stages, text, quantizer dropout on every clip, discriminators with a head start, and several micro-batches per
+Both stages, text, quantizer dropout on every clip, discriminators with a warm-up, and several micro-batches per
 update stay. Twelve updates, a checkpoint at 0, 3, 6, 9 and 12.
 """
 

@@ -12,8 +12,8 @@ from moss_train.training.step.update import forward_backward
 
 def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> dict[str, torch.Tensor]:
     """Gradients of update `number` over the given micro-batches, by parameter name."""
-    moment = module.schedule.at(number)
-    weights = module.objective.active_weights(moment)
+    schedule_state = module.schedule.at(number)
+    weights = module.objective.active_weights(schedule_state)
 
     def backward(loss: torch.Tensor, **options: Any) -> None:  # `CatModule.manual_backward` outside a Trainer
         with torch.autocast("cpu", enabled=False):
@@ -23,7 +23,9 @@ def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> di
     module.zero_grad()
     counts = module.objective.count(batches)
     for batch in batches:
-        forward_backward(module.networks, module.objective, batch, counts, moment, weights, module.manual_backward)
+        forward_backward(
+            module.networks, module.objective, batch, counts, schedule_state, weights, module.manual_backward
+        )
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 

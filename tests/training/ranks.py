@@ -53,10 +53,10 @@ def gradients(
     module.gather_dtype = None if half is None else torch.bfloat16
     module.configure_model()
     assert (module.shards is None) == (mesh is None)
-    moment = module.schedule.at(number)
+    schedule_state = module.schedule.at(number)
     parts = {name: list(part.parameters()) for name, part in module.parts().items()}
     groups = [OptimizerGroup("generator", KeptGradients(), 0.0, math.inf, parts)]
-    if moment.discriminators_learn:
+    if schedule_state.discriminators_learn:
         discriminators = {"discriminators": module.discriminator_parameters()}
         groups.append(OptimizerGroup("discriminators", KeptGradients(), 0.0, math.inf, discriminators))
 
@@ -69,7 +69,7 @@ def gradients(
 
     with half or nullcontext():
         result = run_update(
-            module.networks, module.objective, groups, backward, batch, moment, contribute, measure_shares=True
+            module.networks, module.objective, groups, backward, batch, schedule_state, contribute, measure_shares=True
         )
     numbers = result.metrics | result.sums | {f"output/{name}": norm for name, norm in result.output_norms.items()}
     found = {name: full_tensor(p.grad) for name, p in module.named_parameters() if p.grad is not None}

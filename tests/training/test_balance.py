@@ -90,9 +90,9 @@ def balanced(small_config) -> CatModule:
 def norms_of(module: CatModule, batches: tuple, number: int) -> dict[str, float]:
     """Norms at the decoder's output over the micro-batches of update `number`; gradients stay in the module."""
     module.zero_grad()
-    moment, counts = module.schedule.at(number), module.objective.count(batches)
-    weights = module.objective.active_weights(moment)
-    arguments = (counts, moment, weights, module.manual_backward)
+    schedule_state, counts = module.schedule.at(number), module.objective.count(batches)
+    weights = module.objective.active_weights(schedule_state)
+    arguments = (counts, schedule_state, weights, module.manual_backward)
     results = [forward_backward(module.networks, module.objective, batch, *arguments) for batch in batches]
     return {name: square.sqrt().item() for name, square in add_up([r.output_squares for r in results]).items()}
 

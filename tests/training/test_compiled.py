@@ -27,7 +27,7 @@ def fit(overrides: list[str], *more: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_compiled_run_resumes_to_the_last_bit(small_overrides, tmp_path):
-    """Stopped after the discriminators' head start, in which their graphs serve one backward pass; later it is two."""
+    """Stopped after the discriminators' warm-up, in which their graphs serve one backward pass; later it is two."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fit(small_overrides, "trainer.compile=aot_eager", f"run_dir={whole}")
     for stop in (3, 5):

@@ -77,7 +77,7 @@ def test_texts_of_a_manifest_need_a_text_lm_and_clips_without_leave_it_out(init,
     entries = [json.loads(line) for line in lines[:6]]
     manifest = tmp_path / "texts.jsonl"
     manifest.write_text("".join(json.dumps(e | {"path": str(recordings / e["path"])}) + "\n" for e in entries))
-    with pytest.warns(UserWarning, match="semantic start afresh"):
+    with pytest.warns(UserWarning, match="semantic newly initialised"):
         assert main([*command, f"data.path={manifest}", f"run_dir={tmp_path / 'texts'}"]) == 0
     assert column(read_table(tmp_path / "texts" / "metrics.csv"), "loss/semantic")
 

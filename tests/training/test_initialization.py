@@ -41,9 +41,9 @@ def exported(source) -> Path:
 
 def begin(config: dict) -> tuple[CatModule, dict]:
     """A module as a run would begin with it, and what became of the weights."""
-    beginning = plan_initialization(config)
-    module = CatModule(**beginning.arguments)
-    return module, initialize(module, beginning)
+    init_plan = plan_initialization(config)
+    module = CatModule(**init_plan.arguments)
+    return module, initialize(module, init_plan)
 
 
 def assert_taken(module: torch.nn.Module, weights: dict, names: tuple[str, ...]) -> None:
@@ -57,9 +57,9 @@ def test_a_run_brings_all_its_networks_with_their_architecture(small_config, sou
     assert module.discriminators.discriminators[0].layers[0].out_channels == 2
     for name in ("tokenizer", "semantic", "discriminators"):
         report = reports[name]
-        assert len(report.kept) == sum(1 for _ in getattr(module, name).parameters())
-        assert (report.resampled, report.fresh, report.left_over) == ((), (), ())
-        assert_taken(getattr(module, name), weights[name], report.kept)
+        assert len(report.loaded) == sum(1 for _ in getattr(module, name).parameters())
+        assert (report.resampled, report.new, report.unused) == ((), (), ())
+        assert_taken(getattr(module, name), weights[name], report.loaded)
     assert [stage.discriminator_warmup_updates for stage in module.schedule.stages] == [0, 1]
 
 
@@ -70,8 +70,8 @@ def test_an_export_with_training_state_brings_them_too(small_config, source, tmp
     module, reports = begin(small_config(f"init={out}", "tokenizer=null", "seed=7", *OTHER))
     weights = open_source(source).load()
     for name in ("tokenizer", "semantic", "discriminators"):
-        assert (reports[name].fresh, reports[name].left_over) == ((), ())
-        assert_taken(getattr(module, name), weights[name], reports[name].kept)
+        assert (reports[name].new, reports[name].unused) == ((), ())
+        assert_taken(getattr(module, name), weights[name], reports[name].loaded)
 
 
 def test_the_moving_average_is_exported_on_demand(small_config, source, tmp_path, capsys):
@@ -85,17 +85,17 @@ def test_the_moving_average_is_exported_on_demand(small_config, source, tmp_path
     assert "has no moving average" in capsys.readouterr().err
 
 
-def test_networks_that_init_does_not_bring_start_afresh_with_a_head_start(small_config, exported, capsys):
+def test_networks_that_init_does_not_bring_are_new_and_have_a_warm_up(small_config, exported, capsys):
     config = small_config(f"init={exported}", "tokenizer=null", "new_module_warmup_updates=3", "max_updates=0", *OTHER)
-    with pytest.warns(UserWarning, match="start afresh, init has none; head start of 3 updates") as warned:
+    with pytest.warns(UserWarning, match="newly initialised, init has none; warm-up of 3 updates") as warned:
         directory = fit(config).directory
-    assert sum("start afresh" in str(warning.message) for warning in warned) == 2
+    assert sum("newly initialised" in str(warning.message) for warning in warned) == 2
     assert "weights from" in capsys.readouterr().err
     record = json.loads((directory / RECORD_FILE).read_text())
-    assert record["fresh"] == ["semantic", "discriminators"]
-    beginning = plan_initialization(config, directory)
-    assert beginning.arguments["discriminators"][0]["channels"] == [3, 5]
-    stages = CatModule(**beginning.arguments).schedule.stages
+    assert record["new_networks"] == ["semantic", "discriminators"]
+    init_plan = plan_initialization(config, directory)
+    assert init_plan.arguments["discriminators"][0]["channels"] == [3, 5]
+    stages = CatModule(**init_plan.arguments).schedule.stages
     assert [(stage.semantic_warmup_updates, stage.discriminator_warmup_updates) for stage in stages] == [(3, 0), (0, 3)]
 
 
@@ -103,25 +103,25 @@ def test_weights_are_named_where_only_some_of_a_network_were_kept(capsys):
     source = ModelSource("x", None, {}, dict)
     names = tuple(f"layer.{number}" for number in range(324))
     reports = {
-        "tokenizer": WeightReport(kept=names, resampled=("encoder.1.input_proj.weight",)),
-        "semantic": WeightReport(left_over=names),
-        "discriminators": WeightReport(kept=names[:1], fresh=names[1:], left_over=names[2:]),
+        "tokenizer": WeightReport(loaded=names, resampled=("encoder.1.input_proj.weight",)),
+        "semantic": WeightReport(unused=names),
+        "discriminators": WeightReport(loaded=names[:1], new=names[1:], unused=names[2:]),
     }
     print_reports(InitPlan({}, source), reports, 3)
     text = capsys.readouterr().err
     assert "tokenizer, resampled: encoder.1.input_proj.weight\n" in text
-    assert "discriminators, fresh: layer.1, layer.2, layer.3, layer.4 and 319 more\n" in text
+    assert "discriminators, new: layer.1, layer.2, layer.3, layer.4 and 319 more\n" in text
     assert "semantic," not in text
-    assert "discriminators, left over" not in text  # those that did not fit
-    assert "│ semantic       │ 0    │ 0         │ 0     │ 324       │" in text
+    assert "discriminators, unused" not in text  # those that did not fit
+    assert "│ semantic       │ 0      │ 0         │ 0   │ 324    │" in text
 
 
 def test_what_is_configured_away_stays_away_and_restore_chooses(small_config, source):
     config = small_config(f"init={source}", "tokenizer=null", "semantic=null", "restore=[]", *OTHER[:1])
-    beginning = plan_initialization(config)
-    assert beginning.arguments["semantic"] is None
-    assert beginning.arguments["discriminators"][0]["channels"] == [3, 5]
-    assert beginning.fresh == ("discriminators",)
+    init_plan = plan_initialization(config)
+    assert init_plan.arguments["semantic"] is None
+    assert init_plan.arguments["discriminators"][0]["channels"] == [3, 5]
+    assert init_plan.new_networks == ("discriminators",)
     with pytest.raises(ConfigError) as caught:
         small_config(f"init={source}", "tokenizer=null", "restore=[decoder]")
     assert (caught.value.kind, caught.value.path) == ("value", "restore.0")
@@ -129,7 +129,7 @@ def test_what_is_configured_away_stays_away_and_restore_chooses(small_config, so
 
 def test_the_head_start_of_the_text_lm_leaves_the_tokenizer_alone(small_config, exported):
     module, _ = begin(small_config(f"init={exported}", "tokenizer=null", "new_module_warmup_updates=3"))
-    assert [module.schedule.at(update).taught for update in (2, 3, 4)] == [False, True, True]
+    assert [module.schedule.at(update).text_lm_trains_tokenizer for update in (2, 3, 4)] == [False, True, True]
 
 
 def test_fine_tuning_the_decoder_moves_nothing_else_and_leaves_the_text_lm_out(small_config, source):
@@ -177,26 +177,26 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize(("changes", "resampled", "fresh"), CHANGED.values(), ids=CHANGED)
-def test_layers_that_fit_are_kept_bit_by_bit(finetune_config, source, changes, resampled, fresh):
+@pytest.mark.parametrize(("changes", "resampled", "new"), CHANGED.values(), ids=CHANGED)
+def test_layers_that_fit_are_kept_bit_by_bit(finetune_config, source, changes, resampled, new):
     module, reports = begin(finetune_config(f"init={source}", *changes))
     report, weights = reports["tokenizer"], open_source(source).load()
     assert set(report.resampled) == resampled
-    assert set(report.fresh) == fresh
-    assert set(report.left_over) == fresh & weights["tokenizer"].keys()  # other shapes, or the identity before
-    assert len(report.kept) == sum(1 for _ in module.tokenizer.parameters()) - len(resampled | fresh)
-    assert_taken(module.tokenizer, weights["tokenizer"], report.kept)
+    assert set(report.new) == new
+    assert set(report.unused) == new & weights["tokenizer"].keys()  # other shapes, or the identity before
+    assert len(report.loaded) == sum(1 for _ in module.tokenizer.parameters()) - len(resampled | new)
+    assert_taken(module.tokenizer, weights["tokenizer"], report.loaded)
 
 
 def test_levels_can_be_dropped_and_added(finetune_config, source):
     fewer, reports = begin(finetune_config(f"init={source}", "tokenizer.num_quantizers=2"))
-    assert reports["tokenizer"].fresh == ()
-    assert {name.split(".")[2] for name in reports["tokenizer"].left_over} == {"2", "3"}
+    assert reports["tokenizer"].new == ()
+    assert {name.split(".")[2] for name in reports["tokenizer"].unused} == {"2", "3"}
     audio = torch.sin(torch.arange(24000) * 0.05)[None, None]
     expected = load_tokenizer(source).encode(audio, num_quantizers=2).audio_codes
     assert torch.equal(fewer.tokenizer.eval().encode(audio).audio_codes, expected)
     _, reports = begin(finetune_config(f"init={source}", "tokenizer.num_quantizers=5"))
-    assert {name.split(".")[2] for name in reports["tokenizer"].fresh} == {"4"}
+    assert {name.split(".")[2] for name in reports["tokenizer"].new} == {"4"}
 
 
 def test_stereo_begins_as_the_mono_model_on_both_channels(finetune_config, source):
@@ -234,7 +234,7 @@ def test_a_decoder_at_a_higher_rate_begins_as_the_resampled_output(finetune_conf
         start.append("tokenizer.number_channels=2")
     module, reports = begin(finetune_config(*start, "tokenizer.output_sampling_rate=48000"))
     higher, old = module.tokenizer.eval(), load_tokenizer(CAT_MINI)
-    assert reports["tokenizer"].fresh == ()
+    assert reports["tokenizer"].new == ()
     assert (higher.config.sampling_rate, higher.config.frame_rate) == (24000, old.config.frame_rate)
     entry = json.loads((recordings / "heldout.jsonl").read_text().splitlines()[0])
     audio = read_audio(recordings / entry["path"], sampling_rate=24000, num_channels=1)[0][None]
@@ -250,7 +250,7 @@ def test_a_decoder_at_a_higher_rate_keeps_its_rate_when_it_is_tuned_on(finetune_
     first.save_pretrained(tmp_path / "higher")
     again, reports = begin(finetune_config(f"init={tmp_path / 'higher'}"))
     assert again.tokenizer.output_sampling_rate == 48000
-    assert (reports["tokenizer"].resampled, reports["tokenizer"].fresh) == ((), ())
+    assert (reports["tokenizer"].resampled, reports["tokenizer"].new) == ((), ())
     back, reports = begin(finetune_config(f"init={tmp_path / 'higher'}", "tokenizer.output_sampling_rate=24000"))
     assert back.tokenizer.config.decoder_kwargs[-1]["patch_size"] == 240
     assert reports["tokenizer"].resampled == (LAST,)

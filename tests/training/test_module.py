@@ -70,7 +70,7 @@ def test_adversarial_terms_grow_along_the_ramp(module, update):
     without, full = accumulate(module, batch, 4), accumulate(module, batch, 6)
     stage = replace(module.schedule.stages[1], adversarial_ramp_updates=4)
     module.schedule = Schedule((module.schedule.stages[0], stage))
-    assert [module.schedule.at(4 + i).ramp for i in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [module.schedule.at(4 + i).adversarial_ramp for i in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     half = accumulate(module, batch, 6)
     name = next(name for name in full if name.startswith("tokenizer.decoder.") and name.endswith("linear2.weight"))
     torch.testing.assert_close(2 * (half[name] - without[name]), full[name] - without[name], rtol=1e-3, atol=1e-4)
@@ -82,7 +82,7 @@ def test_neither_side_leaks_into_the_other(module, update):
     joint = accumulate(module, (batch,), 6)
     module.objective.weights = module.objective.weights | {"adversarial": 0.0, "feature": 0.0}
     alone = accumulate(module, (batch,), 6)
-    before = accumulate(module, (batch,), 4)  # the discriminators' head start
+    before = accumulate(module, (batch,), 4)  # the discriminators' warm-up
     names = [name for name in joint if name.startswith("discriminators")]
     assert all(torch.equal(joint[name], alone[name]) for name in names)
     generator = [name for name in alone if name.startswith("tokenizer")]
@@ -139,7 +139,7 @@ def test_a_full_device_is_one_line_that_says_what_to_do(module, update):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     module.tokenizer.decoder[0].register_forward_pre_hook(allocate)
-    module.optimizer_groups = lambda moment: []  # outside a Trainer
+    module.optimizer_groups = lambda schedule_state: []  # outside a Trainer
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
     largest = max((batch.audio for batch in update.micro_batches), key=torch.Tensor.numel)
     size = rf"{largest.shape[0]} clips of {largest.shape[2] / 24000:.1f} s"

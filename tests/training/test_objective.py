@@ -33,7 +33,7 @@ def make_batch(lengths: list[int], crop_units: list[float]) -> Batch:
 
 
 STAGE = Stage("s", 10, 1.0, adversarial=True)
-JUDGED = ScheduleState(STAGE, 5)
+ADVERSARIAL = ScheduleState(STAGE, 5)
 ONE_CLIP = UpdateCounts(torch.tensor(1), torch.tensor(0), {})
 
 
@@ -65,7 +65,7 @@ def test_counts_are_those_of_the_whole_update():
 def test_reconstruction_and_quantizer_terms_of_known_values():
     batch = make_batch([2400], [0.0])
     objective = Objective(RATE)
-    weights, counts = objective.active_weights(JUDGED), objective.count([batch])
+    weights, counts = objective.active_weights(ADVERSARIAL), objective.count([batch])
     latents, rows = torch.zeros(2, 1, 3, 4), torch.tensor([1.0, 2.0])[:, None, None, None].expand(2, 1, 3, 4)
     quantized = QuantizerOutput(
         torch.zeros(()), torch.zeros(()), latents, rows, level_mask=torch.tensor([[True], [False]])
@@ -78,15 +78,15 @@ def test_reconstruction_and_quantizer_terms_of_known_values():
     assert {name: term.item() for name, term in terms.items()} == {"commitment": 1.0, "codebook": 1.0}
 
 
-def judged(logits: tuple[float, ...], feature: float, layers: int = 1) -> list[DiscriminatorOutput]:
+def discriminator_outputs(logits: tuple[float, ...], feature: float, layers: int = 1) -> list[DiscriminatorOutput]:
     return [DiscriminatorOutput(torch.full((1, 4), x), (torch.full((1, 5), feature),) * layers) for x in logits]
 
 
 def test_adversarial_terms_of_known_values():
     objective = Objective(RATE)
-    real, generated = judged((0.5,), 2.0), judged((0.25,), 1.0)
+    real, generated = discriminator_outputs((0.5,), 2.0), discriminator_outputs((0.25,), 1.0)
     assert objective.discriminator_loss(real, generated, ONE_CLIP).item() == pytest.approx(0.25 + 0.0625)
-    terms = objective.adversarial_terms(real, generated, ONE_CLIP, objective.active_weights(JUDGED))
+    terms = objective.adversarial_terms(real, generated, ONE_CLIP, objective.active_weights(ADVERSARIAL))
     assert terms["adversarial"].item() == pytest.approx(0.5625)
     assert terms["feature"].item() == pytest.approx(0.5)
 
@@ -94,9 +94,12 @@ def test_adversarial_terms_of_known_values():
 def test_sums_instead_of_means_have_known_values():
     """Two discriminators: LSGAN added up, features by twice their absolute distance, logits included."""
     objective = Objective(RATE, adversarial_reduction="sum", feature_reduction="absolute_sum")
-    real, generated = judged((0.5, 1.0), 2.0, layers=3), judged((0.25, 0.0), 1.5, layers=3)
+    real, generated = (
+        discriminator_outputs((0.5, 1.0), 2.0, layers=3),
+        discriminator_outputs((0.25, 0.0), 1.5, layers=3),
+    )
     assert objective.discriminator_loss(real, generated, ONE_CLIP).item() == pytest.approx(0.25 + 0.0625)
-    terms = objective.adversarial_terms(real, generated, ONE_CLIP, objective.active_weights(JUDGED))
+    terms = objective.adversarial_terms(real, generated, ONE_CLIP, objective.active_weights(ADVERSARIAL))
     assert terms["adversarial"].item() == pytest.approx(0.5625 + 1.0)
     assert terms["feature"].item() == pytest.approx(2 * (6 * 0.5 + 0.25 + 1.0))
 
@@ -131,7 +134,7 @@ def test_a_loss_is_added_changed_and_taken_away_by_its_node():
     batch = make_batch([2400], [0.0])
     counts = objective.count([batch])
     assert counts.audio["reconstruction"].tolist() == [-(-2400 // 128)]
-    terms = objective.audio_terms(batch, -batch.audio, counts, objective.active_weights(JUDGED))
+    terms = objective.audio_terms(batch, -batch.audio, counts, objective.active_weights(ADVERSARIAL))
     assert terms["short_stft"] > 0 == terms["reconstruction"]
 
 

@@ -30,12 +30,12 @@ def test_the_row_of_the_codebooks_has_the_values_of_the_counts():
     assert codebook_row(torch.zeros(2, 4, dtype=torch.int64)) == {}
 
 
-def test_mean_verdicts_are_means_over_judges_and_clips():
+def test_mean_scores_are_means_over_discriminators_and_clips():
     real = [DiscriminatorOutput(torch.tensor([[1.0, 3.0]]), ()), DiscriminatorOutput(torch.tensor([[0.0]]), ())]
     generated = [DiscriminatorOutput(torch.tensor([[-1.0]]), ()), DiscriminatorOutput(torch.tensor([[0.0]]), ())]
     means = mean_logits(real, generated, 2)
     assert {name: value.item() for name, value in means.items()} == {
-        "discriminator/real": 0.5,  # (2 + 0) / 2 judges / 2 clips
+        "discriminator/real": 0.5,  # (2 + 0) / 2 discriminators / 2 clips
         "discriminator/generated": -0.25,
     }
 

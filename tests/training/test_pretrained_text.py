@@ -51,10 +51,10 @@ def test_an_export_of_a_run_with_a_pretrained_lm_goes_on_without_its_folder(
     shutil.rmtree(run)
 
     config = finetune_config(f"init={out}", f"data.train={packed}", "data.crop_seconds=0.4", "data.num_workers=0")
-    beginning = plan_initialization(config)
-    module = CatModule(**beginning.arguments)
-    report = initialize(module, beginning)["semantic"]
-    assert (report.resampled, report.fresh, report.left_over) == ((), (), ())
+    init_plan = plan_initialization(config)
+    module = CatModule(**init_plan.arguments)
+    report = initialize(module, init_plan)["semantic"]
+    assert (report.resampled, report.new, report.unused) == ((), (), ())
     restored = module.semantic.state_dict()
     assert restored.keys() == trained.keys()
     assert all(torch.equal(restored[name], trained[name]) for name in trained)
@@ -83,7 +83,7 @@ def test_fine_tuning_such_an_export_trains_its_lm_and_resumes_without_it(
     )
     fit(config.replace(max_updates=1))
     record = json.loads((tmp_path / "tuned" / RECORD_FILE).read_text())
-    assert record["fresh"] == []
+    assert record["new_networks"] == []
     assert record["semantic"]["pretrained"] is None
     assert fit(config.replace(max_updates=2)).update == 2
     losses = column(read_table(tmp_path / "tuned" / "metrics.csv"), "loss/semantic")

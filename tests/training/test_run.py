@@ -12,7 +12,7 @@ from moss_train.training import CatModule
 from moss_train.training.callbacks.metrics import metric_columns
 from moss_train.training.cost import hardware as resource_room
 from moss_train.training.loggers.base import column, read_table
-from moss_train.training.run.fit import differences, fit
+from moss_train.training.run.fit import diff_config, fit
 from moss_train.training.step.objective import Objective
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 from moss_train.utils.errors import UserError
@@ -150,7 +150,7 @@ def test_impossible_configurations_are_one_line_and_leave_nothing(small_override
 def test_differences_name_every_leaf():
     old = {"a": 1, "b": {"c": [1, {"d": 2}]}, "gone": 3}
     new = {"a": 1, "b": {"c": [1, {"d": 4}]}, "new": 5}
-    assert differences(old, new) == ["b.c[1].d: 2 -> 4", "gone: 3 -> None", "new: None -> 5"]
+    assert diff_config(old, new) == ["b.c[1].d: 2 -> 4", "gone: 3 -> None", "new: None -> 5"]
 
 
 def test_unreadable_samples_are_named_and_stop_the_run_past_the_ceiling(packed, small_overrides, tmp_path, capsys):

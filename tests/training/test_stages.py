@@ -20,12 +20,12 @@ STAGES = [
 
 def test_the_clock_walks_through_the_stages():
     schedule = Schedule.from_config(STAGES)
-    moments = [schedule.at(update) for update in range(schedule.updates + 1)]
+    states = [schedule.at(update) for update in range(schedule.updates + 1)]
     assert schedule.updates == 16
     assert schedule.adversarial
-    assert [moment.stage.name for moment in moments] == ["one"] * 10 + ["two"] * 7
-    assert [moment.update for moment in moments] == [*range(10), *range(7)]
-    assert [moment.judged for moment in moments] == [False] * 12 + [True] * 5
+    assert [state.stage.name for state in states] == ["one"] * 10 + ["two"] * 7
+    assert [state.update for state in states] == [*range(10), *range(7)]
+    assert [state.adversarial_loss_active for state in states] == [False] * 12 + [True] * 5
 
 
 def test_rates_warm_up_and_follow_a_cosine():
@@ -46,10 +46,10 @@ def test_wsd_stays_at_the_peak_and_decays_at_the_end():
 
 def test_discriminators_learn_every_nth_update_and_judge_along_a_ramp():
     stage = {**STAGES[1], "discriminator_every": 2, "adversarial_ramp_updates": 2}
-    moments = [Schedule.from_config([stage]).at(update) for update in range(5)]
-    assert [moment.discriminators_learn for moment in moments] == [True, False, True, False, True]
-    assert [moment.judged for moment in moments] == [False, False, True, True, True]
-    assert [moment.ramp for moment in moments] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    states = [Schedule.from_config([stage]).at(update) for update in range(5)]
+    assert [state.discriminators_learn for state in states] == [True, False, True, False, True]
+    assert [state.adversarial_loss_active for state in states] == [False, False, True, True, True]
+    assert [state.adversarial_ramp for state in states] == [0.0, 0.0, 0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_the_peak_is_that_of_the_precision_and_a_given_one_goes_before():
 
 @pytest.mark.parametrize(
     ("adversarial", "update", "judging"),
-    # 2 forward; the discriminators' own gradients 4, in every second update; the generator's 1, after the head start.
+    # 2 forward; the discriminators' own gradients 4, in every second update; the generator's 1, after the warm-up.
     [(False, 0, 0), (True, 0, 2 + 4), (True, 1, 0), (True, 3, 2 + 1), (True, 4, 2 + 4 + 1)],
 )
 def test_operations_over_what_was_possible(adversarial, update, judging):
@@ -113,7 +113,9 @@ def equal_clips() -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("update", "rates"), [(0, []), (4, []), (6, [100, 50])], ids=["reconstruction", "head start", "judged, recomputed"]
+    ("update", "rates"),
+    [(0, []), (4, []), (6, [100, 50])],
+    ids=["reconstruction", "warm-up", "adversarial, recomputed"],
 )
 def test_the_count_of_the_log_is_that_of_a_real_update_by_the_counter_of_the_benchmarks(
     module, small_config, equal_clips, update, rates
@@ -123,12 +125,12 @@ def test_the_count_of_the_log_is_that_of_a_real_update_by_the_counter_of_the_ben
     with FlopCounter() as counter:
         accumulate(module, [equal_clips], update)
     stages = count_stages(module, config)
-    moment = module.schedule.at(update)
+    schedule_state = module.schedule.at(update)
     content = UpdateContent(1.6, 4, 3, text_frames=15, text_tokens=180, text_squares=3 * 65**2)
-    stage = stages[moment.stage.name]
+    stage = stages[schedule_state.stage.name]
     # No gradient is taken for the discriminators' input in their own loss: the count has a little too much of them.
-    margin = 0.02 if moment.stage.adversarial else 0.01
-    assert stage.of(content, moment) + 1.6 * stage.codec.recomputed == pytest.approx(counter.total, rel=margin)
+    margin = 0.02 if schedule_state.stage.adversarial else 0.01
+    assert stage.of(content, schedule_state) + 1.6 * stage.codec.recomputed == pytest.approx(counter.total, rel=margin)
     assert (stage.codec.recomputed > 0) == bool(rates)
 
 

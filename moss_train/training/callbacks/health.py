@@ -108,8 +108,8 @@ class HealthMonitor(Writer):
 
     def _check_discriminators(self, update: int) -> None:
         # Not during their warm-up.
-        judged = [row for row in self.rows if "loss/adversarial" in row]
-        margins = [row["discriminator/real"] - row["discriminator/generated"] for row in judged]
+        rows = [row for row in self.rows if "loss/adversarial" in row]
+        margins = [row["discriminator/real"] - row["discriminator/generated"] for row in rows]
         if len(margins) < len(self.rows):
             return
         margin, count = statistics.fmean(margins), len(margins)

@@ -105,7 +105,7 @@ class UpdateMetrics(Callback):
         self.last_end, self.clock.checkpoint_seconds = end, 0.0
 
     def _row(self, module: CatModule, result: UpdateResult, end: float) -> dict[str, Any]:
-        moment = module.schedule.at(module.update - 1)
+        schedule_state = module.schedule.at(module.update - 1)
         sums = result.sums
         audio_seconds = sums["audio_samples"] / module.tokenizer.sampling_rate
         update_seconds = end - self.clock.free
@@ -113,12 +113,12 @@ class UpdateMetrics(Callback):
         content = UpdateContent(audio_seconds, *(sums[name] for name in counts))
         return {
             "update": module.update,
-            "stage": moment.stage.name,
+            "stage": schedule_state.stage.name,
             **loss_row(result),
             **{name: round(sums[name]) for name in ("clips", "clips_with_text", "dropped_clips")},
             "audio_seconds": audio_seconds,
             "audio_seconds_per_second": audio_seconds / update_seconds,
-            **self.utilization.shares(content, moment, update_seconds),
+            **self.utilization.shares(content, schedule_state, update_seconds),
             "update_seconds": update_seconds,
             "data_wait_seconds": self.batch_start - self.clock.free,
             "other_seconds": self.clock.free - self.last_end,

@@ -264,11 +264,11 @@ def adversarial_costs(
         return {}
     half = is_half(config.trainer)
     forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, objective.crop_length, half)
-    cost = judged_cost(forward, stage.discriminator_every, objective.generator_passes(stage))
+    cost = adversarial_cost(forward, stage.discriminator_every, objective.generator_passes(stage))
     return {"discriminators": cost * (1 / config.data.crop_seconds)}
 
 
-def judged_cost(forward: Cost, every: int, generator_passes: int = 1) -> Cost:
+def adversarial_cost(forward: Cost, every: int, generator_passes: int = 1) -> Cost:
     """Cost of the adversarial terms of a crop from that of one forward, averaged over updates.
 
     Two forwards, real and generated; in every `every`-th update four for the discriminators' own gradients (weights and

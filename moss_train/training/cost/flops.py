@@ -206,10 +206,10 @@ def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, l
     """Cost of one forward of all discriminators over a crop of so many samples, and what it keeps; no backward."""
     precision = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
     with fake_tensors(), precision:
-        judges = DiscriminatorSet([build(node, path="discriminators") for node in nodes])
+        discriminators = DiscriminatorSet([build(node, path="discriminators") for node in nodes])
         waveform = torch.zeros(1, num_channels, length)
         with FlopCounter() as counter:
-            outputs = judges(waveform)
+            outputs = discriminators(waveform)
     kept = [feature.nbytes for output in outputs for feature in (*output.features, output.logits)]
     # A convolution keeps its input, which is the activated output of the layer before; the activation keeps its own.
     bytes_kept = 2 * sum(kept)

@@ -62,20 +62,26 @@ class StageOperations:
 
     Attributes:
         codec: per audio-second, of tokenizer and losses at the decoder's output.
-        judging: of one forward of all discriminators over the crop of a clip.
+        discriminator_forward: of one forward of all discriminators over the crop of a clip.
         generator_passes: backward passes through the discriminators for the generator's terms.
     """
 
     codec: Cost
-    judging: float
+    discriminator_forward: float
     text: TextOperations
     generator_passes: int = 1
 
-    def of(self, content: UpdateContent, moment: ScheduleState) -> float:
+    def of(self, content: UpdateContent, schedule_state: ScheduleState) -> float:
         """Operations of an update, each once; see `forward_backward` for the passes of the discriminators."""
-        passes = self.generator_passes * moment.judged + 4 * moment.discriminators_learn
+        passes = (
+            self.generator_passes * schedule_state.adversarial_loss_active + 4 * schedule_state.discriminators_learn
+        )
         passes += 2 if passes else 0
-        return self.codec.total * content.audio_seconds + passes * self.judging * content.clips + self.text.of(content)
+        return (
+            self.codec.total * content.audio_seconds
+            + passes * self.discriminator_forward * content.clips
+            + self.text.of(content)
+        )
 
 
 class Utilization:
@@ -105,12 +111,12 @@ class Utilization:
             return
         self.peak = peak * num_devices
 
-    def shares(self, content: UpdateContent, moment: ScheduleState, seconds: float) -> dict[str, float]:
+    def shares(self, content: UpdateContent, schedule_state: ScheduleState, seconds: float) -> dict[str, float]:
         """`mfu` and `hfu` of an update that took so many seconds."""
         if self.peak is None:
             return {}
-        stage = self.stages[moment.stage.name]
-        operations = stage.of(content, moment)
+        stage = self.stages[schedule_state.stage.name]
+        operations = stage.of(content, schedule_state)
         recomputed = stage.codec.recomputed * content.audio_seconds
         possible = self.peak * seconds
         return {"mfu": operations / possible, "hfu": (operations + recomputed) / possible}
@@ -120,10 +126,10 @@ def count_stages(module: CatModule, config: FitConfig) -> dict[str, StageOperati
     """Count every stage by name, on clips of `data.crop_seconds`."""
     tokenizer, half = module.tokenizer.config, is_half(config.trainer)
     seconds, again = config.data.crop_seconds, config.trainer.activation_checkpointing
-    judging, objective = 0.0, module.objective
+    discriminator_forward, objective = 0.0, module.objective
     if module.schedule.adversarial:
         nodes, length = module.hparams["discriminators"], module.objective.crop_length
-        judging = discriminators_cost(nodes, tokenizer.number_channels, length, half).forward
+        discriminator_forward = discriminators_cost(nodes, tokenizer.number_channels, length, half).forward
     losses = {
         stage.name: losses_cost(objective, objective.stage_weights(stage), tokenizer)
         for stage in module.schedule.stages
@@ -133,7 +139,7 @@ def count_stages(module: CatModule, config: FitConfig) -> dict[str, StageOperati
     return {
         stage.name: StageOperations(
             codec(stage.parts) + losses[stage.name],
-            judging,
+            discriminator_forward,
             text("semantic" in stage.parts),
             objective.generator_passes(stage),
         )

@@ -16,13 +16,14 @@ from moss_train.config.schema import check_inputs
 from moss_train.config.section import known_keys
 from moss_train.data.stream.loader import check_longest, make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
-from moss_train.training.callbacks import build as observers
+from moss_train.training.callbacks.build import KEYS as CALLBACK_KEYS
+from moss_train.training.callbacks.build import build_callbacks
 from moss_train.training.callbacks.checkpoint import read_progress
 from moss_train.training.cost.hardware import StateSize, check_memory, count_parameters
 from moss_train.training.distributed.preemption import PreemptionHandler, exit_after_preemption
 from moss_train.training.module import CatModule
 from moss_train.training.run.data_source import find_data
-from moss_train.training.run.optimizations import prepare
+from moss_train.training.run.optimizations import apply_optimizations
 from moss_train.training.run.trainer import (
     build_trainer,
     choose_accelerator,
@@ -47,7 +48,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
 LOCK_TIMEOUT_SECONDS = 10.0  # for processes of a killed run that have not noticed yet
-LAUNCHED_PATIENCE_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
+LAUNCHED_LOCK_TIMEOUT_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
 # What may differ between the parts of one run: it does not change what is learned.
 MUTABLE_KEYS = {
     "run_dir",
@@ -57,8 +58,8 @@ MUTABLE_KEYS = {
     "checkpoint",
     "allow_config_changes",
     "plugins",
-} | observers.KEYS
-FREE_DATA_KEYS = {"num_workers", "max_invalid_fraction", "cache"}
+} | CALLBACK_KEYS
+MUTABLE_DATA_KEYS = {"num_workers", "max_invalid_fraction", "cache"}
 
 
 @dataclass(frozen=True)
@@ -85,33 +86,31 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     directory = Path(config.run_dir)
     if list_checkpoints(directory / "checkpoints"):
         check_unchanged(config, directory)
-    beginning = plan_initialization(config, directory)
-    schedule = Schedule.from_config(beginning.arguments["stages"])
+    init_plan = plan_initialization(config, directory)
+    schedule = Schedule.from_config(init_plan.arguments["stages"])
     accelerator = choose_accelerator(config.trainer.accelerator)
-    folders = find_data(config, beginning.tokenizer_config, directory)
-    has_lm = beginning.arguments["semantic"] is not None
-    stream = open_stream(config, beginning.tokenizer_config, has_lm, folders.train)
+    folders = find_data(config, init_plan.tokenizer_config, directory)
+    has_lm = init_plan.arguments["semantic"] is not None
+    stream = open_stream(config, init_plan.tokenizer_config, has_lm, folders.train)
     if not stream.num_with_text:
-        beginning = without_text(beginning)
-    size = measure(beginning.arguments, config)
+        init_plan = without_text(init_plan)
+    size = count_parameters_on_meta(init_plan.arguments, config)
     last = schedule.updates if config.max_updates is None else min(config.max_updates, schedule.updates)
-    quantizer = beginning.tokenizer_config.quantizer_kwargs
+    quantizer = init_plan.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
-    objective = Objective(stream.clip_format.stored_rate, **beginning.arguments["objective"])
-    callbacks = observers.build_callbacks(
-        config, folders.train, folders.held_out, directory, last, stream, *sizes, objective
-    )
+    objective = Objective(stream.clip_format.stored_rate, **init_plan.arguments["objective"])
+    callbacks = build_callbacks(config, folders.train, folders.held_out, directory, last, stream, *sizes, objective)
     preemption = PreemptionHandler()
     trainer = build_trainer(config.trainer, accelerator, [preemption, *callbacks], config.checkpoint.background)
     shards = trainer.world_size if config.trainer.strategy == "fsdp" else 1
     check_memory(replace(size, shards=shards), trainer.strategy.root_device, trainer.num_devices)
     directory.mkdir(parents=True, exist_ok=True)
-    patience = LAUNCHED_PATIENCE_SECONDS if started_processes() else LOCK_TIMEOUT_SECONDS
+    patience = LAUNCHED_LOCK_TIMEOUT_SECONDS if started_processes() else LOCK_TIMEOUT_SECONDS
     with file_lock(directory / LOCK_FILE, str(directory), patience) if trainer.is_global_zero else nullcontext():
         checkpoint = find_resume_checkpoint(config, directory, trainer)
         update = read_progress(checkpoint)["update"]
         if checkpoint is None or update < last:
-            update = train(config, checkpoint, beginning, stream, trainer, range(update, last))
+            update = train(config, checkpoint, init_plan, stream, trainer, range(update, last))
     if preemption.signal is not None:
         exit_after_preemption(preemption.signal, update, trainer)
     return RunResult(directory, update, schedule.updates, trainer.global_rank)
@@ -135,19 +134,19 @@ def find_resume_checkpoint(config: FitConfig, directory: Path, trainer: Trainer)
 def train(
     config: FitConfig,
     checkpoint: Path | None,
-    beginning: InitPlan,
+    init_plan: InitPlan,
     stream: AudioStream,
     trainer: Trainer,
     updates: range,
 ) -> int:
     """Do the given updates from a checkpoint, or from the start without one; returns the update reached."""
-    module = CatModule(**beginning.arguments)
-    prepare(module, config)
-    if checkpoint is None and beginning.source is not None:
-        reports = initialize(module, beginning)
+    module = CatModule(**init_plan.arguments)
+    apply_optimizations(module, config)
+    if checkpoint is None and init_plan.source is not None:
+        reports = initialize(module, init_plan)
         if trainer.is_global_zero:
-            print_reports(beginning, reports, config.new_module_warmup_updates)
-            store_record(Path(config.run_dir), beginning, reports)
+            print_reports(init_plan, reports, config.new_module_warmup_updates)
+            store_record(Path(config.run_dir), init_plan, reports)
     loader = make_loader(
         stream,
         text_encoder=None if module.semantic is None else module.semantic.text,
@@ -169,21 +168,23 @@ def train(
     return module.update
 
 
-def measure(arguments: dict[str, Any], config: FitConfig) -> StateSize:
+def count_parameters_on_meta(arguments: dict[str, Any], config: FitConfig) -> StateSize:
     """Count a run's parameters on the meta device, where nothing is allocated, and try its other options there."""
     semantic = arguments["semantic"]
     try:
         with torch.device("meta"):
             module = CatModule(**arguments | {"semantic": None})
-            prepare(module, config)
+            apply_optimizations(module, config)
             module.configure_optimizers()
             latent_dim = module.tokenizer.config.quantizer_kwargs["output_dim"]
             is_small = semantic is not None and semantic.get("pretrained") is None
             text_lm = build(semantic, path="semantic", latent_dim=latent_dim) if is_small else None
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    tokenizer, lm, judges = (count_parameters(part) for part in (module.tokenizer, text_lm, module.discriminators))
-    return StateSize(tokenizer, lm, judges, has_average=config.ema is not None)
+    tokenizer, lm, discriminators = (
+        count_parameters(part) for part in (module.tokenizer, text_lm, module.discriminators)
+    )
+    return StateSize(tokenizer, lm, discriminators, has_average=config.ema is not None)
 
 
 def open_stream(
@@ -250,7 +251,7 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
         raise UserError(
             f"{directory} was started with plugins=[{','.join(closed)}]: give it again, or use another name="
         )
-    changes = differences(result_affecting(begun.to_plain()), result_affecting(config.to_plain()))
+    changes = diff_config(result_affecting(begun.to_plain()), result_affecting(config.to_plain()))
     if changes:
         named = "; ".join(changes[:NAMED_CHANGES])
         further = f"; and {len(changes) - NAMED_CHANGES} more" if len(changes) > NAMED_CHANGES else ""
@@ -274,20 +275,20 @@ def read_config(path: Path) -> dict[str, Any]:
 def result_affecting(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides what is learned."""
     kept = {key: value for key, value in config.items() if key not in MUTABLE_KEYS}
-    return {**kept, "data": {key: value for key, value in kept["data"].items() if key not in FREE_DATA_KEYS}}
+    return {**kept, "data": {key: value for key, value in kept["data"].items() if key not in MUTABLE_DATA_KEYS}}
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
+def diff_config(old: Any, new: Any, path: str = "") -> list[str]:
     """Every leaf in which two configurations differ, as `path: old -> new`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
         return [
             line
             for key in keys
-            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            for line in diff_config(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [
-            line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")
+            line for i, pair in enumerate(zip(old, new, strict=True)) for line in diff_config(*pair, f"{path}[{i}]")
         ]
     return [] if old == new else [f"{path}: {old} -> {new}"]

@@ -26,7 +26,7 @@ RECOMPILE_LIMIT = 64
 """Versions of one code object that torch may compile; its own 8 are used up by the first update of `cat_1b6`."""
 
 
-def prepare(module: CatModule, config: FitConfig) -> None:
+def apply_optimizations(module: CatModule, config: FitConfig) -> None:
     """Apply the `ema` and the `trainer` options of a run to its module."""
     settings = config.trainer
     module.shares_every_updates = config.logging.log_gradient_shares_every

@@ -15,7 +15,7 @@ from moss_train.utils.errors import UserError
 
 CHANGES = ("sampling_rate", "output_sampling_rate", "number_channels", "patch_sizes", "num_quantizers")
 EDGE = 16
-"""Samples by which a patch of waveform is continued for the filter of the resampler."""
+"""Samples by which a patch of waveform is extend_by_reflection for the filter of the resampler."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class WeightReport:
     """What became of the weights of one network, by name.
 
     Attributes:
-        kept: taken over bit by bit.
+        loaded: as they were, bit by bit.
         resampled: made from the old ones for the new sampling rate or channels.
-        fresh: started afresh, because there is none of that name and shape.
-        left_over: not taken over.
+        new: newly initialised, because there is none of that name and shape.
+        unused: those of the old model that have no place.
     """
 
-    kept: tuple[str, ...] = ()
+    loaded: tuple[str, ...] = ()
     resampled: tuple[str, ...] = ()
-    fresh: tuple[str, ...] = ()
-    left_over: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> MossAudioTokenizerConfig:
@@ -60,8 +60,8 @@ def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> M
         raise UserError(f"tokenizer.output_sampling_rate={output_rate} is not a multiple of sampling_rate={rate}")
     values = old.to_dict() | {"sampling_rate": rate, "number_channels": channels, "output_sampling_rate": output_rate}
     values.pop("sample_rate", None)
-    patches = wanted.get("patch_sizes") or following_patches(old, rate, channels)
-    values |= with_patches(old, patches, output_rate // rate)
+    patches = wanted.get("patch_sizes") or patches_of_equal_frame_rate(old, rate, channels)
+    values |= replace_patches(old, patches, output_rate // rate)
     hop = math.prod(patches)
     if hop % channels:
         raise UserError(f"tokenizer.patch_sizes={patches} multiply to {hop}, not a multiple of {channels} channels")
@@ -79,7 +79,7 @@ def patch_sizes(config: MossAudioTokenizerConfig) -> list[int]:
     return [entry["patch_size"] for entry in config.encoder_kwargs if "patch_size" in entry]
 
 
-def following_patches(old: MossAudioTokenizerConfig, rate: int, channels: int) -> list[int]:
+def patches_of_equal_frame_rate(old: MossAudioTokenizerConfig, rate: int, channels: int) -> list[int]:
     """Patch sizes for which a frame lasts as long as before; UserError when no whole first patch does that."""
     first, *others = patch_sizes(old)
     wanted = Fraction(first) * Fraction(rate, old.sampling_rate) * Fraction(channels, old.number_channels)
@@ -91,7 +91,7 @@ def following_patches(old: MossAudioTokenizerConfig, rate: int, channels: int) -
     return [int(wanted), *others]
 
 
-def with_patches(old: MossAudioTokenizerConfig, patches: list[int], ratio: int) -> dict[str, list[dict[str, Any]]]:
+def replace_patches(old: MossAudioTokenizerConfig, patches: list[int], ratio: int) -> dict[str, list[dict[str, Any]]]:
     """Encoder and decoder entries with these patch sizes and the projections that fit them; widths stay.
 
     Args:
@@ -138,10 +138,10 @@ def load_matching_weights(
     for name, tensor in fits.items():
         own[name].copy_(tensor)
     return WeightReport(
-        kept=tuple(name for name in fits if name not in made),
+        loaded=tuple(name for name in fits if name not in made),
         resampled=tuple(name for name in fits if name in made),
-        fresh=tuple(name for name in own if name not in fits),
-        left_over=tuple(name for name in weights if name not in fits and (name in own or name not in every)),
+        new=tuple(name for name in own if name not in fits),
+        unused=tuple(name for name in weights if name not in fits and (name in own or name not in every)),
     )
 
 
@@ -226,13 +226,13 @@ def resampled_output(weight: Tensor, old: WaveformEnd, new: WaveformEnd) -> Tens
         # Whole units of both rates, so that the new samples lie where they would without the edges.
         unit, new_unit = (rate // math.gcd(old.rate, new.rate) for rate in (old.rate, new.rate))
         edge = min(-(-EDGE // unit), (old.samples - 1) // unit)
-        waves = continued(parts.movedim(0, 2), edge * unit)
+        waves = extend_by_reflection(parts.movedim(0, 2), edge * unit)
         waves = resample(waves.contiguous(), old.rate, new.rate)
         parts = waves[..., edge * new_unit :][..., : new.samples].movedim(2, 0)
     return parts.flatten(0, 1)
 
 
-def continued(waves: Tensor, count: int) -> Tensor:
+def extend_by_reflection(waves: Tensor, count: int) -> Tensor:
     """Continue waveforms [..., T] by `count` < T samples on both sides, reflected at the points of the edge samples."""
     before = 2 * waves[..., :1] - waves[..., 1 : count + 1].flip(-1)
     after = 2 * waves[..., -1:] - waves[..., waves.shape[-1] - 1 - count : -1].flip(-1)

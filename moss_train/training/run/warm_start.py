@@ -28,7 +28,7 @@ from moss_train.utils.files import atomic_write, printable, read_json
 
 Node = Mapping[str, Any]
 RECORD_FILE = "initialization.json"
-SHOWN_NAMES = 4  # weights that are named, of those that were not simply kept
+SHOWN_NAMES = 4  # weights that are named, of those that were not simply loaded
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class InitPlan:
     Attributes:
         arguments: of `CatModule`, plain data.
         source: where weights come from; None from scratch, and for a run that continues from a checkpoint.
-        fresh: networks that `init` does not bring, or is not asked for.
+        new_networks: those that `init` does not bring, or is not asked for.
     """
 
     arguments: dict[str, Any]
     source: ModelSource | None = None
-    fresh: tuple[str, ...] = ()
+    new_networks: tuple[str, ...] = ()
 
     @property
     def tokenizer_config(self) -> Any:
@@ -67,7 +67,9 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
     if directory is not None and has_begun and (directory / RECORD_FILE).exists():
         record = read_json(directory / RECORD_FILE)
         networks = {name: record[name] for name in NETWORKS}
-        return InitPlan(complete_arguments(config, record["tokenizer"], networks, record["fresh"]))
+        return InitPlan(
+            complete_arguments(config, record["tokenizer"], networks, record.get("new_networks", record.get("fresh")))
+        )
     changes = {} if config.tokenizer is None else config.tokenizer.to_plain()
     if "stages" in changes:
         raise UserError(
@@ -76,8 +78,8 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
         )
     source = open_source(config.init)
     tokenizer = plain(adapt_config(source.tokenizer, changes).to_dict())
-    networks, fresh = restored_networks(config, source)
-    return InitPlan(complete_arguments(config, tokenizer, networks, fresh), source, fresh)
+    networks, new = restored_networks(config, source)
+    return InitPlan(complete_arguments(config, tokenizer, networks, new), source, new)
 
 
 def module_arguments(config: FitConfig) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def configured_networks(config: FitConfig) -> dict[str, Any]:
 
 
 def restored_networks(config: FitConfig, source: ModelSource) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Nodes of LM and discriminators, and which of them start afresh.
+    """Nodes of LM and discriminators, and which of them are newly initialised.
 
     What is configured as null or [] stays away. The rest comes with `init` when it has it and `restore` names it, and
     is built as configured otherwise. A text LM that neither learns nor teaches is left out with a warning.
@@ -116,28 +118,28 @@ def restored_networks(config: FitConfig, source: ModelSource) -> tuple[dict[str,
             "teach; it is left out (trainable=[decoder,semantic] would let the LM itself learn)",
             stacklevel=2,
         )
-    fresh = []
+    new = []
     for name in NETWORKS:
         if networks[name] and name in config.restore and name in source.nodes:
             networks[name] = source.nodes[name]
         elif networks[name]:
-            fresh.append(name)
-    return networks, tuple(fresh)
+            new.append(name)
+    return networks, tuple(new)
 
 
-def without_text(beginning: InitPlan) -> InitPlan:
+def without_text(init_plan: InitPlan) -> InitPlan:
     """What a run begins with when no clip has a text that is used: no LM, or a warning for one that was asked for."""
-    if beginning.arguments["semantic"] is None:
-        return beginning
-    if beginning.source is None:
+    if init_plan.arguments["semantic"] is None:
+        return init_plan
+    if init_plan.source is None:
         warnings.warn(
             "no clip has a text that is used, so the text LM learns nothing; semantic=null saves its memory",
             stacklevel=2,
         )
-        return beginning
+        return init_plan
     warnings.warn("no clip has a text that is used: the text LM is left out", stacklevel=2)
-    fresh = tuple(name for name in beginning.fresh if name != "semantic")
-    return replace(beginning, arguments=beginning.arguments | {"semantic": None}, fresh=fresh)
+    new = tuple(name for name in init_plan.new_networks if name != "semantic")
+    return replace(init_plan, arguments=init_plan.arguments | {"semantic": None}, new_networks=new)
 
 
 def semantic_has_effect(config: FitConfig) -> bool:
@@ -147,16 +149,16 @@ def semantic_has_effect(config: FitConfig) -> bool:
 
 
 def complete_arguments(
-    config: FitConfig, tokenizer: Node, networks: Mapping[str, Any], fresh: Sequence[str]
+    config: FitConfig, tokenizer: Node, networks: Mapping[str, Any], new: Sequence[str]
 ) -> dict[str, Any]:
     """Arguments of `CatModule`: the architecture, and the rest as configured."""
     channels = tokenizer_config(tokenizer).number_channels
-    judges = [with_channels(node, channels) for node in networks["discriminators"] or ()]
+    discriminators = [with_channels(node, channels) for node in networks["discriminators"] or ()]
     arguments = {
         "tokenizer": tokenizer,
         "semantic": networks["semantic"],
-        "discriminators": judges,
-        "stages": stages_for(config, fresh),
+        "discriminators": discriminators,
+        "stages": stages_for(config, new),
         "objective": objective_for(config.objective, channels),
         "optimizers": config.optimizers,
         "seed": config.seed,
@@ -180,84 +182,84 @@ def with_channels(node: Node, channels: int) -> Node:
     return others if channels == 1 else {**others, "num_channels": channels}
 
 
-def stages_for(config: FitConfig, fresh: Sequence[str]) -> list[dict[str, Any]]:
+def stages_for(config: FitConfig, new: Sequence[str]) -> list[dict[str, Any]]:
     """The stages as configured; `trainable` of the run holds for those that do not name their own parts.
 
-    Networks that `init` does not bring get a head start of `new_module_warmup_updates`, in which they learn without
-    being listened to: discriminators in the first adversarial stage, the LM in the first of all.
+    Networks that `init` does not bring have a warm-up of `new_module_warmup_updates`, in which they learn without
+    influence on the others: discriminators in the first adversarial stage, the LM in the first of all.
     """
     stages = [stage.to_plain() | {"trainable": stage.trainable or config.trainable} for stage in config.stages]
-    judging = [stage for stage in stages if stage.get("adversarial")]
-    starts = {"discriminators": judging[:1], "semantic": stages[:1]}
+    adversarial_stages = [stage for stage in stages if stage.get("adversarial")]
+    starts = {"discriminators": adversarial_stages[:1], "semantic": stages[:1]}
     keys = {"discriminators": "discriminator_warmup_updates", "semantic": "semantic_warmup_updates"}
-    for name in fresh:
+    for name in new:
         for stage in starts[name]:
             stage[keys[name]] = max(stage.get(keys[name], 0), config.new_module_warmup_updates)
     return stages
 
 
-def initialize(module: CatModule, beginning: InitPlan) -> dict[str, WeightReport]:
+def initialize(module: CatModule, init_plan: InitPlan) -> dict[str, WeightReport]:
     """Give a new module the weights of `init`; returns what became of them, by network.
 
     Raises:
         UserError: the architecture is that of `init`, but its weights are not complete.
     """
-    assert beginning.source is not None
-    weights = beginning.source.load()
-    old, new = beginning.source.tokenizer, module.tokenizer.config
+    assert init_plan.source is not None
+    weights = init_plan.source.load()
+    old, new = init_plan.source.tokenizer, module.tokenizer.config
     made = resampled_projections(old, new, weights["tokenizer"])
     reports = {"tokenizer": load_matching_weights(module.tokenizer, weights["tokenizer"], made)}
     for name in NETWORKS:
         part, own = getattr(module, name), weights.get(name, {})
         if part is None:
-            reports[name] = WeightReport(left_over=tuple(own))
+            reports[name] = WeightReport(unused=tuple(own))
         else:
-            reports[name] = load_matching_weights(part, {} if name in beginning.fresh else own)
+            reports[name] = load_matching_weights(part, {} if name in init_plan.new_networks else own)
     report = reports["tokenizer"]
-    if plain(old.to_dict()) == plain(new.to_dict()) and (report.fresh or report.left_over):
+    if plain(old.to_dict()) == plain(new.to_dict()) and (report.new or report.unused):
         raise UserError(
-            f"init={beginning.source.path}: the weights do not fit the architecture; missing: "
-            f"{shown_names(report.fresh)}; left over: {shown_names(report.left_over)}"
+            f"init={init_plan.source.path}: the weights do not fit the architecture; missing: "
+            f"{shown_names(report.new)}; unused: {shown_names(report.unused)}"
         )
     return reports
 
 
-def store_record(directory: Path, beginning: InitPlan, reports: Mapping[str, WeightReport]) -> None:
+def store_record(directory: Path, init_plan: InitPlan, reports: Mapping[str, WeightReport]) -> None:
     """Write what the run begins with, for a resume without `init` and for whoever asks later."""
     names = ("tokenizer", *NETWORKS)
     record = {
-        "init": None if beginning.source is None else beginning.source.path,
-        **{name: plain(beginning.arguments[name]) for name in names},
-        "fresh": list(beginning.fresh),
+        "init": None if init_plan.source is None else init_plan.source.path,
+        **{name: plain(init_plan.arguments[name]) for name in names},
+        "new_networks": list(init_plan.new_networks),
         "weights": {name: asdict(report) for name, report in reports.items()},
     }
     with atomic_write(directory / RECORD_FILE) as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def print_reports(beginning: InitPlan, reports: Mapping[str, WeightReport], warmup_updates: int) -> None:
-    """Say in a table what came with `init` and what did not; a network that starts afresh is a warning.
+def print_reports(init_plan: InitPlan, reports: Mapping[str, WeightReport], warmup_updates: int) -> None:
+    """Say in a table what came with `init` and what did not; a newly initialised network is a warning.
 
-    Weights are named where some of a network were kept and others not.
+    Weights are named where some of a network were loaded and others not.
     """
-    assert beginning.source is not None
+    assert init_plan.source is not None
     table = Table(
-        "", "kept", "resampled", "fresh", "left over", title=Text(printable(f"weights from {beginning.source.path}"))
+        "", "loaded", "resampled", "new", "unused", title=Text(printable(f"weights from {init_plan.source.path}"))
     )
     for name, report in reports.items():
-        columns = (report.kept, report.resampled, report.fresh, report.left_over)
+        columns = (report.loaded, report.resampled, report.new, report.unused)
         table.add_row(name, *(f"{len(names)}" for names in columns))
     Console(file=sys.stderr, soft_wrap=False).print(table)
     for name, report in reports.items():
-        others = tuple(left for left in report.left_over if left not in report.fresh)
-        kinds = {"resampled": report.resampled, "fresh": report.fresh, "left over": others}
+        others = tuple(name for name in report.unused if name not in report.new)
+        kinds = {"resampled": report.resampled, "new": report.new, "unused": others}
         for kind, names in kinds.items():
-            if names and report.kept:
+            if names and report.loaded:
                 print(printable(f"{name}, {kind}: {shown_names(names)}"), file=sys.stderr)
-    for name in beginning.fresh:
-        reason = "restore leaves out what init has" if name in beginning.source.nodes else "init has none"
+    for name in init_plan.new_networks:
+        reason = "restore leaves out what init has" if name in init_plan.source.nodes else "init has none"
         warnings.warn(
-            f"{name} start afresh, {reason}; head start of {warmup_updates} updates (new_module_warmup_updates)",
+            f"{name} newly initialised, {reason}; warm-up of {warmup_updates} updates (new_module_warmup_updates)",
             stacklevel=2,
         )
 

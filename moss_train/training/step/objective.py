@@ -196,17 +196,17 @@ class Objective(nn.Module):
         num_terms = sum(bool(weights[name]) for name in self._names(AdversarialLoss))
         return num_terms if self.balancer is not None else min(num_terms, 1)
 
-    def active_weights(self, moment: ScheduleState) -> dict[str, float]:
+    def active_weights(self, schedule_state: ScheduleState) -> dict[str, float]:
         """Return the weights of the terms that an update computes: those that have one in its stage.
 
-        Adversarial terms are there once the head start of the discriminators is over, and their weights rise along the
+        Adversarial terms are there once the warm-up of the discriminators is over, and their weights rise along the
         ramp. A balancer replaces some of the weights.
         """
-        ramps = dict.fromkeys(self._names(AdversarialLoss), moment.ramp)
+        ramps = dict.fromkeys(self._names(AdversarialLoss), schedule_state.adversarial_ramp)
         weights = {
             name: weight * ramps.get(name, 1.0)
-            for name, weight in self.stage_weights(moment.stage).items()
-            if weight and (moment.judged or name not in ramps)
+            for name, weight in self.stage_weights(schedule_state.stage).items()
+            if weight and (schedule_state.adversarial_loss_active or name not in ramps)
         }
         return weights if self.balancer is None else self.balancer.weights(weights, ramps)
 

@@ -52,18 +52,18 @@ class ScheduleState:
     update: int
 
     @property
-    def taught(self) -> bool:
+    def text_lm_trains_tokenizer(self) -> bool:
         """Whether the text LM's gradient reaches the tokenizer."""
         return self.update >= self.stage.semantic_warmup_updates
 
     @property
-    def judged(self) -> bool:
+    def adversarial_loss_active(self) -> bool:
         """Whether the discriminators take part in the generator's loss."""
         return self.stage.adversarial and self.update >= self.stage.discriminator_warmup_updates
 
     @property
-    def ramp(self) -> float:
-        """Share of their weights that the adversarial terms have: a line from the end of the head start up to 1."""
+    def adversarial_ramp(self) -> float:
+        """Share of their weights that the adversarial terms have: a line from the end of the warm-up up to 1."""
         done = self.update - self.stage.discriminator_warmup_updates + 1
         return min(1.0, max(done, 0) / max(self.stage.adversarial_ramp_updates, 1))
 

@@ -124,7 +124,7 @@ def run_update(
     groups: Sequence[OptimizerGroup],
     backward: Backward,
     batch: UpdateBatch,
-    moment: ScheduleState,
+    schedule_state: ScheduleState,
     contribute: Callable[[UpdateBatch], Mapping[str, float]] = lambda batch: {},
     reduce_dtype: torch.dtype | None = None,
     measure_shares: bool = False,
@@ -139,7 +139,7 @@ def run_update(
         measure_shares: whether to measure the gradients at the decoder's output; a balancer measures them always.
     """
     device = networks.tokenizer.device
-    weights = objective.active_weights(moment)
+    weights = objective.active_weights(schedule_state)
     counts = objective.count(batch.micro_batches, device).reduced(sum_over_ranks)
 
     num_own = num_turns = len(batch.micro_batches)
@@ -159,10 +159,12 @@ def run_update(
         unused = () if networks.text_lm is None or has_text else networks.text_lm.parameters()
         with sums_of_gradients.beside_backward(unused) if is_last else nullcontext():
             results.append(
-                forward_backward(networks, objective, micro_batch, counts, moment, weights, backward, measure_shares)
+                forward_backward(
+                    networks, objective, micro_batch, counts, schedule_state, weights, backward, measure_shares
+                )
             )
     for _ in range(num_turns - num_own):
-        dummy_forward_backward(networks, moment, backward)
+        dummy_forward_backward(networks, schedule_state, backward)
     terms = add_up([result.terms for result in results])
     squares = add_up([result.output_squares for result in results])
 
@@ -242,7 +244,7 @@ def forward_backward(
     objective: Objective,
     batch: Batch,
     counts: UpdateCounts,
-    moment: ScheduleState,
+    schedule_state: ScheduleState,
     weights: Mapping[str, float],
     backward: Backward,
     measure_shares: bool = False,
@@ -263,7 +265,7 @@ def forward_backward(
 
     # Encode, quantize with a prefix of the levels, decode.
     latent = tokenizer.encode_latent(batch.audio)
-    if moment.stage.quantize:
+    if schedule_state.stage.quantize:
         quantized = tokenizer.quantizer(latent, objective.num_quantizers(batch, tokenizer.config.num_quantizers))
     else:
         quantized = pass_unquantized(tokenizer.quantizer, latent)
@@ -281,7 +283,7 @@ def forward_backward(
     # Text term, of the clips that have a text. Lengths are read on the host, where they came from.
     host = batch.host or batch
     with_text = (host.text_lengths > 0).nonzero()[:, 0]
-    states = quantized.quantized if moment.taught else quantized.quantized.detach()
+    states = quantized.quantized if schedule_state.text_lm_trains_tokenizer else quantized.quantized.detach()
     through_text_lm = None
     if text_lm is not None and SEMANTIC in weights and len(with_text):
         chosen = with_text.to(states.device, non_blocking=True)
@@ -298,18 +300,22 @@ def forward_backward(
         through_text_lm = zero_loss_through_text_lm(text_lm, states)
 
     # Adversarial terms, and the discriminators' own loss, which goes back to their weights only.
-    if discriminators is not None and (moment.judged or moment.discriminators_learn):
-        discriminators.requires_grad_(moment.discriminators_learn)
+    if discriminators is not None and (schedule_state.adversarial_loss_active or schedule_state.discriminators_learn):
+        discriminators.requires_grad_(schedule_state.discriminators_learn)
         with casting_at_each_use():
-            with torch.set_grad_enabled(moment.discriminators_learn):
+            with torch.set_grad_enabled(schedule_state.discriminators_learn):
                 real = discriminators(objective.crop(batch.reference, batch))
-            generated = discriminators(objective.crop(output if moment.judged else output.detach(), batch))
+            generated = discriminators(
+                objective.crop(output if schedule_state.adversarial_loss_active else output.detach(), batch)
+            )
         observed |= mean_logits(real, generated, counts.clips)
-        if moment.discriminators_learn:
+        if schedule_state.discriminators_learn:
             own_loss = objective.discriminator_loss(real, generated, counts)
             observed["loss/discriminators"] = own_loss
-            backward(own_loss, inputs=list(discriminators.parameters()), retain_graph=moment.judged)
-        if moment.judged:
+            backward(
+                own_loss, inputs=list(discriminators.parameters()), retain_graph=schedule_state.adversarial_loss_active
+            )
+        if schedule_state.adversarial_loss_active:
             adversarial_terms = objective.adversarial_terms(real, generated, counts, weights)
             more, more_squares = output_gradient(adversarial_terms, weights, output, objective, measure_shares)
             gradient, squares = gradient + more, squares | more_squares
@@ -326,7 +332,7 @@ def forward_backward(
     if terms:
         observed["loss/generator"] = weighted_sum({name: value.detach() for name, value in terms.items()}, weights)
     codes = no_codes(tokenizer)
-    if moment.stage.quantize:
+    if schedule_state.stage.quantize:
         codes = count_codes(quantized.codes, frame_mask, tokenizer.config.quantizer_kwargs["codebook_size"])
     return MicroBatchResult({name: value.detach() for name, value in observed.items()}, squares, codes)
 
@@ -367,7 +373,7 @@ def output_gradient(
         return torch.autograd.grad(weighted_sum(terms, weights), output)[0], squares
 
 
-def dummy_forward_backward(networks: Networks, moment: ScheduleState, backward: Backward) -> None:
+def dummy_forward_backward(networks: Networks, schedule_state: ScheduleState, backward: Backward) -> None:
     """Run the sharded networks forward and backward without any gradient, while other ranks have one more micro-batch.
 
     Every pass of a sharded network is a collective that all ranks have to join.
@@ -379,7 +385,7 @@ def dummy_forward_backward(networks: Networks, moment: ScheduleState, backward: 
     quantized = tokenizer.quantizer(tokenizer.encode_latent(silence)).quantized
     total = 0.0 * tokenizer.decode_latent(quantized).sum()
     if networks.text_lm is not None:
-        states = quantized if moment.taught else quantized.detach()
+        states = quantized if schedule_state.text_lm_trains_tokenizer else quantized.detach()
         total = total + zero_loss_through_text_lm(networks.text_lm, states)
     backward(total)
 
