@@ -79,11 +79,12 @@ def weights_of(content: Mapping[str, Any], nodes: Iterable[str]) -> Weights:
     return {name: weights_under(f"{name}.", content["state_dict"]) for name in ("tokenizer", *nodes)}
 
 
-def load_tokenizer(path: str | Path, *, ema: bool = False) -> MossAudioTokenizerModel:
+def load_tokenizer(path: str | Path, *, ema: bool = False, part: str | None = None) -> MossAudioTokenizerModel:
     """Load the tokenizer of a run, a checkpoint, an exported or released folder, or a repository name.
 
     Args:
         ema: the moving average of the weights instead, which a run with `ema` keeps.
+        part: "encoder" or "decoder" reads only that half of a folder or repository; runs are read whole.
 
     Returns:
         The model in evaluation mode, float32, on the CPU.
@@ -103,7 +104,8 @@ def load_tokenizer(path: str | Path, *, ema: bool = False) -> MossAudioTokenizer
         return model.eval()
     if ema:
         raise UserError(f"{path} is no run or checkpoint: only those have a moving average (ema=true)")
-    return from_folder(MossAudioTokenizerModel, path, dtype=torch.float32).eval()
+    options = {} if part is None else {"part": part}
+    return from_folder(MossAudioTokenizerModel, path, dtype=torch.float32, **options).eval()
 
 
 def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:

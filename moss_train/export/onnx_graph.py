@@ -7,7 +7,8 @@ the products before them, rotary pairs into two halves, weight norms and the res
 """
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from moss_train.model.quantizer import FoldedProjection, FoldedQuantizer
 from moss_train.model.transformer import PatchedPretransform, ProjectedTransformer, TransformerLayer
 
 OPSET, IR_VERSION = 17, 8
+SMALLEST_BESIDE, PAGE = 4096, 4096  # bytes: of a constant in the file of weights, and what its place is a multiple of
 HIDDEN = -1e30  # added to the scores of keys that a query does not see
 
 
@@ -28,10 +30,13 @@ class GraphBuilder:
 
     Args:
         int8: store the weights of `linear` in 8 bits and quantize what they are multiplied with when it is known.
+        weights: file beside the graph that large constants are written to as they come, so that no more than one of
+            them is in memory; None keeps all in the graph, which ends at 2 GiB.
     """
 
-    def __init__(self, int8: bool) -> None:
+    def __init__(self, int8: bool, weights: BinaryIO | None = None) -> None:
         self.int8 = int8
+        self.weights = weights
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -58,7 +63,11 @@ class GraphBuilder:
         if not isinstance(value, np.ndarray | np.generic):
             array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
         name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        array = np.ascontiguousarray(array).reshape(array.shape)
+        if self.weights is not None and array.nbytes >= SMALLEST_BESIDE:
+            self.constants.append(write_beside(array, name, self.weights))
+        else:
+            self.constants.append(numpy_helper.from_array(array, name))
         return name
 
     def input(self, name: str, kind: int, shape: list[int | str]) -> str:
@@ -94,10 +103,28 @@ class GraphBuilder:
         return model
 
 
+def write_beside(array: np.ndarray, name: str, file: BinaryIO) -> onnx.TensorProto:
+    """Append an array to a file and return a constant that says where it lies there."""
+    file.write(bytes(-file.tell() % PAGE))  # runtimes map pages instead of reading them
+    place = {"location": Path(file.name).name, "offset": str(file.tell()), "length": str(array.nbytes)}
+    file.write(array.data)
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    constant = onnx.TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+    for key, value in place.items():
+        constant.external_data.add(key=key, value=value)
+    return constant
+
+
 @torch.no_grad()
-def encoder_graph(model: MossAudioTokenizerModel, chunk_frames: int, int8: bool, metadata: dict[str, str]) -> Any:
-    """Return the step audio [B, C, F * hop] -> codes [N, B, F], F <= chunk_frames, as an `onnx.ModelProto`."""
-    build, config = GraphBuilder(int8), model.config
+def encoder_graph(
+    model: MossAudioTokenizerModel,
+    chunk_frames: int,
+    int8: bool,
+    metadata: dict[str, str],
+    weights: BinaryIO | None = None,
+) -> onnx.ModelProto:
+    """Return the step audio [B, C, F * hop] -> codes [N, B, F], F <= chunk_frames; `weights` as in `GraphBuilder`."""
+    build, config = GraphBuilder(int8, weights), model.config
     x = build.input("audio", TensorProto.FLOAT, ["batch", config.number_channels, "samples"])
     position = build.input("position", TensorProto.INT64, ["batch"])
     # Channels are interleaved in time: L0 R0 L1 R1 ...
@@ -110,9 +137,15 @@ def encoder_graph(model: MossAudioTokenizerModel, chunk_frames: int, int8: bool,
 
 
 @torch.no_grad()
-def decoder_graph(model: MossAudioTokenizerModel, chunk_frames: int, int8: bool, metadata: dict[str, str]) -> Any:
+def decoder_graph(
+    model: MossAudioTokenizerModel,
+    chunk_frames: int,
+    int8: bool,
+    metadata: dict[str, str],
+    weights: BinaryIO | None = None,
+) -> onnx.ModelProto:
     """Return the step codes [N, B, F] -> audio [B, C, T], as `encoder_graph`; -1 stands for no code."""
-    build, config = GraphBuilder(int8), model.config
+    build, config = GraphBuilder(int8, weights), model.config
     codes = build.input("codes", TensorProto.INT64, [config.num_quantizers, "batch", "frames"])
     position = build.input("position", TensorProto.INT64, ["batch"])
     x = add_lookup(build, FoldedQuantizer(model.quantizer), codes)

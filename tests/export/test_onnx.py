@@ -1,5 +1,6 @@
 """ONNX graphs and their runtime against the torch model, beyond every attention window."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,15 +11,17 @@ import pytest
 import soundfile
 import torch
 
+from moss_train import load_config
 from moss_train.cli.main import main
 from moss_train.evaluation.results import read_rows
 from moss_train.export.onnx import write_graphs
 from moss_train.export.onnx_runtime import Tokenizer
 from moss_train.export.write import known_audio
-from moss_train.model import MossAudioTokenizerModel
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from tests.model.small_models import num_real_differences, relative_error, small_model
 
-CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
+ROOT = Path(__file__).parents[2]
+CAT_MINI = ROOT / "recipes" / "cat_mini"
 OTHER_RATIOS = (
     {"patch_size": 6, "output_dimension": 16, "d_model": 16, "num_heads": 2, "num_layers": 1},
     {"patch_size": 3, "output_dimension": 24, "d_model": 32, "num_heads": 2, "num_layers": 2},
@@ -139,6 +142,9 @@ def test_weights_of_large_models_lie_beside_the_graphs(tmp_path):
         "codec.json",
         *(f"{part}.{kind}" for part in ("encoder", "decoder") for kind in ("onnx", "weights")),
     }
+    for part in ("encoder", "decoder"):  # beside are the weights, not the little that a graph needs at hand
+        numbers = sum(value.numel() for value in getattr(model, part).parameters())
+        assert (moved / f"{part}.weights").stat().st_size > 0.8 * 4 * numbers
     inside, outside = Tokenizer(tmp_path / "inside"), Tokenizer(moved)
     codes = inside.encode(some_audio(model).numpy())
     assert np.array_equal(outside.encode(some_audio(model).numpy()), codes)
@@ -146,6 +152,42 @@ def test_weights_of_large_models_lie_beside_the_graphs(tmp_path):
     (moved / "decoder.weights").unlink()
     with pytest.raises(ValueError, match=r"decoder\.onnx is damaged, copy or export it again"):
         Tokenizer(moved).decode(codes)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_halves_of_the_published_size_are_exported_and_equal_torch(part, tmp_path):
+    """Each half of cat_1b6 has 3.3 GiB of weights, and a file of protobuf ends at 2."""
+    folder, out = tmp_path / "half", tmp_path / "graphs"
+    config = MossAudioTokenizerConfig.from_stages(**load_config("fit", ["experiment=cat_1b6"]).tokenizer.to_plain())
+    config.part = part
+    torch.manual_seed(0)
+    model = MossAudioTokenizerModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "layer_scale" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    try:
+        model.save_pretrained(folder)
+        command = [sys.executable, "-m", "moss_train", "export", f"checkpoint={folder}", f"out={out}", "format=onnx"]
+        process = subprocess.Popen([*command, f"part={part}", "licence=cc0-1.0"], cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        size = (out / f"{part}.weights").stat().st_size
+        assert size > 2**31
+        assert usage.ru_maxrss * 1024 < 2 * size + 2 * 2**30  # torch's weights and those of the runtime
+        tokenizer, generator = Tokenizer(out, threads=1), torch.Generator().manual_seed(1)
+        if part == "encoder":
+            audio = torch.randn(1, 1, 3 * config.downsample_rate, generator=generator) * 0.3
+            assert np.array_equal(tokenizer.encode(audio.numpy()), model.encode(audio).audio_codes.numpy())
+        else:
+            codes = torch.randint(1024, (32, 1, 3), generator=generator)
+            decoded = torch.from_numpy(tokenizer.decode(codes.numpy()))
+            assert relative_error(decoded, model.decode(codes).audio) < 1e-4
+    finally:  # 7 GB that pytest would keep
+        for path in (folder, out):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def test_graphs_are_evaluated_like_a_model(exported, tmp_path):
