@@ -1,17 +1,19 @@
 """How many seconds of audio one core reads per second of CPU time: plain decoding by format, and the whole pipeline.
 
-    python tools/bench_data.py recipes/quickstart/audio [seconds of audio to make, 1800 by default]
+    python tools/bench_data.py recipes/quickstart/audio               # --seconds 1800, of audio to make
+    python tools/bench_data.py recipes/quickstart/audio --output-sampling-rate 48000    # batches with a target
 
 Joins the recordings of a folder to clips of 10 s, writes them as FLAC, Ogg Opus and WAV, packs them, and reads them as
 files, as training batches from local shards, and from shards behind a local HTTP server, first and cached. Each number
-is the median of five, but for what is done once; CPU time, so that other work on the machine matters less.
+is the median of five, but for what is done once; CPU time, so that other work on the machine matters less. With an
+output rate, everything is stored at it, and training batches hold the clips at both rates, as for such a decoder.
 """
 
+import argparse
 import functools
 import http.server
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -29,7 +31,7 @@ from moss_train.data.shards.remote import CACHE_VARIABLE
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 
-RATE = 24000
+RATE = 24000  # of the encoder
 CLIP_SECONDS = 10
 TIMES = 5
 FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS"), "wav": ("WAV", "PCM_16")}
@@ -42,11 +44,11 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-def make_clips(folder: Path, seconds: int) -> Iterator[torch.Tensor]:
+def make_clips(folder: Path, seconds: int, rate: int) -> Iterator[torch.Tensor]:
     """Yield clips of real audio, repeating the recordings as often as needed."""
     files = sorted(folder.rglob("*.flac")) + sorted(folder.rglob("*.wav"))
-    audio = torch.cat([read_audio(file, sampling_rate=RATE, num_channels=1)[0] for file in files], dim=1)
-    length = RATE * CLIP_SECONDS
+    audio = torch.cat([read_audio(file, sampling_rate=rate, num_channels=1)[0] for file in files], dim=1)
+    length = rate * CLIP_SECONDS
     for number in range(seconds // CLIP_SECONDS):
         yield audio.roll(-number * length // 2, dims=1)[:, :length]
 
@@ -61,60 +63,66 @@ def measure(name: str, seconds: float, action: Callable[[], object], times: int 
     print(f"{name:<36} {statistics.median(speeds):>8,.0f} audio seconds per CPU second", flush=True)
 
 
-def read_stream(source: str, seconds: float) -> None:
-    """Read so many seconds of training batches in this process."""
-    stream = AudioStream([source], ClipFormat(RATE, 1, 1920), crop_seconds=CLIP_SECONDS)
+def read_stream(source: str, seconds: float, rate: int) -> None:
+    """Read so many seconds of training batches in this process, of shards at the decoder's rate."""
+    clip_format = ClipFormat(RATE, 1, 1920, output_sampling_rate=rate)
+    stream = AudioStream([source], clip_format, crop_seconds=CLIP_SECONDS)
     updates = [(number, 60.0) for number in range(int(seconds) // 60)]
     loader = make_loader(stream, text_encoder=None, position=0, updates=updates, micro_batch_seconds=60.0)
-    found = sum(int(batch.audio_lengths.sum()) for update in loader for batch in update.micro_batches)
-    assert found == len(updates) * 60 * RATE, found
+    found = sum(int(batch.reference_lengths.sum()) for update in loader for batch in update.micro_batches)
+    assert found == len(updates) * 60 * rate, found
 
 
-def bench_files(folder: Path, clips: list[torch.Tensor]) -> None:
+def bench_files(folder: Path, clips: list[torch.Tensor], rate: int) -> None:
     """Decode single files of every format."""
     for suffix, (container, subtype) in FORMATS.items():
         place = folder / suffix
         place.mkdir()
         for number, clip in enumerate(clips):
-            soundfile.write(place / f"{number}.{suffix}", clip[0].numpy(), RATE, format=container, subtype=subtype)
-        measure(f"files, {suffix}", len(clips) * CLIP_SECONDS, functools.partial(read_files, place))
+            soundfile.write(place / f"{number}.{suffix}", clip[0].numpy(), rate, format=container, subtype=subtype)
+        measure(f"files, {suffix}", len(clips) * CLIP_SECONDS, functools.partial(read_files, place, rate))
 
 
-def read_files(folder: Path) -> None:
+def read_files(folder: Path, rate: int) -> None:
     """Decode every file of a folder."""
     for path in sorted(folder.iterdir()):
-        read_audio(path, sampling_rate=RATE, num_channels=1)
+        read_audio(path, sampling_rate=rate, num_channels=1)
 
 
-def bench_remote(shards: Path, folder: Path, seconds: float) -> None:
+def bench_remote(shards: Path, folder: Path, seconds: float, rate: int) -> None:
     """Read training batches through a local HTTP server, with an empty and with a full cache."""
     os.environ[CACHE_VARIABLE] = str(folder / "cache")
     handler = functools.partial(QuietHandler, directory=str(shards))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    measure("training batches, remote, first", seconds, lambda: read_stream(url, seconds), times=1)
-    measure("training batches, remote, cached", seconds, lambda: read_stream(url, seconds))
+    measure("training batches, remote, first", seconds, lambda: read_stream(url, seconds, rate), times=1)
+    measure("training batches, remote, cached", seconds, lambda: read_stream(url, seconds, rate))
     server.shutdown()
 
 
-def pack_clips(folder: Path) -> None:
+def pack_clips(folder: Path, rate: int) -> None:
     """Pack the FLAC files."""
-    pack(list_clips(folder / "flac", "audio"), folder / "shards", PackOptions(), num_workers=1)
+    pack(list_clips(folder / "flac", "audio"), folder / "shards", PackOptions(sampling_rate=rate), num_workers=1)
 
 
 def main() -> None:
     """Run every measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recordings", type=Path)
+    parser.add_argument("--seconds", type=int, default=1800, help="of audio to make")
+    parser.add_argument("--output-sampling-rate", type=int, default=RATE, help="of the decoder, a multiple of 24000")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    recordings, seconds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1800
-    clips = list(make_clips(recordings, seconds))
+    seconds, rate = options.seconds, options.output_sampling_rate
+    clips = list(make_clips(options.recordings, seconds, rate))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench_files(folder, clips)
-        measure("pack, flac to flac", len(clips) * CLIP_SECONDS, functools.partial(pack_clips, folder), times=1)
+        bench_files(folder, clips, rate)
+        measure("pack, flac to flac", len(clips) * CLIP_SECONDS, functools.partial(pack_clips, folder, rate), times=1)
         local = str(folder / "shards")
-        measure("training batches, local", seconds, lambda: read_stream(local, seconds))
-        bench_remote(folder / "shards", folder, seconds)
+        measure("training batches, local", seconds, lambda: read_stream(local, seconds, rate))
+        bench_remote(folder / "shards", folder, seconds, rate)
 
 
 if __name__ == "__main__":

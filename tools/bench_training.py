@@ -8,7 +8,8 @@
 A case is a stage of the experiment, with or without the text LM, on clips of one length or of lengths between two.
 The FLOPs of its first update are counted operation by operation, later updates are timed. MFU is the counted FLOPs per
 second over `--peak-tflops` (dense bf16 of an H100), counted as for `mfu` of a run's metrics.csv; where activation
-checkpointing is on, its second forward counts too, as in `hfu`. Other keys of `fit` can follow as overrides.
+checkpointing is on, its second forward counts too, as in `hfu`. Other keys of `fit` can follow as overrides, among them
+tokenizer.output_sampling_rate=48000: clips then have a target at that rate, and shards have to be packed at it.
 """
 
 import argparse
@@ -31,10 +32,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from moss_train import load_config
+from moss_train.audio.io import resample
 from moss_train.batch import Batch, UpdateBatch
 from moss_train.config.fit_schema import FitConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import split_by_length
+from moss_train.model import MossAudioTokenizerConfig
 from moss_train.training.cost.flops import FlopCounter
 from moss_train.training.module import CatModule
 from moss_train.training.run.fit import open_stream
@@ -126,28 +129,33 @@ def case_config(config: FitConfig, case: Case, options: argparse.Namespace) -> F
 def synthetic_updates(config: FitConfig, case: Case, module: CatModule) -> list[UpdateBatch]:
     """One update, as often as needed: noise, random texts of read speech's length, everything drawn with one seed."""
     stage = config.stages[0]
-    rate, hop = module.tokenizer.sampling_rate, module.tokenizer.config.downsample_rate
+    rate = module.tokenizer.sampling_rate
     draw = np.random.default_rng(0)
     count = max(1, round(stage.batch_seconds / ((case.shortest + case.longest) / 2)))
     lengths = np.sort((draw.uniform(case.shortest, case.longest, count) * rate).astype(np.int64))[::-1]
     data = config.data
     groups = split_by_length(lengths, round(data.micro_batch_seconds * rate), data.min_length_ratio)
     vocabulary = 0 if module.semantic is None else module.semantic.text.vocab_size
-    channels = module.tokenizer.config.number_channels
     batches = tuple(
-        synthetic_batch(lengths[group.start : group.stop], rate, hop, channels, vocabulary) for group in groups
+        synthetic_batch(lengths[group.start : group.stop], module.tokenizer.config, vocabulary) for group in groups
     )
     return [UpdateBatch(batches, number, 0, ()) for number in range(stage.updates)]
 
 
-def synthetic_batch(lengths: np.ndarray, rate: int, hop: int, channels: int, vocabulary: int) -> Batch:
-    """Clips [B, C, T] of these lengths in samples, with text when there is a vocabulary."""
+def synthetic_batch(lengths: np.ndarray, config: MossAudioTokenizerConfig, vocabulary: int) -> Batch:
+    """Clips [B, C, T] of these lengths in samples, with text when there is a vocabulary, and a target for two rates."""
     generator = torch.Generator().manual_seed(len(lengths))
-    count, frames = len(lengths), -(-int(lengths[0]) // hop)
+    count, frames, ratio = len(lengths), -(-int(lengths[0]) // config.downsample_rate), config.output_ratio
     audio_lengths = torch.from_numpy(lengths.copy())
-    audio = torch.randn(count, channels, frames * hop, generator=generator) * 0.1
-    audio *= torch.arange(audio.shape[2]) < audio_lengths[:, None, None]
-    text_lengths = (audio_lengths * TEXT_TOKENS_PER_SECOND // rate).clamp(min=1) if vocabulary else audio_lengths * 0
+    shape = (count, config.number_channels, frames * config.downsample_rate * ratio)
+    reference = torch.randn(shape, generator=generator) * 0.1
+    reference *= torch.arange(shape[2]) < audio_lengths[:, None, None] * ratio
+    audio = reference if ratio == 1 else resample(reference, config.output_sampling_rate, config.sampling_rate)
+    text_lengths = (
+        (audio_lengths * TEXT_TOKENS_PER_SECOND // config.sampling_rate).clamp(min=1)
+        if vocabulary
+        else audio_lengths * 0
+    )
     shape = (count, int(text_lengths.max()))
     return Batch(
         audio=audio,
@@ -159,6 +167,8 @@ def synthetic_batch(lengths: np.ndarray, rate: int, hop: int, channels: int, voc
         crop_units=torch.rand(count, generator=generator),
         sample_ids=tuple(map(str, range(count))),
         domains=("synthetic",) * count,
+        target=None if ratio == 1 else reference,
+        target_lengths=None if ratio == 1 else audio_lengths * ratio,
     )
 
 

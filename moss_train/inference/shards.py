@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moss_train.audio.io import resample
 from moss_train.data.pack.pack import check_target
 from moss_train.data.pack.resume import JOURNAL_FILE, resumable_directory
 from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
@@ -80,13 +81,18 @@ def make_encoder(job: EncodeJob, device: torch.device) -> Encoder:
 
 
 def describe(job: EncodeJob, encoder: Encoder, index: ShardIndex) -> CodesSource:
-    """What decides the codes. Raises UserError when the audio is not in the model's format."""
+    """What decides the codes.
+
+    Raises:
+        UserError: the audio has other channels than the model, or a rate that is no multiple of its rate.
+    """
     config = encoder.model.config
-    found, wanted = (index.sampling_rate, index.num_channels), (config.sampling_rate, config.number_channels)
-    if found != wanted:
+    rate, channels = config.sampling_rate, config.number_channels
+    if index.num_channels != channels or index.sampling_rate % rate:
         raise UserError(
-            f"shards={job.audio} have {found[0]} Hz and {found[1]} channels, the model takes {wanted[0]} Hz and "
-            f"{wanted[1]}; pack the audio again with sampling_rate={wanted[0]} num_channels={wanted[1]}"
+            f"shards={job.audio} have {index.sampling_rate} Hz and {index.num_channels} channels, the model takes "
+            f"{rate} Hz (or a multiple) and {channels}; pack the audio again with sampling_rate={rate} "
+            f"num_channels={channels}"
         )
     return CodesSource(
         model=job.model,
@@ -122,7 +128,8 @@ def encode_shard(
     seconds = [int(index.arrays["num_samples"][row]) / index.sampling_rate for row in rows]
     clips: dict[int, CodedClip] = {}
     failures: list[tuple[Path, str]] = []
-    for outcomes in read_ahead(group_by_length(rows, seconds, job.batch_seconds), _reading(index, reader)):
+    read = _reading(index, reader, encoder.model.config.sampling_rate)
+    for outcomes in read_ahead(group_by_length(rows, seconds, job.batch_seconds), read):
         failures += [
             (index.folder / shard.file, str(result)) for _, result in outcomes if isinstance(result, Exception)
         ]
@@ -136,11 +143,17 @@ def encode_shard(
     return failures
 
 
-def _reading(index: ShardIndex, reader: ClipReader) -> Callable[[int], tuple[Tensor, dict]]:
+def _reading(index: ShardIndex, reader: ClipReader, sampling_rate: int) -> Callable[[int], tuple[Tensor, dict]]:
+    """Return what reads the clip [C, T] of a row, and its labels, at the model's rate: as the stream of `fit` does."""
+
     def read(row: int) -> tuple[Tensor, dict]:
         location: ClipLocation = index.locate(row)
         reader.check_headers(location)
-        return reader.read_audio(location, 0, location.num_samples), reader.read_labels(location)
+        audio, labels = reader.read_audio(location, 0, location.num_samples), reader.read_labels(location)
+        if index.sampling_rate == sampling_rate:
+            return audio, labels
+        audio = resample(audio, index.sampling_rate, sampling_rate)
+        return audio, labels | {"sampling_rate": sampling_rate, "num_samples": audio.shape[1]}
 
     return read
 

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from moss_train.audio.io import read_audio, write_audio
+from moss_train.audio.io import audio_info, read_audio, write_audio
+from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
+from moss_train.data.shards.codes import CodeShards
 from moss_train.data.stream.loader import make_loader, prefetch_within
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.encode import Encoder
-from moss_train.inference.files import Work
+from moss_train.inference.files import Work, read_codes
+from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 from tests.data.packed_clips import iterate_clips
 
@@ -94,3 +97,39 @@ def test_what_cannot_be_read_at_two_rates_is_refused(high, packed):
 def test_workers_keep_both_rates_within_their_memory():
     one, two = (prefetch_within(ClipFormat(24000, 1, 1920, output_sampling_rate=r), 30_000, 8) for r in (None, 48000))
     assert one[0] * one[1] >= 2 * two[0] * two[1] > 0
+
+
+def test_a_packed_corpus_at_the_higher_rate_has_the_codes_of_its_files(high, tmp_path):
+    """From a model with such a decoder, whose codes also decode to the files' lengths."""
+    torch.manual_seed(0)
+    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
+    quantizer = {"rvq_dim": 16, "num_quantizers": 3, "codebook_size": 32, "codebook_dim": 4}
+    config = MossAudioTokenizerConfig.from_stages(
+        24000, stages, quantizer, context_seconds=1.0, output_sampling_rate=48000
+    )
+    MossAudioTokenizerModel(config).save_pretrained(tmp_path / "model")
+    common = [f"model={tmp_path / 'model'}", "device=cpu", "batch_invariant=true"]
+    assert main(["encode", *common, f"input={high / 'audio'}", f"out={tmp_path / 'files'}"]) == 0
+    assert main(["encode", *common, f"shards={high / 'packed'}", f"out={tmp_path / 'shards'}"]) == 0
+    shards = CodeShards(tmp_path / "shards")
+    assert (len(shards), shards.source.sampling_rate) == (4, 24000)
+    decoded = [f"input={tmp_path / 'shards'}", f"out={tmp_path / 'audio'}", "format=flac"]
+    assert main(["decode", *common, *decoded]) == 0
+    for name, codes, labels in shards:
+        expected, info = read_codes((tmp_path / "files" / name).with_suffix(".safetensors"))
+        assert torch.equal(codes, expected)
+        assert len(codes.unique()) > 4
+        assert (labels["num_samples"], labels["sampling_rate"]) == (info.num_samples, 24000)
+        original = audio_info((high / "audio" / name).with_suffix(".flac"))
+        restored = audio_info((tmp_path / "audio" / name).with_suffix(".flac"))
+        assert restored.sampling_rate == original.sampling_rate == 48000
+        assert restored.num_samples - original.num_samples in (0, 1)
+
+
+def test_a_packed_corpus_at_another_rate_is_refused(high, tmp_path, capsys):
+    folder = tmp_path / "model"
+    stages = [{"patch_size": 320, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
+    quantizer = {"rvq_dim": 16, "num_quantizers": 3, "codebook_size": 32, "codebook_dim": 4}
+    MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(32000, stages, quantizer)).save_pretrained(folder)
+    assert main(["encode", f"model={folder}", f"shards={high / 'packed'}", f"out={tmp_path / 'codes'}"]) == 2
+    assert "have 48000 Hz and 1 channels, the model takes 32000 Hz (or a multiple)" in capsys.readouterr().err
