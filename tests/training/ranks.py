@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import moss_train.training.step.accumulation as accumulation
 from moss_train.batch import UpdateBatch
 from moss_train.training import CatModule
 from moss_train.training.distributed.collectives import GradientSums
@@ -42,6 +43,7 @@ def gradients(
     number: int,
     mesh: DeviceMesh | None = None,
     half: torch.autocast | None = None,
+    prepare: Callable[[CatModule], Any] = lambda module: None,
 ) -> tuple[dict, dict[str, float]]:
     """Gradients of update `number` by parameter name, and its numbers; summed over the ranks when there are some.
 
@@ -49,6 +51,7 @@ def gradients(
     weights are gathered in bfloat16, as in a run with `bf16-mixed`.
     """
     module = CatModule(**arguments)
+    prepare(module)
     module._device_mesh = mesh
     module.gather_dtype = None if half is None else torch.bfloat16
     module.configure_model()
@@ -100,7 +103,11 @@ def sums_beside_backward(rank: int, names_unused: bool) -> dict[str, Any]:
     passes = [(audio, has_text) for owner, audio, has_text in inputs if owner == rank]
     for number, (audio, has_text) in enumerate(passes, 1):
         unused = text.parameters() if names_unused and not has_text else ()
-        with sums.beside_backward(unused) if number == len(passes) else nullcontext():
+        with (
+            sums.beside_backward(dict(zip(parameters, parameters, strict=True)), unused)
+            if number == len(passes)
+            else nullcontext()
+        ):
             loss(audio, has_text).backward()
     sent = sums.num_sent
     sums.finish()
@@ -137,4 +144,5 @@ def main(folder: Path, rank: int, world_size: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    accumulation.SMALL = 500  # so that the small model has parameters of both kinds
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

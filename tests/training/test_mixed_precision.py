@@ -2,12 +2,14 @@
 
 import math
 
+import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moss_train.training import CatModule
 from moss_train.training.module import update_result
+from moss_train.training.run.optimizations import compile_blocks
 from moss_train.training.run.warm_start import module_arguments
 from tools.short_runs import train_in_memory
 
@@ -35,17 +37,21 @@ class Gradients(Callback):
 
 
 class WeightCasts(TorchDispatchMode):
-    """Counts how often each of some weights is cast to bfloat16."""
+    """Counts how often each of some weights is cast to bfloat16, by itself or with others."""
 
     def __init__(self, weights: list[torch.Tensor]) -> None:
         super().__init__()
         self.counts = {weight.data_ptr(): 0 for weight in weights}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        sources = []
         if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
-            place = args[0].data_ptr()
-            if place in self.counts:
-                self.counts[place] += 1
+            sources = [args[0]]
+        elif func is torch.ops.aten._foreach_copy_.default:
+            sources = args[1]
+        for source in sources:
+            if source.data_ptr() in self.counts:
+                self.counts[source.data_ptr()] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -82,12 +88,16 @@ def test_backward_runs_outside_autocast_on_float32_weights(small_config):
     assert all(math.isclose(a, b, rel_tol=0.02) for a, b in zip(half.losses, full.losses, strict=True))
 
 
-def test_a_weight_is_cast_once_per_update(small_config):
+@pytest.mark.parametrize("compiler", [False, "eager"])
+def test_a_weight_is_cast_once_per_update(small_config, compiler):
     lengths = [
         f"stages.{stage}.{key}={value}" for stage in (0, 1) for key, value in (("updates", 1), ("batch_seconds", 16))
     ]
     lengths += ["stages.0.warmup_updates=0", "stages.1.warmup_updates=0", "stages.1.discriminator_warmup_updates=0"]
     config, casts = small_config("trainer.precision=bf16-mixed", *lengths), CountCasts()
-    train_in_memory(config, CatModule(**module_arguments(config)), [casts])
+    module = CatModule(**module_arguments(config))
+    if compiler:
+        compile_blocks(module, compiler)
+    train_in_memory(config, module, [casts])
     assert [counts for _, counts in casts.found] == [{1}, {1}]
     assert min(micro_batches for micro_batches, _ in casts.found) > 1

@@ -8,6 +8,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -127,14 +128,25 @@ class GradientSums:
         self.missing: set[nn.Parameter] = set()  # those sent that had no gradient on this rank
 
     @contextmanager
-    def beside_backward(self, unused: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    def beside_backward(
+        self, leaves: Mapping[nn.Parameter, nn.Parameter], unused: Iterable[nn.Parameter] = ()
+    ) -> Iterator[None]:
         """Within it gradients are summed when they are there; it is for the last one of each of this rank.
 
-        unused: parameters that get none any more; what they have is the last.
+        Args:
+            leaves: what collects the gradient of a parameter, by parameter, as a rule itself. Once its earlier hooks
+                have run, the parameter has its sum. Parameters without a leaf wait for `finish`.
+            unused: parameters that get none any more; what they have is the last.
         """
         for parameter in unused:
-            self._complete(parameter)
-        hooks = [p.register_post_accumulate_grad_hook(self._add) for bucket in self._buckets for p in bucket]
+            if parameter in leaves:
+                self._complete(parameter)
+        hooks = [
+            leaves[p].register_post_accumulate_grad_hook(partial(self._add, p))
+            for bucket in self._buckets
+            for p in bucket
+            if p in leaves and leaves[p].requires_grad
+        ]
         try:
             yield
         finally:
@@ -152,8 +164,7 @@ class GradientSums:
             for parameter, piece in zip(bucket, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter)
 
-    def _add(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
+    def _add(self, parameter: nn.Parameter, leaf: Tensor) -> None:
         self._complete(parameter)
         while self.num_sent < len(self._buckets) and not self._incomplete[self.num_sent]:
             self._send()

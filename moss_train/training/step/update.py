@@ -5,8 +5,8 @@ Everything is passed in, and what came of it is returned as an `UpdateResult`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from moss_train.training.distributed.collectives import (
     sum_over_ranks,
 )
 from moss_train.training.distributed.fsdp import is_sharded
+from moss_train.training.step.accumulation import Accumulation, autocast_dtype
 from moss_train.training.step.objective import (
     LOGITS,
     SEMANTIC,
@@ -51,6 +52,11 @@ class Networks:
     text_lm: TextLM | None
     discriminators: DiscriminatorSet | None
     is_sharded: bool = False
+
+    @property
+    def with_layers(self) -> list[nn.Module]:
+        """Those made of transformer layers."""
+        return [self.tokenizer] if self.text_lm is None else [self.tokenizer, self.text_lm]
 
 
 @dataclass(frozen=True)
@@ -146,32 +152,39 @@ def run_update(
     if networks.is_sharded:
         # Before the passes: a rank that is done early would wait here while the others wait for it in their passes.
         num_turns = max_over_ranks(num_own, device)
-    # Autocast casts a weight once per update and keeps it until its context ends, which is around the update. FSDP2
-    # would add what the last micro-batch gives such a copy to the next update, so that sharded networks cast each time.
-    torch.set_autocast_cache_enabled(not networks.is_sharded)
-    # Gradients of whole networks are summed over ranks beside the last backward passes; sharded ones sum their own.
+    # What autocast casts is not kept: FSDP2 would add the last micro-batch's gradient of a kept copy one update late,
+    # and a copy that two passes share would sum their gradients in bfloat16. Weights of layers are cast once, below.
+    torch.set_autocast_cache_enabled(False)
     parts = {name: list(part) for group in groups for name, part in group.parts.items()}
-    sums_of_gradients = GradientSums([[p for p in part if not is_sharded(p)] for part in parts.values()], reduce_dtype)
+    parameters = [parameter for part in parts.values() for parameter in part]
+    accumulation = Accumulation(networks.with_layers, parameters, autocast_dtype(device))
+    # Gradients of whole networks are summed over ranks beside the last backward passes; sharded ones sum their own.
+    large = accumulation.large_leaves
+    in_turn = [accumulation.small, *([p for p in part if p in large] for part in parts.values())]
+    sums_of_gradients = GradientSums([[p for p in part if not is_sharded(p)] for part in in_turn], reduce_dtype)
+    of_text_lm = [] if networks.text_lm is None else list(networks.text_lm.parameters())
     results = []
-    for turn, micro_batch in enumerate(batch.micro_batches):
-        is_last = turn == num_own - 1 and not networks.is_sharded
-        has_text = SEMANTIC in weights and bool(((micro_batch.host or micro_batch).text_lengths > 0).any())
-        unused = () if networks.text_lm is None or has_text else networks.text_lm.parameters()
-        with sums_of_gradients.beside_backward(unused) if is_last else nullcontext():
-            results.append(
-                forward_backward(
-                    networks, objective, micro_batch, counts, schedule_state, weights, backward, measure_shares
+    with accumulation.copies_in_place():
+        for turn, micro_batch in enumerate(batch.micro_batches):
+            is_last = turn == num_own - 1 and not networks.is_sharded
+            has_text = SEMANTIC in weights and bool(((micro_batch.host or micro_batch).text_lengths > 0).any())
+            unused = [] if has_text else of_text_lm
+            with sums_of_gradients.beside_backward(large, unused) if is_last else nullcontext():
+                results.append(
+                    forward_backward(
+                        networks, objective, micro_batch, counts, schedule_state, weights, backward, measure_shares
+                    )
                 )
-            )
-    for _ in range(num_turns - num_own):
-        dummy_forward_backward(networks, schedule_state, backward)
+            accumulation.add_small()
+        for _ in range(num_turns - num_own):
+            dummy_forward_backward(networks, schedule_state, backward)
+    accumulation.finish()
     terms = add_up([result.terms for result in results])
     squares = add_up([result.output_squares for result in results])
 
     # One collective sums all numbers. Clip factors and the check follow from them on the device, so that the step is
     # queued behind the passes before the host waits, once, to read them.
     sums_of_gradients.finish()
-    parameters = [parameter for part in parts.values() for parameter in part]
     is_missing = {
         str(i): p in sums_of_gradients.missing or p.grad is None for i, p in enumerate(parameters) if num_ranks() > 1
     }
@@ -302,12 +315,11 @@ def forward_backward(
     # Adversarial terms, and the discriminators' own loss, which goes back to their weights only.
     if discriminators is not None and (schedule_state.adversarial_loss_active or schedule_state.discriminators_learn):
         discriminators.requires_grad_(schedule_state.discriminators_learn)
-        with casting_at_each_use():
-            with torch.set_grad_enabled(schedule_state.discriminators_learn):
-                real = discriminators(objective.crop(batch.reference, batch))
-            generated = discriminators(
-                objective.crop(output if schedule_state.adversarial_loss_active else output.detach(), batch)
-            )
+        with torch.set_grad_enabled(schedule_state.discriminators_learn):
+            real = discriminators(objective.crop(batch.reference, batch))
+        generated = discriminators(
+            objective.crop(output if schedule_state.adversarial_loss_active else output.detach(), batch)
+        )
         observed |= mean_logits(real, generated, counts.clips)
         if schedule_state.discriminators_learn:
             own_loss = objective.discriminator_loss(real, generated, counts)
@@ -335,17 +347,6 @@ def forward_backward(
     if schedule_state.stage.quantize:
         codes = count_codes(quantized.codes, frame_mask, tokenizer.config.quantizer_kwargs["codebook_size"])
     return MicroBatchResult({name: value.detach() for name, value in observed.items()}, squares, codes)
-
-
-@contextmanager
-def casting_at_each_use() -> Iterator[None]:
-    """Within it autocast keeps no copies: one that two passes share would sum their gradients in bfloat16."""
-    keeps = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(keeps)
 
 
 def output_gradient(

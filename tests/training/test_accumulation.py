@@ -1,0 +1,96 @@
+"""Gradients that are added up with few kernels are those of plain backward passes, to the last bit."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import moss_train.training.step.accumulation as accumulation
+from moss_train.batch import UpdateBatch
+from moss_train.training import CatModule
+from moss_train.training.run.optimizations import compile_blocks
+from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.step.accumulation import layer_weights
+
+from . import ranks
+from .gradients import accumulate, network_errors
+from .test_distributed import pick, without_text
+
+ADVERSARIAL = 5  # an update in which every network learns
+
+
+@pytest.fixture
+def arguments(small_config) -> dict[str, Any]:
+    return module_arguments(small_config())
+
+
+@pytest.fixture
+def few_small(monkeypatch):
+    """So that the small model has parameters of both kinds."""
+    monkeypatch.setattr(accumulation, "SMALL", 500)
+
+
+def micro_batches(batch: UpdateBatch, count: int) -> UpdateBatch:
+    """Micro-batches of one clip, with and without text in turn."""
+    clips = [pick(micro, [i]) for micro in batch.micro_batches for i in range(micro.num_clips)]
+    clips.sort(key=lambda clip: clip.audio.shape[-1])
+    spoken = [clip for clip in clips if clip.text_lengths[0]]
+    silent = [clip for clip in clips if not clip.text_lengths[0]]
+    return replace(batch, micro_batches=(spoken[0], silent[0], spoken[1])[:count])
+
+
+def without_cache(dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast as Lightning's, or none."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
+
+
+@pytest.mark.parametrize("has_text", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradients_are_those_of_plain_passes(few_small, arguments, update, count, has_text, dtype):
+    batch = micro_batches(update, count)
+    batch = batch if has_text else without_text(batch)
+    with without_cache(dtype):
+        expected = accumulate(CatModule(**arguments), batch.micro_batches, ADVERSARIAL)
+    found, _ = ranks.gradients(arguments, batch, ADVERSARIAL, half=without_cache(dtype))
+    assert found.keys() == expected.keys()
+    assert any(name.startswith("semantic.") for name in found) == has_text
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32, name
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.nightly)])
+def test_gradients_of_compiled_blocks_are_those_of_plain_passes(few_small, arguments, update, backend):
+    batch = micro_batches(update, 3)
+    with without_cache(torch.bfloat16):
+        expected = accumulate(CatModule(**arguments), batch.micro_batches, ADVERSARIAL)
+    torch._dynamo.reset()
+    found, _ = ranks.gradients(
+        arguments,
+        batch,
+        ADVERSARIAL,
+        half=without_cache(torch.bfloat16),
+        prepare=lambda module: compile_blocks(module, backend),
+    )
+    torch._dynamo.reset()
+    assert found.keys() == expected.keys()
+    errors = network_errors(found, expected)
+    assert max(errors.values()) < 2e-2, errors  # products in bfloat16
+
+
+def test_all_linear_weights_of_layers_are_copied_and_shared_ones_are_not(module):
+    found = {id(getattr(part, name)) for part, name in layer_weights([module.tokenizer, module.semantic])}
+    names = [name for name, p in module.named_parameters() if id(p) in found]
+    assert len(names) == len(found)
+    linears = ("in_projs.0.weight", "out_projs.0.weight", "linear1.weight", "linear2.weight", "_proj.weight")
+    expected = [name for name, p in module.named_parameters() if ".layers." in name and name.endswith(linears)]
+    biases = [name for name, p in module.named_parameters() if ".layers." in name and name.endswith("_proj.bias")]
+    assert sorted(names) == sorted([*expected, *biases])
+    shared = nn.Linear(4, 4)
+    network = nn.Module()
+    network.layers = nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared, nn.Linear(4, 4))])
+    assert [part for part, name in layer_weights([network]) if part is shared] == []
+    assert len(layer_weights([network])) == 2
