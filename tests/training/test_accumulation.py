@@ -94,3 +94,17 @@ def test_all_linear_weights_of_layers_are_copied_and_shared_ones_are_not(module)
     network.layers = nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared, nn.Linear(4, 4))])
     assert [part for part, name in layer_weights([network]) if part is shared] == []
     assert len(layer_weights([network])) == 2
+
+
+def test_weights_that_do_not_step_get_no_gradients(few_small, module, update):
+    decoder = dict(module.tokenizer.decoder.named_parameters())
+    sums = accumulation.Accumulation([module.tokenizer, module.semantic], decoder.values(), torch.bfloat16)
+    assert {*sums.small, *sums.large_leaves} == set(decoder.values())
+    with sums.copies_in_place(), without_cache(torch.bfloat16):
+        audio = update.micro_batches[0].audio
+        loss = module.tokenizer.decode_latent(module.tokenizer.encode_latent(audio)).float().square().mean()
+        loss.backward()
+    sums.finish()
+    linears = {id(getattr(part, name)) for part, name in layer_weights([module.tokenizer])}
+    assert {name for name, p in decoder.items() if p.grad is None} == set()
+    assert all(p.grad is None for p in module.tokenizer.encoder.parameters() if id(p) in linears)

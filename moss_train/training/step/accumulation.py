@@ -32,7 +32,7 @@ class Accumulation:
 
     Args:
         networks: whose transformer layers multiply in `dtype`, each called once per micro-batch.
-        parameters: all that get gradients.
+        parameters: all that are to get gradients; copies of other weights get none.
         dtype: of autocast, None without it.
     """
 
@@ -40,13 +40,15 @@ class Accumulation:
         self, networks: Iterable[nn.Module], parameters: Iterable[nn.Parameter], dtype: torch.dtype | None
     ) -> None:
         self._places = [] if dtype is None else layer_weights(networks)
-        self._copies = make_copies([getattr(module, name) for module, name in self._places], dtype)
-        leaves = {parameter: parameter for parameter in parameters} | self._copies
+        parameters = dict.fromkeys(parameters)
+        weights = [getattr(module, name) for module, name in self._places]
+        self._copies = make_copies(weights, [weight in parameters for weight in weights], dtype)
+        leaves = {parameter: self._copies.get(parameter, parameter) for parameter in parameters}
         self._small = {p: leaf for p, leaf in leaves.items() if local_part(p).numel() <= SMALL}
         self._large = {p: leaf for p, leaf in leaves.items() if local_part(p).numel() > SMALL}
         self._sums: dict[nn.Parameter, Tensor] = {}
         for weight, leaf in self._large.items():
-            if leaf is not weight and leaf.requires_grad:
+            if leaf is not weight and leaf.requires_grad:  # a part may be frozen in this stage
                 leaf.register_post_accumulate_grad_hook(partial(add_to, weight))
 
     @property
@@ -126,15 +128,17 @@ def layer_weights(networks: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
 
 
 @torch.no_grad()
-def make_copies(weights: Sequence[nn.Parameter], dtype: torch.dtype | None) -> dict[nn.Parameter, nn.Parameter]:
-    """Cast weights, many at once; each copy is a leaf that wants a gradient if its weight does."""
+def make_copies(
+    weights: Sequence[nn.Parameter], learns: Sequence[bool], dtype: torch.dtype | None
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Cast weights, many at once; each copy is a leaf."""
     if not weights:
         return {}
     copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
     torch._foreach_copy_(copies, list(weights))
     return {
-        weight: nn.Parameter(copy, requires_grad=weight.requires_grad)
-        for weight, copy in zip(weights, copies, strict=True)
+        weight: nn.Parameter(copy, requires_grad=weight.requires_grad and wanted)
+        for weight, copy, wanted in zip(weights, copies, learns, strict=True)
     }
 
 
