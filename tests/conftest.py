@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RECORDINGS = ROOT / "recipes" / "quickstart" / "audio"
 
 
-PROCESS_FIXTURES = {"launcher", "start", "browser"}
+PROCESS_FIXTURES = {"launcher", "start", "open_browser"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -107,20 +108,29 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium, that of the system: Playwright's own would be a download."""
+def open_browser() -> Iterator[Callable[..., Any]]:
+    """Opens a headless Chromium, that of the system, with further arguments: Playwright's own would be a download."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         assert "CI" not in os.environ, "continuous integration has to look at pages in a browser"
         pytest.skip("there is no chromium")
     playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        # The sandbox refuses to run as root; /dev/shm of a container is too small.
-        opened = started.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        yield opened
-        opened.close()
+    with playwright.sync_playwright() as started, ExitStack() as stack:
+
+        def launch(*arguments: str) -> Any:
+            # The sandbox refuses to run as root; /dev/shm of a container is too small.
+            usual = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+            opened = started.chromium.launch(executable_path=program, args=[*usual, *arguments])
+            stack.callback(opened.close)
+            return opened
+
+        yield launch
+
+
+@pytest.fixture(scope="module")
+def browser(open_browser: Callable[..., Any]) -> Any:
+    """A headless Chromium."""
+    return open_browser()
 
 
 @pytest.fixture(scope="session")
