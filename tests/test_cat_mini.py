@@ -1,12 +1,16 @@
 """The trained model that comes with the code: it loads, does what its card says, and streams what it gives offline."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from moss_train.audio.io import read_audio
+from moss_train.config.build import allow_package
+from moss_train.evaluation.metrics.base import Pair
+from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.losses.reconstruction import multi_scale_mel_distance
 from moss_train.model import MossAudioTokenizerModel
 from tools.short_runs import depth_report
@@ -74,3 +78,15 @@ def test_notices_of_the_recordings_lie_beside_the_weights():
     notice = (FOLDER / "NOTICE").read_text()
     assert "CC0 1.0" in notice
     assert all(voice in notice for voice in ("kathleen", "kerstin", "nathalie"))
+
+
+def test_speaker_similarity_is_a_metric_of_a_package_beside_the_model(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    allow_package("speaker_similarity")
+    (metric,) = build_metrics([{"_target_": "speaker_similarity.SpeakerSimilarity"}], "metrics").values()
+    assert [column.key for column in metric.columns] == ["speaker_similarity"]
+    if find_spec("resemblyzer") is None:
+        assert "pip install resemblyzer" in metric.missing()
+    else:
+        audio = torch.randn(32000, generator=torch.Generator().manual_seed(0)) * 0.1
+        assert metric.score(Pair(audio, audio, 16000, {}))["speaker_similarity"] == pytest.approx(1, abs=1e-5)

@@ -3,15 +3,18 @@
     python recipes/cat_mini/measure.py recipes/cat_mini out/cc0_voices/heldout.jsonl out/cat_mini_measures
 
 A second call goes on where the first stopped. The folders of the evaluations hold reports with sounds. Whisper
-measures the English voice, where faster-whisper and a model of it are installed.
+measures the English voice, where faster-whisper and a model of it are installed; speaker similarity is measured where
+Resemblyzer is (speaker_similarity.py says how).
 """
 
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import soundfile
@@ -21,7 +24,8 @@ from moss_train.audio.io import read_audio
 PEAK = 0.7  # the level that cat_mini was trained at
 SAMPLING_RATE = 24000
 METRICS = ["stoi", "pesq", "spectral", "pitch", "buzz"]
-COLUMNS = ["stoi", "pesq_nb", "mel_loss", "pitch", "buzz", "wer_errors", "cer_errors"]
+COLUMNS = ["stoi", "pesq_nb", "mel_loss", "pitch", "buzz", "speaker_similarity", "wer_errors", "cer_errors"]
+HERE = Path(__file__).parent
 
 
 def main() -> None:
@@ -33,7 +37,9 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+", type=int, default=[1, 4, 8, 16])
     arguments = parser.parse_args()
     print(
-        "| voice | levels | bit/s | STOI | PESQ-NB | Mel-Loss | pitch | buzz (dB) | WER | CER |\n" + "|---" * 10 + "|"
+        "| voice | levels | bit/s | STOI | PESQ-NB | Mel-Loss | pitch | buzz (dB) | same speaker | WER | CER |\n"
+        + "|---" * 11
+        + "|"
     )
     for speaker, language in scale_clips(arguments.manifest, arguments.out).items():
         evaluate(arguments.model, arguments.out, speaker, language, arguments.levels)
@@ -59,9 +65,15 @@ def scale_clips(manifest: Path, out: Path) -> dict[str, str]:
 def evaluate(model: str, out: Path, speaker: str, language: str, levels: list[int]) -> None:
     """Run the command that a reader would run."""
     metrics = [*METRICS, "recognition"] if language == "en" else METRICS
+    environment, plugins = os.environ.copy(), []
+    if find_spec("resemblyzer") is not None:
+        metrics = [*metrics, "{_target_: speaker_similarity.SpeakerSimilarity}"]
+        plugins = ["plugins=[speaker_similarity]"]
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     overrides = [f"model={model}", f"data={out / speaker}.jsonl", f"out={out / f'evaluation-{speaker}'}"]
     overrides += [f"num_quantizers=[{','.join(map(str, levels))}]", f"metrics=[{','.join(metrics)}]"]
-    subprocess.run([sys.executable, "-m", "moss_train", "evaluate", *overrides], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "moss_train", "evaluate", *plugins, *overrides]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
 def print_rows(table: Path, voice: str) -> None:

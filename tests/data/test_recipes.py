@@ -13,7 +13,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.commands import pack as pack_command
@@ -275,3 +277,22 @@ def test_cc0_voices_of_a_folder_that_is_there(tmp_path: Path, place: Callable) -
     done = run(tmp_path / "voices")
     assert done.returncode == 0, done.stderr
     assert packed_texts(tmp_path / "data" / "heldout") == {"heldout": "Yes."}
+
+
+@pytest.mark.processes
+def test_speed_copies_change_length_and_pitch_together(tmp_path: Path) -> None:
+    tone = np.sin(2 * np.pi * 200 * np.arange(48000) / 48000)
+    soundfile.write(tmp_path / "tone.wav", 0.3 * tone, 48000)
+    entry = {"id": "tone", "path": "tone.wav", "text": "Hm.", "speaker": "anna", "language": "en"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(entry) + "\n")
+    out = tmp_path / "speed90"
+    script = RECIPES / "cc0_voices" / "speed_copies.py"
+    subprocess.run([sys.executable, script, tmp_path / "train.jsonl", out, "0.9"], check=True)
+    assert [json.loads(line) for line in (tmp_path / "speed90.jsonl").read_text().splitlines()] == [
+        {"id": "tone_speed90", "path": str(out / "tone.flac"), "domain": "speed90", "language": "en", "speaker": "anna"}
+    ]
+    slow, rate = soundfile.read(out / "tone.flac")
+    assert (rate, len(slow)) == (24000, -(-24000 * 10 // 9))
+    assert np.abs(slow).max() == pytest.approx(0.7, abs=1e-3)
+    spectrum = np.abs(np.fft.rfft(slow * np.hanning(len(slow))))
+    assert spectrum.argmax() * rate / len(slow) == pytest.approx(180, abs=1)
