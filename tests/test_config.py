@@ -26,7 +26,7 @@ REQUIRED = {
     "pack": ["input=i", "out=o"],
     "encode": ["model=m", "input=i", "out=o"],
     "decode": ["model=m", "input=i", "out=o"],
-    "evaluate": ["model=m", "data=d", "out=o"],
+    "evaluate": ["codec=mimo", "data=d", "out=o"],
     "export": ["checkpoint=c", "out=o"],
     "inspect": ["shards=s", "out=o"],
     "doctor": [],
@@ -268,6 +268,7 @@ OLD_NAMES = [
     ("fit", "data.max_bad_share=0.3", "data.max_invalid_fraction"),
     ("fit", "objective.crop_seconds=0.3", "objective.discriminator_crop_seconds"),
     ("fit", "logging.gradient_shares_every_updates=3", "logging.log_gradient_shares_every"),
+    ("fit", "validation.levels=[2]", "validation.num_quantizers"),
     ("fit", "health.grace_updates=3", "health.ignore_first_updates"),
     ("fit", "checkpoint.keep=3", "checkpoint.keep_last"),
     ("fit", "checkpoint.archive_every_updates=3000", "checkpoint.keep_every_updates"),
@@ -279,6 +280,8 @@ OLD_NAMES = [
     ("evaluate", "failures=official", "missing_values"),
     ("export", "which=best", "select"),
     ("inspect", "clipped_share=0.5", "clipped_fraction"),
+    ("doctor", "run_directory=here", "run_dir"),
+    ("evaluate", "code=here", "code_dir"),
     ("pack", "max_bad_share=0.5", "max_invalid_fraction"),
 ]
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tree that this file lies in, whatever is installed
+
 from moss_train.config.schema import COMMANDS, FitConfig
 from moss_train.config.section import (
     REMOVED,
@@ -29,6 +31,7 @@ from moss_train.config.section import (
     to_plain,
 )
 from moss_train.utils.files import config_directory
+from moss_train.utils.tables import RENAMED_COLUMNS
 
 PAGE = Path(__file__).parents[1] / "recipes/guides/configuration.md"
 KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?P<value>(?: [^#]*)?)(?:#\s*(?P<comment>.*))?$")
@@ -178,6 +181,13 @@ def renamed_keys() -> str:
     for section, reasons in REMOVED.items():
         command, prefix = places[section]
         lines += [f"| {command} | `{prefix}{old}` | none: {reason} |" for old, reason in reasons.items()]
+    lines += [
+        "\n## Renamed columns of tables\n",
+        "Tables of older runs and evaluations are read under the new names; a run that resumes gets the new ones.\n",
+        "| old | new |",
+        "|---|---|",
+        *(f"| `{old}` | `{new}` |" for old, new in RENAMED_COLUMNS.items()),
+    ]
     return "\n".join(lines) + "\n"
 
 

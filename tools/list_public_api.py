@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tree that this file lies in, whatever is installed
+
 import moss_train
 from moss_train.cli.help import find_commands
 from moss_train.config.fit_schema import FitConfig
 from moss_train.config.overrides import dotted_keys
 from moss_train.config.schema import COMMANDS
 from moss_train.evaluation.metrics.base import columns_of
-from moss_train.evaluation.metrics.codes import LevelUse, codebook_columns
+from moss_train.evaluation.metrics.codes import CodebookUsage, codebook_columns
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated
 from moss_train.evaluation.results import ClipRow
@@ -52,7 +54,9 @@ def public_api() -> str:
         "Columns of codebooks.csv": [placeholders(name) for name in codebook_columns(1)],
         "Columns of audio_hours.csv": ["update", "<domain>"],
         "Columns of table.csv of evaluate": evaluation_columns(),
-        "Columns of codebook.csv of evaluate": codebook_csv([LevelUse(1, 2, 3, *[0.5] * 6)]).splitlines()[0].split(","),
+        "Columns of codebook.csv of evaluate": codebook_csv([CodebookUsage(1, 2, 3, *[0.5] * 6)])
+        .splitlines()[0]
+        .split(","),
         "Keys of per_clip.jsonl of evaluate": [field.name for field in fields(ClipRow)],
     }
     return "\n".join("\n".join([f"## {title}", *lines, ""]) for title, lines in parts.items())

@@ -21,7 +21,7 @@ from moss_train.utils.files import config_directory, read_yaml
 MAX_FILES = 10_000
 """Of a folder of configurations; links may lead in a circle."""
 
-COMMAND_LINE_ONLY = ("code", "plugins")
+COMMAND_LINE_ONLY = ("code_dir", "plugins")
 """Keys that name code to run: a configuration file, which may be a stranger's, cannot set them."""
 
 

@@ -58,10 +58,10 @@ def run(config: DoctorConfig | Mapping[str, Any]) -> int:
     """Print the report and return the exit status: 0 when everything that is needed works, 1 otherwise.
 
     Args:
-        config: `run_directory` (path, need not exist) and `min_free_disk_gb` (10^9 bytes).
+        config: `run_dir` (path, need not exist) and `min_free_disk_gb` (10^9 bytes).
     """
     config = DoctorConfig.of(config)
-    findings = list(examine(Path(config.run_directory), float(config.min_free_disk_gb) * 1e9))
+    findings = list(examine(Path(config.run_dir), float(config.min_free_disk_gb) * 1e9))
     show(findings, Console())
     return int(any(finding.broken for finding in findings))
 
@@ -205,12 +205,10 @@ def disk_findings(run_directory: Path, min_free_bytes: float) -> Iterator[Findin
     run_directory = nearest_directory(run_directory)
     temporary = Path(tempfile.gettempdir())
     if not os.access(run_directory, os.W_OK | os.X_OK):
-        advice = "no permission to write there: name another one, run_directory=PATH"
+        advice = "no permission to write there: name another one, run_dir=PATH"
         yield Finding("run directory", str(run_directory), advice, broken=True)
     else:
-        yield free_disk_finding(
-            "run directory", run_directory, min_free_bytes, "name a larger disk, run_directory=PATH"
-        )
+        yield free_disk_finding("run directory", run_directory, min_free_bytes, "name a larger disk, run_dir=PATH")
     same = os.stat(run_directory).st_dev == os.stat(temporary).st_dev
     note = f"{'the same' if same else 'another'} file system as the run directory"
     yield free_disk_finding("temporary files", temporary, min_free_bytes, "set TMPDIR to a larger disk", note)

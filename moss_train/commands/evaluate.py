@@ -18,7 +18,7 @@ from moss_train.evaluation.metrics.base import Metric, split_available
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.evaluation.metrics.signal import PROFILES
-from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip, PairRenderer, find_pairs
+from moss_train.evaluation.reconstruct import CodecReconstructor, EvaluationClip, PairReconstructor, find_pairs
 from moss_train.evaluation.report.tables import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import ClipRow, Results, all_conditions
@@ -80,14 +80,14 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationTarget:
     """What is measured on which clips, and what identifies it."""
 
-    renderer: Reconstructor
+    reconstructor: Reconstructor
     clips: Sequence[EvaluationClip]
     codec: Codec | None
     identity: dict[str, Any]
-    of_codes: dict[str, Metric]  # measured where the codes are made
+    code_metrics: dict[str, Metric]  # measured where the codes are made
 
 
 def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
@@ -106,29 +106,29 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
     )
     if missing and config.strict:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
-    subject = _pairs(config) if config.pairs is not None else _codec(config)
-    heard = _heard(subject.clips, config.report_clips)
+    target = _pairs(config) if config.pairs is not None else _codec(config)
+    report_ids = _report_clip_ids(target.clips, config.report_clips)
     out = Path(config.out).expanduser()
-    all_metrics = metrics | subject.of_codes
-    if config.model is not None and "text_model" in config.metrics and not subject.of_codes:
+    all_metrics = metrics | target.code_metrics
+    if config.model is not None and "text_model" in config.metrics and not target.code_metrics:
         missing["text_model"] = "the model is no run or checkpoint with a text LM"
-    results = Results(out, _settings(config, subject, all_metrics))
+    results = Results(out, _settings(config, target, all_metrics))
     rows = evaluate(
-        subject.clips,
-        subject.renderer,
+        target.clips,
+        target.reconstructor,
         metrics,
         results,
         num_workers=config.num_workers,
-        keep_audio_of=heard,
+        keep_audio_of=report_ids,
     )
     evaluation = Evaluation(
         tuple(rows),
-        all_conditions(subject.renderer.conditions, rows),
+        all_conditions(target.reconstructor.conditions, rows),
         all_metrics,
         missing,
         results,
         PROFILES[config.profile],
-        subject.codec,
+        target.codec,
     )
     table = write_outputs(evaluation, config.missing_values, config.seed, config.compare)
     print(printable(table))
@@ -144,7 +144,7 @@ def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
     return 1 if failed else 0
 
 
-def _codec(config: EvaluateConfig) -> Subject:
+def _codec(config: EvaluateConfig) -> EvaluationTarget:
     device = choose_device(config.device)
     codec: Codec
     text_model: TextCrossEntropy | None = None
@@ -157,16 +157,18 @@ def _codec(config: EvaluateConfig) -> Subject:
         text_model = _text_model(config, model, device)
     else:
         assert config.codec is not None  # or there would be pairs instead
-        codec = load_codec(config.codec, config.weights, device, config.code)
+        codec = load_codec(config.codec, config.weights, device, config.code_dir)
     levels = check_levels(codec, config.num_quantizers)
     clips = cut_clips(find_clips(config.data or [], config.domain), config.clip_seconds)
     clips = choose_clips(clips, config.max_clips, config.seed)
     if not clips:
         raise UserError(f"no clip of data={config.data} is clip_seconds={config.clip_seconds} long")
     measure = text_model.measure if text_model is not None else None
-    renderer = CodecRenderer(codec, levels, clips, config.anchors, measure)
+    reconstructor = CodecReconstructor(codec, levels, clips, config.anchors, measure)
     identity = {"codec": codec.name, "fingerprint": codec.fingerprint}
-    return Subject(renderer, clips, codec, identity, {"text_model": text_model} if text_model is not None else {})
+    return EvaluationTarget(
+        reconstructor, clips, codec, identity, {"text_model": text_model} if text_model is not None else {}
+    )
 
 
 def _onnx_codec(folder: Path, config: EvaluateConfig) -> OnnxCodec:
@@ -191,21 +193,23 @@ def _text_model(
     return TextCrossEntropy(tokenizer, text_lm.to(device)) if text_lm is not None else None
 
 
-def _pairs(config: EvaluateConfig) -> Subject:
+def _pairs(config: EvaluateConfig) -> EvaluationTarget:
     root = Path(config.pairs or "").expanduser()
-    renderer = PairRenderer(find_pairs(root, config.domain, config.bits_per_level), config.domain)
-    clips = choose_clips(renderer.clips(), config.max_clips, config.seed)
-    return Subject(renderer, clips, None, {"pairs": str(root.resolve()), "bits_per_level": config.bits_per_level}, {})
+    reconstructor = PairReconstructor(find_pairs(root, config.domain, config.bits_per_level), config.domain)
+    clips = choose_clips(reconstructor.clips(), config.max_clips, config.seed)
+    return EvaluationTarget(
+        reconstructor, clips, None, {"pairs": str(root.resolve()), "bits_per_level": config.bits_per_level}, {}
+    )
 
 
-def _settings(config: EvaluateConfig, subject: Subject, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+def _settings(config: EvaluateConfig, target: EvaluationTarget, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """Everything that a row depends on besides the clip."""
     descriptions = {name: metric.description for name, metric in metrics.items()}
-    anchors = {"anchors": config.anchors} if subject.codec is not None else {}
-    return {**subject.identity, **anchors, "metrics": descriptions, "resampler": RESAMPLER}
+    anchors = {"anchors": config.anchors} if target.codec is not None else {}
+    return {**target.identity, **anchors, "metrics": descriptions, "resampler": RESAMPLER}
 
 
-def _heard(clips: Sequence[EvaluationClip], wanted: int | list[str]) -> frozenset[str]:
+def _report_clip_ids(clips: Sequence[EvaluationClip], wanted: int | list[str]) -> frozenset[str]:
     """Ids of the clips that the report lets one hear: the first ones of every domain, or those that are named."""
     if isinstance(wanted, list):
         if unknown := [name for name in wanted if all(clip.id != name for clip in clips)]:

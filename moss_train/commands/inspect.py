@@ -84,7 +84,7 @@ def _panels(clips: Sequence[ClipFacts]) -> list[Histogram | Scatter]:
         Histogram("loudness (LUFS)", by_domain("loudness_lufs")),
         Histogram("peak", by_domain("peak")),
         Histogram("bandwidth (Hz)", by_domain("bandwidth_hz")),
-        Histogram("samples at full scale (share)", by_domain("clipped_share"), logarithmic=True),
+        Histogram("samples at full scale (share)", by_domain("clipped_fraction"), logarithmic=True),
         *([Scatter("duration (s)", "text (characters)", pairs)] if with_text else []),
     ]
 

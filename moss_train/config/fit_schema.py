@@ -47,7 +47,7 @@ class ValidationConfig(Section):
     data: list[PathText] | None = None
     every_updates: Count = 1000
     max_clips: Count = 64
-    levels: list[Count] | None = None
+    num_quantizers: list[Count] | None = None
     metrics: list[ValidationMetric | Node] = field(default_factory=list)
     metrics_clips: Count = 8
     samples_every_updates: Count = 5000

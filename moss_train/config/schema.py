@@ -116,7 +116,7 @@ class EvaluateConfig(Section):
     codec: Codec | None = None
     pairs: PathText | None = None
     weights: PathText | None = None
-    code: PathText | None = None
+    code_dir: PathText | None = None
     data: list[PathText] | None = None
     num_quantizers: list[Count] | None = None
     domain: str = "speech"
@@ -150,7 +150,7 @@ class EvaluateConfig(Section):
             raise ConfigError("required", "data", None, "give audio to measure on, as data=<folder>")
         if self.data is not None and self.pairs is not None:
             raise ConfigError("conflict", "data", self.data, "has no effect with pairs=")
-        for key in ("weights", "code"):
+        for key in ("weights", "code_dir"):
             if self.codec is None and getattr(self, key) is not None:
                 raise ConfigError("conflict", key, getattr(self, key), "has no effect without codec=")
 
@@ -192,7 +192,7 @@ class InspectConfig(Section):
 class DoctorConfig(Section):
     """Checks of a machine."""
 
-    run_directory: PathText = "runs"
+    run_dir: PathText = "runs"
     min_free_disk_gb: NonNegativeFloat = 25.0
 
 

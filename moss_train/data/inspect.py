@@ -39,7 +39,7 @@ class ClipFacts:
     loudness_lufs: float = -math.inf
     level_db: float = -math.inf
     peak: float = 0.0
-    clipped_share: float = 0.0  # of samples at full scale
+    clipped_fraction: float = 0.0  # of samples at full scale
     bandwidth_hz: float = 0.0
     ends_abruptly: bool = False  # clips with text only: as loud at the very end as on average
     digest: str = ""  # of the samples
@@ -51,7 +51,7 @@ class DropLimits:
     """Which clips should be dropped."""
 
     silent_db: float = -60.0
-    clipped_share: float = 0.01
+    clipped_fraction: float = 0.01
     max_characters_per_second: float = 40.0
 
 
@@ -125,7 +125,7 @@ def inspect_clip(index: ShardIndex, reader: ClipReader, row: int) -> ClipFacts:
         loudness_lufs=loudness(power, index.sampling_rate),
         level_db=level_db(audio),
         peak=audio.abs().max().item(),
-        clipped_share=(audio.abs() >= FULL_SCALE).float().mean().item(),
+        clipped_fraction=(audio.abs() >= FULL_SCALE).float().mean().item(),
         bandwidth_hz=bandwidth(power, index.sampling_rate),
         ends_abruptly=location.has_text and ends_abruptly(audio, index.sampling_rate),
         digest=hashlib.sha256(to_pcm16(audio).numpy().tobytes()).hexdigest()[:32],
@@ -161,8 +161,8 @@ def _bad_reason(clip: ClipFacts, limits: DropLimits) -> str:
         return f"unreadable: {clip.error}"
     if clip.level_db < limits.silent_db:
         return f"silent: {clip.level_db:.1f} dB"
-    if clip.clipped_share > limits.clipped_share:
-        return f"clipped: {clip.clipped_share:.1%} of the samples"
+    if clip.clipped_fraction > limits.clipped_fraction:
+        return f"clipped: {clip.clipped_fraction:.1%} of the samples"
     if clip.task != "caption" and clip.num_characters > limits.max_characters_per_second * clip.seconds:
         return f"text: {clip.num_characters} characters in {clip.seconds:.2f} s"
     return ""

@@ -50,7 +50,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Rendition:
+class Reconstruction:
     """A reference and a reconstruction, [C, T] float32, of one condition."""
 
     condition: Condition
@@ -63,7 +63,7 @@ class Rendition:
 class ClipReconstructions:
     """Everything made of one clip."""
 
-    renditions: tuple[Rendition, ...]
+    reconstructions: tuple[Reconstruction, ...]
     seconds: float  # of audio
     codes: Tensor | None = None  # [N, frames]
     encode_seconds: float = 0.0  # of computing
@@ -72,7 +72,7 @@ class ClipReconstructions:
     failures: dict[Condition, str] = field(default_factory=dict)  # conditions without reconstruction, with the reason
 
 
-class CodecRenderer:
+class CodecReconstructor:
     """Encodes a clip once and decodes every wanted prefix of its levels; adds the two anchors.
 
     measure: what is computed from the codes [n, frames] and the labels of a clip instead of from audio.
@@ -107,13 +107,13 @@ class CodecRenderer:
         """Conditions that are not among those found."""
         return tuple(condition for condition in self.conditions if condition not in found)
 
-    def render(
+    def reconstruct(
         self, clip: EvaluationClip, audio: Tensor, rate: int, wanted: Collection[Condition] | None = None
     ) -> ClipReconstructions:
         """Render a clip [C, T] at `rate` Hz. Raises UserError for audio that is empty or not finite.
 
         Args:
-            wanted: conditions to render, all of them when None.
+            wanted: conditions to reconstruct, all of them when None.
         """
         check_audio(audio, clip.id)
         rates = (self.codec.sampling_rate, self.codec.output_sampling_rate)
@@ -122,7 +122,7 @@ class CodecRenderer:
         seconds = audio.shape[-1] / rate
         wanted = self.conditions if wanted is None else wanted
         needs_anchors = any(condition.num_quantizers is None for condition in wanted)
-        renditions, failures = self._anchors(clip, audio, rate, reference) if needs_anchors else ([], {})
+        reconstructions, failures = self._anchors(clip, audio, rate, reference) if needs_anchors else ([], {})
         depths = [condition for condition in self.conditions[: len(self._levels)] if condition in wanted]
         try:
             codes, encode_seconds = _timed(self.codec.encode, original)
@@ -131,38 +131,40 @@ class CodecRenderer:
             raise
         except (ValueError, RuntimeError) as error:
             reason = f"{self.codec.name} failed: {first_line(error)}"
-            return ClipReconstructions(tuple(renditions), seconds, failures=dict.fromkeys(depths, reason) | failures)
+            return ClipReconstructions(
+                tuple(reconstructions), seconds, failures=dict.fromkeys(depths, reason) | failures
+            )
         for condition, (output, _) in zip(depths, decoded, strict=True):
             degraded = pcm16(fit_length(output, reference.shape[-1]))
-            renditions.append(Rendition(condition, reference, degraded, self.codec.output_sampling_rate))
+            reconstructions.append(Reconstruction(condition, reference, degraded, self.codec.output_sampling_rate))
         times = dict(
             zip((condition.num_quantizers or 0 for condition in depths), (spent for _, spent in decoded), strict=True)
         )
         values = (
             {item: self._measure(codes[: item.num_quantizers], clip.labels) for item in depths} if self._measure else {}
         )
-        return ClipReconstructions(tuple(renditions), seconds, codes, encode_seconds, times, values, failures)
+        return ClipReconstructions(tuple(reconstructions), seconds, codes, encode_seconds, times, values, failures)
 
     def _prepare(self, audio: Tensor, rate: int, wanted: int) -> Tensor:
         return resample(convert_channels(audio, self.codec.num_channels), rate, wanted)
 
     def _anchors(
         self, clip: EvaluationClip, audio: Tensor, rate: int, reference: Tensor
-    ) -> tuple[list[Rendition], dict[Condition, str]]:
+    ) -> tuple[list[Reconstruction], dict[Condition, str]]:
         if not self._with_anchors:
             return [], {}
         ceiling, floor = map(Condition, ANCHORS)
         # At one rate and with one number of channels the way there and back changes nothing, as it should.
         back = fit_length(resample(reference, self.codec.output_sampling_rate, rate), audio.shape[-1])
         original = pcm16(convert_channels(audio, self.codec.num_channels))
-        anchors = [Rendition(ceiling, original, back, rate)]
+        anchors = [Reconstruction(ceiling, original, back, rate)]
         if clip.id not in self._others:
             return anchors, {floor: "no other clip in the domain"}
         try:
             different = self._prepare(*self._others[clip.id].read(), self.codec.output_sampling_rate)
         except (UserError, OSError) as error:
             return anchors, {floor: str(error)}
-        return [*anchors, Rendition(floor, reference, pcm16(different), self.codec.output_sampling_rate)], {}
+        return [*anchors, Reconstruction(floor, reference, pcm16(different), self.codec.output_sampling_rate)], {}
 
 
 def _timed(function: Callable[[Tensor], Tensor], argument: Tensor) -> tuple[Tensor, float]:
@@ -182,9 +184,9 @@ def mismatched_clips(clips: Sequence[EvaluationClip]) -> dict[str, EvaluationCli
         for index, clip in enumerate(members):
             others = members[index + 1 :] + members[:index]
             speaker = clip.labels.get("speaker")
-            strangers = (other for other in others if speaker is None or other.labels.get("speaker") != speaker)
+            others_speakers = (other for other in others if speaker is None or other.labels.get("speaker") != speaker)
             if others:
-                chosen[clip.id] = next(strangers, others[0])
+                chosen[clip.id] = next(others_speakers, others[0])
     return chosen
 
 
@@ -251,7 +253,7 @@ def _named(folder: Path, domain: str, bits_per_level: float | None) -> tuple[Con
     return Condition(folder.parent.parent.resolve().name, levels, bits), folder.name
 
 
-class PairRenderer:
+class PairReconstructor:
     """Reads the reconstructions of a clip from every folder that has its domain; nothing is aligned or adjusted."""
 
     def __init__(self, folders: list[PairFolder], domain: str) -> None:
@@ -290,25 +292,25 @@ class PairRenderer:
         """None: another file beside a reference makes another row (see `depends_on`)."""
         return ()
 
-    def render(
+    def reconstruct(
         self, clip: EvaluationClip, audio: Tensor, rate: int, wanted: Collection[Condition] = ()
     ) -> ClipReconstructions:
         """Pair a reference [C, T] with all its reconstructions; missing or unreadable ones are failures."""
         check_audio(audio, clip.id)
-        renditions: list[Rendition] = []
+        reconstructions: list[Reconstruction] = []
         failures: dict[Condition, str] = {}
         for folder in (folder for folder in self._folders if folder.domain == clip.domain):
             try:
-                renditions.append(_read_pair(folder, clip.id.removeprefix(f"{clip.domain}/")))
+                reconstructions.append(_read_pair(folder, clip.id.removeprefix(f"{clip.domain}/")))
             except UserError as error:
                 failures[folder.condition] = str(error)
-        return ClipReconstructions(tuple(renditions), audio.shape[-1] / rate, failures=failures)
+        return ClipReconstructions(tuple(reconstructions), audio.shape[-1] / rate, failures=failures)
 
 
-def _read_pair(folder: PairFolder, name: str) -> Rendition:
+def _read_pair(folder: PairFolder, name: str) -> Reconstruction:
     wanted, wanted_rate = read_audio(_find(folder.reference, name))
     got, got_rate = read_audio(_find(folder.degraded, name))
-    return Rendition(folder.condition, wanted, resample(got, got_rate, wanted_rate), wanted_rate)
+    return Reconstruction(folder.condition, wanted, resample(got, got_rate, wanted_rate), wanted_rate)
 
 
 @dataclass(frozen=True)

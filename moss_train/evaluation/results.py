@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.io import write_audio
-from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip, Rendition
+from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip, Reconstruction
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write, parse_json, read_json
+from moss_train.utils.tables import present_column
 
 ROWS_FILE = "per_clip.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -35,7 +36,7 @@ class ConditionRow:
 
 
 def _depth(entry: ConditionRow) -> int:
-    return entry.condition.num_quantizers or 0  # anchors first, as they are rendered
+    return entry.condition.num_quantizers or 0  # anchors first, as they are made
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,18 @@ class ClipRow:
     def from_json(cls, line: str) -> "ClipRow":
         """Read the line back. ValueError, KeyError or TypeError when it is torn."""
         entry = parse_json(line, "a row")
-        rows = (item | {"condition": Condition(**item["condition"])} for item in entry["conditions"])
+        rows = (
+            item
+            | {"condition": Condition(**item["condition"])}
+            | {"values": {present_column(key): value for key, value in item["values"].items()}}
+            for item in entry["conditions"]
+        )
         return cls(**entry | {"conditions": tuple(ConditionRow(**row) for row in rows)})
 
 
 @dataclass
 class Times:
-    """Seconds of computing and of audio, of the clips that this process rendered."""
+    """Seconds of computing and of audio, of the clips that this process made."""
 
     audio: float = 0.0  # that was encoded
     encode: float = 0.0
@@ -84,14 +90,14 @@ class Times:
             return None
         return self.encode / self.audio + self.decode[levels] / self.decoded_audio[levels]
 
-    def add(self, rendered: ClipReconstructions) -> None:
+    def add(self, made: ClipReconstructions) -> None:
         """Count one clip that was encoded."""
-        if rendered.codes is not None:
-            self.audio += rendered.seconds
-            self.encode += rendered.encode_seconds
-            for levels, seconds in rendered.decode_seconds.items():
+        if made.codes is not None:
+            self.audio += made.seconds
+            self.encode += made.encode_seconds
+            for levels, seconds in made.decode_seconds.items():
                 self.decode[levels] = self.decode.get(levels, 0.0) + seconds
-                self.decoded_audio[levels] = self.decoded_audio.get(levels, 0.0) + rendered.seconds
+                self.decoded_audio[levels] = self.decoded_audio.get(levels, 0.0) + made.seconds
 
 
 class Results:
@@ -123,17 +129,17 @@ class Results:
         path = self.folder / CODES_FOLDER / f"{row.key}.npy"
         return torch.from_numpy(np.load(path)).long() if path.is_file() else None
 
-    def keep_audio(self, key: str, renditions: Sequence[Rendition]) -> None:
+    def keep_audio(self, key: str, reconstructions: Sequence[Reconstruction]) -> None:
         """Keep reference and reconstructions of a clip as FLAC for the report."""
-        for rendition in renditions:
+        for reconstruction in reconstructions:
             stem = self.folder / AUDIO_FOLDER / key
             original = stem / "original.flac"
-            paths = {stem / f"{file_name(rendition.condition)}.flac": rendition.degraded}
-            if rendition.condition.num_quantizers is not None or not original.exists():
-                paths[original] = rendition.reference
+            paths = {stem / f"{file_name(reconstruction.condition)}.flac": reconstruction.degraded}
+            if reconstruction.condition.num_quantizers is not None or not original.exists():
+                paths[original] = reconstruction.reference
             for path, audio in paths.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_audio(path, audio.nan_to_num(), rendition.sampling_rate)
+                write_audio(path, audio.nan_to_num(), reconstruction.sampling_rate)
 
     def finish(self, order: Sequence[ClipRow]) -> None:
         """Write the rows once more, in the order of the evaluation set and nothing else, and the times."""

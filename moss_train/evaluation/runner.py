@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moss_train.evaluation.metrics.base import Metric, Pair, score_pair
-from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip, Rendition
+from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip, Reconstruction
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
@@ -35,7 +35,7 @@ class Reconstructor(Protocol):
         """Conditions that a row with the conditions `found` is still to get."""
         ...
 
-    def render(
+    def reconstruct(
         self, clip: EvaluationClip, audio: Tensor, rate: int, wanted: Collection[Condition]
     ) -> ClipReconstructions:
         """Pairs of a clip [C, T] at `rate` Hz, of the wanted conditions. Raises UserError for an unusable clip."""
@@ -44,7 +44,7 @@ class Reconstructor(Protocol):
 
 def evaluate(
     clips: Sequence[EvaluationClip],
-    renderer: Reconstructor,
+    reconstructor: Reconstructor,
     metrics: Mapping[str, Metric],
     results: Results,
     *,
@@ -54,19 +54,19 @@ def evaluate(
     """Score every clip under every condition; returns the rows in the order of the clips.
 
     What the results hold is not computed again: a row gets the conditions that it lacks. Neither `num_workers` nor an
-    interruption changes a value. Clips that cannot be read or rendered are rows with a
+    interruption changes a value. Clips that cannot be read or reconstructed are rows with a
     failure. `keep_audio_of`: ids of the clips whose audio is kept.
     """
     order: list[str] = []
     waiting: list[Future[ClipRow]] = []
     with progress("evaluating", total=len(clips)) as bar, _scorer(metrics, num_workers) as submit:
         for clip in clips:
-            key, rendered, failure = _render(clip, renderer, results, keep_audio_of)
+            key, made, failure = _reconstruct(clip, reconstructor, results, keep_audio_of)
             order.append(key)
             if failure is not None:
                 results.add(ClipRow(clip.id, clip.domain, key, 0.0, (), failure))
-            elif rendered is not None:
-                waiting.append(submit(clip, key, rendered))
+            elif made is not None:
+                waiting.append(submit(clip, key, made))
             while len(waiting) > 2 * num_workers:
                 results.add(waiting.pop(0).result())
             bar.advance()
@@ -77,8 +77,8 @@ def evaluate(
     return rows
 
 
-def score_renditions(
-    renditions: Sequence[Rendition],
+def score_reconstructions(
+    reconstructions: Sequence[Reconstruction],
     metrics: Mapping[str, Metric],
     labels: Mapping[str, str],
     values: Mapping[Condition, Mapping[str, float]] | None = None,
@@ -86,41 +86,41 @@ def score_renditions(
     """Score what was made of one clip.
 
     Args:
-        renditions: of the clip, one for each condition.
+        reconstructions: of the clip, one for each condition.
         metrics: by name.
         labels: of the clip: its domain, text and language.
         values: by condition, what is known already.
     """
     rows = []
-    for item in renditions:
+    for item in reconstructions:
         scores = score_pair(metrics, Pair(item.reference, item.degraded, item.sampling_rate, labels))
         known = (values or {}).get(item.condition, {})
         rows.append(ConditionRow(item.condition, {**known, **scores.values}, scores.errors, scores.official))
     return tuple(rows)
 
 
-def _render(
-    clip: EvaluationClip, renderer: Reconstructor, results: Results, keep_audio_of: frozenset[str]
+def _reconstruct(
+    clip: EvaluationClip, reconstructor: Reconstructor, results: Results, keep_audio_of: frozenset[str]
 ) -> tuple[str, ClipReconstructions | None, str | None]:
     """Key of a clip, what was made of it unless its row is there, and why it cannot be used."""
     try:
         audio, rate = clip.read()
-        key = clip_key(clip, audio, rate, renderer.depends_on(clip))
+        key = clip_key(clip, audio, rate, reconstructor.depends_on(clip))
         wants_audio = clip.id in keep_audio_of and not (results.folder / AUDIO_FOLDER / key).is_dir()
-        wanted = renderer.conditions
+        wanted = reconstructor.conditions
         if key in results.rows and results.rows[key].failure is None and not wants_audio:
-            wanted = renderer.lacking([entry.condition for entry in results.rows[key].conditions])
+            wanted = reconstructor.lacking([entry.condition for entry in results.rows[key].conditions])
             if not wanted:
                 return key, None, None
-        rendered = renderer.render(clip, audio, rate, wanted)
+        made = reconstructor.reconstruct(clip, audio, rate, wanted)
     except (UserError, OSError) as error:
         return clip_key(clip), None, str(error)
-    results.times.add(rendered)
-    if rendered.codes is not None:
-        results.keep_codes(key, rendered.codes)
+    results.times.add(made)
+    if made.codes is not None:
+        results.keep_codes(key, made.codes)
     if clip.id in keep_audio_of:
-        results.keep_audio(key, rendered.renditions)
-    return key, rendered, None
+        results.keep_audio(key, made.reconstructions)
+    return key, made, None
 
 
 @dataclass(frozen=True)
@@ -147,25 +147,25 @@ def _use_metrics(metrics: Mapping[str, Metric], worker: int) -> None:
 
 def _score(task: _Task) -> ClipRow:
     failed = [ConditionRow(condition, failure=reason) for condition, reason in task.failures.items()]
-    renditions = [
-        Rendition(condition, torch.from_numpy(reference), torch.from_numpy(degraded), rate)
+    reconstructions = [
+        Reconstruction(condition, torch.from_numpy(reference), torch.from_numpy(degraded), rate)
         for condition, reference, degraded, rate in task.pairs
     ]
-    scored = score_renditions(renditions, _worker_metrics, task.labels, task.values)
+    scored = score_reconstructions(reconstructions, _worker_metrics, task.labels, task.values)
     return ClipRow(task.clip, task.domain, task.key, task.seconds, (*failed, *scored))
 
 
 @contextmanager
 def _scorer(metrics: Mapping[str, Metric], num_workers: int) -> Iterator[Any]:
-    """Yield submit(clip, key, rendered) -> Future of a ClipRow; with 0 workers the work is done in this process."""
+    """Yield submit(clip, key, made) -> Future of a ClipRow; with 0 workers the work is done in this process."""
 
-    def task_of(clip: EvaluationClip, key: str, rendered: ClipReconstructions) -> _Task:
+    def task_of(clip: EvaluationClip, key: str, made: ClipReconstructions) -> _Task:
         pairs = tuple(
             (item.condition, item.reference.numpy(), item.degraded.numpy(), item.sampling_rate)
-            for item in rendered.renditions
+            for item in made.reconstructions
         )
         labels = {"domain": clip.domain} | clip.labels
-        return _Task(clip.id, clip.domain, key, rendered.seconds, labels, pairs, rendered.values, rendered.failures)
+        return _Task(clip.id, clip.domain, key, made.seconds, labels, pairs, made.values, made.failures)
 
     with worker_pool(num_workers, __name__, partial(_use_metrics, metrics), num_threads=None) as submit:
-        yield lambda clip, key, rendered: submit(_score, task_of(clip, key, rendered))
+        yield lambda clip, key, made: submit(_score, task_of(clip, key, made))

@@ -13,6 +13,7 @@ from moss_train.export.load import find_checkpoint
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json, read_yaml
+from moss_train.utils.tables import present_column
 
 TESTED_VERSIONS = ("4.57.1", "5.0.0", "5.17.0", "5.23.0", "5.24.0")
 """Versions of transformers in which tests/export/test_transformers_versions.py passed."""
@@ -169,7 +170,7 @@ def evaluation_rows(folder: str | Path) -> list[dict[str, Any]]:
             for name in (key.removesuffix("_clips") for key in row if key.endswith("_clips")):
                 if int(row[f"{name}_clips"]) and row[name]:
                     where = {"domain": row["domain"], "levels": int(row["num_quantizers"]), "bps": float(row["bps"])}
-                    measured.append({**where, "metric": name, "value": float(row[name])})
+                    measured.append({**where, "metric": present_column(name), "value": float(row[name])})
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"evaluation={folder} has no table.csv that `evaluate` wrote ({error})") from error
     if not measured:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moss_train.losses.base import AdversarialLoss, Judged
+from moss_train.losses.base import AdversarialLoss, SubDiscriminatorOutput
 
 AdversarialReduction = Literal["mean", "sum"]
 FeatureReduction = Literal["relative_mean", "absolute_sum"]
@@ -35,12 +35,20 @@ class LeastSquaresLoss(AdversarialLoss):
         check_reduction(reduction, AdversarialReduction)
         self.reduction = reduction
 
-    def forward(self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int) -> Tensor:
+    def forward(
+        self,
+        real: Sequence[SubDiscriminatorOutput],
+        generated: Sequence[SubDiscriminatorOutput],
+        num_clips: Tensor | int,
+    ) -> Tensor:
         """Compute the generator's loss."""
         return generator_loss([output.logits for output in generated], num_clips, self.reduction)
 
     def discriminator_loss(
-        self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int
+        self,
+        real: Sequence[SubDiscriminatorOutput],
+        generated: Sequence[SubDiscriminatorOutput],
+        num_clips: Tensor | int,
     ) -> Tensor:
         """Compute the discriminators' own loss; its gradient is taken for their weights only."""
         wanted, got = ([output.logits for output in outputs] for outputs in (real, generated))
@@ -62,7 +70,12 @@ class FeatureMatchingLoss(AdversarialLoss):
         self.reduction = reduction
         self.eps = eps
 
-    def forward(self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int) -> Tensor:
+    def forward(
+        self,
+        real: Sequence[SubDiscriminatorOutput],
+        generated: Sequence[SubDiscriminatorOutput],
+        num_clips: Tensor | int,
+    ) -> Tensor:
         """Compute the loss; the features of real audio get no gradient."""
         takes_logits = self.reduction == "absolute_sum"
         wanted, got = (

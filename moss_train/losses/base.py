@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Judged(Protocol):
+class SubDiscriminatorOutput(Protocol):
     """What a sub-discriminator returns for a batch of clips."""
 
     @property
@@ -67,7 +67,12 @@ class AdversarialLoss(nn.Module):
     One with a method `discriminator_loss` of the same arguments is what the discriminators themselves are trained with.
     """
 
-    def forward(self, real: Sequence[Judged], generated: Sequence[Judged], num_clips: Tensor | int) -> Tensor:
+    def forward(
+        self,
+        real: Sequence[SubDiscriminatorOutput],
+        generated: Sequence[SubDiscriminatorOutput],
+        num_clips: Tensor | int,
+    ) -> Tensor:
         """Compute the loss of a batch, its sum over clips divided by `num_clips`. Returns a scalar, float32."""
         raise NotImplementedError
 

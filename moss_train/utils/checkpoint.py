@@ -12,7 +12,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from moss_train.utils.errors import UserError, first_line
 from moss_train.utils.files import atomic_write, read_json
+from moss_train.utils.tables import present_column
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 MANIFEST = "manifest.json"
@@ -200,6 +201,7 @@ def read_best(directory: Path) -> BestCheckpoint | None:
     """The record in a checkpoint folder; None when there is none, or none whose checkpoint is still there."""
     try:
         best = BestCheckpoint(**read_json(Path(directory) / BEST_FILE))
+        best = replace(best, metric=present_column(best.metric))
         if Path(best.name).name != best.name:
             return None
         return best if (Path(directory) / best.name).is_dir() else None

@@ -15,7 +15,7 @@ MEASURES = {
     "all/pesq_nb": "PESQ-NB",
     "all/pitch": "voiced frames with the right pitch",
 }
-TEXT = {"text_nats": "given the audio", "text_nats_blind": "without"}
+TEXT = {"text_lm_loss": "given the audio", "text_lm_loss_no_audio": "without"}
 
 
 def main() -> None:

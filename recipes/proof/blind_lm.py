@@ -29,7 +29,7 @@ from moss_train.training.step.schedule import Schedule
 from moss_train.utils.files import atomic_write
 
 TABLE = "blind.csv"
-COLUMNS = ("rate_factor", "weight_decay", "update", "texts", "text_nats")
+COLUMNS = ("rate_factor", "weight_decay", "update", "texts", "text_lm_loss")
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    print("best:", min(rows, key=lambda row: row["text_nats"]))
+    print("best:", min(rows, key=lambda row: row["text_lm_loss"]))
 
 
 def blind_course(config: FitConfig, rate_factor: float, weight_decay: float, every: int) -> Iterator[dict[str, float]]:

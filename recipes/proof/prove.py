@@ -27,7 +27,7 @@ def main() -> None:
     run = parser.parse_args().run
     row = read_table(run / "validation.csv")[-1]
     blind = run / "blind.csv"
-    found = claims(row, min(line["text_nats"] for line in read_table(blind)) if blind.exists() else None)
+    found = claims(row, min(line["text_lm_loss"] for line in read_table(blind)) if blind.exists() else None)
     print("| | | holds |\n|---|---|---|")
     for claim in found:
         print(f"| {claim.text} | {claim.numbers} | {'yes' if claim.holds else 'no'} |")
@@ -47,7 +47,7 @@ def claims(row: Mapping[str, float], blind_nats: float | None) -> list[Claim]:
 
 def text_claims(row: Mapping[str, float], blind_nats: float) -> list[Claim]:
     """The LM listens: it beats an LM that never heard anything, and itself when it hears something else."""
-    heard, unheard = row["text_nats"], row["text_nats_blind"]
+    heard, unheard = row["text_lm_loss"], row["text_lm_loss_no_audio"]
     return [
         Claim("text given its audio is below the best blind LM", f"{heard:.3f}, {blind_nats:.3f}", heard < blind_nats),
         Claim("and below the same LM without this audio", f"{heard:.3f}, {unheard:.3f}", heard < unheard),

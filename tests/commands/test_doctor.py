@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = """
 import sys
 from moss_train.commands import doctor
-sys.exit(doctor.run({"run_directory": sys.argv[1], "min_free_disk_gb": float(sys.argv[2])}))
+sys.exit(doctor.run({"run_dir": sys.argv[1], "min_free_disk_gb": float(sys.argv[2])}))
 """
 
 
@@ -24,7 +24,7 @@ def run_doctor(run_directory, min_free_disk_gb=0.0, path=()):
 
 
 def test_healthy_environment_exits_with_0(tmp_path, capsys):
-    settings = {"run_directory": str(tmp_path / "not" / "there" / "yet"), "min_free_disk_gb": 0.0}
+    settings = {"run_dir": str(tmp_path / "not" / "there" / "yet"), "min_free_disk_gb": 0.0}
     status = doctor.run(settings)
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -59,7 +59,7 @@ def test_little_free_disk_is_advice_and_not_an_error(tmp_path):
     (finding,) = (f for f in doctor.disk_findings(tmp_path, 1e18) if f.subject == "run directory")
     assert not finding.broken
     assert "1000000000 GB" in finding.advice
-    assert "run_directory=" in finding.advice
+    assert "run_dir=" in finding.advice
 
 
 def test_temporary_files_on_the_same_file_system_are_recognised(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moss_train.evaluation.metrics.signal import PROFILES, SiSdr, SpectralDistances
-from moss_train.evaluation.reconstruct import CodecRenderer, EvaluationClip
+from moss_train.evaluation.reconstruct import CodecReconstructor, EvaluationClip
 from moss_train.evaluation.report.write import Evaluation
 from moss_train.evaluation.results import Results
 from moss_train.evaluation.runner import evaluate
@@ -69,8 +69,8 @@ SETTINGS = {"codec": "bits"}
 def run(folder: Path, clips: Sequence[EvaluationClip], levels: Sequence[int] = (1, 4, 8), **options):
     """An evaluation of the codec in a folder, and the codec."""
     codec = BitCodec()
-    renderer = CodecRenderer(codec, levels, clips)
+    reconstructor = CodecReconstructor(codec, levels, clips)
     results = Results(folder, SETTINGS)
-    rows = evaluate(clips, renderer, METRICS, results, **options)
-    evaluation = Evaluation(tuple(rows), renderer.conditions, METRICS, {}, results, PROFILES["official"], codec)
+    rows = evaluate(clips, reconstructor, METRICS, results, **options)
+    evaluation = Evaluation(tuple(rows), reconstructor.conditions, METRICS, {}, results, PROFILES["official"], codec)
     return evaluation, codec

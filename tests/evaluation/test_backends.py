@@ -261,8 +261,8 @@ def test_the_text_lm_sees_the_levels_it_is_given(tokenizer_and_lm):
     with torch.no_grad():
         tokens = torch.tensor([text_lm.text("hello")])
         expected = text_lm(states, torch.tensor([codes.shape[1]]), tokens, torch.tensor([6]), torch.tensor([2]))
-    assert values["text_nats"] == pytest.approx(expected.loss_sum.item())
-    assert values["text_nats"] != metric.measure(codes, labels)["text_nats"]
+    assert values["text_lm_loss"] == pytest.approx(expected.loss_sum.item())
+    assert values["text_lm_loss"] != metric.measure(codes, labels)["text_lm_loss"]
     assert metric.measure(codes, {}) == {}
 
 

@@ -10,7 +10,7 @@ from torchaudio.functional import lowpass_biquad
 
 from moss_train.audio.io import read_audio
 from moss_train.evaluation.metrics.base import Column, Pair, score_pair, split_available
-from moss_train.evaluation.metrics.signal import PROFILES, Pesq, SiSdr, SpectralDistances, Stoi, native_metrics
+from moss_train.evaluation.metrics.signal import PROFILES, Pesq, SiSdr, SpectralDistances, Stoi, signal_metrics
 
 PAIRS = Path(__file__).parents[1] / "data" / "metrics"
 EXPECTED = json.loads((PAIRS / "expected.json").read_text())["per_file"]
@@ -59,7 +59,7 @@ def test_pesq_is_that_of_the_released_code(name):
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
 def test_identity_gives_the_best_values(sentence, profile):
-    metrics, _ = split_available(native_metrics(profile))
+    metrics, _ = split_available(signal_metrics(profile))
     scores = score_pair(metrics, Pair(sentence, sentence, RATE))
     best = {"stoi": 1.0, "pesq_nb": 4.549, "pesq_wb": 4.644, "mel_loss": 0.0, "stft_distance": 0.0}
     for key, value in best.items():
@@ -70,7 +70,7 @@ def test_identity_gives_the_best_values(sentence, profile):
 
 
 def test_every_measure_gets_worse_with_the_noise(sentence):
-    metrics, _ = split_available(native_metrics(OFFICIAL))
+    metrics, _ = split_available(signal_metrics(OFFICIAL))
     columns = [column for metric in metrics.values() for column in metric.columns]
     rows = [score_pair(metrics, Pair(sentence, noisy(sentence, snr), RATE)).values for snr in (30, 20, 10, 0)]
     for column in columns:
@@ -90,7 +90,7 @@ ORDERS = {
 
 
 def test_measures_order_damages_as_they_are_known_to():
-    metrics, _ = split_available(native_metrics(OFFICIAL))
+    metrics, _ = split_available(signal_metrics(OFFICIAL))
     means: dict[str, dict[str, float]] = {key: {} for key in ORDERS}
     clips = [
         read_audio(path, sampling_rate=RATE, num_channels=1)[0]
@@ -164,7 +164,7 @@ def test_clips_that_cannot_be_scored_are_errors_with_reasons_and_no_values_are_m
         "empty": (sentence[:, :0], sentence[:, :0]),
         "nan": (sentence, nan),
     }[case]
-    metrics, _ = split_available(native_metrics(OFFICIAL))
+    metrics, _ = split_available(signal_metrics(OFFICIAL))
     scores = score_pair(metrics, Pair(reference, degraded, RATE))
     assert all(torch.isfinite(torch.tensor(value)) for value in scores.values.values())
     measured = {name for name, metric in metrics.items() if metric.columns[0].key in scores.values}
@@ -180,7 +180,7 @@ def test_clips_that_cannot_be_scored_are_errors_with_reasons_and_no_values_are_m
 
 def test_measures_of_speech_are_not_computed_for_music(sentence):
     scores = score_pair(
-        native_metrics(OFFICIAL) | {"pesq": Stoi()}, Pair(sentence, sentence, RATE, {"domain": "music"})
+        signal_metrics(OFFICIAL) | {"pesq": Stoi()}, Pair(sentence, sentence, RATE, {"domain": "music"})
     )
     assert set(scores.values) == {"mel_loss", "stft_distance", "si_sdr"}
     assert scores.errors == {}

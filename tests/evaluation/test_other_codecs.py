@@ -236,11 +236,11 @@ def test_codecs_without_their_package_say_what_to_do(name, package, way_out, mon
 
 
 def test_code_of_a_repository_is_asked_for_by_the_codec_that_needs_it(tmp_path):
-    with pytest.raises(UserError, match=r"codec=mimo runs code.*give code="):
+    with pytest.raises(UserError, match=r"codec=mimo runs code.*give code_dir="):
         load_codec("mimo", str(tmp_path), CPU)
     with pytest.raises(UserError, match="there is no mimo_audio_tokenizer"):
         load_codec("mimo", str(tmp_path), CPU, str(tmp_path))
-    with pytest.raises(UserError, match=r"code=here has no effect with codec=mimi"):
+    with pytest.raises(UserError, match=r"code_dir=here has no effect with codec=mimi"):
         load_codec("mimi", str(tmp_path), CPU, "here")
     with pytest.raises(UserError, match=f"weights={tmp_path}"):
         load_codec("xy_tokenizer", str(tmp_path), CPU, str(tmp_path))

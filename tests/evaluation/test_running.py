@@ -17,9 +17,9 @@ from moss_train.audio.io import read_audio, resample, write_audio
 from moss_train.evaluation.metrics.base import Pair
 from moss_train.evaluation.reconstruct import (
     ClipReconstructions,
-    CodecRenderer,
+    CodecReconstructor,
     Condition,
-    PairRenderer,
+    PairReconstructor,
     find_pairs,
     fit_length,
     mismatched_clips,
@@ -27,7 +27,7 @@ from moss_train.evaluation.reconstruct import (
 )
 from moss_train.evaluation.report.tables import comma_separated
 from moss_train.evaluation.report.write import Evaluation, make_table, write_outputs
-from moss_train.evaluation.results import ROWS_FILE, TIMES_FILE, Results, all_conditions
+from moss_train.evaluation.results import ROWS_FILE, TIMES_FILE, ClipRow, ConditionRow, Results, all_conditions
 from moss_train.evaluation.runner import evaluate
 from moss_train.evaluation.statistics import mean_scores, summarize
 from moss_train.utils.errors import UserError
@@ -38,13 +38,13 @@ PAIRS = Path(__file__).parents[1] / "data" / "metrics"
 def test_a_clip_is_encoded_once_and_every_prefix_is_that_of_a_direct_decode():
     clips = small.tones(2)
     codec = small.BitCodec()
-    renderer = CodecRenderer(codec, (2, 8), clips)
+    reconstructor = CodecReconstructor(codec, (2, 8), clips)
     audio, rate = clips[0].read()
-    rendered = renderer.render(clips[0], audio, rate)
+    rendered = reconstructor.reconstruct(clips[0], audio, rate)
     assert codec.num_encoded == 1
-    conditions = [item.condition for item in rendered.renditions]
-    assert set(conditions) == set(renderer.conditions)
-    by_condition = {item.condition: item for item in rendered.renditions}
+    conditions = [item.condition for item in rendered.reconstructions]
+    assert set(conditions) == set(reconstructor.conditions)
+    by_condition = {item.condition: item for item in rendered.reconstructions}
     for levels in (2, 8):
         item = by_condition[Condition("bits", levels, 24_000.0 * levels)]
         assert torch.equal(item.degraded, pcm16(codec.decode(codec.encode(audio)[:levels])))
@@ -68,8 +68,8 @@ def test_a_codec_of_two_rates_is_measured_at_that_of_its_output():
     original = torch.randn(1, 48_001, generator=torch.Generator().manual_seed(0)) * 0.1
     clips = [small.clip_of(original, "a"), *small.tones(1)]
     codec = DoublingCodec()
-    rendered = CodecRenderer(codec, (8,), clips).render(clips[0], original, 48_000)
-    by_condition = {item.condition.system: item for item in rendered.renditions}
+    rendered = CodecReconstructor(codec, (8,), clips).reconstruct(clips[0], original, 48_000)
+    by_condition = {item.condition.system: item for item in rendered.reconstructions}
     item = by_condition["bits"]
     assert item.sampling_rate == 48_000
     assert torch.equal(item.reference, pcm16(original))
@@ -98,7 +98,7 @@ def test_pcm16_is_what_a_file_gives_back(tmp_path):
     assert fit_length(torch.ones(1, 3), 2).shape == (1, 2)
 
 
-def test_impostors_are_of_the_domain_and_of_other_speakers_in_any_order():
+def test_mismatched_clips_are_of_the_domain_and_of_other_speakers_in_any_order():
     audio = torch.ones(1, 10)
     clips = [small.clip_of(audio, str(i), "speech", speaker=f"s{i % 2}") for i in range(6)]
     clips += [small.clip_of(audio, f"m{i}", "music") for i in range(3)] + [small.clip_of(audio, "alone", "sound")]
@@ -152,7 +152,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def table_without_times(evaluation: Evaluation) -> str:
     evaluation.results.times.audio = 0.0
-    return comma_separated(make_table(evaluation, evaluation.level_use(), "exclude", 0))
+    return comma_separated(make_table(evaluation, evaluation.codebook_usage(), "exclude", 0))
 
 
 @pytest.mark.processes
@@ -244,6 +244,12 @@ def test_a_folder_that_was_bound_to_its_levels_is_gone_on_with(tmp_path):
     assert Results(tmp_path, {"codec": "a"}).times.factor(1) == 0.75
 
 
+def test_rows_of_an_older_version_have_the_present_names_of_their_values(tmp_path):
+    row = ClipRow("a", "speech", "k", 1.0, (ConditionRow(Condition("Cat", 4), {"text_lm_loss": 2.0, "stoi": 0.9}),))
+    older = row.to_json().replace("text_lm_loss", "text_nats")
+    assert ClipRow.from_json(older) == ClipRow.from_json(row.to_json()) == row
+
+
 def test_other_settings_need_another_folder(tmp_path):
     Results(tmp_path, {"codec": "a", "levels": [1]})
     with pytest.raises(UserError, match=r"codec was a and is b.*give another out"):
@@ -276,7 +282,7 @@ def test_a_codec_that_fails_on_a_clip_is_a_failure_of_that_clip():
             raise RuntimeError("kernel larger than input\nmore")
 
     clips = small.tones(1)
-    rendered = CodecRenderer(Fragile(), (1,), clips).render(clips[0], *clips[0].read())
+    rendered = CodecReconstructor(Fragile(), (1,), clips).reconstruct(clips[0], *clips[0].read())
     assert rendered.failures[Condition("bits", 1, 24_000.0)] == "bits failed: kernel larger than input"
 
 
@@ -286,10 +292,10 @@ def test_the_official_layout_is_scored_as_it_was_released(tmp_path):
         target.mkdir(parents=True)
         for side in ("gt_audios", "syn_audios"):
             (target / side).symlink_to(PAIRS / side)
-    renderer = PairRenderer(find_pairs(tmp_path, "speech", 125.0), "speech")
-    assert renderer.conditions == (Condition("MOSS", 1, 125.0), Condition("MOSS", 32, 4000.0))
-    clips = renderer.clips()[:2]
-    rows = evaluate(clips, renderer, METRICS, Results(tmp_path / "out", {}))
+    reconstructor = PairReconstructor(find_pairs(tmp_path, "speech", 125.0), "speech")
+    assert reconstructor.conditions == (Condition("MOSS", 1, 125.0), Condition("MOSS", 32, 4000.0))
+    clips = reconstructor.clips()[:2]
+    rows = evaluate(clips, reconstructor, METRICS, Results(tmp_path / "out", {}))
     expected = json.loads((PAIRS / "expected.json").read_text())["per_file"]
     for row in rows:
         assert row.domain == "clips"
@@ -303,8 +309,8 @@ def test_pairs_that_lack_a_side_are_failures_of_that_pair(tmp_path):
         (tmp_path / side).mkdir()
         write_audio(tmp_path / side / "a.wav", torch.ones(1, 8000).cumsum(1).sin(), 16_000)
     write_audio(tmp_path / "reference" / "b.flac", torch.ones(1, 8000).cumsum(1).sin(), 16_000)
-    renderer = PairRenderer(find_pairs(tmp_path, "sound", None), "sound")
-    rows = evaluate(renderer.clips(), renderer, METRICS, Results(tmp_path / "out", {}))
+    reconstructor = PairReconstructor(find_pairs(tmp_path, "sound", None), "sound")
+    rows = evaluate(reconstructor.clips(), reconstructor, METRICS, Results(tmp_path / "out", {}))
     assert rows[0].conditions[0].values["mel_loss"] == 0.0
     assert "has no b.flac or b.wav" in rows[1].conditions[0].failure
     with pytest.raises(UserError, match="has no folders gt_audios/ and syn_audios/"):
@@ -319,8 +325,8 @@ def test_a_changed_reconstruction_is_scored_again(tmp_path):
     distances = []
     for gain in (1.0, 0.5):
         write_audio(tmp_path / "reconstruction" / "a.wav", gain * audio, 16_000)
-        renderer = PairRenderer(find_pairs(tmp_path, "sound", None), "sound")
-        (row,) = evaluate(renderer.clips(), renderer, METRICS, Results(tmp_path / "out", {}))
+        reconstructor = PairReconstructor(find_pairs(tmp_path, "sound", None), "sound")
+        (row,) = evaluate(reconstructor.clips(), reconstructor, METRICS, Results(tmp_path / "out", {}))
         distances.append(row.conditions[0].values["mel_loss"])
     assert distances[0] == 0 < distances[1]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moss_train.evaluation.metrics.base import Column
-from moss_train.evaluation.metrics.codes import count_codes, effective_bitrate, level_use
+from moss_train.evaluation.metrics.codes import codebook_usage, count_codes, effective_bitrate
 from moss_train.evaluation.reconstruct import Condition
 from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated, markdown
 from moss_train.evaluation.results import ClipRow, ConditionRow
@@ -80,18 +80,18 @@ def test_paired_differences_remove_what_the_clips_have_in_common():
 
 def test_codebook_use_of_known_distributions():
     codes = torch.stack([torch.arange(16).repeat(1000), torch.zeros(16_000, dtype=torch.int64)])
-    uniform, constant = level_use(count_codes([codes[:, :7000], codes[:, 7000:]], [16, 16]))
-    assert (uniform.usage, uniform.alive, uniform.entropy, uniform.perplexity) == (1.0, 1.0, 4.0, 16.0)
-    assert (constant.usage, constant.entropy, constant.perplexity, constant.top_share) == (1 / 16, 0.0, 1.0, 1.0)
+    uniform, constant = codebook_usage(count_codes([codes[:, :7000], codes[:, 7000:]], [16, 16]))
+    assert (uniform.usage, uniform.active_fraction, uniform.entropy, uniform.perplexity) == (1.0, 1.0, 4.0, 16.0)
+    assert (constant.usage, constant.entropy, constant.perplexity, constant.max_probability) == (1 / 16, 0.0, 1.0, 1.0)
     assert effective_bitrate([uniform, constant], 12.5, 2) == 50.0
     assert effective_bitrate([uniform, constant], 12.5, 1) == 50.0
-    assert level_use(count_codes([], [16])) == []
+    assert codebook_usage(count_codes([], [16])) == []
 
 
 def test_the_entropy_is_corrected_for_few_frames():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (1, 1000), generator=generator)
-    (use,) = level_use(count_codes([codes], [256]))
+    (use,) = codebook_usage(count_codes([codes], [256]))
     share = torch.bincount(codes[0], minlength=256).double() / 1000
     plain = -(share[share > 0] * share[share > 0].log2()).sum().item()
     assert plain < 7.83
@@ -109,7 +109,7 @@ def table() -> Table:
 
 def test_markdown_shows_means_and_the_direction(table):
     lines = markdown(table).splitlines()
-    assert lines[2] == "| domain | system | Nq | bps | eff. bps | Score ↑ | WER ↓ | RTF | ok/n |"
+    assert lines[2] == "| domain | system | levels | bps | eff. bps | Score ↑ | WER ↓ | RTF | valid/total |"
     assert lines[4] == "| speech | x | 8 | 800 | 512 | 1.50 | – | 0.250 | 2/2 |"
     assert lines[-1] == "- a note"
 
@@ -122,7 +122,7 @@ def test_csv_has_every_value(table):
 
 
 def test_codebook_csv_has_a_line_per_level():
-    levels = level_use(count_codes([torch.zeros(3, 5, dtype=torch.int64)], [4, 4, 4]))
+    levels = codebook_usage(count_codes([torch.zeros(3, 5, dtype=torch.int64)], [4, 4, 4]))
     lines = list(csv.DictReader(codebook_csv(levels).splitlines()))
     assert [line["level"] for line in lines] == ["1", "2", "3"]
     assert float(lines[0]["relative_entropy"]) == 0.0

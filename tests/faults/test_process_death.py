@@ -89,7 +89,7 @@ def test_sigterm_during_a_validation_waits_for_it_and_a_resume_goes_on(make_fit,
     fit.finish()
     assert_same_run(fit, undisturbed)
     tables = [read_table(run.directory / "validation.csv") for run in (fit, undisturbed)]
-    scores = [[(row["update"], row["mel_distance"], row["text_nats"]) for row in table] for table in tables]
+    scores = [[(row["update"], row["mel_distance"], row["text_lm_loss"]) for row in table] for table in tables]
     assert scores[0] == scores[1]
     assert [row[0] for row in scores[0]] == ["0", "3", "6", "9", "12"]
 

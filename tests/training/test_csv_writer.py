@@ -39,6 +39,17 @@ def test_a_file_with_other_columns_keeps_them_and_gets_the_new_ones(tmp_path):
     assert [row["newer"] for row in rows] == ["", "5"]
 
 
+def test_columns_of_an_older_run_are_read_and_continued_under_their_present_names(tmp_path):
+    path = tmp_path / "validation.csv"
+    path.write_text("update,text_nats,text_nats_blind,text_nats/8\n1,2.0,3.0,2.5\n")
+    writer = CsvWriter(path, ("update", "text_lm_loss"))
+    writer.start(1)
+    writer.write("validation", {"update": 2, "text_lm_loss": 1.0})
+    writer.close()
+    header = "update,text_lm_loss,text_lm_loss_no_audio,text_lm_loss/8"
+    assert path.read_text("utf-8").splitlines() == [header, "1,2.0,3.0,2.5", "2,1.0,,"]
+
+
 def test_a_writer_takes_the_rows_of_its_own_table(tmp_path):
     writer = CsvWriter(tmp_path / "validation.csv", ("update",))
     writer.start(0)

@@ -16,8 +16,8 @@ def health(tmp_path):
 def metrics(update, **changes):
     healthy = {
         "loss/adversarial": 0.3,
-        "discriminator/real": 0.7,
-        "discriminator/generated": 0.3,
+        "discriminator_score/real": 0.7,
+        "discriminator_score/generated": 0.3,
         "gradient_norm/generator": 1.0,
         "data_wait_seconds": 0.01,
         "update_seconds": 1.0,

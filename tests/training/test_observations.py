@@ -5,7 +5,7 @@ from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.evaluation.metrics.codes import codebook_columns, codebook_row
 from moss_train.training.callbacks.metrics import count_clips, loss_row
-from moss_train.training.step.objective import Objective, count_codes, mean_logits
+from moss_train.training.step.objective import Objective, count_codes, mean_scores
 from moss_train.training.step.schedule import ScheduleState, Stage
 from moss_train.training.step.update import UpdateResult, output_gradient
 
@@ -33,10 +33,10 @@ def test_the_row_of_the_codebooks_has_the_values_of_the_counts():
 def test_mean_scores_are_means_over_discriminators_and_clips():
     real = [DiscriminatorOutput(torch.tensor([[1.0, 3.0]]), ()), DiscriminatorOutput(torch.tensor([[0.0]]), ())]
     generated = [DiscriminatorOutput(torch.tensor([[-1.0]]), ()), DiscriminatorOutput(torch.tensor([[0.0]]), ())]
-    means = mean_logits(real, generated, 2)
+    means = mean_scores(real, generated, 2)
     assert {name: value.item() for name, value in means.items()} == {
-        "discriminator/real": 0.5,  # (2 + 0) / 2 discriminators / 2 clips
-        "discriminator/generated": -0.25,
+        "discriminator_score/real": 0.5,  # (2 + 0) / 2 discriminators / 2 clips
+        "discriminator_score/generated": -0.25,
     }
 
 

@@ -15,6 +15,7 @@ from moss_train.config.section import known_keys
 from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
 from moss_train.training.loggers.base import column, read_table
 from moss_train.utils.checkpoint import list_checkpoints
+from moss_train.utils.tables import RENAMED_COLUMNS
 
 OLDER = Path(__file__).with_name("older_run")
 
@@ -41,6 +42,9 @@ def test_a_run_of_an_older_version_goes_on_as_it_would_have_there(run: Path) -> 
     found = read_table(run / "metrics.csv")
     assert [row["update"] for row in found] == [row["update"] for row in expected] == list(map(str, range(1, 13)))
     assert list_checkpoints(run / "checkpoints")[-1].name == "update-00000012"
+    header = set((run / "metrics.csv").read_text("utf-8").splitlines()[0].split(","))
+    assert {"discriminator_score/real", "callback_seconds"} < header
+    assert not header & RENAMED_COLUMNS.keys()
     compared = [name for name in expected[-1] if name not in (*CLOCK_COLUMNS, "stage") and expected[-1][name]]
     assert len(compared) > 20
     for name in compared:

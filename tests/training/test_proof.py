@@ -32,7 +32,7 @@ def test_the_blind_lm_reads_the_texts_of_the_run(small_overrides, recordings, tm
     assert column(tmp_path / "blind.csv", "update") == [6, 8, 6, 8]
     texts = column(tmp_path / "metrics.csv", "clips_with_text")
     assert column(tmp_path / "blind.csv", "texts") == 2 * [sum(texts[:6]), sum(texts)]
-    start, still, _, learned = column(tmp_path / "blind.csv", "text_nats")
+    start, still, _, learned = column(tmp_path / "blind.csv", "text_lm_loss")
     assert start == still == pytest.approx(math.log(257), abs=0.1)
     assert learned < start - 0.05
     capsys.readouterr()
@@ -48,14 +48,14 @@ def test_the_blind_lm_reads_the_texts_of_the_run(small_overrides, recordings, tm
     [
         ({}, 2.0, [True, True, True, True]),
         ({}, 1.9, [False, True, True, True]),
-        ({"text_nats_blind": 1.9}, 2.0, [True, False, True, True]),
+        ({"text_lm_loss_no_audio": 1.9}, 2.0, [True, False, True, True]),
         ({"mel_distance/4": 3.0}, 2.0, [True, True, False, True]),
         ({"usage/2": 0.8}, 2.0, [True, True, True, False]),
         ({"usage/2": 0.8}, None, [True, False]),
     ],
 )
 def test_each_claim_needs_its_numbers(changes, blind, holds):
-    row = {"text_nats": 1.9, "text_nats_blind": 2.1, "mel_distance/1": 3.0, "mel_distance/4": 2.5}
+    row = {"text_lm_loss": 1.9, "text_lm_loss_no_audio": 2.1, "mel_distance/1": 3.0, "mel_distance/4": 2.5}
     row |= {"mel_distance/16": 2.4, "mel_distance/speech/1": 1.0, "usage/1": 0.7, "usage/2": 0.9, "usage/3": 1.0}
     found = runpy.run_path(str(RECIPE / "prove.py"))["claims"](row | changes, blind)
     assert [claim.holds for claim in found] == holds

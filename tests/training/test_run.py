@@ -179,7 +179,7 @@ def test_every_update_is_described_in_full(whole):
     parts = [name for name in Objective(24_000).names if rows[-1][f"weighted/{name}"]]
     total = sum(float(rows[-1][f"weighted/{name}"]) for name in parts)
     assert total == pytest.approx(float(rows[-1]["loss/generator"]), rel=1e-5)
-    assert column(rows, "discriminator/real") != column(rows, "discriminator/generated")
+    assert column(rows, "discriminator_score/real") != column(rows, "discriminator_score/generated")
     shares = [
         [float(row[f"gradient_share/{name}"] or 0) for name in Objective(24_000).output_names] for row in rows[1::2]
     ]

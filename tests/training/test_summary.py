@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moss_train import load_config
-from moss_train.training.callbacks.summary import codebook_lines, follow, panels, validation_table
+from moss_train.training.callbacks.summary import codebook_lines, panels, read_history, validation_table
 from moss_train.training.loggers.base import clock, read_table
 from moss_train.training.run.fit import fit
 
@@ -31,7 +31,7 @@ def test_curves_are_means_over_stretches_of_the_run():
         {"update": str(update), "stage": "a" if update < 500 else "b", "loss/reconstruction": str(float(update % 2))}
         for update in range(1, 1001)
     ]
-    course = follow(rows, 1000)
+    course = read_history(rows, 1000)
     assert course.stages == {"a": 1, "b": 500}
     (panel,) = panels(course, [], [])
     (curve,) = panel.curves
@@ -42,7 +42,13 @@ def test_curves_are_means_over_stretches_of_the_run():
 
 def test_a_long_validation_is_shown_in_twelve_rows():
     rows = [
-        {"update": str(i), "clips": "4", "mel_distance/1": "3.0", "mel_distance/4": str(2 - i / 100), "text_nats": ""}
+        {
+            "update": str(i),
+            "clips": "4",
+            "mel_distance/1": "3.0",
+            "mel_distance/4": str(2 - i / 100),
+            "text_lm_loss": "",
+        }
         for i in range(100)
     ]
     lines = validation_table(rows)

@@ -32,7 +32,9 @@ CONTENT = UpdateContent(
     audio_seconds=100.0, clips=8, clips_with_text=2, text_frames=30, text_tokens=10, text_squares=900
 )
 OPERATIONS = StageOperations(
-    Cost(forward=10e12, backward=20e12, recomputed=6e12), judging=3e12, text=TextOperations(1e12, 2e12, 4e12, 1e10)
+    Cost(forward=10e12, backward=20e12, recomputed=6e12),
+    discriminator_forward=3e12,
+    text=TextOperations(1e12, 2e12, 4e12, 1e10),
 )
 
 
@@ -71,14 +73,14 @@ def test_the_peak_is_that_of_the_precision_and_a_given_one_goes_before():
 
 
 @pytest.mark.parametrize(
-    ("adversarial", "update", "judging"),
+    ("adversarial", "update", "passes"),
     # 2 forward; the discriminators' own gradients 4, in every second update; the generator's 1, after the warm-up.
     [(False, 0, 0), (True, 0, 2 + 4), (True, 1, 0), (True, 3, 2 + 1), (True, 4, 2 + 4 + 1)],
 )
-def test_operations_over_what_was_possible(adversarial, update, judging):
+def test_operations_over_what_was_possible(adversarial, update, passes):
     """30e12 * 100 s, 1e12 * 2 + 2e12 * 30 + 4e12 * 10 + 1e10 * 900 for the text, 3e12 for each pass of the 8 crops."""
     stage = Stage("s", 10, 1.0, adversarial=adversarial, discriminator_warmup_updates=2, discriminator_every=2)
-    useful = 3000e12 + 111e12 + judging * 24e12
+    useful = 3000e12 + 111e12 + passes * 24e12
     assert OPERATIONS.of(CONTENT, ScheduleState(stage, update)) == useful
     use = Utilization(FitConfig(experiment_name="e", run_dir="r", trainer=BF16))
     use.stages, use.peak = {"s": OPERATIONS}, 2 * 989.4e12  # two H100

@@ -37,7 +37,7 @@ def test_rows_by_update_count_with_every_score(watched):
     by_domain = sum(column(rows, f"mel_distance/{domain}/2")[0] * n for domain, n in DOMAINS.items()) / 4
     assert by_domain == pytest.approx(column(rows, "mel_distance/2")[0])
     assert column(rows, "mel_distance")[-1] < column(rows, "mel_distance")[0]
-    assert math.log(100) < column(rows, "text_nats")[0] < math.log(700)  # 257 tokens, untrained
+    assert math.log(100) < column(rows, "text_lm_loss")[0] < math.log(700)  # 257 tokens, untrained
     assert all(0 < value <= 1 for level in range(1, 5) for value in column(rows, f"usage/{level}"))
     assert len(column(rows, "all/si_sdr/4")) == 5
 
@@ -122,7 +122,7 @@ def test_scores_by_hand():
     assert row["mel_distance"] == row["mel_distance/a/4"] == 2.0
     assert row["mel_distance/1"] == 3.0
     assert "mel_distance/b/4" not in row
-    assert (row["text_nats"], row["text_nats/1"], row["text_nats_blind"]) == (2.0, 4.0, 5.0)
+    assert (row["text_lm_loss"], row["text_lm_loss/1"], row["text_lm_loss_no_audio"]) == (2.0, 4.0, 5.0)
     assert row["text_accuracy"] == 0.5
     assert row["perplexity/4"] == pytest.approx(2.0)
 
@@ -152,7 +152,7 @@ def test_clips_are_chosen_in_turn_and_brought_to_the_format(recordings):
     ("override", "message"),
     [
         ("validation.data=/nowhere", "validation.data=/nowhere does not exist"),
-        ("validation.levels=[5]", "validation.levels=[5]: the model has levels 1 to 4"),
+        ("validation.num_quantizers=[5]", "validation.num_quantizers=[5]: the model has levels 1 to 4"),
         ("checkpoint.monitor=mel", "checkpoint.monitor=mel is no score of the validation"),
     ],
 )

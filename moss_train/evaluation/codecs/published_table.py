@@ -43,7 +43,7 @@ def load_codec(name: str, weights: str | None, device: torch.device, code: str |
     if name not in CODECS:
         raise UserError(f"codec={name} has to be one of {', '.join(CODECS)}")
     if code is not None and name not in _CODE:
-        raise UserError(f"code={code} has no effect with codec={name}")
+        raise UserError(f"code_dir={code} has no effect with codec={name}")
     if weights is None:
         raise UserError(
             f"codec={name} needs weights=<folder>, or the name of a repository that is stored on this machine"
@@ -113,7 +113,7 @@ def _mimo(weights: str, code: str) -> WrappedCodec:
     folders = (Path(code), Path(code) / "src")
     parent = next((folder for folder in folders if (folder / "mimo_audio_tokenizer").is_dir()), None)
     if parent is None:
-        raise UserError(f"code={code}: there is no mimo_audio_tokenizer or src/mimo_audio_tokenizer")
+        raise UserError(f"code_dir={code}: there is no mimo_audio_tokenizer or src/mimo_audio_tokenizer")
     if "mimo_audio_tokenizer" not in sys.modules:
         # Only this package is found in the folder; whatever else lies there takes the name of no other package.
         module = ModuleType("mimo_audio_tokenizer")
@@ -125,7 +125,9 @@ def _mimo(weights: str, code: str) -> WrappedCodec:
 
 def _xy_tokenizer(weights: str, code: str) -> WrappedCodec:
     if Path(code).expanduser().resolve() != Path(weights).expanduser().resolve():
-        raise UserError(f"code={code}: codec=xy_tokenizer runs the code beside its weights: give code={weights}")
+        raise UserError(
+            f"code_dir={code}: codec=xy_tokenizer runs the code beside its weights: give code_dir={weights}"
+        )
     for file in ("config.json", "preprocessor_config.json"):
         if (path := Path(weights).expanduser() / file).is_file():
             _refuse_other_repository(read_json(path), path)
@@ -143,8 +145,8 @@ def _refuse_other_repository(content: Any, path: Path) -> None:
 
 
 _CODE = {
-    "mimo": "give code=<folder of its repository>, in which src/mimo_audio_tokenizer lies",
-    "xy_tokenizer": "it lies beside the weights; read it, then give their folder as code= too",
+    "mimo": "give code_dir=<folder of its repository>, in which src/mimo_audio_tokenizer lies",
+    "xy_tokenizer": "it lies beside the weights; read it, then give their folder as code_dir= too",
 }
 """Codecs whose code is not installed but named, and how."""
 

@@ -19,17 +19,17 @@ RELIABLE_FRAMES = 10_000
 
 
 @dataclass(frozen=True)
-class LevelUse:
+class CodebookUsage:
     """Statistics of one level over all frames."""
 
     level: int  # 1 is the first
     codebook_size: int
     num_frames: int
     usage: float  # share of codes that occur at all
-    alive: float  # share of codes that occur at least a tenth as often as in uniform use
+    active_fraction: float  # share of codes that occur at least a tenth as often as in uniform use
     entropy: float  # bits, with the correction of Miller and Madow (1955) for the finite sample
     perplexity: float  # 2 ** entropy
-    top_share: float  # share of the most frequent code
+    max_probability: float  # share of the most frequent code
     expected_usage: float  # usage that this many frames give when every code is equally likely
 
     @property
@@ -47,31 +47,31 @@ def count_codes(clips: Iterable[Tensor], codebook_sizes: Sequence[int]) -> list[
     return counts
 
 
-def level_use(counts: Sequence[Tensor]) -> list[LevelUse]:
+def codebook_usage(counts: Sequence[Tensor]) -> list[CodebookUsage]:
     """Statistics of every level from its counts [V]; levels without frames are left out."""
-    return [_level_use(level, count) for level, count in enumerate(counts, start=1) if count.sum() > 0]
+    return [_codebook_usage(level, count) for level, count in enumerate(counts, start=1) if count.sum() > 0]
 
 
-def _level_use(level: int, counts: Tensor) -> LevelUse:
+def _codebook_usage(level: int, counts: Tensor) -> CodebookUsage:
     size, total = len(counts), int(counts.sum())
     present = counts[counts > 0].double()
     share = present / total
     correction = (len(present) - 1) / (2 * total * math.log(2))
     entropy = min(-(share * share.log2()).sum().item() + correction, math.log2(size))
-    return LevelUse(
+    return CodebookUsage(
         level=level,
         codebook_size=size,
         num_frames=total,
         usage=len(present) / size,
-        alive=(counts.double() >= 0.1 * total / size).double().mean().item(),
+        active_fraction=(counts.double() >= 0.1 * total / size).double().mean().item(),
         entropy=entropy,
         perplexity=2**entropy,
-        top_share=share.max().item(),
+        max_probability=share.max().item(),
         expected_usage=1 - (1 - 1 / size) ** total,
     )
 
 
-def effective_bitrate(levels: Sequence[LevelUse], frame_rate: float, num_quantizers: int) -> float:
+def effective_bitrate(levels: Sequence[CodebookUsage], frame_rate: float, num_quantizers: int) -> float:
     """Bits per second that the first levels carry when every code costs its level's entropy."""
     return frame_rate * sum(level.entropy for level in levels[:num_quantizers])
 
@@ -88,7 +88,7 @@ def codebook_row(counts: Tensor) -> dict[str, float]:
 
     Empty when nothing was counted.
     """
-    levels = level_use(list(counts))
+    levels = codebook_usage(list(counts))
     if not levels:
         return {}
     return {
@@ -110,8 +110,8 @@ class TextCrossEntropy:
     """
 
     columns = (
-        Column("text_nats", "LM nats/token", False, denominator="text_tokens", decimals=3),
-        Column("text_correct", "LM accuracy", True, denominator="text_tokens", decimals=3),
+        Column("text_lm_loss", "LM nats/token", False, denominator="text_tokens", decimals=3),
+        Column("text_accuracy", "LM accuracy", True, denominator="text_tokens", decimals=3),
     )
 
     def __init__(self, tokenizer: MossAudioTokenizerModel, text_lm: TextLM) -> None:
@@ -146,8 +146,8 @@ class TextCrossEntropy:
             states, num_frames, torch.tensor([tokens], device=device), text_lengths, torch.tensor([task], device=device)
         )
         return {
-            "text_nats": prediction.loss_sum.item(),
-            "text_correct": float(prediction.num_correct.item()),
+            "text_lm_loss": prediction.loss_sum.item(),
+            "text_accuracy": float(prediction.num_correct.item()),
             "text_tokens": float(prediction.num_tokens),
         }
 

@@ -7,7 +7,7 @@ from moss_train.config.build import build
 from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, columns_of
 from moss_train.evaluation.metrics.pitch import pitch_metrics
-from moss_train.evaluation.metrics.signal import PROFILES, Dnsmos, native_metrics
+from moss_train.evaluation.metrics.signal import PROFILES, Dnsmos, signal_metrics
 from moss_train.evaluation.metrics.speaker import WavLMSimilarity
 from moss_train.utils.errors import UserError
 
@@ -37,7 +37,7 @@ def build_metrics(
     """
     known: dict[str, Metric] = {
         "speaker": WavLMSimilarity(speaker_model),
-        **native_metrics(PROFILES[profile]),
+        **signal_metrics(PROFILES[profile]),
         **pitch_metrics(),
         "recognition": choose_backend(recognition, recognition_model),
         "dnsmos": Dnsmos(),

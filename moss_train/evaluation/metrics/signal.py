@@ -211,7 +211,7 @@ class SiSdr:
         return {"si_sdr": -SISDRLoss(zero_mean=False, eps=1e-12)(got, wanted).item()}
 
 
-def native_metrics(profile: Profile) -> dict[str, Metric]:
+def signal_metrics(profile: Profile) -> dict[str, Metric]:
     """The metrics that need no model: STOI, PESQ, the spectral distances and SI-SDR."""
     return {"stoi": Stoi(), "pesq": Pesq(), "spectral": SpectralDistances(profile), "si_sdr": SiSdr()}
 

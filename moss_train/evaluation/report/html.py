@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moss_train.audio.io import read_audio
 from moss_train.evaluation.metrics.base import Column, missing_package
-from moss_train.evaluation.metrics.codes import LevelUse
+from moss_train.evaluation.metrics.codes import CodebookUsage
 from moss_train.evaluation.reconstruct import ANCHORS, RESAMPLE_ONLY, Condition
 from moss_train.evaluation.report.tables import Comparison, Difference, Table, table_cells
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, file_name
@@ -67,7 +67,7 @@ def bitrate_plot(
     return _svg(figure)
 
 
-def usage_plot(levels: Sequence[LevelUse]) -> str:
+def usage_plot(levels: Sequence[CodebookUsage]) -> str:
     """Bars per level: share of codes in use, entropy over its maximum, and the usage that chance would give."""
     figure, axes = _figure()
     places = [level.level for level in levels]
@@ -160,7 +160,7 @@ class Report:
 
     table: Table
     rows: Sequence[ClipRow]
-    levels: Sequence[LevelUse]
+    levels: Sequence[CodebookUsage]
     comparisons: Sequence[Comparison]
     folder: Path  # of the evaluation, with the audio that was kept
 

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from moss_train.evaluation.metrics.base import Column, Metric
-from moss_train.evaluation.metrics.codes import LevelUse
+from moss_train.evaluation.metrics.codes import CodebookUsage
 from moss_train.evaluation.reconstruct import ANCHORS, Condition
 from moss_train.evaluation.results import ROWS_FILE, ClipRow, read_rows
 from moss_train.evaluation.statistics import Estimate, SummaryRow, paired_difference
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
+from moss_train.utils.tables import present_column
 
 EMPTY = "–"
 
@@ -64,7 +65,7 @@ def comma_separated(table: Table) -> str:
     return output.getvalue()
 
 
-def codebook_csv(levels: Sequence[LevelUse]) -> str:
+def codebook_csv(levels: Sequence[CodebookUsage]) -> str:
     """One line per level."""
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
@@ -85,7 +86,7 @@ def _header(table: Table) -> list[str]:
     titles = [f"{column.title} {'↑' if column.is_higher_better else '↓'}" for column in table.columns]
     effective = ["eff. bps"] * bool(table.effective_bitrates)
     speed = ["RTF"] * bool(table.real_time_factors)
-    return ["domain", "system", "Nq", "bps", *effective, *titles, *speed, "ok/n"]
+    return ["domain", "system", "levels", "bps", *effective, *titles, *speed, "valid/total"]
 
 
 def _cells(table: Table, row: SummaryRow) -> list[str]:
@@ -186,7 +187,7 @@ def load_evaluation(folder: Path) -> OtherEvaluation:
 
 
 def _summary_row(entry: dict) -> SummaryRow:
-    estimates = {key: Estimate(**value) for key, value in entry["estimates"].items()}
+    estimates = {present_column(key): Estimate(**value) for key, value in entry["estimates"].items()}
     return SummaryRow(**entry | {"condition": Condition(**entry["condition"]), "estimates": estimates})
 
 

@@ -8,7 +8,13 @@ from typing import Any
 
 from moss_train.evaluation.codecs.base import Codec
 from moss_train.evaluation.metrics.base import SPEECH, Column, Metric, columns_of, package_version
-from moss_train.evaluation.metrics.codes import RELIABLE_FRAMES, LevelUse, count_codes, effective_bitrate, level_use
+from moss_train.evaluation.metrics.codes import (
+    RELIABLE_FRAMES,
+    CodebookUsage,
+    codebook_usage,
+    count_codes,
+    effective_bitrate,
+)
 from moss_train.evaluation.metrics.signal import Profile
 from moss_train.evaluation.reconstruct import ANCHORS, Condition
 from moss_train.evaluation.report.html import Report, write_report
@@ -45,18 +51,18 @@ class Evaluation:
         """Columns of the table."""
         return columns_of(self.metrics)
 
-    def level_use(self) -> list[LevelUse]:
+    def codebook_usage(self) -> list[CodebookUsage]:
         """Statistics of the codebooks over all clips; empty without a codec."""
         if self.codec is None:
             return []
         codes = (codes for row in self.rows if (codes := self.results.codes(row)) is not None)
-        return level_use(count_codes(codes, self.codec.codebook_sizes))
+        return codebook_usage(count_codes(codes, self.codec.codebook_sizes))
 
 
 def write_outputs(evaluation: Evaluation, policy: str, seed: int, others: Sequence[str]) -> str:
     """Write every output of an evaluation beside its rows; returns the table as Markdown."""
     folder = evaluation.results.folder
-    levels = evaluation.level_use()
+    levels = evaluation.codebook_usage()
     table = make_table(evaluation, levels, policy, seed)
     loaded = [load_evaluation(Path(other).expanduser()) for other in others]
     comparisons = [compare(evaluation.rows, evaluation.conditions, evaluation.metrics, other) for other in loaded]
@@ -72,7 +78,7 @@ def write_outputs(evaluation: Evaluation, policy: str, seed: int, others: Sequen
     return text
 
 
-def make_table(evaluation: Evaluation, levels: Sequence[LevelUse], policy: str, seed: int) -> Table:
+def make_table(evaluation: Evaluation, levels: Sequence[CodebookUsage], policy: str, seed: int) -> Table:
     """The table with effective bitrates, real-time factors and the footnotes that its numbers need."""
     conditions = evaluation.conditions
     rows = summarize(evaluation.rows, conditions, evaluation.columns, policy, seed)
@@ -88,7 +94,7 @@ def make_table(evaluation: Evaluation, levels: Sequence[LevelUse], policy: str, 
     return Table(title, evaluation.columns, tuple(rows), effective, speeds, notes)
 
 
-def footnotes(evaluation: Evaluation, levels: Sequence[LevelUse], policy: str) -> list[str]:
+def footnotes(evaluation: Evaluation, levels: Sequence[CodebookUsage], policy: str) -> list[str]:
     """What has to be known beside the numbers: definitions, missing metrics, failures, too little data."""
     notes = [
         "Means over clips, every clip counted once; 95 % bootstrap intervals are in table.csv. "
@@ -112,7 +118,7 @@ def footnotes(evaluation: Evaluation, levels: Sequence[LevelUse], policy: str) -
     unread = sum(row.failure is not None for row in evaluation.rows)
     counted = "left out of the means" if policy == "exclude" else "counted as the released evaluation code does"
     notes.append(
-        f"ok/n: clips with every value, of all. Values that are missing are {counted}; {unread} clips not read."
+        f"valid/total: clips with every value, of all. Values that are missing are {counted}; {unread} clips not read."
     )
     frames = max((level.num_frames for level in levels), default=0)
     if levels and frames < RELIABLE_FRAMES:
@@ -121,7 +127,7 @@ def footnotes(evaluation: Evaluation, levels: Sequence[LevelUse], policy: str) -
 
 
 def _results(
-    evaluation: Evaluation, table: Table, levels: Sequence[LevelUse], comparisons: Sequence[Comparison]
+    evaluation: Evaluation, table: Table, levels: Sequence[CodebookUsage], comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
     packages = ("moss_train", "torch", "torchaudio")
     return {

@@ -14,9 +14,9 @@ from moss_train.data.stream.stream import AudioStream
 from moss_train.evaluation.metrics.base import split_available
 from moss_train.evaluation.metrics.codes import codebook_columns
 from moss_train.evaluation.metrics.registry import build_metrics
-from moss_train.training.callbacks.checkpoint import BestCheckpointKeeper, CheckpointWriter, check_metric
+from moss_train.training.callbacks.checkpoint import BestCheckpointWriter, CheckpointWriter, check_metric
 from moss_train.training.callbacks.health import HealthMonitor
-from moss_train.training.callbacks.metrics import Clock, DataMonitor, UpdateMetrics, metric_columns
+from moss_train.training.callbacks.metrics import DataMonitor, StepTimer, UpdateMetrics, metric_columns
 from moss_train.training.callbacks.quantizer import FIT_CLIPS, FIT_SECONDS, CodebookMetrics, QuantizerFit
 from moss_train.training.callbacks.run_records import EnvironmentLogger, SkippedUpdateLogger, StartupMessages
 from moss_train.training.callbacks.samples import AudioSampleWriter
@@ -28,6 +28,7 @@ from moss_train.training.loggers.base import CsvWriter, LoggerCollection, Progre
 from moss_train.training.loggers.wandb import WandbWriter
 from moss_train.training.step.objective import Objective
 from moss_train.utils.errors import UserError
+from moss_train.utils.tables import present_column
 
 Part = TypeVar("Part")
 KEYS = frozenset({"wandb", "tensorboard", "callbacks", "loggers", "logging", "validation", "health"})
@@ -76,7 +77,7 @@ def build_callbacks(
     run_log = LoggerCollection([*writers, HealthMonitor(directory, config.health, codebook_size)])
     counter = StreamCounter(stream.clip_format.sampling_rate, max_invalid_fraction=config.data.max_invalid_fraction)
     window = config.logging.window_updates
-    clock = Clock()
+    clock = StepTimer()
     checkpoints = CheckpointWriter(
         directory / "checkpoints",
         config.checkpoint.every_updates,
@@ -135,9 +136,9 @@ def plan_validation(
     if not data:
         notices.append(NO_VALIDATION)
         return None
-    levels = settings.levels
+    levels = settings.num_quantizers
     if levels is not None and max(levels, default=0) > num_quantizers:
-        raise UserError(f"validation.levels={levels}: the model has levels 1 to {num_quantizers}")
+        raise UserError(f"validation.num_quantizers={levels}: the model has levels 1 to {num_quantizers}")
     metrics, missing = split_available(build_metrics(settings.metrics, "validation.metrics"))
     notices += [f"validation without {name}: {reason}" for name, reason in missing.items()]
     if settings.samples_clips and find_spec("matplotlib") is None:
@@ -177,18 +178,18 @@ def build_validation(
     run_log: LoggerCollection,
     checkpoints: CheckpointWriter,
 ) -> Validation:
-    """The validation with its keeper of the best checkpoint and its samples, each where it is wanted."""
-    settings, metric = config.validation, config.checkpoint.monitor
-    keeper = sampler = None
+    """The validation with the writers of its best checkpoint and of its samples, each where it is wanted."""
+    settings, metric = config.validation, config.checkpoint.monitor and present_column(config.checkpoint.monitor)
+    best_checkpoint = samples_writer = None
     if metric is not None:
         check_metric(metric, plan.columns)
-        keeper = BestCheckpointKeeper(checkpoints.directory, metric, plan.higher, checkpoints.save_now)
+        best_checkpoint = BestCheckpointWriter(checkpoints.directory, metric, plan.higher, checkpoints.save_now)
     if settings.samples_clips is not None:
-        sampler = AudioSampleWriter(
+        samples_writer = AudioSampleWriter(
             directory / "samples",
             plan.clips[: settings.samples_clips],
             plan.levels[1:] or plan.levels,
             stream.clip_format.stored_rate,
             settings.samples_every_updates,
         )
-    return Validation(run_log, plan, keeper, sampler)
+    return Validation(run_log, plan, best_checkpoint, samples_writer)

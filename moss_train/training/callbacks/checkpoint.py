@@ -14,7 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from moss_train.training.callbacks.metrics import Clock
+from moss_train.training.callbacks.metrics import StepTimer
 from moss_train.training.module import cat_module
 from moss_train.utils.checkpoint import (
     CHECKPOINT_FILE,
@@ -32,7 +32,7 @@ from moss_train.utils.errors import UserError
 HIGHER_IS_BETTER = ("text_accuracy", "mean_usage", "mean_perplexity", "usage", "perplexity")
 
 
-class BestCheckpointKeeper:
+class BestCheckpointWriter:
     """Has a checkpoint written whenever a score is better than ever, and records which one it is.
 
     Args:
@@ -60,7 +60,7 @@ class BestCheckpointKeeper:
         best = trainer.strategy.broadcast(read_best(self.directory))
         self.best = best if best is not None and best.metric == self.metric and best.update <= update else None
 
-    def consider(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Any]) -> None:
+    def update(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Any]) -> None:
         """Keep the checkpoint of this update if its score is the best one; the same on every rank."""
         value = scores.get(self.metric)
         if value is None or not math.isfinite(value):
@@ -166,7 +166,7 @@ class CheckpointWriter(Callback):
     """
 
     def __init__(
-        self, directory: Path, every_updates: int, keep: int, keep_every_updates: int | None, clock: Clock
+        self, directory: Path, every_updates: int, keep: int, keep_every_updates: int | None, clock: StepTimer
     ) -> None:
         if every_updates < 1 or keep < 2:
             raise UserError(

@@ -109,7 +109,7 @@ class HealthMonitor(Writer):
     def _check_discriminators(self, update: int) -> None:
         # Not during their warm-up.
         rows = [row for row in self.rows if "loss/adversarial" in row]
-        margins = [row["discriminator/real"] - row["discriminator/generated"] for row in rows]
+        margins = [row["discriminator_score/real"] - row["discriminator_score/generated"] for row in rows]
         if len(margins) < len(self.rows):
             return
         margin, count = statistics.fmean(margins), len(margins)

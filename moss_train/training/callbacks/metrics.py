@@ -13,7 +13,7 @@ from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.training.cost.mfu import UTILIZATION, UpdateContent, Utilization
 from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module, update_result
-from moss_train.training.step.objective import LOGITS, Objective, gradient_shares
+from moss_train.training.step.objective import SCORES, Objective, gradient_shares
 from moss_train.training.step.schedule import PARTS
 from moss_train.training.step.update import UpdateResult
 from moss_train.utils.files import printable
@@ -24,7 +24,7 @@ CLOCK_COLUMNS = (
     *UTILIZATION,
     "update_seconds",
     "data_wait_seconds",
-    "other_seconds",
+    "callback_seconds",
     "checkpoint_seconds",
 )
 """What a clock measured; everything else is the same in every run of one configuration."""
@@ -41,7 +41,7 @@ def metric_columns(objective: Objective) -> tuple[str, ...]:
         *(f"weighted/{name}" for name in objective.names),
         *(f"gradient_share/{name}" for name in objective.output_names),
         "text_accuracy",
-        *LOGITS,
+        *SCORES,
         *(f"gradient_norm/{name}" for name in ("generator", *PARTS, "discriminators")),
         *(f"clip_factor/{name}" for name in SIDES),
         *(f"learning_rate/{name}" for name in SIDES),
@@ -53,7 +53,7 @@ def metric_columns(objective: Objective) -> tuple[str, ...]:
     )
 
 
-class Clock(Callback):
+class StepTimer(Callback):
     """The last of the callbacks: what the others do after an update is not part of the next one's time."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class UpdateMetrics(Callback):
         utilization: counts what an update costs.
     """
 
-    def __init__(self, run_log: LoggerCollection, clock: Clock, utilization: Utilization) -> None:
+    def __init__(self, run_log: LoggerCollection, clock: StepTimer, utilization: Utilization) -> None:
         self.run_log = run_log
         self.clock = clock
         self.utilization = utilization
@@ -121,7 +121,7 @@ class UpdateMetrics(Callback):
             **self.utilization.shares(content, schedule_state, update_seconds),
             "update_seconds": update_seconds,
             "data_wait_seconds": self.batch_start - self.clock.free,
-            "other_seconds": self.clock.free - self.last_end,
+            "callback_seconds": self.clock.free - self.last_end,
             "checkpoint_seconds": self.clock.checkpoint_seconds,
         }
 

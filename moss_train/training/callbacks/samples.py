@@ -12,7 +12,7 @@ import torch
 from moss_train.audio.io import write_audio
 from moss_train.batch import TASKS
 from moss_train.plotting import save_spectrograms
-from moss_train.training.callbacks.validation_data import HeldOutClip, Reconstruction, reconstruct
+from moss_train.training.callbacks.validation_data import DecodedClip, HeldOutClip, reconstruct
 from moss_train.training.loggers.base import ClipSample
 from moss_train.training.module import CatModule
 from moss_train.utils.files import atomic_write
@@ -68,7 +68,7 @@ class AudioSampleWriter:
         return samples
 
     def _write(
-        self, update: int, name: str, clip: HeldOutClip, made: Reconstruction, texts: Mapping[str, str]
+        self, update: int, name: str, clip: HeldOutClip, made: DecodedClip, texts: Mapping[str, str]
     ) -> ClipSample:
         folder = self._folder(update)
         audio = {ORIGINAL: clip.target} | {label(count): made.audio[count] for count in self.levels}
@@ -102,7 +102,7 @@ class AudioSampleWriter:
                 whole.write_text("\n".join(lines), "utf-8")
 
 
-def transcripts(module: CatModule, clip: HeldOutClip, made: Reconstruction) -> dict[str, str]:
+def transcripts(module: CatModule, clip: HeldOutClip, made: DecodedClip) -> dict[str, str]:
     """The truth and what the LM reads at every depth; empty without LM or text."""
     if module.semantic is None or clip.text is None:
         return {}

@@ -20,9 +20,9 @@ from moss_train.utils.files import atomic_write, parse_json, read_json
 POINTS = 400
 NOT_SHOWN = ("loss/generator", "loss/commitment")  # the sum; the commitment term has the codebook term's value
 ADVERSARIAL = ("loss/discriminators", "loss/adversarial", "loss/feature")
-VERDICTS = ("discriminator/real", "discriminator/generated")
+SCORES = ("discriminator_score/real", "discriminator_score/generated")
 NORMS = ("gradient_norm/generator", "gradient_norm/discriminators")
-TIMES = ("update_seconds", "data_wait_seconds", "other_seconds", "checkpoint_seconds", "audio_seconds")
+TIMES = ("update_seconds", "data_wait_seconds", "callback_seconds", "checkpoint_seconds", "audio_seconds")
 
 
 @dataclass
@@ -33,56 +33,56 @@ class TrainingHistory:
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     stages: dict[str, int] = field(default_factory=dict)  # name -> first update
     bins: dict[str, dict[int, tuple[float, int]]] = field(default_factory=lambda: defaultdict(dict))
-    stretch: int = 1
+    bin_size: int = 1
 
     def curves(self, names: Iterable[str]) -> list[Curve]:
         """The named columns, those without any value left out."""
         curves = []
         for name in names:
             points = self.bins.get(name, {})
-            places = [(number + 0.5) * self.stretch for number in points]
+            places = [(number + 0.5) * self.bin_size for number in points]
             if points:
                 curves.append(Curve(name.partition("/")[2], places, [total / n for total, n in points.values()]))
         return curves
 
 
-def follow(rows: Iterable[Mapping[str, str]], updates: int) -> TrainingHistory:
+def read_history(rows: Iterable[Mapping[str, str]], updates: int) -> TrainingHistory:
     """Read the rows of `metrics.csv` of a run of so many updates, one at a time."""
-    course = TrainingHistory(stretch=max(1, updates // POINTS))
+    history = TrainingHistory(bin_size=max(1, updates // POINTS))
     for row in rows:
         losses = [name for name in row if name.startswith("loss/") and name not in NOT_SHOWN]
         update = int(row["update"])
-        course.num_updates = update
-        course.stages.setdefault(row["stage"], update)
-        for name in (*losses, *VERDICTS, *NORMS):
+        history.num_updates = update
+        history.stages.setdefault(row["stage"], update)
+        for name in (*losses, *SCORES, *NORMS):
             if row.get(name):
-                total, count = course.bins[name].get(update // course.stretch, (0.0, 0))
-                course.bins[name][update // course.stretch] = (total + float(row[name]), count + 1)
+                total, count = history.bins[name].get(update // history.bin_size, (0.0, 0))
+                history.bins[name][update // history.bin_size] = (total + float(row[name]), count + 1)
         for name in TIMES:
-            course.sums[name] += float(row.get(name) or 0)
-    return course
+            history.sums[name] += float(row.get(name) or 0)
+    return history
 
 
 def panels(
-    course: TrainingHistory, validation: Sequence[Mapping[str, str]], codebooks: Sequence[Mapping[str, str]]
+    history: TrainingHistory, validation: Sequence[Mapping[str, str]], codebooks: Sequence[Mapping[str, str]]
 ) -> list[Panel]:
     """What a person wants to see of a run first; subjects without values are left out."""
     depths = [name for name in (validation[0] if validation else ()) if is_depth(name)]
     mel = [held_out_curve(validation, name, depth_label(name)) for name in depths]
     text = [
         held_out_curve(validation, name, label)
-        for name, label in (("text_nats", "hearing the clip"), ("text_nats_blind", "not hearing it"))
+        for name, label in (("text_lm_loss", "given the audio"), ("text_lm_loss_no_audio", "without the audio"))
         if validation and validation[0].get(name)
     ]
     use = [held_out_curve(codebooks, "mean_usage", "codes in use")] if codebooks else []
-    losses = [name for name in course.bins if name.startswith("loss/") and name not in ADVERSARIAL]
+    losses = [name for name in history.bins if name.startswith("loss/") and name not in ADVERSARIAL]
     wanted = [
-        Panel("training losses", course.curves(losses), logarithmic=True),
+        Panel("training losses", history.curves(losses), logarithmic=True),
         Panel("held out: mel distance", mel, dots=True),
-        Panel("adversarial losses", course.curves(ADVERSARIAL)),
+        Panel("adversarial losses", history.curves(ADVERSARIAL)),
         Panel("held out: LM cross entropy (nats per token)", text, dots=True),
-        Panel("mean verdict of the discriminators", course.curves(VERDICTS)),
-        Panel("gradient norms before clipping", course.curves(NORMS), logarithmic=True),
+        Panel("mean score of the discriminators", history.curves(SCORES)),
+        Panel("gradient norms before clipping", history.curves(NORMS), logarithmic=True),
         Panel("use of the codebooks, mean over levels", use, dots=len(codebooks) < 40),
     ]
     return [panel for panel in wanted if panel.curves]
@@ -136,33 +136,33 @@ class Summary(Callback):
 def write_summary(directory: Path, module: CatModule, hours: Mapping[str, float]) -> None:
     """Write `summary.md`, and its picture where matplotlib is there."""
     updates = module.schedule.updates
-    course = follow(iterate_table(directory / "metrics.csv"), module.update)
+    history = read_history(iterate_table(directory / "metrics.csv"), module.update)
     validation, codebooks = (read_table(directory / f"{name}.csv") for name in ("validation", "codebooks"))
     name = f"{directory.parent.name}/{directory.name}"
     picture = [NO_PICTURE]
-    if find_spec("matplotlib") is not None and (drawn := panels(course, validation, codebooks)):
+    if find_spec("matplotlib") is not None and (drawn := panels(history, validation, codebooks)):
         with atomic_write(directory / PICTURE_FILE) as path:
-            save_curves(drawn, path, f"{name}, {module.update} updates", course.stages)
+            save_curves(drawn, path, f"{name}, {module.update} updates", history.stages)
         picture = [f"![Curves of the run]({PICTURE_FILE})"]
     state = "Finished" if module.update >= updates else "Stopped"
     lines = [f"# {name}", "", f"{state} at update {module.update} of {updates}.", ""]
-    lines += [*facts(directory, course, hours), "", *picture, "", *validation_table(validation)]
-    lines += [*codebook_lines(codebooks), *trouble(directory)]
+    lines += [*overview_table(directory, history, hours), "", *picture, "", *validation_table(validation)]
+    lines += [*codebook_lines(codebooks), *warnings_section(directory)]
     with atomic_write(directory / SUMMARY_FILE) as path:
         path.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
 
 
-def facts(directory: Path, course: TrainingHistory, hours: Mapping[str, float]) -> list[str]:
+def overview_table(directory: Path, history: TrainingHistory, hours: Mapping[str, float]) -> list[str]:
     """Time, audio, machine and checkpoints as a table."""
-    sums = course.sums
+    sums = history.sums
     busy = max(sums["update_seconds"], 1e-9)
-    stages = ", ".join(f"{name} from {first}" for name, first in course.stages.items())
+    stages = ", ".join(f"{name} from {first}" for name, first in history.stages.items())
     audio = ", ".join(f"{domain} {count:.2f} h" for domain, count in hours.items())
     best = read_best(directory / "checkpoints")
     rows = {
         "stages, by their first update": stages or "none",
         "time in updates": f"{clock(busy)} ({busy:.0f} s), {sums['data_wait_seconds'] / busy:.1%} waiting for data",
-        "time between updates": f"{sums['other_seconds']:.0f} s (validation, samples, checkpoints), "
+        "time between updates": f"{sums['callback_seconds']:.0f} s (validation, samples, checkpoints), "
         f"{sums['checkpoint_seconds']:.0f} s of it for checkpoints",
         "audio used": f"{audio}; {sums['audio_seconds'] / busy:.1f} audio-s/s",
         "machine": machine(directory),
@@ -188,7 +188,7 @@ def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Scores on held-out audio: at most twelve rows, first and last among them."""
     if not rows:
         return ["No validation: `validation.data` was not set.", ""]
-    text = [name for name in ("text_nats", "text_nats_blind", "text_accuracy") if rows[0].get(name)]
+    text = [name for name in ("text_lm_loss", "text_lm_loss_no_audio", "text_accuracy") if rows[0].get(name)]
     depths = [name for name in rows[0] if is_depth(name)]
     titles = [
         "update",
@@ -206,7 +206,7 @@ def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         values = [f"{float(row[name]):.3f}" if row[name] else "" for name in (*depths, *text)]
         lines.append(f"| {' | '.join([row['update'], *values])} |")
     if text:
-        lines += ["", "text nats: cross entropy of the LM per text token; blind: the same without hearing the clip."]
+        lines += ["", "text lm loss: cross entropy in nats per text token, given the audio and without it."]
     return [*lines, ""]
 
 
@@ -226,7 +226,7 @@ def codebook_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
     ]
 
 
-def trouble(directory: Path) -> list[str]:
+def warnings_section(directory: Path) -> list[str]:
     """Warnings and skipped updates."""
     warnings = directory / "warnings.txt"
     found = warnings.read_text("utf-8", errors="replace").splitlines() if warnings.exists() else []

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from moss_train.evaluation.metrics.base import Metric, columns_of
 from moss_train.evaluation.metrics.codes import codebook_columns
-from moss_train.evaluation.reconstruct import Condition, Rendition, pcm16
+from moss_train.evaluation.reconstruct import Condition, Reconstruction, pcm16
 from moss_train.evaluation.results import ClipRow
-from moss_train.evaluation.runner import score_renditions
+from moss_train.evaluation.runner import score_reconstructions
 from moss_train.evaluation.statistics import ALL_DOMAINS, mean_scores
-from moss_train.training.callbacks.checkpoint import BestCheckpointKeeper
+from moss_train.training.callbacks.checkpoint import BestCheckpointWriter
 from moss_train.training.callbacks.samples import AudioSampleWriter
 from moss_train.training.callbacks.validation_data import (
-    BLIND,
+    NO_AUDIO,
+    DecodedClip,
     HeldOutClip,
-    Reconstruction,
     mel_sums,
     reconstruct,
     scores,
-    text_sums,
+    text_lm_sums,
 )
 from moss_train.training.distributed.collectives import gather_over_ranks, num_ranks, sum_over_ranks, sum_to_host
 from moss_train.training.loggers.base import LoggerCollection
@@ -74,8 +74,12 @@ class ValidationPlan:
         mel = [
             f"mel_distance/{place}{count}" for place in ("", *(f"{d}/" for d in self.domains)) for count in self.levels
         ]
-        text = [f"text_nats/{count}" for count in self.levels]
-        text = ["text_nats", "text_nats_blind", "text_accuracy", *text] if any(clip.text for clip in self.clips) else []
+        text = [f"text_lm_loss/{count}" for count in self.levels]
+        text = (
+            ["text_lm_loss", "text_lm_loss_no_audio", "text_accuracy", *text]
+            if any(clip.text for clip in self.clips)
+            else []
+        )
         further = [name for column in columns_of(self.metrics) for name in self._places(column.key)]
         codebooks = codebook_columns(self.levels[-1])[2:]
         return ("update", "seconds", "clips", "mel_distance", *text, *mel, *further, *codebooks)
@@ -94,19 +98,19 @@ class Validation(Callback):
         self,
         run_log: LoggerCollection,
         plan: ValidationPlan,
-        keeper: BestCheckpointKeeper | None,
-        sampler: AudioSampleWriter | None,
+        best_checkpoint: BestCheckpointWriter | None,
+        samples_writer: AudioSampleWriter | None,
     ) -> None:
         self.run_log = run_log
         self.plan = plan
-        self.keeper = keeper
-        self.sampler = sampler
+        self.best_checkpoint = best_checkpoint
+        self.samples_writer = samples_writer
         self.done_update: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         update = cat_module(pl_module).update
-        if self.keeper is not None:
-            self.keeper.start(trainer, update)
+        if self.best_checkpoint is not None:
+            self.best_checkpoint.start(trainer, update)
         if update == 0:
             self._validate(trainer, pl_module)
         else:
@@ -128,18 +132,20 @@ class Validation(Callback):
             return
         self.done_update = module.update
         started = time.perf_counter()
-        with looking(trainer, module), module.averaged_weights():
+        with eval_mode(trainer, module), module.averaged_weights():
             row = validate(module, self.plan)
-            samples = self.sampler.make(module, trainer.is_global_zero) if self.sampler is not None else []
+            samples = (
+                self.samples_writer.make(module, trainer.is_global_zero) if self.samples_writer is not None else []
+            )
         seconds = time.perf_counter() - started
         self.run_log.write("validation", {"update": module.update, "seconds": seconds, **row})
         self.run_log.show(samples)
-        if self.keeper is not None:
-            self.keeper.consider(trainer, pl_module, row)
+        if self.best_checkpoint is not None:
+            self.best_checkpoint.update(trainer, pl_module, row)
 
 
 @contextmanager
-def looking(trainer: Trainer, module: CatModule) -> Iterator[None]:
+def eval_mode(trainer: Trainer, module: CatModule) -> Iterator[None]:
     """Evaluation mode in the run's precision, without gradients; modes and random generators are restored."""
     modes = [(part, part.training) for part in module.modules()]
     devices = [module.device] if module.device.type == "cuda" else []
@@ -181,11 +187,11 @@ def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
 def sum_names(plan: ValidationPlan) -> list[str]:
     """Names of all sums, the same on every rank whatever its clips are."""
     mel = [f"mel_distance/{place}{count}" for place in ("", *(f"{d}/" for d in plan.domains)) for count in plan.levels]
-    text = [f"{kind}/{name}" for kind in ("nats", "correct") for name in (*plan.levels, *BLIND)]
+    text = [f"{kind}/{name}" for kind in ("nats", "correct") for name in (*plan.levels, *NO_AUDIO)]
     return ["clips", *(f"clips/{domain}" for domain in plan.domains), *mel, "text_tokens", *text]
 
 
-def text_of(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, made: Reconstruction) -> dict[str, float]:
+def text_of(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, made: DecodedClip) -> dict[str, float]:
     """The LM's sums for one clip; nothing for a clip without text, which sharded networks pass all the same."""
     if module.semantic is None or (clip.text is None and num_ranks() == 1):
         return {}
@@ -193,7 +199,7 @@ def text_of(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, made: Re
     states = None
     if other is not None or num_ranks() > 1:
         states = reconstruct_states(module, other or clip, plan.levels[-1])
-    found = text_sums(module.semantic, clip, made, states, clip.text or "-")
+    found = text_lm_sums(module.semantic, clip, made, states, clip.text or "-")
     if other is None:
         found["nats/other"] = math.inf  # several ranks passed the clip's own states, in step with the others
     return {} if clip.text is None else found
@@ -212,15 +218,15 @@ def next_with_text(clips: Sequence[HeldOutClip], clip: HeldOutClip) -> HeldOutCl
     return next((item for item in others if item.text is not None), None)
 
 
-def score_clip(clip: HeldOutClip, made: Reconstruction, metrics: Mapping[str, Metric], sampling_rate: int) -> ClipRow:
+def score_clip(clip: HeldOutClip, made: DecodedClip, metrics: Mapping[str, Metric], sampling_rate: int) -> ClipRow:
     """Apply further measures to a clip as 16-bit audio."""
     wanted = pcm16(clip.target.cpu())
     pairs = [
-        Rendition(Condition(SYSTEM, count), wanted, pcm16(audio.cpu()), sampling_rate)
+        Reconstruction(Condition(SYSTEM, count), wanted, pcm16(audio.cpu()), sampling_rate)
         for count, audio in made.audio.items()
     ]
     labels = {"domain": clip.domain} | ({} if clip.text is None else {"text": clip.text})
-    rows = score_renditions(pairs, metrics, labels)
+    rows = score_reconstructions(pairs, metrics, labels)
     return ClipRow(clip.id, clip.domain, clip.id, clip.target.shape[-1] / sampling_rate, rows)
 
 

@@ -86,12 +86,12 @@ def read_clip(clip: ListedClip, clip_format: ClipFormat, max_seconds: float) -> 
     return HeldOutClip(clip.id, clip.domain, padded, target, text, clip.labels.get("task", "asr"))
 
 
-BLIND = ("other", "silent")
+NO_AUDIO = ("other", "silent")
 """What the LM hears instead of the clip for its audio-blind value: another clip, and nothing, all states zero."""
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class DecodedClip:
     """What a tokenizer made of one clip."""
 
     codes: Tensor  # [N, F]
@@ -105,7 +105,7 @@ def depths(num_quantizers: int, wanted: Sequence[int] | None = None) -> tuple[in
     return tuple(sorted({max(1, count) for count in (*chosen, num_quantizers)}))
 
 
-def reconstruct(tokenizer: MossAudioTokenizerModel, clip: HeldOutClip, levels: Sequence[int]) -> Reconstruction:
+def reconstruct(tokenizer: MossAudioTokenizerModel, clip: HeldOutClip, levels: Sequence[int]) -> DecodedClip:
     """Encode once, decode every prefix, through the modules that training uses (they may be sharded over ranks)."""
     latent = tokenizer.encode_latent(clip.audio[None].to(tokenizer.device))
     outputs = {count: tokenizer.quantizer(latent, torch.tensor([count], device=latent.device)) for count in levels}
@@ -113,10 +113,10 @@ def reconstruct(tokenizer: MossAudioTokenizerModel, clip: HeldOutClip, levels: S
     audio = {
         count: tokenizer.decode_latent(state)[0, :, : clip.target.shape[-1]].float() for count, state in states.items()
     }
-    return Reconstruction(outputs[levels[-1]].codes[:, 0], states, audio)
+    return DecodedClip(outputs[levels[-1]].codes[:, 0], states, audio)
 
 
-def mel_sums(clip: HeldOutClip, made: Reconstruction, sampling_rate: int) -> dict[str, float]:
+def mel_sums(clip: HeldOutClip, made: DecodedClip, sampling_rate: int) -> dict[str, float]:
     """Mel distance of every depth, for all domains together and for the clip's own."""
     sums: dict[str, float] = {}
     for count, audio in made.audio.items():
@@ -127,8 +127,8 @@ def mel_sums(clip: HeldOutClip, made: Reconstruction, sampling_rate: int) -> dic
     return sums
 
 
-def text_sums(
-    text_lm: TextLM, clip: HeldOutClip, made: Reconstruction, other: Tensor | None, text: str
+def text_lm_sums(
+    text_lm: TextLM, clip: HeldOutClip, made: DecodedClip, other: Tensor | None, text: str
 ) -> dict[str, float]:
     """Cross entropy of a text for the states of every depth, and for states that know nothing of the clip.
 
@@ -153,12 +153,12 @@ def text_sums(
 def scores(sums: Mapping[str, float], counts: Tensor, levels: Sequence[int]) -> dict[str, float]:
     """The row of a validation from sums over all clips of all ranks.
 
-    Mel distances are means over clips. `text_nats` is the LM's cross entropy per text token. The audio-blind value is
-    the smaller of two: no predictor that does not hear the clip can be better than the text allows, so the smaller one
-    is the fairer bound, for an LM that is confused by what it does not know from training may be worse than blind.
+    Mel distances are means over clips. `text_lm_loss` is the LM's cross entropy per text token.
+    `text_lm_loss_no_audio` is the smaller of two values: an LM that gets states unlike those of its training may do
+    worse than the text alone allows, so the smaller one is the fairer bound.
 
     Args:
-        sums: of `mel_sums`, `text_sums`, and `clips` with `clips/<domain>`.
+        sums: of `mel_sums`, `text_lm_sums`, and `clips` with `clips/<domain>`.
         counts: how often each code was chosen [N, V].
         levels: the depths.
     """
@@ -170,9 +170,9 @@ def scores(sums: Mapping[str, float], counts: Tensor, levels: Sequence[int]) -> 
             clips = sums[f"clips/{domain}"] if domain else sums["clips"]
             row |= {name: value / clips} if clips else {}
     if tokens := sums.get("text_tokens"):
-        row |= {f"text_nats/{count}": sums[f"nats/{count}"] / tokens for count in levels}
-        row["text_nats"] = row[f"text_nats/{levels[-1]}"]
-        row["text_nats_blind"] = min(sums[f"nats/{name}"] for name in BLIND) / tokens
+        row |= {f"text_lm_loss/{count}": sums[f"nats/{count}"] / tokens for count in levels}
+        row["text_lm_loss"] = row[f"text_lm_loss/{levels[-1]}"]
+        row["text_lm_loss_no_audio"] = min(sums[f"nats/{name}"] for name in NO_AUDIO) / tokens
         row["text_accuracy"] = sums[f"correct/{levels[-1]}"] / tokens
     use = codebook_row(counts)
     return row | {name: value for name, value in use.items() if name != "frames"}

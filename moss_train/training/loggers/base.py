@@ -17,6 +17,7 @@ from moss_train.audio.io import read_audio
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import add_path_to_error, atomic_write
 from moss_train.utils.progress import progress
+from moss_train.utils.tables import present_column
 
 TABLES = ("metrics", "codebooks", "audio_hours", "validation")
 """A row per update; use of every codebook level; hours by domain; scores on held-out audio. `update` is in each."""
@@ -119,7 +120,7 @@ class CsvWriter(Writer):
 
 
 def iterate_table(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of a table, one at a time; none when there is no file, and no row that a kill cut short.
+    """Rows of a table under the present names of its columns; none without a file, and no row that a kill cut short.
 
     Raises:
         UserError: it is not a table of a run.
@@ -131,7 +132,10 @@ def iterate_table(path: Path) -> Iterator[dict[str, str]]:
             rows = csv.DictReader(line for line in file if line.endswith("\n"))
             if rows.fieldnames and "update" not in rows.fieldnames:
                 raise UserError(f"{path} is damaged: it has no column update; restore it, or move it away")
-            yield from (row for row in rows if (row["update"] or "").isdigit())
+            names = {name: present_column(name) for name in rows.fieldnames or ()}
+            for row in rows:
+                if (row["update"] or "").isdigit():
+                    yield {new: row[old] for old, new in names.items()}
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or move it away") from error
 

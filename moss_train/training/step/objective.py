@@ -316,7 +316,7 @@ def with_weights(weights: Mapping[str, float], changes: Mapping[str, float]) -> 
     return {**weights, **changes}
 
 
-LOGITS = ("discriminator/real", "discriminator/generated")
+SCORES = ("discriminator_score/real", "discriminator_score/generated")
 
 
 def count_codes(codes: Tensor, frame_mask: Tensor, codebook_size: int) -> Tensor:
@@ -330,7 +330,7 @@ def count_codes(codes: Tensor, frame_mask: Tensor, codebook_size: int) -> Tensor
     return counts.scatter_add_(1, codes.flatten(1), valid)
 
 
-def mean_logits(
+def mean_scores(
     real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], num_clips: Tensor | int
 ) -> dict[str, Tensor]:
     """Mean verdict on real and on generated audio, 1 for real and 0 for generated where the discriminators are sure.
@@ -340,7 +340,7 @@ def mean_logits(
     return {
         name: torch.stack([output.logits.detach().float().flatten(1).mean(1) for output in outputs]).mean(0).sum()
         / num_clips
-        for name, outputs in zip(LOGITS, (real, generated), strict=True)
+        for name, outputs in zip(SCORES, (real, generated), strict=True)
     }
 
 

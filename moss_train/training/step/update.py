@@ -28,12 +28,12 @@ from moss_train.training.distributed.collectives import (
 from moss_train.training.distributed.fsdp import is_sharded
 from moss_train.training.step.accumulation import Accumulation, autocast_dtype
 from moss_train.training.step.objective import (
-    LOGITS,
+    SCORES,
     SEMANTIC,
     Objective,
     UpdateCounts,
     count_codes,
-    mean_logits,
+    mean_scores,
     weighted_sum,
 )
 from moss_train.training.step.optimizers import squared_norm, step_clipped
@@ -320,7 +320,7 @@ def forward_backward(
         generated = discriminators(
             objective.crop(output if schedule_state.adversarial_loss_active else output.detach(), batch)
         )
-        observed |= mean_logits(real, generated, counts.clips)
+        observed |= mean_scores(real, generated, counts.clips)
         if schedule_state.discriminators_learn:
             own_loss = objective.discriminator_loss(real, generated, counts)
             observed["loss/discriminators"] = own_loss
@@ -408,7 +408,7 @@ def log_names(objective: Objective) -> tuple[str, ...]:
         "loss/generator",
         "loss/discriminators",
         "text_accuracy",
-        *LOGITS,
+        *SCORES,
     )
 
 
