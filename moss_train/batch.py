@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moss_train.utils.errors import BadSample
+from moss_train.utils.errors import InvalidSample
 
 TASKS = ("asr", "multi_speaker_asr", "caption")
 """Names of the text tasks; the place of a name is its id in `Batch.task_ids`."""
@@ -27,8 +27,8 @@ class Batch:
     text_tokens: Tensor  # [B, L] int64, padded with 0
     text_lengths: Tensor  # [B] int64, 0 for a clip without text
     task_ids: Tensor  # [B] int64, place in TASKS, -1 for a clip without text
-    quantizer_units: Tensor  # [B] float32 in [0, 1)
-    crop_units: Tensor  # [B] float32 in [0, 1)
+    quantizer_uniform: Tensor  # [B] float32 in [0, 1)
+    crop_uniform: Tensor  # [B] float32 in [0, 1)
     sample_ids: tuple[str, ...]
     domains: tuple[str, ...]
     host: "Batch | None" = None  # what it was copied from by `to`: asking its lengths does not wait for the device
@@ -92,7 +92,7 @@ class UpdateBatch:
     micro_batches: tuple[Batch, ...]
     update: int  # number of this update
     next_position: int  # sample position of the stream after this update; all that a resume needs
-    dropped: tuple[BadSample, ...]  # samples that could not be read
+    dropped: tuple[InvalidSample, ...]  # samples that could not be read
     without_text: tuple[str, ...] = ()  # ids of samples that are used without their text, which is too long
 
     def to(self, device: torch.device | str) -> "UpdateBatch":

@@ -24,7 +24,7 @@ from transformers import (
 
 from moss_train.batch import TASKS
 from moss_train.utils.errors import UserError
-from moss_train.utils.hub import from_pretrained, refuse_kernels
+from moss_train.utils.hub import check_no_remote_kernels, from_pretrained
 
 __all__ = ["ByteText", "PretrainedText", "TextLM"]
 
@@ -199,7 +199,7 @@ class TextLM(nn.Module):
         if pretrained is not None:
             # It comes in eval mode, without the dropout that its configuration may have.
             return from_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32).train()
-        refuse_kernels(config or {}, "semantic.config")
+        check_no_remote_kernels(config or {}, "semantic.config")
         return Qwen2ForCausalLM(Qwen2Config(**{"vocab_size": self.text.vocab_size, **(config or {})}))
 
     def forward(

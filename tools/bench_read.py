@@ -50,7 +50,7 @@ def segments(path: Path) -> None:
     """Read a file in parts, as `pack` does."""
     total = audio_info(path).num_samples
     for start in range(0, total, SEGMENT_SECONDS * RATE):
-        read_audio(path, start=start, num_frames=min(SEGMENT_SECONDS * RATE, total - start))
+        read_audio(path, start=start, num_samples=min(SEGMENT_SECONDS * RATE, total - start))
 
 
 def measure(paths: list[Path], minutes: float) -> list[float]:

@@ -51,8 +51,8 @@ def micro_batch(
     shapes = {
         "audio": (clips, config.number_channels, length),
         **({"target": (clips, config.number_channels, frames * config.upsample_rate)} if has_target else {}),
-        "quantizer_units": (clips,),
-        "crop_units": (clips,),
+        "quantizer_uniform": (clips,),
+        "crop_uniform": (clips,),
     }
     numbers: dict[str, Any] = {
         **{name: torch.zeros(shape, device=device) for name, shape in shapes.items()},

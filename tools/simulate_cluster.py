@@ -119,7 +119,7 @@ def report_ranks(updates: Sequence[Sequence[UpdatePlan]], options: argparse.Name
     return RankReport(
         batches=Spread.of(sum(len(ranks) > rank for ranks in updates) for rank in range(options.num_ranks)),
         clips=Spread.of(len(refs_of(plan)) for plan in plans),
-        seconds=Spread.of(sum(ref.num_frames for ref in refs_of(plan)) / RATE for plan in plans),
+        seconds=Spread.of(sum(ref.num_samples for ref in refs_of(plan)) / RATE for plan in plans),
         micro_batches=Spread.of(len(plan.micro_batches) for plan in plans),
         shards_per_worker=Spread.of(len(shards) for shards in opened.values()),
         shards_per_node=Spread.of(len(shards_of(node)) for node in nodes),

@@ -7,7 +7,7 @@ asked for, so that a billion of them take no memory.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def record_of(domain: Domain, number: int) -> dict:
     seconds = count * sum(domain.seconds) / 2
     name = f"{domain.name}-{number:06d}.tar"
     sha256 = hashlib.sha256(name.encode()).hexdigest()
-    return asdict(ShardRecord(name, domain.name, count, round(seconds * BYTES_PER_SECOND), sha256, seconds))
+    return ShardRecord(name, domain.name, count, round(seconds * BYTES_PER_SECOND), sha256, seconds).to_json()
 
 
 def load_corpus(folders: Sequence[tuple[Path, Domain]]) -> Corpus:

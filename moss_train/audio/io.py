@@ -21,7 +21,7 @@ from torch import Tensor
 from moss_train.audio.containers import scan
 from moss_train.audio.window import DamagedError, Layout, Piece, PieceFile, Remark, Window
 from moss_train.utils.errors import Fault, SampleError, UserError
-from moss_train.utils.files import refuse_special
+from moss_train.utils.files import check_regular_file
 
 RESAMPLER = "torchaudio.functional.resample sinc_interp_hann width 6 rolloff 0.99"
 """Name of the method behind `resample`, recorded wherever resampled audio is stored."""
@@ -228,7 +228,7 @@ def _open_bytes(source: AudioSource, name: str) -> BinaryIO:
         return source
     try:
         # By Python: libsndfile reports every system error, a missing file included, as "System error".
-        refuse_special(Path(source), name)
+        check_regular_file(Path(source), name)
         return Path(source).open("rb")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         if isinstance(error, SampleError):
@@ -260,18 +260,18 @@ def read_audio(
     sampling_rate: int | None = None,
     num_channels: int | None = None,
     start: int = 0,
-    num_frames: int | None = None,
+    num_samples: int | None = None,
     is_whole: bool = False,
 ) -> tuple[Tensor, int]:
     """Read audio as float32 [C, T] with its sampling rate, resampled and with channels converted when asked to.
 
-    `start` and `num_frames` count samples per channel at the file's own rate; None reads to the end. `is_whole`: the
+    `start` and `num_samples` count samples per channel at the file's own rate; None reads to the end. `is_whole`: the
     file was written by `pack`, so its header is right and its bytes need not be looked at first. Raises SampleError,
     naming the file, when it cannot be read, is shorter than its header or the request says, or holds samples that are
     NaN, infinite or far above full scale.
     """
     with _Recording(source, is_whole) as file:
-        wanted = file.num_samples - start if num_frames is None else num_frames
+        wanted = file.num_samples - start if num_samples is None else num_samples
         if start < 0 or wanted < 0 or start + wanted > file.num_samples:
             raise SampleError(
                 Fault.AUDIO, f"{file.name} has {file.num_samples} samples, asked for {start} to {start + wanted}"

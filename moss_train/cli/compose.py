@@ -106,7 +106,7 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
     read = _read_shipped_files if config_dir is None else _read_files
     values = with_present_names(schema, copy.deepcopy(read(command, tuple(groups.items()), tuple(directories))))
     if config_dir is not None:
-        _refuse_resolvers(values, config_dir)  # also of files elsewhere that its files name
+        _check_references(values, config_dir)  # also of files elsewhere that its files name
     for key in COMMAND_LINE_ONLY:
         if values.get(key):
             raise ConfigError("conflict", key, values[key], "runs code, so it is taken from the command line only")
@@ -170,16 +170,16 @@ def _check_files(directory: Path) -> None:
         same = shipped / path.relative_to(directory)
         if same.is_file() and not same.samefile(path):
             raise UserError(f"{path} has the name of a shipped configuration and would not be read: rename it")
-        _refuse_resolvers(read_yaml(path), path)
+        _check_references(read_yaml(path), path)
 
 
-def _refuse_resolvers(value: Any, path: Path) -> None:
+def _check_references(value: Any, path: Path) -> None:
     """Raise UserError for a text with a reference that calls something, as `${oc.env:HOME}` does, or cannot be read."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):
         for item in value:
-            _refuse_resolvers(item, path)
+            _check_references(item, path)
     elif isinstance(value, str) and "${" in value:
         from omegaconf.errors import OmegaConfBaseException
         from omegaconf.grammar_parser import parse

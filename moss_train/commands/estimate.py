@@ -8,8 +8,8 @@ from moss_train.semantic import resolve_lm_config
 from moss_train.training.cost.estimate import (
     GB,
     UPDATE_BYTES,
+    ClusterSpec,
     Estimate,
-    Machine,
     ScalingLaw,
     estimate,
     read_scaling_law,
@@ -30,24 +30,24 @@ EXAMPLES = (
 )
 SHORT_UPDATE_SECONDS = 0.1  # below, starting the operations takes longer than doing them
 MODELLED_MFU = 0.3  # the default
-MACHINE_KEYS = ("gpu", "gpus", "mfu", "text_fraction", "text_tokens_per_second", "allreduce_gb_per_second")
+CLUSTER_KEYS = ("gpu", "gpus", "mfu", "text_fraction", "text_tokens_per_second", "allreduce_gb_per_second")
 
 
 def run(config: EstimateConfig) -> int:
     """Count, estimate and print. Returns 0."""
     law = None if config.scaling is None else read_scaling_law(config.scaling)
-    machine = Machine(**{key: getattr(config, key) for key in MACHINE_KEYS} | {"mfu": share_of_peak(config.mfu)})
+    cluster = ClusterSpec(**{key: getattr(config, key) for key in CLUSTER_KEYS} | {"mfu": share_of_peak(config.mfu)})
     init_plan = plan_initialization(config)
     semantic = init_plan.arguments["semantic"]
     arguments = {**init_plan.arguments, "semantic": None if semantic is None else resolve_lm_config(semantic)}
     parameters = count_parameters_on_meta(arguments, config)
-    result = estimate(config, arguments, init_plan.tokenizer_config, parameters, machine)
+    result = estimate(config, arguments, init_plan.tokenizer_config, parameters, cluster)
     console = Console(width=max(Console().width, 110))
-    for table in (parameter_table(result), cost_table(result), time_table(result), memory_table(result, machine)):
+    for table in (parameter_table(result), cost_table(result), time_table(result), memory_table(result, cluster)):
         console.print(table)
-    lines = memory_lines(config, result, machine) + recomputation_lines(config, result)
+    lines = memory_lines(config, result, cluster) + recomputation_lines(config, result)
     lines += [] if law is None else scaling_lines(result, law)
-    lines += assumptions(config, result, machine)
+    lines += assumptions(config, result, cluster)
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -89,9 +89,10 @@ def gigas(*operations: float) -> list[str]:
 
 def time_table(result: Estimate) -> Table:
     """How fast the stages go and how long they last."""
-    columns = ("stage", "updates", "audio-s", "s/update", "stepping", "audio-s/s", "updates/h", "audio hours", "days")
+    columns = ("stage", "updates", "audio-s", "s/update", "optimizer", "audio-s/s", "updates/h", "audio hours", "days")
     table = Table(
-        *columns, title="time (audio-s per update; audio-s/s are audio-h/h; stepping: share of sums and optimizers)"
+        *columns,
+        title="time (audio-s per update; audio-s/s are audio-h/h; optimizer: fraction after the passes)",
     )
     for s in result.stages:
         seconds = s.compute_seconds + s.step_seconds
@@ -111,9 +112,9 @@ def in_days(days: float) -> str:
     return f"{days:,.1f}" if days >= 1 else f"{days:.2g}"
 
 
-def memory_table(result: Estimate, machine: Machine) -> Table:
+def memory_table(result: Estimate, cluster: ClusterSpec) -> Table:
     """Memory of one GPU by kind, for each way to place the state."""
-    placed = placements(result, machine)
+    placed = placements(result, cluster)
     table = Table("GiB on each GPU", *placed, title="memory")
     for kind in result.memory.state:
         table.add_row(kind, *(f"{sizes[kind] / GIB:.2f}" for sizes in placed.values()))
@@ -122,24 +123,24 @@ def memory_table(result: Estimate, machine: Machine) -> Table:
     return table
 
 
-def placements(result: Estimate, machine: Machine) -> dict[str, dict[str, float]]:
+def placements(result: Estimate, cluster: ClusterSpec) -> dict[str, dict[str, float]]:
     """Bytes of the state on each GPU by kind: whole, and divided where there are several GPUs."""
-    if machine.gpus == 1:
+    if cluster.gpus == 1:
         return {"1 GPU": result.memory.state}
-    return {"DDP": result.memory.state, f"FSDP over {machine.gpus}": result.memory.sharded}
+    return {"DDP": result.memory.state, f"FSDP over {cluster.gpus}": result.memory.sharded}
 
 
-def memory_lines(config: EstimateConfig, result: Estimate, machine: Machine) -> list[str]:
+def memory_lines(config: EstimateConfig, result: Estimate, cluster: ClusterSpec) -> list[str]:
     """What activations take, and the longest micro-batch that fits."""
     memory, micro = result.memory, config.data.micro_batch_seconds
-    available = GPUS[machine.gpu].memory * GB
+    available = GPUS[cluster.gpu].memory * GB
     lines = []
-    for name, state in placements(result, machine).items():
+    for name, state in placements(result, cluster).items():
         left = available - sum(state.values())
         longest = [left / size for size in (memory.per_second, memory.per_second_checkpointed)]
-        verdict = "fits" if longest[0] >= micro else "does not fit" if longest[1] < micro else "fits checkpointed only"
+        fit = "fits" if longest[0] >= micro else "does not fit" if longest[1] < micro else "fits checkpointed only"
         lines.append(
-            f"{name}: data.micro_batch_seconds={micro:g} {verdict}; at most {max(longest[0], 0):.0f} s, "
+            f"{name}: data.micro_batch_seconds={micro:g} {fit}; at most {max(longest[0], 0):.0f} s, "
             f"{max(longest[1], 0):.0f} s with activation checkpointing of all layers"
         )
     kept = (memory.per_second / 1e6, memory.per_second_checkpointed / 1e6)
@@ -173,25 +174,25 @@ def scaling_lines(result: Estimate, law: ScalingLaw) -> list[str]:
         flops, days = share * whole, share * result.days
         lines.append(
             f"  {share:.0%} of the compute, {flops:.3g} FLOP, about {days:,.1f} days: mel distance "
-            f"{law.distance(flops):.3f} ({law.verdict(flops)})"
+            f"{law.distance(flops):.3f} ({law.describe_range(flops)})"
         )
     return [*lines, "  held-out data, losses and schedule as in those runs; other ones move the law"]
 
 
-def assumptions(config: EstimateConfig, result: Estimate, machine: Machine) -> list[str]:
+def assumptions(config: EstimateConfig, result: Estimate, cluster: ClusterSpec) -> list[str]:
     """Everything that was not counted."""
     is_launch_bound = any(stage.updates_per_hour > 3600 / SHORT_UPDATE_SECONDS for stage in result.stages)
-    peak, kind = machine.peak(config.trainer)
+    peak, kind = cluster.peak(config.trainer)
     origin = f" (measured: {config.mfu})" if isinstance(config.mfu, str) else ""
     if config.mfu == MODELLED_MFU:
         origin = " (a model, not a measurement: tools/model_gpu.py)"
     return [
         "Assumptions:",
-        f"  mfu={machine.mfu:g}{origin} of {peak / 1e12:g} TFLOP/s ({machine.gpu}, dense {kind}, data sheet), all "
+        f"  mfu={cluster.mfu:g}{origin} of {peak / 1e12:g} TFLOP/s ({cluster.gpu}, dense {kind}, data sheet), all "
         "included",
         f"  clips of data.crop_seconds={config.data.crop_seconds:g} s",
-        f"  text_fraction={machine.text_fraction:g} of the audio, {machine.text_tokens_per_second:g} tokens a second",
-        f"  gradients summed at {machine.allreduce_gb_per_second:g} GB/s (busbw), as if after the backward passes, "
+        f"  text_fraction={cluster.text_fraction:g} of the audio, {cluster.text_tokens_per_second:g} tokens a second",
+        f"  gradients summed at {cluster.allreduce_gb_per_second:g} GB/s (busbw), as if after the backward passes, "
         f"{UPDATE_BYTES} bytes of memory traffic per parameter and step (as with trainer.strategy=ddp)",
         "  no restarts, no waiting for data, no validation",
         *(

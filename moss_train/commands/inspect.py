@@ -10,7 +10,7 @@ import numpy as np
 
 from moss_train.audio.io import write_audio
 from moss_train.config.schema import InspectConfig
-from moss_train.data.inspect import ClipFacts, DropLimits, Inspection, find_bad, inspect_folder, render_page
+from moss_train.data.inspect import ClipFacts, DropLimits, Inspection, find_clips_to_drop, inspect_folder, render_page
 from moss_train.data.stream.corpus import permutation
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.plotting import Histogram, Scatter, save_histograms
@@ -40,7 +40,7 @@ def run(config: InspectConfig | Mapping[str, Any]) -> int:
     with progress("inspecting") as bar:
         inspections = [inspect_folder(os.path.expanduser(folder), num_workers, bar.advance) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
-    bad = find_bad([clip for inspection in inspections for clip in inspection.clips], limits)
+    bad = find_clips_to_drop([clip for inspection in inspections for clip in inspection.clips], limits)
     _write_lists(out, inspections, bad)
     save_histograms(_panels([clip for inspection in inspections for clip in inspection.clips]), out / "report.png")
     players = _write_players(out, inspections, bad)

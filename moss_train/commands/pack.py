@@ -62,7 +62,7 @@ def run(config: PackConfig | Mapping[str, Any]) -> int:
                 on_clip=on_clip,
             )
     except BaseException:
-        _say_what_is_kept(target)
+        _print_resume_hint(target)
         raise
     _print_report(report, config.out)
     if report.left_out.get("dropped", 0) < len(drop):
@@ -71,7 +71,7 @@ def run(config: PackConfig | Mapping[str, Any]) -> int:
     return 0
 
 
-def _say_what_is_kept(target: Path) -> None:
+def _print_resume_hint(target: Path) -> None:
     folder = unfinished_folder(target)
     if (folder / JOURNAL_FILE).exists():
         print(f"finished shards are kept in {folder}; the same command resumes after them", file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from moss_train.config.section import Section, Texts, alternatives, hints_of, is_section, new_name, why_removed
+from moss_train.config.section import Section, Texts, alternatives, hints_of, is_section, new_name, removal_reason
 from moss_train.utils.errors import ConfigError
 
 _NULLS = ("null", "none", "~")
@@ -180,7 +180,7 @@ def find_hint(schema: type[Section], key: str) -> Any:
 
 def is_removed(section: type[Section], key: str, path: str = "") -> bool:
     """Whether a key has no effect any more; a line says why."""
-    reason = why_removed(section, key)
+    reason = removal_reason(section, key)
     if reason:
         print(f"moss_train: {path}{key} has no effect any more: {reason}", file=sys.stderr)
     return reason is not None

@@ -18,7 +18,7 @@ from moss_train.config.section import (
     within,
 )
 from moss_train.utils.errors import ConfigError, UserError
-from moss_train.utils.hub import is_path_like, refuse_missing_model
+from moss_train.utils.hub import check_model_name, is_path_like
 
 EvaluationMetric = Literal[
     "text_model", "stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "speaker", "recognition", "dnsmos"
@@ -240,7 +240,7 @@ def check_inputs(config: Section) -> None:
     for key in MODEL_KEYS:
         for name in _texts(config, key):
             try:
-                refuse_missing_model(name)
+                check_model_name(name)
             except UserError as error:
                 raise ConfigError("missing", key, name, str(error).partition(" does not exist")[2]) from error
     keys = () if isinstance(config, EstimateConfig) else PATH_KEYS

@@ -333,14 +333,14 @@ def new_name(section: type, key: str) -> str:
     return next((RENAMED[base.__name__][key] for base in section.__mro__ if key in RENAMED.get(base.__name__, ())), key)
 
 
-def why_removed(section: type, key: str) -> str | None:
+def removal_reason(section: type, key: str) -> str | None:
     """Return why a key has no effect any more; None for a key that has one, or never existed."""
     return next((reasons[key] for base in section.__mro__ if key in (reasons := REMOVED.get(base.__name__, {}))), None)
 
 
 def rename_keys(section: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the values of a section under their present names; of two names for one key the new one counts."""
-    values = {key: value for key, value in values.items() if not why_removed(section, key)}
+    values = {key: value for key, value in values.items() if not removal_reason(section, key)}
     names = {key: new_name(section, key) for key in values}
     if all(old == new for old, new in names.items()):
         return values

@@ -11,7 +11,7 @@ from moss_train.data.pack.manifest import SourceClip, list_clips
 from moss_train.data.pack.preprocess import find_extent, open_clip
 from moss_train.data.shards.index import INDEX_FILE, ClipLocation, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
-from moss_train.utils.errors import BadSample, SampleError, UserError
+from moss_train.utils.errors import InvalidSample, SampleError, UserError
 
 _LABELS = ("text", "task", "language", "speaker")
 
@@ -29,7 +29,7 @@ class FileClip:
         source = open_clip(self.clip)
         extent = find_extent(self.clip, source)
         num_samples = extent.num_samples - self.start if self.num_samples is None else self.num_samples
-        return read_audio(source, start=extent.begin + self.start, num_frames=num_samples)
+        return read_audio(source, start=extent.begin + self.start, num_samples=num_samples)
 
     def length(self) -> tuple[int, int]:
         """Samples and rate in Hz."""
@@ -41,7 +41,7 @@ class FileClip:
 class UnreadableClip:
     """Stands for a line or file that is no clip: it is counted like a clip that cannot be read."""
 
-    bad: BadSample
+    bad: InvalidSample
 
     def __call__(self) -> tuple[Tensor, int]:
         """Raises SampleError."""

@@ -18,7 +18,7 @@ from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.utils.errors import SampleError, UserError
 from moss_train.utils.files import pluralize
-from moss_train.utils.workers import TASKS_PER_PROCESS, ordered, worker_pool
+from moss_train.utils.workers import TASKS_PER_PROCESS, map_ordered, worker_pool
 
 FULL_SCALE = 32766 / 32768
 _END_SECONDS = 0.005
@@ -72,7 +72,9 @@ def inspect_folder(
     problems, clips = _problems(index.verify_arrays), []
     with worker_pool(num_workers if num_workers > 1 else 0, "moss_train.data.inspect") as submit:
         shards = ((str(folder), number) for number in range(len(index.shards)))
-        for _, (found, facts) in ordered(submit, _inspect_shard, shards, ahead=TASKS_PER_PROCESS * num_workers):
+        for _, (found, facts) in map_ordered(
+            submit, _inspect_shard, shards, max_in_flight=TASKS_PER_PROCESS * num_workers
+        ):
             problems += found
             clips += facts
             on_clips(len(facts))
@@ -138,7 +140,7 @@ def ends_abruptly(audio: Tensor, sampling_rate: int) -> bool:
     return level_db(end) > level_db(audio) - _END_RANGE_DB
 
 
-def find_bad(clips: Sequence[ClipFacts], limits: DropLimits) -> dict[str, str]:
+def find_clips_to_drop(clips: Sequence[ClipFacts], limits: DropLimits) -> dict[str, str]:
     """Return id -> reason of the clips that should be dropped; of equal recordings the first stays."""
     bad: dict[str, str] = {}
     seen: dict[str, str] = {}

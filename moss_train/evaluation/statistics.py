@@ -16,7 +16,7 @@ POLICIES = ("exclude", "official")
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ConfidenceInterval:
     """A mean over clips, or a quotient of sums, with a 95 % bootstrap interval over clips."""
 
     mean: float
@@ -31,7 +31,7 @@ class SummaryRow:
 
     domain: str
     condition: Condition
-    estimates: dict[str, Estimate]  # by key of the column; a column without any value is not there
+    estimates: dict[str, ConfidenceInterval]  # by key of the column; a column without any value is not there
     num_clips: int
     num_failed: int  # clips of which at least one value that was wanted is missing
 
@@ -100,7 +100,7 @@ def _numerator_and_denominator(values: Mapping[str, float], column: Column) -> t
     return values[column.key], 1.0 if column.denominator is None else values[column.denominator]
 
 
-def bootstrap(pairs: np.ndarray, seed: int) -> Estimate:
+def bootstrap(pairs: np.ndarray, seed: int) -> ConfidenceInterval:
     """Quotient of the column sums of [clips, 2] with the percentile interval of 1000 resamples of the clips.
 
     With ones in the second column it is a mean. Draws depend on the seed and the number of clips only, so two columns
@@ -114,12 +114,12 @@ def bootstrap(pairs: np.ndarray, seed: int) -> Estimate:
         totals[index] = pairs[generator.integers(count, size=count)].sum(0)
     totals = totals[totals[:, 1] > 0]
     low, high = np.percentile(totals[:, 0] / totals[:, 1], [2.5, 97.5])
-    return Estimate(mean, float(low), float(high), count)
+    return ConfidenceInterval(mean, float(low), float(high), count)
 
 
 def paired_difference(
     rows: Sequence[ClipRow], others: Sequence[ClipRow], conditions: tuple[Condition, Condition], column: Column
-) -> Estimate | None:
+) -> ConfidenceInterval | None:
     """Mean of (first - second) over the clips that have both values, with its interval; None when there are none.
 
     conditions: of the first and of the second rows. Quotients of sums are compared clip by clip.

@@ -16,7 +16,7 @@ from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, find_damage, newest_checkpoint, read_payload
 from moss_train.utils.errors import UserError, first_line
 from moss_train.utils.files import read_json
-from moss_train.utils.hub import from_pretrained, refuse_missing_model
+from moss_train.utils.hub import check_model_name, from_pretrained
 
 LOAD_ERRORS = (
     OSError,
@@ -110,7 +110,7 @@ def load_tokenizer(path: str | Path, *, ema: bool = False, part: str | None = No
 
 def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
     """`kind.from_pretrained` of a model folder or repository name, with errors of one line."""
-    refuse_missing_model(str(path))
+    check_model_name(str(path))
     if Path(path).exists() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path} is neither a run, a checkpoint nor a model folder: it has no config.json")
     try:

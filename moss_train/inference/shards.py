@@ -24,7 +24,7 @@ from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import EXECUTORS, TASKS_PER_PROCESS, num_cores, ordered, ray_pool, worker_pool
+from moss_train.utils.workers import EXECUTORS, TASKS_PER_PROCESS, map_ordered, num_cores, ray_pool, worker_pool
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
         _check_same_source(folder, source)
         todo = [number for number, shard in enumerate(index.shards) if not (folder / shard.file).exists()]
         report = Report(0, len(index.shards) - len(todo), [])
-        with progress("encoding", total=sum(index.shards[number].num_samples for number in todo)) as bar:
+        with progress("encoding", total=sum(index.shards[number].num_clips for number in todo)) as bar:
             if executor == "local" and len(devices) == 1:
                 for number in todo:
                     report.failures += encode_shard(encoder, job, index, number, folder, bar.advance)
@@ -66,7 +66,7 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
                 parts = _on_ray if executor == "ray" else _on_devices
                 for number, failures in parts(job, todo, devices, folder):
                     report.failures += failures
-                    bar.advance(index.shards[number].num_samples)
+                    bar.advance(index.shards[number].num_clips)
         report.num_written = len(todo)
         write_code_index(folder, [(shard.file, shard.domain) for shard in index.shards], source)
     return report
@@ -163,13 +163,17 @@ def _on_devices(job: EncodeJob, todo: list[int], devices: Sequence[torch.device]
     setup = partial(_use_device, job, [str(device) for device in devices])
     threads = max(1, num_cores() // len(devices))
     with worker_pool(len(devices), __name__, setup, threads) as submit:
-        yield from ordered(submit, _encode_in_process, todo, str(folder), ahead=TASKS_PER_PROCESS * len(devices))
+        yield from map_ordered(
+            submit, _encode_in_process, todo, str(folder), max_in_flight=TASKS_PER_PROCESS * len(devices)
+        )
 
 
 def _on_ray(job: EncodeJob, todo: list[int], devices: Sequence[torch.device], folder: Path):
     """As above on a cluster, where a task has a GPU when the first device is one."""
     with ray_pool(num_gpus=int(devices[0].type == "cuda")) as (submit, at_once):
-        yield from ordered(submit, _encode_anywhere, todo, job, devices[0].type, str(folder), ahead=2 * at_once)
+        yield from map_ordered(
+            submit, _encode_anywhere, todo, job, devices[0].type, str(folder), max_in_flight=2 * at_once
+        )
 
 
 def _encode_anywhere(number: int, job: EncodeJob, device: str, folder: str) -> list[tuple[Path, str]]:

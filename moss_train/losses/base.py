@@ -48,14 +48,14 @@ class AudioLoss(nn.Module):
 
 
 class QuantizerLoss(nn.Module):
-    """A loss between the latents of the quantizer's levels and the codebook rows that they chose."""
+    """A loss between the latents of the quantizer's levels and the codebook codewords that they chose."""
 
     def forward(
-        self, latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+        self, latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
     ) -> Tensor:
         """Compute the loss of a batch, its sum over clips divided by `num_clips`.
 
-        latents, rows [N, B, T, D]; frame_mask [B, T] bool, true for valid frames; level_mask [N, B] bool, true for
+        latents, codewords [N, B, T, D]; frame_mask [B, T] bool, true for valid frames; level_mask [N, B] bool, true for
         levels in use. Returns a scalar, float32.
         """
         raise NotImplementedError
@@ -87,46 +87,46 @@ def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 class CommitmentLoss(QuantizerLoss):
-    """Keeps the latents near the rows that they chose (see `commitment_loss`)."""
+    """Keeps the latents near the codewords that they chose (see `commitment_loss`)."""
 
     def forward(
-        self, latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+        self, latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
     ) -> Tensor:
         """Compute the loss."""
-        return commitment_loss(latents, rows, frame_mask, level_mask, num_clips)
+        return commitment_loss(latents, codewords, frame_mask, level_mask, num_clips)
 
 
 class CodebookLoss(QuantizerLoss):
-    """Moves the rows to the latents that chose them (see `codebook_loss`)."""
+    """Moves the codewords to the latents that chose them (see `codebook_loss`)."""
 
     def forward(
-        self, latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+        self, latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
     ) -> Tensor:
         """Compute the loss."""
-        return codebook_loss(latents, rows, frame_mask, level_mask, num_clips)
+        return codebook_loss(latents, codewords, frame_mask, level_mask, num_clips)
 
 
 def commitment_loss(
-    latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+    latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
 ) -> Tensor:
-    """Pulls the latents to their rows, which get no gradient.
+    """Pulls the latents to their codewords, which get no gradient.
 
-    latents, rows [N, B, T, D]; frame_mask [B, T] bool, true for valid frames; level_mask [N, B] bool, true for levels
-    in use; num_clips: clips of the whole update. Returns a scalar, float32.
+    latents, codewords [N, B, T, D]; frame_mask [B, T] bool, true for valid frames; level_mask [N, B] bool, true for
+    levels in use; num_clips: clips of the whole update. Returns a scalar, float32.
     """
-    return _squared_distance(latents, rows.detach(), frame_mask, level_mask) / num_clips
+    return _squared_distance(latents, codewords.detach(), frame_mask, level_mask) / num_clips
 
 
 def codebook_loss(
-    latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
+    latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
 ) -> Tensor:
-    """Pulls the rows to the latents that chose them, which get no gradient. Arguments as for `commitment_loss`."""
-    return _squared_distance(latents.detach(), rows, frame_mask, level_mask) / num_clips
+    """Pulls the codewords to the latents that chose them, which get no gradient. Arguments as for `commitment_loss`."""
+    return _squared_distance(latents.detach(), codewords, frame_mask, level_mask) / num_clips
 
 
-def _squared_distance(latents: Tensor, rows: Tensor, frame_mask: Tensor, level_mask: Tensor) -> Tensor:
+def _squared_distance(latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor) -> Tensor:
     """Scalar: sum over levels and clips. What is masked is removed before squaring, so that it cannot leak a NaN."""
     in_use = frame_mask.bool() & level_mask.bool().unsqueeze(-1)
-    difference = (latents.float() - rows.float()).masked_fill(~in_use.unsqueeze(-1), 0)
+    difference = (latents.float() - codewords.float()).masked_fill(~in_use.unsqueeze(-1), 0)
     num_frames = frame_mask.sum(-1).clamp(min=1)
     return (difference.square().mean(-1).sum(-1) / num_frames).sum()

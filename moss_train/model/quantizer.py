@@ -1,4 +1,4 @@
-"""Residual quantizer with factorised codes: cosine search in a few dimensions, raw rows passed on, trained by gradient.
+"""Residual quantizer with factorised codes: cosine search in a few dimensions, codewords that learn by gradient.
 
 The scheme is that of the improved RVQGAN (arXiv 2306.06546) with weight-normalised projections around every level.
 """
@@ -22,14 +22,14 @@ class QuantizerOutput:
         quantized: [B, T, D] float32, sum of the used levels, projected back; gradients pass straight through.
         codes: [N, B, T] int64.
         latents: [N, B, T, d] what each level searched with.
-        rows: [N, B, T, d] codebook rows it found.
+        codewords: [N, B, T, d] codebook vectors it found.
         level_mask: [N, B] bool, levels that contribute.
     """
 
     quantized: Tensor
     codes: Tensor
     latents: Tensor
-    rows: Tensor
+    codewords: Tensor
     level_mask: Tensor
 
 
@@ -103,16 +103,16 @@ class ResidualLFQ(nn.Module):
         with torch.autocast(latent.device.type, enabled=False):
             residual = apply_pointwise(self.input_proj, latent.float())
             total = torch.zeros_like(residual)
-            codes, latents, rows = [], [], []
+            codes, latents, codewords = [], [], []
             for quantizer, used in zip(self.quantizers, level_mask, strict=True):
-                contribution, level_codes, level_latent, row = quantizer(residual)
+                contribution, level_codes, level_latent, codeword = quantizer(residual)
                 residual = residual - contribution
                 total = total + contribution * used[:, None, None]
                 codes.append(level_codes)
                 latents.append(level_latent)
-                rows.append(row)
+                codewords.append(codeword)
             quantized = apply_pointwise(self.output_proj, total)
-        return QuantizerOutput(quantized, torch.stack(codes), torch.stack(latents), torch.stack(rows), level_mask)
+        return QuantizerOutput(quantized, torch.stack(codes), torch.stack(latents), torch.stack(codewords), level_mask)
 
     def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
         """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""

@@ -227,7 +227,7 @@ class CatModule(lightning.LightningModule):
         Sharded networks are whole.
         """
         average = nullcontext() if self.average is None else self.average.swapped_in()
-        with average, nullcontext() if self.shards is None else self.shards.whole():
+        with average, nullcontext() if self.shards is None else self.shards.unsharded():
             yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ class SampleError(UserError):
         return self.reason
 
 
-class BadSample(NamedTuple):
+class InvalidSample(NamedTuple):
     """A clip, file or line that was left out."""
 
     name: str  # id of the clip, or place of the line
@@ -107,7 +107,7 @@ def fault_of(error: Exception) -> Fault:
     return Fault.FILE if isinstance(error, OSError) else Fault.OTHER
 
 
-def count_faults(bad: Iterable[BadSample]) -> str:
+def count_faults(bad: Iterable[InvalidSample]) -> str:
     """Return how many there are of every kind as text, the most frequent first: "3 audio, 1 line"."""
     return ", ".join(f"{count} {fault}" for fault, count in Counter(item.fault for item in bad).most_common())
 

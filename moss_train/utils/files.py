@@ -81,7 +81,7 @@ def special_kind(path: Path) -> str | None:
     return next((name for is_kind, name in _SPECIAL if is_kind(mode)), None)
 
 
-def refuse_special(path: Path, name: str) -> None:
+def check_regular_file(path: Path, name: str) -> None:
     """Raise SampleError unless a path is an ordinary file, without opening it: a pipe would wait for its other end."""
     kind = special_kind(path)
     if kind is not None:

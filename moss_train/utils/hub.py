@@ -22,7 +22,7 @@ def call_with_timeout(question: Callable[[], str | None], seconds: float, otherw
     return answers[0] if answers else otherwise
 
 
-def why_unreachable(url: str, seconds: float) -> str | None:
+def connection_problem(url: str, seconds: float) -> str | None:
     """Why a server does not answer, None when it does, whatever it says; known after so many seconds at most."""
     return call_with_timeout(lambda: _ask(url, seconds), seconds, f"{url} did not answer in {seconds:g} s")
 
@@ -43,7 +43,7 @@ def _ask(url: str, seconds: float) -> str | None:
 HUB_SECONDS = 5.0
 
 
-def refuse_missing_model(name: str) -> None:
+def check_model_name(name: str) -> None:
     """Raise UserError for a tokenizer that is not here and cannot be a repository, which is called owner/name."""
     if Path(name).exists() or (name.count("/") == 1 and not is_path_like(name)):
         return
@@ -70,20 +70,20 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     options = {**options, "trust_remote_code": False}
     if is_path_like(name) and not Path(name).exists():
         raise UserError(f"{name} does not exist")
-    if not Path(name).exists() and why_no_hub() is not None:
+    if not Path(name).exists() and hub_problem() is not None:
         options["local_files_only"] = True
     try:
-        _refuse_other_code(kind, name, options)
+        _check_remote_code(kind, name, options)
         return kind.from_pretrained(name, **options)
     except OSError as error:
         if "local_files_only" not in options or Path(name).exists():
             raise
         raise UserError(
-            f"{name} is neither a folder in {Path.cwd()} nor in the cache of the Hugging Face hub, and {why_no_hub()}"
+            f"{name} is neither a folder in {Path.cwd()} nor in the cache of the Hugging Face hub, and {hub_problem()}"
         ) from error
 
 
-def refuse_kernels(config: Mapping[str, Any], place: str) -> None:
+def check_no_remote_kernels(config: Mapping[str, Any], place: str) -> None:
     """Refuse a model's configuration that has transformers fetch and run compiled code, or another package's loader.
 
     Raises:
@@ -98,22 +98,22 @@ def refuse_kernels(config: Mapping[str, Any], place: str) -> None:
         if key == "quantization_config" and value:
             raise UserError(f"{place}: quantization_config is not supported: give the weights that were not quantized")
         if isinstance(value, Mapping):
-            refuse_kernels(value, place)
+            check_no_remote_kernels(value, place)
 
 
-def _refuse_other_code(kind: Any, name: str, options: Mapping[str, Any]) -> None:
+def _check_remote_code(kind: Any, name: str, options: Mapping[str, Any]) -> None:
     from transformers import AutoTokenizer, PretrainedConfig
 
     if kind is AutoTokenizer:
         return
     content, _ = PretrainedConfig.get_config_dict(name, local_files_only=options.get("local_files_only", False))
-    refuse_kernels(content, name)
+    check_no_remote_kernels(content, name)
 
 
 @cache
-def why_no_hub() -> str | None:
+def hub_problem() -> str | None:
     """Why the hub is not asked, None when it answers."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{variable} is set"
-    return why_unreachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), HUB_SECONDS)
+    return connection_problem(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), HUB_SECONDS)

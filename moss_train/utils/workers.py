@@ -33,7 +33,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def start_worker() -> None:
+def init_loader_worker() -> None:
     """One thread per forked worker (more only get in each other's way), and none that outlives a killed parent.
 
     A cluster that takes the machine away signals every process. The parent finishes what it does and needs its workers
@@ -119,10 +119,10 @@ def _do_now(function: Callable[..., Any], *args: Any) -> "Future[Any]":
     return future
 
 
-def ordered(
-    submit: Submit, function: Callable[..., Result], tasks: Iterable[Task], *args: Any, ahead: int
+def map_ordered(
+    submit: Submit, function: Callable[..., Result], tasks: Iterable[Task], *args: Any, max_in_flight: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield every task with `function(task, *args)`, in the order of the tasks; at most `ahead` are begun early.
+    """Yield every task with `function(task, *args)`, in the order of the tasks; at most `max_in_flight` are begun.
 
     Raises OSError when a process ends abruptly, as it does when the system runs out of memory.
     """
@@ -130,7 +130,7 @@ def ordered(
     try:
         for task in tasks:
             waiting.append((task, submit(function, task, *args)))
-            if len(waiting) >= ahead:
+            if len(waiting) >= max_in_flight:
                 first, future = waiting.popleft()
                 yield first, future.result()
         while waiting:
@@ -144,7 +144,7 @@ EXECUTORS = ("local", "ray")
 
 
 class _RayResult:
-    """What `submit` returns: as much of a Future as `ordered` uses."""
+    """What `submit` returns: as much of a Future as `map_ordered` uses."""
 
     def __init__(self, reference: Any, get: Callable[[Any], Any]) -> None:
         self._reference, self._get = reference, get

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moss_train import load_config
 from moss_train.config.fit_schema import TrainerConfig
-from moss_train.training.cost.estimate import GB, Estimate, Machine, estimate, seconds_of_step
+from moss_train.training.cost.estimate import GB, ClusterSpec, Estimate, estimate, seconds_of_step
 from moss_train.training.run.fit import count_parameters_on_meta
 from moss_train.training.run.warm_start import plan_initialization
 
@@ -81,7 +81,7 @@ def main() -> None:
     config = load_config("fit", ["experiment=cat_1b6", "trainer.reduce_dtype=bf16"])
     init_plan = plan_initialization(config)
     parameters = count_parameters_on_meta(init_plan.arguments, config)
-    machines = {gpus: Machine("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND) for gpus in GPUS}
+    machines = {gpus: ClusterSpec("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND) for gpus in GPUS}
     one = estimate(config, init_plan.arguments, init_plan.tokenizer_config, parameters, machines[GPUS[0]])
     plans = {gpus: on_more(one, config.trainer, machine) for gpus, machine in machines.items()}
     used = sum(stage.audio_seconds for stage in one.stages) / 3600
@@ -122,7 +122,7 @@ def main() -> None:
     )
 
 
-def on_more(plan: Estimate, trainer: TrainerConfig, machine: Machine) -> Estimate:
+def on_more(plan: Estimate, trainer: TrainerConfig, machine: ClusterSpec) -> Estimate:
     """The estimate for the first number of GPUs, carried over to another."""
     stages = [
         replace(

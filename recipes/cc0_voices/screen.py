@@ -91,7 +91,7 @@ def main(voices: Path, options: Options) -> None:
         quantized = model.quantizer(latent, levels) if is_quantized else pass_unquantized(model.quantizer, latent)
         output = model.decode_latent(quantized.quantized)
         frame_mask = torch.ones(latent.shape[:2], dtype=torch.bool)
-        arguments = (quantized.latents, quantized.rows, frame_mask, quantized.level_mask, options.clips)
+        arguments = (quantized.latents, quantized.codewords, frame_mask, quantized.level_mask, options.clips)
         loss = options.commitment * commitment_loss(*arguments) + codebook_loss(*arguments)
         if update > options.mel_from:
             loss = loss + 15 * mel(audio, output, lengths)

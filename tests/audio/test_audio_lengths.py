@@ -78,7 +78,7 @@ def test_a_part_is_the_same_part_of_the_whole(kind: str, tmp_path: Path) -> None
     path.write_bytes(encoded(kind, LONG))
     whole, _ = read_audio(path)
     for start in (0, 1, 999, 30_000, 77_777, 150_001, whole.shape[1] - 500):
-        part, _ = read_audio(path, start=start, num_frames=500)
+        part, _ = read_audio(path, start=start, num_samples=500)
         assert close(part, whole[:, start : start + 500])
 
 
@@ -111,7 +111,7 @@ def test_joined_files_are_read_one_after_the_other(kind: str) -> None:
         assert info.num_samples == wanted.shape[1]
         assert close(read(content), wanted)
         seam = plain(parts[0]).shape[1]
-        part = read(content, start=seam - 100, num_frames=200)
+        part = read(content, start=seam - 100, num_samples=200)
         assert close(part, wanted[:, seam - 100 : seam + 100])
 
 
@@ -150,7 +150,7 @@ def test_a_length_that_the_header_does_not_know_is_found(name: str) -> None:
     assert info.remarks == (Remark.LENGTH_UNKNOWN,)
     assert info.num_samples == len(SPEECH)
     assert torch.equal(read(content), plain(source))
-    assert torch.equal(read(content, start=40_000, num_frames=99), plain(source)[:, 40_000:40_099])
+    assert torch.equal(read(content, start=40_000, num_samples=99), plain(source)[:, 40_000:40_099])
 
 
 def test_silence_from_a_pipe_is_no_empty_file() -> None:
@@ -208,7 +208,7 @@ def test_an_mp3_file_without_a_header_is_read_to_its_end(kind: str) -> None:
     delay = 1105  # of the encoder, which only the header tells
     assert bare.shape[1] >= whole.shape[1] + delay - 529
     assert close(bare[:, 576 : 576 + whole.shape[1]], whole)
-    part = read(without_header(content), start=100_000, num_frames=3000)
+    part = read(without_header(content), start=100_000, num_samples=3000)
     assert close(part, bare[:, 100_000:103_000])
 
 

@@ -37,7 +37,7 @@ def test_a_part_equals_the_same_part_of_the_whole(recording: Path) -> None:
     info = audio_info(recording)
     assert whole.shape == (info.num_channels, info.num_samples)
     assert rate == info.sampling_rate == 24000
-    part, _ = read_audio(recording, start=5000, num_frames=777)
+    part, _ = read_audio(recording, start=5000, num_samples=777)
     assert torch.equal(part, whole[:, 5000:5777])
     tail, _ = read_audio(io.BytesIO(recording.read_bytes()), start=info.num_samples - 3)
     assert torch.equal(tail, whole[:, -3:])
@@ -93,6 +93,6 @@ def test_errors_name_the_file(tmp_path: Path, recording: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.wav: No such file"):
         read_audio(tmp_path / "gone.wav")
     with pytest.raises(UserError, match=r"asked for 10 to"):
-        read_audio(recording, start=10, num_frames=10**9)
+        read_audio(recording, start=10, num_samples=10**9)
     with pytest.raises(UserError, match=r"x\.mp3: the suffix has to be one of wav, flac"):
         write_audio(tmp_path / "x.mp3", torch.zeros(1, 10), 24000)

@@ -9,7 +9,7 @@ from moss_train import load_config
 from moss_train.cli.main import main
 from moss_train.commands.estimate import in_days
 from moss_train.config.fit_schema import TrainerConfig
-from moss_train.training.cost.estimate import Machine, read_scaling_law, seconds_of_step
+from moss_train.training.cost.estimate import ClusterSpec, read_scaling_law, seconds_of_step
 from moss_train.training.cost.flops import Cost, discriminators_cost, layers_cost, tokenizer_costs
 from moss_train.training.cost.hardware import StateSize
 from moss_train.training.run.warm_start import plan_initialization
@@ -102,11 +102,13 @@ def test_a_measured_scaling_law_predicts_the_distance_and_says_how_far_it_reache
     law = read_scaling_law(write_scaling(tmp_path / "scaling.json"))
     assert law.distance(1e20) == pytest.approx(1.0)  # 100 * 10^-2
     assert law.distance(1e15) == pytest.approx(10**0.5)
-    assert law.verdict(5e15) == "inside the measured range"
-    assert law.verdict(5e14) == "below the measured range"
-    assert law.verdict(5e16) == "5 times the largest measured compute"
-    assert law.verdict(1e20).startswith("1e+04 times the largest measured compute: a far extrapolation")
-    assert "predicts nothing" in read_scaling_law(write_scaling(tmp_path / "rising.json", exponent=0.1)).verdict(1e15)
+    assert law.describe_range(5e15) == "inside the measured range"
+    assert law.describe_range(5e14) == "below the measured range"
+    assert law.describe_range(5e16) == "5 times the largest measured compute"
+    assert law.describe_range(1e20).startswith("1e+04 times the largest measured compute: a far extrapolation")
+    assert "predicts nothing" in read_scaling_law(write_scaling(tmp_path / "rising.json", exponent=0.1)).describe_range(
+        1e15
+    )
     assert main([*TINY, f"scaling={tmp_path / 'scaling.json'}"]) == 0
     text = capsys.readouterr().out
     assert "scaling law of 2 runs (cat_small, NVIDIA H100 80GB HBM3)" in text
@@ -160,7 +162,7 @@ def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16():
     step = 48 * 2.0e9 / 3.35e12
 
     def seconds(gpus: int, sent: str, **options: bool) -> float:
-        machine = Machine("h100", gpus, 0.4, 0.3, 15.0, 300.0)
+        machine = ClusterSpec("h100", gpus, 0.4, 0.3, 15.0, 300.0)
         return seconds_of_step(Stage("s", 10, 60.0, **options), TrainerConfig(reduce_dtype=sent), size, machine)
 
     assert seconds(1, "fp32") == pytest.approx(step)

@@ -13,7 +13,7 @@ from moss_train.data.stream import sample_reader as counting
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.data.stream.stream import AudioStream, ClipFormat
-from moss_train.utils.errors import BadSample, Fault, UserError
+from moss_train.utils.errors import Fault, InvalidSample, UserError
 
 CLIP_FORMAT = ClipFormat(24000, 1, 1920)
 
@@ -80,7 +80,7 @@ def test_hours_are_those_of_the_clips(packed: Path) -> None:
 
 def test_a_share_above_the_ceiling_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "MIN_SAMPLES", 100)
-    bad = UpdateBatch((), 0, 0, (BadSample("clip-7", "damaged JSON (x)", Fault.JSON),))
+    bad = UpdateBatch((), 0, 0, (InvalidSample("clip-7", "damaged JSON (x)", Fault.JSON),))
     counter = StreamCounter(24000, max_invalid_fraction=0.02)
     counter.add(bad)
     counter.add(bad)

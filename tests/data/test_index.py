@@ -32,7 +32,7 @@ def flip_byte(path: Path, offset: int) -> None:
 def test_an_intact_copy_passes(copy: Path) -> None:
     index = ShardIndex.load(copy)
     index.verify()
-    assert len(index) == sum(shard.num_samples for shard in index.shards) > 0
+    assert len(index) == sum(shard.num_clips for shard in index.shards) > 0
 
 
 def test_a_shard_that_was_cut_or_is_gone_is_found_at_once(copy: Path) -> None:

@@ -95,7 +95,7 @@ def test_ranks_share_the_samples_of_one_process(packed: Path, uninterrupted: lis
     def contents(updates: list[UpdateBatch], number: int) -> dict[tuple, Tensor]:
         batches = updates[number].micro_batches
         return {
-            (sample_id, float(batch.quantizer_units[i])): batch.audio[i, :, : int(batch.audio_lengths[i])]
+            (sample_id, float(batch.quantizer_uniform[i])): batch.audio[i, :, : int(batch.audio_lengths[i])]
             for batch in batches
             for i, sample_id in enumerate(batch.sample_ids)
         }

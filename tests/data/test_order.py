@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moss_train.data.stream.corpus import DomainMixture, DomainOrder, domain_shares, permutation, units
-from moss_train.data.stream.stream import deal, split_by_length
+from moss_train.data.stream.stream import assign_to_rank, split_by_length
 from moss_train.utils.errors import UserError
 
 
@@ -88,7 +88,7 @@ def test_weights_have_to_fit_the_domains() -> None:
 
 def test_dealing_gives_every_rank_as_much() -> None:
     lengths = np.array([5, 1, 9, 7, 3, 8, 2, 6])
-    shares = [deal(lengths, rank, 3) for rank in range(3)]
+    shares = [assign_to_rank(lengths, rank, 3) for rank in range(3)]
     assert sorted(np.concatenate(shares)) == list(range(8))
     assert [lengths[share].tolist() for share in shares] == [[9, 3, 2], [8, 5, 1], [7, 6]]
 
@@ -112,7 +112,7 @@ def test_ranks_of_a_cluster_need_no_more_passes_than_their_audio_fills() -> None
     texts = np.clip(random.lognormal(1.9, 0.6, 2000), 1, 30)
     lengths = (np.where(random.random(2000) < 0.3, texts, 12.0) * 24000).astype(np.int64)
     lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), 18000 * 24000)) + 1]
-    shares = [lengths[deal(lengths, rank, 64)] for rank in range(64)]
+    shares = [lengths[assign_to_rank(lengths, rank, 64)] for rank in range(64)]
     runs = [split_by_length(share, 120 * 24000, 0.7) for share in shares]
     assert np.mean([len(part) for part in runs]) < 3.3
     for share, part in zip(shares, runs, strict=True):

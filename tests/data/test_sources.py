@@ -11,7 +11,7 @@ import torch
 from moss_train.audio.io import read_audio, resample, write_audio
 from moss_train.commands import pack as pack_command
 from moss_train.data.pack.manifest import SourceClip, list_clips
-from moss_train.data.pack.preprocess import PackOptions, cut, prepare_segment
+from moss_train.data.pack.preprocess import PackOptions, cut, preprocess_segment
 from moss_train.data.shards.index import ShardIndex
 from moss_train.utils.errors import UserError
 from tests.data.packed_clips import iterate_clips
@@ -151,7 +151,7 @@ def test_hours_are_cut_into_parts_that_fit(tmp_path: Path) -> None:
     assert sum(segment.num_samples for segment in segments) == 4 * 3600 * 44100 + 17
     assert max(segment.num_samples for segment in segments) <= 60 * 44100 + 147
     assert all(segment.start % 147 == 0 for segment in segments)
-    gone = prepare_segment(segments[0], SourceClip(tmp_path / "gone.flac", "gone", "audio"), PackOptions())
+    gone = preprocess_segment(segments[0], SourceClip(tmp_path / "gone.flac", "gone", "audio"), PackOptions())
     assert (gone.kind, "gone.flac" in gone.reason) == ("unreadable", True)
 
 

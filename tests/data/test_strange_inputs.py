@@ -18,7 +18,7 @@ from moss_train.data.clips import list_sources
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.pack.on_the_fly import pack_cached
 from moss_train.data.pack.pack import SILENT, pack
-from moss_train.data.pack.preprocess import PackOptions, SkippedClip, prepare
+from moss_train.data.pack.preprocess import PackOptions, SkippedClip, preprocess_clip
 from moss_train.data.shards.format import EncodedClip
 from moss_train.data.shards.index import ShardIndex
 from moss_train.inference.files import find_audio, find_codes, targets_of
@@ -104,7 +104,7 @@ def test_formats_of_phones_come_with_the_command_that_converts_them(tmp_path: Pa
         list_clips(folder / "memo.m4a", "audio")
     wav(folder / "good.wav")
     assert list_clips(folder, "audio").ignored == {".m4a": 1}
-    outcome = prepare(list_clips(manifest(folder, {"path": "memo.m4a"}), "audio").clips[0], PackOptions())
+    outcome = preprocess_clip(list_clips(manifest(folder, {"path": "memo.m4a"}), "audio").clips[0], PackOptions())
     assert isinstance(outcome, SkippedClip)
     assert "ffmpeg -i" in outcome.reason
 
@@ -113,7 +113,7 @@ def test_formats_of_phones_come_with_the_command_that_converts_them(tmp_path: Pa
 def test_a_part_may_end_a_rounding_error_behind_its_recording(tmp_path: Path, end: float | None, remarks) -> None:
     wav(tmp_path / "a.wav")
     source = manifest(tmp_path, {"path": "a.wav", "start_seconds": 0.25, "end_seconds": end})
-    outcome = prepare(list_clips(source, "speech").clips[0], PackOptions())
+    outcome = preprocess_clip(list_clips(source, "speech").clips[0], PackOptions())
     assert isinstance(outcome, EncodedClip)
     assert (outcome.num_samples, outcome.remarks) == (18000, remarks)
 
@@ -121,7 +121,7 @@ def test_a_part_may_end_a_rounding_error_behind_its_recording(tmp_path: Path, en
 def test_a_part_that_ends_far_behind_its_recording_is_refused(tmp_path: Path) -> None:
     wav(tmp_path / "a.wav")
     source = manifest(tmp_path, {"path": "a.wav", "end_seconds": 1.02})
-    outcome = prepare(list_clips(source, "speech").clips[0], PackOptions())
+    outcome = preprocess_clip(list_clips(source, "speech").clips[0], PackOptions())
     assert isinstance(outcome, SkippedClip)
     assert outcome.fault == Fault.LENGTH
 
@@ -130,7 +130,7 @@ def test_segments_of_kaldi_may_end_at_minus_one(tmp_path: Path) -> None:
     wav(tmp_path / "a.wav")
     (tmp_path / "wav.scp").write_text("rec a.wav\n")
     (tmp_path / "segments").write_text("one rec 0.5 -1\ntwo rec 0.5 1.004\n")
-    outcomes = [prepare(clip, PackOptions()) for clip in list_clips(tmp_path, "speech").clips]
+    outcomes = [preprocess_clip(clip, PackOptions()) for clip in list_clips(tmp_path, "speech").clips]
     assert [outcome.num_samples for outcome in outcomes if isinstance(outcome, EncodedClip)] == [12000, 12000]
 
 

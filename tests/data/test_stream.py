@@ -22,8 +22,8 @@ def test_a_clip_with_text_is_whole_or_without_its_text(packed: Path) -> None:
     too_long = [ref for ref in refs if ref.location.has_text and not ref.with_text]
     assert with_text
     assert too_long
-    assert all((ref.start, ref.num_frames) == (0, ref.location.num_samples) for ref in with_text)
-    assert all(ref.location.num_samples > 5 * 24000 and ref.num_frames == 12000 for ref in too_long)
+    assert all((ref.start, ref.num_samples) == (0, ref.location.num_samples) for ref in with_text)
+    assert all(ref.location.num_samples > 5 * 24000 and ref.num_samples == 12000 for ref in too_long)
 
 
 def test_without_a_text_lm_clips_with_text_are_cropped_like_all_others(packed: Path) -> None:
@@ -39,8 +39,8 @@ def test_crops_lie_anywhere_inside_the_clip(packed: Path) -> None:
     stream = make_stream(packed)
     refs = [stream.sample(position) for position in range(2000)]
     crops = [ref for ref in refs if not ref.with_text]
-    assert all(ref.num_frames == min(12000, ref.location.num_samples) for ref in crops)
-    assert all(0 <= ref.start <= ref.location.num_samples - ref.num_frames for ref in crops)
+    assert all(ref.num_samples == min(12000, ref.location.num_samples) for ref in crops)
+    assert all(0 <= ref.start <= ref.location.num_samples - ref.num_samples for ref in crops)
     places = [ref.start / (ref.location.num_samples - 12000) for ref in crops if ref.location.num_samples > 24000]
     assert min(places) < 0.05
     assert max(places) > 0.95
@@ -52,9 +52,9 @@ def test_random_numbers_belong_to_the_position(packed: Path) -> None:
     positions = [7, 5000, 10**10]
     assert [first.sample(p) for p in positions] == [second.sample(p) for p in reversed(positions)][::-1]
     refs = [first.sample(position) for position in range(1000)]
-    assert len({ref.quantizer_unit for ref in refs}) > 990
-    assert all(0 <= ref.quantizer_unit < 1 and 0 <= ref.crop_unit < 1 for ref in refs)
-    assert all(ref.quantizer_unit != ref.crop_unit for ref in refs)
+    assert len({ref.quantizer_uniform for ref in refs}) > 990
+    assert all(0 <= ref.quantizer_uniform < 1 and 0 <= ref.crop_uniform < 1 for ref in refs)
+    assert all(ref.quantizer_uniform != ref.crop_uniform for ref in refs)
     assert make_stream(packed, seed=1).sample(7) != first.sample(7)
 
 
@@ -71,7 +71,7 @@ def test_every_clip_of_a_domain_comes_once_per_pass(packed: Path) -> None:
 def test_domains_get_their_share_of_the_seconds(packed: Path, weights: dict[str, float]) -> None:
     stream = make_stream(packed, weights=weights)
     refs = [stream.sample(position) for position in range(30_000)]
-    seconds = {domain: sum(ref.num_frames for ref in refs if ref.domain == domain) for domain in weights}
+    seconds = {domain: sum(ref.num_samples for ref in refs if ref.domain == domain) for domain in weights}
     for domain, weight in weights.items():
         assert seconds[domain] / sum(seconds.values()) == pytest.approx(weight / sum(weights.values()), abs=0.01)
 
@@ -84,7 +84,7 @@ def test_an_update_takes_what_its_batch_seconds_need(packed: Path) -> None:
     lengths = [stream.sample(position).num_frames for position in range(100, plan.next_position)]
     assert sum(lengths) >= 20 * 24000 > sum(lengths[:-1])
     for group in plan.micro_batches:
-        longest = max(ref.num_frames for ref in group)
+        longest = max(ref.num_samples for ref in group)
         assert len(group) * longest <= 6 * 24000
 
 
@@ -124,8 +124,8 @@ def test_ranks_get_equal_seconds(packed: Path, world_size: int) -> None:
         plans = [stream.plan_update(position, 120.0, 6.0, rank, world_size) for rank in range(world_size)]
         refs = [[ref for group in plan.micro_batches for ref in group] for plan in plans]
         counts = [len(part) for part in refs]
-        seconds = [sum(ref.num_frames for ref in part) / 24000 for part in refs]
-        used = [ref.num_frames / 24000 for part in refs for ref in part]
+        seconds = [sum(ref.num_samples for ref in part) / 24000 for part in refs]
+        used = [ref.num_samples / 24000 for part in refs for ref in part]
         assert max(counts) - min(counts) <= 1
         assert max(seconds) - min(seconds) <= max(used) - min(used)
 

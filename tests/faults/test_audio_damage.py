@@ -12,7 +12,7 @@ import soundfile
 
 from moss_train.data.pack.manifest import SourceClip, list_clips
 from moss_train.data.pack.pack import pack
-from moss_train.data.pack.preprocess import PackOptions, SkippedClip, prepare
+from moss_train.data.pack.preprocess import PackOptions, SkippedClip, preprocess_clip
 from moss_train.data.shards.format import EncodedClip
 from tests.data.packed_clips import iterate_clips
 
@@ -97,7 +97,7 @@ def flipped(content: bytes) -> bytes:
 
 def prepared(tmp_path: Path, content: bytes) -> object:
     (tmp_path / "clip.bin").write_bytes(content)
-    return prepare(SourceClip(tmp_path / "clip.bin", "clip", "speech"), PackOptions())
+    return preprocess_clip(SourceClip(tmp_path / "clip.bin", "clip", "speech"), PackOptions())
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)

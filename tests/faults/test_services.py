@@ -92,7 +92,7 @@ def test_a_shard_that_does_not_come_is_given_up_and_named(packed: Path, served, 
     """After a few attempts its clips are lost by name, without new attempts for each of them; all others are read."""
     url, handler = served
     index = ShardIndex.load(packed)
-    number = max(range(len(index.shards)), key=lambda number: index.shards[number].num_samples)
+    number = max(range(len(index.shards)), key=lambda number: index.shards[number].num_clips)
     handler.bad, handler.how = index.shards[number].file, how
     stream = AudioStream([url], ClipFormat(24000, 1, 1920), crop_seconds=30.0)
     seconds = sum(stream.available_seconds.values())
@@ -100,7 +100,7 @@ def test_a_shard_that_does_not_come_is_given_up_and_named(packed: Path, served, 
     loader = make_loader(stream, text_encoder=None, position=0, updates=[(0, seconds)], micro_batch_seconds=60.0)
     (update,) = loader
     found = sum(batch.num_clips for batch in update.micro_batches)
-    assert len(update.dropped) == index.shards[number].num_samples
+    assert len(update.dropped) == index.shards[number].num_clips
     assert found + len(update.dropped) == len(index)
     assert all(f"{handler.bad} after {remote.ATTEMPTS} attempts" in reason for _, reason, _ in update.dropped)
     assert 1 < len(handler.requests) <= remote.ATTEMPTS  # one may end on a connection that the server has closed

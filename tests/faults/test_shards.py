@@ -164,7 +164,7 @@ def test_something_else_in_the_place_of_a_shard(copy: Path, small: Path, kind: s
     with pytest.raises(UserError, match=shard.name):
         ShardIndex.load(copy).verify()
     lost = check_against(intact, one_pass(stream))
-    assert lost == index.shards[0].num_samples
+    assert lost == index.shards[0].num_clips
 
 
 def test_shards_that_change_places_between_two_passes(copy: Path, small: Path) -> None:

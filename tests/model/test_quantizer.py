@@ -48,8 +48,8 @@ def test_every_item_has_its_own_prefix(quantizer, latent):
 
 def test_every_parameter_takes_part_whatever_is_dropped(quantizer, latent):
     output = quantizer(latent, torch.ones(3, dtype=torch.int64))
-    terms = (output.latents - output.rows.detach()).square().mean() + (
-        output.rows - output.latents.detach()
+    terms = (output.latents - output.codewords.detach()).square().mean() + (
+        output.codewords - output.latents.detach()
     ).abs().mean()
     gradients = torch.autograd.grad(output.quantized.square().mean() + terms, list(quantizer.parameters()))
     assert all(gradient.isfinite().all() for gradient in gradients)

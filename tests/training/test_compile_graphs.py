@@ -66,8 +66,8 @@ def clips(lengths: list[int], seed: int) -> Batch:
         text_tokens=torch.randint(0, 200, (count, tokens), generator=random),
         text_lengths=torch.full((count,), tokens),
         task_ids=torch.zeros(count, dtype=torch.int64),
-        quantizer_units=torch.rand(count, generator=random),
-        crop_units=torch.rand(count, generator=random),
+        quantizer_uniform=torch.rand(count, generator=random),
+        crop_uniform=torch.rand(count, generator=random),
         sample_ids=tuple(map(str, range(count))),
         domains=("speech",) * count,
     )

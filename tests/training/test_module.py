@@ -101,7 +101,7 @@ def test_stages_choose_what_learns(small_config, update):
 
 def test_quantizer_dropout_reaches_every_level_count(module, update, monkeypatch):
     units = torch.linspace(0, 0.9999, 400)
-    batch = replace(update.micro_batches[0], quantizer_units=units)
+    batch = replace(update.micro_batches[0], quantizer_uniform=units)
 
     def count() -> list[int]:
         return module.objective.num_quantizers(batch, 4).bincount().tolist()

@@ -14,7 +14,7 @@ from moss_train.utils.errors import UserError
 RATE = 24000
 
 
-def make_batch(lengths: list[int], crop_units: list[float]) -> Batch:
+def make_batch(lengths: list[int], crop_uniform: list[float]) -> Batch:
     size = len(lengths)
     audio = torch.randn(size, 1, max(lengths), generator=torch.Generator().manual_seed(0))
     for clip, length in zip(audio, lengths, strict=True):
@@ -25,8 +25,8 @@ def make_batch(lengths: list[int], crop_units: list[float]) -> Batch:
         text_tokens=torch.zeros(size, 3, dtype=torch.long),
         text_lengths=torch.tensor([3, *[0] * (size - 1)]),
         task_ids=torch.zeros(size, dtype=torch.long),
-        quantizer_units=torch.zeros(size),
-        crop_units=torch.tensor(crop_units),
+        quantizer_uniform=torch.zeros(size),
+        crop_uniform=torch.tensor(crop_uniform),
         sample_ids=tuple(map(str, range(size))),
         domains=("speech",) * size,
     )

@@ -107,8 +107,8 @@ def equal_clips() -> Batch:
         text_tokens=torch.randint(0, 256, (4, 60), generator=draw),
         text_lengths=lengths,
         task_ids=torch.where(lengths > 0, 0, -1),
-        quantizer_units=torch.full((4,), 0.999),
-        crop_units=torch.rand(4, generator=draw),
+        quantizer_uniform=torch.full((4,), 0.999),
+        crop_uniform=torch.rand(4, generator=draw),
         sample_ids=tuple("abcd"),
         domains=("speech",) * 4,
     )

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 from moss_train.semantic import ByteText, TextLM
 from moss_train.utils import hub
 from moss_train.utils.errors import UserError
-from moss_train.utils.hub import why_unreachable
+from moss_train.utils.hub import connection_problem
 
 
 class Refuses(http.server.BaseHTTPRequestHandler):
@@ -40,19 +40,19 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that may ask the hub; the client itself was told at its import that it may not."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    hub.why_no_hub.cache_clear()
+    hub.hub_problem.cache_clear()
     yield
-    hub.why_no_hub.cache_clear()
+    hub.hub_problem.cache_clear()
 
 
 def test_a_server_that_refuses_is_there(answering: str) -> None:
-    assert why_unreachable(answering, 5.0) is None
+    assert connection_problem(answering, 5.0) is None
 
 
 def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    problem = why_unreachable(f"http://127.0.0.1:{port}", 5.0)
+    problem = connection_problem(f"http://127.0.0.1:{port}", 5.0)
     assert problem is not None
     assert problem.startswith(f"http://127.0.0.1:{port} cannot be reached")
 
@@ -60,7 +60,7 @@ def test_nobody_listens() -> None:
 def test_a_server_that_says_nothing_is_waited_for_only_shortly() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begin = time.monotonic()
-        assert why_unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.5) is not None
+        assert connection_problem(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.5) is not None
     assert time.monotonic() - begin < 5.0
 
 
@@ -84,10 +84,10 @@ def test_a_path_is_not_looked_for_on_the_hub(name: str) -> None:
 def test_a_tokenizer_is_here_or_has_an_owner(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"my-tokenizer does not exist in {tmp_path}: give a run"):
-        hub.refuse_missing_model("my-tokenizer")
-    hub.refuse_missing_model("owner/my-tokenizer")
+        hub.check_model_name("my-tokenizer")
+    hub.check_model_name("owner/my-tokenizer")
     (tmp_path / "my-tokenizer").mkdir()
-    hub.refuse_missing_model("my-tokenizer")
+    hub.check_model_name("my-tokenizer")
 
 
 @pytest.mark.parametrize(

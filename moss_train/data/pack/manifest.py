@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 from moss_train.audio.io import CONVERTIBLE_SUFFIXES
 from moss_train.batch import TASKS
 from moss_train.data.pack.foreign_datasets import is_kaldi, is_saved_dataset, iterate_rows, iterate_utterances
-from moss_train.utils.errors import BadSample, Fault, SampleError, UserError
+from moss_train.utils.errors import Fault, InvalidSample, SampleError, UserError
 from moss_train.utils.files import parse_json, pluralize, special_kind
 
 AUDIO_SUFFIXES = frozenset(
@@ -71,7 +71,7 @@ class SourceList:
     source: Path
     clips: tuple[SourceClip, ...]
     ignored: dict[str, int] = field(default_factory=dict)  # suffixes or manifest keys without effect, with counts
-    bad: tuple[BadSample, ...] = ()  # lines that are no clip, and names in a folder that are no ordinary file
+    bad: tuple[InvalidSample, ...] = ()  # lines that are no clip, and names in a folder that are no ordinary file
     key: str = "input"  # that the source was given by
 
 
@@ -196,7 +196,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _list_folder(folder: Path, domain: str, key: str) -> SourceList:
     clips: list[tuple[str, Path]] = []
-    bad: list[BadSample] = []
+    bad: list[InvalidSample] = []
     ignored: dict[str, int] = {}
     for path in _walk(folder):
         suffix = path.suffix.lower()
@@ -204,7 +204,7 @@ def _list_folder(folder: Path, domain: str, key: str) -> SourceList:
         if suffix not in AUDIO_SUFFIXES:
             ignored[suffix or "no suffix"] = ignored.get(suffix or "no suffix", 0) + 1
         elif reason := _why_no_file(path):
-            bad.append(BadSample(name, f"{path} is {reason}, not a file", Fault.SPECIAL_FILE))
+            bad.append(InvalidSample(name, f"{path} is {reason}, not a file", Fault.SPECIAL_FILE))
         else:
             clips.append((name, path))
     if not clips and bad:
@@ -232,7 +232,7 @@ def _readable(path: Path) -> str:
 
 def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
     clips: list[SourceClip] = []
-    bad: list[BadSample] = []
+    bad: list[InvalidSample] = []
     ignored: dict[str, int] = {}
     places: dict[str, str] = {}
     folder = source if source.is_dir() else source.parent
@@ -247,7 +247,7 @@ def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
                     f"{where}: {clip.id!r} is already on {places[clip.id]}; give every clip its own 'id'",
                 )
         except UserError as error:
-            bad.append(BadSample(where, str(error), error.fault if isinstance(error, SampleError) else Fault.LINE))
+            bad.append(InvalidSample(where, str(error), error.fault if isinstance(error, SampleError) else Fault.LINE))
             continue
         places[clip.id] = f"line {where.rpartition(':')[2]}" if ":" in where else where
         clips.append(clip)

@@ -65,7 +65,7 @@ def pack_cached(
         for part, folder in todo:
             folder.parent.mkdir(parents=True, exist_ok=True)
             report = pack_with_progress(part, folder, options)
-            say_what_was_left_out(report)
+            print_skipped(report)
             if part is train and report.remarks.get(SILENT) == report.index["num_samples"]:
                 (folder.parent / SILENT_FILE).touch()
     count = f"{pluralize(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
@@ -118,7 +118,7 @@ def pack_with_progress(sources: SourceList, folder: Path, options: PackOptions) 
         return pack(sources, folder, options, on_clip=lambda seconds: bar.advance())
 
 
-def say_what_was_left_out(report: PackReport) -> None:
+def print_skipped(report: PackReport) -> None:
     """One line for clips that could not be used, with the first reasons."""
     kinds = [f"{count} {kind}" for kind, count in sorted(report.left_out.items())]
     if report.bad:

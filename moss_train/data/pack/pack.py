@@ -17,14 +17,14 @@ from moss_train.data.pack.preprocess import (
     PackOptions,
     SegmentedClip,
     SkippedClip,
-    prepare,
-    prepare_segment,
+    preprocess_clip,
+    preprocess_segment,
 )
 from moss_train.data.pack.resume import Journal, ShardInputs, resumable_directory, reuse_finished_shards
 from moss_train.data.shards.format import FORMAT_VERSION, ShardWriter, read_shard
 from moss_train.data.shards.index import INDEX_FILE, IndexBuilder
-from moss_train.utils.errors import BadSample, Fault, UserError, count_faults
-from moss_train.utils.workers import EXECUTORS, TASKS_PER_PROCESS, Submit, num_cores, ordered, ray_pool, worker_pool
+from moss_train.utils.errors import Fault, InvalidSample, UserError, count_faults
+from moss_train.utils.workers import EXECUTORS, TASKS_PER_PROCESS, Submit, map_ordered, num_cores, ray_pool, worker_pool
 
 CLIPS_PER_PROCESS = 200
 """So many clips are worth starting a process for, when the number of processes is not given."""
@@ -42,7 +42,7 @@ class PackReport:
 
     index: dict  # content of index.json
     left_out: dict[str, int]  # clips by kind: too short, too long, silent, dropped
-    bad: tuple[BadSample, ...]  # unreadable files and lines that are no clip
+    bad: tuple[InvalidSample, ...]  # unreadable files and lines that are no clip
     ignored: dict[str, int]  # suffixes or manifest keys without effect
     num_resumed: int  # shards that an earlier attempt had finished
     remarks: dict[str, int]  # clips that were packed all the same, by what is worth telling of them
@@ -67,17 +67,20 @@ def pack(
     for input that cannot be packed.
     """
     check_target(target, overwrite)
-    with resumable_directory(target) as folder, _pool(executor, num_workers, len(sources.clips)) as (submit, ahead):
+    with (
+        resumable_directory(target) as folder,
+        _pool(executor, num_workers, len(sources.clips)) as (submit, max_in_flight),
+    ):
         packer = _Packer(folder, sources, options, drop)
         todo, num_resumed = packer.resume()
         for _ in range(len(sources.clips) - len(todo)):
             on_clip(0.0)
         try:
-            for number, outcomes in _prepared(submit, sources, todo, options, ahead):
+            for number, outcomes in _prepared(submit, sources, todo, options, max_in_flight):
                 on_clip(packer.add(number, outcomes))
             index = packer.finish()
         finally:
-            packer.abandon()
+            packer.discard()
         return PackReport(
             index, dict(packer.left_out), tuple(packer.bad), sources.ignored, num_resumed, dict(packer.remarks)
         )
@@ -85,7 +88,7 @@ def pack(
 
 @contextmanager
 def _pool(executor: str, num_workers: int | None, num_clips: int) -> Iterator[tuple[Submit, int]]:
-    """Give a `submit` and how many tasks to begin ahead."""
+    """Give a `submit` and how many tasks may be in flight."""
     if executor not in EXECUTORS:
         raise UserError(f"executor={executor} has to be one of {', '.join(EXECUTORS)}")
     if executor == "ray":
@@ -98,13 +101,15 @@ def _pool(executor: str, num_workers: int | None, num_clips: int) -> Iterator[tu
 
 
 def _prepared(
-    submit: Submit, sources: SourceList, todo: list[int], options: PackOptions, ahead: int
+    submit: Submit, sources: SourceList, todo: list[int], options: PackOptions, max_in_flight: int
 ) -> Iterator[tuple[int, Iterator[Outcome]]]:
     """Yield the number of every clip with what becomes of it: one outcome, or one for each part of a long clip."""
     clips = (sources.clips[number] for number in todo)
-    for number, (clip, result) in zip(todo, ordered(submit, prepare, clips, options, ahead=ahead), strict=True):
+    for number, (clip, result) in zip(
+        todo, map_ordered(submit, preprocess_clip, clips, options, max_in_flight=max_in_flight), strict=True
+    ):
         if isinstance(result, SegmentedClip):
-            parts = ordered(submit, prepare_segment, result.segments, clip, options, ahead=ahead)
+            parts = map_ordered(submit, preprocess_segment, result.segments, clip, options, max_in_flight=max_in_flight)
             yield number, (outcome for _, outcome in parts)
         else:
             yield number, iter([result])
@@ -115,7 +120,7 @@ class _Packer:
 
     def __init__(self, folder: Path, sources: SourceList, options: PackOptions, drop: frozenset[str]) -> None:
         self.left_out: Counter[str] = Counter()
-        self.bad: list[BadSample] = list(sources.bad)
+        self.bad: list[InvalidSample] = list(sources.bad)
         self.remarks: Counter[str] = Counter()
         self._folder, self._sources, self._options, self._drop = folder, sources, options, drop
         content = {name: value for name, value in asdict(options).items() if name not in _NOT_CONTENT}
@@ -134,7 +139,7 @@ class _Packer:
             self._index.add(shard.file, shard.domain, contents)
             self._num_shards[shard.domain] += 1
             self.left_out.update(shard.left_out)
-            self.bad += [BadSample(name, reason, Fault(fault)) for name, reason, fault in shard.bad]
+            self.bad += [InvalidSample(name, reason, Fault(fault)) for name, reason, fault in shard.bad]
             self.remarks.update(shard.remarks)
             done[shard.domain] = shard.last
         self._check_share()
@@ -175,10 +180,10 @@ class _Packer:
             )
         return self._index.write(self._folder)
 
-    def abandon(self) -> None:
+    def discard(self) -> None:
         """Let go of shards that are still open after an error."""
         while self._open:
-            self._open.popitem()[1].abandon()
+            self._open.popitem()[1].discard()
 
     def _note(self, clip: SourceClip, outcome: EncodedClip) -> None:
         for remark in (*outcome.remarks, *([SILENT] if outcome.is_silent else [])):
@@ -191,7 +196,7 @@ class _Packer:
             self.left_out[outcome.kind] += 1
             inputs.left_out[outcome.kind] += 1
             return
-        self.bad.append(BadSample(clip.id, outcome.reason, outcome.fault))
+        self.bad.append(InvalidSample(clip.id, outcome.reason, outcome.fault))
         inputs.bad.append([clip.id, outcome.reason, str(outcome.fault)])
         self._check_share()
 

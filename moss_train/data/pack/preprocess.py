@@ -33,8 +33,8 @@ class PackOptions:
     min_seconds: float = 0.1  # shorter clips are left out
     shard_bytes: int = 256 * 2**20  # a shard is closed once it has this size
     max_invalid_fraction: float = 0.0  # share of unreadable files beyond which packing stops
-    max_seconds: float | None = 600.0  # longer clips are left out, unless they are cut
-    segment_seconds: float | None = 60.0  # longer clips without text are cut into equal parts of at most this
+    max_seconds: float | None = 600.0  # longer clips are left out, unless they are split
+    segment_seconds: float | None = 60.0  # longer clips without text are split into equal parts of at most this
     min_level_db: float | None = None  # clips with a lower level, in dB below full scale, are left out
 
     def __post_init__(self) -> None:
@@ -69,12 +69,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentedClip:
-    """A clip that is stored in parts, each made by `prepare_segment`."""
+    """A clip that is stored in parts, each made by `preprocess_segment`."""
 
     segments: tuple[Segment, ...]
 
 
-def prepare(clip: SourceClip, options: PackOptions) -> EncodedClip | SegmentedClip | SkippedClip:
+def preprocess_clip(clip: SourceClip, options: PackOptions) -> EncodedClip | SegmentedClip | SkippedClip:
     """Return a clip ready to be stored, or a SkippedClip with the reason when the file cannot be used."""
     try:
         source = open_clip(clip)
@@ -82,20 +82,20 @@ def prepare(clip: SourceClip, options: PackOptions) -> EncodedClip | SegmentedCl
         rate, begin, num_samples = extent.rate, extent.begin, extent.num_samples
         seconds = num_samples / rate
         if options.segment_seconds is not None and seconds > options.segment_seconds and clip.text is None:
-            return SegmentedClip(cut(begin, num_samples, rate, options))
+            return SegmentedClip(split_into_segments(begin, num_samples, rate, options))
         if options.max_seconds is not None and seconds > options.max_seconds:
             return SkippedClip("too long")
         whole = begin == 0 and clip.end_seconds is None
         audio, _ = read_audio(
-            source, num_channels=options.num_channels, start=begin, num_frames=None if whole else num_samples
+            source, num_channels=options.num_channels, start=begin, num_samples=None if whole else num_samples
         )
         return _finish(audio, rate, clip.id, options, extent.remarks)
     except UserError as error:
         return SkippedClip("unreadable", str(error), fault_of(error))
 
 
-def prepare_segment(segment: Segment, clip: SourceClip, options: PackOptions) -> EncodedClip | SkippedClip:
-    """Make one part of a long clip ready to be stored, as if the whole had been resampled and then cut."""
+def preprocess_segment(segment: Segment, clip: SourceClip, options: PackOptions) -> EncodedClip | SkippedClip:
+    """Make one part of a long clip ready to be stored, as if the whole had been resampled and then split."""
     try:
         source = open_clip(clip)
         extent = find_extent(clip, source)
@@ -108,7 +108,7 @@ def prepare_segment(segment: Segment, clip: SourceClip, options: PackOptions) ->
             source,
             num_channels=options.num_channels,
             start=segment.start - left,
-            num_frames=left + segment.num_samples + right,
+            num_samples=left + segment.num_samples + right,
         )
         if rate != options.sampling_rate:
             audio = resample(audio, rate, options.sampling_rate)
@@ -159,7 +159,7 @@ def find_extent(clip: SourceClip, source: AudioSource) -> Extent:
     return Extent(rate, begin, end - begin, remarks)
 
 
-def cut(begin: int, num_samples: int, rate: int, options: PackOptions) -> tuple[Segment, ...]:
+def split_into_segments(begin: int, num_samples: int, rate: int, options: PackOptions) -> tuple[Segment, ...]:
     """Cut a clip into equal parts of at most `segment_seconds`, at places that fall on samples of both rates."""
     assert options.segment_seconds is not None
     unit, _ = _units(rate, options.sampling_rate)

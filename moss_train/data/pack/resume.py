@@ -170,10 +170,10 @@ def resumable_directory(target: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         (folder / JOURNAL_FILE).unlink(missing_ok=True)
-        _give_name(folder, target)
+        _publish(folder, target)
 
 
-def _give_name(folder: Path, target: Path) -> None:
+def _publish(folder: Path, target: Path) -> None:
     """Put a folder in the place of what is there."""
     replaced = target.parent / f".{target.name}.replaced-{os.getpid()}"
     if target.exists():

@@ -87,7 +87,7 @@ class ShardWriter:
             os.fsync(self._file.fileno())
             self._file.close()
 
-    def abandon(self) -> None:
+    def discard(self) -> None:
         """Let go of a shard that will not be finished; the disk that has no room for its end either is known."""
         for part in (self._tar, self._file):
             with suppress(OSError):

@@ -30,10 +30,19 @@ class ShardRecord:
 
     file: str
     domain: str
-    num_samples: int  # clips
+    num_clips: int
     bytes: int
     sha256: str
     seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as index.json has it, in which the number of clips is called `num_samples`."""
+        return {"num_samples" if name == "num_clips" else name: value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "ShardRecord":
+        """Read a record back. Raises TypeError for one with other keys."""
+        return cls(**{"num_clips" if name == "num_samples" else name: value for name, value in record.items()})
 
 
 class ShardTable:
@@ -41,7 +50,7 @@ class ShardTable:
 
     def __init__(self, records: Iterable[Mapping[str, Any]], place: Path) -> None:
         """Take the records of the index file `place`. Raises UserError for one that cannot be, or is there twice."""
-        rows = [(_checked(ShardRecord(**record), place)) for record in records]
+        rows = [(_checked(ShardRecord.from_json(record), place)) for record in records]
         if len({row.file for row in rows}) < len(rows):
             counts = Counter(row.file for row in rows)
             raise UserError(f"{place}: shard {counts.most_common(1)[0][0]} is listed twice")
@@ -50,7 +59,7 @@ class ShardTable:
         self.domains = tuple(sorted({row.domain for row in rows}))
         numbers = {domain: number for number, domain in enumerate(self.domains)}
         self.domain_numbers = np.array([numbers[row.domain] for row in rows], np.int32)  # [S], places in `domains`
-        self.counts = np.array([row.num_samples for row in rows], np.int64)  # [S] clips
+        self.counts = np.array([row.num_clips for row in rows], np.int64)  # [S] clips
         self.sizes = np.array([row.bytes for row in rows], np.int64)  # [S] bytes
         self.seconds = np.array([row.seconds for row in rows], np.float64)  # [S]
         self.first_rows = np.concatenate([[0], np.cumsum(self.counts)])  # [S + 1] first clip of every shard, and all
@@ -62,7 +71,7 @@ class ShardTable:
         return ShardRecord(
             file=self._files[number].decode(),
             domain=self.domains[self.domain_numbers[number]],
-            num_samples=int(self.counts[number]),
+            num_clips=int(self.counts[number]),
             bytes=int(self.sizes[number]),
             sha256=self._hashes[number].decode(),
             seconds=float(self.seconds[number]),
@@ -89,7 +98,7 @@ class ShardTable:
 
 def _checked(record: ShardRecord, place: Path) -> ShardRecord:
     names = (record.file, record.domain, record.sha256)
-    numbers = (record.num_samples, record.bytes)
+    numbers = (record.num_clips, record.bytes)
     if not all(isinstance(name, str) for name in names) or not all(
         isinstance(number, int) and 0 <= number < 2**62 for number in numbers
     ):
@@ -137,10 +146,10 @@ def write_index(
     (folder / ARRAYS_FILE).write_bytes(save({name: torch.from_numpy(array) for name, array in arrays.items()}))
     index = {
         **header,
-        "num_samples": sum(record.num_samples for record in records),
+        "num_samples": sum(record.num_clips for record in records),
         "arrays_sha256": sha256_of(folder / ARRAYS_FILE),
         **more,
-        "shards": [asdict(record) for record in records],
+        "shards": [record.to_json() for record in records],
     }
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return index

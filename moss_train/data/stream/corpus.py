@@ -14,7 +14,7 @@ from moss_train.data.shards.format import SAMPLE_ARRAYS
 from moss_train.data.shards.index import ClipLocation, ShardIndex
 from moss_train.utils.errors import UserError
 
-STRETCH_ROWS = 2**20
+CHUNK_ROWS = 2**20
 """So many clips are looked at together when all of them are measured."""
 
 
@@ -63,12 +63,12 @@ class Corpus:
                 ranges.setdefault(domain, []).append(rows[shards.domain_numbers == number])
         return {domain: np.concatenate(ranges[domain]) for domain in sorted(ranges)}
 
-    def stretches(self, domain: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def iter_chunks(self, domain: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the lengths and the text flags of all clips of a domain, in pieces that fit into the memory."""
         for index in self._indexes:
             for begin, end in index.shards.runs_of(domain):
-                for first in range(begin, end, STRETCH_ROWS):
-                    piece = slice(first, min(end, first + STRETCH_ROWS))
+                for first in range(begin, end, CHUNK_ROWS):
+                    piece = slice(first, min(end, first + CHUNK_ROWS))
                     lengths = index.arrays["num_samples"][piece]
                     if lengths.min() < 1:
                         raise UserError(f"the index of {index.folder} is damaged: clips without samples; pack it again")
@@ -147,7 +147,7 @@ def permutation(seed: int, purpose: str, *place: int, count: int) -> np.ndarray:
     return np.argsort(raw_numbers(seed, purpose, *place, count=count), kind="stable")
 
 
-def units(seed: int, purpose: str, *place: int, count: int) -> np.ndarray:
+def uniforms(seed: int, purpose: str, *place: int, count: int) -> np.ndarray:
     """Return `count` numbers in [0, 1), multiples of 2^-24 so that they stay below 1 in float32 too."""
     return (raw_numbers(seed, purpose, *place, count=count) >> np.uint64(40)) * 2.0**-24
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from moss_train.batch import Batch, UpdateBatch
 from moss_train.data.stream.sample_reader import SampleReader, TextEncoder, TrainingClip
 from moss_train.data.stream.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan, split_by_length
-from moss_train.utils.errors import BadSample, SampleError, UserError
-from moss_train.utils.workers import num_cores, start_worker
+from moss_train.utils.errors import InvalidSample, SampleError, UserError
+from moss_train.utils.workers import init_loader_worker, num_cores
 
 LM_POSITIONS_PER_SECOND = 50
 """Positions of the text LM in a micro-batch, for each of its seconds, at most: a long text makes every other clip with
@@ -76,7 +76,7 @@ class _PlannedUpdates(Dataset[UpdateBatch]):
 
     def __getitem__(self, item: PlannedUpdate) -> UpdateBatch:
         update, plan = item
-        dropped: list[BadSample] = []
+        dropped: list[InvalidSample] = []
         read = [self._read(refs, dropped) for refs in plan.micro_batches]
         groups = [
             part for clips in read for part in split_by_text(clips, self._format.hop_length, self._max_lm_positions)
@@ -85,13 +85,13 @@ class _PlannedUpdates(Dataset[UpdateBatch]):
         without_text = tuple(clip.sample_id for clips in read for clip in clips if clip.is_text_too_long)
         return UpdateBatch(batches, update, plan.next_position, tuple(dropped), without_text)
 
-    def _read(self, refs: Sequence[SampleRef], dropped: list[BadSample]) -> list[TrainingClip]:
+    def _read(self, refs: Sequence[SampleRef], dropped: list[InvalidSample]) -> list[TrainingClip]:
         clips = []
         for ref in refs:
             try:
                 clips.append(self._reader.read(ref))
             except SampleError as error:
-                dropped.append(BadSample(error.clip_id, error.reason, error.fault))
+                dropped.append(InvalidSample(error.clip_id, error.reason, error.fault))
         return clips
 
 
@@ -190,8 +190,8 @@ def collate(clips: Sequence[TrainingClip], clip_format: ClipFormat) -> Batch:
         text_tokens=_pad_tokens([clip.tokens for clip in clips]),
         text_lengths=torch.tensor([len(clip.tokens) for clip in clips]),
         task_ids=torch.tensor([clip.task_id for clip in clips]),
-        quantizer_units=torch.tensor([clip.ref.quantizer_unit for clip in clips], dtype=torch.float32),
-        crop_units=torch.tensor([clip.ref.crop_unit for clip in clips], dtype=torch.float32),
+        quantizer_uniform=torch.tensor([clip.ref.quantizer_uniform for clip in clips], dtype=torch.float32),
+        crop_uniform=torch.tensor([clip.ref.crop_uniform for clip in clips], dtype=torch.float32),
         sample_ids=tuple(clip.sample_id for clip in clips),
         domains=tuple(clip.ref.domain for clip in clips),
         target=_pad_audio(targets, num_samples * clip_format.output_ratio) if targets else None,
@@ -218,4 +218,4 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    start_worker()  # torch's own watchdog waits until a worker's results are read, which nobody does after a kill
+    init_loader_worker()  # torch's own watchdog waits until a worker's results are read, which nobody does after a kill

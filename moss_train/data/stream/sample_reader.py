@@ -28,7 +28,7 @@ MAX_GAIN_DB = 30.0
 """Most that loudness normalisation changes a clip: what is quieter is not what it should be."""
 
 
-def adjust_level(audio: Tensor, clip_format: ClipFormat, gain_unit: float) -> Tensor:
+def adjust_level(audio: Tensor, clip_format: ClipFormat, gain_uniform: float) -> Tensor:
     """Bring audio [C, T], as stored, to a format's level; silence stays silent, nothing exceeds full scale."""
     audio = scale_to_peak(audio, clip_format.peak)
     gain_db = 0.0
@@ -37,7 +37,7 @@ def adjust_level(audio: Tensor, clip_format: ClipFormat, gain_unit: float) -> Te
         gain_db = min(max(wanted, -MAX_GAIN_DB), MAX_GAIN_DB) if math.isfinite(wanted) else 0.0
     if clip_format.gain_db is not None:
         lowest, highest = clip_format.gain_db
-        gain_db += lowest + (highest - lowest) * gain_unit
+        gain_db += lowest + (highest - lowest) * gain_uniform
     if gain_db == 0 or not (peak := audio.abs().max().item()):
         return audio
     return audio * min(10 ** (gain_db / 20), max(1.0, 1 / peak) if gain_db > 0 else 1.0)
@@ -130,15 +130,15 @@ class ClipReader:
             raise SampleError(Fault.JSON, "JSON was altered: its checksum differs from the index")
         return labels
 
-    def read_audio(self, location: ClipLocation, start: int, num_frames: int) -> Tensor:
+    def read_audio(self, location: ClipLocation, start: int, num_samples: int) -> Tensor:
         """Read a part of a clip as float32 [C, T]. Raises SampleError."""
         try:
-            to_end = start + num_frames == location.num_samples  # then a file longer than its index is noticed too
+            to_end = start + num_samples == location.num_samples  # then a file longer than its index is noticed too
             file = self._files.open_audio(location)
-            audio, rate = read_audio(file, start=start, num_frames=None if to_end else num_frames, is_whole=True)
+            audio, rate = read_audio(file, start=start, num_samples=None if to_end else num_samples, is_whole=True)
         except OSError as error:
             raise SampleError(Fault.FILE, f"cannot read {location.shard}: {error.strerror}") from error
-        found, wanted = (rate, *audio.shape), (self._sampling_rate, self._num_channels, num_frames)
+        found, wanted = (rate, *audio.shape), (self._sampling_rate, self._num_channels, num_samples)
         if found != wanted:
             raise SampleError(Fault.INDEX, f"rate, channels and length are {found}, the index says {wanted}")
         return audio
@@ -172,14 +172,14 @@ class SampleReader:
             self._clips.check_headers(ref.location)
             labels = self._clips.read_labels(ref.location)
             sample_id = labels["id"]
-            audio = self._clips.read_audio(ref.location, ref.start, ref.num_frames)
+            audio = self._clips.read_audio(ref.location, ref.start, ref.num_samples)
             tokens = self._encode(labels["text"]) if ref.with_text else ()
         except SampleError as error:
             raise SampleError(error.fault, error.reason, sample_id) from error
         is_too_long = self._max_text_tokens is not None and len(tokens) > self._max_text_tokens
         tokens = () if is_too_long else tokens
         task_id = TASKS.index(labels["task"]) if tokens else -1
-        target, audio = target_and_input(adjust_level(audio, self._format, ref.gain_unit), self._format)
+        target, audio = target_and_input(adjust_level(audio, self._format, ref.gain_uniform), self._format)
         return TrainingClip(ref, sample_id, audio, tokens, task_id, is_too_long, target)
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -198,7 +198,7 @@ MIN_SAMPLES = 1000
 """The share of bad samples is taken of at least so many, so that the first bad one does not end a run."""
 
 RECENT_UPDATES = 20
-RECENT_BAD_SHARE = 0.5
+RECENT_INVALID_FRACTION = 0.5
 """Of the samples of so many updates in a row at most this share may be bad, or `max_invalid_fraction` if that is more:
 late in a run its share of all samples would let it continue without data for days."""
 
@@ -282,7 +282,7 @@ class StreamCounter:
 
     def _check_recent(self) -> None:
         used, bad = (sum(column) for column in zip(*self._recent, strict=True))
-        if len(self._recent) == RECENT_UPDATES and bad > max(RECENT_BAD_SHARE, self._max_invalid_fraction) * (
+        if len(self._recent) == RECENT_UPDATES and bad > max(RECENT_INVALID_FRACTION, self._max_invalid_fraction) * (
             used + bad
         ):
             raise UserError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_train.data.shards.index import ClipLocation
-from moss_train.data.stream.corpus import Corpus, DomainMixture, DomainOrder, domain_shares, units
+from moss_train.data.stream.corpus import Corpus, DomainMixture, DomainOrder, domain_shares, uniforms
 from moss_train.utils.errors import UserError
 
 
@@ -64,11 +64,11 @@ class SampleRef:
     domain: str
     location: ClipLocation
     start: int  # first sample used
-    num_frames: int  # samples used, per channel
+    num_samples: int  # samples used, per channel
     with_text: bool
-    quantizer_unit: float
-    crop_unit: float
-    gain_unit: float = 0.5
+    quantizer_uniform: float
+    crop_uniform: float
+    gain_uniform: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Block:
     starts: np.ndarray  # first sample used
     lengths: np.ndarray  # samples used, per channel
     with_text: np.ndarray
-    quantizer_units: np.ndarray
-    crop_units: np.ndarray
-    gain_units: np.ndarray
+    quantizer_uniform: np.ndarray
+    crop_uniform: np.ndarray
+    gain_uniform: np.ndarray
 
 
 class AudioStream:
@@ -156,9 +156,9 @@ class AudioStream:
         """
         rate = self.clip_format.stored_rate
         lengths = self._lengths_until(position, round(batch_seconds * rate))
-        mine = deal(lengths, rank, world_size)
-        groups = split_by_length(lengths[mine], round(micro_batch_seconds * rate), self.min_length_ratio)
-        refs = tuple(tuple(self.sample(position + int(mine[i])) for i in group) for group in groups)
+        rank_indices = assign_to_rank(lengths, rank, world_size)
+        groups = split_by_length(lengths[rank_indices], round(micro_batch_seconds * rate), self.min_length_ratio)
+        refs = tuple(tuple(self.sample(position + int(rank_indices[i])) for i in group) for group in groups)
         return UpdatePlan(refs, position + len(lengths))
 
     def sample(self, position: int) -> SampleRef:
@@ -170,11 +170,11 @@ class AudioStream:
             domain=self.domains[block.domains[place]],
             location=self._corpus.locate(int(block.rows[place])),
             start=int(block.starts[place]),
-            num_frames=int(block.lengths[place]),
+            num_samples=int(block.lengths[place]),
             with_text=bool(block.with_text[place]),
-            quantizer_unit=float(block.quantizer_units[place]),
-            crop_unit=float(block.crop_units[place]),
-            gain_unit=float(block.gain_units[place]),
+            quantizer_uniform=float(block.quantizer_uniform[place]),
+            crop_uniform=float(block.crop_uniform[place]),
+            gain_uniform=float(block.gain_uniform[place]),
         )
 
     def _lengths_until(self, position: int, total: int) -> np.ndarray:
@@ -199,7 +199,7 @@ class AudioStream:
         lengths, with_text = self._used(whole, self._corpus.column("has_text", rows))
         room = whole - lengths + 1
         draw = {
-            purpose: units(self.seed, purpose, number, count=len(rows))
+            purpose: uniforms(self.seed, purpose, number, count=len(rows))
             for purpose in ("start", "quantizer", "crop", "gain")
         }
         starts = (draw["start"] * room).astype(np.int64)
@@ -217,7 +217,7 @@ class AudioStream:
         self.num_with_text = 0  # clips whose text is used
         for order in self._orders:
             used_samples = samples = 0
-            for lengths, has_text in self._corpus.stretches(order.domain):
+            for lengths, has_text in self._corpus.iter_chunks(order.domain):
                 used, with_text = self._used(lengths, has_text)
                 self.num_with_text += int(with_text.sum())
                 used_samples += int(used.sum())
@@ -237,7 +237,7 @@ def _check_options(crop: float, longest: float, seed: int, window_shards: int, m
         raise UserError(f"min_length_ratio={min_length_ratio} has to be between 0 and 1")
 
 
-def deal(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+def assign_to_rank(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     """Return one rank's share of samples, longest first: sorted by length and dealt there and back over the ranks."""
     order = np.argsort(-lengths, kind="stable")
     turns = np.arange(len(order)) // world_size

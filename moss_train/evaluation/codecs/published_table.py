@@ -130,12 +130,12 @@ def _xy_tokenizer(weights: str, code: str) -> WrappedCodec:
         )
     for file in ("config.json", "preprocessor_config.json"):
         if (path := Path(weights).expanduser() / file).is_file():
-            _refuse_other_repository(read_json(path), path)
+            _check_repository(read_json(path), path)
     names = ("AutoModel", "AutoFeatureExtractor")
     return XYTokenizerCodec(*(_from_transformers(name, weights, trust_remote_code=True) for name in names))
 
 
-def _refuse_other_repository(content: Any, path: Path) -> None:
+def _check_repository(content: Any, path: Path) -> None:
     """Raise UserError for a class map that names the code of a repository other than the one that was allowed."""
     named = content.get("auto_map") if isinstance(content, dict) else None
     for value in named.values() if isinstance(named, dict) else ():

@@ -40,7 +40,7 @@ class PitchTrack(NamedTuple):
 
 
 def track_pitch(audio: Tensor, sampling_rate: int = RATE) -> PitchTrack:
-    """Estimate F0 by the normalised cross-correlation of each frame with what follows it (Talkin 1995).
+    """ConfidenceInterval F0 by the normalised cross-correlation of each frame with what follows it (Talkin 1995).
 
     The period is the shortest lag whose peak reaches 0.9 of the highest one, which avoids octaves below. A parabola
     through the peak refines it. Frames start every 10 ms, compare 30 ms, and look for 60 to 500 Hz.

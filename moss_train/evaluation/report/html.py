@@ -17,7 +17,7 @@ from moss_train.evaluation.metrics.codes import CodebookUsage
 from moss_train.evaluation.reconstruct import ANCHORS, RESAMPLE_ONLY, Condition
 from moss_train.evaluation.report.tables import Comparison, Difference, Table, table_cells
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, file_name
-from moss_train.evaluation.statistics import ALL_DOMAINS, Estimate, SummaryRow
+from moss_train.evaluation.statistics import ALL_DOMAINS, ConfidenceInterval, SummaryRow
 from moss_train.plotting import save_spectrograms
 from moss_train.utils.files import atomic_write
 
@@ -203,7 +203,7 @@ def _table(table: Table) -> str:
     return _wide([system, *header], body)
 
 
-def _interval(value: Estimate | None, decimals: int) -> str:
+def _interval(value: ConfidenceInterval | None, decimals: int) -> str:
     if value is None:
         return ""
     return f' title="95 %: {value.low:.{decimals}f} to {value.high:.{decimals}f}, {value.num_clips} clips"'

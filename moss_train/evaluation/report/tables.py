@@ -10,7 +10,7 @@ from moss_train.evaluation.metrics.base import Column, Metric
 from moss_train.evaluation.metrics.codes import CodebookUsage
 from moss_train.evaluation.reconstruct import ANCHORS, Condition
 from moss_train.evaluation.results import ROWS_FILE, ClipRow, read_rows
-from moss_train.evaluation.statistics import Estimate, SummaryRow, paired_difference
+from moss_train.evaluation.statistics import ConfidenceInterval, SummaryRow, paired_difference
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
 from moss_train.utils.tables import present_column
@@ -135,7 +135,7 @@ class Difference:
     is_higher_better: bool
     first: Condition
     second: Condition
-    estimate: Estimate
+    estimate: ConfidenceInterval
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def load_evaluation(folder: Path) -> OtherEvaluation:
 
 
 def _summary_row(entry: dict) -> SummaryRow:
-    estimates = {present_column(key): Estimate(**value) for key, value in entry["estimates"].items()}
+    estimates = {present_column(key): ConfidenceInterval(**value) for key, value in entry["estimates"].items()}
     return SummaryRow(**entry | {"condition": Condition(**entry["condition"]), "estimates": estimates})
 
 

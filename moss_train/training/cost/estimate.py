@@ -43,7 +43,7 @@ class ScalingLaw:
         """Predicted mel distance after so much compute."""
         return self.coefficient * math.exp(self.exponent * math.log(flops))
 
-    def verdict(self, flops: float) -> str:
+    def describe_range(self, flops: float) -> str:
         """How far a prediction lies from what was measured."""
         if self.exponent >= 0:
             return "predicts nothing: the measured distance does not fall with compute"
@@ -82,7 +82,7 @@ CONTEXT_BYTES = GIB  # of the CUDA context and its libraries, an assumption
 
 
 @dataclass(frozen=True)
-class Machine:
+class ClusterSpec:
     """What a run is to be trained on.
 
     Attributes:
@@ -203,56 +203,60 @@ class Estimate:
 
 
 def estimate(
-    config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, parameters: StateSize, machine: Machine
+    config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, parameters: StateSize, cluster: ClusterSpec
 ) -> Estimate:
     """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
-    costs = cache(lambda learning: constant_costs(learning, config, arguments, tokenizer, machine))
+    costs = cache(lambda learning: constant_costs(learning, config, arguments, tokenizer, cluster))
     objective = Objective(tokenizer.output_sampling_rate, **arguments["objective"])
     stages = []
     for stage in Schedule.from_config(arguments["stages"]).stages:
         found = costs(stage.parts) | adversarial_costs(stage, config, arguments, tokenizer, objective)
         found["losses"] = losses_cost(objective, objective.stage_weights(stage), tokenizer)
-        stages.append(stage_estimate(stage, found, config.trainer, parameters, machine))
+        stages.append(stage_estimate(stage, found, config.trainer, parameters, cluster))
     everything = parameters.tokenizer + parameters.semantic + parameters.discriminators
     average = 4 * parameters.tokenizer if config.ema is not None else 0
-    return Estimate(parameters, stages, memory_estimate(config, stages, parameters, machine), 12 * everything + average)
+    return Estimate(parameters, stages, memory_estimate(config, stages, parameters, cluster), 12 * everything + average)
 
 
 def stage_estimate(
-    stage: Stage, costs: dict[str, Cost], trainer: TrainerConfig, parameters: StateSize, machine: Machine
+    stage: Stage, costs: dict[str, Cost], trainer: TrainerConfig, parameters: StateSize, cluster: ClusterSpec
 ) -> StageEstimate:
     """Times of one stage, given its costs."""
-    peak, _ = machine.peak(trainer)
+    peak, _ = cluster.peak(trainer)
     operations = stage.batch_seconds * sum(cost.total + cost.recomputed for cost in costs.values())
     return StageEstimate(
         stage,
         costs,
         audio_seconds=stage.updates * stage.batch_seconds,
-        compute_seconds=operations / (machine.gpus * machine.mfu * peak),
-        step_seconds=seconds_of_step(stage, trainer, parameters, machine),
+        compute_seconds=operations / (cluster.gpus * cluster.mfu * peak),
+        step_seconds=seconds_of_step(stage, trainer, parameters, cluster),
     )
 
 
-def seconds_of_step(stage: Stage, trainer: TrainerConfig, parameters: StateSize, machine: Machine) -> float:
+def seconds_of_step(stage: Stage, trainer: TrainerConfig, parameters: StateSize, cluster: ClusterSpec) -> float:
     """Time of an update beside its audio: each GPU sends 2 (n - 1) / n of the gradients, and steps all optimizers."""
     learning = parameters.tokenizer + parameters.semantic + (parameters.discriminators if stage.adversarial else 0)
-    sent = 2 * (machine.gpus - 1) / machine.gpus * learning * (2 if trainer.reduce_dtype == "bf16" else 4)
+    sent = 2 * (cluster.gpus - 1) / cluster.gpus * learning * (2 if trainer.reduce_dtype == "bf16" else 4)
     moved = UPDATE_BYTES * learning
-    return sent / (machine.allreduce_gb_per_second * GB) + moved / (GPUS[machine.gpu].bandwidth * 1e12)
+    return sent / (cluster.allreduce_gb_per_second * GB) + moved / (GPUS[cluster.gpu].bandwidth * 1e12)
 
 
 def constant_costs(
-    learning: tuple[str, ...], config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, machine: Machine
+    learning: tuple[str, ...],
+    config: FitConfig,
+    arguments: Node,
+    tokenizer: MossAudioTokenizerConfig,
+    cluster: ClusterSpec,
 ) -> dict[str, Cost]:
     """Costs per audio-second of what every stage has, for clips of `data.crop_seconds`; the LM's as their mean."""
     half, seconds = is_half(config.trainer), config.data.crop_seconds
     again = config.trainer.activation_checkpointing
     costs = tokenizer_costs(tokenizer, seconds, half, learning, again)
-    if arguments["semantic"] is not None and machine.text_fraction:
-        frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * machine.text_tokens_per_second))
+    if arguments["semantic"] is not None and cluster.text_fraction:
+        frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * cluster.text_tokens_per_second))
         width = tokenizer.quantizer_kwargs["output_dim"]
         clip = semantic_cost(arguments["semantic"], width, frames, tokens, half, "semantic" in learning)
-        costs["text LM"] = clip * (machine.text_fraction / seconds)
+        costs["text LM"] = clip * (cluster.text_fraction / seconds)
     return costs
 
 
@@ -279,17 +283,17 @@ def adversarial_cost(forward: Cost, every: int, generator_passes: int = 1) -> Co
 
 
 def memory_estimate(
-    config: FitConfig, stages: list[StageEstimate], parameters: StateSize, machine: Machine
+    config: FitConfig, stages: list[StageEstimate], parameters: StateSize, cluster: ClusterSpec
 ) -> MemoryEstimate:
     """Memory of one GPU by kind."""
     divided = parameters.tokenizer + parameters.semantic
     whole = parameters.discriminators
     kinds = {"weights": 4, "gradients": 4, "AdamW moments": 8}
     state = {kind: size * float(divided + whole) for kind, size in kinds.items()}
-    sharded = {kind: size * (divided / machine.gpus + whole) for kind, size in kinds.items()}
+    sharded = {kind: size * (divided / cluster.gpus + whole) for kind, size in kinds.items()}
     if config.ema is not None:
         state["moving average"] = 4.0 * parameters.tokenizer
-        sharded["moving average"] = 4.0 * parameters.tokenizer / machine.gpus
+        sharded["moving average"] = 4.0 * parameters.tokenizer / cluster.gpus
     if is_half(config.trainer):
         state["bf16 copies of weights"] = sharded["bf16 copies of weights"] = 2.0 * (divided + whole)
     state["CUDA context (assumed)"] = sharded["CUDA context (assumed)"] = CONTEXT_BYTES

@@ -196,7 +196,7 @@ def quantizer_cost(quantizer: ResidualLFQ, width: int, code_frames: int, learnin
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
         output = quantizer(latent)
-        return output.quantized, output.latents, output.rows
+        return output.quantized, output.latents, output.codewords
 
     cost = count(quantizer, run, half=False)
     return Cost(cost.forward, cost.backward, cost.kept, cost.kept)

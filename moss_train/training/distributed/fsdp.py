@@ -41,12 +41,12 @@ def gather_to_rank0(tensor: Tensor) -> Tensor | None:
     return whole.cpu() if dist.get_rank() == 0 else None
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(whole: Tensor, example: Tensor) -> Tensor:
+def distribute_like(whole: Tensor, example: Tensor) -> Tensor:
     """A copy of a whole tensor, placed and sharded as an example of the same shape."""
     if not isinstance(example, DTensor):
         return whole.to(example.device, example.dtype, copy=True)
@@ -94,7 +94,7 @@ class FSDPUnits:
             unit.set_force_sum_reduction_for_comms(True)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         """Within it every rank has all weights, for work without gradients, for which ranks need not keep step."""
         for unit in self.units:
             unit.set_reshard_after_forward(False, recurse=False)
@@ -173,7 +173,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Take this rank's share of whole weights."""
         assert self.lightning_module is not None
         examples = self.lightning_module.state_dict()
-        weights = {name: like(value, examples[name]) for name, value in checkpoint["state_dict"].items()}
+        weights = {name: distribute_like(value, examples[name]) for name, value in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(weights, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -181,13 +181,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             moments = {
-                place: {name: share(value, parameters[place]) for name, value in values.items()}
+                place: {name: shard_moment(value, parameters[place]) for name, value in values.items()}
                 for place, values in state["state"].items()
             }
             optimizer.load_state_dict(state | {"state": moments})
 
 
-def share(value: Any, parameter: nn.Parameter) -> Any:
+def shard_moment(value: Any, parameter: nn.Parameter) -> Any:
     """A rank's share of what an optimizer keeps for a parameter; the count of steps is no tensor of its shape."""
     is_moment = isinstance(value, Tensor) and value.ndim > 0 and value.shape == parameter.shape
-    return like(value, parameter.detach()) if is_moment else value
+    return distribute_like(value, parameter.detach()) if is_moment else value

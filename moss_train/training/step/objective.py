@@ -213,7 +213,7 @@ class Objective(nn.Module):
     def num_quantizers(self, batch: Batch, available: int) -> Tensor:
         """How many of the `available` levels each clip uses, [B] int64; a prefix is uniform over 1 ... available."""
         share = self.quantizer_dropout
-        units = batch.quantizer_units.double()
+        units = batch.quantizer_uniform.double()
         prefix = 1 + (units / max(share, 1e-9) * available).long()
         return torch.where(units < share, prefix, available).clamp(max=available)
 
@@ -237,7 +237,7 @@ class Objective(nn.Module):
         self, quantized: QuantizerOutput, frame_mask: Tensor, counts: UpdateCounts, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
         """Compute the quantizer's terms, of those in `weights`; frame_mask [B, F] bool, true for valid frames."""
-        arguments = (quantized.latents, quantized.rows, frame_mask, quantized.level_mask, counts.clips)
+        arguments = (quantized.latents, quantized.codewords, frame_mask, quantized.level_mask, counts.clips)
         return {name: self.losses[name](*arguments) for name in self._names(QuantizerLoss) if name in weights}
 
     def adversarial_terms(
@@ -267,7 +267,7 @@ class Objective(nn.Module):
         """
         length = self.crop_length
         room = (batch.reference_lengths - length).clamp(min=0)
-        start = (batch.crop_units.double() * (room + 1)).long()
+        start = (batch.crop_uniform.double() * (room + 1)).long()
         index = start[:, None] + torch.arange(length, device=audio.device)
         valid = index < batch.reference_lengths[:, None]
         index = index.clamp(max=audio.shape[2] - 1)[:, None].expand(-1, audio.shape[1], -1)
@@ -333,7 +333,7 @@ def count_codes(codes: Tensor, frame_mask: Tensor, codebook_size: int) -> Tensor
 def mean_scores(
     real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], num_clips: Tensor | int
 ) -> dict[str, Tensor]:
-    """Mean verdict on real and on generated audio, 1 for real and 0 for generated where the discriminators are sure.
+    """Mean score of real and of generated audio, 1 for real and 0 for generated where the discriminators are sure.
 
     A mean within a clip, then over sub-discriminators, then over the clips of the whole update, as the losses.
     """

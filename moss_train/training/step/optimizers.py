@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moss_train.config.fit_schema import GeneratorOptimizerConfig, OptimizerConfig
 from moss_train.model.transformer import LayerScale
-from moss_train.training.distributed.fsdp import gather_to_rank0, like, local_part
+from moss_train.training.distributed.fsdp import distribute_like, gather_to_rank0, local_tensor
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def restore_options(optimizer: torch.optim.Optimizer, options: Sequence[Mapping[
 
 def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Sum of the squares of all gradients (scalar, float64; zero when there are none), of what this rank holds."""
-    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
@@ -125,7 +125,7 @@ class EMA:
         self._names, self._weights = list(parameters), list(parameters.values())
         stored = [self._stored.get(name) for name in parameters]
         self._averages = [
-            weight.detach().clone() if value is None else like(value, weight.detach())
+            weight.detach().clone() if value is None else distribute_like(value, weight.detach())
             for weight, value in zip(self._weights, stored, strict=True)
         ]
         self._stored = {}
@@ -134,8 +134,8 @@ class EMA:
     def add(self, update: int) -> None:
         """Take in the weights after update number `update` (from 0)."""
         decay = min(self.decay, (1 + update) / (10 + update))
-        averages = [local_part(average) for average in self._averages]
-        torch._foreach_lerp_(averages, [local_part(weight.detach()) for weight in self._weights], 1 - decay)
+        averages = [local_tensor(average) for average in self._averages]
+        torch._foreach_lerp_(averages, [local_tensor(weight.detach()) for weight in self._weights], 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

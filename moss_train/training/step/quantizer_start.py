@@ -57,18 +57,18 @@ def fit_quantizer(quantizer: ResidualLFQ, latents: Tensor, seed: int = 0) -> lis
         if scale is None:
             scale = values[-level.codebook.embedding_dim :].mean().clamp(min=1e-12).sqrt()
         points = (rest - mean) @ directions / scale
-        rows = spherical_kmeans(points, size, generator)
+        codewords = spherical_kmeans(points, size, generator)
         set_pointwise(level.in_proj, directions.T / scale, -(mean @ directions) / scale)
         set_pointwise(level.out_proj, directions * scale, mean)
-        level.codebook.weight.copy_(rows)
-        rest = rest - mean - rows[nearest(points, rows)] @ directions.T * scale
+        level.codebook.weight.copy_(codewords)
+        rest = rest - mean - codewords[nearest(points, codewords)] @ directions.T * scale
         left.append((rest.square().sum() / total.clamp(min=1e-30)).item())
     return left
 
 
-def nearest(points: Tensor, rows: Tensor) -> Tensor:
+def nearest(points: Tensor, codewords: Tensor) -> Tensor:
     """Return the row of highest cosine for every point: [M, d] and [V, d] -> [M]."""
-    return (points @ F.normalize(rows, dim=-1).T).argmax(-1)
+    return (points @ F.normalize(codewords, dim=-1).T).argmax(-1)
 
 
 def spherical_kmeans(points: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -76,14 +76,14 @@ def spherical_kmeans(points: Tensor, size: int, generator: torch.Generator) -> T
 
     A cluster without points starts again from a random one.
     """
-    rows = points[torch.randperm(len(points), generator=generator)[:size]].clone()
+    codewords = points[torch.randperm(len(points), generator=generator)[:size]].clone()
     for _ in range(KMEANS_STEPS):
-        chosen = nearest(points, rows)
+        chosen = nearest(points, codewords)
         counts = torch.bincount(chosen, minlength=size)
-        sums = torch.zeros_like(rows).index_add_(0, chosen, points)
+        sums = torch.zeros_like(codewords).index_add_(0, chosen, points)
         others = points[torch.randint(len(points), (size,), generator=generator)]
-        rows = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], others)
-    return rows
+        codewords = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], others)
+    return codewords
 
 
 def set_pointwise(module: torch.nn.Module, weight: Tensor, bias: Tensor) -> None:
