@@ -328,3 +328,25 @@ def test_the_stored_configuration_of_an_older_run_is_that_of_todays_keys():
 
 def test_composing_leaves_required_values_open():
     assert compose("pack")["input"] == "???"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "overrides", "keys"),
+    [
+        ("cat_tiny", ["objective.weights.adversarial=5"], "stages.2.weights.adversarial"),  # the others have none
+        ("cat_tiny", ["objective.weights={feature: 5}"], "stages.2.weights.feature"),
+        ("cat_tiny", ["objective.weights.codebook=2", "stages.0.weights.codebook=1"], None),  # it holds in the others
+        ("cat_tiny", ["stages.2.weights.adversarial=1"], None),
+        (
+            "cat_1b6",
+            ["objective.weights.codebook=2", "stages.0.weights.codebook=1", "stages.1.weights.codebook=1"],
+            "stages.0.weights.codebook, stages.1.weights.codebook",
+        ),
+        ("cat_1b6", ["objective.weights.adversarial=5"], None),
+    ],
+)
+def test_a_typed_weight_that_every_stage_overrides_is_said_to_have_no_effect(experiment, overrides, keys, capsys):
+    compose("fit", [f"experiment={experiment}", *overrides])
+    term = overrides[0].partition("weights")[2].strip(".={").split("=")[0].split(":")[0]
+    line = f"moss_train: objective.weights.{term} has no effect: set {keys}\n"
+    assert capsys.readouterr().err == ("" if keys is None else line)

@@ -41,7 +41,7 @@ from moss_train.model import MossAudioTokenizerConfig
 from moss_train.training.cost.flops import FlopCounter
 from moss_train.training.module import CatModule
 from moss_train.training.run.fit import open_stream
-from moss_train.training.run.optimizations import prepare
+from moss_train.training.run.optimizations import apply_optimizations
 from moss_train.training.run.trainer import build_trainer, choose_accelerator
 from moss_train.training.run.warm_start import module_arguments
 from moss_train.utils.errors import UserError
@@ -278,7 +278,7 @@ def measure(config: FitConfig, case: Case, options: argparse.Namespace) -> Resul
         trainer = build_trainer(settings.trainer.replace(devices=1), accelerator, [meter])
         with torch.device(accelerator):  # a CPU takes half a minute to draw the weights of cat_1b6 (estimate)
             module = CatModule(**module_arguments(settings))
-        prepare(module, settings)
+        apply_optimizations(module, settings)
         trainer.fit(module, updates_of(settings, case, module, options))
         if profile_path is not None:
             write_profile(meter.profiler, profile_path)

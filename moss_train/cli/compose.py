@@ -6,12 +6,14 @@ Hydra reads the files and their defaults lists. What is typed as `key=value` is 
 import copy
 import os
 import re
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moss_train.config.build import allow_package
+from moss_train.config.fit_schema import ADVERSARIAL_TERMS, FitConfig
 from moss_train.config.overrides import assign, is_removed, join_repeated, present_key, with_present_names
 from moss_train.config.schema import COMMANDS
 from moss_train.config.section import Section
@@ -113,11 +115,30 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
     assignments = [
         (present_key(schema, key), sign, text) for key, sign, text in assignments if not is_removed(schema, key)
     ]
-    for key, sign, text in join_repeated(schema, assignments):
+    assignments = join_repeated(schema, assignments)
+    for key, sign, text in assignments:
         assign(schema, values, key, sign, text, tuple(path.name for path in _groups(directories)))
     if any("${" in str(name) for name in values.get("plugins") or ()):
         raise ConfigError("value", "plugins", values["plugins"], "names of packages, without references to other keys")
+    if issubclass(schema, FitConfig):
+        _print_overridden_weights(values, assignments)
     return values
+
+
+def _print_overridden_weights(values: dict[str, Any], assignments: Sequence[tuple[str, str, Any]]) -> None:
+    """Say of a typed weight in `objective` that it has no effect when every stage that uses the loss has its own."""
+    terms = [
+        key.removeprefix("objective.weights.") for key, _, _ in assignments if key.startswith("objective.weights.")
+    ]
+    terms += [
+        term for key, _, text in assignments if key == "objective.weights" for term in re.findall(r"(\w+) *:", text)
+    ]
+    stages = [(number, stage) for number, stage in enumerate(values.get("stages") or ()) if isinstance(stage, dict)]
+    for term in terms:
+        users = [item for item in stages if term not in ADVERSARIAL_TERMS or item[1].get("adversarial")]
+        own = [f"stages.{number}.weights.{term}" for number, stage in users if term in (stage.get("weights") or {})]
+        if own and len(own) == len(users):
+            print(f"moss_train: objective.weights.{term} has no effect: set {', '.join(own)}", file=sys.stderr)
 
 
 def _split(override: str) -> tuple[str, str, Any]:

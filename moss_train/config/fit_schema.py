@@ -123,6 +123,7 @@ WEIGHTS: dict[str, float | None] = {
     "waveform": 0.0,
     "relative_error": 0.0,
 }
+ADVERSARIAL_TERMS = ("adversarial", "feature")
 # The losses that always have a name; `objective.losses` changes their arguments, replaces them or adds others.
 LOSSES: dict[str, dict[str, Any]] = {
     "reconstruction": {"_target_": "moss_train.losses.MultiScaleMelLoss"},

@@ -83,7 +83,7 @@ def read_clip(path: str | None, model: MossAudioTokenizerModel, is_scaled: bool)
             NamedBytes(content, file.name),
             sampling_rate=model.config.sampling_rate,
             num_channels=model.config.number_channels,
-            num_frames=wanted,
+            num_samples=wanted,
         )
     except ValueError as error:  # UserError is one
         raise gr.Error(f"{error}", print_exception=False) from None

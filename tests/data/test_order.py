@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moss_train.data.stream.corpus import DomainMixture, DomainOrder, domain_shares, permutation, units
+from moss_train.data.stream.corpus import DomainMixture, DomainOrder, domain_shares, permutation, uniforms
 from moss_train.data.stream.stream import assign_to_rank, split_by_length
 from moss_train.utils.errors import UserError
 
@@ -14,20 +14,20 @@ def order_of(counts: list[int], window_shards: int = 3, seed: int = 0) -> Domain
 
 
 def test_units_are_below_one_in_float32_and_depend_on_everything() -> None:
-    numbers = units(1, "crop", 5, count=200_000)
+    numbers = uniforms(1, "crop", 5, count=200_000)
     assert numbers.min() >= 0
     assert numbers.max() < 1
     assert numbers.astype(np.float32).max() < np.float32(1)
     assert abs(numbers.mean() - 0.5) < 0.003
-    assert np.array_equal(numbers, units(1, "crop", 5, count=200_000))
-    for other in (units(2, "crop", 5, count=9), units(1, "start", 5, count=9), units(1, "crop", 6, count=9)):
+    assert np.array_equal(numbers, uniforms(1, "crop", 5, count=200_000))
+    for other in (uniforms(2, "crop", 5, count=9), uniforms(1, "start", 5, count=9), uniforms(1, "crop", 6, count=9)):
         assert not np.array_equal(other, numbers[:9])
 
 
 def test_random_numbers_never_change() -> None:
     """A run resumed with another NumPy has to find the same stream."""
     assert permutation(3, "clips", 1, count=8).tolist() == [7, 6, 2, 3, 5, 1, 4, 0]
-    assert (units(3, "crop", 1, count=3) * 2**24).tolist() == [9770868, 2591362, 9085583]
+    assert (uniforms(3, "crop", 1, count=3) * 2**24).tolist() == [9770868, 2591362, 9085583]
 
 
 def test_every_pass_visits_every_clip_once_in_another_order() -> None:

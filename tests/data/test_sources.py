@@ -11,7 +11,7 @@ import torch
 from moss_train.audio.io import read_audio, resample, write_audio
 from moss_train.commands import pack as pack_command
 from moss_train.data.pack.manifest import SourceClip, list_clips
-from moss_train.data.pack.preprocess import PackOptions, cut, preprocess_segment
+from moss_train.data.pack.preprocess import PackOptions, preprocess_segment, split_into_segments
 from moss_train.data.shards.index import ShardIndex
 from moss_train.utils.errors import UserError
 from tests.data.packed_clips import iterate_clips
@@ -147,7 +147,7 @@ def test_parts_of_a_long_file_join_to_the_whole(
 
 
 def test_hours_are_cut_into_parts_that_fit(tmp_path: Path) -> None:
-    segments = cut(0, 4 * 3600 * 44100 + 17, 44100, PackOptions())
+    segments = split_into_segments(0, 4 * 3600 * 44100 + 17, 44100, PackOptions())
     assert sum(segment.num_samples for segment in segments) == 4 * 3600 * 44100 + 17
     assert max(segment.num_samples for segment in segments) <= 60 * 44100 + 147
     assert all(segment.start % 147 == 0 for segment in segments)

@@ -40,7 +40,7 @@ from moss_train.evaluation.reconstruct import Condition
 from moss_train.evaluation.report.html import Report, write_report
 from moss_train.evaluation.report.tables import Table
 from moss_train.evaluation.results import ClipRow, ConditionRow, file_name
-from moss_train.evaluation.statistics import Estimate, SummaryRow
+from moss_train.evaluation.statistics import ConfidenceInterval, SummaryRow
 from moss_train.inference.files import Report as FilesReport
 from moss_train.inference.files import print_report
 from moss_train.training.callbacks.run_records import StartupMessages
@@ -301,7 +301,7 @@ def test_names_and_texts_in_the_report_of_evaluate_are_text(tmp_path: Path) -> N
         for file in ("original", file_name(condition)):
             write_audio(audio / f"{file}.flac", torch.zeros(1, 2400), 24000)
         column = Column("mel_loss", name, False)
-        summary = SummaryRow(name, condition, {"mel_loss": Estimate(1.0, 0.9, 1.1, 1)}, 1, 0)
+        summary = SummaryRow(name, condition, {"mel_loss": ConfidenceInterval(1.0, 0.9, 1.1, 1)}, 1, 0)
         table = Table(name, (column,), (summary,), {}, {}, (name,))
         write_report(folder / "report.html", Report(table, [row], [], [], folder))
         return (folder / "report.html").read_text()
