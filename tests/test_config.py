@@ -102,6 +102,9 @@ def test_a_typed_value_arrives_as_the_type_of_its_key(command, override, value):
     [
         ("fit", ["trainer.precision=16-mixed"], ("value", "trainer.precision", "16-mixed")),
         ("fit", ["validation.metrics=[stoi,foo]"], ("value", "validation.metrics.1", "foo")),
+        ("fit", ["trainer.compile=3"], ("value", "trainer.compile", "3")),
+        ("fit", ["logging.peak_tflops=0"], ("value", "logging.peak_tflops", 0)),
+        ("fit", ["data.max_invalid_fraction=2"], ("value", "data.max_invalid_fraction", 2)),
         ("fit", ["trainer.compile=foo"], ("value", "trainer.compile", "foo")),
         ("fit", ["data.micro_batch_seconds=6"], ("conflict", "data.micro_batch_seconds", 6)),
         ("fit", ["data.crop_seconds=0"], ("value", "data.crop_seconds", 0)),

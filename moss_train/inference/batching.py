@@ -58,9 +58,6 @@ def _outcome(future: Future[Any]) -> Any:
         return error
 
 
-PRECISIONS = ("fp32", "bf16")
-
-
 def choose_device(name: str) -> torch.device:
     """Return the device of a name: `auto` is the first GPU when there is one, else the CPU. Raises UserError."""
     if name == "auto":
@@ -82,12 +79,10 @@ def use_precision(
     Weights, quantizer and spectra stay float32. Codes of the two precisions differ in a few places.
 
     Raises:
-        UserError: another name, or bf16 on a GPU without it.
+        UserError: bf16 on a GPU without it.
     """
     if precision is None:
         return model
-    if precision not in PRECISIONS:
-        raise UserError(f"precision={precision} is not one of {', '.join(PRECISIONS)}, null")
     if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise UserError(f"precision=bf16: {torch.cuda.get_device_name(device)} computes in fp32 only")
     model.config.compute_dtype = precision

@@ -24,7 +24,7 @@ from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import EXECUTORS, TASKS_PER_PROCESS, map_ordered, num_cores, ray_pool, worker_pool
+from moss_train.utils.workers import TASKS_PER_PROCESS, map_ordered, num_cores, ray_pool, worker_pool
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,6 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
     Clips that cannot be read are reported and left out. Raises UserError when `target` is something else or was begun
     with other weights or options, or the model does not fit the audio.
     """
-    if executor not in EXECUTORS:
-        raise UserError(f"executor={executor} has to be one of {', '.join(EXECUTORS)}")
     check_target(target, overwrite=False)
     index = ShardIndex.load(job.audio)
     encoder = make_encoder(job, devices[0] if len(devices) == 1 else torch.device("cpu"))

@@ -140,9 +140,6 @@ def map_ordered(
         raise OSError("a worker process ended abruptly, most likely for lack of memory; use fewer workers") from error
 
 
-EXECUTORS = ("local", "ray")
-
-
 class _RayResult:
     """What `submit` returns: as much of a Future as `map_ordered` uses."""
 

@@ -8,7 +8,6 @@ import torch
 from moss_train.batch import Batch
 from moss_train.training import CatModule
 from moss_train.training.run.optimizations import choose_compile, compile_blocks
-from moss_train.utils.errors import UserError
 
 from .gradients import accumulate, network_errors
 
@@ -129,8 +128,3 @@ def test_passes_without_gradients_make_no_graphs(unlike):
 )
 def test_the_backend_that_a_setting_means(wanted, accelerator, backend):
     assert choose_compile(wanted, accelerator) == backend
-
-
-def test_a_setting_that_means_nothing_is_refused():
-    with pytest.raises(UserError, match=r"trainer\.compile=3"):
-        choose_compile(3, "cpu")

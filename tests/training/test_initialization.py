@@ -265,7 +265,7 @@ def test_a_decoder_at_a_higher_rate_keeps_its_rate_when_it_is_tuned_on(finetune_
         (["tokenizer.patch_sizes=[240,2,2]"], "must be 4 whole numbers"),
         (["tokenizer.patch_sizes=[15,1,1,1]", "tokenizer.number_channels=2"], "multiply to 15, not a multiple of 2"),
         (["tokenizer.context_seconds=3"], "tokenizer.context_seconds: the architecture comes with init"),
-        (["+tokenizer.stages=[]"], "tokenizer and init are both set"),
+        (["+tokenizer.stages=[]"], "tokenizer.stages: the architecture comes with init"),
     ],
 )
 def test_changes_that_cannot_work_say_why(finetune_config, source, changes, message):

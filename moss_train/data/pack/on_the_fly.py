@@ -13,7 +13,6 @@ from moss_train.data.pack.pack import SILENT, PackReport, pack
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.shards.format import FORMAT_VERSION
 from moss_train.data.shards.index import INDEX_FILE
-from moss_train.utils.errors import UserError
 from moss_train.utils.files import file_lock, pluralize, printable
 from moss_train.utils.progress import progress
 
@@ -51,10 +50,8 @@ def pack_cached(
     wait.
 
     Raises:
-        UserError: nothing to pack, too many unreadable files, or a share that cannot be held out.
+        UserError: nothing to pack, or too many unreadable files.
     """
-    if not 0 <= heldout_fraction < 1:
-        raise UserError(f"data.heldout_fraction={heldout_fraction} has to be at least 0 and below 1")
     sources = list_clips(source, domain, key)
     heldout, train = split(sources, heldout_fraction)
     found = locate(cache, listing_key(sources, options, heldout_fraction), bool(heldout.clips))

@@ -24,7 +24,7 @@ from moss_train.data.pack.resume import Journal, ShardInputs, resumable_director
 from moss_train.data.shards.format import FORMAT_VERSION, ShardWriter, read_shard
 from moss_train.data.shards.index import INDEX_FILE, IndexBuilder
 from moss_train.utils.errors import Fault, InvalidSample, UserError, count_faults
-from moss_train.utils.workers import EXECUTORS, TASKS_PER_PROCESS, Submit, map_ordered, num_cores, ray_pool, worker_pool
+from moss_train.utils.workers import TASKS_PER_PROCESS, Submit, map_ordered, num_cores, ray_pool, worker_pool
 
 CLIPS_PER_PROCESS = 200
 """So many clips are worth starting a process for, when the number of processes is not given."""
@@ -89,8 +89,6 @@ def pack(
 @contextmanager
 def _pool(executor: str, num_workers: int | None, num_clips: int) -> Iterator[tuple[Submit, int]]:
     """Give a `submit` and how many tasks may be in flight."""
-    if executor not in EXECUTORS:
-        raise UserError(f"executor={executor} has to be one of {', '.join(EXECUTORS)}")
     if executor == "ray":
         with ray_pool() as (submit, cores):
             yield submit, TASKS_PER_PROCESS * (num_workers or cores)

@@ -37,18 +37,6 @@ class PackOptions:
     segment_seconds: float | None = 60.0  # longer clips without text are split into equal parts of at most this
     min_level_db: float | None = None  # clips with a lower level, in dB below full scale, are left out
 
-    def __post_init__(self) -> None:
-        if not RATE_LIMITS[0] <= self.sampling_rate <= RATE_LIMITS[1]:
-            raise UserError(f"sampling_rate={self.sampling_rate} is outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]} Hz")
-        if self.num_channels < 1 or self.min_seconds < 0 or self.shard_bytes < 1:
-            raise UserError("num_channels and shard_bytes have to be at least 1, min_seconds at least 0")
-        if not 0 <= self.max_invalid_fraction <= 1:
-            raise UserError(f"max_invalid_fraction={self.max_invalid_fraction} has to be between 0 and 1")
-        for name in ("max_seconds", "segment_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > max(self.min_seconds, 0.01):
-                raise UserError(f"{name}={value} has to be above min_seconds={self.min_seconds}, or null")
-
 
 @dataclass(frozen=True)
 class SkippedClip:

@@ -207,8 +207,6 @@ class StreamCounter:
     """Counts what a run has used and lost. `max_invalid_fraction` is the share of samples that may be lost."""
 
     def __init__(self, sampling_rate: int, *, max_invalid_fraction: float = 0.01) -> None:
-        if not 0 <= max_invalid_fraction <= 1:
-            raise UserError(f"max_invalid_fraction={max_invalid_fraction} has to be between 0 and 1")
         self._sampling_rate = sampling_rate
         self._max_invalid_fraction = max_invalid_fraction
         self._samples: Counter[str] = Counter()  # audio samples by domain

@@ -48,7 +48,7 @@ def check_levels(codec: Codec, num_quantizers: list[int] | None) -> tuple[int, .
     if num_quantizers is None:
         return tuple(sorted({2**power for power in range(available.bit_length())} | {available}))
     for wanted in num_quantizers:
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= available:
+        if not 1 <= wanted <= available:
             raise UserError(f"num_quantizers={num_quantizers}: {codec.name} has levels 1 to {available}, got {wanted}")
     if not num_quantizers:
         raise UserError("num_quantizers=[] asks for nothing; give numbers of levels, as in num_quantizers=[1,8]")

@@ -168,16 +168,6 @@ class CheckpointWriter(Callback):
     def __init__(
         self, directory: Path, every_updates: int, keep: int, keep_every_updates: int | None, clock: StepTimer
     ) -> None:
-        if every_updates < 1 or keep < 2:
-            raise UserError(
-                f"checkpoint.every_updates={every_updates} must be at least 1, checkpoint.keep_last={keep} at least 2 "
-                "(the newest may turn out damaged)"
-            )
-        if keep_every_updates is not None and keep_every_updates % every_updates:
-            raise UserError(
-                f"checkpoint.keep_every_updates={keep_every_updates} must be a multiple of "
-                f"checkpoint.every_updates={every_updates}, or null"
-            )
         self.directory = directory
         self.every_updates = every_updates
         self.keep = keep

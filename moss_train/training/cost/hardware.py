@@ -71,13 +71,8 @@ def device_peak(device_name: str | None, trainer: TrainerConfig, given_tflops: f
 
     Args:
         given_tflops: `logging.peak_tflops`, which goes before what is known.
-
-    Raises:
-        UserError: it is not a number above 0.
     """
     if given_tflops is not None:
-        if isinstance(given_tflops, bool) or not isinstance(given_tflops, int | float) or not given_tflops > 0:
-            raise UserError(f"logging.peak_tflops={given_tflops} has to be above 0, or null")
         return given_tflops * 1e12
     gpu = None if device_name is None else gpu_of(device_name)
     return None if gpu is None else gpu.peak(trainer)[0]

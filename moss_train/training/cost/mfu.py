@@ -94,7 +94,6 @@ class Utilization:
     def __init__(self, config: FitConfig) -> None:
         self.config = config
         self.given = config.logging.peak_tflops
-        device_peak(None, config.trainer, self.given)  # an impossible one is refused here
         self.peak: float | None = None
         self.stages: dict[str, StageOperations] = {}
 

@@ -198,11 +198,6 @@ def open_stream(
     """
     data = config.data
     train = data.train if train is None else train
-    if not train:
-        raise UserError(
-            "data.train is empty: give the folders that `moss_train pack` made, as data.train=/my/shards, or a folder "
-            "of audio files, as data.path=/my/audio"
-        )
     clip_format = ClipFormat(
         tokenizer.sampling_rate,
         tokenizer.number_channels,

@@ -168,15 +168,9 @@ def compiled_parts(module: CatModule) -> list[nn.Module]:
 
 
 def choose_compile(wanted: bool | str, accelerator: str) -> str | None:
-    """The backend of `trainer.compile`, None for none; `auto` is inductor on CUDA where it can build its kernels.
-
-    Raises:
-        UserError: not auto, true, false or a name.
-    """
+    """The backend of `trainer.compile`, None for none; `auto` is inductor on CUDA where it can build its kernels."""
     if isinstance(wanted, bool):
         return "inductor" if wanted else None
-    if not isinstance(wanted, str):
-        raise UserError(f"trainer.compile={wanted!r} has to be auto, true, false or the name of a backend")
     if wanted != "auto":
         return wanted
     if accelerator != "cuda":

@@ -71,11 +71,6 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
             complete_arguments(config, record["tokenizer"], networks, record.get("new_networks", record.get("fresh")))
         )
     changes = {} if config.tokenizer is None else config.tokenizer.to_plain()
-    if "stages" in changes:
-        raise UserError(
-            "tokenizer and init are both set: the architecture comes with init, use experiment=finetune or "
-            "tokenizer=null"
-        )
     source = open_source(config.init)
     tokenizer = plain(adapt_config(source.tokenizer, changes).to_dict())
     networks, new = restored_networks(config, source)

@@ -105,14 +105,9 @@ class EMA:
     """average <- d * average + (1 - d) * weights after every update, d = min(decay, (1 + update) / (10 + update)).
 
     The smaller d of the first updates forgets the initial weights. Rank by rank the same: it needs no communication.
-
-    Raises:
-        ValueError: a decay outside [0, 1).
     """
 
     def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay={decay} has to be at least 0 and below 1")
         self.decay = decay
         self._stored: dict[str, Tensor] = {}  # of a checkpoint, until the module is where it trains
         self._averages: list[Tensor] = []
