@@ -16,7 +16,7 @@ from moss_train.config.build import allow_package
 from moss_train.config.fit_schema import ADVERSARIAL_TERMS, FitConfig
 from moss_train.config.overrides import assign, is_removed, join_repeated, present_key, with_present_names
 from moss_train.config.schema import COMMANDS
-from moss_train.config.section import Section
+from moss_train.config.section import Section, nearest
 from moss_train.utils.errors import ConfigError, UserError, first_line
 from moss_train.utils.files import config_directory, read_yaml
 
@@ -166,12 +166,8 @@ def _choose(groups: dict[str, str], group: str, name: str, directories: Sequence
         raise ConfigError("conflict", group, name, f"is not the only {group}: choose one")
     known = _options(group, directories)
     if name not in known:
-        import difflib
-
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}? There are" if close else "there are"
         own = "" if len(directories) > 1 else "; your own are found with --config-dir"
-        raise ConfigError("value", group, name, f"a file of configs/{group}: {hint} {', '.join(known)}{own}")
+        raise ConfigError("value", group, name, f"a file of configs/{group}: {nearest(name, known, 'there are')}{own}")
     groups[group] = name
 
 

@@ -1,7 +1,6 @@
 """Make the texts of `--help` from the command modules and their commented YAML, without importing either."""
 
 import ast
-import difflib
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -82,13 +81,6 @@ def group_options(group: str, directories: list[Path]) -> dict[str, str]:
             comments = (line for line in lines if line.startswith("#") and not line.startswith("# @package"))
             options[path.stem] = next(comments, "").lstrip("# ").rstrip()
     return options
-
-
-def unknown(kind: str, word: str, known: list[str]) -> str:
-    """Return the message for a word that does not exist: the nearest one that does, or all there are."""
-    close = difflib.get_close_matches(word, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known) or 'none'}"
-    return f"unknown {kind} {word!r}: {hint}"
 
 
 def default_groups(config: dict[str, Any]) -> dict[str, str | None]:

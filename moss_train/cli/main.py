@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from moss_train import __version__
 from moss_train.cli import help as help_texts
+from moss_train.config.section import nearest
 from moss_train.utils.errors import PreemptedError, UserError
 from moss_train.utils.files import printable
 
@@ -134,7 +135,7 @@ def _run(arguments: Arguments) -> int:
         print(text, file=sys.stdout if arguments.show_help else sys.stderr)
         return 0 if arguments.show_help else EXIT_USER_ERROR
     if arguments.command not in commands:
-        raise UserError(help_texts.unknown("command", arguments.command, list(commands)))
+        raise UserError(f"unknown command {arguments.command!r}: {nearest(arguments.command, commands, 'there are')}")
     if arguments.show_help:
         print(help_texts.command_help(arguments.command, arguments.config_directory))
         return 0

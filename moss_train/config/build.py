@@ -5,7 +5,6 @@ listed nothing is imported and no attribute is read. The only other names are cl
 in this process, as `plugins=[my_package]` on the command line or with `allow_package` in Python.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -13,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from moss_train.config.section import nearest
 from moss_train.utils.errors import UserError, first_line
 
 TARGETS = frozenset(
@@ -45,6 +45,8 @@ TARGETS = frozenset(
 )
 """All that a `_target_` may name. A new part of the project that configurations choose is added here by hand; its
 arguments have to be safe with any plain value, because a stranger chooses them."""
+
+EXAMPLE = "moss_train.losses.MultiScaleMelLoss"
 
 MAX_DEPTH = 64
 """Of containers inside each other; no configuration comes near it."""
@@ -97,7 +99,7 @@ def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
         UserError: a name outside the list, an unknown or missing argument, a value that the constructor refuses.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise UserError(f"{path or 'the node'} has no _target_: name the class to build, as in _target_: {_example()}")
+        raise UserError(f"{path or 'the node'} has no _target_: name the class to build, as in _target_: {EXAMPLE}")
     _check_depth(node, path)
     _check_tree(node, path, kwargs)
     return _construct(node, path, kwargs)
@@ -148,9 +150,9 @@ def check_node(node: Mapping[str, Any], path: str = "", given: Mapping[str, Any]
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for key in sorted(keys - set(names)):
-            close = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names) or 'none'}"
-            raise UserError(f"{_place(path)}{node['_target_']} has no argument {key!r}: {hint}")
+            raise UserError(
+                f"{_place(path)}{node['_target_']} has no argument {key!r}: {nearest(key, names, 'it takes')}"
+            )
     required = [p.name for p in parameters if p.default is p.empty and p.name in names]
     missing = [name for name in required if name not in keys]
     if missing and not node.get("_partial_"):
@@ -245,7 +247,3 @@ def _may_be_own(name: str) -> bool:
 
 def _place(path: str) -> str:
     return f"{path}: " if path else ""
-
-
-def _example() -> str:
-    return "moss_train.losses.MultiScaleMelLoss"

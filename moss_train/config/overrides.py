@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from moss_train.config.section import Section, Texts, alternatives, hints_of, is_section, new_name, removal_reason
+from moss_train.config.section import (
+    Section,
+    Texts,
+    alternatives,
+    hints_of,
+    is_section,
+    new_name,
+    removal_reason,
+    section_of,
+)
 from moss_train.utils.errors import ConfigError
 
 _NULLS = ("null", "none", "~")
@@ -25,16 +34,16 @@ def read_value(hint: Any, text: str) -> Any:
         ValueError: a list or mapping without its closing bracket.
     """
     kinds, _ = alternatives(hint)
-    text = text.strip() if not _is_text(kinds) else text
+    text = text.strip() if str not in kinds else text
     items = next((kind for kind in kinds if get_origin(kind) is list), None)
     if text.startswith("[") and (items or Any in kinds) and not os.path.lexists(text):
         return [read_value(get_args(items)[0] if items else Any, part) for part in split(_inside(text), ",")]
-    if text.startswith("{") and any(map(_is_mapping, kinds)):
+    if text.startswith("{") and any(kind is Any or get_origin(kind) is dict or is_section(kind) for kind in kinds):
         pairs = [split(part, ":", most=1) for part in split(_inside(text), ",")]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("a mapping is written {key: value, key: value}")
         return {_unquoted(key): read_value(hint_inside(hint, _unquoted(key)), value) for key, value in pairs}
-    if items and not any(_is_plain(kind) for kind in kinds):
+    if items and not any(kind in (bool, int, float, str) or get_origin(kind) is Literal for kind in kinds):
         item = get_args(items)[0]
         if type(None) in kinds and text.lower() in _NULLS:
             return None
@@ -102,18 +111,6 @@ def _hint_of_node(hint: Any, key: str) -> Any:
     return Annotated[dict[str, Any] | None, Texts(inner)] if inner else Any
 
 
-def _is_mapping(kind: Any) -> bool:
-    return kind is Any or get_origin(kind) is dict or is_section(kind)
-
-
-def _is_plain(kind: Any) -> bool:
-    return kind in (bool, int, float, str) or get_origin(kind) is Literal
-
-
-def _is_text(kinds: list[Any]) -> bool:
-    return str in kinds
-
-
 def _unquoted(text: str) -> str:
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
@@ -143,12 +140,7 @@ def _scalar(hint: Any, text: str) -> Any:
                 pass
     if str in kinds or anything:
         return text if str in kinds else plain
-    return _guessed(plain)
-
-
-def _guessed(text: str) -> Any:
-    """Return a number for what looks like one, so that an error shows the value without quotes."""
-    return _scalar(Any, text)
+    return _scalar(Any, plain)  # a number for what looks like one, so that an error shows it without quotes
 
 
 def join_repeated(schema: type[Section], assignments: list[tuple[str, str, str]]) -> list[tuple[str, str, Any]]:
@@ -156,7 +148,7 @@ def join_repeated(schema: type[Section], assignments: list[tuple[str, str, str]]
     joined: dict[str, list[str]] = {}
     for key, sign, text in assignments:
         hint = find_hint(schema, key)
-        items = [kind for kind in alternatives(hint)[0] if getattr(kind, "__origin__", None) is list] if hint else []
+        items = [kind for kind in alternatives(hint)[0] if get_origin(kind) is list] if hint else []
         if sign != "~" and items and str in alternatives(items[0].__args__[0])[0] and not text.startswith("["):
             joined.setdefault(key, []).append(text)
     result: list[tuple[str, str, Any]] = []
@@ -191,7 +183,7 @@ def present_key(schema: type[Section], key: str) -> str:
     hint: Any = schema
     parts = []
     for part in key.split("."):
-        section = _section_of(hint) if hint is not None else None
+        section = section_of(hint) if hint is not None else None
         parts.append(new_name(section, part) if section else part)
         hint = hint_inside(hint, parts[-1]) if hint is not None else None
     if ".".join(parts) != key:
@@ -203,7 +195,7 @@ def with_present_names(hint: Any, values: Any, path: str = "") -> Any:
     """Return the data of YAML files under the present names of its keys; a line names each new one."""
     if isinstance(values, list):
         return [with_present_names(hint_inside(hint, "0"), item, f"{path}{i}.") for i, item in enumerate(values)]
-    section = _section_of(hint) if hint is not None else None
+    section = section_of(hint) if hint is not None else None
     if section is None or not isinstance(values, dict):
         return values
     # The shipped files have the present names only, so what stands under an older one was set on top of them.
@@ -243,8 +235,9 @@ def assign(
         del place[last]
         return
     value = _escaped(text) if isinstance(text, list) else _read(hint, key, text)
-    if value is not None and not isinstance(value, dict) and _holds_several(hint):
-        inside = ", ".join(f"{key}.{name}" for name in hints_of(_section_of(hint)))
+    is_section_only = all(is_section(kind) or kind is type(None) for kind in alternatives(hint)[0])
+    if value is not None and not isinstance(value, dict) and is_section_only:
+        inside = ", ".join(f"{key}.{name}" for name in hints_of(section_of(hint)))
         raise ConfigError("conflict", key, text, f"holds several values, not one: set {inside}")
     if isinstance(value, dict):
         _check_keys(schema, key, value)
@@ -311,15 +304,6 @@ def _check_keys(schema: type[Section], path: str, value: dict[str, Any]) -> None
             _check_keys(schema, inside, item)
 
 
-def _section_of(hint: Any) -> Any:
-    return next((kind for kind in alternatives(hint)[0] if is_section(kind)), None)
-
-
-def _holds_several(hint: Any) -> bool:
-    """Whether a key holds a section and nothing else."""
-    return all(is_section(kind) or kind is type(None) for kind in alternatives(hint)[0])
-
-
 def dotted_keys(hint: Any, like: str = "", prefix: str = "") -> list[str]:
     """List every dotted key of a schema, parents first; numbers of list entries are those of the key `like`."""
     number = next((part for part in like.split(".") if part.isdigit()), "0")
@@ -328,7 +312,7 @@ def dotted_keys(hint: Any, like: str = "", prefix: str = "") -> list[str]:
         if is_section(kind):
             for name, inner in hints_of(kind).items():
                 keys += [f"{prefix}{name}", *dotted_keys(inner, like, f"{prefix}{name}.")]
-        elif getattr(kind, "__origin__", None) is list and is_section(_section_of(kind.__args__[0])):
+        elif get_origin(kind) is list and is_section(section_of(kind.__args__[0])):
             keys += [f"{prefix}{number}", *dotted_keys(kind.__args__[0], like, f"{prefix}{number}.")]
     return keys
 

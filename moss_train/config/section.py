@@ -136,27 +136,22 @@ def to_plain(value: Any) -> Any:
 def known_keys(hint: Any, values: Any) -> Any:
     """Return stored data without the keys that a schema does not have (any more), under their present names."""
     if isinstance(values, list):
-        return [known_keys(_item_of(hint), item) for item in values]
-    section = next((kind for kind in alternatives(hint)[0] if is_section(kind)), None)
+        items = next((get_args(kind)[0] for kind in alternatives(hint)[0] if get_origin(kind) is list), Any)
+        return [known_keys(items, item) for item in values]
+    section = section_of(hint)
     if section is None or not isinstance(values, Mapping):
         return values
     hints = hints_of(section)
     return {key: known_keys(hints[key], item) for key, item in rename_keys(section, values).items() if key in hints}
 
 
-def _item_of(hint: Any) -> Any:
-    return next((get_args(kind)[0] for kind in alternatives(hint)[0] if get_origin(kind) is list), Any)
-
-
-def hints_of(cls: Any) -> dict[str, Any]:
-    """Return the declared types of a section's fields, in their order, with their rules."""
-    return _hints_of(cls)
-
-
-@cache
 def _hints_of(cls: Any) -> dict[str, Any]:
+    """Return the declared types of a section's fields, in their order, with their rules."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in fields(cls)}
+
+
+hints_of: Callable[[Any], dict[str, Any]] = cache(_hints_of)
 
 
 def is_required(field: "Field[Any]") -> bool:
@@ -164,13 +159,13 @@ def is_required(field: "Field[Any]") -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def nearest(key: str, known: Any) -> str:
-    """Return the hint for an unknown key: the similar one, or all there are."""
+def nearest(word: str, known: Any, otherwise: str = "the keys are") -> str:
+    """Return the hint for an unknown word: the similar one, or all there are."""
     import difflib
 
     names = [str(name) for name in known]
-    close = difflib.get_close_matches(str(key), names, n=1)
-    return f"did you mean {close[0]}?" if close else f"the keys are {', '.join(names)}"
+    close = difflib.get_close_matches(str(word), names, n=1)
+    return f"did you mean {close[0]}?" if close else f"{otherwise} {', '.join(names) or 'none'}"
 
 
 def alternatives(hint: Any) -> tuple[list[Any], list[Rule]]:
@@ -207,7 +202,10 @@ def convert(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError("type", path, value, "a mapping of keys to values")
         return {str(key): convert(get_args(hint)[1], item, f"{path}.{key}") for key, item in value.items()}
     if is_section(hint):
-        return value if isinstance(value, hint) else hint.parse(_as_mapping(value, hint, path), path)
+        if not isinstance(value, Mapping | hint):
+            inside = ", ".join(f"{path}.{name}" for name in hints_of(hint))
+            raise ConfigError("conflict", path, value, f"holds several values, not one: set {inside}")
+        return value if isinstance(value, hint) else hint.parse(value, path)
     return _convert_scalar(hint, value, path)
 
 
@@ -216,11 +214,9 @@ def is_section(hint: Any) -> bool:
     return isinstance(hint, type) and is_dataclass(hint) and issubclass(hint, Section)
 
 
-def _as_mapping(value: Any, section: type[Section], path: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        inside = ", ".join(f"{path}.{name}" for name in hints_of(section))
-        raise ConfigError("conflict", path, value, f"holds several values, not one: set {inside}")
-    return value
+def section_of(hint: Any) -> Any:
+    """Return the section that a declared type allows; None when it allows none."""
+    return next((kind for kind in alternatives(hint)[0] if is_section(kind)), None)
 
 
 def _convert_union(hint: Any, value: Any, path: str) -> Any:
