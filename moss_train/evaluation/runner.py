@@ -26,21 +26,17 @@ class Reconstructor(Protocol):
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """All conditions in the order of the table."""
-        ...
 
     def depends_on(self, clip: ListedClip) -> str:
         """What the pairs of a clip depend on besides the clip and the settings."""
-        ...
 
     def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
         """Conditions that a row with the conditions `found` is still to get."""
-        ...
 
     def reconstruct(
         self, clip: ListedClip, audio: Tensor, rate: int, wanted: Collection[Condition]
     ) -> ClipReconstructions:
         """Pairs of a clip [C, T] at `rate` Hz, of the wanted conditions. Raises UserError for an unusable clip."""
-        ...
 
 
 def evaluate(

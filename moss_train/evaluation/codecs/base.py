@@ -30,11 +30,9 @@ class Codec(Protocol):
 
     def encode(self, audio: Tensor) -> Tensor:
         """Codes [N, frames] int64 of a clip [C, T], both on the CPU."""
-        ...
 
     def decode(self, codes: Tensor) -> Tensor:
         """Audio [C, T'] of the first n levels [n, frames], both on the CPU."""
-        ...
 
 
 def bitrate(codec: Codec, num_quantizers: int) -> float:
@@ -80,12 +78,10 @@ class CatCodec:
         self._model = model.eval()
 
     def encode(self, audio: Tensor) -> Tensor:
-        """See `Codec`."""
         codes = self._model.encode(audio[None], return_dict=True).audio_codes
         return codes[:, 0].cpu()
 
     def decode(self, codes: Tensor) -> Tensor:
-        """See `Codec`."""
         with torch.inference_mode():
             return self._model.decode(codes[:, None], return_dict=True).audio[0].float().cpu()
 
@@ -121,11 +117,9 @@ class OnnxCodec:
         self._tokenizer = tokenizer
 
     def encode(self, audio: Tensor) -> Tensor:
-        """See `Codec`."""
         return torch.from_numpy(self._tokenizer.encode(audio[None].numpy())[:, 0])
 
     def decode(self, codes: Tensor) -> Tensor:
-        """See `Codec`."""
         return torch.from_numpy(self._tokenizer.decode(codes[:, None].numpy())[0])
 
 
@@ -153,12 +147,10 @@ class WrappedCodec:
 
     @torch.inference_mode()
     def encode(self, audio: Tensor) -> Tensor:
-        """See `Codec`."""
         return self._encode(audio[None].to(self.device)).cpu().long()
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """See `Codec`."""
         return self._decode(codes.to(self.device)).float().cpu()
 
     def _encode(self, audio: Tensor) -> Tensor:

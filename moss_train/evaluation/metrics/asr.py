@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchaudio.functional import edit_distance
 
-from moss_train.evaluation.metrics.base import Column, Pair, missing_package, package_version
+from moss_train.evaluation.metrics.base import Column, Metric, Pair, missing_package, package_version
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
 
@@ -24,7 +24,7 @@ SPELLINGS_FILE = "normalizer.json"
 
 
 @dataclass(frozen=True)
-class ErrorRates:
+class ErrorRates(Metric):
     """WER and CER against the transcript, the original's WER beside it, and dWER: against the original's transcription.
 
     All are sums of errors over sums of words or characters. Applies to speech in the recogniser's languages; clips
@@ -42,7 +42,6 @@ class ErrorRates:
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         name = {"faster_whisper": "faster-whisper", "whisper": "transformers"}[self.backend]
         model = Path(self.model).name if self.model else "model of a package"
         return (
@@ -51,7 +50,6 @@ class ErrorRates:
         )
 
     def missing(self) -> str | None:
-        """See `Metric`."""
         package = {"whisper": "transformers"}.get(self.backend, self.backend)
         if reason := missing_package(package):
             return reason

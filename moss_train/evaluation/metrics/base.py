@@ -88,20 +88,17 @@ class Metric(Protocol):
     @property
     def columns(self) -> tuple[Column, ...]:
         """The columns that the values become."""
-        ...
 
     @property
     def description(self) -> str:
         """Backend and version: values of two metrics compare when their descriptions are equal."""
-        ...
 
     def missing(self) -> str | None:
         """What has to be installed or given before the metric can be used, None when nothing is missing."""
-        ...
+        return None
 
     def score(self, pair: Pair) -> dict[str, float]:
         """Values by key; empty when the metric does not apply to the clip. Raises MetricError with the reason."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moss_train.batch import TASKS
 from moss_train.config.build import build
-from moss_train.evaluation.metrics.base import Column, Pair
+from moss_train.evaluation.metrics.base import Column, Metric, Pair
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.semantic import TextLM
 
@@ -103,7 +103,7 @@ def codebook_row(counts: Tensor) -> dict[str, float]:
 PREFIX = "semantic."
 
 
-class TextCrossEntropy:
+class TextCrossEntropy(Metric):
     """Cross entropy in nats and accuracy per text token, from the states of the first levels; clips with text only.
 
     It is a metric with columns like the others, but measures codes, where they are made, instead of pairs of waveforms.
@@ -120,12 +120,7 @@ class TextCrossEntropy:
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         return "the text LM of the checkpoint, teacher forcing"
-
-    def missing(self) -> str | None:
-        """Nothing is ever missing."""
-        return None
 
     def score(self, pair: Pair) -> dict[str, float]:
         """Nothing: pairs have no codes."""

@@ -83,7 +83,7 @@ def _lagged_correlation(frames: Tensor, window: int, num_lags: int) -> tuple[Ten
 
 
 @dataclass(frozen=True)
-class PitchAccuracy:
+class PitchAccuracy(Metric):
     """Share of the reference's voiced frames whose F0 in the reconstruction is within 5 % of the reference's.
 
     Noise in the place of speech scores a few per cent, by chance.
@@ -93,14 +93,9 @@ class PitchAccuracy:
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         return (
             f"normalised cross-correlation, {RATE // 1000} kHz, {MIN_HZ:.0f} to {MAX_HZ:.0f} Hz, within {TOLERANCE:.0%}"
         )
-
-    def missing(self) -> str | None:
-        """Nothing is ever missing."""
-        return None
 
     def score(self, pair: Pair) -> dict[str, float]:
         """See `Metric`; MetricError for a reference without voiced frames."""
@@ -122,7 +117,7 @@ BUZZ_FLOOR = 1e-8  # of the strongest bin: what lies between the lines of a synt
 
 
 @dataclass(frozen=True)
-class PatchRateBuzz:
+class PatchRateBuzz(Metric):
     """Level in dB by which a reconstruction has more energy at multiples of the patch rate than its reference.
 
     For every multiple from 200 to 4,000 Hz, the power within 10 Hz of it is set against the power within 10 Hz of the
@@ -138,12 +133,7 @@ class PatchRateBuzz:
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         return f"multiples of {self.patch_rate:g} Hz, {BUZZ_RANGE[0]:g} to {BUZZ_RANGE[1]:g} Hz, above the reference"
-
-    def missing(self) -> str | None:
-        """Nothing is ever missing."""
-        return None
 
     def score(self, pair: Pair) -> dict[str, float]:
         """See `Metric`; MetricError for audio shorter than the window or a silent reference."""

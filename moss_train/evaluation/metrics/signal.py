@@ -90,18 +90,16 @@ _SPEECH_RATE = 16_000
 
 
 @dataclass(frozen=True)
-class Stoi:
+class Stoi(Metric):
     """Short-time objective intelligibility (Taal et al. 2011) by pystoi, at 16 kHz."""
 
     columns = (Column("stoi", "STOI", True, is_speech_only=True, decimals=3),)
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         return f"pystoi {package_version('pystoi')}, 16 kHz"
 
     def missing(self) -> str | None:
-        """See `Metric`."""
         return missing_package("pystoi")
 
     def score(self, pair: Pair) -> dict[str, float]:
@@ -123,7 +121,7 @@ class Stoi:
 
 
 @dataclass(frozen=True)
-class Pesq:
+class Pesq(Metric):
     """Perceptual evaluation of speech quality, ITU-T P.862 narrow band and P.862.2 wide band, both at 16 kHz."""
 
     columns = (
@@ -133,11 +131,9 @@ class Pesq:
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         return f"pesq {package_version('pesq')}, 16 kHz"
 
     def missing(self) -> str | None:
-        """See `Metric`."""
         return missing_package("pesq", "it compiles, with gcc and the headers of Python: pip install pesq")
 
     def score(self, pair: Pair) -> dict[str, float]:
@@ -157,7 +153,7 @@ class Pesq:
 
 
 @dataclass(frozen=True)
-class SpectralDistances:
+class SpectralDistances(Metric):
     """Mel-Loss and STFT-Dist. of one profile; lower is better."""
 
     profile: Profile
@@ -168,13 +164,8 @@ class SpectralDistances:
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         window = "sqrt-Hann" if self.profile.is_root_window else "Hann"
         return f"profile {self.profile.name}: {self.profile.sampling_rate} Hz, {window}, windows 2048 and 512"
-
-    def missing(self) -> str | None:
-        """Nothing is ever missing."""
-        return None
 
     def score(self, pair: Pair) -> dict[str, float]:
         """See `Metric`; MetricError for audio shorter than half a window."""
@@ -189,19 +180,14 @@ class SpectralDistances:
 
 
 @dataclass(frozen=True)
-class SiSdr:
+class SiSdr(Metric):
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2018), at 16 kHz without removing the mean."""
 
     columns = (Column("si_sdr", "SI-SDR", True),)
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         return f"auraloss {package_version('auraloss')}, 16 kHz"
-
-    def missing(self) -> str | None:
-        """Nothing is ever missing."""
-        return None
 
     def score(self, pair: Pair) -> dict[str, float]:
         """See `Metric`; MetricError for a silent reference, of which there is no ratio."""
@@ -220,7 +206,7 @@ SAMPLING_RATE = 16_000
 
 
 @dataclass(frozen=True)
-class Dnsmos:
+class Dnsmos(Metric):
     """Overall quality, 1 to 5, of the reconstruction and of the original."""
 
     columns = (
@@ -230,11 +216,9 @@ class Dnsmos:
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         return f"speechmos {package_version('speechmos')}, 16 kHz"
 
     def missing(self) -> str | None:
-        """See `Metric`."""
         reasons = (missing_package(name) for name in ("speechmos", "onnxruntime", "librosa"))
         return next((reason for reason in reasons if reason is not None), None)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moss_train.evaluation.metrics.base import Column, MetricError, Pair
+from moss_train.evaluation.metrics.base import Column, Metric, MetricError, Pair
 from moss_train.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ _FEATURES = "feature_extract.model."
 
 
 @dataclass(frozen=True)
-class WavLMSimilarity:
+class WavLMSimilarity(Metric):
     """Cosine of WavLM speaker embeddings of reference and reconstruction, at 16 kHz: the published SIM."""
 
     weights: str | None = None  # path of wavlm_large_finetune.pth
@@ -66,11 +66,9 @@ class WavLMSimilarity:
 
     @property
     def description(self) -> str:
-        """See `Metric`."""
         return f"WavLM + ECAPA-TDNN, {Path(self.weights or '').name}"
 
     def missing(self) -> str | None:
-        """See `Metric`."""
         if self.weights is None:
             return "no weights: give speaker_model=<path of wavlm_large_finetune.pth>"
         return None if Path(self.weights).is_file() else f"there is no {self.weights}"

@@ -59,25 +59,21 @@ class LoggerCollection:
         self.writers = tuple(writers)
 
     def start(self, update: int, *, is_main: bool) -> None:
-        """See `Writer`."""
         if not is_main:
             self.writers = ()
         for writer in self.writers:
             writer.start(update)
 
     def write(self, table: str, row: Row) -> None:
-        """See `Writer`."""
         assert table in TABLES, table
         for writer in self.writers:
             writer.write(table, row)
 
     def show(self, samples: Sequence[ClipSample]) -> None:
-        """See `Writer`."""
         for writer in self.writers:
             writer.show(samples)
 
     def close(self) -> None:
-        """See `Writer`."""
         for writer in self.writers:
             writer.close()
 
