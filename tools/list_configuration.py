@@ -22,6 +22,7 @@ from moss_train.config.schema import COMMANDS, FitConfig
 from moss_train.config.section import (
     REMOVED,
     RENAMED,
+    RENAMED_COLUMNS,
     Section,
     alternatives,
     describe,
@@ -31,7 +32,6 @@ from moss_train.config.section import (
     to_plain,
 )
 from moss_train.utils.files import config_directory
-from moss_train.utils.tables import RENAMED_COLUMNS
 
 PAGE = Path(__file__).parents[1] / "recipes/guides/configuration.md"
 KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?P<value>(?: [^#]*)?)(?:#\s*(?P<comment>.*))?$")

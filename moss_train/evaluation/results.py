@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.io import write_audio
+from moss_train.config.section import present_column
 from moss_train.data.clips import ListedClip
 from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, Reconstruction
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write, parse_json, read_json
-from moss_train.utils.tables import present_column
 
 ROWS_FILE = "per_clip.jsonl"
 SETTINGS_FILE = "settings.json"

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moss_train.config.section import present_column
 from moss_train.export.load import find_checkpoint
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json, read_yaml
-from moss_train.utils.tables import present_column
 
 TESTED_VERSIONS = ("4.57.1", "5.0.0", "5.17.0", "5.23.0", "5.24.0")
 """Versions of transformers in which tests/export/test_transformers_versions.py passed."""

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from moss_train.config.section import present_column
 from moss_train.utils.errors import UserError, first_line
 from moss_train.utils.files import atomic_write, read_json
-from moss_train.utils.tables import present_column
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 MANIFEST = "manifest.json"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from moss_train.config.section import present_column
 from moss_train.evaluation.metrics.base import Column, Metric
 from moss_train.evaluation.metrics.codes import CodebookUsage
 from moss_train.evaluation.reconstruct import ANCHORS, Condition
@@ -13,7 +14,6 @@ from moss_train.evaluation.results import ROWS_FILE, ClipRow, read_rows
 from moss_train.evaluation.statistics import ConfidenceInterval, SummaryRow, paired_difference
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
-from moss_train.utils.tables import present_column
 
 EMPTY = "–"
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 
 from moss_train.config.build import build
 from moss_train.config.fit_schema import FitConfig
+from moss_train.config.section import present_column
 from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.data.stream.stream import AudioStream
 from moss_train.evaluation.metrics.base import split_available
@@ -28,7 +29,6 @@ from moss_train.training.loggers.base import CsvWriter, LoggerCollection, Progre
 from moss_train.training.loggers.wandb import WandbWriter
 from moss_train.training.step.objective import Objective
 from moss_train.utils.errors import UserError
-from moss_train.utils.tables import present_column
 
 Part = TypeVar("Part")
 KEYS = frozenset({"wandb", "tensorboard", "callbacks", "loggers", "logging", "validation", "health"})

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.audio.io import read_audio
+from moss_train.config.section import present_column
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import add_path_to_error, atomic_write
 from moss_train.utils.progress import progress
-from moss_train.utils.tables import present_column
 
 TABLES = ("metrics", "codebooks", "audio_hours", "validation")
 """A row per update; use of every codebook level; hours by domain; scores on held-out audio. `update` is in each."""
