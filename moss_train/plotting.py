@@ -15,6 +15,7 @@ from moss_train.audio.stft import log_mel_spectrogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
 
@@ -74,6 +75,13 @@ def drawable(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of a size in inches, without pyplot: no global state, no window, no backend to choose."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 @_fonts()
 def save_spectrograms(
     waveforms: Mapping[str, Tensor], sampling_rate: int, path: str | Path | BinaryIO, title: str = ""
@@ -86,13 +94,8 @@ def save_spectrograms(
     """
     if not waveforms:
         raise ValueError("a spectrogram figure needs at least one waveform, got none")
-    # The object interface, not pyplot: no global state, no window, no backend to choose.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     width, height = SPECTROGRAM_INCHES
-    figure = Figure(figsize=(width, 0.7 + height * len(waveforms)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, 0.7 + height * len(waveforms))
     axes = figure.subplots(len(waveforms), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     levels = {name: _decibels(waveform, sampling_rate) for name, waveform in waveforms.items()}
     loudest = next(iter(levels.values())).max().item()
@@ -168,13 +171,8 @@ class Panel:
 @_fonts()
 def save_curves(panels: Sequence[Panel], path: Path, title: str, marks: Mapping[str, float] | None = None) -> None:
     """Draw panels as a PNG; `marks` are updates to name, such as the beginnings of stages. Needs matplotlib."""
-    # The object interface, not pyplot: no global state, no window, no backend to choose.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = -(-len(panels) // CURVE_COLUMNS)
-    figure = Figure(figsize=(CURVE_INCHES[0] * CURVE_COLUMNS, CURVE_INCHES[1] * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(CURVE_INCHES[0] * CURVE_COLUMNS, CURVE_INCHES[1] * rows + 0.4)
     axes = figure.subplots(rows, CURVE_COLUMNS, squeeze=False).flatten()
     for panel, place in zip(panels, axes, strict=False):
         _draw_curves(place, panel, marks or {})
@@ -227,13 +225,8 @@ class Scatter:
 @_fonts()
 def save_histograms(panels: Sequence[Histogram | Scatter], path: str | Path, title: str = "") -> None:
     """Draw every panel into one PNG, groups stacked in one colour each. Needs matplotlib (extra `eval`)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = -(-len(panels) // HISTOGRAM_COLUMNS)
-    size = (HISTOGRAM_INCHES[0] * HISTOGRAM_COLUMNS, HISTOGRAM_INCHES[1] * rows + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(HISTOGRAM_INCHES[0] * HISTOGRAM_COLUMNS, HISTOGRAM_INCHES[1] * rows + 0.5)
     axes = figure.subplots(rows, HISTOGRAM_COLUMNS, squeeze=False).flat
     groups = sorted({group for panel in panels for group in panel.values})
     colours = {group: f"C{number % 10}" for number, group in enumerate(groups)}

@@ -18,6 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from moss_train.config.schema import DoctorConfig
+from moss_train.utils.errors import first_line
+from moss_train.utils.files import package_version
 from moss_train.utils.memory import cuda_memory, memory
 
 SUMMARY = "Check the environment: versions, devices, memory, disk, audio formats."
@@ -112,11 +114,11 @@ def try_import(module: str) -> ModuleType | Exception:
 def package_finding(distribution: str, module: str) -> Finding:
     """Check that a core package can be imported and that its version is one that moss_train declares."""
     imported = try_import(module)
-    version = installed_version(distribution)
+    version = package_version(distribution)
     if isinstance(imported, ModuleNotFoundError) and version is None:
         return Finding(distribution, "not installed", INSTALL_LOCK, broken=True)
     if isinstance(imported, Exception):
-        return Finding(distribution, f"{version}: {first_line(imported)}", import_advice(distribution), broken=True)
+        return Finding(distribution, f"{version}: {describe(imported)}", import_advice(distribution), broken=True)
     wanted = declared_versions(distribution)
     if wanted is not None and version is not None and not wanted.contains(version, prereleases=True):
         return Finding(distribution, version, f"moss_train needs {distribution}{wanted}: {INSTALL_LOCK}", broken=True)
@@ -127,20 +129,12 @@ def import_advice(distribution: str) -> str:
     """Say what to do about a package that is installed and cannot be imported."""
     if distribution == "torchaudio":
         return (
-            f"torch {installed_version('torch')} and torchaudio {installed_version('torchaudio')} do not fit together, "
+            f"torch {package_version('torch')} and torchaudio {package_version('torchaudio')} do not fit together, "
             f"most likely because they are built for different CUDA releases: {INSTALL_LOCK}"
         )
     if distribution == "soundfile":
         return f"libsndfile cannot be loaded; the soundfile wheel brings it: {INSTALL_LOCK}"
     return INSTALL_LOCK
-
-
-def installed_version(distribution: str) -> str | None:
-    """Return the version that the installed package declares, None when it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def declared_versions(distribution: str) -> Any:
@@ -155,10 +149,9 @@ def declared_versions(distribution: str) -> Any:
     return next((r.specifier for r in requirements if r.name == distribution and r.marker is None), None)
 
 
-def first_line(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """Return the kind of an error and the first line of its message."""
-    message = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {message}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def device_findings() -> Iterator[Finding]:
@@ -195,7 +188,7 @@ def device_finding(torch: ModuleType, device: int) -> Finding:
         major, minor = torch.cuda.get_device_capability(device)
         free = cuda_memory(device)
     except RuntimeError as error:
-        return Finding(subject, first_line(error), "the device does not answer: look at nvidia-smi", broken=True)
+        return Finding(subject, describe(error), "the device does not answer: look at nvidia-smi", broken=True)
     sizes = f"{free.available / GIB:.1f} GiB free of {free.total / GIB:.1f} GiB"
     return Finding(subject, f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, {sizes}")
 
@@ -253,7 +246,7 @@ def flash_attention_finding() -> Finding:
     """Report which FlashAttention can be used: the flash_attn package or the one built into torch."""
     ways = []
     if not isinstance(try_import("flash_attn"), Exception):
-        ways.append(f"flash_attn {installed_version('flash-attn')}")
+        ways.append(f"flash_attn {package_version('flash-attn')}")
     if hasattr(try_import("torch.nn.attention.varlen"), "varlen_attn"):
         ways.append("built into torch")
     return Finding("FlashAttention", ", ".join(ways) or "none: attention runs through torch's other kernels")
@@ -263,5 +256,5 @@ def extra_finding(distribution: str, module: str) -> Finding:
     """Report a package of the `eval` extra; only `evaluate` and its report need it."""
     imported = try_import(module)
     if not isinstance(imported, Exception):
-        return Finding(f"{distribution} (eval)", installed_version(distribution) or "unknown version")
-    return Finding(f"{distribution} (eval)", first_line(imported), "install the extra: pip install 'moss_train[eval]'")
+        return Finding(f"{distribution} (eval)", package_version(distribution) or "unknown version")
+    return Finding(f"{distribution} (eval)", describe(imported), "install the extra: pip install 'moss_train[eval]'")

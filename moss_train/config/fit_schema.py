@@ -4,7 +4,7 @@ A new key is a field here and a line with a comment in `configs/fit.yaml`; a tes
 runs do that began without the key. Keys of list entries, which `fit.yaml` does not show, have their comments here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -29,7 +29,8 @@ Network = Literal["semantic", "discriminators"]
 ValidationMetric = Literal["stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "recognition", "dnsmos"]
 Node = dict[str, Any]
 """A `_target_` with its arguments, which only the class itself can check."""
-ShareOrOne = Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)]
+BelowOne = Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)]
+AboveZero = Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)]
 
 
 class LoggingConfig(Section):
@@ -181,7 +182,7 @@ class DecayScales(Section):
     semantic: NonNegativeFloat = 1.0
 
 
-Betas = Annotated[list[Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)]], "betas"]
+Betas = Annotated[list[BelowOne], "betas"]
 
 
 class OptimizerConfig(Section):
@@ -221,7 +222,7 @@ class OptimizersConfig(Section):
 class EmaConfig(Section):
     """The moving average of the tokenizer's weights."""
 
-    decay: Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)]  # per update
+    decay: BelowOne  # per update
 
 
 class StageConfig(Section):
@@ -240,16 +241,19 @@ class StageConfig(Section):
     semantic_warmup_updates: NonNegative = 0  # the text LM learns at first without influence on the tokenizer
     discriminator_every: Count = 1  # the discriminators learn in every n-th update
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: cosine, or the peak with a decay at the end
-    decay_fraction: ShareOrOne = 0.2  # of the updates, length of that decay
+    decay_fraction: AboveZero = 0.2  # of the updates, length of that decay
     trainable: list[Part] | None = None  # parts that learn; null: those of the run (trainable)
     weights: dict[str, float] = field(default_factory=dict)  # loss weights that differ in this stage
     quantize: bool = True  # false: learns with the continuous latent; then the levels are fitted to data
 
     def check(self) -> None:
-        if self.trainable is not None and not set(self.trainable) & {"encoder", "quantizer", "decoder"}:
-            raise ConfigError(
-                "value", "trainable", self.trainable, "a list with encoder, quantizer or decoder among others"
-            )
+        check_trainable(self.trainable)
+
+
+def check_trainable(parts: Sequence[str] | None) -> None:
+    """Raise ConfigError for a list without any part of the tokenizer."""
+    if parts is not None and not set(parts) & {"encoder", "quantizer", "decoder"}:
+        raise ConfigError("value", "trainable", parts, "a list with encoder, quantizer or decoder among others")
 
 
 class DataConfig(Section):
@@ -259,14 +263,14 @@ class DataConfig(Section):
     path: PathText | None = None
     cache: PathText | None = None
     domain: str = "speech"
-    heldout_fraction: Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)] = 0.02
+    heldout_fraction: BelowOne = 0.02
     weights: dict[str, NonNegativeFloat] | None = None
     crop_seconds: Positive = 12.0
     max_seconds: Positive = 30.0
     max_text_tokens: Count | None = 2048
     micro_batch_seconds: Positive = 160.0
     min_length_ratio: Positive = 0.7
-    peak: ShareOrOne | None = None
+    peak: AboveZero | None = None
     loudness_lufs: Annotated[float, within(-70, 0)] | None = None
     gain_db: list[Annotated[float, within(-60, 60)]] | None = None
     max_invalid_fraction: Fraction = 0.01
@@ -389,10 +393,7 @@ class FitConfig(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def check(self) -> None:
-        if not set(self.trainable) & {"encoder", "quantizer", "decoder"}:
-            raise ConfigError(
-                "value", "trainable", self.trainable, "a list with encoder, quantizer or decoder among others"
-            )
+        check_trainable(self.trainable)
         for number, stage in enumerate(self.stages):
             if stage.adversarial and not self.discriminators:
                 expected = "needs discriminators, and there are none"
@@ -408,7 +409,7 @@ class EstimateConfig(FitConfig):
 
     gpu: GpuName = "h100"
     gpus: Count = 8
-    mfu: ShareOrOne | PathText = 0.3
+    mfu: AboveZero | PathText = 0.3
     text_fraction: Fraction = 0.3
     text_tokens_per_second: NonNegativeFloat = 15.0
     allreduce_gb_per_second: Positive = 300.0

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,14 @@ def parse_json(content: str | bytes, place: str) -> Any:
     except (ValueError, RecursionError, MemoryError) as error:
         reason = first_line(error)
         raise UserError(f"{place}: not JSON that can be read ({reason})") from error
+
+
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package; None for one that is not installed, or used from its folder."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 PACKAGE_DIRECTORY = Path(__file__).resolve().parent.parent

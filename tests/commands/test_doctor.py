@@ -83,7 +83,7 @@ def test_missing_core_package_is_broken():
 def test_version_outside_the_declared_range_is_broken(version, broken, monkeypatch):
     if doctor.declared_versions("torch") is None:
         pytest.skip("moss_train is not installed, so it declares no versions")
-    monkeypatch.setattr(doctor, "installed_version", lambda distribution: version)
+    monkeypatch.setattr(doctor, "package_version", lambda distribution: version)
     finding = doctor.package_finding("torch", "torch")
     assert finding.broken is broken
     assert ("<2.15" in (finding.advice or "")) is broken

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torchaudio.functional import edit_distance
 
-from moss_train.evaluation.metrics.base import Column, Metric, Pair, missing_package, package_version
+from moss_train.evaluation.metrics.base import Column, Metric, Pair, missing_package
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import read_json
+from moss_train.utils.files import package_version, read_json
 
 SAMPLING_RATE = 16_000
 BACKENDS = ("faster_whisper", "whisper")

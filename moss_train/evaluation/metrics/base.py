@@ -7,8 +7,7 @@ result; whatever it loads is loaded there when first used.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -158,12 +157,3 @@ def missing_package(name: str, hint: str = "") -> str | None:
     if find_spec(name) is not None:
         return None
     return f"package {name} is not installed" + (f" ({hint})" if hint else "")
-
-
-@lru_cache(maxsize=32)
-def package_version(name: str) -> str:
-    """Version of an installed package, or `missing`."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"

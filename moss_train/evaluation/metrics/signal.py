@@ -13,7 +13,8 @@ from auraloss.time import SISDRLoss
 from torch import Tensor
 
 from moss_train.audio.stft import mel_bank
-from moss_train.evaluation.metrics.base import Column, Metric, MetricError, Pair, missing_package, package_version
+from moss_train.evaluation.metrics.base import Column, Metric, MetricError, Pair, missing_package
+from moss_train.utils.files import package_version
 
 SCALES = ((2048, 150), (512, 80))
 """Window length and number of mel filters of each scale; a quarter of the window is the hop."""

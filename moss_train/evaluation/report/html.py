@@ -18,7 +18,7 @@ from moss_train.evaluation.reconstruct import ANCHORS, RESAMPLE_ONLY, Condition
 from moss_train.evaluation.report.tables import Comparison, Difference, Table, table_cells
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, file_name
 from moss_train.evaluation.statistics import ALL_DOMAINS, ConfidenceInterval, SummaryRow
-from moss_train.plotting import save_spectrograms
+from moss_train.plotting import new_figure, save_spectrograms
 from moss_train.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -129,10 +129,7 @@ def published() -> tuple[dict[str, str], ...]:
 
 
 def _figure() -> tuple["Figure", "Axes"]:
-    # The object interface, not pyplot: no global state, no window, no backend to choose.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=PANEL_INCHES, layout="constrained")
+    figure = new_figure(*PANEL_INCHES)
     return figure, figure.subplots()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.evaluation.codecs.base import Codec
-from moss_train.evaluation.metrics.base import SPEECH, Column, Metric, columns_of, package_version
+from moss_train.evaluation.metrics.base import SPEECH, Column, Metric, columns_of
 from moss_train.evaluation.metrics.codes import (
     RELIABLE_FRAMES,
     CodebookUsage,
@@ -29,7 +29,7 @@ from moss_train.evaluation.report.tables import (
 )
 from moss_train.evaluation.results import ClipRow, Results
 from moss_train.evaluation.statistics import summarize
-from moss_train.utils.files import atomic_write
+from moss_train.utils.files import atomic_write, package_version
 
 SCHEMA_VERSION = 1
 

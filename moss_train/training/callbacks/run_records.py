@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moss_train.batch import UpdateBatch
 from moss_train.training.module import NonFiniteError, cat_module, update_result
 from moss_train.training.step.update import UpdateResult
-from moss_train.utils.files import PACKAGE_DIRECTORY, atomic_write, printable, read_json
+from moss_train.utils.files import PACKAGE_DIRECTORY, atomic_write, package_version, printable, read_json
 from moss_train.utils.memory import available_memory_bytes
 
 
@@ -90,14 +89,6 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(available_memory_bytes() / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def package_version(name: str) -> str | None:
-    """Version of an installed package; None for one that is used from its folder."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def git_commit(directory: Path) -> dict[str, Any] | None:
