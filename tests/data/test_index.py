@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,7 @@ def test_of_many_shards_some_are_looked_at_and_the_others_when_they_are_read(
 def test_the_table_of_shards_gives_back_its_records(copy: Path) -> None:
     records = json.loads((copy / "index.json").read_text())["shards"]
     shards = ShardIndex.load(copy).shards
-    assert [asdict(shard) for shard in shards] == records
+    assert [shard.to_json() for shard in shards] == records
     assert [row for number in range(len(shards)) for row in shards.rows_of(number)] == list(
         range(sum(record["num_samples"] for record in records))
     )

@@ -81,7 +81,7 @@ def test_an_update_takes_what_its_batch_seconds_need(packed: Path) -> None:
     plan = stream.plan_update(100, batch_seconds=20.0, micro_batch_seconds=6.0)
     refs = [ref for group in plan.micro_batches for ref in group]
     assert sorted(ref.position for ref in refs) == list(range(100, plan.next_position))
-    lengths = [stream.sample(position).num_frames for position in range(100, plan.next_position)]
+    lengths = [stream.sample(position).num_samples for position in range(100, plan.next_position)]
     assert sum(lengths) >= 20 * 24000 > sum(lengths[:-1])
     for group in plan.micro_batches:
         longest = max(ref.num_samples for ref in group)

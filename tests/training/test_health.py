@@ -58,31 +58,31 @@ def test_few_frames_say_nothing_about_a_codebook(health):
 
 
 def test_a_discriminator_that_wins_for_long(health):
-    run(health, range(1, 61), discriminator__real=0.99, discriminator__generated=0.01)
+    run(health, range(1, 61), discriminator_score__real=0.99, discriminator_score__generated=0.01)
     (line,) = warnings(health)
     assert line.startswith("update 20: the discriminators tell real from generated audio almost perfectly")
     assert "(mean margin 0.98 over 20 updates)" in line
 
 
 def test_a_discriminator_that_loses_for_long_and_again_after_a_recovery(health):
-    run(health, range(1, 41), discriminator__real=0.51, discriminator__generated=0.50)
+    run(health, range(1, 41), discriminator_score__real=0.51, discriminator_score__generated=0.50)
     run(health, range(41, 101))
-    run(health, range(101, 141), discriminator__real=0.51, discriminator__generated=0.50)
+    run(health, range(101, 141), discriminator_score__real=0.51, discriminator_score__generated=0.50)
     lines = warnings(health)
     assert len(lines) == 2
     assert all("cannot tell real from generated" in line for line in lines)
 
 
-def test_discriminators_are_not_judged_in_their_head_start(health):
+def test_discriminators_are_not_checked_in_their_warm_up(health):
     for update in range(1, 41):
-        row = metrics(update, discriminator__real=0.0, discriminator__generated=0.0)
+        row = metrics(update, discriminator_score__real=0.0, discriminator_score__generated=0.0)
         health.write("metrics", {name: value for name, value in row.items() if name != "loss/adversarial"})
     assert warnings(health) == []
 
 
 def test_one_lucky_update_is_no_discriminator_that_wins(health):
     run(health, range(1, 41))
-    run(health, [41], discriminator__real=5.0, discriminator__generated=-4.0)
+    run(health, [41], discriminator_score__real=5.0, discriminator_score__generated=-4.0)
     run(health, range(42, 80))
     assert warnings(health) == []
 
@@ -90,7 +90,7 @@ def test_one_lucky_update_is_no_discriminator_that_wins(health):
 def test_a_margin_around_its_limit_is_one_warning(health):
     for update in range(1, 400):
         margin = 0.96 if update // 15 % 2 else 0.945
-        health.write("metrics", metrics(update, discriminator__real=margin, discriminator__generated=0.0))
+        health.write("metrics", metrics(update, discriminator_score__real=margin, discriminator_score__generated=0.0))
     assert len(warnings(health)) == 1
 
 
