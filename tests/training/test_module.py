@@ -59,9 +59,9 @@ def test_discriminators_that_do_not_learn_judge_all_the_same(module, update):
     stage = replace(module.schedule.stages[1], discriminator_every=2)
     module.schedule = Schedule((module.schedule.stages[0], stage))
     assert not module.schedule.at(7).discriminators_learn
-    judged_only = accumulate(module, batch, 7)
-    assert not any(name.startswith("discriminators") for name in judged_only)
-    torch.testing.assert_close(judged_only, {name: both[name] for name in judged_only})
+    adversarial_only = accumulate(module, batch, 7)
+    assert not any(name.startswith("discriminators") for name in adversarial_only)
+    torch.testing.assert_close(adversarial_only, {name: both[name] for name in adversarial_only})
 
 
 def test_adversarial_terms_grow_along_the_ramp(module, update):

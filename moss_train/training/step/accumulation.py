@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moss_train.training.distributed.fsdp import is_sharded, layers_of, local_part
+from moss_train.training.distributed.fsdp import is_sharded, layers_of, local_tensor
 
 SMALL = 2**16
 """Elements up to which gradients are added many at once: starting a kernel takes longer than adding so few."""
@@ -44,8 +44,8 @@ class Accumulation:
         weights = [getattr(module, name) for module, name in self._places]
         self._copies = make_copies(weights, [weight in parameters for weight in weights], dtype)
         leaves = {parameter: self._copies.get(parameter, parameter) for parameter in parameters}
-        self._small = {p: leaf for p, leaf in leaves.items() if local_part(p).numel() <= SMALL}
-        self._large = {p: leaf for p, leaf in leaves.items() if local_part(p).numel() > SMALL}
+        self._small = {p: leaf for p, leaf in leaves.items() if local_tensor(p).numel() <= SMALL}
+        self._large = {p: leaf for p, leaf in leaves.items() if local_tensor(p).numel() > SMALL}
         self._sums: dict[nn.Parameter, Tensor] = {}
         for weight, leaf in self._large.items():
             if leaf is not weight and leaf.requires_grad:  # a part may be frozen in this stage
@@ -90,7 +90,7 @@ class Accumulation:
             found |= zip((p for p, _ in halves), in_full, strict=True)
         again = [p for p in found if p in self._sums]
         if again:
-            torch._foreach_add_([local_part(self._sums[p]) for p in again], [local_part(found[p]) for p in again])
+            torch._foreach_add_([local_tensor(self._sums[p]) for p in again], [local_tensor(found[p]) for p in again])
         self._sums |= {p: gradient for p, gradient in found.items() if p not in self._sums}
 
     def finish(self) -> None:
