@@ -85,13 +85,13 @@ def _print_report(report: PackReport, out: str) -> None:
     clips, shards = pluralize(report.index["num_samples"], "clip"), pluralize(len(report.index["shards"]), "shard")
     notes = [f"{out}: {clips} in {shards}, {num_bytes:,} bytes"]
     if report.num_resumed:
-        notes.append(f"taken over from an earlier attempt: {pluralize(report.num_resumed, 'shard')}")
+        notes.append(f"reused from an earlier attempt: {pluralize(report.num_resumed, 'shard')}")
     notes += [
-        f"left out: {pluralize(count, 'clip')} {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())
+        f"skipped: {pluralize(count, 'clip')} {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())
     ]
     if report.bad:
         number, kinds = pluralize(len(report.bad), "clip"), count_faults(report.bad)
-        notes.append(f"left out: {number} that cannot be used ({kinds}), among them:")
+        notes.append(f"skipped: {number} that cannot be used ({kinds}), among them:")
         notes += [f"  {bad.reason}" for bad in report.bad[:_NUM_BAD_SHOWN]]
     notes += [f"packed: {pluralize(count, 'clip')} {remark}" for remark, count in sorted(report.remarks.items())]
     if report.remarks.get(SILENT) == report.index["num_samples"]:

@@ -45,7 +45,7 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
     """Encode a packed folder into a folder of codes of the same shards, one process per device, or on a Ray cluster.
 
     The folder appears when it is complete; after a kill the next call continues after the shards that are finished.
-    Clips that cannot be read are reported and left out. Raises UserError when `target` is something else or was begun
+    Clips that cannot be read are reported and skipped. Raises UserError when `target` is something else or was begun
     with other weights or options, or the model does not fit the audio.
     """
     check_target(target, overwrite=False)
@@ -119,7 +119,7 @@ def encode_shard(
     folder: Path,
     on_clips: Callable[[int], None] = lambda count: None,
 ) -> list[tuple[Path, str]]:
-    """Encode one shard, clips of similar length together, and return (shard, reason) of clips that were left out."""
+    """Encode one shard, clips of similar length together, and return (shard, reason) of clips that were skipped."""
     shard = index.shards[number]
     rows = index.shards.rows_of(number)
     reader = ClipReader(index.sampling_rate, index.num_channels)

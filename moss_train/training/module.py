@@ -38,7 +38,7 @@ BALANCE_KEY = "gradient_balance"
 
 
 class NonFiniteError(FloatingPointError):
-    """Too many updates in a row were not finite; `result` is that of the last one."""
+    """Too many consecutive updates were not finite; `result` is that of the last one."""
 
     def __init__(self, message: str, result: UpdateResult) -> None:
         super().__init__(message)
@@ -58,7 +58,7 @@ class CatModule(lightning.LightningModule):
         objective: arguments of `Objective` beside the sampling rate.
         optimizers: `OptimizerConfig` of `generator` and `discriminators`.
         seed: of the initial weights.
-        max_skipped_updates: non-finite updates in a row before the run stops.
+        max_skipped_updates: consecutive non-finite updates before the run stops.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class CatModule(lightning.LightningModule):
         return float(getattr(self.optimizer_settings, name).clip_norm)
 
     def _count_skipped(self, result: UpdateResult, batch: UpdateBatch) -> None:
-        """Count updates in a row that were skipped, name their samples, and stop after too many."""
+        """Count consecutive updates that were skipped, name their samples, and stop after too many."""
         if not result.not_finite:
             self.consecutive_skipped = 0
             return

@@ -93,7 +93,7 @@ class SampleError(UserError):
 
 
 class InvalidSample(NamedTuple):
-    """A clip, file or line that was left out."""
+    """A clip, file or line that was skipped."""
 
     name: str  # id of the clip, or place of the line
     reason: str

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from moss_train.evaluation.metrics.base import Column, Pair, missing_package, package_version
+from moss_train.evaluation.metrics.base import Column, Pair, missing_package
+from moss_train.utils.files import package_version
 
 SAMPLING_RATE = 16000
 

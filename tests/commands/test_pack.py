@@ -27,7 +27,7 @@ def test_finished_shards_are_announced_after_an_error_and_taken_over(
     assert not (tmp_path / "out").exists()
     bad.unlink()
     assert main(arguments) == 0
-    assert "taken over from an earlier attempt: " in capsys.readouterr().out
+    assert "reused from an earlier attempt: " in capsys.readouterr().out
     assert len(ShardIndex.load(tmp_path / "out")) == len(list(source.iterdir()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 

@@ -55,7 +55,7 @@ def test_damage_is_counted_by_kind_and_named_once(packed: Path, tmp_path: Path, 
     assert counter.bad == {kind: 2 * len(lost)}
     assert lost
     assert len(lines) == len(set(lost))
-    assert all(line.startswith("left out ") for line in lines)
+    assert all(line.startswith("skipped ") for line in lines)
 
 
 def test_other_reasons_have_a_kind_too(packed: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_bad_file_stops_or_is_left_out(
     )
     assert pack_command.run(config | {"max_invalid_fraction": 0.5}) == 0
     assert len(ShardIndex.load(tmp_path / "out")) == 1
-    assert "left out: 1 clip that cannot be used (1 " in capsys.readouterr().out
+    assert "skipped: 1 clip that cannot be used (1 " in capsys.readouterr().out
 
 
 def test_only_short_clips_is_an_error(tmp_path: Path, pack_config: Callable) -> None:
@@ -271,7 +271,7 @@ def test_bad_lines_are_counted_by_kind_and_stop_above_the_ceiling(
     assert not (tmp_path / "out").exists()
     assert pack_command.run(config | {"max_invalid_fraction": 0.5}) == 0
     printed = capsys.readouterr().out
-    assert "left out: 6 clips that cannot be used (4 line, 1 missing file, 1 repeated id)" in printed
+    assert "skipped: 6 clips that cannot be used (4 line, 1 missing file, 1 repeated id)" in printed
     assert "list.jsonl:4: not a line of JSON" in printed
     assert [name for name, _, _ in iterate_clips([tmp_path / "out"], sampling_rate=24000, num_channels=1)] == paths
 

@@ -168,8 +168,8 @@ def test_filters_count_what_they_leave_out(
     assert pack_command.run(config) == 0
     assert list(clips_of(tmp_path / "out")) == ["speech.flac"]
     text = capsys.readouterr().out
-    assert "left out: 1 clip longer than max_seconds" in text
-    assert "left out: 1 clip quieter than min_level_db" in text
+    assert "skipped: 1 clip longer than max_seconds" in text
+    assert "skipped: 1 clip quieter than min_level_db" in text
     config |= {"out": str(tmp_path / "two"), "min_level_db": None, "drop": str(tmp_path / "drop.jsonl")}
     assert pack_command.run(config) == 0
     assert list(clips_of(tmp_path / "two")) == ["quiet.wav"]

@@ -1,4 +1,4 @@
-"""Long texts: left out beyond a limit, apart from the short ones below it."""
+"""Long texts: not used beyond a limit, apart from the short ones below it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Audio files damaged in every way: packed as they are or left out with the reason, never let through altered."""
+"""Audio files damaged in every way: packed as they are or skipped with the reason, never let through altered."""
 
 import io
 import json
@@ -129,7 +129,7 @@ def test_odd_but_sound_audio_keeps_its_length_and_stays_finite(tmp_path: Path, k
 
 
 def test_a_compressed_file_damaged_anywhere_is_never_silently_shortened(tmp_path: Path) -> None:
-    """FLAC with a byte altered, or cut, anywhere: the audio is that of the whole file, or the file is left out."""
+    """FLAC with a byte altered, or cut, anywhere: the audio is that of the whole file, or the file is skipped."""
     content = encoded(format="FLAC")
     whole = prepared(tmp_path, content)
     assert isinstance(whole, EncodedClip)

@@ -71,7 +71,7 @@ def test_the_shards_are_part_of_what_a_run_was_started_with(init, audio, tmp_pat
 def test_texts_of_a_manifest_need_a_text_lm_and_clips_without_leave_it_out(init, recordings, audio, tmp_path, capsys):
     command = ["fit", *QUICK, f"init={init}", "max_updates=1", "discriminators.0.channels=[2,4]"]
     command += ["discriminators.1.channels=2", "semantic.config.hidden_size=32", "semantic.config.num_hidden_layers=1"]
-    with pytest.warns(UserWarning, match="no clip has a text that is used: the text LM is left out"):
+    with pytest.warns(UserWarning, match="no clip has a text that is used: the text LM is not built"):
         assert main([*command, f"data.path={audio}", f"run_dir={tmp_path / 'plain'}"]) == 0
     lines = [line for line in (recordings / "train.jsonl").read_text().splitlines() if '"text"' in line]
     entries = [json.loads(line) for line in lines[:6]]

@@ -134,7 +134,7 @@ def test_the_head_start_of_the_text_lm_leaves_the_tokenizer_alone(small_config, 
 
 def test_fine_tuning_the_decoder_moves_nothing_else_and_leaves_the_text_lm_out(small_config, source):
     config = small_config(f"init={source}", "tokenizer=null", "trainable=[decoder]", "max_updates=2")
-    with pytest.warns(UserWarning, match="a text LM has nothing to teach; it is left out"):
+    with pytest.warns(UserWarning, match="the text LM has no effect and is not built"):
         tuned = load_tokenizer(fit(config).directory).state_dict()
     old = load_tokenizer(source).state_dict()
     assert {name.split(".")[0] for name in old if not torch.equal(tuned[name], old[name])} == {"decoder"}

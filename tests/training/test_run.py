@@ -165,7 +165,7 @@ def test_unreadable_samples_are_named_and_stop_the_run_past_the_ceiling(packed, 
     overrides = [*others, f"data.train={damaged}", f"run_dir={tmp_path / 'run'}"]
     assert main(["fit", *overrides, "data.max_invalid_fraction=0"]) == 2
     error = capsys.readouterr().err
-    assert "left out" in error
+    assert "skipped" in error
     assert re.search(r"(\d+) of \1 samples could not be used .* more than max_invalid_fraction=0 allows", error)
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["update-00000000"]
 

@@ -166,7 +166,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             with os.scandir(current) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            warnings.warn(f"{current} cannot be listed ({error.strerror}), its files are left out", stacklevel=2)
+            warnings.warn(f"{current} cannot be listed ({error.strerror}), its files are skipped", stacklevel=2)
             continue
         inner = []
         for entry in entries:

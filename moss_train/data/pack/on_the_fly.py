@@ -86,7 +86,7 @@ def listing_key(sources: SourceList, options: PackOptions, heldout_fraction: flo
     for clip in sources.clips:
         status = clip.path.stat()
         part = (clip.start_seconds, clip.end_seconds, clip.row)
-        # Without the licence, which does not change what is learned: a run that began before it was kept goes on.
+        # Without the licence, which does not change what is learned: a run that began before it was kept resumes.
         labels = {key: value for key, value in clip.labels().items() if key != "licence"}
         line = [clip.id, labels, part, status.st_size, status.st_mtime_ns]
         digest.update(json.dumps(line).encode())
@@ -121,6 +121,6 @@ def print_skipped(report: PackReport) -> None:
     if report.bad:
         kinds.append(f"{len(report.bad)} unreadable ({'; '.join(bad.reason for bad in report.bad[:NUM_SHOWN])})")
     if kinds:
-        print(printable(f"left out: {', '.join(kinds)}"), file=sys.stderr)
+        print(printable(f"skipped: {', '.join(kinds)}"), file=sys.stderr)
     for remark, count in sorted(report.remarks.items()):
         print(f"{pluralize(count, 'clip')} {remark}", file=sys.stderr)

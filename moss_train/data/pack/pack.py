@@ -61,9 +61,9 @@ def pack(
 ) -> PackReport:
     """Pack every clip of a list into a new folder of shards with an index.
 
-    `on_clip` hears the seconds of every clip, 0 when it was left out. `drop` are ids of clips, or of parts of long
+    `on_clip` hears the seconds of every clip, 0 when it was skipped. `drop` are ids of clips, or of parts of long
     ones, to leave out. The folder appears under its name when it is complete, and not at all otherwise; the shards that
-    were finished before an error or a kill are taken over by the next call. Raises UserError, naming the file or line,
+    were finished before an error or a kill are reused by the next call. Raises UserError, naming the file or line,
     for input that cannot be packed.
     """
     check_target(target, overwrite)
@@ -145,7 +145,7 @@ class _Packer:
         return [number for number, clip in clips if number > done.get(clip.domain, -1)], len(kept)
 
     def add(self, number: int, outcomes: Iterator[Outcome]) -> float:
-        """Store what becomes of one clip and return its seconds, 0 when it is left out."""
+        """Store what becomes of one clip and return its seconds, 0 when it is skipped."""
         clip = self._sources.clips[number]
         if clip.domain not in self._inputs:
             self._inputs[clip.domain] = ShardInputs(self._settings)

@@ -26,16 +26,16 @@ _RESAMPLER_REACH = 16  # samples at the lower rate that reach into a resampled s
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How clips are stored and which are left out."""
+    """How clips are stored and which are skipped."""
 
     sampling_rate: int = 24000
     num_channels: int = 1
-    min_seconds: float = 0.1  # shorter clips are left out
+    min_seconds: float = 0.1  # shorter clips are skipped
     shard_bytes: int = 256 * 2**20  # a shard is closed once it has this size
     max_invalid_fraction: float = 0.0  # share of unreadable files beyond which packing stops
-    max_seconds: float | None = 600.0  # longer clips are left out, unless they are split
+    max_seconds: float | None = 600.0  # longer clips are skipped, unless they are split
     segment_seconds: float | None = 60.0  # longer clips without text are split into equal parts of at most this
-    min_level_db: float | None = None  # clips with a lower level, in dB below full scale, are left out
+    min_level_db: float | None = None  # clips with a lower level, in dB below full scale, are skipped
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Journal:
 
 
 class ShardInputs:
-    """What has gone into one shard so far: the clips that were looked at, stored or left out."""
+    """What has gone into one shard so far: the clips that were looked at, stored or skipped."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.last = -1

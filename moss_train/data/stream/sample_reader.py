@@ -73,7 +73,7 @@ class TrainingClip:
     audio: Tensor  # [C, T] float32, as the encoder takes it
     tokens: tuple[int, ...]  # empty for a clip without text
     task_id: int  # -1 for a clip without text
-    is_text_too_long: bool = False  # and so left out
+    is_text_too_long: bool = False  # and so not used
     target: Tensor | None = None  # [C, T'] float32, where the decoder has its own sampling rate
 
 
@@ -195,12 +195,12 @@ class SampleReader:
 
 
 MIN_SAMPLES = 1000
-"""The share of bad samples is taken of at least so many, so that the first bad one does not end a run."""
+"""The fraction of invalid samples is taken of at least so many, so that the first one does not end a run."""
 
 RECENT_UPDATES = 20
 RECENT_INVALID_FRACTION = 0.5
-"""Of the samples of so many updates in a row at most this share may be bad, or `max_invalid_fraction` if that is more:
-late in a run its share of all samples would let it continue without data for days."""
+"""Of the samples of so many consecutive updates at most this fraction may be invalid, or `max_invalid_fraction` if that is
+more: late in a run its fraction of all samples would let it continue without data for days."""
 
 
 class StreamCounter:
@@ -239,7 +239,7 @@ class StreamCounter:
         for bad in batch.dropped:
             if bad.name not in self._named:
                 self._named.add(bad.name)
-                lines.append(f"left out {bad.name}: {bad.reason}")
+                lines.append(f"skipped {bad.name}: {bad.reason}")
         self._last_line = lines[-1] if lines else ""
         for sample_id in batch.without_text:
             if sample_id not in self._named:

@@ -150,7 +150,7 @@ class AudioStream:
         """Plan one update of one rank: its micro-batches, and the stream's position afterwards.
 
         Consecutive samples are taken until their used audio reaches `batch_seconds`, whatever the number of ranks. They
-        are dealt to the ranks by length, so that each gets as many seconds, and split evenly into few micro-batches
+        are assigned to the ranks by length, so that each gets as many seconds, and split evenly into few micro-batches
         whose count times longest stays within `micro_batch_seconds`. Which samples an update has depends on neither.
         With fewer samples than ranks some ranks have no micro-batches.
         """
@@ -238,7 +238,7 @@ def _check_options(crop: float, longest: float, seed: int, window_shards: int, m
 
 
 def assign_to_rank(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Return one rank's share of samples, longest first: sorted by length and dealt there and back over the ranks."""
+    """Return the samples of one rank, longest first: sorted by length and assigned to the ranks forth and back."""
     order = np.argsort(-lengths, kind="stable")
     turns = np.arange(len(order)) // world_size
     places = np.arange(len(order)) % world_size

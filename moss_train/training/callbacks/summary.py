@@ -27,7 +27,7 @@ TIMES = ("update_seconds", "data_wait_seconds", "callback_seconds", "checkpoint_
 
 @dataclass
 class TrainingHistory:
-    """Means over stretches of updates, and sums over the whole run."""
+    """Means over ranges of updates, and sums over the whole run."""
 
     num_updates: int = 0
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -36,7 +36,7 @@ class TrainingHistory:
     bin_size: int = 1
 
     def curves(self, names: Iterable[str]) -> list[Curve]:
-        """The named columns, those without any value left out."""
+        """The named columns, those without any value dropped."""
         curves = []
         for name in names:
             points = self.bins.get(name, {})
@@ -66,7 +66,7 @@ def read_history(rows: Iterable[Mapping[str, str]], updates: int) -> TrainingHis
 def panels(
     history: TrainingHistory, validation: Sequence[Mapping[str, str]], codebooks: Sequence[Mapping[str, str]]
 ) -> list[Panel]:
-    """What a person wants to see of a run first; subjects without values are left out."""
+    """What a person wants to see of a run first; subjects without values are dropped."""
     depths = [name for name in (validation[0] if validation else ()) if is_depth(name)]
     mel = [held_out_curve(validation, name, depth_label(name)) for name in depths]
     text = [

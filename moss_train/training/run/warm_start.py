@@ -103,14 +103,14 @@ def restored_networks(config: FitConfig, source: ModelSource) -> tuple[dict[str,
     """Nodes of LM and discriminators, and which of them are newly initialised.
 
     What is configured as null or [] stays away. The rest comes with `init` when it has it and `restore` names it, and
-    is built as configured otherwise. A text LM that neither learns nor teaches is left out with a warning.
+    is built as configured otherwise. A text LM that trains nothing is not built, with a warning.
     """
     networks = configured_networks(config)
     if networks["semantic"] and not semantic_has_effect(config):
         networks["semantic"] = None
         warnings.warn(
-            f"trainable={list(config.trainable)}: encoder and quantizer do not learn, so a text LM has nothing to "
-            "teach; it is left out (trainable=[decoder,semantic] would let the LM itself learn)",
+            f"trainable={list(config.trainable)}: encoder and quantizer are not trained, so the text LM has no "
+            "effect and is not built (trainable=[decoder,semantic] would train the LM itself)",
             stacklevel=2,
         )
     new = []
@@ -132,7 +132,7 @@ def without_text(init_plan: InitPlan) -> InitPlan:
             stacklevel=2,
         )
         return init_plan
-    warnings.warn("no clip has a text that is used: the text LM is left out", stacklevel=2)
+    warnings.warn("no clip has a text that is used: the text LM is not built", stacklevel=2)
     new = tuple(name for name in init_plan.new_networks if name != "semantic")
     return replace(init_plan, arguments=init_plan.arguments | {"semantic": None}, new_networks=new)
 

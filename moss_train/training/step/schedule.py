@@ -13,7 +13,7 @@ PARTS = ("encoder", "quantizer", "decoder", "semantic")
 
 
 class Stage(StageConfig):
-    """One stretch of the training, with all of its parts named; see `StageConfig` for its fields.
+    """One stage of the training, with all of its parts named; see `StageConfig` for its fields.
 
     Raises:
         ConfigError: a value that cannot work, by name.
@@ -29,7 +29,7 @@ class Stage(StageConfig):
         return tuple(self.trainable or ())
 
     def rate_factor(self, update: int) -> float:
-        """Learning rate of an update of this stage (from 0) as a share of the peak.
+        """Learning rate of an update of this stage (from 0) as a fraction of the peak.
 
         The decay of "wsd" (warm-up, stable, decay) is 1 - sqrt(progress), as arXiv 2405.18392 found best.
         """
@@ -39,9 +39,9 @@ class Stage(StageConfig):
         if self.schedule == "wsd":
             start = max(start, self.updates - round(self.decay_fraction * self.updates))
         progress = min(max(update - start, 0) / max(self.updates - start, 1), 1.0)
-        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - math.sqrt(progress)
+        remaining = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - math.sqrt(progress)
         floor = self.final_learning_rate / self.learning_rate
-        return floor + (1 - floor) * left
+        return floor + (1 - floor) * remaining
 
 
 @dataclass(frozen=True)
