@@ -199,8 +199,8 @@ MIN_SAMPLES = 1000
 
 RECENT_UPDATES = 20
 RECENT_INVALID_FRACTION = 0.5
-"""Of the samples of so many consecutive updates at most this fraction may be invalid, or `max_invalid_fraction` if that is
-more: late in a run its fraction of all samples would let it continue without data for days."""
+"""Of the samples of so many consecutive updates at most this fraction may be invalid, or `max_invalid_fraction` if
+that is more: late in a run its fraction of all samples would let it continue without data for days."""
 
 
 class StreamCounter:
