@@ -274,13 +274,23 @@ class MossAudioTokenizerModel(LatentCodec):
 
         Raises:
             ValueError: a missing or left-over weight, or a `part` that the folder does not have.
+            OSError: files of weights that are neither in the cache nor can be fetched, of which it has others.
         """
         kwargs.setdefault("key_mapping", OLDER_WEIGHT_NAMES)
         source, whole = pretrained_model_name_or_path, nullcontext(pretrained_model_name_or_path)
         if part is not None:
             kwargs["config"] = cls._config_of_part(source, part, kwargs)
+        location = location_of(kwargs)  # before the call, which may change the options
         with whole if part is None else shards_of_part(source, part, kwargs) as place:
-            loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
+            try:
+                loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
+            except OSError as error:
+                if part is None and (absent := absent_weights(source, location)):
+                    raise OSError(
+                        f"{source}: {', '.join(absent[:3])} ({len(absent)}) cannot be fetched; the cache has the other "
+                        "files of weights, perhaps those of part="
+                    ) from error
+                raise
         model, info = loaded
         if part is not None:
             model.name_or_path = model.config._name_or_path = str(source)
@@ -311,6 +321,17 @@ def location_of(options: dict[str, Any]) -> dict[str, Any]:
     """Return those options of `from_pretrained` that say where the files of a repository are."""
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     return {name: options[name] for name in names if name in options}
+
+
+def absent_weights(source: Any, location: dict[str, Any]) -> list[str]:
+    """Return the files of weights of a repository that are not in the cache, [] unless its index and others are."""
+    offline = {**location, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    found = None if os.path.isdir(source) else cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **offline)
+    if found is None:
+        return []
+    files = sorted(set(json.loads(Path(found).read_text("utf-8"))["weight_map"].values()))
+    absent = [file for file in files if cached_file(source, file, **offline) is None]
+    return absent if len(absent) < len(files) else []
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import UserError, first_line
 
 
 def call_with_timeout(question: Callable[[], str | None], seconds: float, otherwise: str) -> str | None:
@@ -78,6 +78,10 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     except OSError as error:
         if "local_files_only" not in options or Path(name).exists():
             raise
+        from huggingface_hub import try_to_load_from_cache  # here, as in the whole package: many commands ask no hub
+
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            raise UserError(f"{first_line(error)} ({why_no_hub()})") from error
         raise UserError(
             f"{name} is neither a folder in {Path.cwd()} nor in the cache of the Hugging Face hub, and {hub_problem()}"
         ) from error

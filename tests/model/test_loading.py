@@ -1,10 +1,15 @@
 """Folders in the released layout: strict loading, older names, shards, precision, and use without the package."""
 
+import hashlib
+import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -175,6 +180,101 @@ def test_half_of_a_repository_needs_only_the_files_of_that_half(tmp_path, part, 
     (snapshot / subfolder / sorted(needed)[0]).unlink()
     with pytest.raises(OSError, match="in the cached files"):
         MossAudioTokenizerModel.from_pretrained("owner/name", part=part, **place)
+
+
+class Repository(http.server.BaseHTTPRequestHandler):
+    """A stand-in for the hub's downloads: every repository has the files of `folder`."""
+
+    folder = Path()
+    fetched: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        path = self.path.partition("/resolve/")[2].partition("/")[2]
+        file = self.folder / path
+        found = bool(path) and file.is_file()
+        content = file.read_bytes() if found else b""
+        if self.path.startswith("/api/models/owner/name"):  # without it, several files at once are not looked for
+            found, content = True, self.description().encode()
+        self.send_response(200 if found else 404)
+        self.send_header("X-Repo-Commit", "1" * 40)
+        if found:
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        else:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET" and found:
+            if path:
+                self.fetched.append(path)
+            self.wfile.write(content)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def description(self):
+        files = [(path.name, path.stat().st_size) for path in self.folder.iterdir()]
+        if "/tree/" in self.path:
+            return json.dumps([{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in files])
+        siblings = [{"rfilename": name} for name, _ in files]
+        return json.dumps({"id": "owner/name", "sha": "1" * 40, "siblings": siblings})
+
+    def log_message(self, *arguments):
+        pass
+
+
+OTHER_HALF = """
+import os
+from moss_train.export import load_tokenizer
+from moss_train.model import MossAudioTokenizerModel
+from moss_train.utils.errors import UserError
+
+assert load_tokenizer("owner/name", part="encoder").part == "encoder"
+print("half", flush=True)
+input()
+try:
+    MossAudioTokenizerModel.from_pretrained("owner/name", local_files_only=True)
+except OSError as error:
+    print(error, flush=True)
+os.environ["HF_HUB_OFFLINE"] = "1"
+from moss_train.utils.hub import why_no_hub
+why_no_hub.cache_clear()
+try:
+    load_tokenizer("owner/name")
+except UserError as error:
+    print(error, flush=True)
+del os.environ["HF_HUB_OFFLINE"]
+why_no_hub.cache_clear()
+print(sum(value.numel() for value in load_tokenizer("owner/name").parameters()))
+"""
+
+
+@pytest.mark.processes
+def test_a_repository_of_which_half_was_downloaded_is_completed(tmp_path):
+    """Online the other files are fetched; offline the line says that they are not there."""
+    model = small_model()
+    model.save_pretrained(tmp_path / "repository", max_shard_size="8KB")
+    weights = {path.name for path in (tmp_path / "repository").glob("*.safetensors")}
+    handler = type("Handler", (Repository,), {"folder": tmp_path / "repository", "fetched": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", OTHER_HALF], env=environment, **pipes) as process:
+        assert process.stdout.readline() == "half\n"
+        first = set(handler.fetched)
+        lines = process.communicate("\n", timeout=120)[0].splitlines()
+    server.shutdown()
+    assert process.returncode == 0
+    others = weights - first
+    assert weights & first
+    assert len(others) > 1
+    expected = f"owner/name: {', '.join(sorted(others)[:3])} ({len(others)}) cannot be fetched; the cache has the other"
+    assert lines[0].startswith(expected)
+    assert lines[1] == f"{lines[0]} (HF_HUB_OFFLINE is set)"
+    assert lines[2] == str(sum(value.numel() for value in model.parameters()))
+    assert set(handler.fetched) >= weights
+    assert len(handler.fetched) == len(set(handler.fetched))
 
 
 def test_an_index_of_a_repository_names_no_files_elsewhere(tmp_path):
