@@ -3,7 +3,7 @@
 The scheme is that of the improved RVQGAN (arXiv 2306.06546) with weight-normalised projections around every level.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -34,7 +34,10 @@ class QuantizerOutput:
 
 
 class LFQ(nn.Module):
-    """One level: project down, find the row with the highest cosine, pass on the raw row, project up."""
+    """One level: project down, find the row with the highest cosine, pass on the raw row, project up.
+
+    It holds the weights; `ResidualLFQ` computes all levels together.
+    """
 
     def __init__(self, dimension: int, codebook_size: int, codebook_dim: int) -> None:
         super().__init__()
@@ -45,16 +48,9 @@ class LFQ(nn.Module):
     def search(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [B, T, D] -> latent [B, T, d], codes [B, T]."""
         latent = apply_pointwise(self.in_proj, residual)
-        codebook = F.normalize(self.codebook.weight, dim=-1)
         # The nearest of unit vectors has the greatest inner product; the latent's own length changes nothing.
-        return latent, (latent.detach() @ codebook.detach().T).argmax(dim=-1)
-
-    def forward(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Residual [B, T, D] -> contribution [B, T, D], codes [B, T], latent and row [B, T, d]."""
-        latent, codes = self.search(residual)
-        row = self.codebook(codes)
-        straight_through = latent + (row - latent).detach()
-        return apply_pointwise(self.out_proj, straight_through), codes, latent, row
+        directions = F.normalize(self.codebook.weight, dim=-1)
+        return latent, (latent.detach() @ directions.detach().T).argmax(dim=-1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, T] -> contribution [B, T, D]."""
@@ -97,22 +93,30 @@ class ResidualLFQ(nn.Module):
 
     def forward(self, latent: Tensor, num_quantizers: Tensor | None = None) -> QuantizerOutput:
         """Quantize [B, T, D] with every level, of which item b uses the first `num_quantizers[b]` ([B] int64)."""
-        batch = latent.shape[0]
+        batch, frames = latent.shape[:2]
         levels = torch.arange(len(self.quantizers), device=latent.device)[:, None]
         level_mask = (levels < num_quantizers) if num_quantizers is not None else (levels >= 0).expand(-1, batch)
         with torch.autocast(latent.device.type, enabled=False):
-            residual = apply_pointwise(self.input_proj, latent.float())
-            total = torch.zeros_like(residual)
-            codes, latents, codewords = [], [], []
-            for quantizer, used in zip(self.quantizers, level_mask, strict=True):
-                contribution, level_codes, level_latent, codeword = quantizer(residual)
-                residual = residual - contribution
-                total = total + contribution * used[:, None, None]
-                codes.append(level_codes)
-                latents.append(level_latent)
-                codewords.append(codeword)
+            weights = LevelWeights.of(self)
+            count, size, dim = weights.rows.shape
+            hidden = apply_pointwise(self.input_proj, latent.float()).flatten(0, 1)
+            first = F.linear(hidden, weights.in_weight, weights.in_bias)  # [B * T, N * d], without earlier rows
+            codes, searched = weights.search(first, count)
+            rows = F.embedding(codes.T + levels.T * size, weights.rows.flatten(0, 1)).flatten(1)  # [B * T, N * d]
+            # A level passes on its row with the gradient of its latent: z + c, c constant. With what the earlier levels
+            # take from it z = first - (z + c) @ earlier: one solution stands for the chain of levels.
+            earlier = weights.coupling * weights.is_later
+            constant = (rows - searched).detach()
+            latents = torch.linalg.solve_triangular(
+                earlier, first - constant @ earlier, upper=True, left=False, unitriangular=True
+            )
+            straight_through = latents + (rows - latents).detach()
+            used = level_mask.T.to(rows.dtype)  # [B, N]
+            kept = straight_through.view(batch, frames, count, dim) * used[:, None, :, None]
+            total = kept.flatten(2) @ weights.out_weight + (used @ weights.out_bias)[:, None]
             quantized = apply_pointwise(self.output_proj, total)
-        return QuantizerOutput(quantized, torch.stack(codes), torch.stack(latents), torch.stack(codewords), level_mask)
+        latents, rows = (x.view(batch, frames, count, dim).permute(2, 0, 1, 3) for x in (latents, rows))
+        return QuantizerOutput(quantized, codes.view(count, batch, frames), latents, rows, level_mask)
 
     def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
         """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
@@ -123,45 +127,101 @@ class ResidualLFQ(nn.Module):
         return FoldedQuantizer(self).decode(codes)
 
 
-class FoldedQuantizer:
-    """The quantizer with its weights as they are now, weight norms multiplied out, for many calls without gradients.
+class LevelWeights(NamedTuple):
+    """The weights of all levels together, weight norms multiplied out.
 
     Level l searches with `in_l(r - sum of out_j(row_j) over j < l)`. These maps are linear: the latents of all levels
     come from one product with the residual r, and each chosen row changes the later ones by a small matrix.
+
+    Attributes:
+        rows: [N, V, d] of the codebooks.
+        in_weight: [N * d, D].
+        in_bias: [N * d], less the biases of the earlier levels.
+        out_weight: [N * d, D].
+        out_bias: [N, D].
+        coupling: [N * d, N * d], what a row of one level adds to the latents of all levels; see `is_later`.
     """
 
-    def __init__(self, quantizer: ResidualLFQ) -> None:
+    rows: Tensor
+    in_weight: Tensor
+    in_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    coupling: Tensor
+
+    @classmethod
+    def of(cls, quantizer: ResidualLFQ) -> "LevelWeights":
+        """Those of a quantizer, as they are now, with gradients."""
         levels = cast(list[LFQ], list(quantizer.quantizers))
-        rows = levels[0].codebook  # its device is known once its weight is there
+        in_weight, in_bias = stack_pointwise([level.in_proj for level in levels])
+        out_weight, out_bias = stack_pointwise([level.out_proj for level in levels])
+        out_weight = out_weight.transpose(1, 2).flatten(0, 1)
+        subtracted = out_bias.cumsum(dim=0) - out_bias  # biases of the earlier levels
+        in_bias = (in_bias - (in_weight @ subtracted[..., None])[..., 0]).flatten()
+        in_weight = in_weight.flatten(0, 1)
+        rows = torch.stack([level.codebook.weight for level in levels])
+        return cls(rows, in_weight, in_bias, out_weight, out_bias, out_weight @ in_weight.T)
+
+    @property
+    def is_later(self) -> Tensor:
+        """[N * d, N * d] bool: whether the level of the column comes after that of the row."""
+        level = torch.arange(len(self.coupling), device=self.coupling.device) // self.rows.shape[2]
+        return level[:, None] < level
+
+    @torch.no_grad()
+    def search(self, first: Tensor, num_quantizers: int, directions: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """Choose a row of every level, one after the other.
+
+        Args:
+            first: [M, n * d], latents of the first n levels without what earlier rows take from them.
+            num_quantizers: n.
+            directions: [d, V] of each level, `self.directions()` by default.
+
+        Returns:
+            Codes [n, M], latents [M, n * d].
+        """
+        dim, codes, latents = self.rows.shape[2], [], first.clone()
+        directions = directions or self.directions()
+        rows, coupling = self.rows.unbind(), self.coupling.split(dim)
+        width = num_quantizers * dim
+        for level, end in enumerate(range(dim, width + 1, dim)):
+            # The nearest of unit vectors has the greatest inner product; the latent's own length changes nothing.
+            codes.append((latents[:, end - dim : end] @ directions[level]).argmax(dim=1))
+            if end < width:
+                row = rows[level].index_select(0, codes[-1])
+                latents[:, end:].addmm_(row, coupling[level][:, end:width], alpha=-1)
+        return torch.stack(codes), latents
+
+    @torch.no_grad()
+    def directions(self) -> tuple[Tensor, ...]:
+        """Rows of length one, [d, V] per level."""
+        return F.normalize(self.rows, dim=-1).transpose(1, 2).contiguous().unbind()
+
+
+class FoldedQuantizer:
+    """The quantizer with its weights as they are now (see `LevelWeights`), for many calls without gradients."""
+
+    def __init__(self, quantizer: ResidualLFQ) -> None:
+        rows = cast(LFQ, quantizer.quantizers[0]).codebook  # its device is known once its weight is there
         with torch.no_grad(), fetched(quantizer), torch.autocast(rows.weight.device.type, enabled=False):
             self.project_in, self.project_out = folded(quantizer.input_proj), folded(quantizer.output_proj)
-            in_weight, in_bias = map(torch.stack, zip(*(folded(level.in_proj) for level in levels), strict=True))
-            out_weight, out_bias = map(torch.stack, zip(*(folded(level.out_proj) for level in levels), strict=True))
-            self.rows = torch.stack([level.codebook.weight for level in levels])  # [N, V, d]
-            self.directions = F.normalize(self.rows, dim=-1).transpose(1, 2).contiguous().unbind()  # [d, V] per level
-            self.in_weight = in_weight.flatten(0, 1)  # [N * d, D]
-            subtracted = out_bias.cumsum(dim=0) - out_bias  # biases of the earlier levels
-            self.in_bias = (in_bias - (in_weight @ subtracted[..., None])[..., 0]).flatten()
-            self.out_weight = out_weight.transpose(1, 2)  # [N, d, D]
-            self.out_bias = out_bias
-            # What a row of a level adds to the latents of all levels, of which only the later ones are used.
-            self.coupling = (self.out_weight @ self.in_weight.T).unbind()  # [d, N * d] per level
+            weights = LevelWeights.of(quantizer)
+            self.weights = weights
+            self.rows, self.in_weight, self.in_bias = weights.rows, weights.in_weight, weights.in_bias
+            self.out_weight = weights.out_weight.unflatten(0, self.rows.shape[::2])  # [N, d, D]
+            self.out_bias = weights.out_bias
+            self.directions = weights.directions()
+            self.coupling = weights.coupling.split(self.rows.shape[2])  # [d, N * d] per level
 
     @torch.no_grad()
     def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
         """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
-        dim, codes = self.rows.shape[2], []
-        width = num_quantizers * dim
-        rows = self.rows.unbind()
+        width = num_quantizers * self.rows.shape[2]
         with torch.autocast(latent.device.type, enabled=False):
             residual = self.project_in(latent.float()).flatten(0, 1)
-            latents = F.linear(residual, self.in_weight[:width], self.in_bias[:width])
-            for level, end in enumerate(range(dim, width + 1, dim)):
-                codes.append((latents[:, end - dim : end] @ self.directions[level]).argmax(dim=1))
-                if end < width:
-                    row = rows[level].index_select(0, codes[-1])
-                    latents[:, end:].addmm_(row, self.coupling[level][:, end:width], alpha=-1)
-        return torch.stack(codes).unflatten(1, latent.shape[:2])
+            first = F.linear(residual, self.in_weight[:width], self.in_bias[:width])
+            codes, _ = self.weights.search(first, num_quantizers, self.directions)
+        return codes.unflatten(1, latent.shape[:2])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -220,6 +280,14 @@ class PointwiseConv1d(nn.Conv1d):
 def pointwise(input_dim: int, output_dim: int) -> nn.Conv1d:
     """Build a weight-normalised 1x1 convolution, kept as such for its parameter names."""
     return weight_norm(PointwiseConv1d(input_dim, output_dim))
+
+
+def stack_pointwise(modules: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Weights [N, out, in] and biases [N, out] of equal 1x1 convolutions, their weight norms multiplied out at once."""
+    parts = [module.parametrizations.weight for module in modules]
+    directions, gains = (torch.stack([getattr(part, name) for part in parts]) for name in ("original1", "original0"))
+    weights = torch._weight_norm(directions.flatten(0, 1), gains.flatten(0, 1), 0).view(directions.shape)
+    return weights[..., 0], torch.stack([module.bias for module in modules])
 
 
 def apply_pointwise(module: Any, x: Tensor) -> Tensor:

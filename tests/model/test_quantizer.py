@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moss_train.model.quantizer import ResidualLFQ
+from moss_train.model.quantizer import QuantizerOutput, ResidualLFQ, apply_pointwise
 
 LEVELS = 5
 
@@ -20,13 +20,50 @@ def latent():
     return torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1))
 
 
+def level_by_level(quantizer: ResidualLFQ, latent: torch.Tensor, used: torch.Tensor) -> QuantizerOutput:
+    """The definition: each level quantizes what the earlier ones left over."""
+    residual = apply_pointwise(quantizer.input_proj, latent)
+    total, codes, latents, rows = torch.zeros_like(residual), [], [], []
+    for number, level in enumerate(quantizer.quantizers):
+        searched, chosen = level.search(residual)
+        row = level.codebook(chosen)
+        contribution = apply_pointwise(level.out_proj, searched + (row - searched).detach())
+        residual = residual - contribution
+        total = total + contribution * (number < used)[:, None, None]
+        for found, value in zip((codes, latents, rows), (chosen, searched, row), strict=True):
+            found.append(value)
+    mask = torch.arange(len(codes))[:, None] < used
+    quantized = apply_pointwise(quantizer.output_proj, total)
+    return QuantizerOutput(quantized, torch.stack(codes), torch.stack(latents), torch.stack(rows), mask)
+
+
+def test_all_levels_together_are_one_after_the_other_with_their_gradients(latent):
+    torch.manual_seed(0)
+    quantizer = ResidualLFQ(12, 10, 12, num_quantizers=32, codebook_size=64, codebook_dim=4)
+    used, random = torch.tensor([1, 20, 32]), torch.Generator().manual_seed(2)
+    weights = [torch.randn(shape, generator=random) for shape in ((3, 7, 12), (32, 3, 7, 4), (32, 3, 7, 4))]
+    results = []
+    for run in (quantizer, lambda *given: level_by_level(quantizer, *given)):
+        given = latent.clone().requires_grad_()
+        output = run(given, used)
+        outputs = (output.quantized, output.latents, output.codewords)
+        loss = sum((weight * value.square()).sum() for weight, value in zip(weights, outputs, strict=True))
+        results.append((output, torch.autograd.grad(loss, [given, *quantizer.parameters()])))
+    (found, gradients), (expected, expected_gradients) = results
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.level_mask, expected.level_mask)
+    for name in ("quantized", "latents", "codewords"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert float((gradient - wanted).norm() / wanted.norm()) < 1e-5
+
+
 def test_search_finds_the_nearest_direction_and_looks_up_the_raw_row(quantizer, latent):
-    level = quantizer.quantizers[0]
-    residual = quantizer.input_proj(latent.transpose(1, 2)).transpose(1, 2)
-    _, codes, searched, row = level(residual)
-    distances = torch.cdist(F.normalize(searched, dim=-1), F.normalize(level.codebook.weight, dim=-1))
-    assert torch.equal(codes, distances.argmin(dim=-1))
-    assert torch.equal(row, level.codebook.weight[codes])
+    output, first = quantizer(latent), quantizer.quantizers[0].codebook.weight
+    distances = torch.cdist(F.normalize(output.latents[0], dim=-1), F.normalize(first, dim=-1))
+    assert torch.equal(output.codes[0], distances.argmin(dim=-1))
+    for codes, codewords, level in zip(output.codes, output.codewords, quantizer.quantizers, strict=True):
+        assert torch.equal(codewords, level.codebook.weight[codes])
 
 
 @pytest.mark.parametrize("used", range(1, LEVELS + 1))

@@ -12,7 +12,7 @@ from moss_train.training.run.optimizations import choose_compile, compile_blocks
 from .gradients import accumulate, network_errors
 
 RATE, HOP = 24000, 1920
-MOST_GRAPHS = 70  # four stages, clips within and beyond the window, a batch of one, LM, quantizer, eight discriminators
+MOST_GRAPHS = 70  # four stages, clips within and beyond the window, a batch of one, LM, eight discriminators
 FIRST_OF_ADVERSARIAL = 10
 LENGTHS = ([48000] * 3, [72000, 60000], [36000] * 4, [19000] * 5, [96000])  # samples; the last is a batch of one
 
@@ -86,7 +86,7 @@ def test_every_part_runs_a_graph_and_few_graphs_serve_all_lengths(unlike, update
         graphs.append(parts.graphs)
     assert not parts.limit_hit
     assert parts.eager_calls == 0
-    assert parts.calls == 7 * (10 + 4 + 1 + (16 if update else 0))
+    assert parts.calls == 7 * (10 + 1 + (16 if update else 0))
     assert graphs[-1] == graphs[len(LENGTHS) - 1] <= (MOST_GRAPHS if update else MOST_GRAPHS // 2)
 
 

@@ -16,7 +16,6 @@ from moss_train import load_config
 from moss_train.config.fit_schema import FitConfig
 from moss_train.discriminators import Discriminator
 from moss_train.export.load import tokenizer_config
-from moss_train.model.quantizer import LFQ
 from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
 from moss_train.training import CatModule
 from moss_train.training.run.warm_start import module_arguments
@@ -74,13 +73,18 @@ def watch(module: CatModule) -> dict[str, set[torch.dtype]]:
     def out_of(name: str) -> Any:
         return lambda part, inputs, output: note(name, output)
 
-    kinds: dict[type[nn.Module], str] = {TransformerLayer: "layer", LFQ: "quantizer level", Discriminator: "judge"}
+    def note_quantizer(part: nn.Module, inputs: Any, output: Any) -> None:
+        for value in (output.quantized, output.latents, output.codewords):
+            note("quantizer", value)
+
+    kinds: dict[type[nn.Module], str] = {TransformerLayer: "layer", Discriminator: "judge"}
     for part in module.modules():
         for kind, name in kinds.items():
             if isinstance(part, kind):
                 part.register_forward_pre_hook(into(name))
         if isinstance(part, TransformerLayer):
             part.linear1.register_forward_hook(out_of("product"))
+    module.tokenizer.quantizer.register_forward_hook(note_quantizer)
     last = [part for part in module.tokenizer.decoder if isinstance(part, ProjectedTransformer)][-1]
     last.register_forward_hook(out_of("waveform"))
     if module.semantic is not None:

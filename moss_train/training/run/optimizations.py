@@ -157,9 +157,8 @@ def compile_blocks(module: CatModule, backend: str = "inductor") -> CompiledPart
 
 
 def compiled_parts(module: CatModule) -> list[nn.Module]:
-    """Transformer blocks of the tokenizer and of the text LM, levels of the quantizer, and sub-discriminators."""
+    """Transformer blocks of the tokenizer and of the text LM, and sub-discriminators."""
     blocks = [layer for stage in stages_of(module.tokenizer) for layer in stage.transformer.layers]
-    blocks += list(module.tokenizer.quantizer.quantizers)
     if module.semantic is not None:
         blocks += list(getattr(module.semantic.language_model.model, "layers", []))
     if module.discriminators is not None:
