@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from moss_train.audio.io import read_audio, write_audio
 from moss_train.commands import pack as pack_command
 from moss_train.data.shards.format import sha256_of
 from tests.data.packed_clips import iterate_clips
+from tests.local_server import serving
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -84,29 +84,24 @@ def test_archives_are_fetched_checked_and_packed(tmp_path: Path, place: Callable
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "served" / "LibriSpeech", "LibriSpeech")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def run(subset: str, sha256: str) -> subprocess.CompletedProcess:
+    def run(subset: str, sha256: str, server: str = "") -> subprocess.CompletedProcess:
         script = f"""set -euo pipefail
             declare -A sha256=([test-clean]={sha256})
             name=librispeech number=12 corpus=LibriSpeech; source recipes/openslr.sh; make_subsets {subset}"""
-        variables = {"DATA": str(tmp_path / "data"), "PYTHON": sys.executable, "NO_PROXY": "*"}
-        variables["OPENSLR"] = f"http://127.0.0.1:{server.server_address[1]}"
+        variables = {"DATA": str(tmp_path / "data"), "PYTHON": sys.executable, "NO_PROXY": "*", "OPENSLR": server}
         environment = os.environ | variables | {"PYTHONPATH": str(RECIPES.parent)}
         return subprocess.run(
             ["bash", "-c", script], cwd=RECIPES.parent, env=environment, capture_output=True, text=True
         )
 
-    try:
-        wrong = run("test-clean", "0" * 64)
+    with serving(handler) as server:
+        wrong = run("test-clean", "0" * 64, server)
         assert wrong.returncode == 1
         assert "test-clean.tar.gz is not the published archive; remove it" in wrong.stderr
         (tmp_path / "data" / "downloads" / "librispeech-test-clean.tar.gz").unlink()
-        done = run("test-clean", sha256_of(archive))
+        done = run("test-clean", sha256_of(archive), server)
         assert done.returncode == 0, done.stderr
-    finally:
-        server.shutdown()
     assert run("test-clean", "0" * 64).returncode == 0  # everything is there
     assert run("dev-clean", "0" * 64).returncode == 2
     clips = iterate_clips([tmp_path / "data/shards/librispeech-test-clean"], sampling_rate=24000, num_channels=1)

@@ -3,7 +3,6 @@
 import functools
 import http.server
 import shutil
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +18,7 @@ from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
 from tests.data.packed_clips import iterate_clips
+from tests.local_server import serving
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -59,11 +59,8 @@ def served(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
     handler = type("LocalHandler", (Handler,), {"requests": Counter(), "failures": Counter(), "kind": "error"})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", handler, folder
-    server.shutdown()
-    server.server_close()
+    with serving(functools.partial(handler, directory=str(folder))) as url:
+        yield url, handler, folder
 
 
 def test_a_remote_stream_is_the_local_one(packed: Path, served) -> None:

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +22,7 @@ from moss_train.export.verify import compare
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, checkpoint_name, write_checkpoint
 from moss_train.utils.errors import UserError
+from tests.local_server import serving
 
 STRANGER = """
 import sys
@@ -270,16 +270,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     """A stand-in for the Hub on this machine."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     Hub.requests.clear()
     Hub.status = 200
-    address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(write, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=address))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    yield Hub
-    server.shutdown()
+    with serving(Hub) as address:
+        monkeypatch.setattr(write, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=address))
+        yield Hub
 
 
 def test_push_shows_what_goes_uploads_it_and_never_shows_the_token(hub, tmp_path, capsys):

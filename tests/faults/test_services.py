@@ -19,6 +19,7 @@ from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 
+from ..local_server import serving
 from .harness import Fit, Launcher, assert_same_run
 
 pytestmark = pytest.mark.faults
@@ -79,12 +80,9 @@ def served(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.5)
     handler = type("Handler", (BadServer,), {"release": threading.Event(), "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(packed)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", handler
-    handler.release.set()
-    server.shutdown()
-    server.server_close()
+    with serving(functools.partial(handler, directory=str(packed))) as url:
+        yield url, handler
+        handler.release.set()
 
 
 @pytest.mark.parametrize("how", ["stall", "half", "error"])

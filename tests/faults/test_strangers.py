@@ -24,21 +24,12 @@ from moss_train.training import CatModule
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, describe_file
 from moss_train.utils.errors import UserError
 
+from ..malice import Malice
 from .harness import Fit
 
 pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).parents[2]
-
-
-class Malice:
-    """Unpickled, it runs a command."""
-
-    def __init__(self, canary: Path) -> None:
-        self.command = f"touch {canary}"
-
-    def __reduce__(self) -> tuple:
-        return os.system, (self.command,)
 
 
 @pytest.fixture

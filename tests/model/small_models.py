@@ -36,6 +36,11 @@ def small_model(seed: int = 0, **options) -> MossAudioTokenizerModel:
     return model
 
 
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """White noise of power 1."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Greatest difference over greatest magnitude."""
     assert actual.shape == expected.shape

@@ -9,13 +9,9 @@ import torch
 
 from moss_train.model import codec as chunked
 
-from .small_models import num_real_differences, relative_error, small_model
+from .small_models import noise, num_real_differences, relative_error, small_model
 
 HOP = 16
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("channels", [1, 2])

@@ -7,16 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .small_models import num_real_differences, relative_error, small_model
+from .small_models import noise, num_real_differences, relative_error, small_model
 
 HOP = 16
 FRAMES = 100  # the longest window lasts 8 code frames
 MIXED = [1, 2, 3, 7, 25, 1, 13, 30, 18]
 TOLERANCE = 1e-5
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module", params=[(0, 1), (1, 1), (2, 2)], ids=["mono0", "mono1", "stereo"])

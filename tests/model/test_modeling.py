@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .small_models import num_real_differences, relative_error, small_model
+from .small_models import noise, num_real_differences, relative_error, small_model
 
 HOP = 16
 
@@ -11,10 +11,6 @@ HOP = 16
 @pytest.fixture(scope="module")
 def model():
     return small_model(1)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_forward_is_encode_and_decode(model):

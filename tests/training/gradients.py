@@ -10,14 +10,16 @@ from moss_train.training import CatModule
 from moss_train.training.step.update import forward_backward
 
 
+def backward(loss: torch.Tensor, **options: Any) -> None:
+    """As `CatModule.manual_backward`, which works in a Trainer only."""
+    with torch.autocast("cpu", enabled=False):
+        loss.backward(**options)
+
+
 def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> dict[str, torch.Tensor]:
     """Gradients of update `number` over the given micro-batches, by parameter name."""
     schedule_state = module.schedule.at(number)
     weights = module.objective.active_weights(schedule_state)
-
-    def backward(loss: torch.Tensor, **options: Any) -> None:  # `CatModule.manual_backward` outside a Trainer
-        with torch.autocast("cpu", enabled=False):
-            loss.backward(**options)
 
     module.manual_backward = backward
     module.zero_grad()

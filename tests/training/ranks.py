@@ -20,6 +20,7 @@ from moss_train.training import CatModule
 from moss_train.training.distributed.collectives import GradientSums
 from moss_train.training.distributed.fsdp import full_tensor
 from moss_train.training.step.update import OptimizerGroup, run_update
+from tests.training.gradients import backward
 
 
 class KeptGradients:
@@ -65,10 +66,6 @@ def gradients(
 
     def contribute(batch: UpdateBatch) -> dict[str, float]:
         return {"clips": float(sum(micro.num_clips for micro in batch.micro_batches))}
-
-    def backward(loss: torch.Tensor, **options: Any) -> None:
-        with torch.autocast("cpu", enabled=False):  # as `CatModule.manual_backward`
-            loss.backward(**options)
 
     with half or nullcontext():
         result = run_update(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moss_train.audio.io import write_audio
 from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import ClipSample, column, read_table
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 
 from ..faults.harness import LIMIT_SECONDS, Job, assert_equal
@@ -22,6 +23,13 @@ def values(directory: Path) -> list[dict[str, str]]:
     """Metrics of a run to the last bit, without what a clock measured."""
     rows = read_table(directory / "metrics.csv")
     return [{name: value for name, value in row.items() if name not in CLOCK_COLUMNS} for row in rows]
+
+
+def silent_sample(directory: Path, update: int) -> ClipSample:
+    """What a validation hands to the loggers of one clip."""
+    path = directory / "levels-04.flac"
+    write_audio(path, torch.zeros(1, 2400), 24000)
+    return ClipSample(update, "1-clip", {"levels-04": path}, None, {"truth": "seven", "levels-04": "sieben"})
 
 
 def state(directory: Path) -> dict:

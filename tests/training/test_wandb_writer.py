@@ -4,13 +4,12 @@ import json
 import os
 
 import pytest
-import torch
 import wandb
 
-from moss_train.audio.io import write_audio
 from moss_train.training.loggers import wandb as wandb_access
-from moss_train.training.loggers.base import ClipSample
 from moss_train.training.loggers.wandb import WandbWriter, has_key, run_id
+
+from .runs import silent_sample
 
 KEY = "a" * 40
 
@@ -21,12 +20,6 @@ def nobody(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-
-
-def sample(directory, update):
-    path = directory / "levels-04.flac"
-    write_audio(path, torch.zeros(1, 2400), 24000)
-    return ClipSample(update, "1-clip", {"levels-04": path}, None, {"levels-04": "seven"})
 
 
 def test_keys_come_from_the_environment_and_from_netrc(monkeypatch, tmp_path):
@@ -48,7 +41,7 @@ def test_no_key_is_quietly_offline_and_a_resume_keeps_the_id(tmp_path, capfd):
         assert writer.run is not None
         assert writer.run.id == run_id(directory)
         writer.write("metrics", {"update": update, "loss/generator": 1.5})
-        writer.show([sample(tmp_path, update)])
+        writer.show([silent_sample(tmp_path, update)])
         writer.close()
     media = list((directory / "wandb").rglob("*levels-04*.flac"))
     assert len(media) == 2

@@ -3,7 +3,6 @@
 import http.server
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ from moss_train.semantic import ByteText, TextLM
 from moss_train.utils import hub
 from moss_train.utils.errors import UserError
 from moss_train.utils.hub import connection_problem
+from tests.local_server import serving
 
 
 class Refuses(http.server.BaseHTTPRequestHandler):
@@ -28,11 +28,8 @@ class Refuses(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def answering() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Refuses) as url:
+        yield url
 
 
 @pytest.fixture

@@ -48,18 +48,9 @@ from moss_train.training.run.data_source import warn_of_silence
 from moss_train.utils.checkpoint import read_best
 from moss_train.utils.errors import ConfigError, UserError
 from moss_train.utils.files import MAX_YAML_VALUES, parse_json, printable, read_json, read_yaml
+from tests.malice import Malice
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
-
-
-class Malice:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f"touch {self.canary}",)
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000, "1" * 5000, "{", "", b"\xff\xfe\xfa", b"\x00"])
