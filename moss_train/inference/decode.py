@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moss_train.audio.io import write_audio
 from moss_train.inference.batching import group_by_length, read_ahead
-from moss_train.inference.files import CodesInfo, Report, Work, read_codes, read_codes_header
+from moss_train.inference.files import CodesInfo, Report, Work, read_codes, read_codes_header, source_of
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write
@@ -37,13 +37,8 @@ class Decoder:
 
     def read(self, work: Work) -> Codes:
         """Read codes [n, frames] and their metadata. Raises UserError when they do not fit the model."""
-        config = self.model.config
         codes, info = read_codes(work.source)
-        if (info.sampling_rate, info.num_channels) != (config.sampling_rate, config.number_channels):
-            raise UserError(
-                f"{work.source} holds codes of {info.sampling_rate} Hz with {info.num_channels} channels, "
-                f"the model has codes of {config.sampling_rate} Hz with {config.number_channels}"
-            )
+        self.check_format(work.source, info.sampling_rate, info.num_channels)
         try:
             self.model.check_codes(codes[:, None])
         except ValueError as error:
@@ -54,6 +49,15 @@ class Decoder:
         if wanted > codes.shape[0]:
             raise UserError(f"{work.source} has {codes.shape[0]} levels, fewer than num_quantizers={wanted}")
         return codes[:wanted], info
+
+    def check_format(self, place: Path, sampling_rate: int, num_channels: int) -> None:
+        """Raise UserError unless the codes of a file or folder stand for audio of the model's rate and channels."""
+        config = self.model.config
+        if (sampling_rate, num_channels) != (config.sampling_rate, config.number_channels):
+            raise UserError(
+                f"{place} holds codes of {sampling_rate} Hz with {num_channels} channels, the model has codes of "
+                f"{config.sampling_rate} Hz with {config.number_channels}"
+            )
 
     def audio(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """Decode codes [n, frames] of any lengths, n the same for all, as one batch; returns audio [C, T] of each."""
@@ -84,20 +88,20 @@ def decode_files(decoder: Decoder, works: Sequence[Work], batch_seconds: float) 
     groups = _group([work for work in works if not work.target.exists()], batch_seconds, report)
     with progress("decoding", total=sum(map(len, groups))) as bar:
         for outcomes in read_ahead(groups, decoder.read):
-            _decode_group(decoder, outcomes, report)
+            clips = report.successes(outcomes, source_of)
+            decode_group(decoder, [(work.target, codes, info.num_samples) for work, (codes, info) in clips], report)
             bar.advance(len(outcomes), note=f"{len(report.failures)} failed" if report.failures else None)
     return report
 
 
-def _decode_group(decoder: Decoder, outcomes: list[tuple[Work, Codes | Exception]], report: Report) -> None:
-    report.failures += [(work.source, str(result)) for work, result in outcomes if isinstance(result, Exception)]
-    clips = [(work, result) for work, result in outcomes if not isinstance(result, Exception)]
+def decode_group(decoder: Decoder, clips: Sequence[tuple[Path, Tensor, int]], report: Report) -> None:
+    """Decode clips (file to write, codes, samples before padding) as one batch."""
     if not clips:
         return
-    decoded = decoder.audio([codes for _, (codes, _) in clips])
-    for (work, (_, info)), audio in zip(clips, decoded, strict=True):
-        with atomic_write(work.target) as temporary:
-            decoder.write(temporary, audio, info.num_samples)
+    decoded = decoder.audio([codes for _, codes, _ in clips])
+    for (target, _, num_samples), audio in zip(clips, decoded, strict=True):
+        with atomic_write(target) as temporary:
+            decoder.write(temporary, audio, num_samples)
         report.num_written += 1
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moss_train.audio.io import audio_info, read_audio
 from moss_train.inference.batching import group_by_length, precision_of, read_ahead, with_precision
-from moss_train.inference.files import CodesInfo, Report, Work, read_codes_header, write_codes
+from moss_train.inference.files import CodesInfo, Report, Work, read_codes_header, source_of, write_codes
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
@@ -117,8 +117,7 @@ def encode_files(
 
 
 def _encode_group(encoder: Encoder, outcomes: list[tuple[Work, Tensor | Exception]], report: Report) -> None:
-    report.failures += [(work.source, str(result)) for work, result in outcomes if isinstance(result, Exception)]
-    clips = [(work, result) for work, result in outcomes if isinstance(result, Tensor)]
+    clips = report.successes(outcomes, source_of)
     if not clips:
         return
     for (work, clip), codes in zip(clips, encoder.codes([clip for _, clip in clips]), strict=True):
@@ -145,8 +144,7 @@ def _measure(works: Sequence[Work], report: Report) -> tuple[list[Work], list[fl
     measured: list[tuple[Work, float]] = []
     blocks = [works[start : start + 256] for start in range(0, len(works), 256)]
     for outcomes in read_ahead(blocks, _seconds):
-        report.failures += [(work.source, str(result)) for work, result in outcomes if isinstance(result, Exception)]
-        measured += [(work, result) for work, result in outcomes if not isinstance(result, Exception)]
+        measured += report.successes(outcomes, source_of)
     return [work for work, _ in measured], [seconds for _, seconds in measured]
 
 

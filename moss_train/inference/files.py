@@ -7,10 +7,11 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -22,6 +23,9 @@ from torch import Tensor
 from moss_train.data.pack.manifest import AUDIO_SUFFIXES, is_list, list_clips
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import MAX_NAME_BYTES, atomic_write, pluralize, printable
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
 
@@ -143,6 +147,9 @@ class Work:
     target: Path
 
 
+source_of: Callable[[Work], Path] = attrgetter("source")
+
+
 @dataclass
 class Report:
     """What became of a corpus: files written, files that were there already, and (file, reason) for the others."""
@@ -150,6 +157,18 @@ class Report:
     num_written: int
     num_present: int
     failures: list[tuple[Path, str]]
+
+    def successes(
+        self, outcomes: Iterable[tuple[Item, Result | Exception]], source: Callable[[Item], Path]
+    ) -> list[tuple[Item, Result]]:
+        """Note the failures of a group, each with the file it comes from, and return the others."""
+        good = []
+        for item, result in outcomes:
+            if isinstance(result, Exception):
+                self.failures.append((source(item), str(result)))
+            else:
+                good.append((item, result))
+        return good
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ from moss_train.data.shards.index import ARRAYS_FILE, ClipLocation, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.batching import group_by_length, read_ahead, use_precision
-from moss_train.inference.decode import Decoder
+from moss_train.inference.decode import Decoder, decode_group
 from moss_train.inference.encode import Encoder, chunk_seconds
 from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import atomic_write
 from moss_train.utils.progress import progress
 from moss_train.utils.workers import TASKS_PER_PROCESS, map_ordered, num_cores, ray_pool, worker_pool
 
@@ -125,20 +124,17 @@ def encode_shard(
     reader = ClipReader(index.sampling_rate, index.num_channels)
     seconds = [int(index.arrays["num_samples"][row]) / index.sampling_rate for row in rows]
     clips: dict[int, CodedClip] = {}
-    failures: list[tuple[Path, str]] = []
+    report = Report(0, 0, [])
     read = _reading(index, reader, encoder.model.config.sampling_rate)
     for outcomes in read_ahead(group_by_length(rows, seconds, job.batch_seconds), read):
-        failures += [
-            (index.folder / shard.file, str(result)) for _, result in outcomes if isinstance(result, Exception)
-        ]
-        good = [(row, result) for row, result in outcomes if not isinstance(result, Exception)]
+        good = report.successes(outcomes, lambda row: index.folder / shard.file)
         if good:
             codes = encoder.codes([audio for _, (audio, _) in good])
             for (row, (_, labels)), clip_codes in zip(good, codes, strict=True):
                 clips[row] = CodedClip(f"{row - rows.start:09d}", clip_codes, labels)
         on_clips(len(outcomes))
     write_code_shard(folder / shard.file, [clips[row] for row in sorted(clips)])
-    return failures
+    return report.failures
 
 
 def _reading(index: ShardIndex, reader: ClipReader, sampling_rate: int) -> Callable[[int], tuple[Tensor, dict]]:
@@ -203,7 +199,10 @@ def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_
     Raises UserError when the codes do not fit the model or two ids make the same file name.
     """
     shards = CodeShards(folder)
-    _check_model(decoder, shards.source, folder)
+    decoder.check_format(folder, shards.source.sampling_rate, shards.source.num_channels)
+    if (decoder.num_quantizers or 0) > shards.source.num_levels:
+        num_levels, wanted = shards.source.num_levels, decoder.num_quantizers
+        raise UserError(f"{folder} has {num_levels} levels, fewer than num_quantizers={wanted}")
     report = Report(0, 0, [])
     rows = range(len(shards))
     seconds = [int(shards.arrays["num_frames"][row]) / shards.source.frame_rate for row in rows]
@@ -213,17 +212,14 @@ def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_
         raise UserError(f"{folder}: two clips would become {out / twice}")
     with progress("decoding", total=len(rows)) as bar:
         for outcomes in read_ahead(group_by_length(rows, seconds, batch_seconds), shards.read):
-            report.failures += [(folder, str(result)) for _, result in outcomes if isinstance(result, Exception)]
             todo = []
-            for row, result in outcomes:
-                if isinstance(result, Exception):
-                    continue
+            for row, (codes, labels) in report.successes(outcomes, lambda row: folder):
                 target = out / places[row]
                 if target.exists():
                     report.num_present += 1
                 else:
-                    todo.append((target, *result))
-            _decode_group(decoder, todo, report)
+                    todo.append((target, codes[: decoder.num_quantizers], labels["num_samples"]))
+            decode_group(decoder, todo, report)
             bar.advance(len(outcomes))
     return report
 
@@ -234,25 +230,3 @@ def _id_of(shards: CodeShards, row: int) -> str:
         return str(shards.labels(row)["id"])
     except (UserError, KeyError, TypeError):
         return f"row {row} of {len(shards)}"
-
-
-def _check_model(decoder: Decoder, source: CodesSource, folder: Path) -> None:
-    config = decoder.model.config
-    if (source.sampling_rate, source.num_channels) != (config.sampling_rate, config.number_channels):
-        raise UserError(
-            f"{folder} holds codes of {source.sampling_rate} Hz with {source.num_channels} channels, the model has "
-            f"codes of {config.sampling_rate} Hz with {config.number_channels}"
-        )
-    if (decoder.num_quantizers or 0) > source.num_levels:
-        raise UserError(f"{folder} has {source.num_levels} levels, fewer than num_quantizers={decoder.num_quantizers}")
-
-
-def _decode_group(decoder: Decoder, todo: list[tuple[Path, Tensor, dict]], report: Report) -> None:
-    if not todo:
-        return
-    for (target, _, labels), audio in zip(
-        todo, decoder.audio([codes[: decoder.num_quantizers] for _, codes, _ in todo]), strict=True
-    ):
-        with atomic_write(target) as temporary:
-            decoder.write(temporary, audio, labels["num_samples"])
-        report.num_written += 1

@@ -81,7 +81,7 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
         from huggingface_hub import try_to_load_from_cache  # here, as in the whole package: many commands ask no hub
 
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            raise UserError(f"{first_line(error)} ({why_no_hub()})") from error
+            raise UserError(f"{first_line(error)} ({hub_problem()})") from error
         raise UserError(
             f"{name} is neither a folder in {Path.cwd()} nor in the cache of the Hugging Face hub, and {hub_problem()}"
         ) from error
