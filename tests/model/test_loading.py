@@ -236,14 +236,14 @@ try:
 except OSError as error:
     print(error, flush=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
-from moss_train.utils.hub import why_no_hub
-why_no_hub.cache_clear()
+from moss_train.utils.hub import hub_problem
+hub_problem.cache_clear()
 try:
     load_tokenizer("owner/name")
 except UserError as error:
     print(error, flush=True)
 del os.environ["HF_HUB_OFFLINE"]
-why_no_hub.cache_clear()
+hub_problem.cache_clear()
 print(sum(value.numel() for value in load_tokenizer("owner/name").parameters()))
 """
 
