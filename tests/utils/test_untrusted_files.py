@@ -379,7 +379,7 @@ def test_a_configuration_of_others_names_no_code_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.yaml has the name of a shipped"):
         compose("evaluate", ["codec=mimo"], tmp_path / "own")
     (tmp_path / "own" / "evaluate.yaml").unlink()
-    for key in ("code", "plugins"):
+    for key in ("code_dir", "plugins"):
         content = f"# @package _global_\ndefaults: [cat_tiny]\n{key}: evil\n"
         (tmp_path / "own" / "experiment" / "evil.yaml").write_text(content)
         with pytest.raises(ConfigError) as caught:
