@@ -2,8 +2,8 @@
 # Give a 24 kHz model a decoder at 48 kHz for the same codes, and measure what it adds.
 #   bash recipes/output_48khz/run.sh [voices [out [override ...]]]
 # voices: a folder with train.jsonl, heldout.jsonl and audio at 48 kHz, as recipes/cc0_voices/run.sh makes (data/cc0_voices).
-# INIT names another model than recipes/cat_mini, EVERY=4 takes every fourth training clip only. A second call goes on
-# where the first one stopped.
+# INIT names another model than recipes/cat_mini, EVERY=4 takes every fourth training clip only, MEASURE_EVERY=4 measures
+# every fourth held-out clip only. A second call goes on where the first one stopped.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -29,4 +29,4 @@ fi
     validation.data="$voices/heldout.jsonl" validation.max_clips=6 validation.every_updates=350 \
     validation.samples_every_updates=600 validation.samples_clips=2 checkpoint.every_updates=50 \
     trainer.accelerator=cpu trainer.num_threads=1 wandb=null "${@:3}"
-"$python" recipes/output_48khz/measure.py "$out/run" "$voices/heldout.jsonl" --init "$init"
+"$python" recipes/output_48khz/measure.py "$out/run" "$voices/heldout.jsonl" --init "$init" --every "${MEASURE_EVERY:-1}"
