@@ -13,7 +13,7 @@ from moss_train.config.section import present_column
 from moss_train.export.load import find_checkpoint
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import read_json, read_yaml
+from moss_train.utils.files import markdown_table, read_json, read_yaml
 
 TESTED_VERSIONS = ("4.57.1", "5.0.0", "5.17.0", "5.23.0", "5.24.0")
 """Versions of transformers in which tests/export/test_transformers_versions.py passed."""
@@ -23,8 +23,6 @@ TEXT = """
 
 A Cat audio tokenizer (causal audio tokenizer with transformer, arXiv 2602.10934) trained with moss_train{half}.
 
-| | |
-|---|---|
 {facts}
 
 ```python
@@ -200,21 +198,19 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
         facts["precision"] = info.precision
     sections = ""
     if info.training:
-        sections += "\n## Training\n\n" + table(info.training)
+        sections += "\n## Training\n\n" + fact_table(info.training) + "\n"
     measured = [] if info.evaluation is None else evaluation_rows(info.evaluation)
     if measured:
-        lines = [
-            f"| {m['domain']} | {m['levels']} | {m['bps']:g} | {m['metric']} | {m['value']:.4g} |" for m in measured
-        ]
-        sections += "\n## Evaluation\n\n| domain | levels | bit/s | metric | value |\n|---|---|---|---|---|\n"
-        sections += "\n".join(lines) + "\n"
+        rows = [(m["domain"], m["levels"], f"{m['bps']:g}", m["metric"], f"{m['value']:.4g}") for m in measured]
+        lines = markdown_table(("domain", "levels", "bit/s", "metric", "value"), rows)
+        sections += "\n".join(["\n## Evaluation\n", *lines, ""])
     usage = [text for part, text in USAGE.items() if model.part in (None, part)]
     if model.part is None:
         usage.append(f"streamed = model.encode(samples.T[None], chunk_duration={1 / config.frame_rate:g}).audio_codes")
     body = TEXT.format(
         name=name,
         half="" if model.part is None else f"; this folder holds its {model.part} and quantizer only",
-        facts=table(facts, header=False).strip(),
+        facts=fact_table(facts),
         sampling_rate=config.sampling_rate,
         usage="\n".join(usage),
         versions=", ".join(TESTED_VERSIONS),
@@ -230,11 +226,9 @@ def sampling_rates(config: MossAudioTokenizerConfig) -> str:
     return f"{config.sampling_rate} Hz in, {config.output_sampling_rate} Hz out"
 
 
-def table(rows: Mapping[str, str], header: bool = True) -> str:
-    """Return a Markdown table of two columns; bars in values are escaped."""
-    lines = ["| | |", "|---|---|"] if header else []
-    lines += [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
-    return "\n".join(lines) + "\n"
+def fact_table(facts: Mapping[str, str]) -> str:
+    """Return facts by name as a Markdown table."""
+    return "\n".join(markdown_table(("", ""), facts.items()))
 
 
 def metadata(name: str, info: CardInfo, measured: Sequence[Mapping[str, Any]]) -> str:

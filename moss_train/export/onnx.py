@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moss_train.export.card import CardInfo, metadata, sampling_rates, table
+from moss_train.export.card import CardInfo, fact_table, metadata, sampling_rates
 from moss_train.export.load import load_tokenizer
 from moss_train.export.onnx_runtime import SETTINGS_FILE, VECTORS_FILE, Tokenizer
 from moss_train.export.write import SECONDS_BEYOND_WINDOW, check_target, known_audio, read_clips
@@ -28,6 +28,7 @@ moss_train.
 `runtime.py` needs numpy and onnxruntime, nothing else; `python runtime.py` checks this folder on your machine.
 
 {facts}
+
 ```python
 
 import soundfile
@@ -215,7 +216,7 @@ def onnx_card(name: str, model: MossAudioTokenizerModel, info: CardInfo, chunk_f
     }
     body = CARD.format(
         name=name,
-        facts=table(facts),
+        facts=fact_table(facts),
         sampling_rate=config.sampling_rate,
         hop=config.downsample_rate,
         output_hop=config.upsample_rate,

@@ -10,7 +10,7 @@ import secrets
 import stat
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -146,6 +146,14 @@ def printable(text: object) -> str:
     another window or hide the rest of a message; marks of direction could turn a name round.
     """
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a Markdown table; bars in cells are escaped."""
+    first, *others = [
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)
+    ]
+    return [first, "|---" * len(header) + "|", *others]
 
 
 MAX_JSON_BYTES = 2**31

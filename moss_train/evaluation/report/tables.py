@@ -13,7 +13,7 @@ from moss_train.evaluation.reconstruct import ANCHORS, Condition
 from moss_train.evaluation.results import ROWS_FILE, ClipRow, read_rows
 from moss_train.evaluation.statistics import ConfidenceInterval, SummaryRow, paired_difference
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import read_json
+from moss_train.utils.files import markdown_table, read_json
 
 EMPTY = "–"
 
@@ -32,10 +32,9 @@ class Table:
 
 def markdown(table: Table) -> str:
     """The table for reading: an arrow says which way is better, intervals are in the CSV."""
-    cells = table_cells(table)
-    lines = [_markdown_line(cells[0]), "|---" * len(cells[0]) + "|", *map(_markdown_line, cells[1:])]
+    header, *rows = table_cells(table)
     notes = [f"- {note}" for note in table.footnotes]
-    return "\n".join([f"# {table.title}", "", *lines, "", *notes, ""])
+    return "\n".join([f"# {table.title}", "", *markdown_table(header, rows), "", *notes, ""])
 
 
 def comma_separated(table: Table) -> str:
@@ -112,10 +111,6 @@ def _number(value: float | None, form: Callable[[float], str] = str) -> str:
     return EMPTY if value is None else form(value)
 
 
-def _markdown_line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 @dataclass(frozen=True)
 class OtherEvaluation:
     """A finished evaluation, read back from its folder."""
@@ -149,27 +144,18 @@ class Comparison:
 
     def markdown(self) -> str:
         """A table with one line per difference; an interval without 0 is marked."""
-        lines = [
-            f"## Against {self.other}",
-            "",
-            "| this | other | measure | difference | 95 % | clips |",
-            "|---" * 6 + "|",
-        ]
+        rows = []
         for item in self.differences:
             value = item.estimate
             sure = " *" if value.low > 0 or value.high < 0 else ""
             interval = f"{value.low:+.3f} to {value.high:+.3f}"
-            cells = (
-                item.first.label,
-                item.second.label,
-                item.column,
-                f"{value.mean:+.3f}{sure}",
-                interval,
-                value.num_clips,
-            )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            difference = f"{value.mean:+.3f}{sure}"
+            rows.append((item.first.label, item.second.label, item.column, difference, interval, value.num_clips))
+        lines = markdown_table(("this", "other", "measure", "difference", "95 %", "clips"), rows)
         notes = [f"- {name} is not compared: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(["", *lines, "", "- * the interval does not contain 0", *notes, ""])
+        return "\n".join(
+            ["", f"## Against {self.other}", "", *lines, "", "- * the interval does not contain 0", *notes, ""]
+        )
 
 
 def load_evaluation(folder: Path) -> OtherEvaluation:

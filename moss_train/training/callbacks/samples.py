@@ -15,7 +15,7 @@ from moss_train.plotting import save_spectrograms
 from moss_train.training.callbacks.validation_data import DecodedClip, HeldOutClip, reconstruct
 from moss_train.training.loggers.base import ClipSample
 from moss_train.training.module import CatModule
-from moss_train.utils.files import atomic_write
+from moss_train.utils.files import atomic_write, markdown_table
 
 ORIGINAL = "original"
 TRUTH = "truth"
@@ -92,11 +92,8 @@ class AudioSampleWriter:
         lines = [f"# Transcripts at update {update}", ""]
         for sample in samples:
             if sample.texts:
-                lines += [f"## {sample.name}", "", "| heard | text |", "|---|---|"]
-                lines += [
-                    f"| {key} | {json.dumps(text, ensure_ascii=False)[1:-1]} |" for key, text in sample.texts.items()
-                ]
-                lines.append("")
+                texts = [(key, json.dumps(text, ensure_ascii=False)[1:-1]) for key, text in sample.texts.items()]
+                lines += [f"## {sample.name}", "", *markdown_table(("heard", "text"), texts), ""]
         if len(lines) > 2:
             with atomic_write(self._folder(update) / "transcripts.md") as whole:
                 whole.write_text("\n".join(lines), "utf-8")

@@ -15,7 +15,7 @@ from moss_train.training.callbacks.run_records import ENVIRONMENT_FILE, SKIPPED_
 from moss_train.training.loggers.base import clock, iterate_table, read_table
 from moss_train.training.module import CatModule, cat_module
 from moss_train.utils.checkpoint import read_best
-from moss_train.utils.files import atomic_write, parse_json, read_json
+from moss_train.utils.files import atomic_write, markdown_table, parse_json, read_json
 
 POINTS = 400
 NOT_SHOWN = ("loss/generator", "loss/commitment")  # the sum; the commitment term has the codebook term's value
@@ -168,7 +168,7 @@ def overview_table(directory: Path, history: TrainingHistory, hours: Mapping[str
         "machine": machine(directory),
         "best checkpoint": "none" if best is None else f"{best.name} ({best.metric} {best.value:.4g})",
     }
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return markdown_table(("", ""), rows.items())
 
 
 def machine(directory: Path) -> str:
@@ -190,21 +190,14 @@ def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
         return ["No validation: `validation.data` was not set.", ""]
     text = [name for name in ("text_lm_loss", "text_lm_loss_no_audio", "text_accuracy") if rows[0].get(name)]
     depths = [name for name in rows[0] if is_depth(name)]
-    titles = [
-        "update",
-        *(f"mel, {depth_label(name)}" for name in depths),
-        *(t.replace("_", " ") for t in text),
-    ]
+    names = (*depths, *text)
+    titles = ["update", *(f"mel, {depth_label(name)}" for name in depths), *(name.replace("_", " ") for name in text)]
     places = sorted({round(i * (len(rows) - 1) / 11) for i in range(12)})
-    lines = [
-        f"## Held out: {float(rows[-1]['clips']):.0f} clips",
-        "",
-        f"| {' | '.join(titles)} |",
-        "|---" * len(titles) + "|",
+    cells = [
+        [rows[place]["update"], *(f"{float(rows[place][name]):.3f}" if rows[place][name] else "" for name in names)]
+        for place in places
     ]
-    for row in (rows[place] for place in places):
-        values = [f"{float(row[name]):.3f}" if row[name] else "" for name in (*depths, *text)]
-        lines.append(f"| {' | '.join([row['update'], *values])} |")
+    lines = [f"## Held out: {float(rows[-1]['clips']):.0f} clips", "", *markdown_table(titles, cells)]
     if text:
         lines += ["", "text lm loss: cross entropy in nats per text token, given the audio and without it."]
     return [*lines, ""]
