@@ -1,4 +1,4 @@
-"""What one room hands to another: batches of clips. B clips, C channels, T samples, L text tokens."""
+"""What one package hands to another: batches of clips. B clips, C channels, T samples, L text tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -22,7 +22,7 @@ LAYERS = {
     3: {"training", "inference"},
     4: {"cli", "__main__", "commands"},
 }
-LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
+LAYER_OF = {package: layer for layer, packages in LAYERS.items() for package in packages}
 
 FENCES = {
     "hydra": {"cli"},
@@ -96,7 +96,7 @@ def absolute(path: Path, node: ast.ImportFrom) -> str:
     return ".".join([*package, *([node.module] if node.module else [])])
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
 
@@ -109,19 +109,19 @@ def found(path: Path, entry: Import) -> str:
     return f"{name(path)}:{entry.line} imports {entry.module}"
 
 
-def goes_up(room: str, module: str) -> bool:
-    """Whether a module stands in a higher layer than a room of the package, or in another room of the same."""
+def goes_up(package: str, module: str) -> bool:
+    """Whether a module stands in a higher layer than a package, or in another package of the same layer."""
     parts = module.split(".")
-    if parts[0] != "moss_train" or len(parts) < 2 or parts[1] == room or parts[1] not in LAYER_OF:
+    if parts[0] != "moss_train" or len(parts) < 2 or parts[1] == package or parts[1] not in LAYER_OF:
         return False
-    same_top = LAYER_OF[room] == LAYER_OF[parts[1]] in (0, 4)
-    return not (LAYER_OF[parts[1]] < LAYER_OF[room] or same_top)
+    same_top = LAYER_OF[package] == LAYER_OF[parts[1]] in (0, 4)
+    return not (LAYER_OF[parts[1]] < LAYER_OF[package] or same_top)
 
 
 def test_imports_go_down_or_stay_in_the_room():
-    files = [path for path in FILES if room_of(path) != "__init__"]  # the package's own face
-    assert {room_of(path) for path in files} == LAYER_OF.keys()
-    assert [found(path, e) for path in files for e in imports_of(path) if goes_up(room_of(path), e.module)] == []
+    files = [path for path in FILES if package_of(path) != "__init__"]  # the package's own face
+    assert {package_of(path) for path in files} == LAYER_OF.keys()
+    assert [found(path, e) for path in files for e in imports_of(path) if goes_up(package_of(path), e.module)] == []
 
 
 def test_third_party_packages_stay_behind_their_fences():
@@ -129,7 +129,7 @@ def test_third_party_packages_stay_behind_their_fences():
     for path in (path for path in FILES if name(path) != ENVIRONMENT_CHECK):
         for entry in imports_of(path):
             allowed = FENCES.get(entry.module.split(".")[0])
-            if allowed is not None and not {room_of(path), name(path)} & allowed:
+            if allowed is not None and not {package_of(path), name(path)} & allowed:
                 offenders.append(found(path, entry))
     assert offenders == []
 

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moss_train.cli.help import default_groups
 from moss_train.config.build import allow_package
 from moss_train.config.fit_schema import ADVERSARIAL_TERMS, FitConfig
 from moss_train.config.overrides import assign, is_removed, join_repeated, present_key, with_present_names
@@ -227,8 +228,8 @@ def _read_files(command: str, chosen_groups: Sequence[tuple[str, str]], director
     from omegaconf.errors import OmegaConfBaseException
 
     content = yaml.safe_load((directories[0] / f"{command}.yaml").read_text("utf-8")) or {}
-    for group in _open_groups(content):
-        if group not in groups:
+    for group, option in default_groups(content).items():
+        if option == "???" and group not in groups:
             options = ", ".join(_options(group, directories))
             raise ConfigError("required", group, None, f"add {group}=<name>; there are {options}")
     search = [f"hydra.searchpath=[{_quoted(f'file://{directory}')}]" for directory in directories[1:]]
@@ -246,13 +247,6 @@ def _read_files(command: str, chosen_groups: Sequence[tuple[str, str]], director
 
 
 _read_shipped_files = cache(_read_files)  # which do not change
-
-
-def _open_groups(content: dict[str, Any]) -> list[str]:
-    """Return the groups of a defaults list that have no option."""
-    entries = [entry for entry in content.get("defaults") or [] if isinstance(entry, dict)]
-    pairs = [pair for entry in entries for pair in entry.items()]
-    return [key.removeprefix("override ").lstrip("/").split("@")[0] for key, value in pairs if value == "???"]
 
 
 def _example(key: str) -> str:

@@ -30,7 +30,7 @@ def test_operations_of_the_published_model_are_those_of_the_arithmetic(published
     assert sum(cost.forward for cost in costs.values()) / 1e9 == pytest.approx(96.4, rel=0.002)
     assert sum(cost.total for cost in costs.values()) / 1e9 == pytest.approx(290.0, rel=0.005)
     # 34 d bytes per token and layer are the usual estimate, 144 MB here; a float32 residual stream takes more.
-    assert 144 < sum(cost.kept for cost in costs.values()) / 1e6 < 220
+    assert 144 < sum(cost.activation_bytes for cost in costs.values()) / 1e6 < 220
     # A frozen encoder costs its forward; the decoder does not pass gradients on to it.
     frozen = tokenizer_costs(config, 10.0, half=True, learning=("decoder",))
     assert frozen["encoder"].backward == 0
@@ -39,11 +39,11 @@ def test_operations_of_the_published_model_are_those_of_the_arithmetic(published
 
 def test_checkpointed_layers_keep_their_inputs_and_are_computed_again():
     """Twelve layers that keep 100 bytes each of an input of 8: twelve inputs and the layer in hand stay."""
-    one = Cost(forward=10, backward=20, kept=100)
-    assert layers_cost(one, 12, 8, recomputes=False) == Cost(120, 240, kept=1200, kept_checkpointed=196)
-    again = Cost(120, 240, kept=196, kept_checkpointed=196, saved=1004, recomputed=120)
+    one = Cost(forward=10, backward=20, activation_bytes=100)
+    assert layers_cost(one, 12, 8, recomputes=False) == Cost(120, 240, activation_bytes=1200, checkpointed_bytes=196)
+    again = Cost(120, 240, activation_bytes=196, checkpointed_bytes=196, checkpointing_savings=1004, recomputed=120)
     assert layers_cost(one, 12, 8, recomputes=True) == again
-    frozen = Cost(forward=10, backward=0, kept=0)
+    frozen = Cost(forward=10, backward=0, activation_bytes=0)
     assert layers_cost(frozen, 12, 8, recomputes=True) == Cost(120)
 
 
@@ -56,9 +56,14 @@ def test_recomputing_the_stages_of_high_rates_costs_their_forward_pass(published
     causal = 4 * 768 * (96 * 97 + 48 * 49) / 2
     assert costs[1].recomputed == pytest.approx(2 * 12 * (dense + causal) / 0.96)
     assert costs[1].total == costs[0].total
-    assert costs[1].kept + costs[1].saved == pytest.approx(costs[0].kept)
+    assert costs[1].activation_bytes + costs[1].checkpointing_savings == pytest.approx(costs[0].activation_bytes)
     everything = sum(tokenizer_costs(config, 0.96, True, parts, [100, 50, 25, 12.5]).values(), Cost())
-    assert everything.kept == everything.kept_checkpointed == costs[0].kept_checkpointed < costs[1].kept
+    assert (
+        everything.activation_bytes
+        == everything.checkpointed_bytes
+        == costs[0].checkpointed_bytes
+        < costs[1].activation_bytes
+    )
     assert everything.recomputed == pytest.approx(costs[0].forward, rel=0.01)  # all but the projections
 
 

@@ -69,8 +69,8 @@ def record_start(directory: Path, update: int, num_processes: int) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         starts = []
     start = {"update": update, "processes": num_processes, **describe()}
-    with atomic_write(path) as whole:
-        whole.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
 
 
 def describe() -> dict[str, Any]:

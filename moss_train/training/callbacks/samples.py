@@ -76,12 +76,12 @@ class AudioSampleWriter:
         paths[ORIGINAL] = self.directory / ORIGINAL / f"{name}.flac"
         for key, path in paths.items():
             if key != ORIGINAL or not path.exists():
-                with atomic_write(path) as whole:
-                    write_audio(whole, audio[key].nan_to_num().clamp(-1, 1), self.sampling_rate)
+                with atomic_write(path) as temporary:
+                    write_audio(temporary, audio[key].nan_to_num().clamp(-1, 1), self.sampling_rate)
         picture = folder / f"{name}.png" if self.draws else None
         if picture is not None:
-            with atomic_write(picture) as whole:
-                save_spectrograms(audio, self.sampling_rate, whole, title=f"{clip.id}, update {update}")
+            with atomic_write(picture) as temporary:
+                save_spectrograms(audio, self.sampling_rate, temporary, title=f"{clip.id}, update {update}")
         return ClipSample(update, name, paths, picture, texts)
 
     def _folder(self, update: int) -> Path:
@@ -95,8 +95,8 @@ class AudioSampleWriter:
                 texts = [(key, json.dumps(text, ensure_ascii=False)[1:-1]) for key, text in sample.texts.items()]
                 lines += [f"## {sample.name}", "", *markdown_table(("heard", "text"), texts), ""]
         if len(lines) > 2:
-            with atomic_write(self._folder(update) / "transcripts.md") as whole:
-                whole.write_text("\n".join(lines), "utf-8")
+            with atomic_write(self._folder(update) / "transcripts.md") as temporary:
+                temporary.write_text("\n".join(lines), "utf-8")
 
 
 def transcripts(module: CatModule, clip: HeldOutClip, made: DecodedClip) -> dict[str, str]:

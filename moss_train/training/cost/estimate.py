@@ -260,7 +260,9 @@ def adversarial_cost(forward: Cost, every: int, generator_passes: int = 1) -> Co
     inputs, twice); one for the generator's gradient, or one for each of its terms.
     """
     backward = generator_passes + 4 / every
-    return Cost(2 * forward.forward, backward * forward.forward, 2 * forward.kept, 2 * forward.kept)
+    return Cost(
+        2 * forward.forward, backward * forward.forward, 2 * forward.activation_bytes, 2 * forward.activation_bytes
+    )
 
 
 def memory_estimate(
@@ -279,5 +281,7 @@ def memory_estimate(
         state["bf16 copies of weights"] = sharded["bf16 copies of weights"] = 2.0 * (divided + whole)
     state["CUDA context (assumed)"] = sharded["CUDA context (assumed)"] = CONTEXT_BYTES
     sums = [sum(stage.costs.values(), Cost()) for stage in stages]
-    most = max(sums, key=lambda cost: cost.kept)
-    return MemoryEstimate(state, sharded, most.kept, max(cost.kept_checkpointed for cost in sums), most.saved)
+    most = max(sums, key=lambda cost: cost.activation_bytes)
+    return MemoryEstimate(
+        state, sharded, most.activation_bytes, max(cost.checkpointed_bytes for cost in sums), most.checkpointing_savings
+    )

@@ -38,18 +38,18 @@ class Cost:
     Attributes:
         forward: operations of a pass.
         backward: operations of its gradients, those that the training takes.
-        kept: bytes that autograd keeps between forward and backward, without the weights.
-        kept_checkpointed: the same where all layers compute their activations again: their inputs, and what the layer
+        activation_bytes: bytes that autograd keeps between forward and backward, without the weights.
+        checkpointed_bytes: the same where all layers compute their activations again: their inputs, and what the layer
             in hand needs, one in every stage (a little too much: they are not there at the same time).
-        saved: what `kept` would be more without `trainer.activation_checkpointing`.
+        checkpointing_savings: what `activation_bytes` would be more without `trainer.activation_checkpointing`.
         recomputed: operations of a pass that are done a second time for it.
     """
 
     forward: float = 0.0
     backward: float = 0.0
-    kept: float = 0.0
-    kept_checkpointed: float = 0.0
-    saved: float = 0.0
+    activation_bytes: float = 0.0
+    checkpointed_bytes: float = 0.0
+    checkpointing_savings: float = 0.0
     recomputed: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -125,21 +125,21 @@ def stage_cost(
         if isinstance(projection, nn.Linear):
             given = torch.zeros(1, frames, projection.in_features, requires_grad=needs_input)
             part = count(projection, lambda p=projection, g=given: p(g), half)  # type: ignore[misc]
-            total = total + Cost(part.forward, part.backward, part.kept, part.kept)
+            total = total + Cost(part.forward, part.backward, part.activation_bytes, part.activation_bytes)
     return total
 
 
 def layers_cost(one: Cost, number: int, input_bytes: int, recomputes: bool) -> Cost:
     """Cost of equal layers from that of one. Where nothing is kept, nothing is computed again."""
-    kept = one.kept * number
-    least = min(kept, input_bytes * number + one.kept) if kept else 0.0
+    kept = one.activation_bytes * number
+    least = min(kept, input_bytes * number + one.activation_bytes) if kept else 0.0
     recomputes = recomputes and kept > 0
     return Cost(
         one.forward * number,
         one.backward * number,
-        kept=least if recomputes else kept,
-        kept_checkpointed=least,
-        saved=kept - least if recomputes else 0.0,
+        activation_bytes=least if recomputes else kept,
+        checkpointed_bytes=least,
+        checkpointing_savings=kept - least if recomputes else 0.0,
         recomputed=one.forward * number if recomputes else 0.0,
     )
 
@@ -199,7 +199,7 @@ def quantizer_cost(quantizer: ResidualLFQ, width: int, code_frames: int, learnin
         return output.quantized, output.latents, output.codewords
 
     cost = count(quantizer, run, half=False)
-    return Cost(cost.forward, cost.backward, cost.kept, cost.kept)
+    return Cost(cost.forward, cost.backward, cost.activation_bytes, cost.activation_bytes)
 
 
 def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, length: int, half: bool) -> Cost:
@@ -213,7 +213,7 @@ def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, l
     kept = [feature.nbytes for output in outputs for feature in (*output.features, output.logits)]
     # A convolution keeps its input, which is the activated output of the layer before; the activation keeps its own.
     bytes_kept = 2 * sum(kept)
-    return Cost(forward=counter.total, kept=bytes_kept, kept_checkpointed=bytes_kept)
+    return Cost(forward=counter.total, activation_bytes=bytes_kept, checkpointed_bytes=bytes_kept)
 
 
 def losses_cost(objective: Objective, weights: Mapping[str, float], config: MossAudioTokenizerConfig) -> Cost:
@@ -228,7 +228,7 @@ def losses_cost(objective: Objective, weights: Mapping[str, float], config: Moss
         if isinstance(loss, AudioLoss) and weights.get(name):
             output = torch.zeros_like(audio, requires_grad=True)
             cost = count(loss, lambda loss=loss, output=output: loss(audio, output, lengths), half=False)  # type: ignore[misc]
-            total = total + Cost(cost.forward, cost.backward, cost.kept, cost.kept)
+            total = total + Cost(cost.forward, cost.backward, cost.activation_bytes, cost.activation_bytes)
     return total
 
 

@@ -37,8 +37,8 @@ def gather_to_rank0(tensor: Tensor) -> Tensor | None:
     """A tensor as it is, or of a sharded one the whole in the memory of the first rank's host, None on the others."""
     if not isinstance(tensor, DTensor):
         return tensor
-    whole = tensor.full_tensor()
-    return whole.cpu() if dist.get_rank() == 0 else None
+    full = tensor.full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else None
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -46,11 +46,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def distribute_like(whole: Tensor, example: Tensor) -> Tensor:
+def distribute_like(full: Tensor, example: Tensor) -> Tensor:
     """A copy of a whole tensor, placed and sharded as an example of the same shape."""
     if not isinstance(example, DTensor):
-        return whole.to(example.device, example.dtype, copy=True)
-    moved = whole.to(example.device, example.dtype)
+        return full.to(example.device, example.dtype, copy=True)
+    moved = full.to(example.device, example.dtype)
     return distribute_tensor(moved, example.device_mesh, example.placements, src_data_rank=None)
 
 
@@ -161,8 +161,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Tensor by tensor, so that no rank holds all of them on its device."""
         found = {}
         for name, value in values.items():
-            whole = full_tensor(value.detach()) if isinstance(value, Tensor) else value
-            found[name] = whole.cpu() if isinstance(whole, Tensor) and self.is_global_zero else None
+            full = full_tensor(value.detach()) if isinstance(value, Tensor) else value
+            found[name] = full.cpu() if isinstance(full, Tensor) and self.is_global_zero else None
         return found
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
