@@ -25,7 +25,7 @@ SUMMARY = (
     "Pack a folder of audio, a manifest, a Kaldi folder or a saved dataset into shards for training and evaluation."
 )
 
-_NUM_BAD_SHOWN = 5
+_NUM_INVALID_SHOWN = 5
 _REASONS = {
     "too short": "shorter than min_seconds",
     "too long": "longer than max_seconds",
@@ -66,8 +66,8 @@ def run(config: PackConfig | Mapping[str, Any]) -> int:
         _print_resume_hint(target)
         raise
     _print_report(report, config.out)
-    if report.left_out.get("dropped", 0) < len(drop):
-        missing = len(drop) - report.left_out.get("dropped", 0)
+    if report.skipped.get("dropped", 0) < len(drop):
+        missing = len(drop) - report.skipped.get("dropped", 0)
         print(printable(f"drop={config.drop}: {missing} ids are not in {config.input}"))
     return 0
 
@@ -86,13 +86,11 @@ def _print_report(report: PackReport, out: str) -> None:
     notes = [f"{out}: {clips} in {shards}, {num_bytes:,} bytes"]
     if report.num_resumed:
         notes.append(f"reused from an earlier attempt: {pluralize(report.num_resumed, 'shard')}")
-    notes += [
-        f"skipped: {pluralize(count, 'clip')} {_REASONS[kind]}" for kind, count in sorted(report.left_out.items())
-    ]
-    if report.bad:
-        number, kinds = pluralize(len(report.bad), "clip"), count_faults(report.bad)
+    notes += [f"skipped: {pluralize(count, 'clip')} {_REASONS[kind]}" for kind, count in sorted(report.skipped.items())]
+    if report.invalid:
+        number, kinds = pluralize(len(report.invalid), "clip"), count_faults(report.invalid)
         notes.append(f"skipped: {number} that cannot be used ({kinds}), among them:")
-        notes += [f"  {bad.reason}" for bad in report.bad[:_NUM_BAD_SHOWN]]
+        notes += [f"  {bad.reason}" for bad in report.invalid[:_NUM_INVALID_SHOWN]]
     notes += [f"packed: {pluralize(count, 'clip')} {remark}" for remark, count in sorted(report.remarks.items())]
     if report.remarks.get(SILENT) == report.index["num_samples"]:
         notes.append("warning: every clip is digital silence; nothing can be learned from them")

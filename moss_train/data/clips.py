@@ -41,15 +41,15 @@ class FileClip:
 class UnreadableClip:
     """Stands for a line or file that is no clip: it is counted like a clip that cannot be read."""
 
-    bad: InvalidSample
+    invalid: InvalidSample
 
     def __call__(self) -> tuple[Tensor, int]:
         """Raises SampleError."""
-        raise SampleError(self.bad.fault, self.bad.reason, self.bad.name)
+        raise SampleError(self.invalid.fault, self.invalid.reason, self.invalid.name)
 
     def length(self) -> tuple[int, int]:
         """Raises SampleError."""
-        raise SampleError(self.bad.fault, self.bad.reason, self.bad.name)
+        raise SampleError(self.invalid.fault, self.invalid.reason, self.invalid.name)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def list_sources(sources: Sequence[str], domain: str, key: str = "data") -> list
 
 def _file_clips(source: Path, domain: str, key: str) -> Iterator[ListedClip]:
     found = list_clips(source, domain, key)
-    for bad in found.bad:
+    for bad in found.invalid:
         yield ListedClip(bad.name, domain, UnreadableClip(bad))
     for clip in found.clips:
         labels = {key: value for key, value in clip.labels().items() if key in _LABELS}

@@ -197,7 +197,7 @@ def find_audio(inputs: Sequence[str], out: Path, suffix: str = ".safetensors") -
         if any(clip.start_seconds or clip.end_seconds is not None or clip.row is not None for clip in found.clips):
             raise UserError(f"input={path} names parts of files; pack it and give shards= instead")
         pairs += [(clip.path, prefix + clip.id) for clip in found.clips]
-        failures += [(Path(bad.name), bad.reason) for bad in found.bad]
+        failures += [(Path(bad.name), bad.reason) for bad in found.invalid]
     return FoundAudio(_with_targets(pairs, out, suffix, AUDIO_SUFFIXES), failures)
 
 

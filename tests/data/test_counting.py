@@ -52,7 +52,7 @@ def test_damage_is_counted_by_kind_and_named_once(packed: Path, tmp_path: Path, 
     counter = StreamCounter(24000, max_invalid_fraction=1.0)
     lines = [line for update in updates * 2 for line in counter.add(update)]
     lost = [sample_id for update in updates for sample_id, *_ in update.dropped]
-    assert counter.bad == {kind: 2 * len(lost)}
+    assert counter.invalid == {kind: 2 * len(lost)}
     assert lost
     assert len(lines) == len(set(lost))
     assert all(line.startswith("skipped ") for line in lines)
@@ -62,7 +62,7 @@ def test_other_reasons_have_a_kind_too(packed: Path) -> None:
     counter = StreamCounter(24000, max_invalid_fraction=1.0)
     for update in updates_of(packed, text_encoder=lambda text: []):
         counter.add(update)
-    assert list(counter.bad) == ["text"]
+    assert list(counter.invalid) == ["text"]
 
 
 def test_hours_are_those_of_the_clips(packed: Path) -> None:
@@ -101,4 +101,4 @@ def test_data_out_of_reach_late_in_a_run_stops_it_within_twenty_updates() -> Non
         counter.add_counts(gone)
     with pytest.raises(UserError, match=r"110 of the 200 samples of the last 20 updates .* is the data still in reach"):
         counter.add_counts(gone)
-    assert counter.bad == {"file": 110}
+    assert counter.invalid == {"file": 110}

@@ -290,7 +290,7 @@ def test_bad_rows_of_a_table_are_counted(tmp_path: Path, recordings: Path) -> No
     manifest.write_bytes("\n".join(rows).encode("utf-8", "surrogateescape"))
     found = list_clips(manifest, "speech")
     assert [clip.text for clip in found.clips] == ['a "b" c']
-    assert [where.rpartition(":")[2] for where, *_ in found.bad] == ["3", "4", "5", "6"]
-    reasons = " ".join(reason for _, reason, _ in found.bad)
+    assert [where.rpartition(":")[2] for where, *_ in found.invalid] == ["3", "4", "5", "6"]
+    reasons = " ".join(reason for _, reason, _ in found.invalid)
     for part in ("not a line of UTF-8 CSV", "no more cells than the header", "a time has to be a number"):
         assert part in reasons

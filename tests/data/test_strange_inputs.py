@@ -65,10 +65,10 @@ def special(tmp_path: Path) -> Path:
 def test_what_is_no_ordinary_file_is_named_counted_and_never_opened(special: Path, tmp_path: Path) -> None:
     found = list_clips(special, "audio")
     assert [clip.id for clip in found.clips] == ["good.wav"]
-    assert [bad.name for bad in found.bad] == ["dangling.wav", "device.wav", "loop.wav", "pipe.wav", "socket.wav"]
-    assert {bad.fault for bad in found.bad} == {Fault.SPECIAL_FILE}
+    assert [bad.name for bad in found.invalid] == ["dangling.wav", "device.wav", "loop.wav", "pipe.wav", "socket.wav"]
+    assert {bad.fault for bad in found.invalid} == {Fault.SPECIAL_FILE}
     report = pack(found, tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
-    assert (report.index["num_samples"], len(report.bad)) == (1, 5)
+    assert (report.index["num_samples"], len(report.invalid)) == (1, 5)
     works = find_audio([str(special)], tmp_path / "codes")
     assert (len(works.works), len(works.failures)) == (1, 5)
     read = [clip for clip in list_sources([str(special)], "audio") if clip.id == "pipe.wav"]
@@ -170,7 +170,7 @@ def test_half_a_character_is_a_bad_line_and_a_strange_name_is_none(tmp_path: Pat
     source = manifest(tmp_path, *lines, {"path": "a\ud800.wav"}, {"path": "x" * 300 + ".wav"}, {"path": "a\0.wav"})
     found = list_clips(source, "speech")
     assert [clip.id for clip in found.clips] == ["ok", "caf\\xe9.wav"]
-    assert [bad.fault for bad in found.bad] == [Fault.LINE, Fault.FILE, Fault.FILE, Fault.FILE]
+    assert [bad.fault for bad in found.invalid] == [Fault.LINE, Fault.FILE, Fault.FILE, Fault.FILE]
     report = pack(found, tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
     assert report.index["num_samples"] == 2
 

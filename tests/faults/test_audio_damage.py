@@ -157,5 +157,5 @@ def test_one_bad_file_among_good_ones_loses_nothing_else(tmp_path: Path) -> None
     report = pack(list_clips(folder, "speech"), tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
     found = {name for name, _, _ in iterate_clips([tmp_path / "out"], sampling_rate=RATE, num_channels=1)}
     assert found == {f"{kind.replace(' ', '_')}.wav" for kind in USABLE}
-    assert len(report.bad) == len(UNREADABLE)
+    assert len(report.invalid) == len(UNREADABLE)
     assert json.loads((tmp_path / "out" / "index.json").read_text())["num_samples"] == len(USABLE)

@@ -193,7 +193,7 @@ def test_a_folder_to_pack_has_links_loops_pipes_and_devices(tmp_path: Path) -> N
         worker.join(20)
     assert not worker.is_alive()
     assert [clip.id for clip in found[0].clips] == ["a/x.wav", "out/private.wav"]
-    assert [bad.name for bad in found[0].bad] == ["pipe.wav", "self.wav", "zero.wav"]
+    assert [bad.name for bad in found[0].invalid] == ["pipe.wav", "self.wav", "zero.wav"]
     (message,) = [str(entry.message) for entry in caught]
     assert "2 links" in message
     assert str(other) in message
@@ -207,7 +207,7 @@ def test_a_line_without_end_is_one_bad_line(tmp_path: Path, line: bytes) -> None
     (tmp_path / "m.jsonl").write_bytes(line + b'\n{"path": "x.wav", "id": "good"}\n')
     listed = list_clips(tmp_path / "m.jsonl", "speech")
     assert [clip.id for clip in listed.clips] == ["good"]
-    assert [place.rpartition(":")[2] for place, *_ in listed.bad] == ["1"]
+    assert [place.rpartition(":")[2] for place, *_ in listed.invalid] == ["1"]
 
 
 def test_labels_that_no_reader_takes_are_not_packed(tmp_path: Path) -> None:

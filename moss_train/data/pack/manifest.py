@@ -66,7 +66,7 @@ class SourceList:
     source: Path
     clips: tuple[SourceClip, ...]
     ignored: dict[str, int] = field(default_factory=dict)  # suffixes or manifest keys without effect, with counts
-    bad: tuple[InvalidSample, ...] = ()  # lines that are no clip, and names in a folder that are no ordinary file
+    invalid: tuple[InvalidSample, ...] = ()  # lines that are no clip, and names in a folder that are no ordinary file
     key: str = "input"  # that the source was given by
 
 

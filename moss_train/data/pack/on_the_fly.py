@@ -117,9 +117,11 @@ def pack_with_progress(sources: SourceList, folder: Path, options: PackOptions) 
 
 def print_skipped(report: PackReport) -> None:
     """One line for clips that could not be used, with the first reasons."""
-    kinds = [f"{count} {kind}" for kind, count in sorted(report.left_out.items())]
-    if report.bad:
-        kinds.append(f"{len(report.bad)} unreadable ({'; '.join(bad.reason for bad in report.bad[:NUM_SHOWN])})")
+    kinds = [f"{count} {kind}" for kind, count in sorted(report.skipped.items())]
+    if report.invalid:
+        kinds.append(
+            f"{len(report.invalid)} unreadable ({'; '.join(bad.reason for bad in report.invalid[:NUM_SHOWN])})"
+        )
     if kinds:
         print(printable(f"skipped: {', '.join(kinds)}"), file=sys.stderr)
     for remark, count in sorted(report.remarks.items()):

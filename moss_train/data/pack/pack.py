@@ -41,8 +41,8 @@ class PackReport:
     """What was packed and what was not."""
 
     index: dict  # content of index.json
-    left_out: dict[str, int]  # clips by kind: too short, too long, silent, dropped
-    bad: tuple[InvalidSample, ...]  # unreadable files and lines that are no clip
+    skipped: dict[str, int]  # clips by kind: too short, too long, silent, dropped
+    invalid: tuple[InvalidSample, ...]  # unreadable files and lines that are no clip
     ignored: dict[str, int]  # suffixes or manifest keys without effect
     num_resumed: int  # shards that an earlier attempt had finished
     remarks: dict[str, int]  # clips that were packed all the same, by what is worth telling of them
@@ -82,7 +82,7 @@ def pack(
         finally:
             packer.discard()
         return PackReport(
-            index, dict(packer.left_out), tuple(packer.bad), sources.ignored, num_resumed, dict(packer.remarks)
+            index, dict(packer.skipped), tuple(packer.invalid), sources.ignored, num_resumed, dict(packer.remarks)
         )
 
 
@@ -117,8 +117,8 @@ class _Packer:
     """Sorts clips into one open shard per domain, and indexes and records every shard as it is closed."""
 
     def __init__(self, folder: Path, sources: SourceList, options: PackOptions, drop: frozenset[str]) -> None:
-        self.left_out: Counter[str] = Counter()
-        self.bad: list[InvalidSample] = list(sources.bad)
+        self.skipped: Counter[str] = Counter()
+        self.invalid: list[InvalidSample] = list(sources.invalid)
         self.remarks: Counter[str] = Counter()
         self._folder, self._sources, self._options, self._drop = folder, sources, options, drop
         content = {name: value for name, value in asdict(options).items() if name not in _NOT_CONTENT}
@@ -136,8 +136,8 @@ class _Packer:
         for shard, contents in kept:
             self._index.add(shard.file, shard.domain, contents)
             self._num_shards[shard.domain] += 1
-            self.left_out.update(shard.left_out)
-            self.bad += [InvalidSample(name, reason, Fault(fault)) for name, reason, fault in shard.bad]
+            self.skipped.update(shard.left_out)
+            self.invalid += [InvalidSample(name, reason, Fault(fault)) for name, reason, fault in shard.bad]
             self.remarks.update(shard.remarks)
             done[shard.domain] = shard.last
         self._check_share()
@@ -171,10 +171,10 @@ class _Packer:
             self._close(domain)
         if not self._num_shards:
             minimum = f"min_seconds={self._options.min_seconds}"
-            others = "".join(f", {count} {kind}" for kind, count in self.left_out.items() if kind != "too short")
+            others = "".join(f", {count} {kind}" for kind, count in self.skipped.items() if kind != "too short")
             raise UserError(
-                f"{self._sources.key}={self._sources.source}: nothing to pack, {self.left_out['too short']} clips are "
-                f"shorter than {minimum}{others} and {len(self.bad)} could not be read"
+                f"{self._sources.key}={self._sources.source}: nothing to pack, {self.skipped['too short']} clips are "
+                f"shorter than {minimum}{others} and {len(self.invalid)} could not be read"
             )
         return self._index.write(self._folder)
 
@@ -191,25 +191,25 @@ class _Packer:
     def _leave_out(self, clip: SourceClip, outcome: SkippedClip) -> None:
         inputs = self._inputs[clip.domain]
         if outcome.kind != "unreadable":
-            self.left_out[outcome.kind] += 1
+            self.skipped[outcome.kind] += 1
             inputs.left_out[outcome.kind] += 1
             return
-        self.bad.append(InvalidSample(clip.id, outcome.reason, outcome.fault))
+        self.invalid.append(InvalidSample(clip.id, outcome.reason, outcome.fault))
         inputs.bad.append([clip.id, outcome.reason, str(outcome.fault)])
         self._check_share()
 
     def _check_share(self) -> None:
         """Raise UserError when too many files and lines are bad."""
-        share, total = self._options.max_invalid_fraction, len(self._sources.clips) + len(self._sources.bad)
-        if len(self.bad) <= share * total:
+        share, total = self._options.max_invalid_fraction, len(self._sources.clips) + len(self._sources.invalid)
+        if len(self.invalid) <= share * total:
             return
-        last = self.bad[-1].reason
+        last = self.invalid[-1].reason
         if share == 0:
             raise UserError(
-                f"{self.bad[0].reason}; repair or remove it, or leave such clips out with max_invalid_fraction=0.01"
+                f"{self.invalid[0].reason}; repair or remove it, or leave such clips out with max_invalid_fraction=0.01"
             )
         raise UserError(
-            f"{len(self.bad)} of {total} clips cannot be used ({count_faults(self.bad)}), more than "
+            f"{len(self.invalid)} of {total} clips cannot be used ({count_faults(self.invalid)}), more than "
             f"max_invalid_fraction={share} allows; the last: {last}"
         )
 

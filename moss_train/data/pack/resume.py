@@ -22,7 +22,7 @@ JOURNAL_FILE = "journal.jsonl"
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """One line of the journal."""
+    """One line of the journal; the names of the fields are those in the file."""
 
     file: str
     domain: str

@@ -1,6 +1,6 @@
 """Read samples out of shards by seek, check everything about them, and set their level.
 
-A bad sample is reported, never let through.
+An invalid sample is reported, never let through.
 """
 
 import math
@@ -215,7 +215,7 @@ class StreamCounter:
         self.num_without_text = 0  # samples so far whose text was too long
         self._named: set[str] = set()
         self._last_line = ""
-        self._recent: deque[tuple[int, int]] = deque(maxlen=RECENT_UPDATES)  # used and bad samples of an update
+        self._recent: deque[tuple[int, int]] = deque(maxlen=RECENT_UPDATES)  # used and invalid samples of an update
 
     @property
     def hours(self) -> dict[str, float]:
@@ -223,7 +223,7 @@ class StreamCounter:
         return {domain: count / self._sampling_rate / 3600 for domain, count in sorted(self._samples.items())}
 
     @property
-    def bad(self) -> dict[str, int]:
+    def invalid(self) -> dict[str, int]:
         """Samples lost so far, by kind."""
         return dict(sorted(self._kinds.items()))
 
@@ -234,7 +234,7 @@ class StreamCounter:
         return lines
 
     def describe_dropped(self, batch: UpdateBatch) -> list[str]:
-        """Return a line for every bad sample of this rank that has not been named before."""
+        """Return a line for every invalid sample of this rank that has not been named before."""
         lines = []
         for bad in batch.dropped:
             if bad.name not in self._named:
@@ -289,13 +289,13 @@ class StreamCounter:
             )
 
     def _check_share(self, last: str) -> None:
-        num_bad = sum(self._kinds.values())
-        num_samples = self._num_clips + num_bad
-        if num_bad <= self._max_invalid_fraction * max(num_samples, MIN_SAMPLES):
+        num_invalid = sum(self._kinds.values())
+        num_samples = self._num_clips + num_invalid
+        if num_invalid <= self._max_invalid_fraction * max(num_samples, MIN_SAMPLES):
             return
         kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
         raise UserError(
-            f"{num_bad} of {num_samples} samples could not be used ({kinds}), more than max_invalid_fraction="
+            f"{num_invalid} of {num_samples} samples could not be used ({kinds}), more than max_invalid_fraction="
             f"{self._max_invalid_fraction} allows; find them with `moss_train inspect`. {last}".rstrip()
         )
 
