@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import moss_train.audio.stft as stft
 import moss_train.model.attention as attention
 from moss_train import load_config
 from moss_train.training.cost.estimate import UPDATE_BYTES
@@ -31,6 +32,7 @@ from moss_train.training.cost.hardware import GPUS
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.optimizations import compiled_parts
 from moss_train.training.run.warm_start import plan_initialization
+from moss_train.training.step.accumulation import Accumulation
 from moss_train.training.step.schedule import Stage
 from tools.dataless import dataless, micro_batch, run_micro_batch
 
@@ -38,7 +40,9 @@ SMS = {"a100": 108, "a100_40gb": 108, "h100_pcie": 114, "l40s": 142, "rtx4090": 
 TEXT_TOKENS_PER_SECOND = 15
 LAUNCH_SECONDS = 2.5e-6  # a kernel takes at least so long
 BANDWIDTH_SHARE, HALF_SHARE, FLOAT_SHARE = 0.85, 0.78, 0.75  # of the data sheet, that good kernels reach
-ATTENTION_SHARE, CONVOLUTION_SHARE = 0.5, 0.35  # of what products reach
+ATTENTION_SHARE, CONVOLUTION_SHARE, TRIANGULAR_SHARE = 0.5, 0.35, 0.05  # of what products reach
+TENSORS_PER_LAUNCH = 64  # of two lists, in torch's kernels for many tensors
+SMALL_SHARE = 1 / 16  # of what its user writes: a compiler computes such a thing where it is used
 BUS_BYTES_PER_SECOND = 300e9
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 EXTERN = PRODUCTS | {
@@ -53,10 +57,9 @@ EXTERN = PRODUCTS | {
     ),
     *("index_put_", "scatter_add_", "scatter", "cumsum", "sort", "cat", "nll_loss_forward", "nll_loss_backward"),
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
-    *("window", "window_backward"),
+    *("window", "window_backward", "linalg_solve_triangular", "_foreach_add_", "_foreach_copy_"),
 }
 
-WEIGHT_CAST = "cast of a weight"
 FREE = {"detach", "_unsafe_view", "empty", "empty_like", "lift_fresh", "alias"}
 
 
@@ -100,7 +103,12 @@ def _causal_flops(query: Any, key: Any, *_: Any, **__: Any) -> float:
     return 2 * batch * heads * width * queries * key.shape[2]
 
 
+def _triangular_flops(matrix: Any, *_: Any, out_val: Tensor, **__: Any) -> float:
+    return math.prod(out_val.shape) * matrix.shape[-1]
+
+
 FLOPS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.linalg_solve_triangular: _triangular_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _causal_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, *rest, **_: (
         2.5 * _causal_flops(*rest)
@@ -133,10 +141,15 @@ class Kernel:
 
 @dataclass
 class Recorder(TorchDispatchMode):
-    """Notes every operator that moves data, forward and backward, with the part of the module that it belongs to."""
+    """Notes every operator that moves data, forward and backward, with the part of the module that it belongs to.
+
+    Attributes:
+        kernels: what was noted.
+        compiles: whether compiled parts take the way that compilers take.
+    """
 
     kernels: list[Kernel] = field(default_factory=list)
-    weights: frozenset[int] = frozenset()  # storages of matrices, whose casts are noted as such
+    compiles: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -145,43 +158,48 @@ class Recorder(TorchDispatchMode):
         self.scopes: list[tuple[str, int]] = [("other", 0)]
         self._alive: list[Any] = []
         self._calls = 0
+        self.watched: list[tuple[Any, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        inputs, outputs = tensors((args, kwargs)), tensors(result)
         name = func.overloadpacket.__name__
-        if (
-            func.is_view
-            or not outputs
-            or name in ("detach", "_unsafe_view", "empty", "empty_like", "lift_fresh", "alias")
-        ):
+        if name.startswith("_foreach_") and name.endswith("_"):
+            for first in range(0, len(args[0]), TENSORS_PER_LAUNCH):
+                chosen = slice(first, first + TENSORS_PER_LAUNCH)
+                read = args[1:] if name == "_foreach_copy_" else args  # the others it overwrites
+                self._note(func, args[0][chosen], [value[chosen] for value in read], 0.0)
             return result
-        if name == "_to_copy" and len(inputs) == 1 and inputs[0].untyped_storage()._cdata in self.weights:
-            name = WEIGHT_CAST
-        self._alive += [tensor.untyped_storage() for tensor in outputs]
+        inputs, outputs = tensors((args, kwargs)), tensors(result)
+        inputs = inputs[1:] if name == "copy_" else inputs  # which it overwrites
+        if func.is_view or not outputs or name in FREE:
+            return result
         formula = {**flop_registry, **FLOPS}.get(func._overloadpacket)
+        flops = float(formula(*args, **kwargs, out_val=result)) if formula else 0.0
+        self._note(func, outputs, inputs, flops)
+        return result
+
+    def _note(self, func: Any, outputs: Sequence[Tensor], inputs: Any, flops: float) -> None:
+        self._alive += [tensor.untyped_storage() for tensor in outputs]
         node = torch._C._current_autograd_node()
         component, call = self.stack[-1]
         if node is not None:
             number = node._sequence_nr()
             is_gradient = number >= 2**63
             component, call = ("gradients", 0) if is_gradient else self.scopes[bisect_right(self.starts, number) - 1]
-        written = sizes(outputs)
         self.kernels.append(
             Kernel(
-                name,
+                func.overloadpacket.__name__,
                 component,
                 call,
                 node is not None,
-                sizes(inputs),
-                written,
-                float(formula(*args, **kwargs, out_val=result)) if formula else 0.0,
+                sizes(tensors(inputs)),
+                sizes(outputs),
+                flops,
                 outputs[0].dtype in (torch.bfloat16, torch.float16),
                 tuple(outputs[0].shape),
             )
         )
-        return result
 
     @contextmanager
     def scope(self, component: str, is_part: bool) -> Iterator[None]:
@@ -189,9 +207,13 @@ class Recorder(TorchDispatchMode):
         self._calls += is_part
         self.stack.append((component, self._calls if is_part else self.stack[-1][1]))
         self._mark()
+        is_compiling = torch.compiler.is_compiling
+        if is_part and self.compiles:
+            torch.compiler.is_compiling = lambda: True
         try:
             yield
         finally:
+            torch.compiler.is_compiling = is_compiling
             self.stack.pop()
             self._mark()
 
@@ -202,6 +224,7 @@ class Recorder(TorchDispatchMode):
     def watch(self, owner: Any, method: str, component: str | None, is_part: bool = False) -> None:
         """Give a method of an object a scope; without a component that of its caller."""
         inner = getattr(owner, method)
+        self.watched.append((owner, method))
 
         def outer(*args: Any, **kwargs: Any) -> Any:
             with self.scope(component or self.stack[-1][0], is_part):
@@ -227,7 +250,7 @@ def sizes(found: Sequence[Tensor]) -> dict[int, int]:
 
 def fuse(kernels: Sequence[Kernel]) -> list[Kernel]:
     """Make one kernel of all operators of a compiled part between two products that share a tensor."""
-    producer: dict[int, int] = {}
+    set_levels(kernels)
     parent = list(range(len(kernels)))
     seen: dict[tuple[int, bool, int, int], int] = {}
 
@@ -237,19 +260,10 @@ def fuse(kernels: Sequence[Kernel]) -> list[Kernel]:
         return i
 
     for i, kernel in enumerate(kernels):
-        if kernel.call:
-            for place in kernel.reads:
-                source = producer.get(place)
-                if source is not None:
-                    before = kernels[source]
-                    if (before.call, before.is_backward) == (kernel.call, kernel.is_backward):
-                        kernel.level = max(kernel.level, before.level + before.is_extern)
-            if not kernel.is_extern:
-                for place in (*kernel.reads, *kernel.writes):
-                    key = (kernel.call, kernel.is_backward, kernel.level, place)
-                    parent[root(i)] = root(seen.setdefault(key, i))
-        for place in kernel.writes:
-            producer[place] = i
+        if kernel.call and not kernel.is_extern:
+            for place in (*kernel.reads, *kernel.writes):
+                key = (kernel.call, kernel.is_backward, kernel.level, place)
+                parent[root(i)] = root(seen.setdefault(key, i))
     groups: dict[int, list[int]] = defaultdict(list)
     for i in range(len(kernels)):
         groups[root(i)].append(i)
@@ -258,6 +272,30 @@ def fuse(kernels: Sequence[Kernel]) -> list[Kernel]:
         for place in kernel.reads:
             users[place].add(root(i))
     return [merge([kernels[i] for i in members], users, number) for number, members in groups.items()]
+
+
+def set_levels(kernels: Sequence[Kernel]) -> None:
+    """Count the products of its part before each operator; what is small and needs none comes where it is used."""
+    producer: dict[int, int] = {}
+    users: dict[int, list[Kernel]] = defaultdict(list)
+    depends: set[int] = set()
+    for i, kernel in enumerate(kernels):
+        for place in kernel.reads if kernel.call else ():
+            source = producer.get(place)
+            if source is not None:
+                before = kernels[source]
+                if (before.call, before.is_backward) == (kernel.call, kernel.is_backward):
+                    kernel.level = max(kernel.level, before.level + before.is_extern)
+                    users[source].append(kernel)
+                    depends.add(i)
+        for place in kernel.writes:
+            producer[place] = i
+    for i, kernel in enumerate(kernels):
+        size = sum(kernel.writes.values())
+        if users[i] and i not in depends and not kernel.is_extern:
+            least = min(sum(user.writes.values()) for user in users[i])
+            if size <= SMALL_SHARE * least:
+                kernel.level = min(user.level for user in users[i])
 
 
 def merge(members: Sequence[Kernel], users: dict[int, set[int]], number: int) -> Kernel:
@@ -279,13 +317,15 @@ def merge(members: Sequence[Kernel], users: dict[int, set[int]], number: int) ->
 def seconds_of(kernel: Kernel, gpu: str) -> float:
     """How long a kernel takes by the roofline."""
     spec = GPUS[gpu]
-    moved = sum(kernel.reads.values()) + sum(size for place, size in kernel.writes.items() if place not in kernel.reads)
+    moved = sum(kernel.reads.values()) + sum(kernel.writes.values())
     peak = spec.bf16 * HALF_SHARE if kernel.is_half else spec.fp32 * FLOAT_SHARE
     share = 1.0
     if kernel.name in PRODUCTS:
         share = tile_share(kernel.shape, kernel.flops / (2 * math.prod(kernel.shape)), SMS.get(gpu, 132))
     elif "conv" in kernel.name:
         share = CONVOLUTION_SHARE
+    elif kernel.name == "linalg_solve_triangular":
+        share = TRIANGULAR_SHARE
     elif kernel.flops:
         share = ATTENTION_SHARE
     computing = kernel.flops / (peak * 1e12 * share)
@@ -309,26 +349,33 @@ def tile_share(shape: Sequence[int], depth: float, num_sms: int) -> float:
     return best
 
 
-def record(module: CatModule, stage: Stage, options: argparse.Namespace) -> list[Kernel]:
-    """Forward and backward of one micro-batch of a stage in its full swing; gradients are there already."""
+def record(module: CatModule, stage: Stage, options: argparse.Namespace, compiles: bool) -> list[Kernel]:
+    """Forward and backward of one micro-batch of a stage in its full swing, which is not the first of its update."""
     tokens = round(TEXT_TOKENS_PER_SECOND * options.seconds)
     batch = micro_batch(module, options.clips, options.seconds, options.texts, tokens, "cpu")
-    recorder = Recorder(weights=frozenset(p.untyped_storage()._cdata for p in module.parameters() if p.ndim == 2))
-    scopes(module, recorder)
-    for parameter in module.parameters():
+    recorder = Recorder(compiles=compiles)
+    accumulation = Accumulation(module.networks.with_layers, module.parameters(), torch.bfloat16)
+    for leaf in accumulation.small_leaves.values():
+        leaf.grad = torch.zeros_like(leaf)
+    accumulation.add_small()
+    for parameter in accumulation.large_leaves:
         parameter.grad = torch.zeros_like(parameter)
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         with torch.autocast("cpu", enabled=False):
             loss.backward(*args, **kwargs)
 
-    with recorder, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        run_micro_batch(module, batch, stage, backward)
+    with accumulation.copies_in_place(), recorder, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with scopes(module, recorder):
+            run_micro_batch(module, batch, stage, backward)
+        with recorder.scope("gradients", is_part=False):
+            accumulation.add_small()
     return recorder.kernels
 
 
-def scopes(module: CatModule, recorder: Recorder) -> None:
-    """Name the components of a module for the recorder, and its compiled parts."""
+@contextmanager
+def scopes(module: CatModule, recorder: Recorder) -> Iterator[None]:
+    """Within it the components of a module are named for the recorder, and its compiled parts."""
     for stage in stages_of(module.tokenizer):
         rate = module.tokenizer.config.frame_rate * stage.frames_per_code_frame
         recorder.watch(stage, "forward", f"stages of {rate:g} Hz")
@@ -344,20 +391,27 @@ def scopes(module: CatModule, recorder: Recorder) -> None:
             recorder.watch(owner, method, name)
     for part in compiled_parts(module):
         recorder.watch(part, "forward", None, is_part=True)
+    yield
+    for owner, method in recorder.watched:
+        owner.__dict__.pop(method)
 
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Attention takes the windowed kernel in bfloat16."""
-    names = ("has_window_kernel", "flash_attention")
-    before = {name: getattr(attention, name) for name in names}
-    attention.has_window_kernel = lambda query: query.dtype == torch.bfloat16
-    attention.flash_attention = window_forward
+    """Attention takes the windowed kernel in bfloat16, magnitudes one kernel."""
+    places: list[tuple[Any, str, Any]] = [
+        (attention, "has_window_kernel", lambda query: query.dtype == torch.bfloat16),
+        (attention, "flash_attention", window_forward),
+        (stft, "absolute", torch.abs),
+    ]
+    before = [getattr(module, name) for module, name, _ in places]
+    for module, name, value in places:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(attention, name, value)
+        for (module, name, _), value in zip(places, before, strict=True):
+            setattr(module, name, value)
 
 
 def report(kernels: Sequence[Kernel], gpu: str) -> None:
@@ -393,9 +447,10 @@ def main() -> None:
     with as_on_cuda(), dataless():
         module = CatModule(**arguments).train()
         stage = module.schedule.stages[options.stage - 1]
-        kernels = record(module, stage, options)
-        cast_once = [kernel for kernel in kernels if kernel.name != WEIGHT_CAST]
-        variants = {"eager": kernels, "compiled": fuse(kernels), "compiled, weights cast once": fuse(cast_once)}
+        variants = {
+            "eager": record(module, stage, options, compiles=False),
+            "compiled": fuse(record(module, stage, options, compiles=True)),
+        }
     print(
         f"A model, not a measurement: stage {options.stage} of {options.experiment}, {options.clips} clips of "
         f"{options.seconds:g} s, {options.texts} with text, on {options.gpu}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moss_train.audio.io import read_audio
-from moss_train.audio.stft import log_mel_spectrogram, mel_bank
+from moss_train.audio.stft import log_mel_distance, log_mel_spectrogram, mel_bank
 from moss_train.losses import MultiScaleMelLoss, multi_scale_mel_distance
 
 RATE = 24_000
@@ -214,3 +214,22 @@ def test_impossible_settings_are_refused(arguments, message):
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"\[1, 1, 100\] and \[1, 1, 101\]"):
         MultiScaleMelLoss(RATE)(torch.zeros(1, 1, 100), torch.zeros(1, 1, 101), torch.tensor([100]))
+
+
+@pytest.mark.parametrize(("window_length", "num_mels", "floor"), [(64, 10, 1e-5), (512, 80, 1.5e-3)])
+def test_the_distance_in_one_step_and_its_gradient_are_those_of_two_spectrograms(window_length, num_mels, floor):
+    """At the higher floor many values are at it, where there is no gradient."""
+    random = torch.Generator().manual_seed(0)
+    reference, degraded = (0.1 * torch.randn(3, 2, 3000, generator=random) for _ in range(2))
+    degraded[0, 0, :1500] = 0
+    degraded.requires_grad_()
+    settings = (RATE, window_length, num_mels, floor)
+    weights = torch.rand(3, 3000 // (window_length // 4) + 1, generator=random)
+    found = log_mel_distance(reference, degraded, *settings)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), degraded)
+    wanted, got = (log_mel_spectrogram(x, *settings) for x in (reference, degraded))
+    expected = (wanted - got).abs().mean(dim=(1, 2))
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), degraded)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+    assert float(gradient.abs().sum()) > 0

@@ -60,9 +60,9 @@ class Accumulation:
         return self._large
 
     @property
-    def small(self) -> list[nn.Parameter]:
-        """The parameters that are added many at once."""
-        return list(self._small)
+    def small_leaves(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """The same for those that are added many at once."""
+        return self._small
 
     @contextmanager
     def copies_in_place(self) -> Iterator[None]:

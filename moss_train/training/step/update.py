@@ -160,7 +160,7 @@ def run_update(
     accumulation = Accumulation(networks.with_layers, parameters, autocast_dtype(device))
     # Gradients of whole networks are summed over ranks beside the last backward passes; sharded ones sum their own.
     large = accumulation.large_leaves
-    in_turn = [accumulation.small, *([p for p in part if p in large] for part in parts.values())]
+    in_turn = [list(accumulation.small_leaves), *([p for p in part if p in large] for part in parts.values())]
     sums_of_gradients = GradientSums([[p for p in part if not is_sharded(p)] for part in in_turn], reduce_dtype)
     of_text_lm = [] if networks.text_lm is None else list(networks.text_lm.parameters())
     results = []
