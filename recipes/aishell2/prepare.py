@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from moss_train.data.pack.list_formats import write_manifest
 from moss_train.data.pack.manifest import list_clips
-from moss_train.data.pack.manifest_lines import write_manifest
 
 
 def clips(folder: Path) -> Iterator[dict]:

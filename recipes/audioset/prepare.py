@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from moss_train.data.pack.list_formats import write_manifest
 from moss_train.data.pack.manifest import AUDIO_SUFFIXES
-from moss_train.data.pack.manifest_lines import write_manifest
 
 
 def main(segments: Path, labels: Path, audio: Path, manifest: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from moss_train.audio.io import read_audio, resample, write_audio
-from moss_train.data.pack.manifest_lines import write_manifest
+from moss_train.data.pack.list_formats import write_manifest
 
 SAMPLING_RATE = 24000
 PEAK = 0.7

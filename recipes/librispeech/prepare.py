@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from moss_train.data.pack.manifest_lines import write_manifest
+from moss_train.data.pack.list_formats import write_manifest
 
 
 def clips(subset: Path) -> Iterator[dict]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moss_train.audio.io import audio_info
-from moss_train.data.pack.manifest_lines import write_manifest
+from moss_train.data.pack.list_formats import write_manifest
 
 CHUNK_SECONDS = 5
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from moss_train.audio.io import CONVERTIBLE_SUFFIXES
 from moss_train.batch import TASKS
-from moss_train.data.pack.foreign_datasets import is_kaldi, is_saved_dataset, iterate_rows, iterate_utterances
-from moss_train.data.pack.manifest_lines import (
+from moss_train.data.pack.list_formats import (
     JSON_SUFFIXES,
     KEYS,
     MANIFEST_SUFFIXES,
@@ -18,8 +17,12 @@ from moss_train.data.pack.manifest_lines import (
     TABLE_SUFFIXES,
     TIMES,
     Entries,
+    is_kaldi,
+    is_saved_dataset,
     iterate_json,
+    iterate_rows,
     iterate_table,
+    iterate_utterances,
 )
 from moss_train.utils.errors import Fault, InvalidSample, SampleError, UserError
 from moss_train.utils.files import parse_json, pluralize, special_kind

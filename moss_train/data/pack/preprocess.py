@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moss_train.audio.io import AudioSource, audio_info, read_audio, resample, write_audio
 from moss_train.audio.window import Remark
-from moss_train.data.pack.foreign_datasets import open_row
+from moss_train.data.pack.list_formats import open_row
 from moss_train.data.pack.manifest import SourceClip
 from moss_train.data.shards.format import EncodedClip
 from moss_train.utils.errors import Fault, SampleError, UserError, fault_of
