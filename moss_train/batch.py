@@ -1,7 +1,7 @@
-"""What one package hands to another: batches of clips. B clips, C channels, T samples, L text tokens."""
+"""What one package hands to another: clips and batches of them. B clips, C channels, T samples, L text tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,16 @@ from moss_train.utils.errors import InvalidSample
 
 TASKS = ("asr", "multi_speaker_asr", "caption")
 """Names of the text tasks; the place of a name is its id in `Batch.task_ids`."""
+
+
+@dataclass(frozen=True)
+class ListedClip:
+    """One clip of a list; its audio is read when it is needed."""
+
+    id: str
+    domain: str
+    read: Callable[[], tuple[Tensor, int]]  # audio [C, T] and its rate in Hz; raises UserError
+    labels: dict[str, str] = field(default_factory=dict)  # text, task, language, speaker, where known
 
 
 @dataclass(frozen=True)

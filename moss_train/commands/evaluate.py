@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moss_train.audio.io import RESAMPLER
+from moss_train.batch import ListedClip
 from moss_train.config.schema import EvaluateConfig
 from moss_train.data.clips import FileClip, ShardClip, UnreadableClip, list_sources
 from moss_train.evaluation.codecs.base import CatCodec, Codec, OnnxCodec, check_levels
@@ -18,7 +19,7 @@ from moss_train.evaluation.metrics.base import Metric, split_available
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.evaluation.metrics.signal import PROFILES
-from moss_train.evaluation.reconstruct import CodecReconstructor, EvaluationClip, PairReconstructor, find_pairs
+from moss_train.evaluation.reconstruct import CodecReconstructor, PairReconstructor, find_pairs
 from moss_train.evaluation.report.tables import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import ClipRow, Results, all_conditions
@@ -32,17 +33,12 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.files import printable
 
 
-def find_clips(sources: Sequence[str], domain: str) -> list[EvaluationClip]:
-    """All clips of all sources in their order. Raises UserError for what cannot be listed and for an id given twice."""
-    return [EvaluationClip(clip.id, clip.domain, clip.read, clip.labels) for clip in list_sources(sources, domain)]
-
-
-def cut_clips(clips: Sequence[EvaluationClip], seconds: float | None) -> list[EvaluationClip]:
+def cut_clips(clips: Sequence[ListedClip], seconds: float | None) -> list[ListedClip]:
     """Pieces of equal length without overlap; what is left of a clip is dropped, and texts, which no longer fit."""
     return list(clips) if seconds is None else [piece for clip in clips for piece in _pieces(clip, seconds)]
 
 
-def _pieces(clip: EvaluationClip, seconds: float) -> Iterator[EvaluationClip]:
+def _pieces(clip: ListedClip, seconds: float) -> Iterator[ListedClip]:
     if isinstance(clip.read, UnreadableClip):
         yield clip
         return
@@ -56,10 +52,10 @@ def _pieces(clip: EvaluationClip, seconds: float) -> Iterator[EvaluationClip]:
     labels = {key: value for key, value in clip.labels.items() if key not in ("text", "task")}
     for index in range(num_samples // length):
         read = replace(clip.read, start=index * length, num_samples=length)
-        yield EvaluationClip(f"{clip.id}@{index * seconds:g}s", clip.domain, read, labels)
+        yield ListedClip(f"{clip.id}@{index * seconds:g}s", clip.domain, read, labels)
 
 
-def choose_clips(clips: Sequence[EvaluationClip], per_domain: int | None, seed: int) -> list[EvaluationClip]:
+def choose_clips(clips: Sequence[ListedClip], per_domain: int | None, seed: int) -> list[ListedClip]:
     """At most so many clips of every domain, in their order; the choice depends on ids and seed only."""
     if per_domain is None:
         return list(clips)
@@ -84,7 +80,7 @@ class EvaluationTarget:
     """What is measured on which clips, and what identifies it."""
 
     reconstructor: Reconstructor
-    clips: Sequence[EvaluationClip]
+    clips: Sequence[ListedClip]
     codec: Codec | None
     identity: dict[str, Any]
     code_metrics: dict[str, Metric]  # measured where the codes are made
@@ -159,7 +155,7 @@ def _codec(config: EvaluateConfig) -> EvaluationTarget:
         assert config.codec is not None  # or there would be pairs instead
         codec = load_codec(config.codec, config.weights, device, config.code_dir)
     levels = check_levels(codec, config.num_quantizers)
-    clips = cut_clips(find_clips(config.data or [], config.domain), config.clip_seconds)
+    clips = cut_clips(list_sources(config.data or [], config.domain), config.clip_seconds)
     clips = choose_clips(clips, config.max_clips, config.seed)
     if not clips:
         raise UserError(f"no clip of data={config.data} is clip_seconds={config.clip_seconds} long")
@@ -209,7 +205,7 @@ def _settings(config: EvaluateConfig, target: EvaluationTarget, metrics: Mapping
     return {**target.identity, **anchors, "metrics": descriptions, "resampler": RESAMPLER}
 
 
-def _report_clip_ids(clips: Sequence[EvaluationClip], wanted: int | list[str]) -> frozenset[str]:
+def _report_clip_ids(clips: Sequence[ListedClip], wanted: int | list[str]) -> frozenset[str]:
     """Ids of the clips that the report lets one hear: the first ones of every domain, or those that are named."""
     if isinstance(wanted, list):
         if unknown := [name for name in wanted if all(clip.id != name for clip in clips)]:

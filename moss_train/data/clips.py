@@ -1,12 +1,13 @@
 """List clips of folders, manifests and shards for evaluation and encoding; audio is read lazily."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from moss_train.audio.io import read_audio
+from moss_train.batch import ListedClip
 from moss_train.data.pack.manifest import SourceClip, list_clips
 from moss_train.data.pack.preprocess import find_extent, open_clip
 from moss_train.data.shards.index import INDEX_FILE, ClipLocation, ShardIndex
@@ -75,16 +76,6 @@ class ShardClip:
     def length(self) -> tuple[int, int]:
         """Samples and rate in Hz."""
         return self.location.num_samples, self.rate
-
-
-@dataclass(frozen=True)
-class ListedClip:
-    """One clip of a list."""
-
-    id: str
-    domain: str
-    read: Callable[[], tuple[Tensor, int]]  # audio [C, T] and its rate in Hz; raises UserError
-    labels: dict[str, str] = field(default_factory=dict)  # text, task, language, speaker, where known
 
 
 def list_sources(sources: Sequence[str], domain: str, key: str = "data") -> list[ListedClip]:

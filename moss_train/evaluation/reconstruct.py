@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moss_train.audio.io import convert_channels, read_audio, resample, to_pcm16
+from moss_train.batch import ListedClip
 from moss_train.evaluation.codecs.base import Codec, bitrate
 from moss_train.utils.errors import UserError, first_line
 
@@ -23,16 +24,6 @@ MISMATCHED = "mismatched"
 ANCHORS = (RESAMPLE_ONLY, MISMATCHED)
 """The ceiling: the original at the rate of the codec's output. The floor: another clip of the domain, by another
 speaker if known."""
-
-
-@dataclass(frozen=True)
-class EvaluationClip:
-    """One clip of the evaluation set; its audio is read when it is needed."""
-
-    id: str
-    domain: str
-    read: Callable[[], tuple[Tensor, int]]  # audio [C, T] and its rate in Hz; raises UserError
-    labels: dict[str, str] = field(default_factory=dict)  # text, language, speaker; domain where it is another name
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class CodecReconstructor:
         self,
         codec: Codec,
         num_quantizers: Sequence[int],
-        clips: Sequence[EvaluationClip],
+        clips: Sequence[ListedClip],
         with_anchors: bool = True,
         measure: Callable[[Tensor, Mapping[str, str]], dict[str, float]] | None = None,
     ) -> None:
@@ -99,7 +90,7 @@ class CodecReconstructor:
         depths = tuple(Condition(codec.name, count, bitrate(codec, count)) for count in self._levels)
         return depths + (tuple(map(Condition, ANCHORS)) if self._with_anchors else ())
 
-    def depends_on(self, clip: EvaluationClip) -> str:
+    def depends_on(self, clip: ListedClip) -> str:
         """The clip that stands for a mismatch, which is another one when the evaluation set changes."""
         return self._others[clip.id].id if clip.id in self._others else ""
 
@@ -108,7 +99,7 @@ class CodecReconstructor:
         return tuple(condition for condition in self.conditions if condition not in found)
 
     def reconstruct(
-        self, clip: EvaluationClip, audio: Tensor, rate: int, wanted: Collection[Condition] | None = None
+        self, clip: ListedClip, audio: Tensor, rate: int, wanted: Collection[Condition] | None = None
     ) -> ClipReconstructions:
         """Render a clip [C, T] at `rate` Hz. Raises UserError for audio that is empty or not finite.
 
@@ -149,7 +140,7 @@ class CodecReconstructor:
         return resample(convert_channels(audio, self.codec.num_channels), rate, wanted)
 
     def _anchors(
-        self, clip: EvaluationClip, audio: Tensor, rate: int, reference: Tensor
+        self, clip: ListedClip, audio: Tensor, rate: int, reference: Tensor
     ) -> tuple[list[Reconstruction], dict[Condition, str]]:
         if not self._with_anchors:
             return [], {}
@@ -172,13 +163,13 @@ def _timed(function: Callable[[Tensor], Tensor], argument: Tensor) -> tuple[Tens
     return function(argument), time.perf_counter() - started
 
 
-def mismatched_clips(clips: Sequence[EvaluationClip]) -> dict[str, EvaluationClip]:
+def mismatched_clips(clips: Sequence[ListedClip]) -> dict[str, ListedClip]:
     """For every clip another one of its domain, by another speaker where there is one.
 
     The choice depends on the set of clips, not on its order; a clip alone in its domain has none.
     """
     ordered = sorted(clips, key=lambda clip: (hashlib.sha256(clip.id.encode()).digest(), clip.id))
-    chosen: dict[str, EvaluationClip] = {}
+    chosen: dict[str, ListedClip] = {}
     for domain in sorted({clip.domain for clip in clips}):
         members = [clip for clip in ordered if clip.domain == domain]
         for index, clip in enumerate(members):
@@ -266,20 +257,20 @@ class PairReconstructor:
         unique = dict.fromkeys(folder.condition for folder in self._folders)
         return tuple(sorted(unique, key=lambda item: (item.system, item.num_quantizers or 0)))
 
-    def clips(self) -> list[EvaluationClip]:
+    def clips(self) -> list[ListedClip]:
         """The references of all folders; a file of the same name in several folders of a domain is one clip."""
-        clips: dict[tuple[str, str], EvaluationClip] = {}
+        clips: dict[tuple[str, str], ListedClip] = {}
         for folder in self._folders:
             for path in audio_files(folder.reference):
                 name = path.relative_to(folder.reference).with_suffix("").as_posix()
                 read = _Reader(path)
-                clip = EvaluationClip(f"{folder.domain}/{name}", folder.domain, read, {"domain": self._domain})
+                clip = ListedClip(f"{folder.domain}/{name}", folder.domain, read, {"domain": self._domain})
                 clips.setdefault((folder.domain, name), clip)
         if not clips:
             raise UserError(f"{self._folders[0].reference} has no audio files")
         return [clips[key] for key in sorted(clips)]
 
-    def depends_on(self, clip: EvaluationClip) -> str:
+    def depends_on(self, clip: ListedClip) -> str:
         """The bytes of the reconstructions."""
         digest = hashlib.sha256()
         for folder in self._folders:
@@ -293,7 +284,7 @@ class PairReconstructor:
         return ()
 
     def reconstruct(
-        self, clip: EvaluationClip, audio: Tensor, rate: int, wanted: Collection[Condition] = ()
+        self, clip: ListedClip, audio: Tensor, rate: int, wanted: Collection[Condition] = ()
     ) -> ClipReconstructions:
         """Pair a reference [C, T] with all its reconstructions; missing or unreadable ones are failures."""
         check_audio(audio, clip.id)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.io import write_audio
+from moss_train.batch import ListedClip
 from moss_train.config.section import present_column
-from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip, Reconstruction
+from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, Reconstruction
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write, parse_json, read_json
 
@@ -160,7 +161,7 @@ def all_conditions(wanted: Sequence[Condition], rows: Sequence[ClipRow]) -> tupl
     return (*sorted(depths, key=lambda condition: (condition.system, condition.num_quantizers)), *others)
 
 
-def clip_key(clip: EvaluationClip, audio: Tensor | None = None, rate: int = 0, other: str = "") -> str:
+def clip_key(clip: ListedClip, audio: Tensor | None = None, rate: int = 0, other: str = "") -> str:
     """Hash of everything about a clip that its row depends on, for a given folder of results."""
     digest = hashlib.sha256(json.dumps([clip.id, clip.domain, clip.labels, rate, other], sort_keys=True).encode())
     if audio is not None:

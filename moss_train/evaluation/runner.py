@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moss_train.batch import ListedClip
 from moss_train.evaluation.metrics.base import Metric, Pair, score_pair
-from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, EvaluationClip, Reconstruction
+from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, Reconstruction
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
@@ -26,20 +27,20 @@ class Reconstructor(Protocol):
     def conditions(self) -> tuple[Condition, ...]:
         """All conditions in the order of the table."""
 
-    def depends_on(self, clip: EvaluationClip) -> str:
+    def depends_on(self, clip: ListedClip) -> str:
         """What the pairs of a clip depend on besides the clip and the settings."""
 
     def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
         """Conditions that a row with the conditions `found` is still to get."""
 
     def reconstruct(
-        self, clip: EvaluationClip, audio: Tensor, rate: int, wanted: Collection[Condition]
+        self, clip: ListedClip, audio: Tensor, rate: int, wanted: Collection[Condition]
     ) -> ClipReconstructions:
         """Pairs of a clip [C, T] at `rate` Hz, of the wanted conditions. Raises UserError for an unusable clip."""
 
 
 def evaluate(
-    clips: Sequence[EvaluationClip],
+    clips: Sequence[ListedClip],
     reconstructor: Reconstructor,
     metrics: Mapping[str, Metric],
     results: Results,
@@ -96,7 +97,7 @@ def score_reconstructions(
 
 
 def _reconstruct(
-    clip: EvaluationClip, reconstructor: Reconstructor, results: Results, keep_audio_of: frozenset[str]
+    clip: ListedClip, reconstructor: Reconstructor, results: Results, keep_audio_of: frozenset[str]
 ) -> tuple[str, ClipReconstructions | None, str | None]:
     """Key of a clip, what was made of it unless its row is there, and why it cannot be used."""
     try:
@@ -155,7 +156,7 @@ def _score(task: _Task) -> ClipRow:
 def _scorer(metrics: Mapping[str, Metric], num_workers: int) -> Iterator[Any]:
     """Yield submit(clip, key, made) -> Future of a ClipRow; with 0 workers the work is done in this process."""
 
-    def task_of(clip: EvaluationClip, key: str, made: ClipReconstructions) -> _Task:
+    def task_of(clip: ListedClip, key: str, made: ClipReconstructions) -> _Task:
         pairs = tuple(
             (item.condition, item.reference.numpy(), item.degraded.numpy(), item.sampling_rate)
             for item in made.reconstructions

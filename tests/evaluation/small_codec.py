@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moss_train.batch import ListedClip
 from moss_train.evaluation.metrics.signal import PROFILES, SiSdr, SpectralDistances
-from moss_train.evaluation.reconstruct import CodecReconstructor, EvaluationClip
+from moss_train.evaluation.reconstruct import CodecReconstructor
 from moss_train.evaluation.report.write import Evaluation
 from moss_train.evaluation.results import Results
 from moss_train.evaluation.runner import evaluate
@@ -39,21 +40,21 @@ class BitCodec:
         return ((codes * weights).sum(0) - 1 + 0.5 * weights[-1])[None]
 
 
-def clip_of(audio: Tensor, name: str, domain: str = "speech", **labels: str) -> EvaluationClip:
+def clip_of(audio: Tensor, name: str, domain: str = "speech", **labels: str) -> ListedClip:
     """A clip [C, T] at 24 kHz that is in memory."""
-    return EvaluationClip(name, domain, lambda: (audio, RATE), labels)
+    return ListedClip(name, domain, lambda: (audio, RATE), labels)
 
 
-def unreadable(name: str) -> EvaluationClip:
+def unreadable(name: str) -> ListedClip:
     """A clip that cannot be read."""
 
     def read() -> tuple[Tensor, int]:
         raise UserError(f"{name} is damaged")
 
-    return EvaluationClip(name, "speech", read)
+    return ListedClip(name, "speech", read)
 
 
-def tones(count: int) -> Sequence[EvaluationClip]:
+def tones(count: int) -> Sequence[ListedClip]:
     """Clips of one second, each of other tones."""
     time = torch.arange(RATE) / RATE
     waves = [
@@ -66,7 +67,7 @@ METRICS = {"spectral": SpectralDistances(PROFILES["official"]), "si_sdr": SiSdr(
 SETTINGS = {"codec": "bits"}
 
 
-def run(folder: Path, clips: Sequence[EvaluationClip], levels: Sequence[int] = (1, 4, 8), **options):
+def run(folder: Path, clips: Sequence[ListedClip], levels: Sequence[int] = (1, 4, 8), **options):
     """An evaluation of the codec in a folder, and the codec."""
     codec = BitCodec()
     reconstructor = CodecReconstructor(codec, levels, clips)
