@@ -32,7 +32,7 @@ def run(config: EncodeConfig | Mapping[str, Any]) -> int:
     use_precision(model, config.precision, device)
     chunk_duration = chunk_seconds(model, config.streaming, config.chunk_duration)
     name, levels = str(config.model), config.num_quantizers
-    encoder = Encoder(model, name, levels, chunk_duration, config.batch_invariant)
+    encoder = Encoder(model, name, levels, chunk_duration, config.batch_invariant, config.loudness)
     return print_report(encode_files(encoder, found.works, batch_seconds, found.failures), out, "encode")
 
 
@@ -48,5 +48,6 @@ def _run_shards(config: EncodeConfig, batch_seconds: float, out: Path) -> int:
         config.streaming,
         config.batch_invariant,
         config.precision,
+        config.loudness,
     )
     return print_report(encode_shards(job, out, devices, executor=config.executor), out, "encode", "shard")

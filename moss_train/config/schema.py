@@ -78,6 +78,7 @@ class EncodeConfig(Section):
     streaming: bool = False
     chunk_duration: Positive | None = None
     batch_invariant: bool = False
+    loudness: float | None = None
     batch_seconds: Positive = 120.0
     precision: Literal["fp32", "bf16"] | None = None
     device: list[str] = field(default_factory=lambda: ["auto"])

@@ -33,6 +33,7 @@ class Encoder:
     num_quantizers: int | None = None  # None for all levels
     chunk_duration: float | None = None  # seconds per streamed chunk, None for whole clips
     batch_invariant: bool = False  # the same codes, to the last bit, whatever a clip is batched with
+    loudness: float | None = None  # RMS level in dB relative to full scale that clips are brought to, None as they are
 
     def __post_init__(self) -> None:
         """Encode one silent frame. Raises UserError for options that the model refuses."""
@@ -44,13 +45,14 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of the encoder's and quantizer's names, shapes, first values, and a precision below float32."""
+        """Short hash of names, shapes, first values of encoder and quantizer, precision below float32, and level."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             if not name.startswith("decoder."):
                 first = tensor.flatten()[:64].float().cpu().numpy()
                 digest.update(f"{name}{tuple(tensor.shape)}".encode() + first.tobytes())
-        return with_precision(digest.hexdigest()[:16], self.model)
+        level = "" if self.loudness is None else f"{self.loudness:+g}dB"
+        return with_precision(digest.hexdigest()[:16], self.model) + level
 
     @property
     def num_levels(self) -> int:
@@ -72,6 +74,7 @@ class Encoder:
             num_quantizers=self.num_quantizers,
             chunk_duration=self.chunk_duration,
             batch_invariant=self.batch_invariant,
+            loudness=self.loudness,
             return_dict=True,
         )
         assert output.audio_codes is not None
@@ -132,7 +135,9 @@ def _is_present(encoder: Encoder, work: Work, report: Report) -> bool:
     if info.precision != precision_of(encoder.model):
         raise UserError(f"{work.target} was made with precision={info.precision}; choose another out=")
     if info.fingerprint != encoder.fingerprint:
-        raise UserError(f"{work.target} was made with other weights (model={info.model}); choose another out=")
+        raise UserError(
+            f"{work.target} was made with other weights or another loudness (model={info.model}); choose another out="
+        )
     if levels != encoder.num_levels:
         raise UserError(f"{work.target} has {levels} levels, not {encoder.num_levels}; choose another out=")
     report.num_present += 1

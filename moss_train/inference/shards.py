@@ -38,6 +38,7 @@ class EncodeJob:
     streaming: bool = False
     batch_invariant: bool = False
     precision: str | None = None
+    loudness: float | None = None
 
 
 def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device], *, executor: str = "local") -> Report:
@@ -74,7 +75,7 @@ def make_encoder(job: EncodeJob, device: torch.device) -> Encoder:
     model = load_tokenizer(job.model).to(device)  # type: ignore[arg-type]
     use_precision(model, job.precision, device)
     chunk_duration = chunk_seconds(model, job.streaming, job.chunk_duration)
-    return Encoder(model, job.model, job.num_quantizers, chunk_duration, job.batch_invariant)
+    return Encoder(model, job.model, job.num_quantizers, chunk_duration, job.batch_invariant, job.loudness)
 
 
 def describe(job: EncodeJob, encoder: Encoder, index: ShardIndex) -> CodesSource:

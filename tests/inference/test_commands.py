@@ -46,6 +46,24 @@ def test_encode_and_decode_a_folder(folder, capsys, monkeypatch):
     assert sorted(path.name for path in Path("audio").rglob("*") if path.is_file()) == ["one.flac", "two.flac"]
 
 
+def test_clips_are_brought_to_one_level(folder, monkeypatch, tmp_path, capsys):
+    """The codes are those of `model.encode(loudness=)`, and other codes than without it, in the same folder or not."""
+    monkeypatch.chdir(folder)
+    arguments = ["encode", "model=model", "input=in put/two.flac", "device=cpu", f"out={tmp_path / 'level'}"]
+    assert main([*arguments, "loudness=-40"]) == 0
+    codes, info = read_codes(tmp_path / "level/two.safetensors")
+    audio = read_audio("in put/two.flac", sampling_rate=16000)[0][None]
+    model = MossAudioTokenizerModel.from_pretrained("model").eval()
+    assert torch.equal(codes, model.encode(audio, loudness=-40).audio_codes[:, 0])
+    assert not torch.equal(codes, model.encode(audio).audio_codes[:, 0])
+    assert info.fingerprint.endswith("-40dB")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "was made with other weights or another loudness (model=model)" in capsys.readouterr().err
+    assert main([*arguments[:-1], f"out={tmp_path / 'new'}", "loudness=3"]) == 2
+    assert "loudness is a level in dB relative to full scale, from -100 to 0, got 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["streaming=true", "chunk_duration=0.03", "batch_invariant=true"])
 def test_other_ways_of_passing_give_the_same_codes(folder, monkeypatch, tmp_path, option):
     monkeypatch.chdir(folder)
