@@ -346,6 +346,7 @@ def test_composing_leaves_required_values_open():
             "stages.0.weights.codebook, stages.1.weights.codebook",
         ),
         ("cat_1b6", ["objective.weights.adversarial=5"], None),
+        ("cat_tiny", ["objective.weights.codebook=2", "stages.0.weights=3"], None),  # refused later
     ],
 )
 def test_a_typed_weight_that_every_stage_overrides_is_said_to_have_no_effect(experiment, overrides, keys, capsys):

@@ -134,10 +134,15 @@ def _print_overridden_weights(values: dict[str, Any], assignments: Sequence[tupl
     terms += [
         term for key, _, text in assignments if key == "objective.weights" for term in re.findall(r"(\w+) *:", text)
     ]
-    stages = [(number, stage) for number, stage in enumerate(values.get("stages") or ()) if isinstance(stage, dict)]
+    if not isinstance(values.get("stages"), list):
+        return  # refused when the schema reads it
+    stages = [(number, stage) for number, stage in enumerate(values["stages"]) if isinstance(stage, dict)]
     for term in terms:
         users = [item for item in stages if term not in ADVERSARIAL_TERMS or item[1].get("adversarial")]
-        own = [f"stages.{number}.weights.{term}" for number, stage in users if term in (stage.get("weights") or {})]
+        weights = {number: stage.get("weights") for number, stage in users}
+        own = [
+            f"stages.{i}.weights.{term}" for i, given in weights.items() if isinstance(given, dict) and term in given
+        ]
         if own and len(own) == len(users):
             print(f"moss_train: objective.weights.{term} has no effect: set {', '.join(own)}", file=sys.stderr)
 
