@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -220,8 +219,9 @@ class TextLM(nn.Module):
             inputs_embeds=inputs, use_cache=False, attention_mask=self._causal_mask(inputs.shape[1])
         ).last_hidden_state
         # The last state predicts the first token, so text starts one position early.
-        predicting = torch.cat([hidden[b, frames : frames + text] for b, (frames, text) in enumerate(lengths)])
-        targets = torch.cat([text_tokens[b, :text] for b, (_, text) in enumerate(lengths)])
+        spans = list(zip(hidden.unbind(), text_tokens.unbind(), lengths, strict=True))
+        predicting = torch.cat([clip[frames : frames + text] for clip, _, (frames, text) in spans])
+        targets = torch.cat([tokens[:text] for _, tokens, (_, text) in spans])
         logits = self.language_model.lm_head(predicting).float()
         return TextPrediction(
             loss_sum=F.cross_entropy(logits, targets, reduction="sum"),
@@ -269,12 +269,16 @@ class TextLM(nn.Module):
     ) -> Tensor:
         """Embeddings of `[tag][states][text without its last token]`, right-padded: causality hides the padding."""
         tags = self.task_tags(task_ids)
-        audio = self.projection(states.to(self.projection.weight.dtype))
-        text = self.language_model.get_input_embeddings()(text_tokens)
-        return pad_sequence(
-            [
-                torch.cat((tags[b, None], audio[b, :frames], text[b, : length - 1].to(audio.dtype)))
-                for b, (frames, length) in enumerate(lengths)
-            ],
-            batch_first=True,
-        )
+        audio = self.projection(states.to(self.projection.weight.dtype)).to(tags.dtype)
+        text = self.language_model.get_input_embeddings()(text_tokens).to(tags.dtype)
+        longest = max(frames + length for frames, length in lengths)
+        nothing = tags.new_zeros(longest, tags.shape[1])
+        # One copy of all pieces; what `unbind` gives goes back as one tensor.
+        pieces = [
+            piece
+            for tag, sound, words, (frames, length) in zip(
+                tags.split(1), audio.unbind(), text.unbind(), lengths, strict=True
+            )
+            for piece in (tag, sound[:frames], words[: length - 1], nothing[frames + length :])
+        ]
+        return torch.cat(pieces).unflatten(0, (len(lengths), longest))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,10 +84,10 @@ def full_swing(module: CatModule, stage: Stage) -> ScheduleState:
 
 @contextmanager
 def dataless() -> Iterator[None]:
-    """Within it tensors have no data; windows and mel filters, which are made from values, are constant."""
+    """Within it tensors have no data; windows and mel filters, which are made from values, are constant, and kept."""
     window, bank = stft.normalized_hann_window, stft.mel_bank
-    stft.normalized_hann_window = lambda length, device: torch.ones(length, device=device)  # type: ignore[assignment]
-    stft.mel_bank = lambda rate, length, mels, device: torch.zeros(length // 2 + 1, mels, device=device)  # type: ignore[assignment]
+    stft.normalized_hann_window = lru_cache(lambda length, device: torch.ones(length, device=device))
+    stft.mel_bank = lru_cache(lambda rate, length, mels, device: torch.zeros(length // 2 + 1, mels, device=device))
     try:
         with fake_tensors():
             yield

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 import moss_train.audio.stft as stft
 import moss_train.model.attention as attention
 from moss_train import load_config
-from moss_train.training.cost.estimate import UPDATE_BYTES
+from moss_train.training.cost.estimate import BACKWARD_SHARE, UPDATE_BYTES, exposed_seconds
 from moss_train.training.cost.hardware import GPUS
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.optimizations import compiled_parts
@@ -473,13 +473,18 @@ def pace(module: CatModule, kernels: Sequence[Kernel], options: argparse.Namespa
     learning = sum(p.numel() for p in module.parameters())
     if not stage.adversarial and module.discriminators is not None:
         learning -= sum(p.numel() for p in module.discriminators.parameters())
-    stepping = UPDATE_BYTES * learning / (GPUS[options.gpu].bandwidth * 1e12)
-    stepping += 4 * (options.gpus - 1) / options.gpus * learning / BUS_BYTES_PER_SECOND
-    update = passes * taken + stepping
+    seconds = update_seconds(taken, passes, learning, options)
     print(
-        f"{options.gpus} GPUs: {passes} passes and {1e3 * stepping:.0f} ms of sums (bf16) and steps in "
-        f"{1e3 * update:.0f} ms, {stage.batch_seconds / update:,.0f} audio-s/s"
+        f"{options.gpus} GPUs: {passes} passes and {1e3 * (seconds - passes * taken):.0f} ms of sums (bf16) and steps "
+        f"in {1e3 * seconds:.0f} ms, {stage.batch_seconds / seconds:,.0f} audio-s/s"
     )
+
+
+def update_seconds(taken: float, passes: int, learning: int, options: argparse.Namespace) -> float:
+    """Time of an update of so many passes: gradients are summed beside the last backward pass, then weights step."""
+    sums = 4 * (options.gpus - 1) / options.gpus * learning / BUS_BYTES_PER_SECOND
+    stepping = UPDATE_BYTES * learning / (GPUS[options.gpu].bandwidth * 1e12)
+    return passes * taken + exposed_seconds(sums, BACKWARD_SHARE * taken, learning) + stepping
 
 
 if __name__ == "__main__":

@@ -192,8 +192,8 @@ def assumptions(config: EstimateConfig, result: Estimate, cluster: ClusterSpec) 
         "included",
         f"  clips of data.crop_seconds={config.data.crop_seconds:g} s",
         f"  text_fraction={cluster.text_fraction:g} of the audio, {cluster.text_tokens_per_second:g} tokens a second",
-        f"  gradients summed at {cluster.allreduce_gb_per_second:g} GB/s (busbw), as if after the backward passes, "
-        f"{UPDATE_BYTES} bytes of memory traffic per parameter and step (as with trainer.strategy=ddp)",
+        f"  gradients summed at {cluster.allreduce_gb_per_second:g} GB/s (busbw), beside the last backward pass (with "
+        f"fsdp beside every pass); then {UPDATE_BYTES} bytes of memory traffic per parameter and step",
         "  no restarts, no waiting for data, no validation",
         *(
             [f"  updates of less than {SHORT_UPDATE_SECONDS} s wait for the CPU: this run takes longer"]

@@ -51,7 +51,7 @@ class MultiScaleMelLoss(AudioLoss):
 
         lengths [B] samples -> [number of scales] int64.
         """
-        return torch.stack([counts.sum() for counts in self._clip_frames(lengths)])
+        return torch.stack(self._clip_frames(lengths)).sum(1)
 
     def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
         """Loss of a batch: sum over its clips, divided by `counts`, so that micro-batches and ranks add up.
@@ -71,7 +71,7 @@ class MultiScaleMelLoss(AudioLoss):
 
     def _clip_frames(self, lengths: Tensor) -> list[Tensor]:
         """Valid frames per scale, each [B]: frame t is valid when its centre, t * hop, lies inside the clip."""
-        return [-(-lengths // (length // 4)) for length in self.window_lengths]
+        return [(lengths + (length // 4 - 1)) // (length // 4) for length in self.window_lengths]
 
     def _frame_sums(self, reference: Tensor, degraded: Tensor, lengths: Tensor) -> Tensor:
         """Sum over the valid frames of the mean over channels and mel bins, [number of scales, B]."""

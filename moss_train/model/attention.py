@@ -41,8 +41,8 @@ def rotation(positions: Tensor, head_dim: int, max_period: float) -> Rotation:
     hour at 100 Hz. (Apple's MPS has no float64 and keeps that limit.)
     """
     dtype = torch.float32 if positions.device.type == "mps" else torch.float64
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
-    angles = positions.to(dtype)[:, :, None, None] * max_period**-exponent
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / -head_dim
+    angles = positions.to(dtype)[:, :, None, None] * max_period**exponent
     cosine, sine = torch.cos(angles).float(), torch.sin(angles).float()
     return Rotation(cosine, sine, None if positions.device.type == "mps" else torch.complex(cosine, sine))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moss_train import load_config
 from moss_train.config.fit_schema import TrainerConfig
-from moss_train.training.cost.estimate import GB, ClusterSpec, Estimate, estimate, seconds_of_step
+from moss_train.training.cost.estimate import GB, ClusterSpec, Estimate, estimate, num_passes, seconds_of_step
 from moss_train.training.run.fit import count_parameters_on_meta
 from moss_train.training.run.warm_start import plan_initialization
 
@@ -53,7 +53,7 @@ on your machines shows, and print the plan again.
 |---|---|---|---|---|---|---|---|---|---|
 {rows}
 
-Stepping: share of stage 1 / 2 in which gradients are summed (in bf16, counted as if after the backward passes) and
+Stepping: share of stage 1 / 2 in which gradients are summed (in bf16, beside the last backward pass) and
 optimizers step.
 The published batch is fixed, so with more GPUs each computes less between two sums, and the same money buys less. A
 larger batch is another recipe.
@@ -83,7 +83,10 @@ def main() -> None:
     parameters = count_parameters_on_meta(init_plan.arguments, config)
     machines = {gpus: ClusterSpec("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND) for gpus in GPUS}
     one = estimate(config, init_plan.arguments, init_plan.tokenizer_config, parameters, machines[GPUS[0]])
-    plans = {gpus: on_more(one, config.trainer, machine) for gpus, machine in machines.items()}
+    plans = {
+        gpus: on_more(one, config.trainer, machine, config.data.micro_batch_seconds)
+        for gpus, machine in machines.items()
+    }
     used = sum(stage.audio_seconds for stage in one.stages) / 3600
     byte_rate = FLAC_KBIT_PER_SECOND * 1000 / 8
     storage = HOURS * 3600 * byte_rate
@@ -122,16 +125,14 @@ def main() -> None:
     )
 
 
-def on_more(plan: Estimate, trainer: TrainerConfig, machine: ClusterSpec) -> Estimate:
+def on_more(plan: Estimate, trainer: TrainerConfig, machine: ClusterSpec, micro_batch_seconds: float) -> Estimate:
     """The estimate for the first number of GPUs, carried over to another."""
-    stages = [
-        replace(
-            stage,
-            compute_seconds=stage.compute_seconds * GPUS[0] / machine.gpus,
-            step_seconds=seconds_of_step(stage.stage, trainer, plan.parameters, machine),
-        )
-        for stage in plan.stages
-    ]
+    stages = []
+    for stage in plan.stages:
+        seconds = stage.compute_seconds * GPUS[0] / machine.gpus
+        passes = num_passes(stage.stage, machine, micro_batch_seconds)
+        step = seconds_of_step(stage.stage, trainer, plan.parameters, machine, passes, seconds / passes)
+        stages.append(replace(stage, compute_seconds=seconds, step_seconds=step))
     return replace(plan, stages=stages)
 
 

@@ -156,15 +156,15 @@ def rate_of(text: str, stage: str) -> float:
 def expected_rate(text: str, mfu: float) -> float:
     """Audio-seconds per second of the first stage of `cat_tiny` on one H100, from the operations as printed."""
     sizes = re.findall(r"│ (?:tokenizer|text LM)\s+│ ([\d,]+)", text)
-    stepping = 48 * sum(int(size.replace(",", "")) for size in sizes) / 3.35e12
+    stepping = 50 * sum(int(size.replace(",", "")) for size in sizes) / 3.35e12
     computing = 5.76 * operations(text, "quantized") * 1e9 / (mfu * 989.4e12)
     return 5.76 / (computing + stepping)
 
 
 def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16():
-    """2 (n - 1) / n of the gradients of tokenizer and text LM at 300 GB/s, and 48 bytes of memory per parameter."""
+    """2 (n - 1) / n of the gradients of tokenizer and text LM at 300 GB/s, and 50 bytes of memory per parameter."""
     size = StateSize(1_700_000_000, 300_000_000, 40_000_000)
-    step = 48 * 2.0e9 / 3.35e12
+    step = 50 * 2.0e9 / 3.35e12
 
     def seconds(gpus: int, sent: str, **options: bool) -> float:
         machine = ClusterSpec("h100", gpus, 0.4, 0.3, 15.0, 300.0)
@@ -175,6 +175,26 @@ def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16():
     assert seconds(8, "fp32") == pytest.approx(step + 2 * 7 / 8 * 8.0e9 / 300e9)
     assert seconds(64, "fp32") == pytest.approx(step + 2 * 63 / 64 * 8.0e9 / 300e9)
     assert seconds(64, "bf16") == pytest.approx(step + 2 * 63 / 64 * 4.0e9 / 300e9)
+
+
+def test_the_last_backward_pass_hides_sums_but_for_its_last_bucket():
+    size, machine = StateSize(1_700_000_000, 300_000_000, 40_000_000), ClusterSpec("h100", 8, 0.4, 0.3, 15.0, 300.0)
+    step, sums = 50 * 2.0e9 / 3.35e12, 2 * 7 / 8 * 8.0e9 / 300e9
+
+    def seconds(pass_seconds: float) -> float:
+        return seconds_of_step(Stage("s", 10, 60.0), TrainerConfig(), size, machine, 2, pass_seconds)
+
+    assert seconds(0.03) == pytest.approx(step + sums - 0.02)
+    assert seconds(1.0) == pytest.approx(step + sums * 64 * 2**20 / 8.0e9)
+
+
+def test_sharded_networks_are_gathered_and_summed_in_every_pass():
+    size, machine = StateSize(1_700_000_000, 300_000_000, 40_000_000), ClusterSpec("h100", 8, 0.4, 0.3, 15.0, 300.0)
+    trainer = TrainerConfig(strategy="fsdp", precision="bf16-mixed")
+    step, sent = 50 * 2.0e9 / 8 / 3.35e12, 7 / 8 * 2.0e9 * (2 * 2 + 4) / 300e9
+    stage = Stage("s", 10, 60.0)
+    assert seconds_of_step(stage, trainer, size, machine, 3, 0.01) == pytest.approx(step + 3 * (sent - 0.01))
+    assert seconds_of_step(stage, trainer, size, machine, 3, 1.0) == pytest.approx(step)
 
 
 def test_operations_of_the_discriminators(published):

@@ -9,6 +9,7 @@ from torch import nn
 
 import moss_train.training.step.accumulation as accumulation
 from moss_train.batch import UpdateBatch
+from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training import CatModule
 from moss_train.training.run.optimizations import compile_blocks
 from moss_train.training.run.warm_start import module_arguments
@@ -87,6 +88,18 @@ def test_all_linear_weights_of_layers_are_copied_and_shared_ones_are_not(module)
     assert len(names) == len(found)
     linears = ("in_projs.0.weight", "out_projs.0.weight", "linear1.weight", "linear2.weight", "_proj.weight")
     expected = [name for name, p in module.named_parameters() if ".layers." in name and name.endswith(linears)]
+    stages = [*module.tokenizer.encoder, *module.tokenizer.decoder]
+    projections = {id(p): name for name, p in module.tokenizer.named_parameters() if "put_proj" in name}
+    precise = [
+        projection.weight
+        for stage in stages
+        if isinstance(stage, ProjectedTransformer)
+        for projection, has_audio in ((stage.input_proj, stage.takes_audio), (stage.output_proj, stage.makes_audio))
+        if has_audio
+    ]
+    assert len(precise) == 2
+    del projections[id(precise[0])], projections[id(precise[1])]
+    expected += [f"tokenizer.{name}" for name in projections.values() if "quantizer" not in name]
     biases = [name for name, p in module.named_parameters() if ".layers." in name and name.endswith("_proj.bias")]
     assert sorted(names) == sorted([*expected, *biases])
     shared = nn.Linear(4, 4)

@@ -77,6 +77,7 @@ def gradients(module: CatModule, lengths: list[int], update: int) -> dict[str, t
         return accumulate(module, (clips(lengths, len(lengths)),), update)
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("update", [0, pytest.param(FIRST_OF_ADVERSARIAL, marks=pytest.mark.nightly)])
 def test_every_part_runs_a_graph_and_few_graphs_serve_all_lengths(unlike, update):
     parts = compile_blocks(unlike, "eager")
@@ -91,7 +92,7 @@ def test_every_part_runs_a_graph_and_few_graphs_serve_all_lengths(unlike, update
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_compiled_gradients_are_those_of_an_eager_pass_for_every_length(unlike):
     eager = [gradients(unlike, lengths, FIRST_OF_ADVERSARIAL) for lengths in LENGTHS]
     compile_blocks(unlike, "aot_eager")

@@ -77,7 +77,9 @@ def read_scaling_law(path: str | Path) -> ScalingLaw:
 
 Node = Mapping[str, Any]
 GB = 1e9
-UPDATE_BYTES = 48  # per parameter in the memory of a GPU: copied for the sum 8, norm 4, clipping 8, AdamW 28
+UPDATE_BYTES = 50  # per parameter in the memory of a GPU: copied for the sum 8, norm 4, AdamW and clipping 32, cast 6
+BACKWARD_SHARE = 2 / 3  # of a pass: two products for each one forward
+BUCKET_BYTES = 64 * 2**20  # of gradients that are summed at once: the last one has nothing to be beside
 CONTEXT_BYTES = GIB  # of the CUDA context and its libraries, an assumption
 
 
@@ -114,7 +116,7 @@ class StageEstimate:
         costs: per audio-second, by network.
         audio_seconds: in the whole stage.
         compute_seconds: of an update in which all GPUs work on its audio.
-        step_seconds: of an update after that: gradients are summed over the GPUs, then the optimizers step.
+        step_seconds: of an update after that: what no pass hides of the sums over the GPUs, then the optimizers step.
     """
 
     stage: Stage
@@ -193,33 +195,80 @@ def estimate(
     for stage in Schedule.from_config(arguments["stages"]).stages:
         found = costs(stage.parts) | adversarial_costs(stage, config, arguments, tokenizer, objective)
         found["losses"] = losses_cost(objective, objective.stage_weights(stage), tokenizer)
-        stages.append(stage_estimate(stage, found, config.trainer, parameters, cluster))
+        stages.append(
+            stage_estimate(stage, found, config.trainer, parameters, cluster, config.data.micro_batch_seconds)
+        )
     everything = parameters.tokenizer + parameters.semantic + parameters.discriminators
     average = 4 * parameters.tokenizer if config.ema is not None else 0
     return Estimate(parameters, stages, memory_estimate(config, stages, parameters, cluster), 12 * everything + average)
 
 
 def stage_estimate(
-    stage: Stage, costs: dict[str, Cost], trainer: TrainerConfig, parameters: StateSize, cluster: ClusterSpec
+    stage: Stage,
+    costs: dict[str, Cost],
+    trainer: TrainerConfig,
+    parameters: StateSize,
+    cluster: ClusterSpec,
+    micro_batch_seconds: float,
 ) -> StageEstimate:
     """Times of one stage, given its costs."""
     peak, _ = cluster.peak(trainer)
     operations = stage.batch_seconds * sum(cost.total + cost.recomputed for cost in costs.values())
+    seconds = operations / (cluster.gpus * cluster.mfu * peak)
+    passes = num_passes(stage, cluster, micro_batch_seconds)
     return StageEstimate(
         stage,
         costs,
         audio_seconds=stage.updates * stage.batch_seconds,
-        compute_seconds=operations / (cluster.gpus * cluster.mfu * peak),
-        step_seconds=seconds_of_step(stage, trainer, parameters, cluster),
+        compute_seconds=seconds,
+        step_seconds=seconds_of_step(stage, trainer, parameters, cluster, passes, seconds / passes),
     )
 
 
-def seconds_of_step(stage: Stage, trainer: TrainerConfig, parameters: StateSize, cluster: ClusterSpec) -> float:
-    """Time of an update beside its audio: each GPU sends 2 (n - 1) / n of the gradients, and steps all optimizers."""
-    learning = parameters.tokenizer + parameters.semantic + (parameters.discriminators if stage.adversarial else 0)
-    sent = 2 * (cluster.gpus - 1) / cluster.gpus * learning * (2 if trainer.reduce_dtype == "bf16" else 4)
-    moved = UPDATE_BYTES * learning
-    return sent / (cluster.allreduce_gb_per_second * GB) + moved / (GPUS[cluster.gpu].bandwidth * 1e12)
+def num_passes(stage: Stage, cluster: ClusterSpec, micro_batch_seconds: float) -> int:
+    """Micro-batches of one GPU in an update."""
+    return max(1, math.ceil(stage.batch_seconds / cluster.gpus / micro_batch_seconds))
+
+
+def seconds_of_step(
+    stage: Stage,
+    trainer: TrainerConfig,
+    parameters: StateSize,
+    cluster: ClusterSpec,
+    passes: int = 1,
+    pass_seconds: float = 0.0,
+) -> float:
+    """Time of an update beside its passes: sums over the GPUs that no pass hides, and the steps of all optimizers.
+
+    Whole networks are summed beside the last backward pass. Sharded ones are gathered twice in every pass and their
+    gradients summed, beside its operations; each GPU steps its share.
+
+    Args:
+        passes: of one GPU in an update.
+        pass_seconds: of one of them; 0 to have nothing hidden.
+    """
+    whole = parameters.discriminators if stage.adversarial else 0.0
+    divided = float(parameters.tokenizer + parameters.semantic)
+    bus, others = cluster.allreduce_gb_per_second * GB, (cluster.gpus - 1) / cluster.gpus
+    reduced = 2 if trainer.reduce_dtype == "bf16" else 4
+    exposed = 0.0
+    if trainer.strategy == "fsdp":
+        gathered = 2 * (2 if is_half(trainer) else 4)
+        exposed = passes * max(0.0, others * divided * (gathered + reduced) / bus - pass_seconds)
+        divided /= cluster.gpus
+    else:
+        whole, divided = whole + divided, 0.0
+    exposed += exposed_seconds(2 * others * whole * reduced / bus, BACKWARD_SHARE * pass_seconds, whole)
+    return exposed + UPDATE_BYTES * (whole + divided) / (GPUS[cluster.gpu].bandwidth * 1e12)
+
+
+def exposed_seconds(sums: float, backward: float, parameters: float) -> float:
+    """What the last backward pass, of so many seconds, does not hide of sums of the gradients of so many parameters.
+
+    The last bucket is complete only when the pass is over.
+    """
+    last = sums * min(1.0, BUCKET_BYTES / (4 * parameters)) if parameters else 0.0
+    return max(sums - backward, last)
 
 
 def constant_costs(
