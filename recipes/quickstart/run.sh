@@ -15,7 +15,7 @@ started=$SECONDS
 
 if [ "${QUICKSTART_UPDATES:-full}" = short ]; then
     out=out/quickstart-short
-    schedule=(stages.0.updates=80 stages.1.updates=130 stages.2.updates=30 checkpoint.every_updates=50)
+    schedule=(stages.0.updates=40 stages.1.updates=170 stages.2.updates=30 checkpoint.every_updates=50)
     half=120
     gate=0.85
     finetune_updates=40
@@ -23,7 +23,7 @@ else
     out=out/quickstart
     schedule=()
     half=400
-    gate=0.60
+    gate=0.45
     finetune_updates=150
 fi
 mkdir -p "$out"
