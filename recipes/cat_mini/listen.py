@@ -31,7 +31,7 @@ def main() -> None:
     model = load_tokenizer(arguments.model).eval()
     entries = {entry["id"]: entry for entry in map(json.loads, arguments.manifest.read_text("utf-8").splitlines())}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    header = " | ".join(f"{levels} level{'s' * (levels > 1)}" for levels in arguments.levels)
+    header = " | ".join(map(count, arguments.levels))
     lines = [f"| clip | text | {header} | spectrograms |", "|---" * (3 + len(arguments.levels)) + "|"]
     for clip_id in arguments.clips:
         entry = entries[clip_id]
@@ -42,11 +42,11 @@ def main() -> None:
             codes = model.encode(outputs["original"][None], return_dict=True).audio_codes
             for levels in arguments.levels:
                 decoded = model.decode(codes[:levels], return_dict=True).audio[0]
-                outputs[f"{levels} levels"] = decoded[:, : audio.shape[1]]
+                outputs[count(levels)] = decoded[:, : audio.shape[1]]
         links = []
         for levels in arguments.levels:
             name = f"{clip_id}.levels-{levels:02d}.opus"
-            samples = outputs[f"{levels} levels"].clamp(-1, 1).T.numpy()
+            samples = outputs[count(levels)].clamp(-1, 1).T.numpy()
             soundfile.write(arguments.out / name, samples, model.sampling_rate, format="OGG", subtype="OPUS")
             links.append(f"[listen]({name})")
         picture = f"{clip_id}.png"
@@ -63,6 +63,11 @@ def shrink(picture: Path) -> None:
     with Image.open(picture) as image:
         small = image.convert("RGB").resize((image.width * 3 // 5, image.height * 3 // 5))
     small.quantize(64).save(picture, optimize=True)
+
+
+def count(levels: int) -> str:
+    """Say how many levels in words."""
+    return f"{levels} level{'s' * (levels > 1)}"
 
 
 if __name__ == "__main__":
