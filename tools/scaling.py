@@ -6,9 +6,9 @@
 With `--test SCALE` a size that the law has not seen is trained afterwards and compared with what the law says of it.
 Every size sees the same clips in the same order with the experiment's schedule, shortened to `--updates`. The loss is
 the seven-scale mel distance of held-out clips with all levels; the compute are the FLOPs of one update, counted
-operation by operation, times the updates. Learning rates shrink with the width, as 1 / scale. Writes `scaling.png` and
-`scaling.json`, which `python -m moss_train estimate experiment=cat_1b6 scaling=FILE` reads. A law through a few small
-runs tells the cost of a bigger one better than its quality.
+operation by operation, times the updates. Learning rates shrink with the width, as 1 / scale ** `--rate-exponent`.
+Writes `scaling.png` and `scaling.json`, which `python -m moss_train estimate experiment=cat_1b6 scaling=FILE` reads. A
+law through a few small runs tells the cost of a bigger one better than its quality.
 """
 
 import argparse
@@ -69,15 +69,18 @@ class FirstUpdates(Callback):
         self.flops += self.per_audio_second[self.kind] * seconds
 
 
-def scaled(config: FitConfig, scale: float, updates: int) -> FitConfig:
+def scaled(config: FitConfig, scale: float, updates: int, rate_exponent: float) -> FitConfig:
     """The experiment with its widths times `scale`, in whole heads, and its schedule shortened to `updates`."""
     stages = []
     assert config.tokenizer is not None
     for stage in config.tokenizer.stages or []:
         heads = max(1, round(stage.num_heads * scale))
         stages.append(stage.replace(num_heads=heads, d_model=heads * (stage.d_model // stage.num_heads)))
+    slower = scale**rate_exponent
     schedule = [
-        stage.replace(learning_rate=stage.learning_rate / scale, final_learning_rate=stage.final_learning_rate / scale)
+        stage.replace(
+            learning_rate=stage.learning_rate / slower, final_learning_rate=stage.final_learning_rate / slower
+        )
         for stage in shortened(config.stages, updates)
     ]
     return config.replace(tokenizer=config.tokenizer.replace(stages=stages), stages=schedule)
@@ -85,7 +88,7 @@ def scaled(config: FitConfig, scale: float, updates: int) -> FitConfig:
 
 def measure(config: FitConfig, scale: float, options: argparse.Namespace) -> dict[str, Any]:
     """Train one size: its parameters, compute and held-out distance."""
-    settings = scaled(config, scale, options.updates)
+    settings = scaled(config, scale, options.updates, options.rate_exponent)
     module = CatModule(**module_arguments(settings))
     meter = FirstUpdates()
     train_in_memory(settings, module, [meter])
@@ -148,6 +151,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--experiment", default="cat_small")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="of the widths")
     parser.add_argument("--test", type=float, help="a size to train after the fit, against the law's prediction")
+    parser.add_argument("--rate-exponent", type=float, default=1.0, help="0: the same learning rates for every size")
     parser.add_argument("--updates", type=int, default=2000, help="per size, over all stages")
     parser.add_argument("--train", nargs="+", required=True, help="packed folders")
     parser.add_argument("--heldout", required=True, help="packed folder of held-out clips")
