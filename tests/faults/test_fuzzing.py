@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moss_train.data.pack.manifest import list_clips, read_drop_list
@@ -163,6 +163,7 @@ CODES_INDEX = {
 
 @fuzz
 @given(changes(CODES_INDEX), st.binary(max_size=40))
+@example(CODES_INDEX | {"shards": [None]}, b"")
 def test_code_shard_indexes(tmp_path: Path, index: Any, arrays: bytes) -> None:
     (tmp_path / "a.tar").touch()
     (tmp_path / "index.json").write_text(json.dumps(index))

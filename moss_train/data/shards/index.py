@@ -41,7 +41,9 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "ShardRecord":
-        """Read a record back. Raises TypeError for one with other keys."""
+        """Read a record back. Raises TypeError for one that is no mapping, or has other keys."""
+        if not isinstance(record, Mapping):
+            raise TypeError(f"a record of a shard is {type(record).__name__}, no mapping")
         return cls(**{"num_clips" if name == "num_samples" else name: value for name, value in record.items()})
 
 
