@@ -57,5 +57,5 @@ def test_every_table_has_a_section(watched):
 
 
 def test_terms():
-    (line,) = [line for line in PAGE.splitlines() if line.startswith("Terms: ")]
-    assert re.findall(r"`(\w+)`", line) == list(Objective(24_000).names)
+    (paragraph,) = [text for text in PAGE.split("\n\n") if text.startswith("Terms: ")]
+    assert re.findall(r"`(\w+)`", paragraph) == list(Objective(24_000).names)
