@@ -25,7 +25,7 @@ part "kills by the clock" "$bin/python" tests/faults/kill_by_clock.py --kills "$
 
 # Packages of the lock with published vulnerabilities. Strict: a package that the service does not know, or a service
 # that does not answer, is a failure; pip-audit's own default is to leave it out and succeed.
-part "known vulnerabilities (pip-audit needs the JSON pages of pypi.org)" \
+part "known vulnerabilities (pip-audit needs the JSON pages of the package index)" \
     "$bin/uv" tool run pip-audit --strict --requirement requirements.lock --disable-pip --require-hashes
 
 for name in "${failed[@]}"; do

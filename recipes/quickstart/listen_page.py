@@ -13,8 +13,8 @@ COLUMNS = {
     "finetuned-audio/all_levels": "recipes/cat_mini, fine-tuned",
     "finetuned-audio/half_levels": "fine-tuned, half of the levels",
 }
-STYLE = """body { font-family: sans-serif; margin: 2em; } td, th { padding: .4em .8em; text-align: left; }
-audio { width: 12em; } th { font-weight: 600; }"""
+STYLE = """body { font-family: sans-serif; margin: 2em; } td, th { padding: .3em .4em; text-align: left; }
+audio { width: 9em; } th { font-weight: 600; }"""
 
 
 def main() -> None:
