@@ -42,9 +42,12 @@ def test_sharded_processes_train_like_one(sharded, whole):
     assert_same_course(sharded, whole)
 
 
-def test_a_killed_sharded_run_goes_on_to_the_last_bit(launcher, small_overrides, sharded, packed, tmp_path):
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_killed_sharded_run_goes_on_to_the_last_bit(launcher, small_overrides, sharded, packed, tmp_path, background):
+    """With checkpoints that a thread writes beside the training, too; neither way changes a value of the run."""
     directory = tmp_path / "run"
-    arguments = ("fit", *small_overrides, f"run_dir={directory}", SHARDED, *watched(packed))
+    options = (SHARDED, f"checkpoint.background={background}", *watched(packed))
+    arguments = ("fit", *small_overrides, f"run_dir={directory}", *options)
     ranks = launcher.start_ranks(*arguments)
     wait_for_rows(directory, 3, ranks[0])
     ranks[0].send(signal.SIGKILL)
