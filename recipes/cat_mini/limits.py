@@ -1,9 +1,9 @@
-"""What limits a model: the quantizer or the networks? Distances by levels, and with the latent passed on unquantized.
+"""What the levels of a model lose of its latent: distances by levels, and with the latent passed on unquantized.
 
     python recipes/cat_mini/limits.py recipes/cat_mini data/cc0_voices/heldout.jsonl
 
-"none" is the continuous latent through the same decoder. Where it is hardly better than all levels, more levels or a
-better quantizer would gain little. Relative error: energy of the difference of the waveforms over that of the original.
+"none" is the continuous latent through the same decoder. Where it is hardly better than all levels, they carry nearly
+all of this latent; a model trained with more bits may still use them. Relative error: energy of the difference of the waveforms over that of the original.
 """
 
 import json
