@@ -3,7 +3,8 @@
     python recipes/cat_mini/limits.py recipes/cat_mini data/cc0_voices/heldout.jsonl
 
 "none" is the continuous latent through the same decoder. Where it is hardly better than all levels, they carry nearly
-all of this latent; a model trained with more bits may still use them. Relative error: energy of the difference of the waveforms over that of the original.
+all of this latent; a model trained with more bits may still use them. Relative error: energy of the difference of the
+waveforms over that of the original.
 """
 
 import json
