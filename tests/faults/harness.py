@@ -17,7 +17,7 @@ import torch
 
 from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
 from moss_train.training.loggers.base import read_table
-from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, list_checkpoints
 
 LIMIT_SECONDS = float(os.environ.get("FAULTS_LIMIT_SECONDS", "180"))
 """A command that takes longer hangs: about twenty times what it needs beside other work."""
@@ -239,6 +239,16 @@ class Fit:
     def state(self) -> dict[str, Any]:
         """Content of the newest checkpoint."""
         return torch.load(self.newest() / CHECKPOINT_FILE, weights_only=True)
+
+    def kills_in_a_write(self) -> list[dict[str, Any]]:
+        """Faults that kill the write of the checkpoint at update 6: in the file, before the manifest and the rename."""
+        size = (self.newest() / CHECKPOINT_FILE).stat().st_size
+        percents = (50, 99) if SCALE == 1 else (5, 50, 90, 99)
+        return [
+            *({"file_bytes_kill": size * percent // 100} for percent in percents),
+            {"event": ["open", MANIFEST, 3]},  # two were read at the start
+            {"event": ["os.rename", ".partial-update-00000006", 1]},
+        ]
 
 
 def assert_same_run(ours: Fit, theirs: Fit) -> None:

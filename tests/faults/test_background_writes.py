@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, find_damage
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, find_damage
 
 from .harness import SCALE, Fit, assert_same_run
 
@@ -63,13 +63,7 @@ def test_killed_runs_end_like_the_whole_one(whole: Fit, make_fit: Callable[..., 
 
 def test_a_kill_anywhere_in_a_write_leaves_the_earlier_checkpoints(whole: Fit, begun: Fit) -> None:
     """In the middle of the file and near its end, before the manifest, before the rename, and in the retention."""
-    size = (begun.newest() / CHECKPOINT_FILE).stat().st_size
-    kills = [
-        *({"file_bytes_kill": size * percent // 100} for percent in ((50, 99) if SCALE == 1 else (5, 50, 90, 99))),
-        {"event": ["open", MANIFEST, 3]},  # two were read at the start
-        {"event": ["os.rename", ".partial-update-00000006", 1]},
-    ]
-    for fault in kills:
+    for fault in begun.kills_in_a_write():
         outcome = begun.run(fault=fault)
         assert outcome.status in (-signal.SIGKILL, -signal.SIGXFSZ), (fault, outcome.log[-3000:])
         assert begun.checkpoints == FIRST

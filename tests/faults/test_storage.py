@@ -13,7 +13,7 @@ import pytest
 from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, find_damage, newest_checkpoint
 
-from .harness import SCALE, Fit, assert_same_run
+from .harness import Fit, assert_same_run
 
 pytestmark = pytest.mark.faults
 
@@ -41,13 +41,7 @@ def assert_no_leftovers(fit: Fit) -> None:
 
 def test_a_kill_anywhere_in_a_checkpoint_write_leaves_the_earlier_ones(whole: Fit, begun: Fit) -> None:
     """At byte positions of the file, before the manifest, before the rename, and before and in the retention."""
-    size = (begun.newest() / CHECKPOINT_FILE).stat().st_size
-    kills = [
-        *({"file_bytes_kill": size * percent // 100} for percent in ((50, 99) if SCALE == 1 else (5, 50, 90, 99))),
-        {"event": ["open", MANIFEST, 3]},  # two were read at the start
-        {"event": ["os.rename", ".partial-update-00000006", 1]},
-    ]
-    for fault in kills:
+    for fault in begun.kills_in_a_write():
         outcome = begun.run(fault=fault)
         assert outcome.status in (-signal.SIGKILL, -signal.SIGXFSZ), (fault, outcome.log[-3000:])
         assert_sound(begun, FIRST)
