@@ -7,7 +7,7 @@ section 3.4). A configuration lists them as `_target_` nodes; to add one, write 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,9 @@ class DiscriminatorSet(nn.Module):
 
     def __init__(self, discriminators: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.discriminators = nn.ModuleList(leaf for item in discriminators for leaf in _leaves(item))
+        self.discriminators = nn.ModuleList()
+        for item in discriminators:
+            self.discriminators.extend(item.discriminators if isinstance(item, DiscriminatorSet) else [item])
         if not self.discriminators:
             raise ValueError("a DiscriminatorSet needs at least one discriminator, got an empty list")
 
@@ -61,16 +63,22 @@ class DiscriminatorSet(nn.Module):
         return [discriminator(waveform) for discriminator in self.discriminators]
 
 
-def _leaves(item: nn.Module) -> list[nn.Module]:
-    return list(item.discriminators) if isinstance(item, DiscriminatorSet) else [item]
-
-
 def normed_conv(
     in_channels: int, out_channels: int, kernel_size: tuple[int, int], stride: tuple[int, int] = (1, 1)
 ) -> nn.Conv2d:
     """Weight-normed 2-d convolution with an odd kernel, padded so that stride 1 keeps the size."""
     padding = (kernel_size[0] // 2, kernel_size[1] // 2)
     return weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding))
+
+
+def hidden_activations(layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, ...]:
+    """Pass x through convolutions, a leaky ReLU behind each; returns what every layer gives."""
+    features = []
+    for layer in layers:
+        # In place: the convolution does not need its result, so half of the activations need not be kept.
+        x = F.leaky_relu(layer(x), NEGATIVE_SLOPE, inplace=True)
+        features.append(x)
+    return tuple(features)
 
 
 class PeriodDiscriminator(Discriminator):
@@ -99,13 +107,8 @@ class PeriodDiscriminator(Discriminator):
 
     def forward(self, waveform: Tensor) -> DiscriminatorOutput:
         """waveform [B, C, T], any T -> logits [B, 1, rows, period], features [B, width, rows, period] per layer."""
-        x = self._fold(waveform)
-        features = []
-        for layer in self.layers:
-            # In place: the convolution does not need its result, so half of the activations need not be kept.
-            x = F.leaky_relu(layer(x), NEGATIVE_SLOPE, inplace=True)
-            features.append(x)
-        return DiscriminatorOutput(self.output(x), tuple(features))
+        features = hidden_activations(self.layers, self._fold(waveform))
+        return DiscriminatorOutput(self.output(features[-1]), features)
 
     def _fold(self, waveform: Tensor) -> Tensor:
         """[B, C, T] -> [B, C, ceil(T / period), period], the last row completed by reflection."""
@@ -156,13 +159,9 @@ class ComplexSTFTDiscriminator(Discriminator):
     def forward(self, waveform: Tensor) -> DiscriminatorOutput:
         """waveform [B, C, T] -> logits [B, 1, frames, bins], features [B, width, frames, bins] per band and layer."""
         planes = self.planes(waveform)
-        features: list[Tensor] = []
-        last: list[Tensor] = []
-        for (first_bin, end_bin), band in zip(self.band_bins, self.bands, strict=True):
-            band_features = band(planes[..., first_bin:end_bin])
-            features.extend(band_features)
-            last.append(band_features[-1])
-        return DiscriminatorOutput(self.output(torch.cat(last, dim=-1)), tuple(features))
+        bands = [band(planes[..., first:end]) for (first, end), band in zip(self.band_bins, self.bands, strict=True)]
+        logits = self.output(torch.cat([features[-1] for features in bands], dim=-1))
+        return DiscriminatorOutput(logits, tuple(chain.from_iterable(bands)))
 
     def planes(self, waveform: Tensor) -> Tensor:
         """[B, C, T] -> [B, 2 C, frames, bins]: real and imaginary part of every channel, float32."""
@@ -183,14 +182,9 @@ class FrequencyBand(nn.Module):
             ]
         )
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, planes, frames, bins] -> the activations of every layer, each [B, channels, frames, fewer bins]."""
-        features = []
-        for layer in self.layers:
-            # In place: the convolution does not need its result, so half of the activations need not be kept.
-            x = F.leaky_relu(layer(x), NEGATIVE_SLOPE, inplace=True)
-            features.append(x)
-        return features
+        return hidden_activations(self.layers, x)
 
 
 class MultiResolutionSTFTDiscriminator(DiscriminatorSet):

@@ -185,7 +185,13 @@ class TextLM(nn.Module):
         if not hasattr(text, "vocab_size"):
             raise ValueError(f"text must be a text encoder such as ByteText, got {text!r:.60}")
         self.text = text
-        self.language_model = self._language_model(config, pretrained)
+        self.language_model: Any
+        if pretrained is not None:
+            # It comes in eval mode, without the dropout that its configuration may have.
+            self.language_model = from_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32).train()
+        else:
+            check_no_remote_kernels(config or {}, "semantic.config")
+            self.language_model = Qwen2ForCausalLM(Qwen2Config(**{"vocab_size": text.vocab_size, **(config or {})}))
         vocab_size = self.language_model.config.vocab_size
         if vocab_size < text.vocab_size:
             raise ValueError(f"the LM has {vocab_size} tokens, the text encoder needs {text.vocab_size}")
@@ -193,13 +199,6 @@ class TextLM(nn.Module):
         self.projection = nn.Linear(latent_dim, hidden_size)
         self.task_tags = nn.Embedding(len(TASKS), hidden_size)
         nn.init.normal_(self.task_tags.weight, std=self.language_model.config.initializer_range)
-
-    def _language_model(self, config: Mapping[str, Any] | None, pretrained: str | None) -> Any:
-        if pretrained is not None:
-            # It comes in eval mode, without the dropout that its configuration may have.
-            return from_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32).train()
-        check_no_remote_kernels(config or {}, "semantic.config")
-        return Qwen2ForCausalLM(Qwen2Config(**{"vocab_size": self.text.vocab_size, **(config or {})}))
 
     def forward(
         self, states: Tensor, num_frames: Tensor, text_tokens: Tensor, text_lengths: Tensor, task_ids: Tensor
@@ -214,7 +213,21 @@ class TextLM(nn.Module):
             task_ids: [B] index into TASKS.
         """
         lengths = list(zip(num_frames.tolist(), text_lengths.tolist(), strict=True))
-        inputs = self._sequences(states, text_tokens, task_ids, lengths)
+        tags = self.task_tags(task_ids)
+        audio = self.projection(states.to(self.projection.weight.dtype)).to(tags.dtype)
+        text = self.language_model.get_input_embeddings()(text_tokens).to(tags.dtype)
+        # The last token is predicted and not read. Sequences are padded on the right, which causality hides.
+        longest = max(frames + length for frames, length in lengths)
+        nothing = tags.new_zeros(longest, tags.shape[1])
+        # One copy of all pieces; what `unbind` gives goes back as one tensor.
+        pieces = [
+            piece
+            for tag, sound, words, (frames, length) in zip(
+                tags.split(1), audio.unbind(), text.unbind(), lengths, strict=True
+            )
+            for piece in (tag, sound[:frames], words[: length - 1], nothing[frames + length :])
+        ]
+        inputs = torch.cat(pieces).unflatten(0, (len(lengths), longest))
         hidden = self.language_model.model(
             inputs_embeds=inputs, use_cache=False, attention_mask=self._causal_mask(inputs.shape[1])
         ).last_hidden_state
@@ -263,22 +276,3 @@ class TextLM(nn.Module):
                 break
             inputs = self.language_model.get_input_embeddings()(token)
         return tokens
-
-    def _sequences(
-        self, states: Tensor, text_tokens: Tensor, task_ids: Tensor, lengths: list[tuple[int, int]]
-    ) -> Tensor:
-        """Embeddings of `[tag][states][text without its last token]`, right-padded: causality hides the padding."""
-        tags = self.task_tags(task_ids)
-        audio = self.projection(states.to(self.projection.weight.dtype)).to(tags.dtype)
-        text = self.language_model.get_input_embeddings()(text_tokens).to(tags.dtype)
-        longest = max(frames + length for frames, length in lengths)
-        nothing = tags.new_zeros(longest, tags.shape[1])
-        # One copy of all pieces; what `unbind` gives goes back as one tensor.
-        pieces = [
-            piece
-            for tag, sound, words, (frames, length) in zip(
-                tags.split(1), audio.unbind(), text.unbind(), lengths, strict=True
-            )
-            for piece in (tag, sound[:frames], words[: length - 1], nothing[frames + length :])
-        ]
-        return torch.cat(pieces).unflatten(0, (len(lengths), longest))

@@ -81,13 +81,11 @@ class MultiScaleMelLoss(AudioLoss):
             )
         reference, degraded = (zero_beyond(x.float(), lengths) for x in (reference.detach(), degraded))
         scales = zip(self.window_lengths, self.num_mels, self._clip_frames(lengths), strict=True)
-        return torch.stack([self._scale_sums(reference, degraded, *scale) for scale in scales])
-
-    def _scale_sums(
-        self, reference: Tensor, degraded: Tensor, window_length: int, num_mels: int, clip_frames: Tensor
-    ) -> Tensor:
-        per_frame = log_mel_distance(reference, degraded, self.sampling_rate, window_length, num_mels, self.floor)
-        return zero_beyond(per_frame, clip_frames).sum(-1)
+        sums = []
+        for window_length, num_mels, clip_frames in scales:
+            per_frame = log_mel_distance(reference, degraded, self.sampling_rate, window_length, num_mels, self.floor)
+            sums.append(zero_beyond(per_frame, clip_frames).sum(-1))
+        return torch.stack(sums)
 
 
 def multi_scale_mel_distance(reference: Tensor, degraded: Tensor, lengths: Tensor, sampling_rate: int) -> Tensor:
@@ -115,19 +113,17 @@ class ComplexSTFTLoss(AudioLoss):
         self.window_lengths = tuple(window_lengths)
 
     def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Compute the loss of a batch (see `AudioLoss.forward`)."""
+        """Compute the loss of a batch (see `AudioLoss.forward`); a frame counts when its centre is in the clip."""
         reference, degraded = (zero_beyond(x.float(), lengths) for x in (reference.detach(), degraded))
-        losses = [self._clip_losses(reference, degraded, lengths, length) for length in self.window_lengths]
+        losses = []  # [B] for every resolution
+        for window_length in self.window_lengths:
+            hop = window_length // HOPS_PER_WINDOW
+            real, generated = (normalized_stft(x, window_length, hop) for x in (reference, degraded))
+            parts = torch.view_as_real(real - generated).abs().sum(-1)
+            per_frame = (parts + (real.abs() - generated.abs()).abs()).mean(dim=(1, 2))
+            frames = -(-lengths // hop)
+            losses.append(zero_beyond(per_frame, frames).sum(-1) / frames.clamp(min=1))
         return torch.stack(losses).sum() / (len(lengths) if counts is None else counts)
-
-    def _clip_losses(self, reference: Tensor, degraded: Tensor, lengths: Tensor, window_length: int) -> Tensor:
-        """Losses at one resolution, [B]; frame t counts when its centre lies inside the clip."""
-        hop = window_length // HOPS_PER_WINDOW
-        real, generated = (normalized_stft(x, window_length, hop) for x in (reference, degraded))
-        parts = torch.view_as_real(real - generated).abs().sum(-1)
-        per_frame = (parts + (real.abs() - generated.abs()).abs()).mean(dim=(1, 2))
-        frames = -(-lengths // hop)
-        return zero_beyond(per_frame, frames).sum(-1) / frames.clamp(min=1)
 
 
 class WaveformLoss(AudioLoss):
@@ -195,15 +191,13 @@ class MidSideLoss(AudioLoss):
             longest = max(self.window_lengths)
             wanted, got = (nn.functional.pad(x, (0, max(0, longest - x.shape[-1]))) for x in (wanted, got))
             lengths = lengths.clamp(min=longest)
-            losses = [self._clip_losses(wanted, got, lengths, length) for length in self.window_lengths]
+            losses = []  # [B] for every resolution
+            for window_length in self.window_lengths:
+                magnitudes, others = (_magnitudes(x, lengths, window_length) for x in (wanted, got))
+                distances = (magnitudes - others).abs() + (magnitudes.log() - others.log()).abs()
+                frames = lengths // (window_length // 4) + 1
+                losses.append(zero_beyond(distances.mean(dim=(1, 2)), frames).sum(-1) / frames)
         return torch.stack(losses).mean(0).sum() / (len(lengths) if counts is None else counts)
-
-    def _clip_losses(self, reference: Tensor, degraded: Tensor, lengths: Tensor, window_length: int) -> Tensor:
-        """Mean over mid and side, bins and the clip's frames at one resolution, [B]."""
-        wanted, got = (_magnitudes(x, lengths, window_length) for x in (reference, degraded))
-        distances = (wanted - got).abs() + (wanted.log() - got.log()).abs()
-        frames = lengths // (window_length // 4) + 1
-        return zero_beyond(distances.mean(dim=(1, 2)), frames).sum(-1) / frames
 
 
 def _mid_and_side(audio: Tensor) -> Tensor:

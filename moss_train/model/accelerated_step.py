@@ -140,8 +140,14 @@ class PrepackedLinearOps(LinearOps):
     """
 
     def __init__(self, module: nn.Module, gains: Mapping[nn.Module, Tensor]) -> None:
-        linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear) and can_pack(linear)]
-        self.weights: dict[nn.Module, Tensor] = {linear: pack(linear, gains.get(linear)) for linear in linears}
+        self.weights: dict[nn.Module, Tensor] = {}
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear) and can_pack(linear):
+                weight = linear.weight.detach()
+                if linear in gains:
+                    weight = weight * gains[linear].detach()[:, None]
+                # In the order for products with up to 8 rows.
+                self.weights[linear] = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
         if not self._applies(linear, x):
@@ -170,11 +176,3 @@ def can_pack(linear: nn.Linear) -> bool:
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     pays = weight.numel() >= SMALLEST_PACKED and not torch.is_grad_enabled()
     return known and on_cpu and pays and linear.bias is None
-
-
-def pack(linear: nn.Linear, gain: Tensor | None) -> Tensor:
-    """Copy of a weight [D, C], times a gain [D], in the order for products with up to 8 rows."""
-    weight = linear.weight.detach()
-    if gain is not None:
-        weight = weight * gain.detach()[:, None]
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 8)

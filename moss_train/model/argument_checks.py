@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
-from .waveforms import as_tensor, is_far, level_db
+from .waveforms import as_tensor, level_db, silence_beyond
 
+FAR_DB = 12.0  # from the level of the training data
 LARGEST_PEAK = 10.0  # of a waveform in -1..1 with some overshoot; 16-bit numbers are far beyond
 
 
@@ -57,7 +58,7 @@ def check_samples(config: MossAudioTokenizerConfig, audio: Tensor, lengths: Tens
     # NaN passes through the maximum: one pass over the samples is enough where all is well.
     if float(audio.abs().amax()) <= LARGEST_PEAK:
         return
-    audio = audio.masked_fill((torch.arange(audio.shape[2]) >= lengths.cpu()[:, None])[:, None], 0)
+    audio = silence_beyond(audio, lengths.cpu())
     if not (finite := audio.isfinite()).all():
         item, channel, sample = (~finite).nonzero()[0].tolist()
         raise ValueError(
@@ -75,7 +76,8 @@ def check_level(config: MossAudioTokenizerConfig, audio: Tensor, lengths: Tensor
     expected = getattr(config, "training_level_db", None)
     if expected is None or "level" in warned or not can_read(audio):
         return
-    far = [level for level in level_db(audio.detach(), lengths.cpu()).tolist() if is_far(level, expected)]
+    levels = level_db(audio.detach(), lengths.cpu()).tolist()
+    far = [level for level in levels if math.isfinite(level) and abs(level - expected) > FAR_DB]
     if far:
         warned.add("level")
         text = f"audio at {far[0]:.0f} dB; the model was trained at about {expected:g} dB (see loudness=)"

@@ -72,15 +72,15 @@ class MultiheadAttention(nn.Module):
 
     Parameter names (`in_projs.0.weight`, `out_projs.0.weight`) are those of the released weights.
 
-    Args:
+    Attributes:
         flash: use the windowed FlashAttention kernel where device and dtype have it.
     """
 
-    def __init__(self, d_model: int, num_heads: int, window: int, flash: bool = True) -> None:
+    def __init__(self, d_model: int, num_heads: int, window: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window = window
-        self.flash = flash
+        self.flash = True
         self.blockwise_attention = windowed_attention
         self.in_projs = nn.ModuleList([nn.Linear(d_model, 3 * d_model, bias=False)])
         self.out_projs = nn.ModuleList([nn.Linear(d_model, d_model, bias=False)])
@@ -103,30 +103,21 @@ class MultiheadAttention(nn.Module):
         return self.out_projs[0](attended.reshape(batch, frames, width))
 
     def attend(self, x: Tensor, rotation: Rotation, layer: int, chunk: StreamChunk) -> Tensor:
-        """[B, T, D] -> [B, T, D] before the output projection, for streams whose past is in the ring of `layer`."""
+        """[B, T, D] -> [B, T, D] before the output projection, over the chunk and the streams' past.
+
+        The past is in the ring of `layer`, which the chunk's keys and values are written to.
+        """
         batch, frames, width = x.shape
-        heads = self.num_heads
+        heads, ring = self.num_heads, chunk.state.rings[layer]
         qkv = chunk.state.linears(self.in_projs[0], x).view(batch, frames, 3 * heads, width // heads)
         rotate_in_place(qkv[:, :, : 2 * heads], rotation)
-        attended = streaming_attention(qkv[:, :, :heads], qkv[:, :, heads:], layer, chunk)
-        return attended.reshape(batch, frames, width)
-
-
-def streaming_attention(query: Tensor, key_value: Tensor, layer: int, chunk: StreamChunk) -> Tensor:
-    """Attention of a chunk over the streams' past and itself. Writes the ring of `layer`.
-
-    Args:
-        query: [B, T, H, D].
-        key_value: [B, T, 2 * H, D], the keys' heads and then the values'.
-    """
-    ring, heads = chunk.state.rings[layer], query.shape[2]
-    parts = []
-    for step in chunk.steps:
-        seen = step.write(ring, key_value)
-        queries = query[:, step.start : step.stop].transpose(1, 2).to(ring.dtype)
-        parts.append(F.scaled_dot_product_attention(queries, seen[:, :heads], seen[:, heads:], attn_mask=step.mask))
-    attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    return attended.transpose(1, 2)
+        parts = []
+        for step in chunk.steps:
+            seen = step.write(ring, qkv[:, :, heads:])
+            queries = qkv[:, step.start : step.stop, :heads].transpose(1, 2).to(ring.dtype)
+            parts.append(F.scaled_dot_product_attention(queries, seen[:, :heads], seen[:, heads:], attn_mask=step.mask))
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return attended.transpose(1, 2).reshape(batch, frames, width)
 
 
 def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
@@ -141,7 +132,9 @@ def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -
     if frames <= window:
         return parts[0]
     block = max(1, min(LARGEST_BLOCK, window // 2))
-    mask = block_mask(block, window, query.device)
+    # Which of the window - 1 keys before a block and of its own each of its queries sees.
+    distance = torch.arange(block, device=query.device)[:, None] - torch.arange(1 - window, block, device=query.device)
+    mask = (distance >= 0) & (distance < window)
     for start in range(window, frames, block):
         stop = min(start + block, frames)
         past = slice(start - window + 1, stop)
@@ -150,13 +143,6 @@ def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -
             F.scaled_dot_product_attention(query[:, :, start:stop], key[:, :, past], value[:, :, past], visible)
         )
     return torch.cat(parts, dim=2)
-
-
-def block_mask(block: int, window: int, device: torch.device) -> Tensor:
-    """[block, window - 1 + block] bool: which of the preceding and own keys each query of a block sees."""
-    query = torch.arange(block, device=device)[:, None]
-    key = torch.arange(1 - window, block, device=device)[None, :]
-    return (key <= query) & (query - key < window)
 
 
 def has_window_kernel(query: Tensor) -> bool:

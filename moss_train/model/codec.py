@@ -17,10 +17,11 @@ from transformers.utils import ModelOutput
 from .accelerated_step import FEWEST_ROWS, LARGEST_PACKED, LARGEST_ROWS
 from .argument_checks import can_read
 from .attention import HAS_WINDOW_KERNEL, LARGEST_BLOCK
-from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
+from .configuration_moss_audio_tokenizer import ENTRY_SIZES, MossAudioTokenizerConfig
 from .kv_cache import StageState
 from .quantizer import FoldedQuantizer, ResidualLFQ
 from .transformer import PatchedPretransform, ProjectedTransformer
+from .waveforms import silence_beyond
 
 
 @dataclass
@@ -62,7 +63,6 @@ class MossAudioTokenizerOutput(ModelOutput):
     audio_codes_lengths: Tensor | None = None
 
 
-STAGE_SIZES = ("input_dimension", "output_dimension", "d_model", "num_heads", "num_layers", "dim_feedforward")
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Number = TypeVar("Number", int, Tensor)
 
@@ -227,7 +227,7 @@ def build_modules(config: MossAudioTokenizerConfig, name: str) -> nn.ModuleList:
             modules.append(PatchedPretransform(entry["patch_size"], is_downsample=name == "encoder_kwargs"))
             continue
         stage = ProjectedTransformer(
-            **{key: entry[key] for key in STAGE_SIZES},
+            **{key: entry[key] for key in ENTRY_SIZES},
             window=windows[number],
             layer_scale=entry.get("layer_scale", 0.01),
             max_period=entry.get("max_period", 10000),
@@ -289,8 +289,7 @@ def complete_frames(audio: Tensor, lengths: Tensor, frames: slice, hop: int) -> 
     part = audio[..., frames.start * hop : frames.stop * hop]
     if can_read(lengths) and int(lengths.min()) >= frames.stop * hop:
         return part
-    position = torch.arange(frames.start * hop, frames.start * hop + part.shape[2], device=audio.device)
-    part = part.masked_fill((position >= lengths[:, None])[:, None], 0)
+    part = silence_beyond(part, lengths - frames.start * hop)
     return F.pad(part, (0, (frames.stop - frames.start) * hop - part.shape[2]))
 
 

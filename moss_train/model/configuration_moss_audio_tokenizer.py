@@ -64,7 +64,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         kwargs.setdefault("reversed_decoder_kwargs", None)
         super().__init__(**kwargs)
         if self.encoder_kwargs:
-            check_architecture(vars(self))
+            check_architecture(self)
 
     @classmethod
     def from_stages(
@@ -98,7 +98,16 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         for stage in stages:
             width *= stage["patch_size"]
             patch = {"module_type": "PatchedPretransform", "patch_size": stage["patch_size"]}
-            transformer = expand_stage(stage, layer_scale)
+            transformer = {
+                "module_type": "Transformer",
+                **{key: stage[key] for key in ("d_model", "num_heads", "num_layers")},
+                "dim_feedforward": stage.get("dim_feedforward", 4 * stage["d_model"]),
+                **FIXED,
+                "max_period": 10000,
+                "layer_scale": layer_scale,
+                "conv_layout": True,
+                **{key: stage[key] for key in ("context_duration",) if key in stage},
+            }
             sizes = {"input_dimension": width, "output_dimension": stage["output_dimension"]}
             factor = 1 if decoder else ratio  # of the patch at the waveform
             mirrored = {"input_dimension": stage["output_dimension"], "output_dimension": width * factor}
@@ -145,11 +154,25 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         Args:
             name: "encoder_kwargs" or "decoder_kwargs"; the keys of the result are indices into it.
         """
-        return frames_per_code_frame(vars(self), name)
+        encodes = name == "encoder_kwargs"
+        frames = self.downsample_rate * self.number_channels if encodes else 1
+        result = {}
+        for number, entry in enumerate(getattr(self, name)):
+            if "patch_size" not in entry:
+                result[number] = frames
+            else:
+                frames = frames // entry["patch_size"] if encodes else frames * entry["patch_size"]
+        return result
 
     def stage_windows(self, name: str) -> dict[int, int]:
         """Return each stage's attention window in its own frames, as `frames_per_code_frame` does."""
-        return stage_windows(vars(self), name)
+        windows = {}
+        for number, frames in self.frames_per_code_frame(name).items():
+            entry = getattr(self, name)[number]
+            seconds = entry.get("context_duration") or self.causal_transformer_context_duration
+            # The small constant keeps 12.5 x 10 from becoming 124 through float rounding of the rate.
+            windows[number] = int(self.frame_rate * frames * seconds + 1e-6)
+        return windows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with `auto_map` as class references and without an output rate that is the encoder's.
@@ -164,27 +187,6 @@ class MossAudioTokenizerConfig(PretrainedConfig):
             pairs = {name: value for name, value in auto_map.items() if not isinstance(value, str)}
             output["auto_map"] = {**auto_map, **{name: value[0] for name, value in pairs.items()}}
         return output
-
-
-def expand_stage(stage: Mapping[str, Any], layer_scale: float) -> dict[str, Any]:
-    """The released Transformer entry of one stage, without its input and output dimension."""
-    entry: dict[str, Any] = {
-        "module_type": "Transformer",
-        "d_model": stage["d_model"],
-        "num_heads": stage["num_heads"],
-        "num_layers": stage["num_layers"],
-        "dim_feedforward": stage.get("dim_feedforward", 4 * stage["d_model"]),
-        "causal": True,
-        "norm": "layer_norm",
-        "positional_embedding": "rope",
-        "max_period": 10000,
-        "gating": "none",
-        "layer_scale": layer_scale,
-        "conv_layout": True,
-    }
-    if "context_duration" in stage:
-        entry["context_duration"] = stage["context_duration"]
-    return entry
 
 
 STAGE_KEYS = {"patch_size", "output_dimension", "d_model", "num_heads", "num_layers"}
@@ -204,23 +206,24 @@ CHOICES = {
 }
 
 
-def check_architecture(config: Mapping[str, Any]) -> None:
+def check_architecture(config: MossAudioTokenizerConfig) -> None:
     """Check the values of a configuration.
 
     Raises:
         ValueError: no model can be built from it, with the offending values.
     """
-    check_positive("config", config, ("sampling_rate", "downsample_rate", "number_channels"))
-    output_ratio(config["sampling_rate"], config["output_sampling_rate"])
-    check_positive("config", config, ("causal_transformer_context_duration",), (int, float))
-    check_quantizer(config["quantizer_kwargs"])
+    values = vars(config)
+    check_positive("config", values, ("sampling_rate", "downsample_rate", "number_channels"))
+    output_ratio(config.sampling_rate, config.output_sampling_rate)
+    check_positive("config", values, ("causal_transformer_context_duration",), (int, float))
+    check_quantizer(config.quantizer_kwargs)
     for key, choices in CHOICES.items():
-        if config.get(key) not in choices:
-            raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(map(str, choices[1:]))}")
-    if config["number_channels"] > 1 and not config["enable_channel_interleave"]:
-        raise ValueError(f"number_channels={config['number_channels']} needs enable_channel_interleave=true")
-    check_modules(config, "encoder_kwargs", 1, config["quantizer_kwargs"]["input_dim"])
-    check_modules(config, "decoder_kwargs", config["quantizer_kwargs"]["output_dim"], 1)
+        if values.get(key) not in choices:
+            raise ValueError(f"{key}={values[key]!r} is not one of {', '.join(map(str, choices[1:]))}")
+    if config.number_channels > 1 and not values["enable_channel_interleave"]:
+        raise ValueError(f"number_channels={config.number_channels} needs enable_channel_interleave=true")
+    check_modules(config, "encoder_kwargs", 1, config.quantizer_kwargs["input_dim"])
+    check_modules(config, "decoder_kwargs", config.quantizer_kwargs["output_dim"], 1)
 
 
 def output_ratio(sampling_rate: int, output_sampling_rate: int | None) -> int:
@@ -238,9 +241,9 @@ def output_ratio(sampling_rate: int, output_sampling_rate: int | None) -> int:
     return rates["output_sampling_rate"] // rates["sampling_rate"]
 
 
-def check_modules(config: Mapping[str, Any], name: str, width: int, wanted: int) -> None:
+def check_modules(config: MossAudioTokenizerConfig, name: str, width: int, wanted: int) -> None:
     """Check the entries of an encoder or decoder: kinds, patch sizes, sizes that fit, windows of a frame or more."""
-    entries, encodes = config[name], name == "encoder_kwargs"
+    entries = getattr(config, name)
     for number, entry in enumerate(entries):
         where, kind = f"{name}[{number}]", entry.get("module_type")
         if not isinstance(kind, str) or kind not in ENTRY_KEYS:
@@ -252,15 +255,15 @@ def check_modules(config: Mapping[str, Any], name: str, width: int, wanted: int)
         else:
             check_transformer(where, entry)
     patches = [entry["patch_size"] for entry in entries if "patch_size" in entry]
-    ratio = 1 if encodes else output_ratio(config["sampling_rate"], config["output_sampling_rate"])
-    if math.prod(patches) != config["downsample_rate"] * ratio * config["number_channels"]:
+    ratio = 1 if name == "encoder_kwargs" else config.output_ratio
+    if math.prod(patches) != config.downsample_rate * ratio * config.number_channels:
         times = f" x {ratio} (output_sampling_rate)" if ratio > 1 else ""
         raise ValueError(
             f"{name}: patch sizes {patches} multiply to {math.prod(patches)}, but downsample_rate "
-            f"{config['downsample_rate']}{times} x {config['number_channels']} channel(s) is needed"
+            f"{config.downsample_rate}{times} x {config.number_channels} channel(s) is needed"
         )
     check_widths(name, entries, width, wanted)
-    for number, window in stage_windows(config, name).items():
+    for number, window in config.stage_windows(name).items():
         if window < 1:
             raise ValueError(f"{name}[{number}]: the attention window is shorter than a frame; raise context_duration")
 
@@ -287,10 +290,9 @@ def check_transformer(where: str, entry: Mapping[str, Any]) -> None:
     """Raise ValueError for sizes that do not divide and for variants of the block that Cat does not have."""
     check_positive(where, entry, ENTRY_SIZES)
     check_heads(where, entry)
-    given = [key for key in ("max_period", "layer_scale", "context_duration") if key in entry]
-    check_positive(
-        where, entry, [key for key in given if entry[key] is not None or key != "context_duration"], (int, float)
-    )
+    given = [key for key in ("max_period", "layer_scale") if key in entry]
+    given += ["context_duration"] if entry.get("context_duration") is not None else []
+    check_positive(where, entry, given, (int, float))
     for key, value in FIXED.items():
         if entry.get(key, value) != value:
             raise ValueError(f"{where}: {key}={entry[key]!r} is not supported, Cat has {value!r}")
@@ -359,27 +361,3 @@ def as_entries(key: str, value: Any) -> list[dict[str, Any]]:
     if not is_list or not all(isinstance(entry, Mapping) for entry in value):
         raise ValueError(f"config: {key} must be a list of modules, got {value!r}")
     return [dict(entry) for entry in value]
-
-
-def frames_per_code_frame(config: Mapping[str, Any], name: str) -> dict[int, int]:
-    """Return the frames that each Transformer entry of `encoder_kwargs` or `decoder_kwargs` handles per code frame."""
-    encodes = name == "encoder_kwargs"
-    frames = config["downsample_rate"] * config["number_channels"] if encodes else 1
-    result = {}
-    for number, entry in enumerate(config[name]):
-        if "patch_size" not in entry:
-            result[number] = frames
-        else:
-            frames = frames // entry["patch_size"] if encodes else frames * entry["patch_size"]
-    return result
-
-
-def stage_windows(config: Mapping[str, Any], name: str) -> dict[int, int]:
-    """Return the attention window, in frames, of each Transformer entry by its index."""
-    frame_rate = config["sampling_rate"] / config["downsample_rate"]
-    windows = {}
-    for number, frames in frames_per_code_frame(config, name).items():
-        seconds = config[name][number].get("context_duration") or config["causal_transformer_context_duration"]
-        # The small constant keeps 12.5 x 10 from becoming 124 through float rounding of the rate.
-        windows[number] = int(frame_rate * frames * seconds + 1e-6)
-    return windows

@@ -60,14 +60,6 @@ class StageState:
         if items.device.type == "cpu" and bool(items.all()):
             self.num_written = 0
 
-    def num_attended(self, frames: int) -> int:
-        """Slots to look at after `frames` more: on a CPU those that may be filled; a CUDA graph has fixed shapes."""
-        capacity = self.capacity
-        if self.position.device.type != "cpu":
-            return capacity
-        part = math.ceil(capacity / NUM_VIEWS)
-        return min(capacity, part * math.ceil((self.num_written + frames) / part))
-
 
 @dataclass(frozen=True)
 class StreamStep:
@@ -113,8 +105,12 @@ class StreamChunk:
         positions = self.positions[:, start:stop]
         valid = stop if self.num_frames is None else self.num_frames[:, None].clamp(max=stop)
         newest = state.position[:, None] + (valid - 1)
+        num_attended = capacity
+        if state.position.device.type == "cpu":  # only slots that may be filled; a CUDA graph has fixed shapes
+            part = math.ceil(capacity / NUM_VIEWS)
+            num_attended = min(capacity, part * math.ceil((state.num_written + stop) / part))
         # How long before the newest frame each slot was written; a slot that was not is older than any window.
-        age = (newest - state.slot[:, : state.num_attended(stop)]) % capacity
+        age = (newest - state.slot[:, :num_attended]) % capacity
         age = age.masked_fill(age > newest, 2 * capacity)
         distance = age[:, None] - (newest - positions)[:, :, None]
         dtype = state.rings[0].dtype

@@ -55,22 +55,14 @@ class StreamGroup:
 
     def encode(self, audio: Tensor, counts: list[int]) -> Tensor:
         """Encode audio [B, C, F * hop], of which each item's first `counts` frames are its own, to codes [N, B, F]."""
-        hop = self.model.config.downsample_rate
-        parts = [
-            self.encode_step(part, self._own_frames(counts, start, part.shape[2] // hop))
-            for start, part in self._blocks(audio, hop)
-        ]
-        empty = (self.num_quantizers, self.batch_size, 0)
-        return join(parts) if parts else torch.zeros(empty, dtype=torch.int64, device=audio.device)
+        empty = torch.zeros(self.num_quantizers, self.batch_size, 0, dtype=torch.int64, device=audio.device)
+        return self._in_blocks(self.encode_step, audio, counts, self.model.config.downsample_rate, empty)
 
     def decode(self, codes: Tensor, counts: list[int]) -> Tensor:
         """Decode codes [n, B, F], of which each item's first `counts` frames are its own, to audio [B, C, T]."""
-        parts = [
-            self.decode_step(part, self._own_frames(counts, start, part.shape[2]))
-            for start, part in self._blocks(codes)
-        ]
-        empty = (self.batch_size, self.model.config.number_channels, 0)
-        return join(parts) if parts else torch.zeros(empty, dtype=self.model.dtype, device=codes.device)
+        channels = self.model.config.number_channels
+        empty = torch.zeros(self.batch_size, channels, 0, dtype=self.model.dtype, device=codes.device)
+        return self._in_blocks(self.decode_step, codes, counts, 1, empty)
 
     def reset(self, items: Tensor) -> None:
         """Start the given items' streams (bool [B] on the CPU) anew."""
@@ -78,21 +70,19 @@ class StreamGroup:
             for state in states:
                 state.reset(items.to(self.model.execution_device))
 
-    def _blocks(self, codes_or_audio: Tensor, hop: int = 1) -> list[tuple[int, Tensor]]:
-        """Cut the last dimension into parts of bounded length, each with the frame it starts at."""
-        frames = codes_or_audio.shape[2] // hop
+    def _in_blocks(self, step: GraphedStep, x: Tensor, counts: list[int], hop: int, empty: Tensor) -> Tensor:
+        """Apply a step to x [.., F * hop] in parts of bounded length; `empty` is the result of no frames."""
+        frames, device = x.shape[2] // hop, self.model.execution_device
         block = block_frames(self.model, None, frames)
-        return [(s, codes_or_audio[..., s * hop : (s + block) * hop]) for s in range(0, frames, block)]
-
-    def _own_frames(self, counts: list[int], start: int, length: int) -> Tensor | None:
-        """[B] how many of `length` frames from `start` are each item's own.
-
-        None says all; that spares a CPU some operations, while a CUDA graph is for any numbers of frames.
-        """
-        own = [min(max(count - start, 0), length) for count in counts]
-        if self.model.execution_device.type == "cpu" and min(own) == length:
-            return None
-        return torch.tensor(own, device=self.model.execution_device)
+        parts = []
+        for start in range(0, frames, block):
+            length = min(block, frames - start)
+            own = [min(max(count - start, 0), length) for count in counts]
+            # None says all; that spares a CPU some operations, while a CUDA graph is for any numbers of frames.
+            all_own = device.type == "cpu" and min(own) == length
+            part = x[..., start * hop : (start + length) * hop]
+            parts.append(step(part, None if all_own else torch.tensor(own, device=device)))
+        return join(parts) if parts else empty
 
     def _encode_step(self, audio: Tensor, num_frames: Tensor | None) -> Tensor:
         latent = self.model.encode_latent(audio, self.states("encoder"), num_frames)
@@ -264,7 +254,18 @@ class ContinuousDecoder:
         Raises:
             ValueError: fewer rows than are active, more than `max_batch_size`, or no such row to finalize.
         """
-        self._check(codes, finalize_indices)
+        active = len(self.slots)
+        if not max(1, active) <= len(codes) <= self.max_batch_size:
+            raise ValueError(
+                f"{len(codes)} rows of codes for {active} active rows and max_batch_size={self.max_batch_size}; "
+                "end rows with finalize_indices, or start anew with reset_stream=True"
+            )
+        if any(item.ndim != 2 or item.shape[0] != codes[0].shape[0] for item in codes):
+            raise ValueError(
+                f"every row needs codes [n, frames] of equal n, got {[tuple(item.shape) for item in codes]}"
+            )
+        if any(not 0 <= row < len(codes) for row in finalize_indices):
+            raise ValueError(f"finalize_indices {list(finalize_indices)} must lie in 0..{len(codes) - 1}")
         free = [slot for slot in range(self.max_batch_size) if slot not in self.slots]
         slots = [*self.slots, *free[: len(codes) - len(self.slots)]]
         lengths = torch.zeros(self.max_batch_size, dtype=torch.int64)
@@ -279,20 +280,6 @@ class ContinuousDecoder:
         self.stream.reset(leaving)
         self.slots = [slot for slot in slots if not leaving[slot]]
         return MossAudioTokenizerDecoderOutput(audio=audio[slots], audio_lengths=samples[slots])
-
-    def _check(self, codes: Sequence[Tensor], finalize_indices: Sequence[int]) -> None:
-        active = len(self.slots)
-        if not max(1, active) <= len(codes) <= self.max_batch_size:
-            raise ValueError(
-                f"{len(codes)} rows of codes for {active} active rows and max_batch_size={self.max_batch_size}; "
-                "end rows with finalize_indices, or start anew with reset_stream=True"
-            )
-        if any(item.ndim != 2 or item.shape[0] != codes[0].shape[0] for item in codes):
-            raise ValueError(
-                f"every row needs codes [n, frames] of equal n, got {[tuple(item.shape) for item in codes]}"
-            )
-        if any(not 0 <= row < len(codes) for row in finalize_indices):
-            raise ValueError(f"finalize_indices {list(finalize_indices)} must lie in 0..{len(codes) - 1}")
 
 
 def pad_time(x: Tensor, longest: int) -> Tensor:

@@ -33,12 +33,10 @@ class LayerScale(nn.Module):
 class TransformerLayer(nn.Module):
     """LayerNorm -> attention -> LayerScale -> residual, then the same around a GELU feed-forward; no biases."""
 
-    def __init__(
-        self, d_model: int, num_heads: int, dim_feedforward: int, window: int, layer_scale: float, flash: bool = True
-    ) -> None:
+    def __init__(self, d_model: int, num_heads: int, dim_feedforward: int, window: int, layer_scale: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model, eps=1e-5)
-        self.self_attn = MultiheadAttention(d_model, num_heads, window, flash)
+        self.self_attn = MultiheadAttention(d_model, num_heads, window)
         self.layer_scale_1 = LayerScale(d_model, layer_scale)
         self.norm2 = nn.LayerNorm(d_model, eps=1e-5)
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias=False)
@@ -47,12 +45,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, layer: int = 0, chunk: StreamChunk | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `layer` is its place in the stage, whose streams a `chunk` continues."""
-        if chunk is not None:
-            return self._continue(x, rotation, layer, chunk)
-        x = self.layer_scale_1(x, self.self_attn(self.norm1(x), rotation))
-        return self.layer_scale_2(x, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
-
-    def _continue(self, x: Tensor, rotation: Rotation, layer: int, chunk: StreamChunk) -> Tensor:
+        if chunk is None:
+            x = self.layer_scale_1(x, self.self_attn(self.norm1(x), rotation))
+            return self.layer_scale_2(x, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
         linears = chunk.state.linears
         attended = self.self_attn.attend(self.norm1(x), rotation, layer, chunk)
         x = linears.add(self.self_attn.out_projs[0], attended, x, self.layer_scale_1)
@@ -94,7 +89,6 @@ class ProjectedTransformer(nn.Module):
         window: frames each query may look back on, itself included.
         layer_scale: initial gain of the residual branches.
         max_period: of the rotary embedding.
-        flash: see `MultiheadAttention`.
         frames_per_code_frame: frames that the stage handles per frame of codes.
         takes_audio, makes_audio: whether the linear in reads, or the linear out writes, samples of a waveform. That one
             computes in float32 under autocast too: bfloat16 keeps a waveform to 55 dB only.
@@ -112,15 +106,13 @@ class ProjectedTransformer(nn.Module):
         *,
         layer_scale: float = 0.01,
         max_period: float = 10000,
-        flash: bool = True,
         frames_per_code_frame: int = 1,
         takes_audio: bool = False,
         makes_audio: bool = False,
     ) -> None:
         super().__init__()
-        layers = [
-            TransformerLayer(d_model, num_heads, dim_feedforward, window, layer_scale, flash) for _ in range(num_layers)
-        ]
+        sizes = (d_model, num_heads, dim_feedforward, window, layer_scale)
+        layers = [TransformerLayer(*sizes) for _ in range(num_layers)]
         self.window = window
         self.d_model = d_model
         self.frames_per_code_frame = frames_per_code_frame
@@ -151,21 +143,20 @@ class ProjectedTransformer(nn.Module):
             dtype: of keys and values, by default that of the weights.
             pack: reorder the linear weights, as they are now, for many short chunks (see `PrepackedLinearOps`).
         """
-        layers, heads = self.transformer.layers, self.transformer.num_heads
-        weight, device = next(layers.parameters()), device_of(layers)
+        layers = cast(list[TransformerLayer], list(self.transformer.layers))
+        heads, weight = self.transformer.num_heads, next(self.transformer.parameters())
+        device = device_of(self.transformer)
         shape = (batch_size, self.window + longest_step, 2 * heads, self.d_model // heads)
         rings = [weight.new_zeros(shape, dtype=dtype, device=device) for _ in layers]
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        linears = LinearOps()
         if dtype is not None and dtype != weight.dtype and not torch.is_grad_enabled():
-            return StageState(position, rings, self.window, CastLinearOps(self, dtype))
-        return StageState(position, rings, self.window, self._prepacked_linears() if pack else LinearOps())
-
-    def _prepacked_linears(self) -> PrepackedLinearOps:
-        gains: dict[nn.Module, Tensor] = {}
-        for layer in cast(list[TransformerLayer], list(self.transformer.layers)):
-            gains[layer.self_attn.out_projs[0]] = layer.layer_scale_1.scale
-            gains[layer.linear2] = layer.layer_scale_2.scale
-        return PrepackedLinearOps(self, gains)
+            linears = CastLinearOps(self, dtype)
+        elif pack:
+            gains = {layer.self_attn.out_projs[0]: layer.layer_scale_1.scale for layer in layers}
+            gains |= {layer.linear2: layer.layer_scale_2.scale for layer in layers}
+            linears = PrepackedLinearOps(self, gains)
+        return StageState(position, rings, self.window, linears)
 
 
 @contextmanager
@@ -240,14 +231,10 @@ def initialize_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight)
     elif isinstance(module, nn.Conv1d):
-        initialize_weight_norm(module)
-
-
-def initialize_weight_norm(module: Any) -> None:
-    """Xavier directions, gains equal to their norms, zero bias."""
-    weight = module.parametrizations.weight
-    nn.init.xavier_normal_(weight.original1)
-    # transformers 5.0 calls this after loading and guards only functions of torch.nn.init: a loaded gain is kept.
-    if not getattr(weight.original0, "_is_hf_initialized", False):
-        weight.original0.copy_(weight.original1.flatten(1).norm(dim=1)[:, None, None])
-    nn.init.zeros_(module.bias)
+        conv: Any = module
+        weight = conv.parametrizations.weight
+        nn.init.xavier_normal_(weight.original1)
+        # transformers 5.0 calls this after loading and guards only functions of torch.nn.init: a loaded gain is kept.
+        if not getattr(weight.original0, "_is_hf_initialized", False):
+            weight.original0.copy_(weight.original1.flatten(1).norm(dim=1)[:, None, None])
+        nn.init.zeros_(conv.bias)

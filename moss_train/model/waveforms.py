@@ -1,6 +1,5 @@
 """Bring waveforms of any container to tensors, pad them, and measure and set their level."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +44,13 @@ def pad_together(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(longest, device=lengths.device) < lengths[:, None]
 
 
+def silence_beyond(audio: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return audio [B, C, T] with zeros beyond the first `lengths` [B] samples of each item, None for all."""
+    if lengths is None:
+        return audio
+    return audio.masked_fill((torch.arange(audio.shape[2], device=audio.device) >= lengths[:, None])[:, None], 0)
+
+
 def level_db(audio: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Return the RMS level [B] of audio [B, C, T] in dB relative to full scale; -inf for silence.
 
@@ -52,8 +58,7 @@ def level_db(audio: Tensor, lengths: Tensor | None = None) -> Tensor:
         lengths: [B] samples of each item that count, None for all.
     """
     count = torch.full(audio.shape[:1], audio.shape[2], device=audio.device) if lengths is None else lengths
-    is_padding = torch.arange(audio.shape[2], device=audio.device) >= count[:, None]
-    energy = audio.float().masked_fill(is_padding[:, None], 0).square().sum(dim=(1, 2))
+    energy = silence_beyond(audio.float(), lengths).square().sum(dim=(1, 2))
     return 10 * torch.log10(energy / (count.clamp(min=1) * audio.shape[1]))
 
 
@@ -69,14 +74,7 @@ def set_level(audio: Tensor, level: float, lengths: Tensor | None = None) -> Ten
         raise ValueError(f"loudness is a level in dB relative to full scale, from -100 to 0, got {level}")
     gain_db = (level - level_db(audio, lengths)).clamp(max=LARGEST_GAIN_DB)
     gain = 10 ** (gain_db / 20)
-    count = torch.full(audio.shape[:1], audio.shape[2], device=audio.device) if lengths is None else lengths
-    is_padding = torch.arange(audio.shape[2], device=audio.device) >= count[:, None]
-    peak = audio.float().abs().masked_fill(is_padding[:, None], 0).amax(dim=(1, 2))
+    peak = silence_beyond(audio.float(), lengths).abs().amax(dim=(1, 2))
     gain = torch.minimum(gain, (1 / peak).clamp(min=1))
     gain = torch.where(peak > 0, gain, torch.ones_like(gain))
     return audio * gain.to(audio.dtype)[:, None, None]
-
-
-def is_far(level: float, expected: float, tolerance: float = 12.0) -> bool:
-    """Return whether a level differs by more than `tolerance` dB from what is expected; silence does not count."""
-    return math.isfinite(level) and abs(level - expected) > tolerance

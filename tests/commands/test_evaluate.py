@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
-from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from tests.model.small_models import save_one_stage_model
 
 PAIRS = Path(__file__).parents[1] / "data" / "metrics"
 FAST = ["metrics=[stoi,spectral,si_sdr]", "report_clips=1", "device=cpu"]
@@ -20,11 +19,7 @@ FAST = ["metrics=[stoi,spectral,si_sdr]", "report_clips=1", "device=cpu"]
 def folder(tmp_path_factory, recordings) -> Path:
     """A small model, and a manifest of real clips with one that is damaged."""
     folder = tmp_path_factory.mktemp("evaluate")
-    torch.manual_seed(0)
-    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
-    quantizer = {"rvq_dim": 16, "num_quantizers": 4, "codebook_size": 32, "codebook_dim": 4}
-    config = MossAudioTokenizerConfig.from_stages(24000, stages, quantizer, context_seconds=1.0)
-    MossAudioTokenizerModel(config).save_pretrained(folder / "small")
+    save_one_stage_model(folder / "small", num_quantizers=4)
     speech = sorted(recordings.glob("speech/*.flac"))[:2]
     sound = sorted(recordings.glob("sound/*.flac"))[0]
     lines = [{"path": str(path), "id": path.stem, "domain": "speech", "text": "hello"} for path in speech]

@@ -22,11 +22,11 @@ from moss_train.data.pack.preprocess import PackOptions, SkippedClip, preprocess
 from moss_train.data.shards.format import EncodedClip
 from moss_train.data.shards.index import ShardIndex
 from moss_train.inference.files import find_audio, find_codes, targets_of
-from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.training.run.data_source import warn_of_silence
 from moss_train.utils.errors import Fault, UserError
 from moss_train.utils.files import MAX_NAME_BYTES, atomic_write
 from tests.data.packed_clips import iterate_clips
+from tests.model.small_models import save_one_stage_model
 
 RATE = 24000
 TONE = (np.sin(np.arange(RATE) * 0.05) * 0.4).astype(np.float32)
@@ -233,10 +233,7 @@ def test_commands_work_without_utf8_home_and_tmpdir(tmp_path: Path) -> None:
     """In one process, since importing takes longer than all else; `pack` says besides that all is silent."""
     name = "f\N{LATIN SMALL LETTER U WITH DIAERESIS}r"
     wav(tmp_path / f"audio/{name}.wav", TONE * 0)
-    stages = [{"patch_size": 480, "output_dimension": 8, "d_model": 16, "num_heads": 2, "num_layers": 1}]
-    quantizer = {"rvq_dim": 8, "num_quantizers": 2, "codebook_size": 16, "codebook_dim": 4}
-    config = MossAudioTokenizerConfig.from_stages(RATE, stages, quantizer, context_seconds=1.0)
-    MossAudioTokenizerModel(config).save_pretrained(tmp_path / "model")
+    save_one_stage_model(tmp_path / "model", sampling_rate=RATE)
     commands = (
         ["pack", "input=audio", "out=shards"],
         ["encode", "model=model", "input=audio", "out=codes"],

@@ -14,9 +14,9 @@ from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.encode import Encoder
 from moss_train.inference.files import Work, read_codes
-from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 from tests.data.packed_clips import iterate_clips
+from tests.model.small_models import save_one_stage_model
 
 HIGH = ClipFormat(24000, 1, 1920, output_sampling_rate=48000)
 CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
@@ -101,13 +101,7 @@ def test_workers_keep_both_rates_within_their_memory():
 
 def test_a_packed_corpus_at_the_higher_rate_has_the_codes_of_its_files(high, tmp_path):
     """From a model with such a decoder, whose codes also decode to the files' lengths."""
-    torch.manual_seed(0)
-    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
-    quantizer = {"rvq_dim": 16, "num_quantizers": 3, "codebook_size": 32, "codebook_dim": 4}
-    config = MossAudioTokenizerConfig.from_stages(
-        24000, stages, quantizer, context_seconds=1.0, output_sampling_rate=48000
-    )
-    MossAudioTokenizerModel(config).save_pretrained(tmp_path / "model")
+    save_one_stage_model(tmp_path / "model", output_sampling_rate=48000)
     common = [f"model={tmp_path / 'model'}", "device=cpu", "batch_invariant=true"]
     assert main(["encode", *common, f"input={high / 'audio'}", f"out={tmp_path / 'files'}"]) == 0
     assert main(["encode", *common, f"shards={high / 'packed'}", f"out={tmp_path / 'shards'}"]) == 0
@@ -128,8 +122,6 @@ def test_a_packed_corpus_at_the_higher_rate_has_the_codes_of_its_files(high, tmp
 
 def test_a_packed_corpus_at_another_rate_is_refused(high, tmp_path, capsys):
     folder = tmp_path / "model"
-    stages = [{"patch_size": 320, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
-    quantizer = {"rvq_dim": 16, "num_quantizers": 3, "codebook_size": 32, "codebook_dim": 4}
-    MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(32000, stages, quantizer)).save_pretrained(folder)
+    save_one_stage_model(folder, sampling_rate=32000)
     assert main(["encode", f"model={folder}", f"shards={high / 'packed'}", f"out={tmp_path / 'codes'}"]) == 2
     assert "have 48000 Hz and 1 channels, the model takes 32000 Hz (or a multiple)" in capsys.readouterr().err

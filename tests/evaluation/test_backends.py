@@ -12,9 +12,10 @@ from moss_train.evaluation.metrics.base import Pair
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.metrics.signal import Dnsmos
 from moss_train.evaluation.metrics.speaker import SpeakerVerifier, WavLMSimilarity, load_weights, map_weight_name
-from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.model import MossAudioTokenizerModel
 from moss_train.semantic import ByteText, TextLM
 from moss_train.utils.errors import UserError
+from tests.model.small_models import one_stage_config
 
 RATE = 16_000
 FOLDER = Path(__file__).parents[1] / "data" / "metrics"
@@ -242,9 +243,7 @@ def write_byte_vocabulary(folder: Path) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def tokenizer_and_lm() -> tuple[MossAudioTokenizerModel, TextLM]:
     torch.manual_seed(0)
-    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
-    quantizer = {"rvq_dim": 16, "num_quantizers": 4, "codebook_size": 32, "codebook_dim": 4}
-    config = MossAudioTokenizerConfig.from_stages(RATE, stages, quantizer, context_seconds=1.0)
+    config = one_stage_config(RATE, num_quantizers=4)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text_lm = TextLM(config.quantizer_kwargs["output_dim"], ByteText(), sizes | {"num_key_value_heads": 1})
     return MossAudioTokenizerModel(config).eval(), text_lm

@@ -6,7 +6,8 @@ import torch
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
 from moss_train.inference.files import read_codes
-from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.model import MossAudioTokenizerModel
+from tests.model.small_models import save_one_stage_model
 
 RECORDING = sorted((Path(__file__).parents[2] / "recipes/quickstart/audio/speech").rglob("*.flac"))[0]
 
@@ -15,11 +16,7 @@ RECORDING = sorted((Path(__file__).parents[2] / "recipes/quickstart/audio/speech
 def folder(tmp_path_factory) -> Path:
     """A saved stereo model and three clips of a real recording, one of them damaged."""
     folder = tmp_path_factory.mktemp("inference")
-    torch.manual_seed(0)
-    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
-    quantizer = {"rvq_dim": 16, "num_quantizers": 3, "codebook_size": 32, "codebook_dim": 4}
-    config = MossAudioTokenizerConfig.from_stages(16000, stages, quantizer, context_seconds=1.0, number_channels=2)
-    MossAudioTokenizerModel(config).save_pretrained(folder / "model")
+    save_one_stage_model(folder / "model", sampling_rate=16000, number_channels=2)
     audio, rate = read_audio(RECORDING, num_channels=2)
     (folder / "in put/a").mkdir(parents=True)
     write_audio(folder / "in put/a/one.wav", audio, rate)

@@ -20,9 +20,10 @@ from moss_train.data.shards.index import ShardIndex
 from moss_train.inference import shards as shards_module
 from moss_train.inference.decode import Decoder
 from moss_train.inference.shards import EncodeJob, decode_shards, encode_shards
-from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import ConfigError, UserError
 from tests.data.packed_clips import iterate_clips
+from tests.model.small_models import save_one_stage_model
 
 from ..faults.harness import Launcher, is_alive, wait_for_numbers
 
@@ -32,11 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
-    quantizer = {"rvq_dim": 16, "num_quantizers": 3, "codebook_size": 32, "codebook_dim": 4}
-    config = MossAudioTokenizerConfig.from_stages(24000, stages, quantizer, context_seconds=1.0)
-    MossAudioTokenizerModel(config).save_pretrained(folder)
+    save_one_stage_model(folder)
     return folder
 
 

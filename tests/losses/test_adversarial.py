@@ -5,42 +5,42 @@ import torch
 
 from moss_train.losses import discriminator_loss, feature_matching_loss, generator_loss
 
+# Logits of two discriminators for two clips.
+REAL = [torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[[2.0]], [[1.0]]])]
+GENERATED = [torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[[0.0]], [[3.0]]])]
+# Features of two discriminators, the first with two layers, for two clips.
+REAL_FEATURES = [
+    [torch.tensor([[1.0, -1.0], [9.0, 9.0]]), torch.tensor([[2.0], [2.0]])],
+    [torch.tensor([[4.0], [4.0]])],
+]
+GENERATED_FEATURES = [
+    [torch.tensor([[1.5, -0.5], [9.9, 8.1]]), torch.tensor([[2.0], [3.0]])],
+    [torch.tensor([[0.0], [4.0]])],
+]
+
 
 def test_discriminator_loss_by_hand():
-    real = [torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[[2.0]], [[1.0]]])]
-    generated = [torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[[0.0]], [[3.0]]])]
     # First: clip 0 has 1/2 + 1/2, clip 1 has 1/4 + 1/4. Second: clip 0 has 1 + 0, clip 1 has 0 + 9.
     expected = ((1.0 + 1.0) / 2 + (0.5 + 9.0) / 2) / 2
-    assert discriminator_loss(real, generated, num_clips=2).item() == pytest.approx(expected)
+    assert discriminator_loss(REAL, GENERATED, num_clips=2).item() == pytest.approx(expected)
 
 
 def test_generator_loss_by_hand():
-    generated = [torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[[0.0]], [[3.0]]])]
     expected = ((0.5 + 1.0) / 2 + (0.25 + 4.0) / 2) / 2
-    assert generator_loss(generated, num_clips=2).item() == pytest.approx(expected)
+    assert generator_loss(GENERATED, num_clips=2).item() == pytest.approx(expected)
 
 
 def test_sums_over_discriminators_by_hand():
-    real = [torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[[2.0]], [[1.0]]])]
-    generated = [torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[[0.0]], [[3.0]]])]
     # As above, but the two discriminators are added: per clip, then the mean over the two clips.
     expected = ((1.0 + 1.0) + (0.5 + 9.0)) / 2
-    assert discriminator_loss(real, generated, 2, reduction="sum").item() == pytest.approx(expected)
+    assert discriminator_loss(REAL, GENERATED, 2, reduction="sum").item() == pytest.approx(expected)
     expected = ((0.5 + 1.0) + (0.25 + 4.0)) / 2
-    assert generator_loss(generated, 2, reduction="sum").item() == pytest.approx(expected)
+    assert generator_loss(GENERATED, 2, reduction="sum").item() == pytest.approx(expected)
 
 
 def test_absolute_feature_matching_is_twice_the_sum_over_layers_and_discriminators():
-    real = [
-        [torch.tensor([[1.0, -1.0], [9.0, 9.0]]), torch.tensor([[2.0], [2.0]])],
-        [torch.tensor([[4.0], [4.0]])],
-    ]
-    generated = [
-        [torch.tensor([[1.5, -0.5], [9.9, 8.1]]), torch.tensor([[2.0], [3.0]])],
-        [torch.tensor([[0.0], [4.0]])],
-    ]
     clip_0, clip_1 = 0.5 + 0.0 + 4.0, 0.9 + 1.0 + 0.0
-    loss = feature_matching_loss(real, generated, 2, reduction="absolute_sum")
+    loss = feature_matching_loss(REAL_FEATURES, GENERATED_FEATURES, 2, reduction="absolute_sum")
     assert loss.item() == pytest.approx(2 * (clip_0 + clip_1) / 2)
 
 
@@ -87,17 +87,9 @@ def test_number_of_logits_does_not_weigh_a_discriminator():
 
 
 def test_feature_matching_is_a_mean_of_ratios_per_clip_layer_and_discriminator():
-    real = [
-        [torch.tensor([[1.0, -1.0], [9.0, 9.0]]), torch.tensor([[2.0], [2.0]])],
-        [torch.tensor([[4.0], [4.0]])],
-    ]
-    generated = [
-        [torch.tensor([[1.5, -0.5], [9.9, 8.1]]), torch.tensor([[2.0], [3.0]])],
-        [torch.tensor([[0.0], [4.0]])],
-    ]
     clip_0 = ((0.5 + 0.0) / 2 + 1.0) / 2
     clip_1 = ((0.1 + 0.5) / 2 + 0.0) / 2
-    assert feature_matching_loss(real, generated, 2).item() == pytest.approx((clip_0 + clip_1) / 2)
+    assert feature_matching_loss(REAL_FEATURES, GENERATED_FEATURES, 2).item() == pytest.approx((clip_0 + clip_1) / 2)
 
 
 def test_feature_matching_ignores_the_scale_of_a_layer():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moss_train.audio.stft import normalized_stft
-from moss_train.losses import ComplexSTFTLoss, RelativeSquaredErrorLoss, WaveformLoss
+from moss_train.losses import ComplexSTFTLoss, MidSideLoss, RelativeSquaredErrorLoss, WaveformLoss
 
 LOSSES = [ComplexSTFTLoss(), WaveformLoss(), RelativeSquaredErrorLoss()]
 
@@ -44,12 +44,12 @@ def test_a_flipped_waveform_has_no_magnitude_distance_but_a_complex_one():
     assert loss(reference, reference, lengths).item() == 0
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("loss", [*LOSSES, MidSideLoss()], ids=lambda loss: type(loss).__name__)
 def test_micro_batches_add_up_and_padding_is_ignored(loss):
     reference, degraded = noise(3, 2), noise(3, 2, seed=1)
     lengths = torch.tensor([6000, 3000, 500])
     whole = loss(reference, degraded, lengths)
-    parts = [loss(reference[p], degraded[p], lengths[p], 3) for p in (slice(0, 1), slice(1, 3))]
+    parts = [loss(reference[p], degraded[p], lengths[p], torch.tensor(3)) for p in (slice(0, 1), slice(1, 3))]
     torch.testing.assert_close(sum(parts), whole)
     short = loss(reference[1:2, :, :3000], degraded[1:2, :, :3000], lengths[1:2])
     torch.testing.assert_close(loss(reference[1:2], degraded[1:2], lengths[1:2]), short)

@@ -1,5 +1,7 @@
 """Small random models whose every branch matters, and comparisons for them."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ STAGES = (
     {"patch_size": 2, "output_dimension": 16, "d_model": 16, "num_heads": 2, "num_layers": 1},
     {"patch_size": 2, "output_dimension": 24, "d_model": 32, "num_heads": 4, "num_layers": 2},
 )
+HOP = 16
 QUANTIZER = {"rvq_dim": 20, "num_quantizers": 4, "codebook_size": 32, "codebook_dim": 6}
 
 
@@ -34,6 +37,19 @@ def small_model(seed: int = 0, **options) -> MossAudioTokenizerModel:
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def one_stage_config(sampling_rate: int = 24000, num_quantizers: int = 3, **options) -> MossAudioTokenizerConfig:
+    """One layer on patches of 480 samples, for real recordings."""
+    stages = [{"patch_size": 480, "output_dimension": 16, "d_model": 32, "num_heads": 2, "num_layers": 1}]
+    quantizer = {"rvq_dim": 16, "num_quantizers": num_quantizers, "codebook_size": 32, "codebook_dim": 4}
+    return MossAudioTokenizerConfig.from_stages(sampling_rate, stages, quantizer, context_seconds=1.0, **options)
+
+
+def save_one_stage_model(folder: Path, **options) -> None:
+    """Save a model of such a configuration, the same one every time."""
+    torch.manual_seed(0)
+    MossAudioTokenizerModel(one_stage_config(**options)).save_pretrained(folder)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

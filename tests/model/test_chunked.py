@@ -9,9 +9,7 @@ import torch
 
 from moss_train.model import codec as chunked
 
-from .small_models import noise, num_real_differences, relative_error, small_model
-
-HOP = 16
+from .small_models import HOP, noise, num_real_differences, relative_error, small_model
 
 
 @pytest.mark.parametrize("channels", [1, 2])

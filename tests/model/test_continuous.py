@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from .small_models import relative_error, small_model
-
-HOP = 16
+from .small_models import HOP, relative_error, small_model
 
 
 @pytest.fixture

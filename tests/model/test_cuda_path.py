@@ -12,9 +12,7 @@ from moss_train.model.attention import HAS_WINDOW_KERNEL, flash_attention, has_w
 from moss_train.model.kv_cache import StreamChunk
 from moss_train.model.quantizer import ResidualLFQ
 
-from .small_models import small_config
-
-HOP = 16
+from .small_models import HOP, small_config
 
 
 @pytest.fixture

@@ -12,9 +12,7 @@ import torch
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.waveforms import level_db, set_level
 
-from .small_models import small_model
-
-HOP = 16
+from .small_models import HOP, small_model
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 
+from ..local_server import serving
 from .small_models import relative_error, small_model
 
 TINY = Path(__file__).parents[1] / "data" / "parity" / "tiny24k"
@@ -155,14 +155,20 @@ def test_saved_folder_runs_where_the_package_is_missing(tmp_path):
     assert relative_error(result["audio"], model.decode(codes).audio) < 1e-5
 
 
+def cached_repository(cache):
+    """The folder of the only revision of owner/name in a cache of the hub."""
+    snapshot = cache / "models--owner--name" / "snapshots" / ("0" * 40)
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("subfolder", ["", "inner"])
 def test_half_of_a_repository_needs_only_the_files_of_that_half(tmp_path, part, subfolder):
     """The cache of the hub lacks the others, and nothing can be downloaded."""
     model = small_model()
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
-    (snapshot.parents[1] / "refs").mkdir(parents=True)
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    snapshot = cached_repository(tmp_path)
     model.save_pretrained(snapshot / subfolder, max_shard_size="8KB")
     place = {"cache_dir": tmp_path, "subfolder": subfolder}
     index = json.loads((snapshot / subfolder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -255,16 +261,14 @@ def test_a_repository_of_which_half_was_downloaded_is_completed(tmp_path):
     model.save_pretrained(tmp_path / "repository", max_shard_size="8KB")
     weights = {path.name for path in (tmp_path / "repository").glob("*.safetensors")}
     handler = type("Handler", (Repository,), {"folder": tmp_path / "repository", "fetched": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", OTHER_HALF], env=environment, **pipes) as process:
-        assert process.stdout.readline() == "half\n"
-        first = set(handler.fetched)
-        lines = process.communicate("\n", timeout=120)[0].splitlines()
-    server.shutdown()
+    command, pipes = [sys.executable, "-c", OTHER_HALF], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with serving(handler) as url:
+        environment |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
+        with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+            assert process.stdout.readline() == "half\n"
+            first = set(handler.fetched)
+            lines = process.communicate("\n", timeout=120)[0].splitlines()
     assert process.returncode == 0
     others = weights - first
     assert weights & first
@@ -278,9 +282,7 @@ def test_a_repository_of_which_half_was_downloaded_is_completed(tmp_path):
 
 
 def test_an_index_of_a_repository_names_no_files_elsewhere(tmp_path):
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
-    (snapshot.parents[1] / "refs").mkdir(parents=True)
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    snapshot = cached_repository(tmp_path)
     small_model().save_pretrained(snapshot, max_shard_size="8KB")
     path = snapshot / "model.safetensors.index.json"
     index = json.loads(path.read_text())

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from .small_models import noise, num_real_differences, relative_error, small_model
-
-HOP = 16
+from .small_models import HOP, noise, num_real_differences, relative_error, small_model
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +135,7 @@ def test_illegal_audio_is_refused(model, shape):
         model.encode(torch.zeros(shape))
 
 
-def test_integer_audio_and_wrong_masks_are_refused(model):
-    with pytest.raises(ValueError, match="int16"):
-        model.encode(torch.zeros(1, 1, 16, dtype=torch.int16))
+def test_wrong_masks_are_refused(model):
     with pytest.raises(ValueError, match="padding_mask"):
         model.encode(torch.zeros(2, 1, 16), padding_mask=torch.ones(2, 15))
     with pytest.raises(ValueError, match="padding_mask"):
