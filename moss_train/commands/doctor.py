@@ -80,9 +80,19 @@ def examine(run_directory: Path, min_free_disk_bytes: float) -> Iterator[Finding
     yield Finding("memory", f"{ram.available / GIB:.1f} GiB available of {ram.total / GIB:.1f} GiB")
     yield from disk_findings(run_directory, min_free_disk_bytes)
     yield audio_format_finding()
-    yield flash_attention_finding()
+    attention = []
+    if not isinstance(try_import("flash_attn"), Exception):
+        attention.append(f"flash_attn {package_version('flash-attn')}")
+    if hasattr(try_import("torch.nn.attention.varlen"), "varlen_attn"):
+        attention.append("built into torch")
+    yield Finding("FlashAttention", ", ".join(attention) or "none: attention runs through torch's other kernels")
     for distribution, module in EVALUATION_PACKAGES.items():
-        yield extra_finding(distribution, module)
+        imported = try_import(module)
+        if isinstance(imported, Exception):
+            advice = "install the extra: pip install 'moss_train[eval]'"
+            yield Finding(f"{distribution} (eval)", describe(imported), advice)
+        else:
+            yield Finding(f"{distribution} (eval)", package_version(distribution) or "unknown version")
 
 
 def show(findings: list[Finding], console: Console) -> None:
@@ -111,6 +121,11 @@ def try_import(module: str) -> ModuleType | Exception:
         return error
 
 
+def describe(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def package_finding(distribution: str, module: str) -> Finding:
     """Check that a core package can be imported and that its version is one that moss_train declares."""
     imported = try_import(module)
@@ -118,23 +133,19 @@ def package_finding(distribution: str, module: str) -> Finding:
     if isinstance(imported, ModuleNotFoundError) and version is None:
         return Finding(distribution, "not installed", INSTALL_LOCK, broken=True)
     if isinstance(imported, Exception):
-        return Finding(distribution, f"{version}: {describe(imported)}", import_advice(distribution), broken=True)
+        advice = INSTALL_LOCK
+        if distribution == "torchaudio":
+            advice = (
+                f"torch {package_version('torch')} and torchaudio {version} do not fit together, most likely because "
+                f"they are built for different CUDA releases: {INSTALL_LOCK}"
+            )
+        elif distribution == "soundfile":
+            advice = f"libsndfile cannot be loaded; the soundfile wheel brings it: {INSTALL_LOCK}"
+        return Finding(distribution, f"{version}: {describe(imported)}", advice, broken=True)
     wanted = declared_versions(distribution)
     if wanted is not None and version is not None and not wanted.contains(version, prereleases=True):
         return Finding(distribution, version, f"moss_train needs {distribution}{wanted}: {INSTALL_LOCK}", broken=True)
     return Finding(distribution, version or "unknown version")
-
-
-def import_advice(distribution: str) -> str:
-    """Say what to do about a package that is installed and cannot be imported."""
-    if distribution == "torchaudio":
-        return (
-            f"torch {package_version('torch')} and torchaudio {package_version('torchaudio')} do not fit together, "
-            f"most likely because they are built for different CUDA releases: {INSTALL_LOCK}"
-        )
-    if distribution == "soundfile":
-        return f"libsndfile cannot be loaded; the soundfile wheel brings it: {INSTALL_LOCK}"
-    return INSTALL_LOCK
 
 
 def declared_versions(distribution: str) -> Any:
@@ -149,71 +160,55 @@ def declared_versions(distribution: str) -> Any:
     return next((r.specifier for r in requirements if r.name == distribution and r.marker is None), None)
 
 
-def describe(error: Exception) -> str:
-    """Return the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
 def device_findings() -> Iterator[Finding]:
-    """Report the CUDA release that torch is built for and the memory of each device it can use."""
+    """Report the CUDA release that torch is built for and the capability and memory of each device it can use."""
     torch = try_import("torch")
     if isinstance(torch, Exception):
         return
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    if torch.cuda.is_available():
-        yield Finding("torch build", build)
-        for device in range(torch.cuda.device_count()):
-            yield device_finding(torch, device)
+    cuda = torch.version.cuda
+    build = f"CUDA {cuda}" if cuda else "CPU only"
+    if not torch.cuda.is_available():
+        advice = None
+        if Path("/proc/driver/nvidia/version").exists():
+            advice = (
+                f"torch cannot use the NVIDIA driver: update it to one for CUDA {cuda}, or see nvidia-smi"
+                if cuda
+                else "this machine has an NVIDIA driver and this torch is built without CUDA: install the torch build "
+                "for CUDA"
+            )
+        yield Finding("torch build", f"{build}; no CUDA device, so everything runs on the CPU", advice)
         return
-    yield Finding(
-        "torch build", f"{build}; no CUDA device, so everything runs on the CPU", missing_device_advice(torch)
-    )
-
-
-def missing_device_advice(torch: ModuleType) -> str | None:
-    """Say what to do when there is an NVIDIA driver and torch cannot use it; None when there is no driver either."""
-    if not Path("/proc/driver/nvidia/version").exists():
-        return None
-    if torch.version.cuda is None:
-        return (
-            "this machine has an NVIDIA driver and this torch is built without CUDA: install the torch build for CUDA"
-        )
-    return f"torch cannot use the NVIDIA driver: update it to one for CUDA {torch.version.cuda}, or see nvidia-smi"
-
-
-def device_finding(torch: ModuleType, device: int) -> Finding:
-    """Report name, compute capability and memory of one CUDA device."""
-    subject = f"cuda:{device}"
-    try:
-        major, minor = torch.cuda.get_device_capability(device)
-        free = cuda_memory(device)
-    except RuntimeError as error:
-        return Finding(subject, describe(error), "the device does not answer: look at nvidia-smi", broken=True)
-    sizes = f"{free.available / GIB:.1f} GiB free of {free.total / GIB:.1f} GiB"
-    return Finding(subject, f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, {sizes}")
+    yield Finding("torch build", build)
+    for device in range(torch.cuda.device_count()):
+        subject = f"cuda:{device}"
+        try:
+            major, minor = torch.cuda.get_device_capability(device)
+            free = cuda_memory(device)
+        except RuntimeError as error:
+            advice = "the device does not answer: look at nvidia-smi"
+            yield Finding(subject, describe(error), advice, broken=True)
+            continue
+        sizes = f"{free.available / GIB:.1f} GiB free of {free.total / GIB:.1f} GiB"
+        yield Finding(subject, f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, {sizes}")
 
 
 def disk_findings(run_directory: Path, min_free_bytes: float) -> Iterator[Finding]:
     """Report the free disk for runs and for temporary files, and whether these are on one file system."""
-    run_directory = nearest_directory(run_directory)
-    temporary = Path(tempfile.gettempdir())
-    if not os.access(run_directory, os.W_OK | os.X_OK):
+
+    def free_disk(subject: str, directory: Path, remedy: str, note: str = "") -> Finding:
+        free = shutil.disk_usage(directory).free
+        advice = f"less than {min_free_bytes / 1e9:.0f} GB free: {remedy}" if free < min_free_bytes else None
+        return Finding(subject, f"{directory}: {free / 1e9:.0f} GB free{note}", advice)
+
+    runs, temporary = nearest_directory(run_directory), Path(tempfile.gettempdir())
+    if not os.access(runs, os.W_OK | os.X_OK):
         advice = "no permission to write there: name another one, run_dir=PATH"
-        yield Finding("run directory", str(run_directory), advice, broken=True)
+        yield Finding("run directory", str(runs), advice, broken=True)
     else:
-        yield free_disk_finding("run directory", run_directory, min_free_bytes, "name a larger disk, run_dir=PATH")
-    same = os.stat(run_directory).st_dev == os.stat(temporary).st_dev
-    note = f"{'the same' if same else 'another'} file system as the run directory"
-    yield free_disk_finding("temporary files", temporary, min_free_bytes, "set TMPDIR to a larger disk", note)
-
-
-def free_disk_finding(subject: str, directory: Path, min_free_bytes: float, remedy: str, note: str = "") -> Finding:
-    """Report the free disk at a directory, with advice when it is less than wanted."""
-    free = shutil.disk_usage(directory).free
-    found = f"{directory}: {free / 1e9:.0f} GB free" + (f", {note}" if note else "")
-    if free < min_free_bytes:
-        return Finding(subject, found, f"less than {min_free_bytes / 1e9:.0f} GB free: {remedy}")
-    return Finding(subject, found)
+        yield free_disk("run directory", runs, "name a larger disk, run_dir=PATH")
+    same = os.stat(runs).st_dev == os.stat(temporary).st_dev
+    note = f", {'the same' if same else 'another'} file system as the run directory"
+    yield free_disk("temporary files", temporary, "set TMPDIR to a larger disk", note)
 
 
 def nearest_directory(path: Path) -> Path:
@@ -233,28 +228,7 @@ def audio_format_finding() -> Finding:
         "Opus": "OGG" in formats and "OPUS" in soundfile.available_subtypes("OGG"),
         "MP3": "MP3" in formats,
     }
-    found = f"libsndfile {soundfile.__libsndfile_version__}: WAV, " + ", ".join(
-        n for n, there in supported.items() if there
-    )
+    readable = ["WAV", *(name for name, there in supported.items() if there)]
     missing = [name for name, there in supported.items() if not there]
-    if missing:
-        return Finding("audio formats", found, f"no {' and '.join(missing)}: install libsndfile 1.1 or newer")
-    return Finding("audio formats", found)
-
-
-def flash_attention_finding() -> Finding:
-    """Report which FlashAttention can be used: the flash_attn package or the one built into torch."""
-    ways = []
-    if not isinstance(try_import("flash_attn"), Exception):
-        ways.append(f"flash_attn {package_version('flash-attn')}")
-    if hasattr(try_import("torch.nn.attention.varlen"), "varlen_attn"):
-        ways.append("built into torch")
-    return Finding("FlashAttention", ", ".join(ways) or "none: attention runs through torch's other kernels")
-
-
-def extra_finding(distribution: str, module: str) -> Finding:
-    """Report a package of the `eval` extra; only `evaluate` and its report need it."""
-    imported = try_import(module)
-    if not isinstance(imported, Exception):
-        return Finding(f"{distribution} (eval)", package_version(distribution) or "unknown version")
-    return Finding(f"{distribution} (eval)", describe(imported), "install the extra: pip install 'moss_train[eval]'")
+    advice = f"no {' and '.join(missing)}: install libsndfile 1.1 or newer" if missing else None
+    return Finding("audio formats", f"libsndfile {soundfile.__libsndfile_version__}: {', '.join(readable)}", advice)

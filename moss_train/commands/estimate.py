@@ -30,44 +30,40 @@ EXAMPLES = (
 )
 SHORT_UPDATE_SECONDS = 0.1  # below, starting the operations takes longer than doing them
 MODELLED_MFU = 0.3  # the default
-CLUSTER_KEYS = ("gpu", "gpus", "mfu", "text_fraction", "text_tokens_per_second", "allreduce_gb_per_second")
 
 
 def run(config: EstimateConfig) -> int:
     """Count, estimate and print. Returns 0."""
     law = None if config.scaling is None else read_scaling_law(config.scaling)
-    cluster = ClusterSpec(**{key: getattr(config, key) for key in CLUSTER_KEYS} | {"mfu": share_of_peak(config.mfu)})
+    mfu = measured_share(config.mfu) if isinstance(config.mfu, str) else config.mfu
+    cluster = ClusterSpec(
+        config.gpu,
+        config.gpus,
+        mfu,
+        config.text_fraction,
+        config.text_tokens_per_second,
+        config.allreduce_gb_per_second,
+    )
     init_plan = plan_initialization(config)
     semantic = init_plan.arguments["semantic"]
     arguments = {**init_plan.arguments, "semantic": None if semantic is None else resolve_lm_config(semantic)}
-    parameters = count_parameters_on_meta(arguments, config)
-    result = estimate(config, arguments, init_plan.tokenizer_config, parameters, cluster)
+    size = count_parameters_on_meta(arguments, config)
+    result = estimate(config, arguments, init_plan.tokenizer_config, size, cluster)
+    # Bytes of the state on each GPU by kind: whole, and divided where there are several GPUs.
+    placed = {"1 GPU": result.memory.state}
+    if cluster.gpus > 1:
+        placed = {"DDP": result.memory.state, f"FSDP over {cluster.gpus}": result.memory.sharded}
+    parameters = Table("network", "parameters", title="parameters")
+    for name in ("tokenizer", "semantic", "discriminators"):
+        parameters.add_row({"semantic": "text LM"}.get(name, name), f"{getattr(result.parameters, name):,}")
     console = Console(width=max(Console().width, 110))
-    for table in (parameter_table(result), cost_table(result), time_table(result), memory_table(result, cluster)):
+    for table in (parameters, cost_table(result), time_table(result), memory_table(placed)):
         console.print(table)
-    lines = memory_lines(config, result, cluster) + recomputation_lines(config, result)
+    lines = memory_lines(config, result, placed)
     lines += [] if law is None else scaling_lines(result, law)
     lines += assumptions(config, result, cluster)
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return 0
-
-
-def share_of_peak(mfu: float | str) -> float:
-    """The number given, or that measured in the run directory given."""
-    return measured_share(mfu) if isinstance(mfu, str) else mfu
-
-
-def parameter_table(result: Estimate) -> Table:
-    """Parameters of each network."""
-    table = Table("network", "parameters", title="parameters")
-    size = result.parameters
-    for name, count in (
-        ("tokenizer", size.tokenizer),
-        ("text LM", size.semantic),
-        ("discriminators", size.discriminators),
-    ):
-        table.add_row(name, f"{count:,}")
-    return table
 
 
 def cost_table(result: Estimate) -> Table:
@@ -75,16 +71,12 @@ def cost_table(result: Estimate) -> Table:
     table = Table("", "forward", "backward", "together", title="GFLOP per audio-second")
     for stage in result.stages:
         table.add_section()
-        for name, cost in stage.costs.items():
-            table.add_row(f"{stage.stage.name}: {name}", *gigas(cost.forward, cost.backward, cost.total))
-        forward, backward = (sum(getattr(c, k) for c in stage.costs.values()) for k in ("forward", "backward"))
-        table.add_row(f"{stage.stage.name}: all", *gigas(forward, backward, stage.operations))
+        rows = {name: (cost.forward, cost.backward, cost.total) for name, cost in stage.costs.items()}
+        forward, backward, _ = map(sum, zip(*rows.values(), strict=True))
+        rows["all"] = (forward, backward, stage.operations)
+        for name, operations in rows.items():
+            table.add_row(f"{stage.stage.name}: {name}", *(f"{value / 1e9:,.2f}" for value in operations))
     return table
-
-
-def gigas(*operations: float) -> list[str]:
-    """Operations in units of 1e9."""
-    return [f"{value / 1e9:,.2f}" for value in operations]
 
 
 def time_table(result: Estimate) -> Table:
@@ -112,55 +104,41 @@ def in_days(days: float) -> str:
     return f"{days:,.1f}" if days >= 1 else f"{days:.2g}"
 
 
-def memory_table(result: Estimate, cluster: ClusterSpec) -> Table:
+def memory_table(placed: dict[str, dict[str, float]]) -> Table:
     """Memory of one GPU by kind, for each way to place the state."""
-    placed = placements(result, cluster)
     table = Table("GiB on each GPU", *placed, title="memory")
-    for kind in result.memory.state:
+    for kind in next(iter(placed.values())):
         table.add_row(kind, *(f"{sizes[kind] / GIB:.2f}" for sizes in placed.values()))
     table.add_section()
     table.add_row("together", *(f"{sum(sizes.values()) / GIB:.2f}" for sizes in placed.values()))
     return table
 
 
-def placements(result: Estimate, cluster: ClusterSpec) -> dict[str, dict[str, float]]:
-    """Bytes of the state on each GPU by kind: whole, and divided where there are several GPUs."""
-    if cluster.gpus == 1:
-        return {"1 GPU": result.memory.state}
-    return {"DDP": result.memory.state, f"FSDP over {cluster.gpus}": result.memory.sharded}
-
-
-def memory_lines(config: EstimateConfig, result: Estimate, cluster: ClusterSpec) -> list[str]:
-    """What activations take, and the longest micro-batch that fits."""
+def memory_lines(config: EstimateConfig, result: Estimate, placed: dict[str, dict[str, float]]) -> list[str]:
+    """What activations take, the longest micro-batch that fits, and what activation checkpointing saves and costs."""
     memory, micro = result.memory, config.data.micro_batch_seconds
-    available = GPUS[cluster.gpu].memory * GB
     lines = []
-    for name, state in placements(result, cluster).items():
-        left = available - sum(state.values())
+    for name, state in placed.items():
+        left = GPUS[config.gpu].memory * GB - sum(state.values())
         longest = [left / size for size in (memory.per_second, memory.per_second_checkpointed)]
         fit = "fits" if longest[0] >= micro else "does not fit" if longest[1] < micro else "fits checkpointed only"
         lines.append(
             f"{name}: data.micro_batch_seconds={micro:g} {fit}; at most {max(longest[0], 0):.0f} s, "
             f"{max(longest[1], 0):.0f} s with activation checkpointing of all layers"
         )
-    kept = (memory.per_second / 1e6, memory.per_second_checkpointed / 1e6)
-    lines.append(
-        f"activations: {kept[0]:.1f} MB per second of a micro-batch, {kept[1]:.1f} MB with all layers checkpointed"
-    )
-    lines.append(f"checkpoint: {result.checkpoint_bytes / GB:.1f} GB")
-    return lines
-
-
-def recomputation_lines(config: EstimateConfig, result: Estimate) -> list[str]:
-    """What the run's activation checkpointing saves and costs; nothing when it has none."""
-    if not (rates := config.trainer.activation_checkpointing):
-        return []
-    costs = (f"{stage.stage.name} +{stage.recomputed / stage.operations:.1%}" for stage in result.stages)
-    return [
-        f"trainer.activation_checkpointing={list(rates)}, counted in all of this, saves "
-        f"{result.memory.per_second_saved / 1e6:.1f} MB per second of a micro-batch and takes longer: "
-        f"{', '.join(costs)} operations"
+    lines += [
+        f"activations: {memory.per_second / 1e6:.1f} MB per second of a micro-batch, "
+        f"{memory.per_second_checkpointed / 1e6:.1f} MB with all layers checkpointed",
+        f"checkpoint: {result.checkpoint_bytes / GB:.1f} GB",
     ]
+    if rates := config.trainer.activation_checkpointing:
+        costs = (f"{stage.stage.name} +{stage.recomputed / stage.operations:.1%}" for stage in result.stages)
+        lines.append(
+            f"trainer.activation_checkpointing={list(rates)}, counted in all of this, saves "
+            f"{memory.per_second_saved / 1e6:.1f} MB per second of a micro-batch and takes longer: "
+            f"{', '.join(costs)} operations"
+        )
+    return lines
 
 
 def scaling_lines(result: Estimate, law: ScalingLaw) -> list[str]:
@@ -181,12 +159,11 @@ def scaling_lines(result: Estimate, law: ScalingLaw) -> list[str]:
 
 def assumptions(config: EstimateConfig, result: Estimate, cluster: ClusterSpec) -> list[str]:
     """Everything that was not counted."""
-    is_launch_bound = any(stage.updates_per_hour > 3600 / SHORT_UPDATE_SECONDS for stage in result.stages)
     peak, kind = cluster.peak(config.trainer)
     origin = f" (measured: {config.mfu})" if isinstance(config.mfu, str) else ""
     if config.mfu == MODELLED_MFU:
         origin = " (a model, not a measurement: tools/model_gpu.py)"
-    return [
+    lines = [
         "Assumptions:",
         f"  mfu={cluster.mfu:g}{origin} of {peak / 1e12:g} TFLOP/s ({cluster.gpu}, dense {kind}, data sheet), all "
         "included",
@@ -195,9 +172,7 @@ def assumptions(config: EstimateConfig, result: Estimate, cluster: ClusterSpec) 
         f"  gradients summed at {cluster.allreduce_gb_per_second:g} GB/s (busbw), beside the last backward pass (with "
         f"fsdp beside every pass); then {UPDATE_BYTES} bytes of memory traffic per parameter and step",
         "  no restarts, no waiting for data, no validation",
-        *(
-            [f"  updates of less than {SHORT_UPDATE_SECONDS} s wait for the CPU: this run takes longer"]
-            if is_launch_bound
-            else []
-        ),
     ]
+    if any(stage.updates_per_hour > 3600 / SHORT_UPDATE_SECONDS for stage in result.stages):
+        lines.append(f"  updates of less than {SHORT_UPDATE_SECONDS} s wait for the CPU: this run takes longer")
+    return lines

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +22,31 @@ from moss_train.evaluation.metrics.signal import PROFILES
 from moss_train.evaluation.reconstruct import CodecReconstructor, PairReconstructor, find_pairs
 from moss_train.evaluation.report.tables import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs
-from moss_train.evaluation.results import ClipRow, Results, all_conditions
+from moss_train.evaluation.results import Results, all_conditions
 from moss_train.evaluation.runner import Reconstructor, evaluate
 from moss_train.export.load import find_checkpoint, load_tokenizer
 from moss_train.export.onnx_runtime import SETTINGS_FILE, Tokenizer
 from moss_train.inference.batching import choose_device, use_precision
-from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.checkpoint import read_payload
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import printable
 
 
-def cut_clips(clips: Sequence[ListedClip], seconds: float | None) -> list[ListedClip]:
+def cut_clips(clips: Sequence[ListedClip], seconds: float) -> Iterator[ListedClip]:
     """Pieces of equal length without overlap; what is left of a clip is dropped, and texts, which no longer fit."""
-    return list(clips) if seconds is None else [piece for clip in clips for piece in _pieces(clip, seconds)]
-
-
-def _pieces(clip: ListedClip, seconds: float) -> Iterator[ListedClip]:
-    if isinstance(clip.read, UnreadableClip):
-        yield clip
-        return
-    assert isinstance(clip.read, FileClip | ShardClip)
-    try:
-        num_samples, rate = clip.read.length()
-    except UserError:
-        yield clip  # reading it will fail again, and then it is counted
-        return
-    length = round(seconds * rate)
-    labels = {key: value for key, value in clip.labels.items() if key not in ("text", "task")}
-    for index in range(num_samples // length):
-        read = replace(clip.read, start=index * length, num_samples=length)
-        yield ListedClip(f"{clip.id}@{index * seconds:g}s", clip.domain, read, labels)
+    for clip in clips:
+        assert isinstance(clip.read, FileClip | ShardClip | UnreadableClip)
+        try:
+            num_samples, rate = clip.read.length()
+        except UserError:
+            yield clip  # reading it will fail again, and then it is counted
+            continue
+        assert not isinstance(clip.read, UnreadableClip)
+        length = round(seconds * rate)
+        labels = {key: value for key, value in clip.labels.items() if key not in ("text", "task")}
+        for index in range(num_samples // length):
+            read = replace(clip.read, start=index * length, num_samples=length)
+            yield ListedClip(f"{clip.id}@{index * seconds:g}s", clip.domain, read, labels)
 
 
 def choose_clips(clips: Sequence[ListedClip], per_domain: int | None, seed: int) -> list[ListedClip]:
@@ -81,9 +75,9 @@ class EvaluationTarget:
 
     reconstructor: Reconstructor
     clips: Sequence[ListedClip]
-    codec: Codec | None
     identity: dict[str, Any]
-    code_metrics: dict[str, Metric]  # measured where the codes are made
+    codec: Codec | None = None
+    code_metrics: dict[str, Metric] = field(default_factory=dict)  # measured where the codes are made
 
 
 def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
@@ -108,7 +102,9 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
     all_metrics = metrics | target.code_metrics
     if config.model is not None and "text_model" in config.metrics and not target.code_metrics:
         missing["text_model"] = "the model is no run or checkpoint with a text LM"
-    results = Results(out, _settings(config, target, all_metrics))
+    # Everything that a row depends on besides the clip.
+    descriptions = {name: metric.description for name, metric in all_metrics.items()}
+    results = Results(out, {**target.identity, "metrics": descriptions, "resampler": RESAMPLER})
     rows = evaluate(
         target.clips,
         target.reconstructor,
@@ -126,13 +122,7 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
         PROFILES[config.profile],
         target.codec,
     )
-    table = write_outputs(evaluation, config.missing_values, config.seed, config.compare)
-    print(printable(table))
-    return _print_counts(rows, out)
-
-
-def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
-    """Print what failed to stderr and the counts to stdout; returns the exit status."""
+    print(printable(write_outputs(evaluation, config.missing_values, config.seed, config.compare)))
     failed = [row for row in rows if row.failure is not None]
     for row in failed[:20]:
         print(printable(f"moss_train evaluate: skipped: {row.failure}"), file=sys.stderr)
@@ -141,68 +131,52 @@ def _print_counts(rows: Sequence[ClipRow], out: Path) -> int:
 
 
 def _codec(config: EvaluateConfig) -> EvaluationTarget:
+    """A tokenizer, the graphs of an export or a published codec, and with a run or checkpoint its text LM."""
     device = choose_device(config.device)
     codec: Codec
     text_model: TextCrossEntropy | None = None
-    graphs = Path(str(config.model)).expanduser()
-    if config.model is not None and (graphs / SETTINGS_FILE).is_file():
-        codec = _onnx_codec(graphs, config)
+    folder = Path(str(config.model)).expanduser()
+    if config.model is not None and (folder / SETTINGS_FILE).is_file():
+        if config.precision == "bf16":
+            raise UserError(
+                f"precision=bf16 has no effect on the graphs of model={folder}; export them with weights=int8"
+            )
+        try:
+            codec = OnnxCodec(Tokenizer(folder, threads=torch.get_num_threads()), folder.name)
+        except ValueError as error:
+            raise UserError(f"model={folder}: {error}") from None
     elif config.model is not None:
         model = use_precision(load_tokenizer(config.model), config.precision, device)
         codec = CatCodec(model.to(device), Path(str(config.model)).name)  # type: ignore[arg-type]
-        text_model = _text_model(config, model, device)
+        checkpoint = find_checkpoint(Path(config.model)) if "text_model" in config.metrics else None
+        if checkpoint is not None:
+            latent_dim = model.config.quantizer_kwargs["output_dim"]
+            text_lm = text_lm_of_checkpoint(read_payload(checkpoint, mmap=True), latent_dim)
+            text_model = None if text_lm is None else TextCrossEntropy(model, text_lm.to(device))
     else:
         assert config.codec is not None  # or there would be pairs instead
         codec = load_codec(config.codec, config.weights, device, config.code_dir)
     levels = check_levels(codec, config.num_quantizers)
-    clips = cut_clips(list_sources(config.data or [], config.domain), config.clip_seconds)
+    clips = list_sources(config.data or [], config.domain)
+    if config.clip_seconds is not None:
+        clips = list(cut_clips(clips, config.clip_seconds))
     clips = choose_clips(clips, config.max_clips, config.seed)
     if not clips:
         raise UserError(f"no clip of data={config.data} is clip_seconds={config.clip_seconds} long")
-    measure = text_model.measure if text_model is not None else None
+    measure = None if text_model is None else text_model.measure
     reconstructor = CodecReconstructor(codec, levels, clips, config.anchors, measure)
-    identity = {"codec": codec.name, "fingerprint": codec.fingerprint}
+    identity = {"codec": codec.name, "fingerprint": codec.fingerprint, "anchors": config.anchors}
     return EvaluationTarget(
-        reconstructor, clips, codec, identity, {"text_model": text_model} if text_model is not None else {}
+        reconstructor, clips, identity, codec, {} if text_model is None else {"text_model": text_model}
     )
-
-
-def _onnx_codec(folder: Path, config: EvaluateConfig) -> OnnxCodec:
-    """The graphs in a folder, on as many threads as torch has."""
-    if config.precision == "bf16":
-        raise UserError(f"precision=bf16 has no effect on the graphs of model={folder}; export them with weights=int8")
-    try:
-        return OnnxCodec(Tokenizer(folder, threads=torch.get_num_threads()), folder.name)
-    except ValueError as error:
-        raise UserError(f"model={folder}: {error}") from None
-
-
-def _text_model(
-    config: EvaluateConfig, tokenizer: MossAudioTokenizerModel, device: torch.device
-) -> TextCrossEntropy | None:
-    """The text LM that was trained with the tokenizer, when the model is a run or a checkpoint that has one."""
-    path = find_checkpoint(Path(config.model or "")) if "text_model" in config.metrics else None
-    if path is None:
-        return None
-    checkpoint = read_payload(path, mmap=True)
-    text_lm = text_lm_of_checkpoint(checkpoint, tokenizer.config.quantizer_kwargs["output_dim"])
-    return TextCrossEntropy(tokenizer, text_lm.to(device)) if text_lm is not None else None
 
 
 def _pairs(config: EvaluateConfig) -> EvaluationTarget:
     root = Path(config.pairs or "").expanduser()
     reconstructor = PairReconstructor(find_pairs(root, config.domain, config.bits_per_level), config.domain)
     clips = choose_clips(reconstructor.clips(), config.max_clips, config.seed)
-    return EvaluationTarget(
-        reconstructor, clips, None, {"pairs": str(root.resolve()), "bits_per_level": config.bits_per_level}, {}
-    )
-
-
-def _settings(config: EvaluateConfig, target: EvaluationTarget, metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """Everything that a row depends on besides the clip."""
-    descriptions = {name: metric.description for name, metric in metrics.items()}
-    anchors = {"anchors": config.anchors} if target.codec is not None else {}
-    return {**target.identity, **anchors, "metrics": descriptions, "resampler": RESAMPLER}
+    identity = {"pairs": str(root.resolve()), "bits_per_level": config.bits_per_level}
+    return EvaluationTarget(reconstructor, clips, identity)
 
 
 def _report_clip_ids(clips: Sequence[ListedClip], wanted: int | list[str]) -> frozenset[str]:

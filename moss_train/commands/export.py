@@ -21,7 +21,14 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
     """Export and say where. Returns 0."""
     config = ExportConfig.of(config)
     check_target(config.out)
-    source = choose(config.checkpoint, config.select)
+    source = config.checkpoint
+    if config.select == "best":
+        best = best_checkpoint(Path(source) / "checkpoints")
+        if best is None:
+            raise UserError(
+                f"{source} has no best checkpoint: select=best needs a run with validation.data, or use select=newest"
+            )
+        source = str(best)
     stated = data_licences(source)
     licence = check_licence(config.licence or "") or licence_of_data(stated)
     if config.push and not licence:
@@ -59,19 +66,3 @@ def run(config: ExportConfig | Mapping[str, Any]) -> int:
     if config.push:
         print(f"uploaded: {push(folder, config.push, private=config.private)}")
     return 0
-
-
-def choose(source: str, select: str) -> str:
-    """What to export of a run: its newest checkpoint, which the run itself stands for, or the best one.
-
-    Raises:
-        UserError: there is no best checkpoint.
-    """
-    if select == "newest":
-        return source
-    best = best_checkpoint(Path(source) / "checkpoints")
-    if best is None:
-        raise UserError(
-            f"{source} has no best checkpoint: select=best needs a run with validation.data, or use select=newest"
-        )
-    return str(best)

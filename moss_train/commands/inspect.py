@@ -40,20 +40,8 @@ def run(config: InspectConfig | Mapping[str, Any]) -> int:
     with progress("inspecting") as bar:
         inspections = [inspect_folder(os.path.expanduser(folder), num_workers, bar.advance) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
-    bad = find_clips_to_drop([clip for inspection in inspections for clip in inspection.clips], limits)
-    _write_lists(out, inspections, bad)
-    save_histograms(_panels([clip for inspection in inspections for clip in inspection.clips]), out / "report.png")
-    players = _write_players(out, inspections, bad)
-    (out / "report.html").write_text(render_page(inspections, bad, players, "report.png"), encoding="utf-8")
-    problems = [problem for inspection in inspections for problem in inspection.problems]
-    for problem in problems:
-        print(printable(problem))
-    num_clips = pluralize(sum(len(inspection.clips) for inspection in inspections), "clip")
-    print(printable(f"inspect: {num_clips}, {len(bad)} to drop, see {out / 'report.html'}"))
-    return 1 if problems else 0
-
-
-def _write_lists(out: Path, inspections: Sequence[Inspection], bad: dict[str, str]) -> None:
+    clips = [clip for inspection in inspections for clip in inspection.clips]
+    bad = find_clips_to_drop(clips, limits)
     with (out / "drop.jsonl").open("w", encoding="utf-8") as file:
         for name, reason in bad.items():
             file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
@@ -62,23 +50,26 @@ def _write_lists(out: Path, inspections: Sequence[Inspection], bad: dict[str, st
             for clip in inspection.clips:
                 values = {key: None if value in (np.inf, -np.inf) else value for key, value in vars(clip).items()}
                 file.write(json.dumps({"folder": str(inspection.index.folder)} | values, ensure_ascii=False) + "\n")
+    save_histograms(_panels(clips), out / "report.png")
+    players = _write_players(out, inspections, bad)
+    (out / "report.html").write_text(render_page(inspections, bad, players, "report.png"), encoding="utf-8")
+    problems = [problem for inspection in inspections for problem in inspection.problems]
+    for problem in problems:
+        print(printable(problem))
+    print(printable(f"inspect: {pluralize(len(clips), 'clip')}, {len(bad)} to drop, see {out / 'report.html'}"))
+    return 1 if problems else 0
 
 
 def _panels(clips: Sequence[ClipFacts]) -> list[Histogram | Scatter]:
     clips = [clip for clip in clips if not clip.error]
     domains = sorted({clip.domain for clip in clips})
 
-    def by_domain(name: str) -> dict[str, np.ndarray]:
+    def by_domain(name: str, clips: Sequence[ClipFacts] = clips) -> dict[str, np.ndarray]:
         return {domain: np.array([getattr(c, name) for c in clips if c.domain == domain]) for domain in domains}
 
     with_text = [clip for clip in clips if clip.num_characters]
-    pairs = {
-        domain: (
-            np.array([clip.seconds for clip in with_text if clip.domain == domain]),
-            np.array([clip.num_characters for clip in with_text if clip.domain == domain]),
-        )
-        for domain in domains
-    }
+    seconds, characters = by_domain("seconds", with_text), by_domain("num_characters", with_text)
+    pairs = {domain: (seconds[domain], characters[domain]) for domain in domains}
     return [
         Histogram("duration (s)", by_domain("seconds"), logarithmic=True),
         Histogram("loudness (LUFS)", by_domain("loudness_lufs")),
@@ -93,8 +84,15 @@ def _write_players(
     out: Path, inspections: Sequence[Inspection], bad: dict[str, str]
 ) -> list[tuple[str, ClipFacts, str]]:
     """Write ten clips, the domains in turn, and return (file, clip, text) of each."""
+    turns: dict[str, list[tuple[Inspection, ClipFacts]]] = {}
+    for inspection in inspections:
+        for clip in inspection.clips:
+            if clip.id not in bad:
+                turns.setdefault(clip.domain, []).append((inspection, clip))
+    shuffled = [[clips[i] for i in permutation(0, domain, count=len(clips))] for domain, clips in sorted(turns.items())]
+    rounds = [clips[turn] for turn in range(NUM_PLAYERS) for clips in shuffled if turn < len(clips)]
     players = []
-    for number, (inspection, clip) in enumerate(_choose(inspections, bad)):
+    for number, (inspection, clip) in enumerate(rounds[:NUM_PLAYERS]):
         index = inspection.index
         reader, location = ClipReader(index.sampling_rate, index.num_channels), index.locate(clip.row)
         length = min(location.num_samples, PLAYER_SECONDS * index.sampling_rate)
@@ -103,14 +101,3 @@ def _write_players(
         write_audio(out / name, reader.read_audio(location, 0, length), index.sampling_rate)
         players.append((name, clip, reader.read_labels(location).get("text", "")))
     return players
-
-
-def _choose(inspections: Sequence[Inspection], bad: dict[str, str]) -> list[tuple[Inspection, ClipFacts]]:
-    turns: dict[str, list[tuple[Inspection, ClipFacts]]] = {}
-    for inspection in inspections:
-        for clip in inspection.clips:
-            if clip.id not in bad:
-                turns.setdefault(clip.domain, []).append((inspection, clip))
-    shuffled = [[clips[i] for i in permutation(0, domain, count=len(clips))] for domain, clips in sorted(turns.items())]
-    rounds = [clips[turn] for turn in range(NUM_PLAYERS) for clips in shuffled if turn < len(clips)]
-    return rounds[:NUM_PLAYERS]

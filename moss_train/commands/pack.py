@@ -25,7 +25,6 @@ SUMMARY = (
     "Pack a folder of audio, a manifest, a Kaldi folder or a saved dataset into shards for training and evaluation."
 )
 
-_NUM_INVALID_SHOWN = 5
 _REASONS = {
     "too short": "shorter than min_seconds",
     "too long": "longer than max_seconds",
@@ -63,19 +62,14 @@ def run(config: PackConfig | Mapping[str, Any]) -> int:
                 on_clip=on_clip,
             )
     except BaseException:
-        _print_resume_hint(target)
+        folder = unfinished_folder(target)
+        if (folder / JOURNAL_FILE).exists():
+            print(f"finished shards are kept in {folder}; the same command resumes after them", file=sys.stderr)
         raise
     _print_report(report, config.out)
-    if report.skipped.get("dropped", 0) < len(drop):
-        missing = len(drop) - report.skipped.get("dropped", 0)
+    if (missing := len(drop) - report.skipped.get("dropped", 0)) > 0:
         print(printable(f"drop={config.drop}: {missing} ids are not in {config.input}"))
     return 0
-
-
-def _print_resume_hint(target: Path) -> None:
-    folder = unfinished_folder(target)
-    if (folder / JOURNAL_FILE).exists():
-        print(f"finished shards are kept in {folder}; the same command resumes after them", file=sys.stderr)
 
 
 def _print_report(report: PackReport, out: str) -> None:
@@ -90,7 +84,7 @@ def _print_report(report: PackReport, out: str) -> None:
     if report.invalid:
         number, kinds = pluralize(len(report.invalid), "clip"), count_faults(report.invalid)
         notes.append(f"skipped: {number} that cannot be used ({kinds}), among them:")
-        notes += [f"  {bad.reason}" for bad in report.invalid[:_NUM_INVALID_SHOWN]]
+        notes += [f"  {bad.reason}" for bad in report.invalid[:5]]
     notes += [f"packed: {pluralize(count, 'clip')} {remark}" for remark, count in sorted(report.remarks.items())]
     if report.remarks.get(SILENT) == report.index["num_samples"]:
         notes.append("warning: every clip is digital silence; nothing can be learned from them")
@@ -110,12 +104,7 @@ def _totals_table(totals: dict) -> Table:
         if kind != "domain" and set(groups) == {"none"}:
             continue
         for number, (name, group) in enumerate(groups.items()):
-            table.add_row(
-                "" if number else kind,
-                Text(printable(name)),
-                f"{group['clips']:,}",
-                f"{group['with_text']:,}",
-                f"{group['hours']:.3f}",
-            )
+            figures = (f"{group['clips']:,}", f"{group['with_text']:,}", f"{group['hours']:.3f}")
+            table.add_row("" if number else kind, Text(printable(name)), *figures)
         table.add_section()
     return table
