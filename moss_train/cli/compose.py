@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moss_train.cli.help import default_groups
+from moss_train.cli.help import default_groups, group_options
 from moss_train.config.build import allow_package
 from moss_train.config.fit_schema import ADVERSARIAL_TERMS, FitConfig
 from moss_train.config.overrides import assign, is_removed, join_repeated, present_key, with_present_names
@@ -66,7 +66,8 @@ def parse_config(command: str, values: dict[str, Any]) -> Any:
         config = OmegaConf.create(values)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
-            raise ConfigError("required", ", ".join(missing), None, f"add {' '.join(map(_example, missing))}")
+            examples = " ".join(f"{key}=<{key.split('.')[-1]}>" for key in missing)
+            raise ConfigError("required", ", ".join(missing), None, f"add {examples}")
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise _unresolved(error) from error
@@ -100,11 +101,23 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
     groups: dict[str, str] = {}
     assignments = []
     for override in overrides:
-        key, sign, text = _split(override)
-        if sign != "~" and any((directory / key).is_dir() for directory in directories):
-            _choose(groups, key, text, directories)
-        else:
+        key, equals, text = override.lstrip("+").partition("=")
+        sign = ""
+        if override.startswith("~"):
+            key, sign, text = override[1:].partition("=")[0], "~", ""
+        elif not key or not equals:
+            raise ConfigError("syntax", repr(override), None, f"write {key or 'key'}=<value>")
+        elif key.split(".")[0] == "hydra":
+            raise ConfigError("syntax", repr(override), None, "settings of Hydra have no effect; see --config-dir")
+        if sign or not any((directory / key).is_dir() for directory in directories):
             assignments.append((key, sign, text))
+        elif key in groups:
+            raise ConfigError("conflict", key, text, f"is not the only {key}: choose one")
+        elif text not in (known := sorted(group_options(key, directories))):
+            own = "" if len(directories) > 1 else "; your own are found with --config-dir"
+            raise ConfigError("value", key, text, f"a file of configs/{key}: {nearest(text, known, 'there are')}{own}")
+        else:
+            groups[key] = text
     schema = COMMANDS[command]
     read = _read_shipped_files if config_dir is None else _read_files
     values = with_present_names(schema, copy.deepcopy(read(command, tuple(groups.items()), tuple(directories))))
@@ -117,8 +130,9 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
         (present_key(schema, key), sign, text) for key, sign, text in assignments if not is_removed(schema, key)
     ]
     assignments = join_repeated(schema, assignments)
+    all_groups = [path.name for directory in directories for path in sorted(directory.iterdir()) if path.is_dir()]
     for key, sign, text in assignments:
-        assign(schema, values, key, sign, text, tuple(path.name for path in _groups(directories)))
+        assign(schema, values, key, sign, text, all_groups)
     if any("${" in str(name) for name in values.get("plugins") or ()):
         raise ConfigError("value", "plugins", values["plugins"], "names of packages, without references to other keys")
     if issubclass(schema, FitConfig):
@@ -145,36 +159,6 @@ def _print_overridden_weights(values: dict[str, Any], assignments: Sequence[tupl
         ]
         if own and len(own) == len(users):
             print(f"moss_train: objective.weights.{term} has no effect: set {', '.join(own)}", file=sys.stderr)
-
-
-def _split(override: str) -> tuple[str, str, Any]:
-    """Split an override into its key, `~` or an empty text, and the text of its value."""
-    if override.startswith("~"):
-        return override[1:].partition("=")[0], "~", ""
-    key, equals, text = override.lstrip("+").partition("=")
-    if not key or not equals:
-        raise ConfigError("syntax", repr(override), None, f"write {key or 'key'}=<value>")
-    if key.split(".")[0] == "hydra":
-        raise ConfigError("syntax", repr(override), None, "settings of Hydra have no effect; see --config-dir")
-    return key, "", text
-
-
-def _groups(directories: Sequence[Path]) -> list[Path]:
-    return [path for directory in directories for path in sorted(directory.iterdir()) if path.is_dir()]
-
-
-def _options(group: str, directories: Sequence[Path]) -> list[str]:
-    return sorted({path.stem for directory in directories for path in (directory / group).glob("*.yaml")})
-
-
-def _choose(groups: dict[str, str], group: str, name: str, directories: Sequence[Path]) -> None:
-    if group in groups:
-        raise ConfigError("conflict", group, name, f"is not the only {group}: choose one")
-    known = _options(group, directories)
-    if name not in known:
-        own = "" if len(directories) > 1 else "; your own are found with --config-dir"
-        raise ConfigError("value", group, name, f"a file of configs/{group}: {nearest(name, known, 'there are')}{own}")
-    groups[group] = name
 
 
 def _check_files(directory: Path) -> None:
@@ -225,17 +209,17 @@ def _has_resolver(node: Any) -> bool:
 
 
 def _read_files(command: str, chosen_groups: Sequence[tuple[str, str]], directories: Sequence[Path]) -> dict[str, Any]:
-    groups = dict(chosen_groups)
     import hydra
     import yaml
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    groups = dict(chosen_groups)
     content = yaml.safe_load((directories[0] / f"{command}.yaml").read_text("utf-8")) or {}
     for group, option in default_groups(content).items():
         if option == "???" and group not in groups:
-            options = ", ".join(_options(group, directories))
+            options = ", ".join(sorted(group_options(group, directories)))
             raise ConfigError("required", group, None, f"add {group}=<name>; there are {options}")
     search = [f"hydra.searchpath=[{_quoted(f'file://{directory}')}]" for directory in directories[1:]]
     chosen = [f"{group}={_quoted(name)}" for group, name in groups.items()]
@@ -252,10 +236,6 @@ def _read_files(command: str, chosen_groups: Sequence[tuple[str, str]], director
 
 
 _read_shipped_files = cache(_read_files)  # which do not change
-
-
-def _example(key: str) -> str:
-    return f"{key}=<{key.split('.')[-1]}>"
 
 
 def _quoted(value: str) -> str:

@@ -2,15 +2,13 @@
 
 import ast
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moss_train.utils.files import PACKAGE_DIRECTORY, config_directory
-
-JOINED_KEYS = frozenset({"data.train", "validation.data", "input"})
-_EXPERIMENT = "experiment"
 
 _OPTIONS = """\
   -h, --help         this text
@@ -19,13 +17,13 @@ _OPTIONS = """\
   --traceback        show the Python traceback of an error
   --version          the version of moss_train"""
 
-_OVERRIDES = f"""\
+_OVERRIDES = """\
   key=value          changes a value; nested keys take dots: data.path=/my/audio
   key=[a,b]          a list; quote it when the shell would expand it
   group=name         chooses one of the files of a group, as in experiment=finetune
   +key=value, ~key   adds a key, removes a key
-  A key given several times becomes a list if it names paths ({", ".join(sorted(JOINED_KEYS))}), so that
-  data.train=/shards/{{speech,music}} may be left to the shell. Paths may hold spaces and other special characters;
+  A key given several times becomes a list if it names paths (data.train, input, validation.data), so that
+  data.train=/shards/{speech,music} may be left to the shell. Paths may hold spaces and other special characters;
   quote them for the shell only. A leading ~ is the home folder."""
 
 
@@ -56,7 +54,7 @@ def program_help(commands: dict[str, str]) -> str:
 def command_help(command: str, extra_directory: Path | None = None) -> str:
     """Return the text of `<command> --help`: usage, experiments, groups, the commented YAML, examples."""
     directories = [directory for directory in (config_directory(), extra_directory) if directory is not None]
-    text = _read_command_config(command, directories)
+    text = (directories[0] / f"{command}.yaml").read_text("utf-8")
     config = yaml.safe_load(text) or {}
     module = PACKAGE_DIRECTORY / "commands" / f"{command}.py"
     parts = [
@@ -64,15 +62,32 @@ def command_help(command: str, extra_directory: Path | None = None) -> str:
         f"\nUsage: python -m moss_train {command} [options] [key=value ...]",
         f"\nOptions:\n{_OPTIONS}",
         f"\nValues:\n{_OVERRIDES}",
-        *_group_parts(config, directories),
+    ]
+    start = f"python -m moss_train {command}"
+    groups = default_groups(config)
+    for group in sorted(groups, key=lambda name: name != "experiment"):
+        options = group_options(group, directories)
+        if group == "experiment":
+            start = f"{start} experiment={next(iter(options), '<name>')}"
+        if not options:
+            continue
+        title = "Experiments" if group == "experiment" else f"Group {group}"
+        parts.append(f"\n{title} ({group}=<name>):")
+        width = max(map(len, options))
+        for name, comment in options.items():
+            default = " (default)" if name == groups[group] else ""
+            parts.append(f"  {name:<{width}}  {comment}{default}".rstrip())
+    required = " ".join(f"{key}=<{key.split('.')[-1]}>" for key in mandatory_keys(config))
+    examples = [f"{start} {required}".rstrip(), f"{start} {required} --cfg job".replace("  ", " ")]
+    parts += [
         f"\nConfiguration (configs/{command}.yaml):\n{textwrap.indent(text.strip(), '  ')}",
         "\nExamples:",
-        *[f"  {example}" for example in _constant(module, "EXAMPLES", ()) or _examples(command, config, directories)],
+        *(f"  {example}" for example in _constant(module, "EXAMPLES", ()) or examples),
     ]
     return "\n".join(parts)
 
 
-def group_options(group: str, directories: list[Path]) -> dict[str, str]:
+def group_options(group: str, directories: Sequence[Path]) -> dict[str, str]:
     """Return the files of a config group by name, with the first comment line of each."""
     options = {}
     for directory in directories:
@@ -102,40 +117,6 @@ def mandatory_keys(config: Any, prefix: str = "") -> list[str]:
         elif value == "???":
             keys.append(f"{prefix}{key}")
     return keys
-
-
-def _group_parts(config: dict[str, Any], directories: list[Path]) -> list[str]:
-    parts = []
-    groups = default_groups(config)
-    for group in sorted(groups, key=lambda name: name != _EXPERIMENT):
-        options = group_options(group, directories)
-        if not options:
-            continue
-        title = "Experiments (experiment=<name>)" if group == _EXPERIMENT else f"Group {group} ({group}=<name>)"
-        width = max(map(len, options))
-        lines = []
-        for name, comment in options.items():
-            default = " (default)" if name == groups[group] else ""
-            lines.append(f"  {name:<{width}}  {comment}{default}".rstrip())
-        parts.append("\n".join([f"\n{title}:", *lines]))
-    return parts
-
-
-def _examples(command: str, config: dict[str, Any], directories: list[Path]) -> list[str]:
-    required = " ".join(f"{key}=<{key.split('.')[-1]}>" for key in mandatory_keys(config))
-    start = f"python -m moss_train {command}"
-    if _EXPERIMENT in default_groups(config):
-        experiment = next(iter(group_options(_EXPERIMENT, directories)), "<name>")
-        start = f"{start} experiment={experiment}"
-    return [f"{start} {required}".rstrip(), f"{start} {required} --cfg job".replace("  ", " ")]
-
-
-def _read_command_config(command: str, directories: list[Path]) -> str:
-    for directory in directories:
-        path = directory / f"{command}.yaml"
-        if path.is_file():
-            return path.read_text("utf-8")
-    raise FileNotFoundError(f"the configuration of {command} is missing: {directories[0] / command}.yaml")
 
 
 def _constant(path: Path, name: str, default: Any) -> Any:

@@ -8,7 +8,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,18 +21,6 @@ PROGRAM = "moss_train"
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What stands on the command line, before any configuration is read."""
-
-    command: str | None
-    overrides: tuple[str, ...]
-    show_help: bool
-    show_config: bool
-    show_version: bool
-    config_directory: Path | None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,36 +64,42 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Batches have many lengths: blocks of fixed size would leave gaps in the memory of a GPU.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault(
-        "HF_HUB_DISABLE_PROGRESS_BARS", "1"
-    )  # transformers shows two for every model, read or written
-    warnings.formatwarning = _one_line_warning
+    # transformers shows two for every model, read or written.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+    def one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
+        # The place in our code that said so helps no user.
+        return f"warning: {printable(' '.join(str(message).split()))}\n"
+
+    warnings.formatwarning = one_line_warning
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show ends no command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    command = next((argument for argument in argv if argument in help_texts.find_commands()), "")
+    commands = help_texts.find_commands()
+    command = next((argument for argument in argv if argument in commands), "")
     try:
-        return _run(parse_arguments(argv))
+        return _run(argv, commands)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (UserError, OSError) as error:
-        return _fail(command, _one_line(error), EXIT_USER_ERROR, argv)
-    except FloatingPointError as error:
-        return _fail(command, _one_line(error), EXIT_FAILED, argv)
-    except PreemptedError as error:
-        return _fail(command, str(error), 128 + error.number, argv)
-    except KeyboardInterrupt:
-        return _fail(command, "interrupted", EXIT_INTERRUPTED, argv)
+    except (UserError, OSError, FloatingPointError, PreemptedError, KeyboardInterrupt) as error:
+        message, status = " ".join(str(error).split()) or type(error).__name__, EXIT_USER_ERROR
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, FloatingPointError):
+            status = EXIT_FAILED
+        elif isinstance(error, PreemptedError):
+            status = 128 + error.number
+        elif isinstance(error, KeyboardInterrupt):
+            message, status = "interrupted", EXIT_INTERRUPTED
+        if "--traceback" in argv:
+            traceback.print_exc()
+        print(printable(f"{PROGRAM} {command}: {message}" if command else f"{PROGRAM}: {message}"), file=sys.stderr)
+        return status
 
 
-def _one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
-    """What went on all the same, in one line: the place in our code that said so helps no user."""
-    return f"warning: {printable(' '.join(str(message).split()))}\n"
-
-
-def parse_arguments(argv: list[str]) -> Arguments:
-    """Split the command line into command, flags and Hydra overrides. Raises UserError for an unknown flag."""
+def _run(argv: list[str], commands: dict[str, str]) -> int:
+    """Split the command line into command, flags and overrides, and do what it says."""
     parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
@@ -114,40 +107,28 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("--traceback", action="store_true")
     parser.add_argument("--version", action="store_true")
-    found = parser.parse_intermixed_args(argv)
-    return Arguments(
-        command=found.words[0] if found.words else None,
-        overrides=tuple(found.words[1:]),
-        show_help=found.help,
-        show_config=found.cfg is not None,
-        show_version=found.version,
-        config_directory=_existing_directory(found.config_dir),
-    )
-
-
-def _run(arguments: Arguments) -> int:
-    if arguments.show_version:
+    arguments = parser.parse_intermixed_args(argv)
+    folder = None if arguments.config_dir is None else arguments.config_dir.expanduser().absolute()
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--config-dir {folder} is not a folder")
+    if arguments.version:
         print(f"{PROGRAM} {__version__}")
         return 0
-    commands = help_texts.find_commands()
-    if arguments.command is None:
-        text = help_texts.program_help(commands)
-        print(text, file=sys.stdout if arguments.show_help else sys.stderr)
-        return 0 if arguments.show_help else EXIT_USER_ERROR
-    if arguments.command not in commands:
-        raise UserError(f"unknown command {arguments.command!r}: {nearest(arguments.command, commands, 'there are')}")
-    if arguments.show_help:
-        print(help_texts.command_help(arguments.command, arguments.config_directory))
+    if not arguments.words:
+        print(help_texts.program_help(commands), file=sys.stdout if arguments.help else sys.stderr)
+        return 0 if arguments.help else EXIT_USER_ERROR
+    command, *overrides = arguments.words
+    if command not in commands:
+        raise UserError(f"unknown command {command!r}: {nearest(command, commands, 'there are')}")
+    if arguments.help:
+        print(help_texts.command_help(command, folder))
         return 0
-    return _run_command(arguments.command, arguments)
 
-
-def _run_command(command: str, arguments: Arguments) -> int:
     from moss_train.cli.compose import compose, open_plugins, parse_config, to_yaml
     from moss_train.config.schema import check_inputs
 
-    values = compose(command, arguments.overrides, arguments.config_directory)
-    if arguments.show_config:
+    values = compose(command, overrides, folder)
+    if arguments.cfg is not None:
         print(to_yaml(values), end="")
         return 0
     config = parse_config(command, values)
@@ -155,25 +136,3 @@ def _run_command(command: str, arguments: Arguments) -> int:
     open_plugins(config)
     run: Callable[[Any], int | None] = importlib.import_module(f"moss_train.commands.{command}").run
     return run(config) or 0
-
-
-def _existing_directory(path: Path | None) -> Path | None:
-    if path is None:
-        return None
-    path = path.expanduser().absolute()
-    if not path.is_dir():
-        raise UserError(f"--config-dir {path} is not a folder")
-    return path
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _fail(command: str, message: str, status: int, argv: list[str]) -> int:
-    if "--traceback" in argv:
-        traceback.print_exc()
-    print(printable(f"{PROGRAM} {command}: {message}" if command else f"{PROGRAM}: {message}"), file=sys.stderr)
-    return status

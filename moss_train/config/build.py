@@ -46,8 +46,6 @@ TARGETS = frozenset(
 """All that a `_target_` may name. A new part of the project that configurations choose is added here by hand; its
 arguments have to be safe with any plain value, because a stranger chooses them."""
 
-EXAMPLE = "moss_train.losses.MultiScaleMelLoss"
-
 MAX_DEPTH = 64
 """Of containers inside each other; no configuration comes near it."""
 
@@ -99,22 +97,29 @@ def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
         UserError: a name outside the list, an unknown or missing argument, a value that the constructor refuses.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise UserError(f"{path or 'the node'} has no _target_: name the class to build, as in _target_: {EXAMPLE}")
+        example = "_target_: moss_train.losses.MultiScaleMelLoss"
+        raise UserError(f"{path or 'the node'} has no _target_: name the class to build, as in {example}")
     _check_depth(node, path)
-    _check_tree(node, path, kwargs)
+    for place, value in _iterate(node, path):
+        if isinstance(value, Mapping) and "_target_" in value:
+            check_node(value, place, kwargs if value is node else None)
+        elif isinstance(value, str) and "${" in value:
+            raise UserError(f"{place} = {value!r} holds an interpolation: resolve the configuration before building it")
     return _construct(node, path, kwargs)
 
 
 def iterate_targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (dotted path, node) for every node with a `_target_` inside plain data, parents first."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield path, node
-        for key, value in node.items():
-            yield from iterate_targets(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list | tuple):
-        for index, value in enumerate(node):
-            yield from iterate_targets(value, f"{path}.{index}" if path else str(index))
+    found = _iterate(node, path)
+    return ((place, value) for place, value in found if isinstance(value, Mapping) and "_target_" in value)
+
+
+def _iterate(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of plain data and of everything inside it, parents first."""
+    yield path, value
+    if isinstance(value, Mapping | list | tuple):
+        for key, child in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _iterate(child, f"{path}.{key}" if path else str(key))
 
 
 def resolve_target(name: Any, path: str = "") -> Callable[..., Any]:
@@ -125,10 +130,23 @@ def resolve_target(name: Any, path: str = "") -> Callable[..., Any]:
     """
     if isinstance(name, str):
         if name in TARGETS:
-            return _listed(name)
-        for package in sorted(_allowed_packages):
-            if name.startswith(f"{package}."):
-                return _class_of_package(name, package, path)
+            parts = name.split(".")
+            length = next(i for i, part in enumerate(parts) if part[0].isupper())
+            listed: Any = importlib.import_module(".".join(parts[:length]))
+            return functools.reduce(getattr, parts[length:], listed)
+        for package in (package for package in sorted(_allowed_packages) if name.startswith(f"{package}.")):
+            module, _, last = name.rpartition(".")
+            found = vars(sys.modules[module]).get(last) if module in sys.modules else None
+            if not inspect.isclass(found):
+                raise UserError(
+                    f"{_place(path)}_target_ {name!r}: {package} has no such class in a module that it imports"
+                )
+            home = str(found.__module__)
+            if home != package and not home.startswith(f"{package}."):
+                raise UserError(
+                    f"{_place(path)}_target_ {name!r} is not allowed: the class comes from {home}, not {package}"
+                )
+            return found
     package = name.partition(".")[0] if isinstance(name, str) and "." in name else ""
     hint = f"use one of {', '.join(sorted(TARGETS))}"
     if package.isidentifier() and _may_be_own(package) and package != "torch":
@@ -159,26 +177,6 @@ def check_node(node: Mapping[str, Any], path: str = "", given: Mapping[str, Any]
         raise UserError(f"{_place(path)}{node['_target_']} needs {', '.join(missing)}")
 
 
-def _listed(name: str) -> Callable[..., Any]:
-    """Return what a name of `TARGETS` stands for; the modules are those of the project and torch itself."""
-    parts = name.split(".")
-    length = next(i for i, part in enumerate(parts) if part[0].isupper())
-    module: Any = importlib.import_module(".".join(parts[:length]))
-    return functools.reduce(getattr, parts[length:], module)
-
-
-def _class_of_package(name: str, package: str, path: str) -> Callable[..., Any]:
-    """Return a class that an imported module of the package holds and the package itself defines."""
-    module, _, last = name.rpartition(".")
-    found = vars(sys.modules[module]).get(last) if module in sys.modules else None
-    if not inspect.isclass(found):
-        raise UserError(f"{_place(path)}_target_ {name!r}: {package} has no such class in a module that it imports")
-    home = str(found.__module__)
-    if home != package and not home.startswith(f"{package}."):
-        raise UserError(f"{_place(path)}_target_ {name!r} is not allowed: the class comes from {home}, not {package}")
-    return found
-
-
 def _construct(node: Mapping[str, Any], path: str, given: Mapping[str, Any]) -> Any:
     """Build the inner nodes of a checked node, then the node."""
     target = resolve_target(node["_target_"], path)
@@ -204,14 +202,6 @@ def _construct_value(value: Any, path: str) -> Any:
     return value
 
 
-def _check_tree(node: Mapping[str, Any], path: str, given: Mapping[str, Any]) -> None:
-    for place, child in iterate_targets(node, path):
-        check_node(child, place, given if child is node else None)
-    for place, text in _iterate_strings(node, path):
-        if "${" in text:
-            raise UserError(f"{place} = {text!r} holds an interpolation: resolve the configuration before building it")
-
-
 def _check_depth(node: Any, path: str) -> None:
     """Raise UserError for containers inside each other without end, on which recursion would break."""
     level = [node]
@@ -227,17 +217,6 @@ def _check_depth(node: Any, path: str) -> None:
         if len(level) > MAX_VALUES:
             raise UserError(f"{_place(path)}more than {MAX_VALUES} values in one node")
     raise UserError(f"{_place(path)}more than {MAX_DEPTH} containers lie inside each other")
-
-
-def _iterate_strings(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, str):
-        yield path, node
-    elif isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _iterate_strings(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _iterate_strings(value, path)
 
 
 def _may_be_own(name: str) -> bool:

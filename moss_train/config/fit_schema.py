@@ -182,13 +182,10 @@ class DecayScales(Section):
     semantic: NonNegativeFloat = 1.0
 
 
-Betas = Annotated[list[BelowOne], "betas"]
-
-
 class OptimizerConfig(Section):
     """AdamW and gradient clipping of one side; the learning rate belongs to the stages."""
 
-    betas: Betas = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[BelowOne] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: NonNegativeFloat = 0.01
     eps: Positive = 1.0e-8
     clip_norm: Annotated[float, Rule("above 0", lambda value: value > 0)] = 1.0
@@ -208,7 +205,7 @@ class GeneratorOptimizerConfig(OptimizerConfig):
 class DiscriminatorOptimizerConfig(OptimizerConfig):
     """The optimizer of the discriminators."""
 
-    betas: Betas = field(default_factory=lambda: [0.8, 0.99])
+    betas: list[BelowOne] = field(default_factory=lambda: [0.8, 0.99])
     weight_decay: NonNegativeFloat = 0.0
 
 

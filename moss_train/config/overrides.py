@@ -4,11 +4,12 @@ Where text is meant, text stays as it was typed: `name=2024_11` is that name, an
 keys are read under their present names, and a line names the new one.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from moss_train.config.section import (
     Section,
@@ -61,8 +62,12 @@ def hint_inside(hint: Any, key: str) -> Any:
             found = Any
         elif get_origin(kind) is dict:
             found = get_args(kind)[1]
-            if found is Any:
-                found = _hint_of_node(hint, key)
+            if found is Any:  # text where the free mapping is marked so, a mapping with such keys, or anything
+                marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Texts)]
+                keys = [name for mark in marks for name in mark.keys]
+                inner = tuple(name.partition(".")[2] for name in keys if name.startswith(f"{key}."))
+                found = Annotated[dict[str, Any] | None, Texts(inner)] if inner else Any
+                found = str | None if key in keys else found
         elif get_origin(kind) is list and key.isdigit():
             found = get_args(kind)[0]
     return found
@@ -97,18 +102,6 @@ def _inside(text: str) -> str:
     if not text.endswith(_CLOSING[text[0]]):
         raise ValueError(f"{_CLOSING[text[0]]} is missing at its end")
     return text[1:-1]
-
-
-def _hint_of_node(hint: Any, key: str) -> Any:
-    """Return the type of a key of a free mapping: text where it is marked so, a mapping with such keys, or anything."""
-    from typing import Annotated
-
-    marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Texts)]
-    keys = [name for mark in marks for name in mark.keys]
-    if key in keys:
-        return str | None
-    inner = tuple(name.partition(".")[2] for name in keys if name.startswith(f"{key}."))
-    return Annotated[dict[str, Any] | None, Texts(inner)] if inner else Any
 
 
 def _unquoted(text: str) -> str:
@@ -146,34 +139,28 @@ def _scalar(hint: Any, text: str) -> Any:
 def join_repeated(schema: type[Section], assignments: list[tuple[str, str, str]]) -> list[tuple[str, str, Any]]:
     """Join a key that is given several times and takes a list of texts: the shell made that of `{a,b}`."""
     joined: dict[str, list[str]] = {}
-    for key, sign, text in assignments:
-        hint = find_hint(schema, key)
-        items = [kind for kind in alternatives(hint)[0] if get_origin(kind) is list] if hint else []
-        if sign != "~" and items and str in alternatives(items[0].__args__[0])[0] and not text.startswith("["):
-            joined.setdefault(key, []).append(text)
     result: list[tuple[str, str, Any]] = []
     for key, sign, text in assignments:
-        if len(joined.get(key, ())) < 2 or text.startswith("["):
+        items = [kind for kind in alternatives(find_hint(schema, key))[0] if get_origin(kind) is list]
+        takes_texts = items and str in alternatives(get_args(items[0])[0])[0]
+        if sign == "~" or not takes_texts or text.startswith("["):
             result.append((key, sign, text))
-        elif joined[key] is not None and (key, sign, joined[key]) not in result:
+        elif key in joined:
+            joined[key].append(text)
+        else:
+            joined[key] = [text]
             result.append((key, sign, joined[key]))
-    return result
+    return [(key, sign, text[0] if isinstance(text, list) and len(text) == 1 else text) for key, sign, text in result]
 
 
 def find_hint(schema: type[Section], key: str) -> Any:
     """Return the declared type at a dotted key, None when there is no such key."""
-    hint: Any = schema
-    for part in key.split("."):
-        hint = hint_inside(hint, part)
-        if hint is None:
-            return None
-    return hint
+    return functools.reduce(hint_inside, key.split("."), schema)
 
 
 def is_removed(section: type[Section], key: str, path: str = "") -> bool:
     """Whether a key has no effect any more; a line says why."""
-    reason = removal_reason(section, key)
-    if reason:
+    if reason := removal_reason(section, key):
         print(f"moss_train: {path}{key} has no effect any more: {reason}", file=sys.stderr)
     return reason is not None
 
@@ -183,9 +170,9 @@ def present_key(schema: type[Section], key: str) -> str:
     hint: Any = schema
     parts = []
     for part in key.split("."):
-        section = section_of(hint) if hint is not None else None
+        section = section_of(hint)
         parts.append(new_name(section, part) if section else part)
-        hint = hint_inside(hint, parts[-1]) if hint is not None else None
+        hint = hint_inside(hint, parts[-1])
     if ".".join(parts) != key:
         print(f"moss_train: {key} is now called {'.'.join(parts)}", file=sys.stderr)
     return ".".join(parts)
@@ -195,16 +182,17 @@ def with_present_names(hint: Any, values: Any, path: str = "") -> Any:
     """Return the data of YAML files under the present names of its keys; a line names each new one."""
     if isinstance(values, list):
         return [with_present_names(hint_inside(hint, "0"), item, f"{path}{i}.") for i, item in enumerate(values)]
-    section = section_of(hint) if hint is not None else None
+    section = section_of(hint)
     if section is None or not isinstance(values, dict):
         return values
     # The shipped files have the present names only, so what stands under an older one was set on top of them.
-    older = {new_name(section, key) for key in values if new_name(section, key) != key}
+    names = {key: new_name(section, key) for key in values}
+    older = {new for key, new in names.items() if new != key}
     result = {}
     for key, value in values.items():
         if is_removed(section, key, path):
             continue
-        new = new_name(section, key)
+        new = names[key]
         if new != key:
             print(f"moss_train: {path}{key} is now called {path}{new}", file=sys.stderr)
         if new != key or key not in older:
@@ -221,37 +209,43 @@ def assign(
         raise ConfigError(
             "unknown_key", key, text, _nearest(key, [*dotted_keys(schema, key), *_set_keys(values), *groups])
         )
-    place, parts = values, key.split(".")
-    for number, part in enumerate(parts[:-1]):
-        place = _step(place, part, ".".join(parts[: number + 1]), parts[number + 1])
-    last: Any = parts[-1]
+    place: Any = values
+    *parents, last = key.split(".")
+    for number, part in enumerate(parents):
+        path, following = ".".join(parents[: number + 1]), [*parents, last][number + 1]
+        if isinstance(place, list):
+            place = place[_index(place, part, path)]
+            continue
+        if place.get(part) is None:  # what is null becomes a mapping
+            if following.isdigit():
+                raise ConfigError("value", f"{path}.{following}", None, "in a list, which is empty here")
+            place[part] = {}
+        if not isinstance(place[part], dict | list):
+            raise ConfigError("conflict", path, place[part], f"has no key {following}")
+        place = place[part]
+    entry: Any = last
     if isinstance(place, list):
         if last == str(len(place)) and sign != "~" and str(text).startswith("{"):
             place.append({})  # one more entry
-        last = _index(place, last, key)
+        entry = _index(place, last, key)
     if sign == "~":
-        if isinstance(place, dict) and last not in place:
+        if isinstance(place, dict) and entry not in place:
             raise ConfigError("unknown_key", key, None, _nearest(key, dotted_keys(schema, key)))
-        del place[last]
+        del place[entry]
         return
-    value = _escaped(text) if isinstance(text, list) else _read(hint, key, text)
+    try:
+        value = _escaped(text if isinstance(text, list) else read_value(hint, text))
+    except ValueError as error:
+        raise ConfigError("syntax", f"{key}={text}", None, str(error)) from error
     is_section_only = all(is_section(kind) or kind is type(None) for kind in alternatives(hint)[0])
     if value is not None and not isinstance(value, dict) and is_section_only:
         inside = ", ".join(f"{key}.{name}" for name in hints_of(section_of(hint)))
         raise ConfigError("conflict", key, text, f"holds several values, not one: set {inside}")
     if isinstance(value, dict):
         _check_keys(schema, key, value)
-        old = place[last] if isinstance(place, list) else place.get(last)
+        old = place[entry] if isinstance(place, list) else place.get(entry)
         value = _merged(old, value) if isinstance(old, dict) else value
-    place[last] = value
-
-
-def _read(hint: Any, key: str, text: str) -> Any:
-    try:
-        value = read_value(hint, text)
-    except ValueError as error:
-        raise ConfigError("syntax", f"{key}={text}", None, str(error)) from error
-    return _escaped(value)
+    place[entry] = value
 
 
 def _escaped(value: Any) -> Any:
@@ -262,19 +256,6 @@ def _escaped(value: Any) -> Any:
     if path and (os.path.lexists(path) or (os.sep in path and Path(path).parent.is_dir())):
         return value.replace("${", "\\${")
     return value
-
-
-def _step(place: Any, part: str, path: str, following: str) -> Any:
-    """Go one key down; what is null becomes a mapping."""
-    if isinstance(place, list):
-        return place[_index(place, part, path)]
-    if place.get(part) is None:
-        if following.isdigit():
-            raise ConfigError("value", f"{path}.{following}", None, "in a list, which is empty here")
-        place[part] = {}
-    if not isinstance(place[part], dict | list):
-        raise ConfigError("conflict", path, place[part], f"has no key {following}")
-    return place[part]
 
 
 def _index(place: list[Any], part: str, path: str) -> int:

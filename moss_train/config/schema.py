@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from moss_train.config.fit_schema import EstimateConfig, FitConfig, Node
 from moss_train.config.section import (
@@ -26,17 +26,6 @@ EvaluationMetric = Literal[
 Codec = Literal[
     "encodec", "dac", "mimi", "higgs", "xcodec2", "speechtokenizer", "bigcodec", "qwen3_tts", "mimo", "xy_tokenizer"
 ]
-DEFAULT_METRICS: tuple[EvaluationMetric, ...] = (
-    "text_model",
-    "stoi",
-    "pesq",
-    "spectral",
-    "si_sdr",
-    "pitch",
-    "buzz",
-    "speaker",
-    "recognition",
-)
 
 
 class PackConfig(Section):
@@ -125,7 +114,9 @@ class EvaluateConfig(Section):
     clip_seconds: Annotated[float, at_least(0.1)] | None = None
     seed: NonNegative = 0
     profile: Literal["official", "dac24k", "full48k"] = "official"
-    metrics: list[EvaluationMetric | Node] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    metrics: list[EvaluationMetric | Node] = field(
+        default_factory=lambda: [name for name in get_args(EvaluationMetric) if name != "dnsmos"]
+    )
     speaker_model: PathText | None = None
     recognition: Literal["auto", "faster_whisper", "whisper"] = "auto"
     recognition_model: PathText | None = None
@@ -235,7 +226,16 @@ def check_inputs(config: Section) -> None:
     A run that has begun keeps copies of what it began with, so its inputs may be gone.
     """
     if isinstance(config, FitConfig):
-        _check_parts(config)
+        if not config.stages:
+            raise ConfigError("required", "stages", None, "a run needs one or more")
+        has_architecture = config.tokenizer is not None and config.tokenizer.stages is not None
+        if config.init is None and not has_architecture:
+            raise ConfigError("required", "tokenizer.stages", None, "choose an experiment, or give init=<model>")
+        if config.init is not None and has_architecture:
+            expected = (
+                "excludes tokenizer.stages, the architecture comes with init: use experiment=finetune or tokenizer=null"
+            )
+            raise ConfigError("conflict", "init", config.init, expected)
         if not isinstance(config, EstimateConfig) and Path(config.run_dir, "checkpoints").exists():
             return
     for key in MODEL_KEYS:
@@ -244,32 +244,16 @@ def check_inputs(config: Section) -> None:
                 check_model_name(name)
             except UserError as error:
                 raise ConfigError("missing", key, name, str(error).partition(" does not exist")[2]) from error
-    keys = () if isinstance(config, EstimateConfig) else PATH_KEYS
-    for key in keys:
+    if isinstance(config, EstimateConfig):
+        return  # which reads no data
+    for key in PATH_KEYS:
         if key == "data" and isinstance(config, ExportConfig):
             continue  # a sentence for the model card
         for name in _texts(config, key):
             may_be_elsewhere = "://" in name or (key.startswith("semantic.") and not is_path_like(name))
             if not may_be_elsewhere and not Path(name).expanduser().exists():
                 raise ConfigError("missing", key, name, PATH_KEYS[key])
-    if isinstance(config, FitConfig) and not isinstance(config, EstimateConfig):
-        _check_data(config)
-
-
-def _check_parts(config: FitConfig) -> None:
-    if not config.stages:
-        raise ConfigError("required", "stages", None, "a run needs one or more")
-    if config.init is None and (config.tokenizer is None or config.tokenizer.stages is None):
-        raise ConfigError("required", "tokenizer.stages", None, "choose an experiment, or give init=<model>")
-    if config.init is not None and config.tokenizer is not None and config.tokenizer.stages is not None:
-        expected = (
-            "excludes tokenizer.stages, the architecture comes with init: use experiment=finetune or tokenizer=null"
-        )
-        raise ConfigError("conflict", "init", config.init, expected)
-
-
-def _check_data(config: FitConfig) -> None:
-    if not config.data.train and config.data.path is None:
+    if isinstance(config, FitConfig) and not config.data.train and config.data.path is None:
         expected = (
             "give the folders that `moss_train pack` made, as data.train=/my/shards, or a folder of audio files, as "
             "data.path=/my/audio"

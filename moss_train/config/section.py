@@ -194,9 +194,25 @@ def convert(hint: Any, value: Any, path: str) -> Any:
                 raise ConfigError("value", path, value, describe(hint))
         return value
     if origin in (Union, types.UnionType):
-        return _convert_union(hint, value, path)
+        if value is None and type(None) in get_args(hint):
+            return None
+        others = [part for part in get_args(hint) if part is not type(None)]
+        errors = []
+        for part in others:
+            try:
+                return convert(part, value, path)
+            except ConfigError as error:
+                errors.append(error)
+        # What is wrong inside the value says more than that the value is none of several kinds.
+        deep = next((error for error in errors if error.path != path or error.kind == "conflict"), None)
+        raise deep or ConfigError(errors[0].kind if len(others) == 1 else "value", path, value, describe(hint))
     if origin is list:
-        return _convert_list(get_args(hint)[0], value, path)
+        (item,) = get_args(hint)
+        if isinstance(value, str | os.PathLike) and str in alternatives(item)[0]:
+            value = [value]
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            raise ConfigError("type", path, value, f"a list: write {path}=[{value!s}]")
+        return [convert(item, part, f"{path}.{index}") for index, part in enumerate(value)]
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError("type", path, value, "a mapping of keys to values")
@@ -206,47 +222,9 @@ def convert(hint: Any, value: Any, path: str) -> Any:
             inside = ", ".join(f"{path}.{name}" for name in hints_of(hint))
             raise ConfigError("conflict", path, value, f"holds several values, not one: set {inside}")
         return value if isinstance(value, hint) else hint.parse(value, path)
-    return _convert_scalar(hint, value, path)
-
-
-def is_section(hint: Any) -> bool:
-    """Whether a declared type is a section."""
-    return isinstance(hint, type) and is_dataclass(hint) and issubclass(hint, Section)
-
-
-def section_of(hint: Any) -> Any:
-    """Return the section that a declared type allows; None when it allows none."""
-    return next((kind for kind in alternatives(hint)[0] if is_section(kind)), None)
-
-
-def _convert_union(hint: Any, value: Any, path: str) -> Any:
-    parts = get_args(hint)
-    if value is None and type(None) in parts:
-        return None
-    others = [part for part in parts if part is not type(None)]
-    errors = []
-    for part in others:
-        try:
-            return convert(part, value, path)
-        except ConfigError as error:
-            errors.append(error)
-    deep = [error for error in errors if error.path != path or error.kind == "conflict"]
-    if len(others) == 1 or deep:
-        raise deep[0] if deep else ConfigError(errors[0].kind, path, value, describe(hint))
-    raise ConfigError("value", path, value, describe(hint))
-
-
-def _convert_list(item: Any, value: Any, path: str) -> list[Any]:
-    if isinstance(value, str | os.PathLike) and str in alternatives(item)[0]:
-        value = [value]
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise ConfigError("type", path, value, f"a list: write {path}=[{value!s}]")
-    return [convert(item, part, f"{path}.{index}") for index, part in enumerate(value)]
-
-
-def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
-    if get_origin(hint) is Literal:
-        if value in get_args(hint) and type(value) in {type(option) for option in get_args(hint)}:
+    if origin is Literal:
+        options = get_args(hint)
+        if value in options and type(value) in {type(option) for option in options}:
             return value
         raise ConfigError("value", path, value, describe(hint))
     if hint is str and isinstance(value, os.PathLike):
@@ -259,19 +237,26 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     raise ConfigError("type", path, value, describe(hint))
 
 
+def is_section(hint: Any) -> bool:
+    """Whether a declared type is a section."""
+    return isinstance(hint, type) and is_dataclass(hint) and issubclass(hint, Section)
+
+
+def section_of(hint: Any) -> Any:
+    """Return the section that a declared type allows; None when it allows none."""
+    return next((kind for kind in alternatives(hint)[0] if is_section(kind)), None)
+
+
 def describe(hint: Any) -> str:
     """Return in words which values a declared type takes."""
     kinds, rules = alternatives(hint)
     words = []
-    for kind in kinds:
-        if kind is type(None):
-            continue
+    for kind in (kind for kind in kinds if kind is not type(None)):
         if get_origin(kind) is Literal:
             options = ", ".join(map(str, get_args(kind)))
             words.append(options if len(get_args(kind)) == 1 else f"one of {options}")
         else:
-            origin = get_origin(kind) or kind
-            words.append(_WORDS.get(origin, "a mapping of keys to values"))
+            words.append(_WORDS.get(get_origin(kind) or kind, "a mapping of keys to values"))
     text = " or ".join(dict.fromkeys(words))
     rules = rules or [rule for part in get_args(hint) for rule in alternatives(part)[1]]
     text += "".join(f" {rule.expected}" if len(kinds) < 3 else f" ({rule.expected})" for rule in rules)
