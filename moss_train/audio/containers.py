@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from moss_train.audio.flac import scan_flac
 from moss_train.audio.mp3 import id3_size, parse_header, scan_mp3
@@ -16,7 +17,6 @@ from moss_train.audio.window import DamagedError, Layout, Piece, Remark, Window
 
 _UNKNOWN_SIZE = 0x7FFFF000  # at and above it: written to a pipe, the length was not known
 _MAX_HEAD = 2**24  # bytes in front of the audio that are repeated with another size in them
-_W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # of the names of chunks
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,10 @@ _FORMATS = {
     b"BW64": ChunkFormat(12, 4, "<I", b"data"),
     b"FORM": ChunkFormat(12, 4, ">I", b"SSND", prefix=8),
     b"caff": ChunkFormat(8, 4, ">Q", b"data", alignment=1, prefix=4),
-    b"riff": ChunkFormat(40, 16, "<Q", b"data" + _W64_TAIL, alignment=8, counts_itself=True),
+    b"riff": ChunkFormat(
+        40, 16, "<Q", b"data" + bytes.fromhex("f3acd3118cd100c04f8edb8a"), alignment=8, counts_itself=True
+    ),
 }
-
-
-_TYPES = (b"WAVE", b"AIFF", b"AIFC")
 
 
 def scan(window: Window) -> Layout:
@@ -83,30 +82,25 @@ def _scanner(magic: bytes) -> Scanner | None:
 
 def _begins_mp3(window: Window, begin: int) -> bool:
     """Whether frames begin within the first few kilobytes, two in a row."""
-    if begin and _scanner(window.at(begin, 4)) is not None:
-        return False
-    if window.at(0, 4) in _FORMATS or _scanner(window.at(0, 4)) is not None:
+    if any(_scanner(window.at(place, 4)) is not None for place in (0, begin)):
         return False
     end = min(window.size, begin + 8192)
     for place in window.find_all(b"\xff", begin, end):
         frame = parse_header(window.at(place, 4))
         following = None if frame is None else parse_header(window.at(place + frame.size, 4))
         if frame is not None and following is not None and following.kind == frame.kind:
-            return place == begin or bool(begin) or _begins_near(window, place)
+            if place == begin or begin:
+                return True
+            position = place  # a third and a fourth follow: in random bytes two headers in a row do occur
+            for _ in range(4):
+                frame = parse_header(window.at(position, 4))
+                if frame is None:
+                    return False
+                position += frame.size
+            return True
         if place > begin + 4096:
             break
     return False
-
-
-def _begins_near(window: Window, place: int) -> bool:
-    """Whether a third frame follows: in random bytes two headers in a row do occur."""
-    position = place
-    for _ in range(4):
-        frame = parse_header(window.at(position, 4))
-        if frame is None:
-            return False
-        position += frame.size
-    return True
 
 
 def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int | None]:
@@ -117,7 +111,7 @@ def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int |
     while True:
         head = window.at(position, overhead)
         if len(head) < overhead:
-            if window.at(begin + 8, 4) not in _TYPES and form.header == 12:
+            if window.at(begin + 8, 4) not in (b"WAVE", b"AIFF", b"AIFC") and form.header == 12:
                 return Piece(begin, window.size), [], None  # libsndfile says what it thinks of it
             raise DamagedError("is cut off: it has no chunk with audio")
         (size,) = struct.unpack(form.size, head[form.name :])
@@ -133,11 +127,21 @@ def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int |
     audio, there = position + overhead + form.prefix, window.size - start
     is_nothing = size <= form.prefix + (overhead if form.counts_itself else 0)
     is_too_much = size >= (_UNKNOWN_SIZE if width == 4 else 2**62) and (size > there or size == 0xFFFFFFFF)
-    if (is_nothing or is_too_much) and window.size > audio and not _begins_chunks(window, audio, form):
+    if (
+        (is_nothing or is_too_much)
+        and window.size > audio
+        # Other chunks may follow, and not audio, which may be zeros.
+        and not (window.at(audio, 4).strip(b"\0") and _next_file(window, audio, form) == window.size)
+    ):
         if audio - begin > _MAX_HEAD:
             raise DamagedError("has a header that does not say how much audio there is, and is too long to be mended")
-        remarks = [Remark.LENGTH_UNKNOWN]
-        return _with_size(window, begin, (place, width), audio, there, form), remarks, None
+        # From `begin` to the end of the file, with the size of the audio in the header.
+        order: Literal["little", "big"] = "little" if form.size[0] == "<" else "big"
+        header = bytearray(window.at(begin, audio - begin))
+        header[place - begin : place - begin + width] = min(there, 2 ** (8 * width) - 1).to_bytes(width, order)
+        if form.header == 12 and header[:4] != b"RF64":
+            header[4:8] = min(len(header) + window.size - audio - 8, 0xFFFFFFFF).to_bytes(4, order)
+        return Piece(audio, window.size, bytes(header)), [Remark.LENGTH_UNKNOWN], None
     if size > there:
         raise DamagedError(f"is cut off: {max(0, there)} of {size} bytes of audio are there")
     end = min(window.size, start + _padded(size, form.alignment))
@@ -150,11 +154,6 @@ def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int |
             f"has {window.size - end} bytes behind the {size} bytes of audio of its header, which are no chunks"
         )
     return Piece(begin, following), [], following if following < window.size else None
-
-
-def _begins_chunks(window: Window, position: int, form: ChunkFormat) -> bool:
-    """Whether other chunks follow, and not audio, which may be zeros."""
-    return bool(window.at(position, 4).strip(b"\0")) and _next_file(window, position, form) == window.size
 
 
 def _padded(size: int, alignment: int) -> int:
@@ -178,19 +177,6 @@ def _next_file(window: Window, position: int, form: ChunkFormat) -> int | None:
         if not is_name or position > window.size + form.alignment - 1 or (size == 0 and form.counts_itself):
             return None
     return window.size
-
-
-def _with_size(window: Window, begin: int, place: tuple[int, int], audio: int, size: int, form: ChunkFormat) -> Piece:
-    """The piece from `begin` to the end of the file, with the size of the audio in its header."""
-    head = bytearray(window.at(begin, audio - begin))
-    offset, width = place[0] - begin, place[1]
-    head[offset : offset + width] = (min(size, 2 ** (8 * width) - 1)).to_bytes(
-        width, "little" if form.size[0] == "<" else "big"
-    )
-    if form.header == 12 and head[:4] != b"RF64":
-        total = min(len(head) + window.size - audio - 8, 0xFFFFFFFF)
-        head[4:8] = total.to_bytes(4, "little" if form.size[0] == "<" else "big")
-    return Piece(audio, window.size, bytes(head))
 
 
 def _scan_au(window: Window, begin: int) -> tuple[Piece, list[Remark], int | None]:

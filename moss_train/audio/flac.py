@@ -10,10 +10,6 @@ from collections.abc import Iterator
 from moss_train.audio.window import DamagedError, Piece, Remark, Window
 
 _FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
-_FLAC_BLOCK_SIZES = {1: 192, **{code: 576 << code - 2 for code in range(2, 6)}} | {
-    code: 256 << code - 8 for code in range(8, 16)
-}
-_FLAC_TAILS = (2**16, 2**20)  # bytes at the end in which the last frame is looked for
 _FLAC_GUESSES = 4  # other bytes may look like a frame header
 
 
@@ -23,14 +19,18 @@ def scan_flac(window: Window, begin: int) -> tuple[Piece, list[Remark], int | No
     if len(info) < 42 or info[4] & 0x7F != 0:
         return Piece(begin, window.size), [], None
     stated = int.from_bytes(info[18:26], "big") & (2**36 - 1)
-    following = next((place for place in _flac_markers(window, begin + 42)), None)
-    end = _without_tag(window, begin, window.size if following is None else following)
+    starts = (b"\x00\x00\x00\x22", b"\x80\x00\x00\x22")
+    places = window.find_all(b"fLaC", begin + 42, window.size)
+    following = next((place for place in places if window.at(place + 4, 4) in starts), None)
+    end = window.size if following is None else following
+    if window.at(end - 128, 3) == b"TAG":
+        end -= 128
     fixed = struct.unpack(">H", info[8:10])[0]
     for count, (place, last) in enumerate(_last_flac_frames(window, begin, end, fixed)):
         if stated and last == stated:
             return Piece(begin, end), [], following
         # A header that says less than there is, or nothing: the last frame is one that is whole up to the end.
-        if last > stated and count < _FLAC_GUESSES and not _crc16(window.at(place, end - place)):
+        if last > stated and count < _FLAC_GUESSES and not _crc(window.at(place, end - place), 16):
             break
     else:
         if stated:
@@ -43,23 +43,10 @@ def scan_flac(window: Window, begin: int) -> tuple[Piece, list[Remark], int | No
     return Piece(begin + 42, end, bytes(head)), [Remark.LENGTH_UNKNOWN], following
 
 
-def _flac_markers(window: Window, begin: int) -> Iterator[int]:
-    for place in window.find_all(b"fLaC", begin, window.size):
-        if window.at(place + 4, 4) in (b"\x00\x00\x00\x22", b"\x80\x00\x00\x22"):
-            yield place
-
-
-def _without_tag(window: Window, begin: int, end: int) -> int:
-    """The end without an ID3 tag or zeros behind the audio, or one in front of a joined file."""
-    if window.at(end - 128, 3) == b"TAG":
-        end -= 128
-    return end
-
-
 def _last_flac_frames(window: Window, begin: int, end: int, fixed_size: int) -> Iterator[tuple[int, int]]:
     """Yield place and last sample of what look like frame headers, from the last backwards."""
     done = end
-    for tail in _FLAC_TAILS:
+    for tail in (2**16, 2**20):  # bytes at the end in which the last frame is looked for
         origin = max(begin, end - tail)
         block = window.at(origin, end - origin)
         for found in reversed(list(_FLAC_SYNC.finditer(block, 0, done - origin))):
@@ -84,29 +71,23 @@ def _flac_frame_end(header: bytes, fixed_size: int) -> int | None:
     for byte in header[5 : 4 + length]:
         number = number << 6 | byte & 0x3F
     position = 4 + length
-    block_size = _FLAC_BLOCK_SIZES.get(size_code, 0)
     if size_code in (6, 7):
         width = size_code - 5
         block_size = int.from_bytes(header[position : position + width], "big") + 1
         position += width
+    else:
+        block_size = 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
     position += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
-    if len(header) <= position or _crc8(header[:position]) != header[position]:
+    if len(header) <= position or _crc(header[:position], 8) != header[position]:
         return None
     return (number if is_variable else number * fixed_size) + block_size
 
 
-def _crc8(content: bytes) -> int:
-    value = 0
+def _crc(content: bytes, width: int) -> int:
+    """The checksum of 8 or 16 bits; 0 for a whole FLAC frame, whose last two bytes are the 16 bits of the others."""
+    table, mask, shift, value = _CRC_TABLES[width], (1 << width) - 1, width - 8, 0
     for byte in content:
-        value = _CRC8[value ^ byte]
-    return value
-
-
-def _crc16(content: bytes) -> int:
-    """0 for a whole FLAC frame, whose last two bytes are the checksum of the others."""
-    value = 0
-    for byte in content:
-        value = (value << 8 & 0xFFFF) ^ _CRC16[value >> 8 ^ byte]
+        value = (value << 8 & mask) ^ table[value >> shift ^ byte]
     return value
 
 
@@ -120,4 +101,4 @@ def _crc_table(polynomial: int, width: int) -> tuple[int, ...]:
     return tuple(table)
 
 
-_CRC8, _CRC16 = _crc_table(0x107, 8), _crc_table(0x18005, 16)
+_CRC_TABLES = {8: _crc_table(0x107, 8), 16: _crc_table(0x18005, 16)}

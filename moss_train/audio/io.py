@@ -61,31 +61,18 @@ class AudioInfo:
         return self.num_samples / self.sampling_rate
 
 
-def _describe(source: AudioSource) -> str:
-    return str(source) if isinstance(source, str | Path) else getattr(source, "name", "audio in memory")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One piece of a recording, its header read."""
-
-    piece: Piece
-    num_samples: int
-
-
 class _Recording:
     """An open audio file: everything that lies in it, however many pieces that are. A context manager."""
 
     def __init__(self, source: AudioSource, is_whole: bool) -> None:
-        self.name = _describe(source)
+        self.name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "audio in memory")
         self._file, self._owned = _open_bytes(source, self.name), isinstance(source, str | Path)
         try:
             layout = self._layout(source, is_whole)
             self.remarks = layout.remarks
-            self._first = self._open(layout.pieces[0])
-            first = self._first
+            self._first = first = self._open(layout.pieces[0])
             self.rate, self.channels, self.format, self.subtype = _format(first)
-            self.parts = [_Part(layout.pieces[0], self._length(first, layout.pieces[0]))]
+            self.parts = [(layout.pieces[0], self._length(first, layout.pieces[0]))]  # with samples of each
             for piece in layout.pieces[1:]:
                 with self._open(piece) as file:
                     if _format(file) != _format(first):
@@ -94,8 +81,8 @@ class _Recording:
                             f"{self.name} is several files joined together, of {self.rate} and {file.samplerate} Hz, "
                             f"{self.channels} and {file.channels} channels; take them apart",
                         )
-                    self.parts.append(_Part(piece, self._length(file, piece)))
-            self.num_samples = sum(part.num_samples for part in self.parts)
+                    self.parts.append((piece, self._length(file, piece)))
+            self.num_samples = sum(num_samples for _, num_samples in self.parts)
         except BaseException:
             self._close()
             raise
@@ -132,9 +119,13 @@ class _Recording:
         try:
             return soundfile.SoundFile(self._file if is_all else io.BufferedReader(PieceFile(self._file, piece)))
         except soundfile.LibsndfileError as error:
-            reason = error.error_string.strip().rstrip(".")
+            reason, path = error.error_string.strip().rstrip("."), Path(self.name)
+            advice = ""
+            if path.suffix.lower() in CONVERTIBLE_SUFFIXES:
+                target = shlex.quote(str(path.with_suffix(".flac")))
+                advice = f"; convert it: ffmpeg -i {shlex.quote(self.name)} {target}"
             raise SampleError(
-                Fault.AUDIO, f"{self.name} is not audio that libsndfile can read ({reason}){_advice(self.name)}"
+                Fault.AUDIO, f"{self.name} is not audio that libsndfile can read ({reason}){advice}"
             ) from error
 
     def _length(self, file: soundfile.SoundFile, piece: Piece) -> int:
@@ -153,26 +144,26 @@ class _Recording:
         """Read `count` samples from `start` on as float32 [samples, channels]. Raises SampleError when some lack."""
         blocks: list[np.ndarray] = []
         begin = 0
-        for number, part in enumerate(self.parts):
-            first, last = max(start, begin), min(start + count, begin + part.num_samples)
+        for piece, num_samples in self.parts:
+            first, last = max(start, begin), min(start + count, begin + num_samples)
             if first < last:
-                blocks += self._read_part(number, first - begin, last - first)
-            begin += part.num_samples
+                blocks += self._read_part(piece, num_samples, first - begin, last - first)
+            begin += num_samples
         if not blocks:
             return np.zeros((0, self.channels), np.float32)
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
-    def _read_part(self, number: int, start: int, count: int) -> list[np.ndarray]:
-        piece, skipped = self.parts[number].piece, start
+    def _read_part(self, piece: Piece, num_samples: int, start: int, count: int) -> list[np.ndarray]:
+        skipped = start
         at_once = self.format in _AT_ONCE
         is_sought = piece.piece_at is None
         if piece.piece_at is not None:
             piece, skipped = piece.piece_at(start)
-        elif at_once and start + _MARGIN > self.parts[number].num_samples - _MARGIN:
+        elif at_once and start + _MARGIN > num_samples - _MARGIN:
             skipped = min(start, _MARGIN)
         elif at_once:
             skipped = 0
-        file = self._first if piece is self.parts[0].piece else self._open(piece)
+        file = self._first if piece is self.parts[0][0] else self._open(piece)
         try:
             if is_sought:
                 file.seek(start - skipped if at_once else start)
@@ -237,14 +228,6 @@ def _open_bytes(source: AudioSource, name: str) -> BinaryIO:
         raise SampleError(fault, f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _advice(name: str) -> str:
-    """What to do about a file in a format of phones and browsers."""
-    suffix = Path(name).suffix.lower()
-    if suffix not in CONVERTIBLE_SUFFIXES:
-        return ""
-    return f"; convert it: ffmpeg -i {shlex.quote(name)} {shlex.quote(str(Path(name).with_suffix('.flac')))}"
-
-
 def audio_info(source: AudioSource) -> AudioInfo:
     """Return what is in an audio file: the bytes decide, not its header.
 
@@ -279,24 +262,18 @@ def read_audio(
         samples = file.read(start, wanted)
         rate, name = file.rate, file.name
         if not file.subtype.startswith("PCM"):
-            check_values(samples, name, start)
+            peak = max(samples.max(initial=0.0), -samples.min(initial=0.0))  # NaN when there is one
+            if not np.isfinite(peak):
+                first = start + int(np.flatnonzero(~np.isfinite(samples).all(axis=1))[0])
+                raise SampleError(Fault.VALUES, f"{name} contains NaN or infinite samples, the first is number {first}")
+            if peak > PEAK_LIMIT:
+                raise SampleError(Fault.VALUES, f"{name} has samples up to {peak:.3g}; audio has to lie in [-1, 1]")
     audio = torch.from_numpy(np.ascontiguousarray(samples.T))
     if num_channels is not None:
         audio = convert_channels(audio, num_channels, name)
     if sampling_rate is not None and sampling_rate != rate:
         return resample(audio, rate, sampling_rate), sampling_rate
     return audio, rate
-
-
-def check_values(samples: np.ndarray, name: str, start: int = 0) -> None:
-    """Raise SampleError for samples [samples, channels] that are NaN, infinite or no audio in [-1, 1] with overs."""
-    peak = max(samples.max(initial=0.0), -samples.min(initial=0.0))  # NaN when there is one
-    if peak <= PEAK_LIMIT:
-        return
-    if not np.isfinite(peak):
-        first = start + int(np.flatnonzero(~np.isfinite(samples).all(axis=1))[0])
-        raise SampleError(Fault.VALUES, f"{name} contains NaN or infinite samples, the first is number {first}")
-    raise SampleError(Fault.VALUES, f"{name} has samples up to {peak:.3g}; audio has to lie in [-1, 1]")
 
 
 def convert_channels(audio: Tensor, num_channels: int, name: str = "audio") -> Tensor:

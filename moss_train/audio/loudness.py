@@ -1,7 +1,6 @@
 """Measure loudness and bandwidth of audio."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,20 +35,13 @@ def power_spectrum(audio: Tensor) -> Tensor:
 def loudness(power: Tensor, sampling_rate: int) -> float:
     """Loudness in LUFS (ITU-R BS.1770-5 without gating) of a power spectrum; -inf for digital silence."""
     frequencies = torch.linspace(0, sampling_rate / 2, len(power), dtype=torch.float64)
-    weighted = (power.double() * _k_weights(frequencies)).sum().item()
-    return -0.691 + 10 * math.log10(weighted) if weighted > 0 else -math.inf
-
-
-def _k_weights(frequencies: Tensor) -> Tensor:
     z = torch.exp(-2j * math.pi * frequencies / _K_RATE)
     weights = torch.ones_like(frequencies)
-    for numerator, denominator in _K_STAGES:
-        weights = weights * (_polynomial(numerator, z).abs() / _polynomial(denominator, z).abs()).square()
-    return weights
-
-
-def _polynomial(factors: Sequence[float], z: Tensor) -> Tensor:
-    return torch.stack([factor * z**power for power, factor in enumerate(factors)]).sum(0)
+    for stage in _K_STAGES:
+        above, below = (torch.stack([b * z**n for n, b in enumerate(factors)]).sum(0).abs() for factors in stage)
+        weights = weights * (above / below).square()
+    weighted = (power.double() * weights).sum().item()
+    return -0.691 + 10 * math.log10(weighted) if weighted > 0 else -math.inf
 
 
 def bandwidth(power: Tensor, sampling_rate: int) -> float:

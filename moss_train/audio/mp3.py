@@ -100,13 +100,8 @@ class Mp3Stream:
         return self._piece_from(step), sample + self.delay - skipped
 
     def _piece_from(self, step: int) -> Piece:
+        """The stream from a remembered place on, behind a frame in its format that says how many frames and bytes."""
         begin = self.places[step]
-        return Piece(
-            begin, self.end, self._info_frame(self.count - step * _INDEX_STEP, self.end - begin), piece_at=self.piece_at
-        )
-
-    def _info_frame(self, count: int, num_bytes: int) -> bytes:
-        """A frame that says how many frames and bytes follow, in the format of the others."""
         (bits,) = struct.unpack(">I", self.header)
         bits = (bits | 1 << 16) & ~(1 << 9)  # without checksum and padding
         frame, header = self.frame, self.header
@@ -115,9 +110,9 @@ class Mp3Stream:
             frame = parse_header(header) or self.frame
             if frame.size >= frame.tag_offset + 16:
                 break
-        size = min(num_bytes + frame.size, 0xFFFFFFFF)
-        content = header + bytes(frame.tag_offset - 4) + b"Info" + struct.pack(">III", 3, count, size)
-        return content + bytes(frame.size - len(content))
+        counts = struct.pack(">III", 3, self.count - step * _INDEX_STEP, min(self.end - begin + frame.size, 0xFFFFFFFF))
+        content = (header + bytes(frame.tag_offset - 4) + b"Info" + counts).ljust(frame.size, b"\0")
+        return Piece(begin, self.end, content, piece_at=self.piece_at)
 
 
 def scan_mp3(file: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
@@ -141,7 +136,9 @@ def scan_mp3(file: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
             continue
         if position + frame.size > end:
             raise DamagedError(f"is cut off: {end - position} of {frame.size} bytes of its last frame are there")
-        is_tag = frame.layer == 3 and _is_tag(head, frame)
+        # The first bytes of a frame without audio: a Xing, Info or VBRI header.
+        tag = head[frame.tag_offset : frame.tag_offset + 4]
+        is_tag = frame.layer == 3 and (tag in (b"Xing", b"Info") or head[36:40] == b"VBRI")
         if stream is None or frame.kind != stream.frame.kind or is_tag:
             stream = Mp3Stream(position, frame, head[:4])
             streams.append(stream)
@@ -164,12 +161,6 @@ def scan_mp3(file: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
         if item.stated > item.count + 1 or not all_there:
             raise DamagedError(f"is cut off: {item.count} of {item.stated} frames are there")
     return [item.piece() for item in streams], remarks
-
-
-def _is_tag(head: bytes, frame: Frame) -> bool:
-    """Whether the first bytes of a frame are those of a Xing, Info or VBRI header, which has no audio."""
-    place = frame.tag_offset
-    return head[place : place + 4] in (b"Xing", b"Info") or head[36:40] == b"VBRI"
 
 
 def _read_tag(file: Window, position: int, frame: Frame) -> tuple[int | None, int | None, int]:

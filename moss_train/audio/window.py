@@ -78,12 +78,11 @@ class Window:
                 found = block.find(pattern, found + 1)
 
 
-class PieceFile(io.RawIOBase):
-    """A piece as a file of its own, to be wrapped in `io.BufferedReader`."""
+class PartFile(io.RawIOBase):
+    """The base of parts of a file, of `_size` bytes, that are files of their own; subclasses add `readinto`."""
 
-    def __init__(self, file: BinaryIO, piece: Piece) -> None:
-        self._file, self._piece, self._position = file, piece, 0
-        self._size = len(piece.head) + piece.end - piece.begin + len(piece.tail)
+    _size: int
+    _position = 0
 
     def readable(self) -> bool:
         return True
@@ -95,6 +94,14 @@ class PieceFile(io.RawIOBase):
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = max(0, origin + offset)
         return self._position
+
+
+class PieceFile(PartFile):
+    """A piece as a file of its own, to be wrapped in `io.BufferedReader`."""
+
+    def __init__(self, file: BinaryIO, piece: Piece) -> None:
+        self._file, self._piece = file, piece
+        self._size = len(piece.head) + piece.end - piece.begin + len(piece.tail)
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self._size - self._position)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from moss_train.audio.io import NamedBytes
+from moss_train.audio.window import PartFile
 from moss_train.data.shards.index import ClipLocation
 from moss_train.data.shards.remote import is_remote, open_shard
 from moss_train.utils.errors import Fault, SampleError
@@ -111,23 +112,12 @@ def _open_local(location: ClipLocation) -> int:
     return descriptor
 
 
-class _Member(io.RawIOBase):
+class _Member(PartFile):
     """One member of a tar as a file of its own."""
 
     def __init__(self, descriptor: int, offset: int, size: int, name: str) -> None:
-        self._descriptor, self._offset, self._size, self._position = descriptor, offset, size, 0
+        self._descriptor, self._offset, self._size = descriptor, offset, size
         self.name = name
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, origin + offset)
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self._size - self._position)]
