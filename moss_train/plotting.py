@@ -14,15 +14,11 @@ from torch import Tensor
 from moss_train.audio.stft import log_mel_spectrogram
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 
-WINDOW_LENGTH = 1024
 NUM_MELS = 128
 RANGE_DB = 80.0
-SPECTROGRAM_INCHES = (9.0, 1.75)
 
 _FALLBACK_FONTS = (  # for what matplotlib's own font lacks: Chinese, Japanese and Korean, where one is installed
     "Noto Sans CJK SC",
@@ -94,15 +90,29 @@ def save_spectrograms(
     """
     if not waveforms:
         raise ValueError("a spectrogram figure needs at least one waveform, got none")
-    width, height = SPECTROGRAM_INCHES
-    figure = new_figure(width, 0.7 + height * len(waveforms))
+    figure = new_figure(9.0, 0.7 + 1.75 * len(waveforms))
     axes = figure.subplots(len(waveforms), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     levels = {name: _decibels(waveform, sampling_rate) for name, waveform in waveforms.items()}
     loudest = next(iter(levels.values())).max().item()
     for panel, (name, level) in zip(axes, levels.items(), strict=True):
-        seconds = waveforms[name].shape[-1] / sampling_rate
-        image = _draw_spectrogram(panel, name, (level - loudest).clamp(min=-RANGE_DB), seconds)
-    _label_frequencies(axes[0], sampling_rate)
+        panel.set_title(drawable(name), loc="left", fontsize="medium", pad=3)
+        image = panel.imshow(
+            (level - loudest).clamp(min=-RANGE_DB).numpy(),
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
+            cmap="magma",
+            vmin=-RANGE_DB,
+            vmax=0,
+            extent=(0, waveforms[name].shape[-1] / sampling_rate, 0, NUM_MELS),
+        )
+    # Ticks at round frequencies, placed by the Slaney scale: linear to 1 kHz, logarithmic above. The centre of row i,
+    # drawn at i + 0.5, is the (i + 1)-th of NUM_MELS + 1 equal steps on the mel scale.
+    nyquist = sampling_rate / 2
+    kilohertz = [value for value in (0, 1, 2, 4, 8, 16) if value * 1000 <= nyquist]
+    rows = [_slaney_mel(value * 1000) / _slaney_mel(nyquist) * (NUM_MELS + 1) - 0.5 for value in kilohertz]
+    axes[0].set_yticks(rows)
+    axes[0].set_yticklabels([str(value) for value in kilohertz])
     axes[-1].set_xlabel("time (s)")
     figure.supylabel("frequency (kHz, mel scale)", fontsize="medium")
     figure.colorbar(image, ax=list(axes), label="level (dB)", pad=0.01, fraction=0.03, aspect=12 * len(axes))
@@ -114,39 +124,11 @@ def save_spectrograms(
 def _decibels(waveform: Tensor, sampling_rate: int) -> Tensor:
     """[C, T] -> [NUM_MELS, frames] in dB."""
     mono = waveform.detach().float().cpu().mean(0)
-    return 20 * log_mel_spectrogram(mono, sampling_rate, WINDOW_LENGTH, NUM_MELS, floor=1e-8)
-
-
-def _draw_spectrogram(panel: "Axes", name: str, level: Tensor, seconds: float) -> "AxesImage":
-    panel.set_title(drawable(name), loc="left", fontsize="medium", pad=3)
-    return panel.imshow(
-        level.numpy(),
-        origin="lower",
-        aspect="auto",
-        interpolation="nearest",
-        cmap="magma",
-        vmin=-RANGE_DB,
-        vmax=0,
-        extent=(0, seconds, 0, NUM_MELS),
-    )
-
-
-def _label_frequencies(panel: "Axes", sampling_rate: int) -> None:
-    """Ticks at round frequencies, placed by the Slaney scale: linear to 1 kHz, logarithmic above."""
-    nyquist = sampling_rate / 2
-    kilohertz = [value for value in (0, 1, 2, 4, 8, 16) if value * 1000 <= nyquist]
-    # The centre of row i, drawn at i + 0.5, is the (i + 1)-th of NUM_MELS + 1 equal steps on the mel scale.
-    rows = [_slaney_mel(value * 1000) / _slaney_mel(nyquist) * (NUM_MELS + 1) - 0.5 for value in kilohertz]
-    panel.set_yticks(rows)
-    panel.set_yticklabels([str(value) for value in kilohertz])
+    return 20 * log_mel_spectrogram(mono, sampling_rate, 1024, NUM_MELS, floor=1e-8)
 
 
 def _slaney_mel(hertz: float) -> float:
     return hertz * 3 / 200 if hertz < 1000 else 15 + math.log(hertz / 1000) / (math.log(6.4) / 27)
-
-
-CURVE_COLUMNS = 2
-CURVE_INCHES = (5.2, 2.9)
 
 
 @dataclass(frozen=True)
@@ -171,37 +153,33 @@ class Panel:
 @_fonts()
 def save_curves(panels: Sequence[Panel], path: Path, title: str, marks: Mapping[str, float] | None = None) -> None:
     """Draw panels as a PNG; `marks` are updates to name, such as the beginnings of stages. Needs matplotlib."""
-    rows = -(-len(panels) // CURVE_COLUMNS)
-    figure = new_figure(CURVE_INCHES[0] * CURVE_COLUMNS, CURVE_INCHES[1] * rows + 0.4)
-    axes = figure.subplots(rows, CURVE_COLUMNS, squeeze=False).flatten()
+    rows = -(-len(panels) // 2)
+    figure = new_figure(2 * 5.2, 2.9 * rows + 0.4)
+    axes = figure.subplots(rows, 2, squeeze=False).flatten()
     for panel, place in zip(panels, axes, strict=False):
-        _draw_curves(place, panel, marks or {})
+        for curve in panel.curves:
+            style = "-o" if panel.dots else "-"
+            place.plot(curve.updates, curve.values, style, label=drawable(curve.name), linewidth=1.2, markersize=3)
+        for name, update in (marks or {}).items():
+            place.axvline(update, color="0.6", linestyle=":", linewidth=1)
+            place.annotate(
+                f" {name}", (update, 1), xycoords=("data", "axes fraction"), va="top", fontsize=7, color="0.4"
+            )
+        place.set_title(drawable(panel.title), fontsize="medium", loc="left")
+        place.set_xlabel("update", fontsize="small")
+        place.tick_params(labelsize=8)
+        place.grid(alpha=0.3)
+        if panel.logarithmic:
+            place.set_yscale("log")
+        if len(panel.curves) > 1:
+            place.legend(fontsize=7)
     for place in axes[len(panels) :]:
         place.set_axis_off()
     figure.suptitle(drawable(title), fontsize="large")
     figure.savefig(path, dpi=110)
 
 
-def _draw_curves(axes: "Axes", panel: Panel, marks: Mapping[str, float]) -> None:
-    for curve in panel.curves:
-        style = "-o" if panel.dots else "-"
-        axes.plot(curve.updates, curve.values, style, label=drawable(curve.name), linewidth=1.2, markersize=3)
-    for name, update in marks.items():
-        axes.axvline(update, color="0.6", linestyle=":", linewidth=1)
-        axes.annotate(f" {name}", (update, 1), xycoords=("data", "axes fraction"), va="top", fontsize=7, color="0.4")
-    axes.set_title(drawable(panel.title), fontsize="medium", loc="left")
-    axes.set_xlabel("update", fontsize="small")
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
-    if panel.logarithmic:
-        axes.set_yscale("log")
-    if len(panel.curves) > 1:
-        axes.legend(fontsize=7)
-
-
 NUM_BINS = 50
-HISTOGRAM_INCHES = (4.2, 2.6)
-HISTOGRAM_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -225,16 +203,19 @@ class Scatter:
 @_fonts()
 def save_histograms(panels: Sequence[Histogram | Scatter], path: str | Path, title: str = "") -> None:
     """Draw every panel into one PNG, groups stacked in one colour each. Needs matplotlib (extra `eval`)."""
-    rows = -(-len(panels) // HISTOGRAM_COLUMNS)
-    figure = new_figure(HISTOGRAM_INCHES[0] * HISTOGRAM_COLUMNS, HISTOGRAM_INCHES[1] * rows + 0.5)
-    axes = figure.subplots(rows, HISTOGRAM_COLUMNS, squeeze=False).flat
+    rows = -(-len(panels) // 3)
+    figure = new_figure(3 * 4.2, 2.6 * rows + 0.5)
+    axes = figure.subplots(rows, 3, squeeze=False).flat
     groups = sorted({group for panel in panels for group in panel.values})
     colours = {group: f"C{number % 10}" for number, group in enumerate(groups)}
     for panel, axis in zip(panels, axes, strict=False):
         if isinstance(panel, Histogram):
             _draw_histogram(axis, panel, colours)
         else:
-            _draw_scatter(axis, panel, colours)
+            for group, (x, y) in sorted(panel.values.items()):
+                axis.plot(x, y, ".", markersize=2, alpha=0.6, color=colours[group])
+            axis.set_xlabel(panel.x_label)
+            axis.set_ylabel(panel.y_label)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in list(figure.axes)[len(panels) :]:
         axis.set_visible(False)
@@ -263,10 +244,3 @@ def _draw_histogram(axis, panel: Histogram, colours: Mapping[str, str]) -> None:
     else:
         bins = np.linspace(low, max(high, low + 1e-6), NUM_BINS + 1)
     axis.hist(list(values.values()), bins=bins, stacked=True, color=[colours[group] for group in values])
-
-
-def _draw_scatter(axis, panel: Scatter, colours: Mapping[str, str]) -> None:
-    for group, (x, y) in sorted(panel.values.items()):
-        axis.plot(x, y, ".", markersize=2, alpha=0.6, color=colours[group])
-    axis.set_xlabel(panel.x_label)
-    axis.set_ylabel(panel.y_label)
