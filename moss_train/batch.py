@@ -80,12 +80,11 @@ class Batch:
 
         Tensors would go through shared memory, which containers limit to 64 MB and which holds an open file for each.
         """
-        arrays = {name: value.numpy() if _is_on_cpu(value) else value for name, value in vars(self).items()}
+        arrays = {
+            name: value.numpy() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+            for name, value in vars(self).items()
+        }
         return _batch_from_arrays, (arrays,)
-
-
-def _is_on_cpu(value: object) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu"
 
 
 def _batch_from_arrays(arrays: dict[str, Any]) -> Batch:

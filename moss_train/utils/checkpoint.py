@@ -64,18 +64,14 @@ def write_checkpoint(directory: Path, write: Callable[[Path], None], info: Mappi
         sync(directory.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if (cause := storage_error(error)) is not None:
+        cause: BaseException | None = error  # the system's error behind it, if there is one
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, OSError):
             what = f"{cause.strerror}, the checkpoint could not be written; the earlier ones are intact"
             raise OSError(cause.errno, what, str(directory)) from error
         raise
     return directory
-
-
-def storage_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind an exception, None when there is none."""
-    while error is not None and not (isinstance(error, OSError) and error.errno):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -111,8 +107,7 @@ def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
     try:
         content = torch.load(path, **{"map_location": "cpu", **options, "weights_only": True})
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path} cannot be loaded as tensors and plain data: {reason}") from error
+        raise UserError(f"{path} cannot be loaded as tensors and plain data: {first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} is not a checkpoint of a training")
     return content
@@ -202,11 +197,10 @@ def read_best(directory: Path) -> BestCheckpoint | None:
     try:
         best = BestCheckpoint(**read_json(Path(directory) / BEST_FILE))
         best = replace(best, metric=present_column(best.metric))
-        if Path(best.name).name != best.name:
-            return None
-        return best if (Path(directory) / best.name).is_dir() else None
+        is_there = Path(best.name).name == best.name and (Path(directory) / best.name).is_dir()
     except (OSError, ValueError, TypeError):
         return None
+    return best if is_there else None
 
 
 def best_checkpoint(directory: Path) -> Path | None:

@@ -55,13 +55,13 @@ def add_path_to_error(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-_SPECIAL = (
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISDIR, "a folder"),
-)
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
 
 def special_kind(path: Path) -> str | None:
@@ -70,16 +70,12 @@ def special_kind(path: Path) -> str | None:
     Raises FileNotFoundError when nothing is there.
     """
     try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        if path.is_symlink():
-            return "a link into nowhere"
-        raise
+        return _SPECIAL.get(stat.S_IFMT(path.stat().st_mode))
     except OSError as error:
-        if path.is_symlink():
-            return f"a link that leads nowhere ({error.strerror})"
-        raise
-    return next((name for is_kind, name in _SPECIAL if is_kind(mode)), None)
+        if not path.is_symlink():
+            raise
+        is_missing = isinstance(error, FileNotFoundError)
+        return "a link into nowhere" if is_missing else f"a link that leads nowhere ({error.strerror})"
 
 
 def check_regular_file(path: Path, name: str) -> None:
@@ -133,7 +129,7 @@ def file_lock(path: Path, what: str, timeout_seconds: float = 10.0) -> Iterator[
 
 def pluralize(number: int, noun: str) -> str:
     """A number with its noun, in the plural unless it is one: "1 shard", "2,663 clips"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -210,8 +206,7 @@ def parse_json(content: str | bytes, place: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError, MemoryError) as error:
-        reason = first_line(error)
-        raise UserError(f"{place}: not JSON that can be read ({reason})") from error
+        raise UserError(f"{place}: not JSON that can be read ({first_line(error)})") from error
 
 
 def package_version(name: str) -> str | None:

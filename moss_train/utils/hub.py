@@ -5,7 +5,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,26 @@ from typing import Any
 from moss_train.utils.errors import UserError, first_line
 
 
-def call_with_timeout(question: Callable[[], str | None], seconds: float, otherwise: str) -> str | None:
-    """The answer to a question, or `otherwise` after so many seconds."""
-    answers: list[str | None] = []
-    thread = threading.Thread(target=lambda: answers.append(question()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else otherwise
-
-
 def connection_problem(url: str, seconds: float) -> str | None:
     """Why a server does not answer, None when it does, whatever it says; known after so many seconds at most."""
-    return call_with_timeout(lambda: _ask(url, seconds), seconds, f"{url} did not answer in {seconds:g} s")
+    answers: list[str | None] = []
 
+    def ask() -> None:
+        problem = None
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+        except urllib.error.HTTPError:
+            pass
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", None) or error
+            if not isinstance(reason, ssl.SSLError):  # it is there; whoever asks in earnest may know its certificate
+                problem = f"{url} cannot be reached ({reason or type(error).__name__})"
+        answers.append(problem)
 
-def _ask(url: str, seconds: float) -> str | None:
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-    except urllib.error.HTTPError:
-        return None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        if isinstance(reason, ssl.SSLError):
-            return None  # it is there; whoever asks in earnest may know its certificate
-        return f"{url} cannot be reached ({reason or type(error).__name__})"
-    return None
-
-
-HUB_SECONDS = 5.0
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else f"{url} did not answer in {seconds:g} s"
 
 
 def check_model_name(name: str) -> None:
@@ -72,8 +64,12 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
         raise UserError(f"{name} does not exist")
     if not Path(name).exists() and hub_problem() is not None:
         options["local_files_only"] = True
+    from transformers import AutoTokenizer, PretrainedConfig
+
     try:
-        _check_remote_code(kind, name, options)
+        if kind is not AutoTokenizer:
+            is_local = options.get("local_files_only", False)
+            check_no_remote_kernels(PretrainedConfig.get_config_dict(name, local_files_only=is_local)[0], name)
         return kind.from_pretrained(name, **options)
     except OSError as error:
         if "local_files_only" not in options or Path(name).exists():
@@ -105,19 +101,10 @@ def check_no_remote_kernels(config: Mapping[str, Any], place: str) -> None:
             check_no_remote_kernels(value, place)
 
 
-def _check_remote_code(kind: Any, name: str, options: Mapping[str, Any]) -> None:
-    from transformers import AutoTokenizer, PretrainedConfig
-
-    if kind is AutoTokenizer:
-        return
-    content, _ = PretrainedConfig.get_config_dict(name, local_files_only=options.get("local_files_only", False))
-    check_no_remote_kernels(content, name)
-
-
 @cache
 def hub_problem() -> str | None:
     """Why the hub is not asked, None when it answers."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{variable} is set"
-    return connection_problem(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), HUB_SECONDS)
+    return connection_problem(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), seconds=5.0)

@@ -28,13 +28,28 @@ def memory(proc: Path = PROC, cgroup_root: Path = CGROUP_ROOT) -> Memory:
         proc: the proc file system.
         cgroup_root: the root of the unified control group hierarchy.
     """
-    result = _machine_memory(proc)
-    for group in _control_groups(proc, cgroup_root):
-        limit = _limit(group)
-        if limit is not None:
-            left = max(0, limit - _used(group))
-            result = Memory(min(result.available, left), min(result.total, limit))
-    return result
+    try:
+        lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
+        kibibytes = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
+        available, total = kibibytes["MemAvailable"] * 1024, kibibytes["MemTotal"] * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        page = os.sysconf("SC_PAGE_SIZE")
+        available, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    try:
+        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    own = next((cgroup_root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), None)
+    # Its own group and all groups above it, as each of them may set a limit.
+    for group in [own, *own.parents] if own is not None else []:
+        if not group.is_relative_to(cgroup_root):
+            break
+        try:
+            limit = int((group / "memory.max").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue  # "max" is no limit
+        available, total = min(available, max(0, limit - _used(group))), min(total, limit)
+    return Memory(available, total)
 
 
 def cuda_memory(device: int) -> Memory:
@@ -46,39 +61,6 @@ def cuda_memory(device: int) -> Memory:
     import torch
 
     return Memory(*torch.cuda.mem_get_info(device))
-
-
-def _machine_memory(proc: Path) -> Memory:
-    """Return MemAvailable and MemTotal, or what sysconf knows where there is no /proc/meminfo."""
-    try:
-        lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
-        kibibytes = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
-        return Memory(kibibytes["MemAvailable"] * 1024, kibibytes["MemTotal"] * 1024)
-    except (OSError, KeyError, ValueError, IndexError):
-        page = os.sysconf("SC_PAGE_SIZE")
-        return Memory(os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page)
-
-
-def _control_groups(proc: Path, cgroup_root: Path) -> list[Path]:
-    """Return the process's own control group and all groups above it, as each of them may set a limit."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
-    if path is None:
-        return []
-    group = cgroup_root / path.lstrip("/")
-    return [group, *(parent for parent in group.parents if parent.is_relative_to(cgroup_root))]
-
-
-def _limit(group: Path) -> int | None:
-    """Return the group's memory limit in bytes, None when it has none."""
-    try:
-        text = (group / "memory.max").read_text(encoding="ascii").strip()
-        return None if text == "max" else int(text)
-    except (OSError, ValueError):
-        return None
 
 
 def _used(group: Path) -> int:

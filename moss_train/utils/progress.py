@@ -27,16 +27,15 @@ class ProgressTask:
 
     progress: Progress
     task_id: TaskID
-    unit: str
 
     @property
     def is_visible(self) -> bool:
         """Whether there is a terminal that shows the bar."""
         return not self.progress.disable
 
-    def advance(self, count: float = 1, note: str | None = None, total: float | None = None) -> None:
-        """Move the bar by `count` units; replace the note and the total where they are given."""
-        self.progress.update(self.task_id, advance=count, total=total)
+    def advance(self, count: float = 1, note: str | None = None) -> None:
+        """Move the bar by `count` units; replace the note where one is given."""
+        self.progress.update(self.task_id, advance=count)
         if note is not None:
             self.progress.update(self.task_id, note=note)
 
@@ -45,7 +44,7 @@ class ProgressTask:
         task = self.progress.tasks[self.task_id]
         total = "" if task.total is None else f"/{task.total:g}"
         note = f", {task.fields['note']}" if task.fields["note"] else ""
-        return f"{task.description}: {task.completed:g}{total} {self.unit} in {task.elapsed or 0:.1f} s{note}"
+        return f"{task.description}: {task.completed:g}{total} {task.fields['unit']} in {task.elapsed or 0:.1f} s{note}"
 
 
 class _RateColumn(ProgressColumn):
@@ -76,7 +75,7 @@ def progress(
         TextColumn("{task.fields[note]}"),
     )
     bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=RATE_SECONDS)
-    task = ProgressTask(bar, bar.add_task(description, total=total, completed=completed, unit=unit, note=""), unit)
+    task = ProgressTask(bar, bar.add_task(description, total=total, completed=completed, unit=unit, note=""))
     try:
         with bar:
             yield task

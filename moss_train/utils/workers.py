@@ -42,8 +42,15 @@ def init_loader_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
-    threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    parent = os.getppid()
+
+    def end_when_told() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=end_when_told, daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 
 def exit_with_parent(parent: int) -> None:
@@ -53,16 +60,10 @@ def exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _end_when_told_by(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
 @contextmanager
 def worker_pool(
     num_workers: int,
-    preload: str = __name__,
+    preload: str,
     setup: Callable[[int], None] | None = None,
     num_threads: int | None = 1,
 ) -> Iterator[Submit]:
@@ -91,8 +92,16 @@ def worker_pool(
 
 
 def _start_pool_worker(counter: Any, setup: Callable[[int], None] | None, num_threads: int | None) -> None:
+    # The parent of a worker is a fork server, so what counts is the process that wanted it.
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+
+    def end_with_starter() -> None:
+        starter.join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_starter, daemon=True).start()
+    threading.Thread(target=end_with_starter, daemon=True).start()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with counter.get_lock():
@@ -100,14 +109,6 @@ def _start_pool_worker(counter: Any, setup: Callable[[int], None] | None, num_th
         counter.value += 1
     if setup is not None:
         setup(number)
-
-
-def _end_with_starter() -> None:
-    """The parent of a worker is a fork server, so what counts is the process that wanted it."""
-    starter = multiprocessing.parent_process()
-    assert starter is not None
-    starter.join()
-    os._exit(1)
 
 
 def _do_now(function: Callable[..., Any], *args: Any) -> "Future[Any]":
@@ -140,17 +141,6 @@ def map_ordered(
         raise OSError("a worker process ended abruptly, most likely for lack of memory; use fewer workers") from error
 
 
-class _RayResult:
-    """What `submit` returns: as much of a Future as `map_ordered` uses."""
-
-    def __init__(self, reference: Any, get: Callable[[Any], Any]) -> None:
-        self._reference, self._get = reference, get
-
-    def result(self) -> Any:
-        """Wait for the result; raises what the task raised."""
-        return self._get(self._reference)
-
-
 @contextmanager
 def ray_pool(num_gpus: int = 0) -> Iterator[tuple[Submit, int]]:
     """Give a `submit` for the cluster of RAY_ADDRESS, or one on this machine, and how many tasks run at once.
@@ -171,19 +161,16 @@ def ray_pool(num_gpus: int = 0) -> Iterator[tuple[Submit, int]]:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster there ({error})") from error
-    call = ray.remote(num_cpus=0 if num_gpus else 1, num_gpus=num_gpus, max_retries=3)(_call)
 
-    def submit(function: Callable[..., Any], *arguments: Any) -> Any:
-        return _RayResult(call.remote(function, *arguments), ray.get)
+    @ray.remote(num_cpus=0 if num_gpus else 1, num_gpus=num_gpus, max_retries=3)
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        torch.set_num_threads(1)
+        return function(*arguments)
+
+    def submit(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        return call.remote(function, *arguments).future()
 
     try:
         yield submit, max(1, int(ray.cluster_resources().get("GPU" if num_gpus else "CPU", 1)))
     finally:
         ray.shutdown()
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    import torch
-
-    torch.set_num_threads(1)
-    return function(*arguments)

@@ -20,12 +20,6 @@ def test_unknown_total_and_units(capsys):
     assert capsys.readouterr().err.startswith("reading: 2 files in ")
 
 
-def test_a_total_may_become_known_on_the_way(capsys):
-    with progress("packing") as task:
-        task.advance(2, total=8)
-    assert capsys.readouterr().err.startswith("packing: 2/8 clips in ")
-
-
 def test_an_error_passes_through_and_the_line_says_how_far_it_came(capsys):
     def pack():
         with progress("packing", total=9) as task:
