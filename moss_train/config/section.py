@@ -258,7 +258,8 @@ def describe(hint: Any) -> str:
         else:
             words.append(_WORDS.get(get_origin(kind) or kind, "a mapping of keys to values"))
     text = " or ".join(dict.fromkeys(words))
-    rules = rules or [rule for part in get_args(hint) for rule in alternatives(part)[1]]
+    if get_origin(hint) in (Union, types.UnionType):
+        rules = [rule for part in get_args(hint) for rule in alternatives(part)[1]]
     text += "".join(f" {rule.expected}" if len(kinds) < 3 else f" ({rule.expected})" for rule in rules)
     return f"{text}, or null" if type(None) in kinds else text
 

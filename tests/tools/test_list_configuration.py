@@ -7,6 +7,7 @@ import pytest
 
 from moss_train.config.overrides import dotted_keys
 from moss_train.config.schema import COMMANDS
+from moss_train.config.section import Positive
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools/list_configuration.py"))
@@ -27,3 +28,8 @@ def test_every_key_of_a_command_is_on_the_page(command):
 def test_comments_above_beside_and_below_a_key_are_its_meaning():
     text = "# Of the file.\n# Above.\na: 1  # Beside,\n         # and below.\n\n# Lost.\n\nb:\n  c: null  # Of c.\n"
     assert TOOL["read_comments"](text) == {"a": "Above. Beside, and below.", "b.c": "Of c."}
+
+
+def test_the_range_of_a_list_s_entries_is_named_once():
+    assert TOOL["kind_of"](list[Positive]) == "a list of: a number above 0"
+    assert TOOL["kind_of"](list[Positive] | None) == "a list of: a number above 0, or null"
