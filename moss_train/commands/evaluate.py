@@ -19,11 +19,11 @@ from moss_train.evaluation.metrics.base import Metric, split_available
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.evaluation.metrics.signal import PROFILES
-from moss_train.evaluation.reconstruct import CodecReconstructor, PairReconstructor, find_pairs
+from moss_train.evaluation.reconstruct import CodecReconstructor, PairReconstructor, Reconstructor, find_pairs
 from moss_train.evaluation.report.tables import load_evaluation
 from moss_train.evaluation.report.write import Evaluation, write_outputs
 from moss_train.evaluation.results import Results, all_conditions
-from moss_train.evaluation.runner import Reconstructor, evaluate
+from moss_train.evaluation.runner import evaluate
 from moss_train.export.load import find_checkpoint, load_tokenizer
 from moss_train.export.onnx_runtime import SETTINGS_FILE, Tokenizer
 from moss_train.inference.batching import choose_device, use_precision

@@ -16,7 +16,6 @@ from moss_train.audio.stft import normalized_stft
 from moss_train.losses.reconstruction import multi_scale_mel_distance
 
 BASELINES = ("silence", "noise", "low_pass")
-LOW_PASS_HZ = 2000.0
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,17 @@ def mel_report(
     results: list[ClipDistances] = []
     for index, clip in enumerate(clips):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        noise = shaped_noise(clip.original, noise_spectrum, generator)
-        low_passed = low_pass(clip.original, sampling_rate)
-        baselines = (torch.zeros_like(clip.original), noise, low_passed)
-        candidates = {**clip.outputs, **dict(zip(BASELINES, baselines, strict=True))}
-        distances = {name: _distance(clip.original, audio, sampling_rate) for name, audio in candidates.items()}
+        candidates = {
+            **clip.outputs,
+            "silence": torch.zeros_like(clip.original),
+            "noise": shaped_noise(clip.original, noise_spectrum, generator),
+            "low_pass": low_pass(clip.original, sampling_rate),
+        }
+        reference, length = clip.original[None], torch.tensor([clip.original.shape[-1]], device=clip.original.device)
+        distances = {
+            name: multi_scale_mel_distance(reference, audio.to(reference.device)[None], length, sampling_rate).item()
+            for name, audio in candidates.items()
+        }
         if results and distances.keys() != results[0].distances.keys():
             raise ValueError(f"clip {clip.clip_id} has {list(distances)}, expected {list(results[0].distances)}")
         results.append(ClipDistances(clip.clip_id, distances))
@@ -94,10 +99,11 @@ def shaped_noise(clip: Tensor, power_spectrum: Tensor, generator: torch.Generato
         power_spectrum.float().sqrt().view(1, 1, -1), size=white.shape[-1], mode="linear", align_corners=True
     )
     noise = torch.fft.irfft(white * gain[0], n=num_samples).to(clip.device)
-    return noise * (_rms(clip.float()) / _rms(noise).clamp(min=1e-12))
+    level, own_level = (x.square().mean(-1, keepdim=True).sqrt() for x in (clip.float(), noise))
+    return noise * (level / own_level.clamp(min=1e-12))
 
 
-def low_pass(clip: Tensor, sampling_rate: int, cutoff_hz: float = LOW_PASS_HZ) -> Tensor:
+def low_pass(clip: Tensor, sampling_rate: int, cutoff_hz: float = 2000.0) -> Tensor:
     """Removes everything above `cutoff_hz` exactly: a brick wall on the Fourier transform of the whole clip [C, T].
 
     The transform sees the clip as periodic, so a jump between its two ends rings at both.
@@ -105,13 +111,3 @@ def low_pass(clip: Tensor, sampling_rate: int, cutoff_hz: float = LOW_PASS_HZ) -
     spectrum = torch.fft.rfft(clip.float())
     frequencies = torch.fft.rfftfreq(clip.shape[-1], 1 / sampling_rate, device=clip.device)
     return torch.fft.irfft(spectrum.masked_fill(frequencies > cutoff_hz, 0), n=clip.shape[-1])
-
-
-def _rms(x: Tensor) -> Tensor:
-    """[C, T] -> [C, 1]."""
-    return x.square().mean(-1, keepdim=True).sqrt()
-
-
-def _distance(original: Tensor, audio: Tensor, sampling_rate: int) -> float:
-    length = torch.tensor([original.shape[-1]], device=original.device)
-    return multi_scale_mel_distance(original[None], audio.to(original.device)[None], length, sampling_rate).item()

@@ -7,7 +7,9 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +22,7 @@ from moss_train.evaluation.codecs.base import Codec, bitrate
 from moss_train.utils.errors import UserError, first_line
 
 RESAMPLE_ONLY = "resample-only"
-MISMATCHED = "mismatched"
-ANCHORS = (RESAMPLE_ONLY, MISMATCHED)
+ANCHORS = (RESAMPLE_ONLY, "mismatched")
 """The ceiling: the original at the rate of the codec's output. The floor: another clip of the domain, by another
 speaker if known."""
 
@@ -77,25 +78,18 @@ class CodecReconstructor:
         with_anchors: bool = True,
         measure: Callable[[Tensor, Mapping[str, str]], dict[str, float]] | None = None,
     ) -> None:
-        self.codec = codec
-        self._levels = tuple(num_quantizers)
+        depths = [Condition(codec.name, count, bitrate(codec, count)) for count in num_quantizers]
+        self.conditions = (*depths, *(map(Condition, ANCHORS) if with_anchors else ()))
+        self._codec = codec
         self._others = mismatched_clips(clips) if with_anchors else {}
-        self._with_anchors = with_anchors
         self._measure = measure
 
-    @property
-    def conditions(self) -> tuple[Condition, ...]:
-        """All conditions in the order of the table."""
-        codec = self.codec
-        depths = tuple(Condition(codec.name, count, bitrate(codec, count)) for count in self._levels)
-        return depths + (tuple(map(Condition, ANCHORS)) if self._with_anchors else ())
-
     def depends_on(self, clip: ListedClip) -> str:
-        """The clip that stands for a mismatch, which is another one when the evaluation set changes."""
+        """Name the clip that stands for a mismatch, which is another one when the evaluation set changes."""
         return self._others[clip.id].id if clip.id in self._others else ""
 
     def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
-        """Conditions that are not among those found."""
+        """Return the conditions that a row with those found is still to get."""
         return tuple(condition for condition in self.conditions if condition not in found)
 
     def reconstruct(
@@ -107,55 +101,50 @@ class CodecReconstructor:
             wanted: conditions to reconstruct, all of them when None.
         """
         check_audio(audio, clip.id)
-        rates = (self.codec.sampling_rate, self.codec.output_sampling_rate)
-        original = self._prepare(audio, rate, rates[0])
-        reference = pcm16(original if rates[0] == rates[1] else self._prepare(audio, rate, rates[1]))
+        codec, output_rate = self._codec, self._codec.output_sampling_rate
+        original = self._prepare(audio, rate, codec.sampling_rate)
+        reference = pcm16(original if codec.sampling_rate == output_rate else self._prepare(audio, rate, output_rate))
         seconds = audio.shape[-1] / rate
         wanted = self.conditions if wanted is None else wanted
         needs_anchors = any(condition.num_quantizers is None for condition in wanted)
         reconstructions, failures = self._anchors(clip, audio, rate, reference) if needs_anchors else ([], {})
-        depths = [condition for condition in self.conditions[: len(self._levels)] if condition in wanted]
+        depths = [item for item in self.conditions if item.num_quantizers is not None and item in wanted]
         try:
-            codes, encode_seconds = _timed(self.codec.encode, original)
-            decoded = [_timed(self.codec.decode, codes[: condition.num_quantizers]) for condition in depths]
+            codes, encode_seconds = _timed(codec.encode, original)
+            decoded = [_timed(codec.decode, codes[: condition.num_quantizers]) for condition in depths]
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError) as error:
-            reason = f"{self.codec.name} failed: {first_line(error)}"
-            return ClipReconstructions(
-                tuple(reconstructions), seconds, failures=dict.fromkeys(depths, reason) | failures
-            )
-        for condition, (output, _) in zip(depths, decoded, strict=True):
+            failures = dict.fromkeys(depths, f"{codec.name} failed: {first_line(error)}") | failures
+            return ClipReconstructions(tuple(reconstructions), seconds, failures=failures)
+        times, values = {}, {}
+        for condition, (output, decode_seconds) in zip(depths, decoded, strict=True):
             degraded = pcm16(fit_length(output, reference.shape[-1]))
-            reconstructions.append(Reconstruction(condition, reference, degraded, self.codec.output_sampling_rate))
-        times = dict(
-            zip((condition.num_quantizers or 0 for condition in depths), (spent for _, spent in decoded), strict=True)
-        )
-        values = (
-            {item: self._measure(codes[: item.num_quantizers], clip.labels) for item in depths} if self._measure else {}
-        )
+            reconstructions.append(Reconstruction(condition, reference, degraded, output_rate))
+            times[condition.num_quantizers or 0] = decode_seconds
+            if self._measure is not None:
+                values[condition] = self._measure(codes[: condition.num_quantizers], clip.labels)
         return ClipReconstructions(tuple(reconstructions), seconds, codes, encode_seconds, times, values, failures)
 
     def _prepare(self, audio: Tensor, rate: int, wanted: int) -> Tensor:
-        return resample(convert_channels(audio, self.codec.num_channels), rate, wanted)
+        return resample(convert_channels(audio, self._codec.num_channels), rate, wanted)
 
     def _anchors(
         self, clip: ListedClip, audio: Tensor, rate: int, reference: Tensor
     ) -> tuple[list[Reconstruction], dict[Condition, str]]:
-        if not self._with_anchors:
-            return [], {}
         ceiling, floor = map(Condition, ANCHORS)
+        output_rate = self._codec.output_sampling_rate
         # At one rate and with one number of channels the way there and back changes nothing, as it should.
-        back = fit_length(resample(reference, self.codec.output_sampling_rate, rate), audio.shape[-1])
-        original = pcm16(convert_channels(audio, self.codec.num_channels))
+        back = fit_length(resample(reference, output_rate, rate), audio.shape[-1])
+        original = pcm16(convert_channels(audio, self._codec.num_channels))
         anchors = [Reconstruction(ceiling, original, back, rate)]
         if clip.id not in self._others:
             return anchors, {floor: "no other clip in the domain"}
         try:
-            different = self._prepare(*self._others[clip.id].read(), self.codec.output_sampling_rate)
+            different = self._prepare(*self._others[clip.id].read(), output_rate)
         except (UserError, OSError) as error:
             return anchors, {floor: str(error)}
-        return [*anchors, Reconstruction(floor, reference, pcm16(different), self.codec.output_sampling_rate)], {}
+        return [*anchors, Reconstruction(floor, reference, pcm16(different), output_rate)], {}
 
 
 def _timed(function: Callable[[Tensor], Tensor], argument: Tensor) -> tuple[Tensor, float]:
@@ -202,8 +191,6 @@ def fit_length(audio: Tensor, length: int) -> Tensor:
 LAYOUTS = (("gt_audios", "syn_audios"), ("reference", "reconstruction"), ("original", "reconstructed"))
 """Names of the two folders; the first are those of the evaluation code released with MOSS-Audio-Tokenizer."""
 
-_DEPTH = re.compile(r"rvq(\d+)")
-
 
 @dataclass(frozen=True)
 class PairFolder:
@@ -228,20 +215,18 @@ def find_pairs(root: Path, domain: str, bits_per_level: float | None) -> list[Pa
         for reference in sorted(path for path in (root / reference_name, *root.rglob(reference_name)) if path.is_dir()):
             degraded = reference.with_name(degraded_name)
             if degraded.is_dir() and all(folder.reference != reference for folder in found):
-                found.append(PairFolder(reference, degraded, *_named(reference.parent, domain, bits_per_level)))
+                folder = reference.parent
+                if depth := re.fullmatch(r"rvq(\d+)", folder.parent.name):
+                    levels = int(depth[1])
+                    bits = None if bits_per_level is None else bits_per_level * levels
+                    condition = Condition(folder.parent.parent.resolve().name, levels, bits)
+                    found.append(PairFolder(reference, degraded, condition, folder.name))
+                else:
+                    found.append(PairFolder(reference, degraded, Condition(folder.resolve().name), domain))
     if not found:
         names = " or ".join(f"{first}/ and {second}/" for first, second in LAYOUTS)
         raise UserError(f"pairs={root} has no folders {names}")
     return found
-
-
-def _named(folder: Path, domain: str, bits_per_level: float | None) -> tuple[Condition, str]:
-    depth = _DEPTH.fullmatch(folder.parent.name)
-    if depth is None:
-        return Condition(folder.resolve().name), domain
-    levels = int(depth[1])
-    bits = None if bits_per_level is None else bits_per_level * levels
-    return Condition(folder.parent.parent.resolve().name, levels, bits), folder.name
 
 
 class PairReconstructor:
@@ -250,33 +235,31 @@ class PairReconstructor:
     def __init__(self, folders: list[PairFolder], domain: str) -> None:
         self._folders = folders
         self._domain = domain  # speech, music, ...; the clips are grouped by data set
-
-    @property
-    def conditions(self) -> tuple[Condition, ...]:
-        """All conditions, by system and bitrate."""
-        unique = dict.fromkeys(folder.condition for folder in self._folders)
-        return tuple(sorted(unique, key=lambda item: (item.system, item.num_quantizers or 0)))
+        unique = dict.fromkeys(folder.condition for folder in folders)
+        self.conditions = tuple(sorted(unique, key=lambda item: (item.system, item.num_quantizers or 0)))
 
     def clips(self) -> list[ListedClip]:
         """The references of all folders; a file of the same name in several folders of a domain is one clip."""
         clips: dict[tuple[str, str], ListedClip] = {}
         for folder in self._folders:
-            for path in audio_files(folder.reference):
+            for path in sorted(
+                path for path in folder.reference.rglob("*") if path.suffix.lower() in (".wav", ".flac")
+            ):
                 name = path.relative_to(folder.reference).with_suffix("").as_posix()
-                read = _Reader(path)
-                clip = ListedClip(f"{folder.domain}/{name}", folder.domain, read, {"domain": self._domain})
+                labels = {"domain": self._domain}
+                clip = ListedClip(f"{folder.domain}/{name}", folder.domain, partial(read_audio, path), labels)
                 clips.setdefault((folder.domain, name), clip)
         if not clips:
             raise UserError(f"{self._folders[0].reference} has no audio files")
         return [clips[key] for key in sorted(clips)]
 
     def depends_on(self, clip: ListedClip) -> str:
-        """The bytes of the reconstructions."""
+        """Hash the bytes of the reconstructions."""
         digest = hashlib.sha256()
         for folder in self._folders:
-            name = clip.id.removeprefix(f"{clip.domain}/")
-            if folder.domain == clip.domain and (path := _path(folder.degraded, name)) is not None:
-                digest.update(str(folder.condition).encode() + path.read_bytes())
+            if folder.domain == clip.domain:
+                with suppress(UserError):
+                    digest.update(str(folder.condition).encode() + _find(folder.degraded, clip).read_bytes())
         return digest.hexdigest()
 
     def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
@@ -292,37 +275,22 @@ class PairReconstructor:
         failures: dict[Condition, str] = {}
         for folder in (folder for folder in self._folders if folder.domain == clip.domain):
             try:
-                reconstructions.append(_read_pair(folder, clip.id.removeprefix(f"{clip.domain}/")))
+                reference, wanted_rate = read_audio(_find(folder.reference, clip))
+                degraded = resample(*read_audio(_find(folder.degraded, clip)), wanted_rate)
+                reconstructions.append(Reconstruction(folder.condition, reference, degraded, wanted_rate))
             except UserError as error:
                 failures[folder.condition] = str(error)
         return ClipReconstructions(tuple(reconstructions), audio.shape[-1] / rate, failures=failures)
 
 
-def _read_pair(folder: PairFolder, name: str) -> Reconstruction:
-    wanted, wanted_rate = read_audio(_find(folder.reference, name))
-    got, got_rate = read_audio(_find(folder.degraded, name))
-    return Reconstruction(folder.condition, wanted, resample(got, got_rate, wanted_rate), wanted_rate)
+def _find(folder: Path, clip: ListedClip) -> Path:
+    """The file of a clip in a folder. Raises UserError when there is none."""
+    name = clip.id.removeprefix(f"{clip.domain}/")
+    for suffix in (".flac", ".wav"):
+        if (path := folder / f"{name}{suffix}").is_file():
+            return path
+    raise UserError(f"{folder} has no {name}.flac or {name}.wav")
 
 
-@dataclass(frozen=True)
-class _Reader:
-    path: Path
-
-    def __call__(self) -> tuple[Tensor, int]:
-        return read_audio(self.path)
-
-
-def audio_files(folder: Path) -> list[Path]:
-    """WAV and FLAC files below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".wav", ".flac"))
-
-
-def _find(folder: Path, name: str) -> Path:
-    path = _path(folder, name)
-    if path is None:
-        raise UserError(f"{folder} has no {name}.flac or {name}.wav")
-    return path
-
-
-def _path(folder: Path, name: str) -> Path | None:
-    return next((path for suffix in (".flac", ".wav") if (path := folder / f"{name}{suffix}").is_file()), None)
+Reconstructor = CodecReconstructor | PairReconstructor
+"""What makes the pairs of a clip."""

@@ -36,10 +36,6 @@ class ConditionRow:
     failure: str | None = None  # why there is no reconstruction
 
 
-def _depth(entry: ConditionRow) -> int:
-    return entry.condition.num_quantizers or 0  # anchors first, as they are made
-
-
 @dataclass(frozen=True)
 class ClipRow:
     """All values of one clip."""
@@ -55,25 +51,14 @@ class ClipRow:
         """One line."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
-    def extended(self, other: "ClipRow") -> "ClipRow":
-        """The other row of the same clip with the conditions that only this one has, by number of levels."""
-        measured = {entry.condition for entry in other.conditions}
-        kept = tuple(entry for entry in self.conditions if entry.condition not in measured)
-        if not kept:
-            return other
-        return replace(other, conditions=tuple(sorted((*kept, *other.conditions), key=_depth)))
-
     @classmethod
     def from_json(cls, line: str) -> "ClipRow":
         """Read the line back. ValueError, KeyError or TypeError when it is torn."""
         entry = parse_json(line, "a row")
-        rows = (
-            item
-            | {"condition": Condition(**item["condition"])}
-            | {"values": {present_column(key): value for key, value in item["values"].items()}}
-            for item in entry["conditions"]
-        )
-        return cls(**entry | {"conditions": tuple(ConditionRow(**row) for row in rows)})
+        for item in entry["conditions"]:
+            item["condition"] = Condition(**item["condition"])
+            item["values"] = {present_column(key): value for key, value in item["values"].items()}
+        return cls(**entry | {"conditions": tuple(ConditionRow(**item) for item in entry["conditions"])})
 
 
 @dataclass
@@ -107,15 +92,39 @@ class Results:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Open a new folder or one with the same settings. Raises UserError for other settings, with the difference."""
         self.folder = folder
-        self.times = _read_times(folder / TIMES_FILE)
-        _check_settings(folder / SETTINGS_FILE, dict(settings))
-        _end_torn_line(folder / ROWS_FILE)
-        self.rows = {row.key: row for row in read_rows(folder / ROWS_FILE)}
+        self.times = Times()
+        if (path := folder / TIMES_FILE).is_file():
+            entry = read_json(path)
+            decode = {int(key): value for key, value in entry["decode"].items()}
+            # Older files decoded all they encoded.
+            decoded_audio = entry.get("decoded_audio") or dict.fromkeys(decode, entry["audio"])
+            decoded_audio = {int(key): value for key, value in decoded_audio.items()}
+            self.times = Times(entry["audio"], entry["encode"], decode, decoded_audio)
+        wanted = json.loads(json.dumps(dict(settings)))
+        if (path := folder / SETTINGS_FILE).is_file():
+            found = read_json(path)
+            found.pop("num_quantizers", None)  # of folders that were refused other numbers of levels
+            if keys := [key for key in wanted | found if wanted.get(key) != found.get(key)]:
+                first = f"{keys[0]} was {found.get(keys[0])} and is {wanted.get(keys[0])}"
+                raise UserError(f"out={folder} holds results of other settings ({first}): give another out")
+        else:
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path = folder / ROWS_FILE
+        if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            with path.open("ab") as file:
+                file.write(b"\n")  # a row that follows the torn line of a killed run would be lost with it
+        self.rows = {row.key: row for row in read_rows(path)}
 
     def add(self, row: ClipRow) -> None:
-        """Keep a row at once, with the other conditions of the row that is there."""
+        """Keep a row at once, with the conditions that only the row that is there has, by number of levels."""
         if row.key in self.rows and row.failure is None:
-            row = self.rows[row.key].extended(row)
+            measured = {entry.condition for entry in row.conditions}
+            kept = [entry for entry in self.rows[row.key].conditions if entry.condition not in measured]
+            if kept:
+                # Anchors first, as they are made.
+                depths = sorted((*kept, *row.conditions), key=lambda entry: entry.condition.num_quantizers or 0)
+                row = replace(row, conditions=tuple(depths))
         self.rows[row.key] = row
         with (self.folder / ROWS_FILE).open("a", encoding="utf-8") as file:
             file.write(row.to_json() + "\n")
@@ -177,39 +186,10 @@ def file_name(condition: Condition) -> str:
 def read_rows(path: Path) -> list[ClipRow]:
     """All whole rows of a file; the torn last line of an interrupted run is skipped."""
     rows = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+    # Not splitlines: a name may hold other separators, such as U+2028.
+    for line in path.read_text("utf-8").split("\n") if path.is_file() else []:
         try:
             rows.append(ClipRow.from_json(line))
         except (ValueError, KeyError, TypeError):
             continue
     return rows
-
-
-def _end_torn_line(path: Path) -> None:
-    """A row that follows the torn line of a killed run would be lost with it."""
-    if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")
-
-
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    wanted = json.loads(json.dumps(settings))
-    if path.is_file():
-        found = read_json(path)
-        found.pop("num_quantizers", None)  # of folders that were refused other numbers of levels
-        keys = [key for key in wanted | found if wanted.get(key) != found.get(key)]
-        if keys:
-            first = f"{keys[0]} was {found.get(keys[0])} and is {wanted.get(keys[0])}"
-            raise UserError(f"out={path.parent} holds results of other settings ({first}): give another out")
-        return
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_times(path: Path) -> Times:
-    if not path.is_file():
-        return Times()
-    entry = read_json(path)
-    decode = {int(key): value for key, value in entry["decode"].items()}
-    audio = entry.get("decoded_audio") or dict.fromkeys(decode, entry["audio"])  # older files decoded all they encoded
-    return Times(entry["audio"], entry["encode"], decode, {int(key): value for key, value in audio.items()})

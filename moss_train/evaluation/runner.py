@@ -1,42 +1,20 @@
 """Run an evaluation clip by clip; a second run continues where the first one stopped."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from moss_train.batch import ListedClip
 from moss_train.evaluation.metrics.base import Metric, Pair, score_pair
-from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, Reconstruction
+from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, Reconstruction, Reconstructor
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
 from moss_train.utils.workers import worker_pool
-
-
-class Reconstructor(Protocol):
-    """What makes the pairs of a clip."""
-
-    @property
-    def conditions(self) -> tuple[Condition, ...]:
-        """All conditions in the order of the table."""
-
-    def depends_on(self, clip: ListedClip) -> str:
-        """What the pairs of a clip depend on besides the clip and the settings."""
-
-    def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
-        """Conditions that a row with the conditions `found` is still to get."""
-
-    def reconstruct(
-        self, clip: ListedClip, audio: Tensor, rate: int, wanted: Collection[Condition]
-    ) -> ClipReconstructions:
-        """Pairs of a clip [C, T] at `rate` Hz, of the wanted conditions. Raises UserError for an unusable clip."""
 
 
 def evaluate(
@@ -51,19 +29,31 @@ def evaluate(
     """Score every clip under every condition; returns the rows in the order of the clips.
 
     What the results hold is not computed again: a row gets the conditions that it lacks. Neither `num_workers` nor an
-    interruption changes a value. Clips that cannot be read or reconstructed are rows with a
-    failure. `keep_audio_of`: ids of the clips whose audio is kept.
+    interruption changes a value. Clips that cannot be read or reconstructed are rows with a failure.
+
+    Args:
+        keep_audio_of: ids of the clips whose audio is kept.
     """
     order: list[str] = []
     waiting: list[Future[ClipRow]] = []
-    with progress("evaluating", total=len(clips)) as bar, _scorer(metrics, num_workers) as submit:
+    with (
+        progress("evaluating", total=len(clips)) as bar,
+        worker_pool(num_workers, __name__, partial(_use_metrics, metrics), num_threads=None) as submit,
+    ):
         for clip in clips:
             key, made, failure = _reconstruct(clip, reconstructor, results, keep_audio_of)
             order.append(key)
             if failure is not None:
                 results.add(ClipRow(clip.id, clip.domain, key, 0.0, (), failure))
             elif made is not None:
-                waiting.append(submit(clip, key, made))
+                failed = tuple(ConditionRow(condition, failure=reason) for condition, reason in made.failures.items())
+                row = ClipRow(clip.id, clip.domain, key, made.seconds, failed)
+                # Arrays, because tensors would travel to a worker through shared memory.
+                pairs = [
+                    (item.condition, item.reference.numpy(), item.degraded.numpy(), item.sampling_rate)
+                    for item in made.reconstructions
+                ]
+                waiting.append(submit(_score, row, {"domain": clip.domain} | clip.labels, pairs, made.values))
             while len(waiting) > 2 * num_workers:
                 results.add(waiting.pop(0).result())
             bar.advance()
@@ -120,20 +110,6 @@ def _reconstruct(
     return key, made, None
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a worker gets: arrays, because tensors would travel through shared memory."""
-
-    clip: str
-    domain: str
-    key: str
-    seconds: float
-    labels: dict[str, str]
-    pairs: tuple[tuple[Condition, np.ndarray, np.ndarray, int], ...]
-    values: dict[Condition, dict[str, float]]
-    failures: dict[Condition, str]
-
-
 _worker_metrics: Mapping[str, Metric] = {}
 
 
@@ -142,27 +118,15 @@ def _use_metrics(metrics: Mapping[str, Metric], worker: int) -> None:
     _worker_metrics = metrics
 
 
-def _score(task: _Task) -> ClipRow:
-    failed = [ConditionRow(condition, failure=reason) for condition, reason in task.failures.items()]
+def _score(
+    row: ClipRow,
+    labels: Mapping[str, str],
+    pairs: Sequence[tuple[Condition, np.ndarray, np.ndarray, int]],
+    values: Mapping[Condition, Mapping[str, float]],
+) -> ClipRow:
     reconstructions = [
         Reconstruction(condition, torch.from_numpy(reference), torch.from_numpy(degraded), rate)
-        for condition, reference, degraded, rate in task.pairs
+        for condition, reference, degraded, rate in pairs
     ]
-    scored = score_reconstructions(reconstructions, _worker_metrics, task.labels, task.values)
-    return ClipRow(task.clip, task.domain, task.key, task.seconds, (*failed, *scored))
-
-
-@contextmanager
-def _scorer(metrics: Mapping[str, Metric], num_workers: int) -> Iterator[Any]:
-    """Yield submit(clip, key, made) -> Future of a ClipRow; with 0 workers the work is done in this process."""
-
-    def task_of(clip: ListedClip, key: str, made: ClipReconstructions) -> _Task:
-        pairs = tuple(
-            (item.condition, item.reference.numpy(), item.degraded.numpy(), item.sampling_rate)
-            for item in made.reconstructions
-        )
-        labels = {"domain": clip.domain} | clip.labels
-        return _Task(clip.id, clip.domain, key, made.seconds, labels, pairs, made.values, made.failures)
-
-    with worker_pool(num_workers, __name__, partial(_use_metrics, metrics), num_threads=None) as submit:
-        yield lambda clip, key, made: submit(_score, task_of(clip, key, made))
+    scored = score_reconstructions(reconstructions, _worker_metrics, labels, values)
+    return replace(row, conditions=(*row.conditions, *scored))

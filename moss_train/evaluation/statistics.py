@@ -1,5 +1,6 @@
 """Means over clips with bootstrap confidence intervals, as tables and plots show them."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,6 @@ from moss_train.evaluation.results import ClipRow, ConditionRow
 
 ALL_DOMAINS = "all"
 NUM_RESAMPLES = 1000
-POLICIES = ("exclude", "official")
-"""What becomes of a clip without a value: left out and counted, or counted as the released evaluation code does."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,19 @@ def summarize(
     groups = {domain: [row for row in ordered if row.domain == domain] for domain in domains}
     if len(domains) > 1:
         groups[ALL_DOMAINS] = ordered
-    table = [
-        _summary_row(domain, members, condition, columns, policy, seed)
-        for domain, members in groups.items()
-        for condition in conditions
-    ]
-    return [row for row in table if row.num_clips]
+    table = []
+    for (domain, members), condition in itertools.product(groups.items(), conditions):
+        entries = [entry for row in members if (entry := _entry(row, condition)) is not None]
+        values = [entry.official | entry.values if policy == "official" else entry.values for entry in entries]
+        estimates = {}
+        for column in columns:
+            pairs = [pair for value in values if (pair := _numerator_and_denominator(value, column)) is not None]
+            if sum(below for _, below in pairs) > 0:
+                estimates[column.key] = bootstrap(np.array(pairs), seed)
+        if entries:
+            failed = sum(bool(entry.errors or entry.failure) for entry in entries)
+            table.append(SummaryRow(domain, condition, estimates, len(entries), failed))
+    return table
 
 
 def mean_scores(
@@ -72,20 +78,6 @@ def mean_scores(
         for domain in ((ALL_DOMAINS, row.domain) if is_one_domain else (row.domain,))
         for key, estimate in row.estimates.items()
     }
-
-
-def _summary_row(
-    domain: str, members: Sequence[ClipRow], condition: Condition, columns: Sequence[Column], policy: str, seed: int
-) -> SummaryRow:
-    entries = [entry for row in members if (entry := _entry(row, condition)) is not None]
-    values = [entry.official | entry.values if policy == "official" else entry.values for entry in entries]
-    estimates = {}
-    for column in columns:
-        pairs = [pair for value in values if (pair := _numerator_and_denominator(value, column)) is not None]
-        if pairs and sum(below for _, below in pairs) > 0:
-            estimates[column.key] = bootstrap(np.array(pairs), seed)
-    failed = sum(bool(entry.errors or entry.failure) for entry in entries)
-    return SummaryRow(domain, condition, estimates, len(entries), failed)
 
 
 def _entry(row: ClipRow, condition: Condition) -> ConditionRow | None:
@@ -124,20 +116,15 @@ def paired_difference(
 
     conditions: of the first and of the second rows. Quotients of sums are compared clip by clip.
     """
-    first, second = (
-        _by_clip(part, condition, column) for part, condition in zip((rows, others), conditions, strict=True)
-    )
+    first: dict[str, float] = {}
+    second: dict[str, float] = {}
+    for values, part, condition in ((first, rows, conditions[0]), (second, others, conditions[1])):
+        for row in part:
+            entry = _entry(row, condition)
+            pair = _numerator_and_denominator(entry.values, column) if entry is not None else None
+            if pair is not None and pair[1] > 0:
+                values[row.clip] = pair[0] / pair[1]
     common = sorted(first.keys() & second.keys())
     if not common:
         return None
     return bootstrap(np.array([(first[clip] - second[clip], 1.0) for clip in common]), seed=0)
-
-
-def _by_clip(rows: Sequence[ClipRow], condition: Condition, column: Column) -> dict[str, float]:
-    values = {}
-    for row in rows:
-        entry = _entry(row, condition)
-        pair = _numerator_and_denominator(entry.values, column) if entry is not None else None
-        if pair is not None and pair[1] > 0:
-            values[row.clip] = pair[0] / pair[1]
-    return values

@@ -119,11 +119,14 @@ def training_facts(source: str | Path) -> dict[str, str]:
         return {}
     facts = {"checkpoint": checkpoint.name}
     run = checkpoint.parent.parent
-    hours = _last_row(run / "audio_hours.csv")
-    if domains := [
-        f"{name.removesuffix('_hours')} {float(hours[name]):.2f} h" for name in hours if _is_domain(hours, name)
-    ]:
-        facts["audio used"] = ", ".join(domains)
+    try:
+        with (run / "audio_hours.csv").open(newline="", encoding="utf-8") as file:
+            *_, last = csv.DictReader(file)
+        hours = {key.removesuffix("_hours"): float(last[key] or 0) for key in last if key not in ("update", "time")}
+        if used := [f"{domain} {value:.2f} h" for domain, value in hours.items() if value > 0]:
+            facts["audio used"] = ", ".join(used)
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # a run of another version; the card then says less
     try:
         start = json.loads((run / "environment.json").read_text("utf-8"))["starts"][-1]
         facts["command"] = " ".join(["moss_train", *map(str, start["command"][1:])])
@@ -131,25 +134,9 @@ def training_facts(source: str | Path) -> dict[str, str]:
         if start.get("git"):
             facts["commit"] = start["git"]["commit"] + (" with changes" if start["git"]["changed"] else "")
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        pass  # a run of another version; the card then says less
+        pass
     # Paths of the machine are nobody's business.
     return {name: re.sub(r"(?<![\w.])/[\w./-]+/", "", value) for name, value in facts.items()}
-
-
-def _is_domain(row: Mapping[str, str], name: str) -> bool:
-    try:
-        return name not in ("update", "time") and float(row[name]) > 0
-    except ValueError:
-        return False
-
-
-def _last_row(path: Path) -> dict[str, str]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except OSError:
-        return {}
-    return {key: value for key, value in rows[-1].items() if key and value} if rows else {}
 
 
 def evaluation_rows(folder: str | Path) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
 """Load the tokenizer from a run, a checkpoint, an export or a released folder, and its training networks."""
 
 import json
-import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,21 +13,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
-from moss_train.utils.checkpoint import CHECKPOINT_FILE, find_damage, newest_checkpoint, read_payload
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, find_damage, newest_checkpoint, read_payload, weights_under
 from moss_train.utils.errors import UserError, first_line
 from moss_train.utils.files import read_json
 from moss_train.utils.hub import check_model_name, from_pretrained
 
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    AttributeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError, UnpicklingError)
 NETWORKS = ("semantic", "discriminators")  # of a training, beside the tokenizer
 Weights = Mapping[str, Mapping[str, Tensor]]
 
@@ -56,27 +47,24 @@ def open_source(path: str | Path) -> ModelSource:
         UserError: there is no model at `path`, or its training state is damaged.
     """
     if (checkpoint := find_checkpoint(Path(path))) is not None:
-        content = read_checkpoint(checkpoint)
+        content = read_payload(checkpoint, mmap=True)  # tensors stay on the disk until they are used
         parameters = content["hyper_parameters"]
         nodes = {name: parameters[name] for name in NETWORKS if parameters.get(name)}
-        return ModelSource(
-            str(checkpoint), tokenizer_config(parameters["tokenizer"]), nodes, lambda: weights_of(content, nodes)
-        )
+
+        def load() -> Weights:
+            return {name: weights_under(f"{name}.", content["state_dict"]) for name in ("tokenizer", *nodes)}
+
+        return ModelSource(str(checkpoint), tokenizer_config(parameters["tokenizer"]), nodes, load)
     config = from_folder(MossAudioTokenizerConfig, path)
     folder = Path(path) / STATE_FOLDER
     networks = read_training_state(folder) if folder.is_dir() else {}
     nodes = {name: network.node for name, network in networks.items()}
 
-    def load() -> Weights:
+    def load_folder() -> Weights:
         others = {name: network.weights for name, network in networks.items()}
         return {"tokenizer": load_tokenizer(path).state_dict(), **others}
 
-    return ModelSource(str(path), config, nodes, load)
-
-
-def weights_of(content: Mapping[str, Any], nodes: Iterable[str]) -> Weights:
-    """The weights of tokenizer and networks in a checkpoint's content."""
-    return {name: weights_under(f"{name}.", content["state_dict"]) for name in ("tokenizer", *nodes)}
+    return ModelSource(str(path), config, nodes, load_folder)
 
 
 def load_tokenizer(path: str | Path, *, ema: bool = False, part: str | None = None) -> MossAudioTokenizerModel:
@@ -93,12 +81,16 @@ def load_tokenizer(path: str | Path, *, ema: bool = False, part: str | None = No
         UserError: there is no model at `path`, its weights do not fit its configuration, or there is no average.
     """
     if (checkpoint := find_checkpoint(Path(path))) is not None:
-        content = read_checkpoint(checkpoint)
+        content = read_payload(checkpoint, mmap=True)
         if ema and not content.get("ema"):
             raise UserError(
                 f"{checkpoint} has no moving average: train with ema={{decay: 0.9999}}, or leave out ema=true"
             )
-        model = tokenizer_of(content)
+        try:
+            model = MossAudioTokenizerModel(tokenizer_config(content["hyper_parameters"]["tokenizer"]))
+            model.load_state_dict(weights_under("tokenizer.", content["state_dict"]))
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the checkpoint does not hold a tokenizer: {first_line(error)}") from error
         if ema:
             model.load_state_dict(content["ema"]["weights"])
         return model.eval()
@@ -133,26 +125,6 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint directory; its tensors stay on the disk until they are used."""
-    return read_payload(path, mmap=True)
-
-
-def tokenizer_of(content: Mapping[str, Any]) -> MossAudioTokenizerModel:
-    """Build the tokenizer that a checkpoint's content describes and load its weights, strictly. Raises UserError."""
-    try:
-        model = MossAudioTokenizerModel(tokenizer_config(content["hyper_parameters"]["tokenizer"]))
-        model.load_state_dict(weights_under("tokenizer.", content["state_dict"]))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the checkpoint does not hold a tokenizer: {first_line(error)}") from error
-    return model
-
-
-def weights_under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
-
-
 def tokenizer_config(node: Mapping[str, Any]) -> MossAudioTokenizerConfig:
     """Configuration from the released keys or from five numbers per stage, as runs store it."""
     if "stages" in node:
@@ -181,7 +153,17 @@ def write_training_state(folder: Path, networks: Mapping[str, Network]) -> None:
     records = {}
     for name, network in networks.items():
         node = make_portable(network.node, folder / "text") if name == "semantic" else network.node
-        unique, aliases = without_aliases(network.weights)
+        # Every tensor once, and which further names it has: an output layer tied to its embedding, for one.
+        unique: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        first_names: dict[tuple, str] = {}
+        for own_name, tensor in network.weights.items():
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if place in first_names and tensor.numel():
+                aliases[own_name] = first_names[place]
+            else:
+                first_names[place] = own_name
+                unique[own_name] = tensor.contiguous()
         # Not save_file: the file it makes cannot be read by other users.
         (folder / f"{name}.safetensors").write_bytes(save(unique))
         records[name] = {"node": node, "file": f"{name}.safetensors", "aliases": aliases}
@@ -210,18 +192,3 @@ def read_training_state(folder: Path) -> dict[str, Network]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"the training state in {folder} is damaged ({reason}); export it again") from error
-
-
-def without_aliases(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor once, and which further names it has: an output layer tied to its embedding, for one."""
-    unique: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    names: dict[tuple, str] = {}
-    for name, tensor in weights.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if place in names and tensor.numel():
-            aliases[name] = names[place]
-        else:
-            names[place] = name
-            unique[name] = tensor.contiguous()
-    return unique, aliases

@@ -10,12 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from moss_train.export.card import CardInfo, fact_table, metadata, sampling_rates
 from moss_train.export.load import load_tokenizer
 from moss_train.export.onnx_runtime import SETTINGS_FILE, VECTORS_FILE, Tokenizer
-from moss_train.export.write import SECONDS_BEYOND_WINDOW, check_target, known_audio, read_clips
+from moss_train.export.write import (
+    SECONDS_BEYOND_WINDOW,
+    check_target,
+    codes_of,
+    compare_codes,
+    known_audio,
+    new_folder,
+    read_clips,
+)
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 
@@ -30,6 +37,7 @@ moss_train.
 {facts}
 
 ```python
+import sys
 
 import soundfile
 
@@ -83,40 +91,29 @@ def export_onnx(
         raise UserError(f"weights={weights!r} is not float32 or int8")
     if chunk_frames < 1:
         raise UserError(f"chunk_frames={chunk_frames} has to be 1 or more")
-    check_packages()
-    model = load_tokenizer(source, ema=ema, part=part)
-    if model.part not in (None, part):
-        raise UserError(f"{source} holds a {model.part} only: write part={model.part}")
-    clips = read_clips(heldout, model.config) if heldout is not None and part != "decoder" else []
-    partial = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write_graphs(model, partial, part, chunk_frames, weights)
-        shutil.copyfile(Path(__file__).with_name("onnx_runtime.py"), partial / "runtime.py")
-        equal = write_vectors(model, partial, part)
-        precision = weights
-        if equal is not None:
-            precision += f"; {1 - equal:.2%} of the codes of known audio differ from torch"
-        if clips:
-            changed, seconds = count_changed(model, Tokenizer(partial), clips)
-            precision = f"{weights}; {changed:.2%} of the codes of {seconds:.0f} s of held-out audio differ from torch"
-        info = replace(info or CardInfo(), precision=precision)
-        (partial / "README.md").write_text(onnx_card(target.name, model, info, chunk_frames), "utf-8")
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return target
-
-
-def check_packages() -> None:
-    """Raise UserError unless onnx and onnxruntime can be imported."""
     for package in ("onnx", "onnxruntime"):
         try:
             __import__(package)
         except ImportError:
             raise UserError(f"format=onnx needs the package {package}: pip install 'moss_train[onnx]'") from None
+    model = load_tokenizer(source, ema=ema, part=part)
+    if model.part not in (None, part):
+        raise UserError(f"{source} holds a {model.part} only: write part={model.part}")
+    clips = read_clips(heldout, model.config) if heldout is not None and part != "decoder" else []
+    with new_folder(target) as folder:
+        write_graphs(model, folder, part, chunk_frames, weights)
+        shutil.copyfile(Path(__file__).with_name("onnx_runtime.py"), folder / "runtime.py")
+        equal = write_vectors(model, folder, part)
+        precision = weights
+        if clips:
+            graphs = Tokenizer(folder)
+            differ = compare_codes(model, lambda audio: torch.from_numpy(graphs.encode(audio.numpy())), clips)
+            precision += f"; {differ} from torch"
+        elif equal is not None:
+            precision += f"; {1 - equal:.2%} of the codes of known audio differ from torch"
+        info = replace(info or CardInfo(), precision=precision)
+        (folder / "README.md").write_text(onnx_card(target.name, model, info, chunk_frames), "utf-8")
+    return target
 
 
 def write_graphs(
@@ -131,27 +128,28 @@ def write_graphs(
 
     A graph of more than `largest_file` bytes has its weights beside it, in `encoder.weights` or `decoder.weights`.
     """
-    from moss_train.export.onnx_graph import decoder_graph, encoder_graph
+    from moss_train.export.onnx_graph import step_graph
 
     config = model.config
     settings: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in ("sampling_rate", "number_channels", "downsample_rate", "num_quantizers")
+        "sampling_rate": config.sampling_rate,
+        "number_channels": config.number_channels,
+        "downsample_rate": config.downsample_rate,
+        "num_quantizers": config.num_quantizers,
+        "codebook_size": config.quantizer_kwargs["codebook_size"],
+        "chunk_frames": chunk_frames,
+        "weights": weights,
     }
-    settings |= {"codebook_size": config.quantizer_kwargs["codebook_size"], "chunk_frames": chunk_frames}
-    settings |= {"weights": weights}
     if config.output_ratio > 1:
         settings["output_sampling_rate"] = config.output_sampling_rate
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     metadata = {key: str(value) for key, value in settings.items()}
-    for name, make in (("encoder", encoder_graph), ("decoder", decoder_graph)):
-        if part not in (None, name):
-            continue
+    for name in ("encoder", "decoder") if part is None else (part,):
         parameters = chain(getattr(model, name).parameters(), model.quantizer.parameters())
         size = sum(parameter.numel() for parameter in parameters) * (1 if weights == "int8" else 4)
         beside = (folder / f"{name}.weights").open("wb") if size > largest_file else nullcontext()
         with beside as file:
-            graph = make(model, chunk_frames, weights == "int8", metadata, file)
+            graph = step_graph(model, name, chunk_frames, weights == "int8", metadata, file)
         (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
 
 
@@ -167,14 +165,12 @@ def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None
     audio = known_audio(config.sampling_rate, config.number_channels, seconds).float()
     if model.part == "decoder":
         shape = (config.num_quantizers, 2, model.num_frames(audio.shape[2]))
-        codes = torch.randint(
-            0, config.quantizer_kwargs["codebook_size"], shape, generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(0, config.quantizer_kwargs["codebook_size"], shape, generator=generator)
     else:
-        encoded: Any = model.encode(audio)
-        codes = encoded.audio_codes
-    samples = (audio * 32768).numpy().astype(np.int16)
-    stored: dict[str, Any] = {"audio": samples, "codes": codes.numpy().astype(np.int32)}
+        codes = codes_of(model, audio)
+    stored: dict[str, Any] = {"audio": (audio * 32768).numpy().astype(np.int16)}
+    stored["codes"] = codes.numpy().astype(np.int32)
     equal = None
     if part != "decoder":
         equal = float((Tokenizer(folder).encode(audio.numpy()) == codes.numpy()).mean())
@@ -188,18 +184,6 @@ def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None
     with (folder / VECTORS_FILE).open("wb") as file:
         np.savez(file, **stored)
     return equal
-
-
-@torch.no_grad()
-def count_changed(model: MossAudioTokenizerModel, tokenizer: Tokenizer, clips: list[Tensor]) -> tuple[float, float]:
-    """Return the fraction of codes of clips [C, T] that differ between torch and the graphs, and the clips' seconds."""
-    outputs: list[Any] = [model.encode(clip[None]) for clip in clips]
-    differs = [
-        output.audio_codes.numpy() != tokenizer.encode(clip[None].numpy())
-        for output, clip in zip(outputs, clips, strict=True)
-    ]
-    seconds = sum(clip.shape[1] for clip in clips) / model.config.sampling_rate
-    return float(sum(codes.sum() for codes in differs) / sum(codes.size for codes in differs)), seconds
 
 
 def onnx_card(name: str, model: MossAudioTokenizerModel, info: CardInfo, chunk_frames: int) -> str:

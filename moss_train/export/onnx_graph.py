@@ -21,8 +21,6 @@ from moss_train.model.quantizer import FoldedProjection, FoldedQuantizer
 from moss_train.model.transformer import PatchedPretransform, ProjectedTransformer, TransformerLayer
 
 OPSET, IR_VERSION = 17, 8
-SMALLEST_BESIDE, PAGE = 4096, 4096  # bytes: of a constant in the file of weights, and what its place is a multiple of
-HIDDEN = -1e30  # added to the scores of keys that a query does not see
 
 
 class GraphBuilder:
@@ -64,10 +62,17 @@ class GraphBuilder:
             array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
         name = f"constant_{len(self.constants)}"
         array = np.ascontiguousarray(array).reshape(array.shape)
-        if self.weights is not None and array.nbytes >= SMALLEST_BESIDE:
-            self.constants.append(write_beside(array, name, self.weights))
-        else:
+        if self.weights is None or array.nbytes < 4096:
             self.constants.append(numpy_helper.from_array(array, name))
+            return name
+        self.weights.write(bytes(-self.weights.tell() % 4096))  # runtimes map pages instead of reading them
+        place = {"location": Path(self.weights.name).name, "offset": self.weights.tell(), "length": array.nbytes}
+        self.weights.write(array.data)
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        constant = onnx.TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        for key, text in place.items():
+            constant.external_data.add(key=key, value=str(text))
+        self.constants.append(constant)
         return name
 
     def input(self, name: str, kind: int, shape: list[int | str]) -> str:
@@ -82,16 +87,16 @@ class GraphBuilder:
 
     def linear(self, x: str, weight: Tensor, bias: Tensor | None = None, precise: bool = False) -> str:
         """Multiply [..., C] with a weight [D, C] and add a bias [D]; `precise` ones are never 8-bit."""
-        product = self._linear8(x, weight) if self.int8 and not precise else self("MatMul", x, weight.T)
+        if self.int8 and not precise:
+            # Unsigned, because products of unsigned and signed bytes saturate on x86 without VNNI.
+            scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+            rounded = ((weight / scale[:, None]).round() + 128).to(torch.uint8)
+            quantized, x_scale, x_zero = self.several(3, "DynamicQuantizeLinear", x)
+            whole = self("MatMulInteger", quantized, rounded.T, x_zero, np.uint8(128))
+            product = self("Mul", self("Cast", whole, to=TensorProto.FLOAT), self("Mul", x_scale, scale))
+        else:
+            product = self("MatMul", x, weight.T)
         return product if bias is None else self("Add", product, bias)
-
-    def _linear8(self, x: str, weight: Tensor) -> str:
-        # Unsigned, because products of unsigned and signed bytes saturate on x86 without VNNI.
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-        rounded = ((weight / scale[:, None]).round() + 128).to(torch.uint8)
-        quantized, x_scale, x_zero = self.several(3, "DynamicQuantizeLinear", x)
-        product = self("MatMulInteger", quantized, rounded.T, x_zero, np.uint8(128))
-        return self("Mul", self("Cast", product, to=TensorProto.FLOAT), self("Mul", x_scale, scale))
 
     def model(self, name: str, metadata: dict[str, str]) -> onnx.ModelProto:
         """Return the finished model."""
@@ -103,93 +108,54 @@ class GraphBuilder:
         return model
 
 
-def write_beside(array: np.ndarray, name: str, file: BinaryIO) -> onnx.TensorProto:
-    """Append an array to a file and return a constant that says where it lies there."""
-    file.write(bytes(-file.tell() % PAGE))  # runtimes map pages instead of reading them
-    place = {"location": Path(file.name).name, "offset": str(file.tell()), "length": str(array.nbytes)}
-    file.write(array.data)
-    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-    constant = onnx.TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
-    for key, value in place.items():
-        constant.external_data.add(key=key, value=value)
-    return constant
-
-
 @torch.no_grad()
-def encoder_graph(
+def step_graph(
     model: MossAudioTokenizerModel,
+    part: str,
     chunk_frames: int,
     int8: bool,
     metadata: dict[str, str],
     weights: BinaryIO | None = None,
 ) -> onnx.ModelProto:
-    """Return the step audio [B, C, F * hop] -> codes [N, B, F], F <= chunk_frames; `weights` as in `GraphBuilder`."""
-    build, config = GraphBuilder(int8, weights), model.config
-    x = build.input("audio", TensorProto.FLOAT, ["batch", config.number_channels, "samples"])
-    position = build.input("position", TensorProto.INT64, ["batch"])
-    # Channels are interleaved in time: L0 R0 L1 R1 ...
-    x = build("Reshape", build("Transpose", x, perm=[0, 2, 1]), [0, -1, 1])
-    x = add_modules(build, model.encoder, x, position, chunk_frames)
-    codes = add_search(build, FoldedQuantizer(model.quantizer), x)
-    build.output("codes", codes, TensorProto.INT64, [config.num_quantizers, "batch", "frames"])
-    add_next_position(build, position, codes)
-    return build.model("encoder", metadata)
+    """Return the step of a half, of F <= `chunk_frames` frames; `weights` as in `GraphBuilder`.
 
-
-@torch.no_grad()
-def decoder_graph(
-    model: MossAudioTokenizerModel,
-    chunk_frames: int,
-    int8: bool,
-    metadata: dict[str, str],
-    weights: BinaryIO | None = None,
-) -> onnx.ModelProto:
-    """Return the step codes [N, B, F] -> audio [B, C, T], as `encoder_graph`; -1 stands for no code."""
-    build, config = GraphBuilder(int8, weights), model.config
-    codes = build.input("codes", TensorProto.INT64, [config.num_quantizers, "batch", "frames"])
-    position = build.input("position", TensorProto.INT64, ["batch"])
-    x = add_lookup(build, FoldedQuantizer(model.quantizer), codes)
-    x = add_modules(build, model.decoder, x, position, chunk_frames)
-    audio = build("Transpose", build("Reshape", x, [0, -1, config.number_channels]), perm=[0, 2, 1])
-    build.output("audio", audio, TensorProto.FLOAT, ["batch", config.number_channels, "samples"])
-    add_next_position(build, position, codes)
-    return build.model("decoder", metadata)
-
-
-def add_next_position(build: GraphBuilder, position: str, codes: str) -> None:
-    """Give each stream's position behind the frames of `codes`."""
-    frames = build("Gather", build("Shape", codes), [2])
-    build.output("next_position", build("Add", position, frames), TensorProto.INT64, ["batch"])
-
-
-def add_modules(build: GraphBuilder, modules: nn.ModuleList, x: str, position: str, chunk_frames: int) -> str:
-    """Pass [B, T, C] through the patch modules and transformer stages of a half."""
+    "encoder" takes audio [B, C, F * hop] to codes [N, B, F], "decoder" codes, of which -1 stands for none, to audio.
+    """
+    build, config, quantizer = GraphBuilder(int8, weights), model.config, FoldedQuantizer(model.quantizer)
+    codes_shape: list[int | str] = [config.num_quantizers, "batch", "frames"]
+    audio_shape: list[int | str] = ["batch", config.number_channels, "samples"]
+    if part == "encoder":
+        x, width = build.input("audio", TensorProto.FLOAT, audio_shape), 1
+        position = build.input("position", TensorProto.INT64, ["batch"])
+        # Channels are interleaved in time: L0 R0 L1 R1 ...
+        x = build("Reshape", build("Transpose", x, perm=[0, 2, 1]), [0, -1, 1])
+    else:
+        codes, width = build.input("codes", TensorProto.INT64, codes_shape), config.quantizer_kwargs["output_dim"]
+        position = build.input("position", TensorProto.INT64, ["batch"])
+        x = add_lookup(build, quantizer, codes)
     module: Any
-    for number, module in enumerate(modules):
-        if isinstance(module, PatchedPretransform):
-            x = add_patch(build, module, x, number, modules)
+    for number, module in enumerate(getattr(model, part)):
+        if isinstance(module, PatchedPretransform):  # joins or splits frames
+            size = module.patch_size
+            if module.is_downsample:
+                pieces, width = [size, width], width * size
+            else:
+                pieces, width = [width // size, size], width // size
+            x = build("Transpose", build("Reshape", x, [0, -1, *pieces]), perm=[0, 1, 3, 2])
+            x = build("Reshape", x, [0, -1, width])
         else:
             x = add_stage(build, module, x, position, chunk_frames * module.frames_per_code_frame, f"{number}")
-    return x
-
-
-def add_patch(build: GraphBuilder, patch: PatchedPretransform, x: str, number: int, modules: nn.ModuleList) -> str:
-    """Join or split frames; the channels that a reshape needs are those of the neighbouring stages."""
-    size = patch.patch_size
-    if patch.is_downsample:
-        channels = 1 if number == 0 else width_behind(modules[number - 1])
-        parts = build("Transpose", build("Reshape", x, [0, -1, size, channels]), perm=[0, 1, 3, 2])
-        return build("Reshape", parts, [0, -1, channels * size])
-    channels = width_behind(modules[number - 1])
-    parts = build("Transpose", build("Reshape", x, [0, -1, channels // size, size]), perm=[0, 1, 3, 2])
-    return build("Reshape", parts, [0, -1, channels // size])
-
-
-def width_behind(module: nn.Module) -> int:
-    """Channels that a stage gives."""
-    assert isinstance(module, ProjectedTransformer)
-    projection = module.output_proj
-    return projection.out_features if isinstance(projection, nn.Linear) else module.d_model
+            projection = module.output_proj
+            width = projection.out_features if isinstance(projection, nn.Linear) else module.d_model
+    if part == "encoder":
+        codes = add_search(build, quantizer, x)
+        build.output("codes", codes, TensorProto.INT64, codes_shape)
+    else:
+        audio = build("Transpose", build("Reshape", x, [0, -1, config.number_channels]), perm=[0, 2, 1])
+        build.output("audio", audio, TensorProto.FLOAT, audio_shape)
+    frames = build("Gather", build("Shape", codes), [2])
+    build.output("next_position", build("Add", position, frames), TensorProto.INT64, ["batch"])
+    return build.model(part, metadata)
 
 
 def add_stage(
@@ -239,7 +205,7 @@ def add_mask(build: GraphBuilder, positions: str, capacity: int, window: int) ->
     lag = build("Unsqueeze", build("Sub", newest, positions), [2])  # [B, T, 1]
     distance = build("Sub", build("Unsqueeze", age, [1]), lag)
     hidden = build("Or", build("Less", distance, np.int64(0)), build("GreaterOrEqual", distance, np.int64(window)))
-    return build("Unsqueeze", build("Where", hidden, np.float32(HIDDEN), np.float32(0)), [1])
+    return build("Unsqueeze", build("Where", hidden, np.float32(-1e30), np.float32(0)), [1])
 
 
 def add_layer(

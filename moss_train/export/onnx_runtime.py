@@ -11,6 +11,7 @@
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,9 @@ class Stream:
         audio = np.concatenate((self._pending, chunk), axis=2)
         frames = audio.shape[2] // hop
         self._pending = audio[:, :, frames * hop :].copy()
-        empty = np.zeros((self.levels, self.batch_size, 0), np.int64)
-        steps = [self._step("encoder", "audio", part) for part in self._parts(audio[:, :, : frames * hop], hop)]
-        return np.concatenate([empty, *(codes[: self.levels] for codes in steps)], axis=2)
+        empty = np.zeros((self.tokenizer.num_levels, self.batch_size, 0), np.int64)
+        codes = self._run("encoder", "audio", audio[:, :, : frames * hop], hop)
+        return np.concatenate([empty, *codes], axis=2)[: self.levels]
 
     def flush(self) -> np.ndarray:
         """Encode what is left of a started frame, filled up with zeros."""
@@ -139,7 +140,7 @@ class Stream:
         absent = np.full((levels - len(codes), *codes.shape[1:]), -1)
         every = np.concatenate((codes, absent)).astype(np.int64)
         empty = np.zeros((self.batch_size, self.tokenizer.num_channels, 0), np.float32)
-        return np.concatenate([empty, *(self._step("decoder", "codes", part) for part in self._parts(every, 1))], 2)
+        return np.concatenate([empty, *self._run("decoder", "codes", every, 1)], axis=2)
 
     def reset(self, items: Any = None) -> None:
         """Start the streams anew of which `items` (bool [B]) is true, or all; unfinished frames become silent."""
@@ -152,22 +153,21 @@ class Stream:
         if found != self.batch_size:
             raise ValueError(f"this stream has {self.batch_size} items, the chunk has {found}")
 
-    def _parts(self, whole: np.ndarray, hop: int) -> list[np.ndarray]:
+    def _run(self, part: str, name: str, whole: np.ndarray, hop: int) -> Iterator[np.ndarray]:
+        """Run a graph step by step; what it calls `next_x` is its input `x` of the next step."""
         step = self.tokenizer.chunk_frames * hop
-        return [np.ascontiguousarray(whole[:, :, at : at + step]) for at in range(0, whole.shape[2], step)]
-
-    def _step(self, part: str, name: str, value: np.ndarray) -> np.ndarray:
-        """Run a graph once; what it calls `next_x` is its input `x` of the next step."""
-        session, size = self.tokenizer.session(part), self.batch_size
-        if part not in self._states:
-            inputs = [i for i in session.get_inputs() if i.name != name]
-            kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
-            self._states[part] = {i.name: _value(np.zeros([size, *i.shape[1:]], kinds[i.type])) for i in inputs}
-        state = self._states[part]
-        outputs = [output.name for output in session.get_outputs()]
-        found = dict(zip(outputs, session.run_with_ort_values(outputs, {name: _value(value), **state}), strict=True))
-        self._states[part] = {key: found[f"next_{key}"] for key in state}
-        return found["codes" if name == "audio" else "audio"].numpy()
+        for at in range(0, whole.shape[2], step):
+            session = self.tokenizer.session(part)
+            if part not in self._states:
+                inputs = [i for i in session.get_inputs() if i.name != name]
+                kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+                zeros = {i.name: np.zeros([self.batch_size, *i.shape[1:]], kinds[i.type]) for i in inputs}
+                self._states[part] = {key: _value(array) for key, array in zeros.items()}
+            values = {name: _value(np.ascontiguousarray(whole[:, :, at : at + step])), **self._states[part]}
+            outputs = [output.name for output in session.get_outputs()]
+            found = dict(zip(outputs, session.run_with_ort_values(outputs, values), strict=True))
+            self._states[part] = {key: found[f"next_{key}"] for key in self._states[part]}
+            yield found["codes" if name == "audio" else "audio"].numpy()
 
 
 def _value(array: np.ndarray) -> Any:

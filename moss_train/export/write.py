@@ -7,8 +7,10 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,45 +64,64 @@ def export(
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(dtypes)}")
     if part not in (None, "encoder", "decoder"):
         raise UserError(f"part={part!r} is not encoder or decoder")
-    networks = training_networks(source) if with_training_state else {}
+    networks = {}
+    if with_training_state:
+        found = open_source(source)
+        if not found.nodes:
+            raise UserError(f"{source} has no text LM and no discriminators: leave out with_training_state")
+        weights = found.load()
+        networks = {name: Network(node, weights[name]) for name, node in found.nodes.items()}
     complete = load_tokenizer(source, ema=ema)
     if complete.part not in (None, part):
         raise UserError(f"{source} holds a {complete.part} only: write part={complete.part}")
     clips = read_clips(heldout, complete.config) if heldout is not None and dtype != "float32" else []
-    model = take_part(complete, part)
+    config = copy.deepcopy(complete.config)
+    if part is not None:
+        config.part = part
+    model = MossAudioTokenizerModel(config).eval()
+    model.load_state_dict({name: value for name, value in complete.state_dict().items() if name in model.state_dict()})
     torch.nn.Module.to(model, dtype=getattr(torch, dtype))
     if info.level_db is not None:
         model.config.training_level_db = info.level_db
     info = replace(info, training=training_facts(source))
     if clips and part != "decoder":
-        fraction = count_changed_codes(complete, model, clips)
-        seconds = sum(clip.shape[1] for clip in clips) / complete.config.sampling_rate
-        precision = f"{dtype}; {fraction:.2%} of the codes of {seconds:.0f} s of held-out audio differ from float32"
-        info = replace(info, precision=precision)
+        differ = compare_codes(complete, partial(codes_of, model), clips)
+        info = replace(info, precision=f"{dtype}; {differ} from float32")
     elif dtype != "float32":
         info = replace(info, precision=f"{dtype}; the codes were not compared with float32")
-    partial = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_folder(model, partial, target.name, info)
-        write_test_vectors(model, complete, partial)
+    with new_folder(target) as folder:
+        write_folder(model, folder, target.name, info)
+        write_test_vectors(model, complete, folder)
         if networks:
-            write_training_state(partial / STATE_FOLDER, networks)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            write_training_state(folder / STATE_FOLDER, networks)
     return target
 
 
-def take_part(model: MossAudioTokenizerModel, part: str | None) -> MossAudioTokenizerModel:
-    """Return a copy of the model, or of its "encoder" or "decoder" with the quantizer."""
-    config = copy.deepcopy(model.config)
-    if part is not None:
-        config.part = part
-    taken = MossAudioTokenizerModel(config)
-    taken.load_state_dict({name: value for name, value in model.state_dict().items() if name in taken.state_dict()})
-    return taken.eval()
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` to write to, which becomes `target` when the block ends without error."""
+    folder = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def codes_of(model: MossAudioTokenizerModel, audio: Tensor) -> Tensor:
+    """Return the codes [N, B, frames] of audio [B, C, T]."""
+    output: Any = model.encode(audio)
+    return output.audio_codes
+
+
+def compare_codes(model: MossAudioTokenizerModel, encode: Callable[[Tensor], Tensor], clips: Sequence[Tensor]) -> str:
+    """Say which fraction of the codes of clips [C, T] differs between a model and another encoder of [1, C, T]."""
+    differs = torch.cat([(codes_of(model, clip[None]) != encode(clip[None])).flatten() for clip in clips])
+    seconds = sum(clip.shape[1] for clip in clips) / model.config.sampling_rate
+    return f"{differs.double().mean():.2%} of the codes of {seconds:.0f} s of held-out audio differ"
 
 
 def read_clips(heldout: str | Path, config: MossAudioTokenizerConfig, limit: int = 32) -> list[torch.Tensor]:
@@ -125,15 +146,6 @@ def check_target(out: str | Path) -> Path:
     return Path(out)
 
 
-def training_networks(source: str | Path) -> dict[str, Network]:
-    """Return text LM and discriminators of a run, checkpoint or export; UserError when it has neither."""
-    found = open_source(source)
-    if not found.nodes:
-        raise UserError(f"{source} has no text LM and no discriminators: leave out with_training_state")
-    weights = found.load()
-    return {name: Network(node, weights[name]) for name, node in found.nodes.items()}
-
-
 def write_folder(model: MossAudioTokenizerModel, folder: Path, name: str, info: CardInfo) -> None:
     """Save weights, configuration, feature extractor, the flat copy of `moss_train.model` and the card."""
     config = model.config
@@ -148,36 +160,18 @@ def write_folder(model: MossAudioTokenizerModel, folder: Path, name: str, info: 
         shutil.copymode(folder / "config.json", path)  # safetensors makes files that other users cannot read
     MossAudioTokenizerFeatureExtractor(config.number_channels, config.sampling_rate).save_pretrained(folder)
     shutil.copyfile(Path(inspect.getfile(MossAudioTokenizerModel)).parent / f"{PIPELINE}.py", folder / f"{PIPELINE}.py")
-    change_json(folder / "config.json", add_classes)
-    change_json(folder / "preprocessor_config.json", add_processor)
-    (folder / "README.md").write_text(model_card(name, model, info), "utf-8")
-
-
-def add_classes(config: dict[str, Any]) -> None:
-    """Name the further classes that transformers finds in the folder: one class cannot register for two."""
-    config["auto_map"]["AutoModelForAudioTokenization"] = config["auto_map"]["AutoModel"]
+    # One class cannot register for two. A processor is the feature extractor: there is nothing else to process.
     pipeline = {"impl": f"{PIPELINE}.MossAudioTokenizerPipeline", "pt": ["AutoModel"]}
-    config["custom_pipelines"] = {"feature-extraction": pipeline}
-
-
-def add_processor(config: dict[str, Any]) -> None:
-    """Let `AutoProcessor` give the feature extractor: there is nothing else to process."""
-    config["auto_map"]["AutoProcessor"] = config["auto_map"]["AutoFeatureExtractor"]
-
-
-def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Apply `change` to the content of a JSON file."""
-    content = json.loads(path.read_text("utf-8"))
-    change(content)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def describe_upload(folder: Path, repository: str) -> str:
-    """Return what would be uploaded where: every file with its size, and the sum."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"  {path.stat().st_size:>13,}  {path.relative_to(folder)}" for path in files]
-    total = sum(path.stat().st_size for path in files)
-    return "\n".join([f"to {repository}: {len(files)} files, {total:,} bytes", *lines])
+    for file, further, known, more in (
+        ("config.json", "AutoModelForAudioTokenization", "AutoModel", {"feature-extraction": pipeline}),
+        ("preprocessor_config.json", "AutoProcessor", "AutoFeatureExtractor", None),
+    ):
+        content = json.loads((folder / file).read_text("utf-8"))
+        content["auto_map"][further] = content["auto_map"][known]
+        if more is not None:
+            content["custom_pipelines"] = more
+        (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+    (folder / "README.md").write_text(model_card(name, model, info), "utf-8")
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
@@ -191,7 +185,10 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
     Raises:
         UserError: no token, no network, no permission, or a name that is no repository.
     """
-    print(describe_upload(folder, repository), file=sys.stderr)
+    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    print(f"to {repository}: {len(sizes)} files, {sum(sizes.values()):,} bytes", file=sys.stderr)
+    for path, size in sizes.items():
+        print(f"  {size:>13,}  {path.relative_to(folder)}", file=sys.stderr)
     api = HfApi()
     try:
         if get_token() is None:
@@ -218,10 +215,7 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         ) from None
 
 
-FOLDER = "test_vectors"
 SECONDS_BEYOND_WINDOW = 2.0
-TOLERANCES = {"codes": 0.99, "audio": 2e-3}
-"""Fraction of equal codes, and largest error of the audio relative to its peak, that another installation may have."""
 
 
 def known_audio(sampling_rate: int, num_channels: int, seconds: float) -> Tensor:
@@ -251,33 +245,20 @@ def write_test_vectors(model: MossAudioTokenizerModel, complete: MossAudioTokeni
     config = model.config
     seconds = config.causal_transformer_context_duration + SECONDS_BEYOND_WINDOW
     audio = known_audio(config.sampling_rate, config.number_channels, seconds).float()
-    source = complete if model.part == "decoder" else model
-    encoded: Any = source.encode(audio)
-    codes: Tensor = encoded.audio_codes
+    codes = codes_of(complete if model.part == "decoder" else model, audio)
     tensors = {"audio": (audio * 32768).to(torch.int16), "codes": codes.to(torch.int32)}
     if model.part != "encoder":
         decoded: Any = model.decode(codes)
         tensors["decoded"] = decoded.audio.float()[:1, :1].contiguous()
-    target = folder / FOLDER
+    target = folder / "test_vectors"
     target.mkdir()
     (target / "vectors.safetensors").write_bytes(save(tensors))
     files = sorted(folder.glob("*.safetensors"))
     record = {
-        "tolerances": TOLERANCES,
+        # Fraction of equal codes, and largest error of the audio relative to its peak, in another installation.
+        "tolerances": {"codes": 0.99, "audio": 2e-3},
         "codes_sha256": hashlib.sha256(tensors["codes"].numpy().tobytes()).hexdigest(),
         "weights_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
     (target / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.copyfile(Path(__file__).with_name("verify.py"), folder / "verify.py")
-
-
-@torch.no_grad()
-def count_changed_codes(exact: MossAudioTokenizerModel, rounded: MossAudioTokenizerModel, clips: list[Tensor]) -> float:
-    """Return the fraction of codes of clips [C, T] that differ between two models."""
-    changed = total = 0
-    for clip in clips:
-        outputs: list[Any] = [model.encode(clip[None]) for model in (exact, rounded)]
-        codes: list[Tensor] = [output.audio_codes for output in outputs]
-        changed += int((codes[0] != codes[1]).sum())
-        total += codes[0].numel()
-    return changed / total

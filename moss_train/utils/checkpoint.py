@@ -113,6 +113,11 @@ def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
     return content
 
 
+def weights_under(prefix: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+
+
 def find_damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint directory, None when every file has its recorded size and hash."""
     try:

@@ -5,7 +5,7 @@
         'metrics=[{_target_: speaker_similarity.SpeakerSimilarity}]' model=recipes/cat_mini data=clips.jsonl
 
 Its weights come with the package, so that it needs no download; the published table uses WavLM
-(`metrics=[{_target_: moss_train.evaluation.metrics.WavLMSimilarity, ...}]`), whose values are not comparable.
+(`metrics=[speaker] speaker_model=...`), whose values are not comparable.
 """
 
 from dataclasses import dataclass

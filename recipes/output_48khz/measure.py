@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moss_train.audio.io import read_audio, resample
 from moss_train.data.stream.sample_reader import scale_to_peak
-from moss_train.evaluation.metrics.signal import Profile, mel_distance, stft_distance
+from moss_train.evaluation.metrics.signal import Profile, spectral_distances
 from moss_train.export.load import load_tokenizer
 from moss_train.losses import multi_scale_mel_distance
 from moss_train.model import MossAudioTokenizerModel
@@ -82,10 +82,11 @@ def measure_clip(
     found = {}
     for name, output in outputs.items():
         low, low_original = (resample(signal, rate, low_rate) for signal in (output, original))
+        distances = spectral_distances(original[0], output[0], profile)
         found[name] = {
             "mel distance": seven_scales(original, output, rate),
-            "Mel-Loss": mel_distance(original[0], output[0], profile),
-            "STFT-Dist.": stft_distance(original[0], output[0], profile),
+            "Mel-Loss": distances["mel_loss"],
+            "STFT-Dist.": distances["stft_distance"],
             "mel distance, lower band": seven_scales(low_original, low, low_rate),
             "energy above": energy_above(output, low_rate / 2, rate),
         }

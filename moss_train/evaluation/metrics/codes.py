@@ -13,6 +13,7 @@ from moss_train.config.build import build
 from moss_train.evaluation.metrics.base import Column, Metric, Pair
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.semantic import TextLM
+from moss_train.utils.checkpoint import weights_under
 
 RELIABLE_FRAMES = 10_000
 """Below it entropies are estimated too low: at 500 frames a true entropy of 8.9 bits gives 8.0 (8.4 corrected)."""
@@ -49,26 +50,29 @@ def count_codes(clips: Iterable[Tensor], codebook_sizes: Sequence[int]) -> list[
 
 def codebook_usage(counts: Sequence[Tensor]) -> list[CodebookUsage]:
     """Statistics of every level from its counts [V]; levels without frames are left out."""
-    return [_codebook_usage(level, count) for level, count in enumerate(counts, start=1) if count.sum() > 0]
-
-
-def _codebook_usage(level: int, counts: Tensor) -> CodebookUsage:
-    size, total = len(counts), int(counts.sum())
-    present = counts[counts > 0].double()
-    share = present / total
-    correction = (len(present) - 1) / (2 * total * math.log(2))
-    entropy = min(-(share * share.log2()).sum().item() + correction, math.log2(size))
-    return CodebookUsage(
-        level=level,
-        codebook_size=size,
-        num_frames=total,
-        usage=len(present) / size,
-        active_fraction=(counts.double() >= 0.1 * total / size).double().mean().item(),
-        entropy=entropy,
-        perplexity=2**entropy,
-        max_probability=share.max().item(),
-        expected_usage=1 - (1 - 1 / size) ** total,
-    )
+    levels = []
+    for level, count in enumerate(counts, start=1):
+        size, total = len(count), int(count.sum())
+        if total == 0:
+            continue
+        present = count[count > 0].double()
+        share = present / total
+        correction = (len(present) - 1) / (2 * total * math.log(2))
+        entropy = min(-(share * share.log2()).sum().item() + correction, math.log2(size))
+        levels.append(
+            CodebookUsage(
+                level=level,
+                codebook_size=size,
+                num_frames=total,
+                usage=len(present) / size,
+                active_fraction=(count.double() >= 0.1 * total / size).double().mean().item(),
+                entropy=entropy,
+                perplexity=2**entropy,
+                max_probability=share.max().item(),
+                expected_usage=1 - (1 - 1 / size) ** total,
+            )
+        )
+    return levels
 
 
 def effective_bitrate(levels: Sequence[CodebookUsage], frame_rate: float, num_quantizers: int) -> float:
@@ -100,15 +104,13 @@ def codebook_row(counts: Tensor) -> dict[str, float]:
     }
 
 
-PREFIX = "semantic."
-
-
 class TextCrossEntropy(Metric):
     """Cross entropy in nats and accuracy per text token, from the states of the first levels; clips with text only.
 
     It is a metric with columns like the others, but measures codes, where they are made, instead of pairs of waveforms.
     """
 
+    description = "the text LM of the checkpoint, teacher forcing"
     columns = (
         Column("text_lm_loss", "LM nats/token", False, denominator="text_tokens", decimals=3),
         Column("text_accuracy", "LM accuracy", True, denominator="text_tokens", decimals=3),
@@ -117,10 +119,6 @@ class TextCrossEntropy(Metric):
     def __init__(self, tokenizer: MossAudioTokenizerModel, text_lm: TextLM) -> None:
         self._tokenizer = tokenizer
         self._text_lm = text_lm.eval()
-
-    @property
-    def description(self) -> str:
-        return "the text LM of the checkpoint, teacher forcing"
 
     def score(self, pair: Pair) -> dict[str, float]:
         """Nothing: pairs have no codes."""
@@ -134,11 +132,12 @@ class TextCrossEntropy(Metric):
         device = next(self._text_lm.parameters()).device
         states = self._tokenizer.quantizer.decode(codes[:, None].to(device))
         tokens = self._text_lm.text(labels["text"])
-        task = TASKS.index(labels.get("task", "asr"))
-        counts = (torch.tensor([count]) for count in (states.shape[1], len(tokens)))
-        num_frames, text_lengths = counts
         prediction = self._text_lm(
-            states, num_frames, torch.tensor([tokens], device=device), text_lengths, torch.tensor([task], device=device)
+            states,
+            torch.tensor([states.shape[1]]),
+            torch.tensor([tokens], device=device),
+            torch.tensor([len(tokens)]),
+            torch.tensor([TASKS.index(labels.get("task", "asr"))], device=device),
         )
         return {
             "text_lm_loss": prediction.loss_sum.item(),
@@ -152,8 +151,7 @@ def text_lm_of_checkpoint(checkpoint: Mapping[str, Any], latent_dim: int) -> Tex
     node = checkpoint["hyper_parameters"].get("semantic")
     if not node:
         return None
-    weights = checkpoint["state_dict"]
     with torch.random.fork_rng(devices=[]):
         text_lm = build(node, path="semantic", latent_dim=latent_dim)
-    text_lm.load_state_dict({name.removeprefix(PREFIX): weights[name] for name in weights if name.startswith(PREFIX)})
+    text_lm.load_state_dict(weights_under("semantic.", checkpoint["state_dict"]))
     return text_lm

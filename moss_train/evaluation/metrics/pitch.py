@@ -5,7 +5,6 @@ samples. The formants are right then, but the pitch is that of the patch rate. S
 torchaudio's pitch detector has no voicing decision and smooths over 0.3 s, so the estimator here is our own.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,11 +18,6 @@ RATE = 16_000
 """Sampling rate in Hz of both measures."""
 
 MIN_HZ, MAX_HZ = 60.0, 500.0
-HOP_SECONDS = 0.01
-WINDOW_SECONDS = 0.03
-VOICED_CORRELATION = 0.6
-VOICED_DECIBELS = -35.0  # below the loudest frame of the clip
-OCTAVE_FACTOR = 0.9
 TOLERANCE = 0.05
 
 
@@ -39,47 +33,44 @@ class PitchTrack(NamedTuple):
     is_voiced: Tensor
 
 
-def track_pitch(audio: Tensor, sampling_rate: int = RATE) -> PitchTrack:
-    """ConfidenceInterval F0 by the normalised cross-correlation of each frame with what follows it (Talkin 1995).
+def track_pitch(audio: Tensor) -> PitchTrack:
+    """Estimate F0 by the normalised cross-correlation of each frame with what follows it (Talkin 1995).
 
     The period is the shortest lag whose peak reaches 0.9 of the highest one, which avoids octaves below. A parabola
     through the peak refines it. Frames start every 10 ms, compare 30 ms, and look for 60 to 500 Hz.
 
     Args:
-        audio: [T].
+        audio: [T] at 16 kHz.
 
     Raises:
         ValueError: shorter than one frame, which takes 30 ms and the longest lag.
     """
-    window, hop = round(WINDOW_SECONDS * sampling_rate), round(HOP_SECONDS * sampling_rate)
-    shortest, longest = int(sampling_rate / MAX_HZ), int(sampling_rate / MIN_HZ) + 1
+    window, hop = round(0.03 * RATE), round(0.01 * RATE)
+    shortest, longest = int(RATE / MAX_HZ), int(RATE / MIN_HZ) + 1
     span = window + longest + 1
     if len(audio) < span:
         raise ValueError(f"{len(audio)} samples are too few for a pitch, which needs {span}")
     frames = audio.double().unfold(0, span, hop)
-    correlation, energy = _lagged_correlation(frames, window, longest + 1)
+    # Correlate the first `window` samples of each frame with those 0 to longest + 1 later: [N, longest + 2].
+    size = 2 ** (span + window).bit_length()
+    start = F.pad(frames[:, :window], (0, size - window))
+    products = torch.fft.irfft(torch.fft.rfft(start).conj() * torch.fft.rfft(frames, n=size), n=size)
+    sums = F.pad(frames.square().cumsum(1), (1, 0))
+    energies = (sums[:, window:] - sums[:, : longest + 2]).clamp(min=1e-12)
+    correlation = products[:, : longest + 2] / (energies[:, :1] * energies).sqrt()
     inside = correlation[:, shortest : longest + 1]
     is_peak = (inside >= correlation[:, shortest - 1 : longest]) & (
         inside >= correlation[:, shortest + 1 : longest + 2]
     )
     peaks = torch.where(is_peak, inside, -1.0)
     highest = peaks.amax(1, keepdim=True)
-    lag = shortest + (peaks >= OCTAVE_FACTOR * highest).int().argmax(1)
+    lag = shortest + (peaks >= 0.9 * highest).int().argmax(1)
     before, peak, after = (correlation.gather(1, (lag + step)[:, None])[:, 0] for step in (-1, 0, 1))
     curvature = (before - 2 * peak + after).clamp(max=-1e-9)
     shift = (0.5 * (before - after) / curvature).clamp(-0.5, 0.5)
-    is_loud = energy > energy.max() * 10 ** (VOICED_DECIBELS / 10)
-    return PitchTrack(sampling_rate / (lag + shift), (highest[:, 0] > VOICED_CORRELATION) & is_loud)
-
-
-def _lagged_correlation(frames: Tensor, window: int, num_lags: int) -> tuple[Tensor, Tensor]:
-    """Correlate each frame's first `window` samples with those `lag` later: [N, num_lags + 1], and their energy [N]."""
-    size = 2 ** (frames.shape[1] + window).bit_length()
-    start = F.pad(frames[:, :window], (0, size - window))
-    products = torch.fft.irfft(torch.fft.rfft(start).conj() * torch.fft.rfft(frames, n=size), n=size)
-    sums = F.pad(frames.square().cumsum(1), (1, 0))
-    energies = (sums[:, window : window + num_lags + 1] - sums[:, : num_lags + 1]).clamp(min=1e-12)
-    return products[:, : num_lags + 1] / (energies[:, :1] * energies).sqrt(), energies[:, 0]
+    energy = energies[:, 0]
+    is_loud = energy > energy.max() * 10 ** (-35.0 / 10)  # less than 35 dB below the loudest frame of the clip
+    return PitchTrack(RATE / (lag + shift), (highest[:, 0] > 0.6) & is_loud)
 
 
 @dataclass(frozen=True)
@@ -90,12 +81,9 @@ class PitchAccuracy(Metric):
     """
 
     columns = (Column("pitch", "Pitch", True, is_speech_only=True, decimals=3),)
-
-    @property
-    def description(self) -> str:
-        return (
-            f"normalised cross-correlation, {RATE // 1000} kHz, {MIN_HZ:.0f} to {MAX_HZ:.0f} Hz, within {TOLERANCE:.0%}"
-        )
+    description = (
+        f"normalised cross-correlation, {RATE // 1000} kHz, {MIN_HZ:.0f} to {MAX_HZ:.0f} Hz, within {TOLERANCE:.0%}"
+    )
 
     def score(self, pair: Pair) -> dict[str, float]:
         """See `Metric`; MetricError for a reference without voiced frames."""
@@ -111,9 +99,7 @@ class PitchAccuracy(Metric):
 
 
 BUZZ_WINDOW_SECONDS = 0.2
-BUZZ_HALF_WIDTH = 10.0  # Hz, the main lobe of the window
 BUZZ_RANGE = (200.0, 4000.0)
-BUZZ_FLOOR = 1e-8  # of the strongest bin: what lies between the lines of a synthetic tone has no level of its own
 
 
 @dataclass(frozen=True)
@@ -145,16 +131,18 @@ class PatchRateBuzz(Metric):
         return {"buzz": patch_rate_level(got, self.patch_rate) - patch_rate_level(wanted, self.patch_rate)}
 
 
-def patch_rate_level(audio: Tensor, patch_rate: float, sampling_rate: int = RATE) -> float:
-    """Compute the level in dB of the multiples of a rate in Hz against the middles between them; audio [T]."""
-    window = round(BUZZ_WINDOW_SECONDS * sampling_rate)
+def patch_rate_level(audio: Tensor, patch_rate: float) -> float:
+    """Compute the level in dB of the multiples of a rate in Hz against the middles between them; audio [T], 16 kHz."""
+    window = round(BUZZ_WINDOW_SECONDS * RATE)
     frames = audio.double().unfold(0, window, window // 2) * torch.hann_window(window, dtype=torch.float64)
     power = torch.fft.rfft(frames).abs().square().mean(0)
-    power = power.clamp(min=(BUZZ_FLOOR * power.max()).item())
-    hertz = torch.arange(len(power)) * (sampling_rate / window)
+    # What lies between the lines of a synthetic tone has no level of its own.
+    power = power.clamp(min=(1e-8 * power.max()).item())
+    hertz = torch.arange(len(power)) * (RATE / window)
 
     def decibels(centre: float) -> Tensor:
-        return 10 * power[(hertz - centre).abs() <= BUZZ_HALF_WIDTH].mean().log10()
+        """Of the main lobe of the window."""
+        return 10 * power[(hertz - centre).abs() <= 10.0].mean().log10()
 
     multiples = torch.arange(1, int(BUZZ_RANGE[1] / patch_rate) + 1).double() * patch_rate
     levels = [
@@ -162,8 +150,3 @@ def patch_rate_level(audio: Tensor, patch_rate: float, sampling_rate: int = RATE
         for centre in multiples[multiples >= BUZZ_RANGE[0]].tolist()
     ]
     return torch.stack(levels).mean().item()
-
-
-def pitch_metrics() -> Mapping[str, Metric]:
-    """Return both measures by name, with their defaults."""
-    return {"pitch": PitchAccuracy(), "buzz": PatchRateBuzz()}

@@ -6,7 +6,7 @@ from typing import Any
 from moss_train.config.build import build
 from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, columns_of
-from moss_train.evaluation.metrics.pitch import pitch_metrics
+from moss_train.evaluation.metrics.pitch import PatchRateBuzz, PitchAccuracy
 from moss_train.evaluation.metrics.signal import PROFILES, Dnsmos, signal_metrics
 from moss_train.evaluation.metrics.speaker import WavLMSimilarity
 from moss_train.utils.errors import UserError
@@ -38,25 +38,21 @@ def build_metrics(
     known: dict[str, Metric] = {
         "speaker": WavLMSimilarity(speaker_model),
         **signal_metrics(PROFILES[profile]),
-        **pitch_metrics(),
+        "pitch": PitchAccuracy(),
+        "buzz": PatchRateBuzz(),
         "recognition": choose_backend(recognition, recognition_model),
         "dnsmos": Dnsmos(),
     }
     metrics = {name: metric for name, metric in known.items() if name in wanted}
     for number, node in enumerate(wanted):
-        if not isinstance(node, str):
-            place = f"{path}.{number}"
-            _add_own(metrics, build(node, path=place), place)
+        if isinstance(node, str):
+            continue
+        metric = build(node, path=f"{path}.{number}")
+        name = type(metric).__name__
+        if lacking := [key for key in ("columns", "description", "missing", "score") if not hasattr(metric, key)]:
+            raise UserError(f"{path}.{number}: {name} is no metric, it has no {', '.join(lacking)}")
+        taken = {column.key for column in columns_of(metrics)}
+        if again := sorted({column.key for column in metric.columns} & taken):
+            raise UserError(f"{path}.{number}: {name} has the column {again[0]!r}, which another metric has")
+        metrics[name] = metric
     return metrics
-
-
-def _add_own(metrics: dict[str, Metric], metric: Any, path: str) -> None:
-    """Add a metric of the user's after checking that it is one and that its columns are new."""
-    name = type(metric).__name__
-    lacking = [key for key in ("columns", "description", "missing", "score") if not hasattr(metric, key)]
-    if lacking:
-        raise UserError(f"{path}: {name} is no metric, it has no {', '.join(lacking)}")
-    taken = {column.key for column in columns_of(metrics)}
-    if again := sorted({column.key for column in metric.columns} & taken):
-        raise UserError(f"{path}: {name} has the column {again[0]!r}, which another metric has")
-    metrics[name] = metric

@@ -20,6 +20,7 @@ SCALES = ((2048, 150), (512, 80))
 """Window length and number of mel filters of each scale; a quarter of the window is the hop."""
 
 FLOOR = 1e-5
+SAMPLING_RATE = 16_000  # of all but the spectral distances
 
 
 @dataclass(frozen=True)
@@ -40,54 +41,35 @@ PROFILES = {
 `full48k`: the whole band of audio at 48 kHz."""
 
 
-def mel_distance(reference: Tensor, degraded: Tensor, profile: Profile) -> float:
-    """Mel-Loss of one clip: [T] twice at the profile's rate, 0 is identical."""
-    total = torch.zeros((), dtype=torch.float64)
+def spectral_distances(reference: Tensor, degraded: Tensor, profile: Profile) -> dict[str, float]:
+    """Mel-Loss and STFT-Dist. of one clip, by key: [T] twice at the profile's rate, 0 is identical.
+
+    Raises:
+        ValueError: audio too short to be mirrored at its ends.
+    """
+    totals = {"mel_loss": 0.0, "stft_distance": 0.0}
     for window_length, num_mels in SCALES:
+        window = torch.hann_window(window_length)
+        spectra = []  # [window_length // 2 + 1, frames], not normalised
+        for audio in (reference, degraded):
+            if audio.shape[-1] <= window_length // 2:
+                raise ValueError(f"{audio.shape[-1]} samples are too few for a window of {window_length}")
+            spectrum = torch.stft(
+                audio.float(),
+                n_fft=window_length,
+                hop_length=window_length // 4,
+                window=window.sqrt() if profile.is_root_window else window,
+                center=True,
+                pad_mode="reflect",
+                return_complex=True,
+            )
+            spectra.append(spectrum.abs())
         bank = mel_bank(profile.sampling_rate, window_length, num_mels, torch.device("cpu"))
-        wanted, got = (
-            (_magnitudes(x, window_length, profile.is_root_window).T @ bank).double() for x in (reference, degraded)
-        )
-        total += _difference(wanted, got)
-    return total.item()
-
-
-def stft_distance(reference: Tensor, degraded: Tensor, profile: Profile) -> float:
-    """STFT-Dist. of one clip: [T] twice at the profile's rate, 0 is identical."""
-    total = torch.zeros((), dtype=torch.float64)
-    for window_length, _ in SCALES:
-        wanted, got = (_magnitudes(x, window_length, profile.is_root_window).double() for x in (reference, degraded))
-        total += _difference(wanted, got)
-    return total.item()
-
-
-def _difference(wanted: Tensor, got: Tensor) -> Tensor:
-    logarithms = 2 * (wanted.clamp(min=FLOOR).log10() - got.clamp(min=FLOOR).log10())
-    return logarithms.abs().mean() + (wanted - got).abs().mean()
-
-
-def _magnitudes(audio: Tensor, window_length: int, is_root_window: bool) -> Tensor:
-    """[T] -> [window_length // 2 + 1, frames], not normalised; ValueError for audio too short to be mirrored."""
-    if audio.shape[-1] <= window_length // 2:
-        raise ValueError(f"{audio.shape[-1]} samples are too few for a window of {window_length}")
-    return torch.stft(
-        audio.float(),
-        n_fft=window_length,
-        hop_length=window_length // 4,
-        window=_window(window_length, is_root_window),
-        center=True,
-        pad_mode="reflect",
-        return_complex=True,
-    ).abs()
-
-
-@lru_cache(maxsize=8)
-def _window(window_length: int, is_root_window: bool) -> Tensor:
-    window = torch.hann_window(window_length)
-    return window.sqrt() if is_root_window else window
-
-
-_SPEECH_RATE = 16_000
+        for key, magnitudes in (("mel_loss", [x.T @ bank for x in spectra]), ("stft_distance", spectra)):
+            wanted, got = (x.double() for x in magnitudes)
+            logarithms = 2 * (wanted.clamp(min=FLOOR).log10() - got.clamp(min=FLOOR).log10())
+            totals[key] += (logarithms.abs().mean() + (wanted - got).abs().mean()).item()
+    return totals
 
 
 @dataclass(frozen=True)
@@ -95,10 +77,7 @@ class Stoi(Metric):
     """Short-time objective intelligibility (Taal et al. 2011) by pystoi, at 16 kHz."""
 
     columns = (Column("stoi", "STOI", True, is_speech_only=True, decimals=3),)
-
-    @property
-    def description(self) -> str:
-        return f"pystoi {package_version('pystoi')}, 16 kHz"
+    description = f"pystoi {package_version('pystoi')}, 16 kHz"
 
     def missing(self) -> str | None:
         return missing_package("pystoi")
@@ -107,13 +86,13 @@ class Stoi(Metric):
         """See `Metric`; MetricError where pystoi finds too few frames that are not silent."""
         from pystoi import stoi
 
-        wanted, got = pair.at(_SPEECH_RATE)
+        wanted, got = pair.at(SAMPLING_RATE)
         if not wanted.any():
             raise MetricError("the reference is silent", {"stoi": 0.0})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                value = float(stoi(wanted.double().numpy(), got.double().numpy(), _SPEECH_RATE, extended=False))
+                value = float(stoi(wanted.double().numpy(), got.double().numpy(), SAMPLING_RATE, extended=False))
             except ValueError as error:
                 raise MetricError(f"too short for STOI ({error})") from error
         if any("Not enough STFT frames" in str(warning.message) for warning in caught):
@@ -129,10 +108,7 @@ class Pesq(Metric):
         Column("pesq_nb", "PESQ-NB", True, is_speech_only=True),
         Column("pesq_wb", "PESQ-WB", True, is_speech_only=True),
     )
-
-    @property
-    def description(self) -> str:
-        return f"pesq {package_version('pesq')}, 16 kHz"
+    description = f"pesq {package_version('pesq')}, 16 kHz"
 
     def missing(self) -> str | None:
         return missing_package("pesq", "it compiles, with gcc and the headers of Python: pip install pesq")
@@ -141,11 +117,11 @@ class Pesq(Metric):
         """See `Metric`; MetricError where P.862 finds no utterance or less than a quarter of a second."""
         from pesq import PesqError, pesq
 
-        wanted, got = pair.at(_SPEECH_RATE)
+        wanted, got = pair.at(SAMPLING_RATE)
         if not got.any():
             raise MetricError("the reconstruction is silent")
         try:
-            values = [float(pesq(_SPEECH_RATE, wanted.numpy(), got.numpy(), mode)) for mode in ("nb", "wb")]
+            values = [float(pesq(SAMPLING_RATE, wanted.numpy(), got.numpy(), mode)) for mode in ("nb", "wb")]
         except (PesqError, ValueError) as error:
             reason = error.args[0] if error.args else error
             text = reason.decode() if isinstance(reason, bytes) else str(reason)
@@ -172,10 +148,7 @@ class SpectralDistances(Metric):
         """See `Metric`; MetricError for audio shorter than half a window."""
         wanted, got = pair.at(self.profile.sampling_rate)
         try:
-            return {
-                "mel_loss": mel_distance(wanted, got, self.profile),
-                "stft_distance": stft_distance(wanted, got, self.profile),
-            }
+            return spectral_distances(wanted, got, self.profile)
         except ValueError as error:
             raise MetricError(str(error)) from error
 
@@ -185,14 +158,11 @@ class SiSdr(Metric):
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2018), at 16 kHz without removing the mean."""
 
     columns = (Column("si_sdr", "SI-SDR", True),)
-
-    @property
-    def description(self) -> str:
-        return f"auraloss {package_version('auraloss')}, 16 kHz"
+    description = f"auraloss {package_version('auraloss')}, 16 kHz"
 
     def score(self, pair: Pair) -> dict[str, float]:
         """See `Metric`; MetricError for a silent reference, of which there is no ratio."""
-        wanted, got = (audio.double()[None] for audio in pair.at(_SPEECH_RATE))
+        wanted, got = (audio.double()[None] for audio in pair.at(SAMPLING_RATE))
         if not wanted.any():
             raise MetricError("the reference is silent")
         return {"si_sdr": -SISDRLoss(zero_mean=False, eps=1e-12)(got, wanted).item()}
@@ -203,9 +173,6 @@ def signal_metrics(profile: Profile) -> dict[str, Metric]:
     return {"stoi": Stoi(), "pesq": Pesq(), "spectral": SpectralDistances(profile), "si_sdr": SiSdr()}
 
 
-SAMPLING_RATE = 16_000
-
-
 @dataclass(frozen=True)
 class Dnsmos(Metric):
     """Overall quality, 1 to 5, of the reconstruction and of the original."""
@@ -214,10 +181,7 @@ class Dnsmos(Metric):
         Column("dnsmos", "DNSMOS", True, is_speech_only=True),
         Column("dnsmos_original", "DNSMOS orig.", True, is_speech_only=True, is_plotted=False),
     )
-
-    @property
-    def description(self) -> str:
-        return f"speechmos {package_version('speechmos')}, 16 kHz"
+    description = f"speechmos {package_version('speechmos')}, 16 kHz"
 
     def missing(self) -> str | None:
         reasons = (missing_package(name) for name in ("speechmos", "onnxruntime", "librosa"))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from transformers import WavLMConfig
 
 SAMPLING_RATE = 16_000
-SMALLEST_SAMPLES = 4_000
-
-# WavLM large, as released with the head.
-LARGE: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "feat_extract_norm": "layer",
-    "do_stable_layer_norm": True,
-    "conv_bias": False,
-}
 
 # Names of WavLM's weights: (pattern in the released file, replacement here); the first that fits is used.
 _NAMES = (
@@ -54,7 +42,6 @@ _NAMES = (
     (r"(encoder\.layers\.\d+)\.fc1\.", r"\1.feed_forward.intermediate_dense."),
     (r"(encoder\.layers\.\d+)\.fc2\.", r"\1.feed_forward.output_dense."),
 )
-_FEATURES = "feature_extract.model."
 
 
 @dataclass(frozen=True)
@@ -78,8 +65,8 @@ class WavLMSimilarity(Metric):
         assert self.weights is not None
         model = load_wavlm(self.weights)
         wanted, got = pair.at(SAMPLING_RATE)
-        if len(wanted) < SMALLEST_SAMPLES:
-            raise MetricError(f"less than {SMALLEST_SAMPLES / SAMPLING_RATE} seconds")
+        if len(wanted) < 0.25 * SAMPLING_RATE:
+            raise MetricError("less than 0.25 seconds")
         if not wanted.any() or not got.any():
             raise MetricError("reference or reconstruction is silent")
         with torch.inference_mode():
@@ -107,7 +94,6 @@ class SpeakerVerifier(nn.Module):
         self.linear = nn.Linear(6 * channels, width)
 
     def forward(self, audio: Tensor) -> Tensor:
-        """Audio [B, T] -> embeddings [B, width]."""
         states = self.wavlm(F.layer_norm(audio, audio.shape[-1:]), output_hidden_states=True).hidden_states
         weights = self.feature_weight.softmax(0)
         features = sum(weight * state for weight, state in zip(weights, states, strict=True))
@@ -127,12 +113,11 @@ class ConvReluNorm(nn.Module):
         self.bn = nn.BatchNorm1d(num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T] -> [B, D, T]."""
         return self.bn(self.conv(x).relu())
 
 
 class MultiScaleConv(nn.Module):
-    """The Res2Net convolution: each of 8 groups of channels is added to the next before that one's convolution."""
+    """The Res2Net convolution of [B, C, T]: each of 8 groups of channels is added to the next before that one's."""
 
     def __init__(self, channels: int, dilation: int, scale: int = 8) -> None:
         super().__init__()
@@ -142,7 +127,6 @@ class MultiScaleConv(nn.Module):
         self.bns = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(scale - 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T] -> [B, C, T]."""
         *groups, last = x.chunk(len(self.convs) + 1, dim=1)
         outputs: list[Tensor] = []
         for group, conv, norm in zip(groups, self.convs, self.bns, strict=True):
@@ -151,7 +135,7 @@ class MultiScaleConv(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """Squeeze and excitation: every channel is scaled by a function of the means of all."""
+    """Squeeze and excitation: every channel is scaled by a function of the means of all: [B, C, T]."""
 
     def __init__(self, channels: int, bottleneck: int = 128) -> None:
         super().__init__()
@@ -159,12 +143,11 @@ class ChannelGate(nn.Module):
         self.linear2 = nn.Linear(bottleneck, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T] -> [B, C, T]."""
         return x * self.linear2(self.linear1(x.mean(2)).relu()).sigmoid()[:, :, None]
 
 
 class SqueezeExcitationBlock(nn.Module):
-    """The block of ECAPA-TDNN, with a connection around it; names of the parts are those of the weights."""
+    """The block of ECAPA-TDNN, with a connection around it; names of the parts are those of the weights: [B, C, T]."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
@@ -174,7 +157,6 @@ class SqueezeExcitationBlock(nn.Module):
         self.SE_Connect = ChannelGate(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T] -> [B, C, T]."""
         return x + self.SE_Connect(self.Conv1dReluBn2(self.Res2Conv1dReluBn(self.Conv1dReluBn1(x))))
 
 
@@ -187,7 +169,6 @@ class AttentivePooling(nn.Module):
         self.linear2 = nn.Conv1d(bottleneck, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T] -> [B, 2 C]."""
         weights = self.linear2(self.linear1(x).tanh()).softmax(2)
         mean = (weights * x).sum(2)
         variance = (weights * x.square()).sum(2) - mean.square()
@@ -196,9 +177,9 @@ class AttentivePooling(nn.Module):
 
 def map_weight_name(name: str) -> str:
     """Name of a weight in `SpeakerVerifier` for its name in the released file."""
-    if not name.startswith(_FEATURES):
+    inner = name.removeprefix("feature_extract.model.")
+    if inner == name:
         return name
-    inner = name.removeprefix(_FEATURES)
     for pattern, replacement in _NAMES:
         renamed, count = re.subn(f"^{pattern}", replacement, inner)
         if count:
@@ -219,9 +200,18 @@ def load_weights(model: SpeakerVerifier, weights: Mapping[str, Tensor]) -> None:
 
 @lru_cache(maxsize=1)
 def load_wavlm(path: str) -> SpeakerVerifier:
-    """The verifier with the weights of the released file."""
+    """Load the verifier, WavLM large and its head, with the weights of the released file."""
     from transformers import WavLMConfig
 
-    model = SpeakerVerifier(WavLMConfig(**LARGE))
+    large = WavLMConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=False,
+    )
+    model = SpeakerVerifier(large)
     load_weights(model, torch.load(path, map_location="cpu", weights_only=True)["model"])
     return model.eval()

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from moss_train.evaluation.results import ROWS_FILE, ClipRow, read_rows
 from moss_train.evaluation.statistics import ConfidenceInterval, SummaryRow, paired_difference
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import markdown_table, read_json
-
-EMPTY = "–"
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,7 @@ def comma_separated(table: Table) -> str:
     for row in table.rows:
         levels = row.condition.num_quantizers
         speed = (table.effective_bitrates.get(levels or 0), table.real_time_factors.get(levels or 0))
-        values = [
-            row.domain,
-            row.condition.system,
-            levels,
-            row.condition.bitrate,
-            *speed,
-            row.num_clips,
-            row.num_failed,
-        ]
+        values = [row.domain, *vars(row.condition).values(), *speed, row.num_clips, row.num_failed]
         for column in table.columns:
             estimate = row.estimates.get(column.key)
             values += ["", "", "", 0] if estimate is None else list(asdict(estimate).values())
@@ -78,37 +68,25 @@ def codebook_csv(levels: Sequence[CodebookUsage]) -> str:
 
 def table_cells(table: Table) -> list[list[str]]:
     """The table as texts, the header first."""
-    return [_header(table), *(_cells(table, row) for row in table.rows)]
 
+    def text(value: float | None, decimals: int = 0) -> str:
+        return "–" if value is None else f"{value:.{decimals}f}"
 
-def _header(table: Table) -> list[str]:
+    effective, speed = ["eff. bps"] * bool(table.effective_bitrates), ["RTF"] * bool(table.real_time_factors)
     titles = [f"{column.title} {'↑' if column.is_higher_better else '↓'}" for column in table.columns]
-    effective = ["eff. bps"] * bool(table.effective_bitrates)
-    speed = ["RTF"] * bool(table.real_time_factors)
-    return ["domain", "system", "levels", "bps", *effective, *titles, *speed, "valid/total"]
-
-
-def _cells(table: Table, row: SummaryRow) -> list[str]:
-    condition = row.condition
-    cells = [
-        row.domain,
-        condition.system,
-        _number(condition.num_quantizers),
-        _number(condition.bitrate, "{:.0f}".format),
-    ]
-    levels = condition.num_quantizers or 0
-    if table.effective_bitrates:
-        cells.append(_number(table.effective_bitrates.get(levels), "{:.0f}".format))
-    for column in table.columns:
-        shown = column.key in row.estimates
-        cells.append(f"{row.estimates[column.key].mean:.{column.decimals}f}" if shown else EMPTY)
-    if table.real_time_factors:
-        cells.append(_number(table.real_time_factors.get(levels), "{:.3f}".format))
-    return [*cells, f"{row.num_clips - row.num_failed}/{row.num_clips}"]
-
-
-def _number(value: float | None, form: Callable[[float], str] = str) -> str:
-    return EMPTY if value is None else form(value)
+    lines = [["domain", "system", "levels", "bps", *effective, *titles, *speed, "valid/total"]]
+    for row in table.rows:
+        levels = row.condition.num_quantizers
+        cells = [row.domain, row.condition.system, text(levels), text(row.condition.bitrate)]
+        if effective:
+            cells.append(text(table.effective_bitrates.get(levels or 0)))
+        for column in table.columns:
+            estimate = row.estimates.get(column.key)
+            cells.append(text(None if estimate is None else estimate.mean, column.decimals))
+        if speed:
+            cells.append(text(table.real_time_factors.get(levels or 0), 3))
+        lines.append([*cells, f"{row.num_clips - row.num_failed}/{row.num_clips}"])
+    return lines
 
 
 @dataclass(frozen=True)
@@ -164,17 +142,17 @@ def load_evaluation(folder: Path) -> OtherEvaluation:
     try:
         stored = read_json(path)
         conditions = tuple(Condition(**entry) for entry in stored["conditions"])
-        summary = tuple(_summary_row(entry) for entry in stored["rows"])
+        summary = []
+        for entry in stored["rows"]:
+            entry["condition"] = Condition(**entry["condition"])
+            estimates = entry["estimates"].items()
+            entry["estimates"] = {present_column(key): ConfidenceInterval(**value) for key, value in estimates}
+            summary.append(SummaryRow(**entry))
         metrics = stored["metrics"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"compare={folder} holds no finished evaluation (no readable results.json)") from error
     rows = tuple(read_rows(folder / ROWS_FILE))
-    return OtherEvaluation(folder.resolve().name, rows, conditions, metrics, summary)
-
-
-def _summary_row(entry: dict) -> SummaryRow:
-    estimates = {present_column(key): ConfidenceInterval(**value) for key, value in entry["estimates"].items()}
-    return SummaryRow(**entry | {"condition": Condition(**entry["condition"]), "estimates": estimates})
+    return OtherEvaluation(folder.resolve().name, rows, conditions, metrics, tuple(summary))
 
 
 def compare(
@@ -188,29 +166,19 @@ def compare(
     }
     columns = [column for name, metric in metrics.items() if name not in skipped for column in metric.columns]
     differences = []
-    for condition in (condition for condition in conditions if condition.system not in ANCHORS):
-        nearest = _nearest(condition, other.conditions)
-        if nearest is not None:
-            differences += _differences(rows, other.rows, condition, nearest, columns)
+    candidates = [theirs for theirs in other.conditions if theirs.system not in ANCHORS]
+    for own in (condition for condition in conditions if condition.system not in ANCHORS):
+        if own.bitrate is not None and all(theirs.bitrate is not None for theirs in candidates):
+            distances = {theirs: abs((theirs.bitrate or 0.0) - own.bitrate) for theirs in candidates}
+            nearest = min(distances, key=distances.__getitem__, default=None)
+        else:
+            nearest = next((theirs for theirs in candidates if theirs.num_quantizers == own.num_quantizers), None)
+        if nearest is None:
+            continue
+        for column in columns:
+            estimate = paired_difference(rows, other.rows, (own, nearest), column)
+            if estimate is not None:
+                differences.append(Difference(column.title, column.is_higher_better, own, nearest, estimate))
     if columns and not differences:
         skipped["every metric"] = "the two have no clips in common"
     return Comparison(other.name, tuple(differences), skipped, other.summary)
-
-
-def _nearest(condition: Condition, others: Sequence[Condition]) -> Condition | None:
-    candidates = [other for other in others if other.system not in ANCHORS]
-    if condition.bitrate is not None and all(other.bitrate is not None for other in candidates):
-        wanted = condition.bitrate
-        return min(candidates, key=lambda other: abs((other.bitrate or 0.0) - wanted), default=None)
-    return next((other for other in candidates if other.num_quantizers == condition.num_quantizers), None)
-
-
-def _differences(
-    rows: Sequence[ClipRow], others: Sequence[ClipRow], first: Condition, second: Condition, columns: Sequence[Column]
-) -> list[Difference]:
-    estimates = ((column, paired_difference(rows, others, (first, second), column)) for column in columns)
-    return [
-        Difference(column.title, column.is_higher_better, first, second, estimate)
-        for column, estimate in estimates
-        if estimate is not None
-    ]

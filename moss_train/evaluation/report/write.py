@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from moss_train.evaluation.codecs.base import Codec
 from moss_train.evaluation.metrics.base import SPEECH, Column, Metric, columns_of
@@ -17,9 +16,8 @@ from moss_train.evaluation.metrics.codes import (
 )
 from moss_train.evaluation.metrics.signal import Profile
 from moss_train.evaluation.reconstruct import ANCHORS, Condition
-from moss_train.evaluation.report.html import Report, write_report
+from moss_train.evaluation.report.html import write_report
 from moss_train.evaluation.report.tables import (
-    Comparison,
     Table,
     codebook_csv,
     comma_separated,
@@ -30,8 +28,6 @@ from moss_train.evaluation.report.tables import (
 from moss_train.evaluation.results import ClipRow, Results
 from moss_train.evaluation.statistics import summarize
 from moss_train.utils.files import atomic_write, package_version
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -70,11 +66,26 @@ def write_outputs(evaluation: Evaluation, policy: str, seed: int, others: Sequen
     files = {"table.md": text, "table.csv": comma_separated(table)}
     if levels:
         files["codebook.csv"] = codebook_csv(levels)
-    files["results.json"] = json.dumps(_results(evaluation, table, levels, comparisons), indent=1) + "\n"
+    results = {
+        "schema_version": 1,
+        "title": table.title,
+        "profile": asdict(evaluation.profile),
+        "versions": {name: package_version(name) for name in ("moss_train", "torch", "torchaudio")},
+        "metrics": {name: metric.description for name, metric in evaluation.metrics.items()},
+        "missing": dict(evaluation.missing),
+        "conditions": [asdict(condition) for condition in evaluation.conditions],
+        "effective_bitrates": table.effective_bitrates,
+        "rows": [asdict(row) for row in table.rows],
+        "codebooks": [asdict(level) for level in levels],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "footnotes": table.footnotes,
+        "times": asdict(evaluation.results.times),
+    }
+    files["results.json"] = json.dumps(results, indent=1) + "\n"
     for name, content in files.items():
         with atomic_write(folder / name) as path:
             path.write_text(content, encoding="utf-8")
-    write_report(folder / "report.html", Report(table, evaluation.rows, levels, comparisons, folder))
+    write_report(folder, table, evaluation.rows, levels, comparisons)
     return text
 
 
@@ -83,12 +94,12 @@ def make_table(evaluation: Evaluation, levels: Sequence[CodebookUsage], policy: 
     conditions = evaluation.conditions
     rows = summarize(evaluation.rows, conditions, evaluation.columns, policy, seed)
     depths = [condition.num_quantizers for condition in conditions if condition.num_quantizers is not None]
-    effective, speeds = {}, {}
-    if evaluation.codec is not None:
-        effective = {depth: effective_bitrate(levels, evaluation.codec.frame_rate, depth) for depth in depths}
+    effective, speeds, name = {}, {}, evaluation.results.folder.name
+    if (codec := evaluation.codec) is not None:
+        name = codec.name
+        effective = {depth: effective_bitrate(levels, codec.frame_rate, depth) for depth in depths}
         factors = {depth: evaluation.results.times.factor(depth) for depth in depths}
         speeds = {depth: factor for depth, factor in factors.items() if factor is not None}
-    name = evaluation.codec.name if evaluation.codec is not None else evaluation.results.folder.name
     title = f"{name}, {evaluation.profile.name} profile"
     notes = tuple(footnotes(evaluation, levels, policy))
     return Table(title, evaluation.columns, tuple(rows), effective, speeds, notes)
@@ -124,24 +135,3 @@ def footnotes(evaluation: Evaluation, levels: Sequence[CodebookUsage], policy: s
     if levels and frames < RELIABLE_FRAMES:
         notes.append(f"Effective bitrates rest on {frames} frames; below {RELIABLE_FRAMES} they are too low.")
     return notes
-
-
-def _results(
-    evaluation: Evaluation, table: Table, levels: Sequence[CodebookUsage], comparisons: Sequence[Comparison]
-) -> dict[str, Any]:
-    packages = ("moss_train", "torch", "torchaudio")
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "title": table.title,
-        "profile": asdict(evaluation.profile),
-        "versions": {name: package_version(name) for name in packages},
-        "metrics": {name: metric.description for name, metric in evaluation.metrics.items()},
-        "missing": dict(evaluation.missing),
-        "conditions": [asdict(condition) for condition in evaluation.conditions],
-        "effective_bitrates": table.effective_bitrates,
-        "rows": [asdict(row) for row in table.rows],
-        "codebooks": [asdict(level) for level in levels],
-        "comparisons": [asdict(comparison) for comparison in comparisons],
-        "footnotes": table.footnotes,
-        "times": asdict(evaluation.results.times),
-    }
