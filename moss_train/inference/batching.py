@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from itertools import chain
+from typing import TypeVar
 
 import torch
 
@@ -25,8 +26,7 @@ def group_by_length(items: Sequence[Item], lengths: Sequence[float], limit: floa
     groups: list[list[Item]] = []
     longest = 0.0
     for index in order:
-        full = not groups or (len(groups[-1]) + 1) * longest > limit or lengths[index] < SHORTEST_SHARE * longest
-        if full:
+        if not groups or (len(groups[-1]) + 1) * longest > limit or lengths[index] < SHORTEST_SHARE * longest:
             groups.append([])
             longest = lengths[index]
         groups[-1].append(items[index])
@@ -40,22 +40,20 @@ def read_ahead(
 
     One group is read ahead in threads, so that files are decoded while the caller computes.
     """
+
+    def outcome(item: Item) -> Value | Exception:
+        try:
+            return read(item)
+        except (ValueError, OSError) as error:
+            return error
+
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        waiting: list[tuple[Item, Future[Value]]] | None = None
-        for group in groups:
-            submitted = [(item, pool.submit(read, item)) for item in group]
-            if waiting is not None:
-                yield [(item, _outcome(future)) for item, future in waiting]
+        waiting: list[tuple[Item, Future[Value | Exception]]] = []
+        for group in chain(groups, [()]):
+            submitted = [(item, pool.submit(outcome, item)) for item in group]
+            if waiting:
+                yield [(item, future.result()) for item, future in waiting]
             waiting = submitted
-        if waiting is not None:
-            yield [(item, _outcome(future)) for item, future in waiting]
-
-
-def _outcome(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except (ValueError, OSError) as error:
-        return error
 
 
 def choose_device(name: str) -> torch.device:
@@ -92,9 +90,3 @@ def use_precision(
 def precision_of(model: MossAudioTokenizerModel) -> str:
     """Return the name of what a model's encoder and decoder compute in: fp32, bf16 or fp16."""
     return getattr(model.config, "compute_dtype", None) or "fp32"
-
-
-def with_precision(fingerprint: str, model: MossAudioTokenizerModel) -> str:
-    """Return the fingerprint of a model's weights with its precision, unless that is float32: results differ too."""
-    precision = precision_of(model)
-    return fingerprint if precision == "fp32" else f"{fingerprint}-{precision}"

@@ -84,8 +84,21 @@ def decode_files(decoder: Decoder, works: Sequence[Work], batch_seconds: float) 
     Args:
         batch_seconds: padded audio per batch; a longer clip is a batch of its own.
     """
-    report = Report(0, sum(work.target.exists() for work in works), [])
-    groups = _group([work for work in works if not work.target.exists()], batch_seconds, report)
+    report = Report(0, 0, [])
+    by_levels: dict[int, list[tuple[Work, float]]] = {}
+    for work in works:
+        if work.target.exists():
+            report.num_present += 1
+            continue
+        try:
+            (levels, frames), info = read_codes_header(work.source)
+        except UserError as error:
+            report.failures.append((work.source, str(error)))
+        else:
+            by_levels.setdefault(levels, []).append((work, frames / info.frame_rate))
+    groups: list[list[Work]] = []
+    for members in by_levels.values():
+        groups += group_by_length([work for work, _ in members], [seconds for _, seconds in members], batch_seconds)
     with progress("decoding", total=sum(map(len, groups))) as bar:
         for outcomes in read_ahead(groups, decoder.read):
             clips = report.successes(outcomes, source_of)
@@ -103,19 +116,3 @@ def decode_group(decoder: Decoder, clips: Sequence[tuple[Path, Tensor, int]], re
         with atomic_write(target) as temporary:
             decoder.write(temporary, audio, num_samples)
         report.num_written += 1
-
-
-def _group(works: Sequence[Work], batch_seconds: float, report: Report) -> list[list[Work]]:
-    """Group by number of levels, then by length."""
-    by_levels: dict[int, list[tuple[Work, float]]] = {}
-    for work in works:
-        try:
-            (levels, frames), info = read_codes_header(work.source)
-        except UserError as error:
-            report.failures.append((work.source, str(error)))
-            continue
-        by_levels.setdefault(levels, []).append((work, frames / info.frame_rate))
-    groups = []
-    for members in by_levels.values():
-        groups += group_by_length([work for work, _ in members], [seconds for _, seconds in members], batch_seconds)
-    return groups

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.io import audio_info, read_audio
-from moss_train.inference.batching import group_by_length, precision_of, read_ahead, with_precision
+from moss_train.inference.batching import group_by_length, precision_of, read_ahead
 from moss_train.inference.files import CodesInfo, Report, Work, read_codes_header, source_of, write_codes
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
@@ -51,8 +51,10 @@ class Encoder:
             if not name.startswith("decoder."):
                 first = tensor.flatten()[:64].float().cpu().numpy()
                 digest.update(f"{name}{tuple(tensor.shape)}".encode() + first.tobytes())
+        precision = precision_of(self.model)
+        below_float32 = "" if precision == "fp32" else f"-{precision}"
         level = "" if self.loudness is None else f"{self.loudness:+g}dB"
-        return with_precision(digest.hexdigest()[:16], self.model) + level
+        return digest.hexdigest()[:16] + below_float32 + level
 
     @property
     def num_levels(self) -> int:
@@ -85,15 +87,8 @@ class Encoder:
     def info(self, clip: Tensor) -> CodesInfo:
         """Return what is stored beside the codes of a clip [C, T]."""
         config = self.model.config
-        return CodesInfo(
-            self.name,
-            config.sampling_rate,
-            config.frame_rate,
-            clip.shape[0],
-            clip.shape[1],
-            self.fingerprint,
-            precision_of(self.model),
-        )
+        rates = config.sampling_rate, config.frame_rate
+        return CodesInfo(self.name, *rates, *clip.shape, self.fingerprint, precision_of(self.model))
 
 
 def encode_files(
@@ -109,49 +104,33 @@ def encode_files(
         UserError: a codes file that is there already comes from another model or has another number of levels.
     """
     report = Report(0, 0, list(failures))
-    todo = [work for work in works if not _is_present(encoder, work, report)]
-    todo, seconds = _measure(todo, report)
-    groups = group_by_length(todo, seconds, batch_seconds)
-    with progress("encoding", total=len(todo)) as bar:
+    todo = []
+    for work in works:
+        if not work.target.exists():
+            todo.append(work)
+            continue
+        (levels, _), info = read_codes_header(work.target)
+        if info.precision != precision_of(encoder.model):
+            raise UserError(f"{work.target} was made with precision={info.precision}; choose another out=")
+        if info.fingerprint != encoder.fingerprint:
+            raise UserError(
+                f"{work.target} was made with other weights or another loudness (model={info.model}); choose another "
+                "out="
+            )
+        if levels != encoder.num_levels:
+            raise UserError(f"{work.target} has {levels} levels, not {encoder.num_levels}; choose another out=")
+        report.num_present += 1
+    lengths: list[tuple[Work, float]] = []
+    blocks = [todo[start : start + 256] for start in range(0, len(todo), 256)]
+    for headers in read_ahead(blocks, lambda work: audio_info(work.source).seconds):
+        lengths += report.successes(headers, source_of)
+    groups = group_by_length([work for work, _ in lengths], [seconds for _, seconds in lengths], batch_seconds)
+    with progress("encoding", total=len(lengths)) as bar:
         for outcomes in read_ahead(groups, encoder.read):
-            _encode_group(encoder, outcomes, report)
+            clips = report.successes(outcomes, source_of)
+            all_codes = encoder.codes([clip for _, clip in clips]) if clips else []
+            for (work, clip), codes in zip(clips, all_codes, strict=True):
+                write_codes(work.target, codes, encoder.info(clip))
+                report.num_written += 1
             bar.advance(len(outcomes), note=f"{len(report.failures)} failed" if report.failures else None)
     return report
-
-
-def _encode_group(encoder: Encoder, outcomes: list[tuple[Work, Tensor | Exception]], report: Report) -> None:
-    clips = report.successes(outcomes, source_of)
-    if not clips:
-        return
-    for (work, clip), codes in zip(clips, encoder.codes([clip for _, clip in clips]), strict=True):
-        write_codes(work.target, codes, encoder.info(clip))
-        report.num_written += 1
-
-
-def _is_present(encoder: Encoder, work: Work, report: Report) -> bool:
-    if not work.target.exists():
-        return False
-    (levels, _), info = read_codes_header(work.target)
-    if info.precision != precision_of(encoder.model):
-        raise UserError(f"{work.target} was made with precision={info.precision}; choose another out=")
-    if info.fingerprint != encoder.fingerprint:
-        raise UserError(
-            f"{work.target} was made with other weights or another loudness (model={info.model}); choose another out="
-        )
-    if levels != encoder.num_levels:
-        raise UserError(f"{work.target} has {levels} levels, not {encoder.num_levels}; choose another out=")
-    report.num_present += 1
-    return True
-
-
-def _measure(works: Sequence[Work], report: Report) -> tuple[list[Work], list[float]]:
-    """Read the headers; files without a readable one become failures."""
-    measured: list[tuple[Work, float]] = []
-    blocks = [works[start : start + 256] for start in range(0, len(works), 256)]
-    for outcomes in read_ahead(blocks, _seconds):
-        measured += report.successes(outcomes, source_of)
-    return [work for work, _ in measured], [seconds for _, seconds in measured]
-
-
-def _seconds(work: Work) -> float:
-    return audio_info(work.source).seconds

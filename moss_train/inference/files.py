@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
@@ -189,8 +190,7 @@ def find_audio(inputs: Sequence[str], out: Path, suffix: str = ".safetensors") -
     for text in inputs:
         path = Path(text).expanduser()
         prefix = f"{path.name}/" if len(inputs) > 1 and path.is_dir() else ""
-        is_single = path.is_file() and not is_list(path)
-        if is_single:
+        if path.is_file() and not is_list(path):
             pairs.append((path, path.name))
             continue
         found = list_clips(path, domain="audio")
@@ -247,17 +247,11 @@ def _relative(name: str, suffix: str, stripped: Collection[str]) -> PurePosixPat
     return PurePosixPath(*(_possible(part, "") for part in parts[:-1]), _possible(parts[-1], suffix))
 
 
-def _as_utf8(name: str) -> str:
-    """Return a name read from a folder as the text its bytes are, also where Python's file names are ASCII."""
-    try:
-        return os.fsencode(name).decode("utf-8")
-    except UnicodeError:
-        return name
-
-
 def _possible(name: str, suffix: str) -> str:
     """A name that file systems take: control characters written out, cut and numbered by its hash when too long."""
-    content = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", _as_utf8(name)).encode("utf-8", "backslashreplace")
+    with suppress(UnicodeError):
+        name = os.fsencode(name).decode("utf-8")  # the text that its bytes are, also where file names are ASCII
+    content = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", name).encode("utf-8", "backslashreplace")
     room = MAX_NAME_BYTES - len(suffix)
     if len(content) > room:
         digest = hashlib.sha256(content).hexdigest()[:12]

@@ -1,7 +1,7 @@
 """Encode packed shards to shards of codes, and decode them to audio files."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from moss_train.data.pack.pack import check_target
 from moss_train.data.pack.resume import JOURNAL_FILE, resumable_directory
 from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
 from moss_train.data.shards.format import sha256_of
-from moss_train.data.shards.index import ARRAYS_FILE, ClipLocation, ShardIndex
+from moss_train.data.shards.index import ARRAYS_FILE, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.batching import group_by_length, read_ahead, use_precision
@@ -51,9 +51,31 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
     check_target(target, overwrite=False)
     index = ShardIndex.load(job.audio)
     encoder = make_encoder(job, devices[0] if len(devices) == 1 else torch.device("cpu"))
-    source = describe(job, encoder, index)
+    config = encoder.model.config
+    rate, channels = config.sampling_rate, config.number_channels
+    if index.num_channels != channels or index.sampling_rate % rate:
+        raise UserError(
+            f"shards={job.audio} have {index.sampling_rate} Hz and {index.num_channels} channels, the model takes "
+            f"{rate} Hz (or a multiple) and {channels}; pack the audio again with sampling_rate={rate} "
+            f"num_channels={channels}"
+        )
+    source = CodesSource(
+        model=job.model,
+        fingerprint=encoder.fingerprint,
+        num_levels=encoder.num_levels,
+        sampling_rate=rate,
+        frame_rate=config.frame_rate,
+        num_channels=channels,
+        audio_sha256=sha256_of(job.audio / ARRAYS_FILE),
+    )
     with resumable_directory(target) as folder:
-        _check_same_source(folder, source)
+        journal, content = folder / JOURNAL_FILE, json.dumps(asdict(source), sort_keys=True)
+        if not journal.exists():
+            journal.write_text(content, encoding="utf-8")
+        elif journal.read_text("utf-8") != content:
+            raise UserError(
+                f"{folder} was begun with another model, other options or other audio; remove it to begin anew"
+            )
         todo = [number for number, shard in enumerate(index.shards) if not (folder / shard.file).exists()]
         report = Report(0, len(index.shards) - len(todo), [])
         with progress("encoding", total=sum(index.shards[number].num_clips for number in todo)) as bar:
@@ -61,8 +83,7 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
                 for number in todo:
                     report.failures += encode_shard(encoder, job, index, number, folder, bar.advance)
             else:
-                parts = _on_ray if executor == "ray" else _on_devices
-                for number, failures in parts(job, todo, devices, folder):
+                for number, failures in encode_in_processes(job, todo, devices, folder, executor):
                     report.failures += failures
                     bar.advance(index.shards[number].num_clips)
         report.num_written = len(todo)
@@ -78,39 +99,6 @@ def make_encoder(job: EncodeJob, device: torch.device) -> Encoder:
     return Encoder(model, job.model, job.num_quantizers, chunk_duration, job.batch_invariant, job.loudness)
 
 
-def describe(job: EncodeJob, encoder: Encoder, index: ShardIndex) -> CodesSource:
-    """What decides the codes.
-
-    Raises:
-        UserError: the audio has other channels than the model, or a rate that is no multiple of its rate.
-    """
-    config = encoder.model.config
-    rate, channels = config.sampling_rate, config.number_channels
-    if index.num_channels != channels or index.sampling_rate % rate:
-        raise UserError(
-            f"shards={job.audio} have {index.sampling_rate} Hz and {index.num_channels} channels, the model takes "
-            f"{rate} Hz (or a multiple) and {channels}; pack the audio again with sampling_rate={rate} "
-            f"num_channels={channels}"
-        )
-    return CodesSource(
-        model=job.model,
-        fingerprint=encoder.fingerprint,
-        num_levels=encoder.num_levels,
-        sampling_rate=config.sampling_rate,
-        frame_rate=config.frame_rate,
-        num_channels=config.number_channels,
-        audio_sha256=sha256_of(job.audio / ARRAYS_FILE),
-    )
-
-
-def _check_same_source(folder: Path, source: CodesSource) -> None:
-    journal, content = folder / JOURNAL_FILE, json.dumps(asdict(source), sort_keys=True)
-    if not journal.exists():
-        journal.write_text(content, encoding="utf-8")
-    elif journal.read_text("utf-8") != content:
-        raise UserError(f"{folder} was begun with another model, other options or other audio; remove it to begin anew")
-
-
 def encode_shard(
     encoder: Encoder,
     job: EncodeJob,
@@ -124,9 +112,20 @@ def encode_shard(
     rows = index.shards.rows_of(number)
     reader = ClipReader(index.sampling_rate, index.num_channels)
     seconds = [int(index.arrays["num_samples"][row]) / index.sampling_rate for row in rows]
+    sampling_rate = encoder.model.config.sampling_rate
+
+    def read(row: int) -> tuple[Tensor, dict]:
+        """Read audio [C, T] at the model's rate, as the stream of `fit` does, and labels."""
+        location = index.locate(row)
+        reader.check_headers(location)
+        audio, labels = reader.read_audio(location, 0, location.num_samples), reader.read_labels(location)
+        if index.sampling_rate == sampling_rate:
+            return audio, labels
+        audio = resample(audio, index.sampling_rate, sampling_rate)
+        return audio, labels | {"sampling_rate": sampling_rate, "num_samples": audio.shape[1]}
+
     clips: dict[int, CodedClip] = {}
     report = Report(0, 0, [])
-    read = _reading(index, reader, encoder.model.config.sampling_rate)
     for outcomes in read_ahead(group_by_length(rows, seconds, job.batch_seconds), read):
         good = report.successes(outcomes, lambda row: index.folder / shard.file)
         if good:
@@ -138,60 +137,41 @@ def encode_shard(
     return report.failures
 
 
-def _reading(index: ShardIndex, reader: ClipReader, sampling_rate: int) -> Callable[[int], tuple[Tensor, dict]]:
-    """Return what reads the clip [C, T] of a row, and its labels, at the model's rate: as the stream of `fit` does."""
+def encode_in_processes(
+    job: EncodeJob, todo: list[int], devices: Sequence[torch.device], folder: Path, executor: str = "local"
+) -> Iterator[tuple[int, list[tuple[Path, str]]]]:
+    """Encode shards in one process per device, or on a Ray cluster; yield their numbers and failures as they are done.
 
-    def read(row: int) -> tuple[Tensor, dict]:
-        location: ClipLocation = index.locate(row)
-        reader.check_headers(location)
-        audio, labels = reader.read_audio(location, 0, location.num_samples), reader.read_labels(location)
-        if index.sampling_rate == sampling_rate:
-            return audio, labels
-        audio = resample(audio, index.sampling_rate, sampling_rate)
-        return audio, labels | {"sampling_rate": sampling_rate, "num_samples": audio.shape[1]}
-
-    return read
-
-
-def _on_devices(job: EncodeJob, todo: list[int], devices: Sequence[torch.device], folder: Path):
-    """Encode shards in one process per device; yield their numbers and failures as they are done."""
-    setup = partial(_use_device, job, [str(device) for device in devices])
+    A task of Ray has a GPU when the first device is one.
+    """
+    if executor == "ray":
+        with ray_pool(num_gpus=int(devices[0].type == "cuda")) as (submit, at_once):
+            yield from map_ordered(
+                submit, _encode_number, todo, job, devices[0].type, str(folder), max_in_flight=2 * at_once
+            )
+        return
+    setup = partial(_use_device, [str(device) for device in devices])
     threads = max(1, num_cores() // len(devices))
     with worker_pool(len(devices), __name__, setup, threads) as submit:
-        yield from map_ordered(
-            submit, _encode_in_process, todo, str(folder), max_in_flight=TASKS_PER_PROCESS * len(devices)
-        )
+        in_flight = TASKS_PER_PROCESS * len(devices)
+        yield from map_ordered(submit, _encode_number, todo, job, None, str(folder), max_in_flight=in_flight)
 
 
-def _on_ray(job: EncodeJob, todo: list[int], devices: Sequence[torch.device], folder: Path):
-    """As above on a cluster, where a task has a GPU when the first device is one."""
-    with ray_pool(num_gpus=int(devices[0].type == "cuda")) as (submit, at_once):
-        yield from map_ordered(
-            submit, _encode_anywhere, todo, job, devices[0].type, str(folder), max_in_flight=2 * at_once
-        )
+_OWN_DEVICE: list[str] = []  # of a process of `encode_in_processes`
 
 
-def _encode_anywhere(number: int, job: EncodeJob, device: str, folder: str) -> list[tuple[Path, str]]:
-    encoder, index = _loaded(job, device)
+def _use_device(devices: Sequence[str], worker: int) -> None:
+    _OWN_DEVICE[:] = [devices[worker]]
+
+
+def _encode_number(number: int, job: EncodeJob, device: str | None, folder: str) -> list[tuple[Path, str]]:
+    encoder, index = _loaded(job, device or _OWN_DEVICE[0])
     return encode_shard(encoder, job, index, number, Path(folder))
 
 
 @lru_cache(maxsize=1)
 def _loaded(job: EncodeJob, device: str) -> tuple[Encoder, ShardIndex]:
     return make_encoder(job, torch.device(device)), ShardIndex.load(job.audio)
-
-
-_PROCESS: dict = {}
-
-
-def _use_device(job: EncodeJob, devices: Sequence[str], worker: int) -> None:
-    """In a process of `_on_devices`: load the model onto its device."""
-    encoder = make_encoder(job, torch.device(devices[worker]))
-    _PROCESS.update(job=job, encoder=encoder, index=ShardIndex.load(job.audio))
-
-
-def _encode_in_process(number: int, folder: str) -> list[tuple[Path, str]]:
-    return encode_shard(_PROCESS["encoder"], _PROCESS["job"], _PROCESS["index"], number, Path(folder))
 
 
 def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_seconds: float) -> Report:
@@ -207,7 +187,13 @@ def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_
     report = Report(0, 0, [])
     rows = range(len(shards))
     seconds = [int(shards.arrays["num_frames"][row]) / shards.source.frame_rate for row in rows]
-    places = targets_of([_id_of(shards, row) for row in rows], suffix)
+    ids = []
+    for row in rows:
+        try:
+            ids.append(str(shards.labels(row)["id"]))
+        except (UserError, KeyError, TypeError):
+            ids.append(f"row {row} of {len(shards)}")  # reading it will fail again, and then it is reported
+    places = targets_of(ids, suffix)
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
         raise UserError(f"{folder}: two clips would become {out / twice}")
@@ -223,11 +209,3 @@ def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_
             decode_group(decoder, todo, report)
             bar.advance(len(outcomes))
     return report
-
-
-def _id_of(shards: CodeShards, row: int) -> str:
-    """The id of a clip, or a name for one that cannot be read, which is reported when it is its turn."""
-    try:
-        return str(shards.labels(row)["id"])
-    except (UserError, KeyError, TypeError):
-        return f"row {row} of {len(shards)}"

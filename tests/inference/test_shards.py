@@ -170,7 +170,7 @@ from moss_train.inference import shards
 
 if __name__ == "__main__":
     job = shards.EncodeJob(sys.argv[1], Path(sys.argv[2]), None, None, batch_seconds=20.0)
-    encoding = shards._on_devices(job, [0], [torch.device("cpu")], Path(sys.argv[3]))
+    encoding = shards.encode_in_processes(job, [0], [torch.device("cpu")], Path(sys.argv[3]))
     next(encoding)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)
