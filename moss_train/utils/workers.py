@@ -33,8 +33,10 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def init_loader_worker() -> None:
+def init_loader_worker(worker: int) -> None:
     """One thread per forked worker (more only get in each other's way), and none that outlives a killed parent.
+
+    torch's own watchdog waits until a worker's results are read, which nobody does after a kill.
 
     A cluster that takes the machine away signals every process. The parent finishes what it does and needs its workers
     for that, so they end when the parent says so, not when anybody else does.

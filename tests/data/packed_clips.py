@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moss_train.batch import UpdateBatch
 from moss_train.data.stream.corpus import Corpus
-from moss_train.data.stream.sample_reader import ClipReader, SampleError, scale_to_peak
+from moss_train.data.stream.sample_reader import ClipReader, SampleError, StreamCounter, scale_to_peak
 from moss_train.utils.errors import UserError
 
 
@@ -28,3 +29,10 @@ def iterate_clips(
         except SampleError as error:
             raise UserError(f"{location.shard}, clip at byte {location.audio_offset}: {error}") from error
         yield labels["id"], scale_to_peak(audio, peak), labels
+
+
+def count_update(counter: StreamCounter, batch: UpdateBatch) -> list[str]:
+    """Count one update of the only rank; return the lines for what was dropped."""
+    lines = counter.describe_dropped(batch)
+    counter.add_counts(counter.counts(batch, {name for micro in batch.micro_batches for name in micro.domains}))
+    return lines

@@ -14,6 +14,7 @@ from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import Fault, InvalidSample, UserError
+from tests.data.packed_clips import count_update
 
 CLIP_FORMAT = ClipFormat(24000, 1, 1920)
 
@@ -50,7 +51,7 @@ def test_damage_is_counted_by_kind_and_named_once(packed: Path, tmp_path: Path, 
     copy = Path(shutil.copytree(packed, tmp_path / "copy"))
     updates = updates_of(copy, DAMAGES[kind])
     counter = StreamCounter(24000, max_invalid_fraction=1.0)
-    lines = [line for update in updates * 2 for line in counter.add(update)]
+    lines = [line for update in updates * 2 for line in count_update(counter, update)]
     lost = [sample_id for update in updates for sample_id, *_ in update.dropped]
     assert counter.invalid == {kind: 2 * len(lost)}
     assert lost
@@ -61,20 +62,20 @@ def test_damage_is_counted_by_kind_and_named_once(packed: Path, tmp_path: Path, 
 def test_other_reasons_have_a_kind_too(packed: Path) -> None:
     counter = StreamCounter(24000, max_invalid_fraction=1.0)
     for update in updates_of(packed, text_encoder=lambda text: []):
-        counter.add(update)
+        count_update(counter, update)
     assert list(counter.invalid) == ["text"]
 
 
 def test_hours_are_those_of_the_clips(packed: Path) -> None:
     updates = updates_of(packed)
     counter = StreamCounter(24000)
-    assert [line for update in updates for line in counter.add(update)] == []
+    assert [line for update in updates for line in count_update(counter, update)] == []
     batches = [batch for update in updates for batch in update.micro_batches]
     assert sum(counter.hours.values()) * 3600 == pytest.approx(sum(int(b.audio_lengths.sum()) for b in batches) / 24000)
     assert set(counter.hours) == {domain for batch in batches for domain in batch.domains}
     other = StreamCounter(24000)
     other.load_state_dict(counter.state_dict())
-    other.add(updates[0])
+    count_update(other, updates[0])
     assert other.hours["speech"] > counter.hours["speech"]
 
 
@@ -82,12 +83,12 @@ def test_a_share_above_the_ceiling_stops(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(counting, "MIN_SAMPLES", 100)
     bad = UpdateBatch((), 0, 0, (InvalidSample("clip-7", "damaged JSON (x)", Fault.JSON),))
     counter = StreamCounter(24000, max_invalid_fraction=0.02)
-    counter.add(bad)
-    counter.add(bad)
+    count_update(counter, bad)
+    count_update(counter, bad)
     with pytest.raises(
         UserError, match=r"3 of 3 samples could not be used \(3 JSON\), more than max_invalid_fraction=0\.02"
     ):
-        counter.add(bad)
+        count_update(counter, bad)
 
 
 def test_data_out_of_reach_late_in_a_run_stops_it_within_twenty_updates() -> None:

@@ -29,11 +29,21 @@ class Corpus:
     def load(cls, sources: Sequence[str | Path], *, sampling_rate: int, num_channels: int) -> "Corpus":
         """Load packed folders. Raises UserError when one does not have the wanted sampling rate or channels."""
         indexes = [ShardIndex.load(source) for source in sources]
+        need = f"sampling_rate={sampling_rate} num_channels={num_channels}"
         for index in indexes:
-            _check_format(index, sampling_rate, num_channels)
+            have = f"sampling_rate={index.sampling_rate} num_channels={index.num_channels}"
+            if have != need:
+                raise UserError(
+                    f"{index.folder} is packed with {have}, the model needs {need}; pack the audio again with {need}"
+                )
         if not any(len(index) for index in indexes):
             raise UserError("no clips: give at least one folder made by `moss_train pack`")
-        _warn_of_doubles(indexes)
+        places = Counter(index.url or str(index.folder.resolve()) for index in indexes)
+        for place, count in places.items():
+            if count > 1:
+                warnings.warn(
+                    f"{place} is given {count} times, its clips are used {count} times as often", stacklevel=3
+                )
         return cls(indexes)
 
     def __len__(self) -> int:
@@ -73,24 +83,6 @@ class Corpus:
                     if lengths.min() < 1:
                         raise UserError(f"the index of {index.folder} is damaged: clips without samples; pack it again")
                     yield lengths, index.arrays["has_text"][piece]
-
-
-def _check_format(index: ShardIndex, sampling_rate: int, num_channels: int) -> None:
-    wanted = {"sampling_rate": sampling_rate, "num_channels": num_channels}
-    found = {"sampling_rate": index.sampling_rate, "num_channels": index.num_channels}
-    if wanted != found:
-        have = " ".join(f"{key}={value}" for key, value in found.items())
-        need = " ".join(f"{key}={value}" for key, value in wanted.items())
-        raise UserError(
-            f"{index.folder} is packed with {have}, the model needs {need}; pack the audio again with {need}"
-        )
-
-
-def _warn_of_doubles(indexes: Sequence[ShardIndex]) -> None:
-    places = Counter(index.url or str(index.folder.resolve()) for index in indexes)
-    for place, count in places.items():
-        if count > 1:
-            warnings.warn(f"{place} is given {count} times, its clips are used {count} times as often", stacklevel=4)
 
 
 class DomainOrder:

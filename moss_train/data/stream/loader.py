@@ -1,16 +1,17 @@
 """The training loader: plans are made in the main process, workers only read, so their number changes nothing."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moss_train.batch import Batch, UpdateBatch
 from moss_train.data.stream.sample_reader import SampleReader, TextEncoder, TrainingClip
-from moss_train.data.stream.stream import AudioStream, ClipFormat, SampleRef, UpdatePlan, split_by_length
+from moss_train.data.stream.stream import AudioStream, ClipFormat, UpdatePlan, split_by_length
 from moss_train.utils.errors import InvalidSample, SampleError, UserError
 from moss_train.utils.workers import init_loader_worker, num_cores
 
@@ -27,72 +28,54 @@ WORKER_TIMEOUT_SECONDS = 600
 PlannedUpdate = tuple[int, UpdatePlan]
 
 
-class PlanSampler(Sampler[PlannedUpdate]):
+@dataclass(eq=False)
+class _PlanSampler(Sampler[PlannedUpdate]):
     """Yields (update, plan) for consecutive updates, planned one at a time from a position of the stream."""
 
-    def __init__(
-        self,
-        stream: AudioStream,
-        *,
-        position: int,
-        updates: Sequence[tuple[int, float]],
-        micro_batch_seconds: float,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._stream = stream
-        self._position = position
-        self._updates = updates
-        self._micro_batch_seconds = micro_batch_seconds
-        self._rank = rank
-        self._world_size = world_size
+    stream: AudioStream
+    position: int
+    updates: Sequence[tuple[int, float]]
+    micro_batch_seconds: float
+    rank: int
+    world_size: int
 
     def __len__(self) -> int:
-        return len(self._updates)
+        return len(self.updates)
 
     def __iter__(self) -> Iterator[PlannedUpdate]:
-        position = self._position
-        for update, batch_seconds in self._updates:
-            plan = self._stream.plan_update(
-                position, batch_seconds, self._micro_batch_seconds, self._rank, self._world_size
+        position = self.position
+        for update, batch_seconds in self.updates:
+            plan = self.stream.plan_update(
+                position, batch_seconds, self.micro_batch_seconds, self.rank, self.world_size
             )
             position = plan.next_position
             yield update, plan
 
 
+@dataclass(eq=False)
 class _PlannedUpdates(Dataset[UpdateBatch]):
     """Reads planned updates; what is left out is named in the result."""
 
-    def __init__(
-        self,
-        clip_format: ClipFormat,
-        text_encoder: TextEncoder | None,
-        max_text_tokens: int | None,
-        max_lm_positions: int,
-    ) -> None:
-        self._format = clip_format
-        self._max_lm_positions = max_lm_positions
-        self._reader = SampleReader(clip_format, text_encoder, max_text_tokens)
+    clip_format: ClipFormat
+    reader: SampleReader
+    max_lm_positions: int
 
     def __getitem__(self, item: PlannedUpdate) -> UpdateBatch:
         update, plan = item
+        batches: list[Batch] = []
         dropped: list[InvalidSample] = []
-        read = [self._read(refs, dropped) for refs in plan.micro_batches]
-        groups = [
-            part for clips in read for part in split_by_text(clips, self._format.hop_length, self._max_lm_positions)
-        ]
-        batches = tuple(collate(clips, self._format) for clips in groups)
-        without_text = tuple(clip.sample_id for clips in read for clip in clips if clip.is_text_too_long)
-        return UpdateBatch(batches, update, plan.next_position, tuple(dropped), without_text)
-
-    def _read(self, refs: Sequence[SampleRef], dropped: list[InvalidSample]) -> list[TrainingClip]:
-        clips = []
-        for ref in refs:
-            try:
-                clips.append(self._reader.read(ref))
-            except SampleError as error:
-                dropped.append(InvalidSample(error.clip_id, error.reason, error.fault))
-        return clips
+        without_text: list[str] = []
+        for refs in plan.micro_batches:
+            clips: list[TrainingClip] = []
+            for ref in refs:
+                try:
+                    clips.append(self.reader.read(ref))
+                except SampleError as error:
+                    dropped.append(InvalidSample(error.clip_id, error.reason, error.fault))
+            without_text += [clip.sample_id for clip in clips if clip.is_text_too_long]
+            parts = split_by_text(clips, self.clip_format.hop_length, self.max_lm_positions)
+            batches += [collate(part, self.clip_format) for part in parts]
+        return UpdateBatch(tuple(batches), update, plan.next_position, tuple(dropped), tuple(without_text))
 
 
 def make_loader(
@@ -115,25 +98,17 @@ def make_loader(
     has more than `max_text_tokens`. Raises UserError when a clip exceeds `micro_batch_seconds`.
     """
     check_longest(stream, micro_batch_seconds)
-    sampler = PlanSampler(
-        stream,
-        position=position,
-        updates=updates,
-        micro_batch_seconds=micro_batch_seconds,
-        rank=rank,
-        world_size=world_size,
-    )
     longest_update = max((seconds for _, seconds in updates), default=0.0) / world_size
     num_workers, prefetch = prefetch_within(stream.clip_format, longest_update, min(num_workers, num_cores()))
+    reader = SampleReader(stream.clip_format, text_encoder, max_text_tokens)
     max_lm_positions = round(LM_POSITIONS_PER_SECOND * micro_batch_seconds)
     return DataLoader(
-        _PlannedUpdates(stream.clip_format, text_encoder, max_text_tokens, max_lm_positions),
-        sampler=sampler,
+        _PlannedUpdates(stream.clip_format, reader, max_lm_positions),
+        sampler=_PlanSampler(stream, position, updates, micro_batch_seconds, rank, world_size),
         batch_size=None,
-        collate_fn=_unchanged,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=init_loader_worker,
         timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
         pin_memory=torch.cuda.is_available(),
     )
@@ -187,7 +162,7 @@ def collate(clips: Sequence[TrainingClip], clip_format: ClipFormat) -> Batch:
     return Batch(
         audio=_pad_audio([clip.audio for clip in clips], num_samples),
         audio_lengths=audio_lengths,
-        text_tokens=_pad_tokens([clip.tokens for clip in clips]),
+        text_tokens=pad_sequence([torch.tensor(clip.tokens, dtype=torch.int64) for clip in clips], batch_first=True),
         text_lengths=torch.tensor([len(clip.tokens) for clip in clips]),
         task_ids=torch.tensor([clip.task_id for clip in clips]),
         quantizer_uniform=torch.tensor([clip.ref.quantizer_uniform for clip in clips], dtype=torch.float32),
@@ -205,17 +180,3 @@ def _pad_audio(clips: Sequence[Tensor], num_samples: int) -> Tensor:
         row[:, : clip.shape[-1]] = clip
         row[:, clip.shape[-1] :] = 0
     return padded
-
-
-def _pad_tokens(tokens: Sequence[Sequence[int]]) -> Tensor:
-    longest = max(len(row) for row in tokens)
-    padded = [[*row, *[0] * (longest - len(row))] for row in tokens]
-    return torch.tensor(padded, dtype=torch.int64).reshape(len(tokens), longest)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _start_worker(worker: int) -> None:
-    init_loader_worker()  # torch's own watchdog waits until a worker's results are read, which nobody does after a kill

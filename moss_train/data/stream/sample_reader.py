@@ -125,7 +125,14 @@ class ClipReader:
             raise
         except UserError as error:
             raise SampleError(Fault.JSON, f"damaged JSON ({error})") from error
-        self._check_labels(labels, location)
+        if not isinstance(labels, dict) or not isinstance(labels.get("id"), str):
+            raise SampleError(Fault.JSON, "JSON without an id")
+        found = (labels.get("sampling_rate"), labels.get("num_samples"), "text" in labels)
+        wanted = (self._sampling_rate, location.num_samples, location.has_text)
+        if found != wanted:
+            raise SampleError(Fault.INDEX, f"JSON says rate, length and text {found}, the index says {wanted}")
+        if location.has_text and (not isinstance(labels["text"], str) or labels.get("task") not in TASKS):
+            raise SampleError(Fault.TEXT, f"text without a known task: {labels.get('task')!r}")
         if location.json_crc32 not in (None, zlib.crc32(content)):
             raise SampleError(Fault.JSON, "JSON was altered: its checksum differs from the index")
         return labels
@@ -142,16 +149,6 @@ class ClipReader:
         if found != wanted:
             raise SampleError(Fault.INDEX, f"rate, channels and length are {found}, the index says {wanted}")
         return audio
-
-    def _check_labels(self, labels: object, location: ClipLocation) -> None:
-        if not isinstance(labels, dict) or not isinstance(labels.get("id"), str):
-            raise SampleError(Fault.JSON, "JSON without an id")
-        found = (labels.get("sampling_rate"), labels.get("num_samples"), "text" in labels)
-        wanted = (self._sampling_rate, location.num_samples, location.has_text)
-        if found != wanted:
-            raise SampleError(Fault.INDEX, f"JSON says rate, length and text {found}, the index says {wanted}")
-        if location.has_text and (not isinstance(labels["text"], str) or labels.get("task") not in TASKS):
-            raise SampleError(Fault.TEXT, f"text without a known task: {labels.get('task')!r}")
 
 
 class SampleReader:
@@ -173,7 +170,15 @@ class SampleReader:
             labels = self._clips.read_labels(ref.location)
             sample_id = labels["id"]
             audio = self._clips.read_audio(ref.location, ref.start, ref.num_samples)
-            tokens = self._encode(labels["text"]) if ref.with_text else ()
+            tokens: tuple[int, ...] = ()
+            if ref.with_text and self._text_encoder is not None:
+                try:
+                    tokens = tuple(self._text_encoder(labels["text"]))
+                except Exception as error:  # whatever a tokenizer raises for odd text must not stop the run
+                    reason = f"the text encoder raised {type(error).__name__}: {error}"
+                    raise SampleError(Fault.TEXT, reason) from error
+                if not tokens:
+                    raise SampleError(Fault.TEXT, "the text encoder gives no tokens")
         except SampleError as error:
             raise SampleError(error.fault, error.reason, sample_id) from error
         is_too_long = self._max_text_tokens is not None and len(tokens) > self._max_text_tokens
@@ -181,17 +186,6 @@ class SampleReader:
         task_id = TASKS.index(labels["task"]) if tokens else -1
         target, audio = target_and_input(adjust_level(audio, self._format, ref.gain_uniform), self._format)
         return TrainingClip(ref, sample_id, audio, tokens, task_id, is_too_long, target)
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        if self._text_encoder is None:
-            return ()
-        try:
-            tokens = tuple(self._text_encoder(text))
-        except Exception as error:  # whatever a tokenizer raises for odd text must not stop the run
-            raise SampleError(Fault.TEXT, f"the text encoder raised {type(error).__name__}: {error}") from error
-        if not tokens:
-            raise SampleError(Fault.TEXT, "the text encoder gives no tokens")
-        return tokens
 
 
 MIN_SAMPLES = 1000
@@ -226,12 +220,6 @@ class StreamCounter:
     def invalid(self) -> dict[str, int]:
         """Samples lost so far, by kind."""
         return dict(sorted(self._kinds.items()))
-
-    def add(self, batch: UpdateBatch) -> list[str]:
-        """Count one update of the only rank: `describe_dropped` and `add_counts` in one."""
-        lines = self.describe_dropped(batch)
-        self.add_counts(self.counts(batch, {name for micro in batch.micro_batches for name in micro.domains}))
-        return lines
 
     def describe_dropped(self, batch: UpdateBatch) -> list[str]:
         """Return a line for every invalid sample of this rank that has not been named before."""
@@ -275,29 +263,21 @@ class StreamCounter:
             group, _, key = name.partition("/")
             if value and group in ("samples", "bad"):
                 (self._samples if group == "samples" else self._kinds)[key] += int(value)
-        self._check_recent()
-        self._check_share(self._last_line)
-
-    def _check_recent(self) -> None:
-        used, bad = (sum(column) for column in zip(*self._recent, strict=True))
-        if len(self._recent) == RECENT_UPDATES and bad > max(RECENT_INVALID_FRACTION, self._max_invalid_fraction) * (
-            used + bad
-        ):
+        used, lost = (sum(column) for column in zip(*self._recent, strict=True))
+        allowed = max(RECENT_INVALID_FRACTION, self._max_invalid_fraction) * (used + lost)
+        if len(self._recent) == RECENT_UPDATES and lost > allowed:
             raise UserError(
-                f"{bad} of the {used + bad} samples of the last {RECENT_UPDATES} updates could not be used: is the "
+                f"{lost} of the {used + lost} samples of the last {RECENT_UPDATES} updates could not be used: is the "
                 f"data still in reach? The same command resumes from the newest checkpoint. {self._last_line}".rstrip()
             )
-
-    def _check_share(self, last: str) -> None:
         num_invalid = sum(self._kinds.values())
         num_samples = self._num_clips + num_invalid
-        if num_invalid <= self._max_invalid_fraction * max(num_samples, MIN_SAMPLES):
-            return
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
-        raise UserError(
-            f"{num_invalid} of {num_samples} samples could not be used ({kinds}), more than max_invalid_fraction="
-            f"{self._max_invalid_fraction} allows; find them with `moss_train inspect`. {last}".rstrip()
-        )
+        if num_invalid > self._max_invalid_fraction * max(num_samples, MIN_SAMPLES):
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
+            raise UserError(
+                f"{num_invalid} of {num_samples} samples could not be used ({kinds}), more than max_invalid_fraction="
+                f"{self._max_invalid_fraction} allows; find them with `moss_train inspect`. {self._last_line}".rstrip()
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Counts as plain data, for a checkpoint."""

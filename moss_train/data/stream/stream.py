@@ -115,7 +115,12 @@ class AudioStream:
         min_length_ratio: float = 0.7,
         uses_text: bool = True,
     ) -> None:
-        _check_options(crop_seconds, max_seconds, seed, window_shards, min_length_ratio)
+        if not 0 < crop_seconds <= max_seconds:
+            raise UserError(f"crop_seconds={crop_seconds} has to be above 0 and at most max_seconds={max_seconds}")
+        if seed < 0 or window_shards < 1:
+            raise UserError(f"seed={seed} has to be at least 0 and window_shards={window_shards} at least 1")
+        if not 0 <= min_length_ratio <= 1:
+            raise UserError(f"min_length_ratio={min_length_ratio} has to be between 0 and 1")
         self.clip_format = clip_format
         self.seed = seed
         self.min_length_ratio = min_length_ratio
@@ -128,21 +133,29 @@ class AudioStream:
         ranges = self._corpus.shard_ranges()
         self.domains = tuple(ranges)
         self._orders = [DomainOrder(name, ranges[name], seed=seed, window_shards=window_shards) for name in ranges]
-        used, self.available_seconds, self.longest_seconds = self._measure()
-        self._mixture = DomainMixture(
-            domain_shares(self.domains, used, list(self.available_seconds.values()), weights), seed
-        )
+        self.available_seconds: dict[str, float] = {}  # by domain
+        self.num_with_text = 0  # clips whose text is used
+        longest, mean_seconds = 0, []
+        for order in self._orders:
+            used_samples = samples = 0
+            for lengths, has_text in self._corpus.iter_chunks(order.domain):
+                used, with_text = self._used(lengths, has_text)
+                self.num_with_text += int(with_text.sum())
+                used_samples += int(used.sum())
+                samples += int(lengths.sum())
+                longest = max(longest, int(used.max()))
+            mean_seconds.append(used_samples / order.num_clips / rate)
+            self.available_seconds[order.domain] = samples / rate
+        self.longest_seconds = longest / rate  # used of any clip
+        shares = domain_shares(self.domains, mean_seconds, list(self.available_seconds.values()), weights)
+        self._mixture = DomainMixture(shares, seed)
         self.block_size = self._mixture.block_size
-        self._block = lru_cache(maxsize=4)(self._make_block)
+        self.block = lru_cache(maxsize=4)(self._make_block)
 
     @property
     def num_clips(self) -> dict[str, int]:
         """Clips per domain: the samples of one pass."""
         return {order.domain: order.num_clips for order in self._orders}
-
-    def block(self, number: int) -> Block:
-        """All samples of one block: `block_size` positions from `number * block_size`."""
-        return self._block(number)
 
     def plan_update(
         self, position: int, batch_seconds: float, micro_batch_seconds: float, rank: int = 0, world_size: int = 1
@@ -155,16 +168,25 @@ class AudioStream:
         With fewer samples than ranks some ranks have no micro-batches.
         """
         rate = self.clip_format.stored_rate
-        lengths = self._lengths_until(position, round(batch_seconds * rate))
+        parts: list[np.ndarray] = []
+        total, samples, next_position = round(batch_seconds * rate), 0, position
+        while samples < total or not parts:
+            number, place = divmod(next_position, self.block_size)
+            used = self.block(number).lengths[place:]
+            sums = samples + np.cumsum(used)
+            parts.append(used[: int(np.searchsorted(sums, total)) + 1])
+            next_position += len(parts[-1])
+            samples = int(sums[len(parts[-1]) - 1])
+        lengths = np.concatenate(parts)
         rank_indices = assign_to_rank(lengths, rank, world_size)
         groups = split_by_length(lengths[rank_indices], round(micro_batch_seconds * rate), self.min_length_ratio)
         refs = tuple(tuple(self.sample(position + int(rank_indices[i])) for i in group) for group in groups)
-        return UpdatePlan(refs, position + len(lengths))
+        return UpdatePlan(refs, next_position)
 
     def sample(self, position: int) -> SampleRef:
         """Return the sample at one position."""
         number, place = divmod(position, self.block_size)
-        block = self._block(number)
+        block = self.block(number)
         return SampleRef(
             position=position,
             domain=self.domains[block.domains[place]],
@@ -177,20 +199,8 @@ class AudioStream:
             gain_uniform=float(block.gain_uniform[place]),
         )
 
-    def _lengths_until(self, position: int, total: int) -> np.ndarray:
-        """Used lengths of consecutive samples from `position` until their sum reaches `total`, at least one."""
-        parts: list[np.ndarray] = []
-        samples = 0
-        while samples < total or not parts:
-            number, place = divmod(position, self.block_size)
-            lengths = self._block(number).lengths[place:]
-            sums = samples + np.cumsum(lengths)
-            parts.append(lengths[: int(np.searchsorted(sums, total)) + 1])
-            position += len(parts[-1])
-            samples = int(sums[len(parts[-1]) - 1])
-        return np.concatenate(parts)
-
     def _make_block(self, number: int) -> Block:
+        """Return all samples of one block: `block_size` positions from `number * block_size`."""
         domains, firsts, counts = self._mixture.block(number)
         rows = np.empty(len(domains), np.int64)
         for label, (order, first, count) in enumerate(zip(self._orders, firsts, counts, strict=True)):
@@ -198,43 +208,15 @@ class AudioStream:
         whole = self._corpus.column("num_samples", rows)
         lengths, with_text = self._used(whole, self._corpus.column("has_text", rows))
         room = whole - lengths + 1
-        draw = {
-            purpose: uniforms(self.seed, purpose, number, count=len(rows))
-            for purpose in ("start", "quantizer", "crop", "gain")
-        }
-        starts = (draw["start"] * room).astype(np.int64)
-        return Block(domains, rows, starts, lengths, with_text, draw["quantizer"], draw["crop"], draw["gain"])
+        start, *others = (
+            uniforms(self.seed, purpose, number, count=len(rows)) for purpose in ("start", "quantizer", "crop", "gain")
+        )
+        return Block(domains, rows, (start * room).astype(np.int64), lengths, with_text, *others)
 
     def _used(self, lengths: np.ndarray, has_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Used length of clips, and whether their text is used."""
         with_text = has_text & (lengths <= self._max_length) & self.uses_text
         return np.where(with_text, lengths, np.minimum(lengths, self._crop_length)), with_text
-
-    def _measure(self) -> tuple[list[float], dict[str, float], float]:
-        """Mean used seconds and available seconds per domain, and the longest used seconds of all."""
-        rate = self.clip_format.stored_rate
-        means, available, longest = [], {}, 0
-        self.num_with_text = 0  # clips whose text is used
-        for order in self._orders:
-            used_samples = samples = 0
-            for lengths, has_text in self._corpus.iter_chunks(order.domain):
-                used, with_text = self._used(lengths, has_text)
-                self.num_with_text += int(with_text.sum())
-                used_samples += int(used.sum())
-                samples += int(lengths.sum())
-                longest = max(longest, int(used.max()))
-            means.append(used_samples / order.num_clips / rate)
-            available[order.domain] = samples / rate
-        return means, available, longest / rate
-
-
-def _check_options(crop: float, longest: float, seed: int, window_shards: int, min_length_ratio: float) -> None:
-    if not 0 < crop <= longest:
-        raise UserError(f"crop_seconds={crop} has to be above 0 and at most max_seconds={longest}")
-    if seed < 0 or window_shards < 1:
-        raise UserError(f"seed={seed} has to be at least 0 and window_shards={window_shards} at least 1")
-    if not 0 <= min_length_ratio <= 1:
-        raise UserError(f"min_length_ratio={min_length_ratio} has to be between 0 and 1")
 
 
 def assign_to_rank(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
