@@ -48,10 +48,6 @@ class UnreadableClip:
         """Raises SampleError."""
         raise SampleError(self.invalid.fault, self.invalid.reason, self.invalid.name)
 
-    def length(self) -> tuple[int, int]:
-        """Raises SampleError."""
-        raise SampleError(self.invalid.fault, self.invalid.reason, self.invalid.name)
-
 
 @dataclass(frozen=True)
 class ShardClip:

@@ -21,8 +21,6 @@ from moss_train.utils.files import pluralize
 from moss_train.utils.workers import TASKS_PER_PROCESS, map_ordered, worker_pool
 
 FULL_SCALE = 32766 / 32768
-_END_SECONDS = 0.005
-_END_RANGE_DB = 6.0
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,7 @@ def _problems(verify: Callable[[], None]) -> list[str]:
     return []
 
 
-@lru_cache(maxsize=4)
-def _index(folder: str) -> ShardIndex:
-    return ShardIndex.load(folder)
+_index = lru_cache(maxsize=4)(ShardIndex.load)
 
 
 def inspect_clip(index: ShardIndex, reader: ClipReader, row: int) -> ClipFacts:
@@ -136,8 +132,8 @@ def inspect_clip(index: ShardIndex, reader: ClipReader, row: int) -> ClipFacts:
 
 def ends_abruptly(audio: Tensor, sampling_rate: int) -> bool:
     """Whether [C, T] is about as loud in its last 5 ms as on average: cut off, rather than faded to the room."""
-    end = audio[:, -max(1, round(_END_SECONDS * sampling_rate)) :]
-    return level_db(end) > level_db(audio) - _END_RANGE_DB
+    end = audio[:, -max(1, round(0.005 * sampling_rate)) :]
+    return level_db(end) > level_db(audio) - 6.0
 
 
 def find_clips_to_drop(clips: Sequence[ClipFacts], limits: DropLimits) -> dict[str, str]:
@@ -146,28 +142,23 @@ def find_clips_to_drop(clips: Sequence[ClipFacts], limits: DropLimits) -> dict[s
     seen: dict[str, str] = {}
     ids = Counter(clip.id for clip in clips)
     for clip in clips:
-        reason = _bad_reason(clip, limits)
-        if not reason and clip.digest in seen:
+        if clip.error:
+            reason = f"unreadable: {clip.error}"
+        elif clip.level_db < limits.silent_db:
+            reason = f"silent: {clip.level_db:.1f} dB"
+        elif clip.clipped_fraction > limits.clipped_fraction:
+            reason = f"clipped: {clip.clipped_fraction:.1%} of the samples"
+        elif clip.task != "caption" and clip.num_characters > limits.max_characters_per_second * clip.seconds:
+            reason = f"text: {clip.num_characters} characters in {clip.seconds:.2f} s"
+        elif clip.digest in seen:
             reason = f"duplicate of {seen[clip.digest]}"
-        if not reason and ids[clip.id] > 1:
+        elif ids[clip.id] > 1:
             reason = "duplicate id"
-        if reason:
-            bad.setdefault(clip.id, reason)
         else:
             seen[clip.digest] = clip.id
+            continue
+        bad.setdefault(clip.id, reason)
     return bad
-
-
-def _bad_reason(clip: ClipFacts, limits: DropLimits) -> str:
-    if clip.error:
-        return f"unreadable: {clip.error}"
-    if clip.level_db < limits.silent_db:
-        return f"silent: {clip.level_db:.1f} dB"
-    if clip.clipped_fraction > limits.clipped_fraction:
-        return f"clipped: {clip.clipped_fraction:.1%} of the samples"
-    if clip.task != "caption" and clip.num_characters > limits.max_characters_per_second * clip.seconds:
-        return f"text: {clip.num_characters} characters in {clip.seconds:.2f} s"
-    return ""
 
 
 def summarize(clips: Sequence[ClipFacts]) -> dict[str, dict[str, float]]:
@@ -201,52 +192,41 @@ def render_page(
     """Return the page. `players` are (audio file, clip, text); `figure` is the name of the PNG."""
     clips = [clip for inspection in inspections for clip in inspection.clips]
     hours = sum(clip.seconds for clip in clips) / 3600
-    folders = ", ".join(str(inspection.index.folder) for inspection in inspections)
+    folders = escape(", ".join(str(inspection.index.folder) for inspection in inspections))
     num_shards = sum(len(inspection.index.shards) for inspection in inspections)
-    parts = [
-        f"<h1>{escape(folders)}</h1>",
-        f"<p>{pluralize(len(clips), 'clip')}, {hours:.2f} hours, {pluralize(num_shards, 'shard')}</p>",
-        _problem_list(inspections),
-        '<div class="tables">' + "".join(_hours(kind, table) for kind, table in summarize(clips).items()) + "</div>",
-        f'<h2>Distributions</h2><img src="{escape(figure)}" alt="histograms">',
-        _bad(clips, bad),
-        "<h2>Ten clips</h2>",
-        _players(players),
-    ]
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>{escape(folders)}</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>\n"
+    problems = "".join(
+        f'<p class="bad">{escape(problem)}</p>' for inspection in inspections for problem in inspection.problems
+    )
+    tables = ""
+    for kind, table in summarize(clips).items():
+        cells = "".join(f'<tr><td>{escape(name)}<td class="number">{number:.3f}' for name, number in table.items())
+        tables += f"<div><h2>Hours by {kind}</h2><table>{cells}</table></div>"
 
-
-def _problem_list(inspections: Sequence[Inspection]) -> str:
-    problems = [problem for inspection in inspections for problem in inspection.problems]
-    if not problems:
-        return "<p>Every shard has the size and the hash that its index says.</p>"
-    return "".join(f'<p class="bad">{escape(problem)}</p>' for problem in problems)
-
-
-def _hours(kind: str, table: Mapping[str, float]) -> str:
-    rows = "".join(f'<tr><td>{escape(name)}<td class="number">{hours:.3f}' for name, hours in table.items())
-    return f"<div><h2>Hours by {kind}</h2><table>{rows}</table></div>"
-
-
-def _bad(clips: Sequence[ClipFacts], bad: Mapping[str, str]) -> str:
     kinds = Counter(reason.partition(":")[0].partition(" of ")[0] for reason in bad.values())
+    counts = "".join(f"<tr><td>{escape(kind)}<td class=number>{count}" for kind, count in kinds.most_common())
     abrupt = sum(clip.ends_abruptly for clip in clips)
-    lines = [f"<tr><td>{escape(kind)}<td class=number>{count}" for kind, count in kinds.most_common()]
-    lines.append(f"<tr><td>end abruptly, maybe cut off (not dropped)<td class=number>{abrupt}")
-    rows = [f"<tr><td>{escape(name)}<td>{escape(reason)}" for name, reason in list(bad.items())[:_MOST_ROWS]]
-    more = f"<p>and {len(bad) - _MOST_ROWS} more in drop.jsonl</p>" if len(bad) > _MOST_ROWS else ""
-    which = f"<details><summary>which</summary><table>{''.join(rows)}</table>{more}</details>" if bad else ""
-    return f"<h2>To drop: {pluralize(len(bad), 'clip')} (drop.jsonl)</h2><table>{''.join(lines)}</table>{which}"
+    counts += f"<tr><td>end abruptly, maybe cut off (not dropped)<td class=number>{abrupt}"
+    which = ""
+    if bad:
+        shown = list(bad.items())[:_MOST_ROWS]
+        rows = "".join(f"<tr><td>{escape(name)}<td>{escape(reason)}" for name, reason in shown)
+        more = f"<p>and {len(bad) - _MOST_ROWS} more in drop.jsonl</p>" if len(bad) > _MOST_ROWS else ""
+        which = f"<details><summary>which</summary><table>{rows}</table>{more}</details>"
 
-
-def _players(players: Sequence[tuple[str, ClipFacts, str]]) -> str:
-    rows = []
+    heard = ""
     for file, clip, text in players:
         facts = f"{clip.seconds:.2f} s, {clip.loudness_lufs:.1f} LUFS, to {clip.bandwidth_hz / 1000:.1f} kHz"
-        rows.append(
+        heard += (
             f'<tr><td><audio controls preload="none" src="{escape(file)}"></audio><td>{escape(clip.domain)}'
             f'<td>{escape(clip.id)}<br><small>{facts}</small><td class="text">{escape(text)}'
         )
-    return f"<table>{''.join(rows)}</table>"
+    head = f'<meta charset="utf-8"><title>{folders}</title><style>{_STYLE}</style>'
+    return f"""<!doctype html><html lang=en><head>{head}</head><body><h1>{folders}</h1>
+<p>{pluralize(len(clips), "clip")}, {hours:.2f} hours, {pluralize(num_shards, "shard")}</p>
+{problems or "<p>Every shard has the size and the hash that its index says.</p>"}
+<div class="tables">{tables}</div>
+<h2>Distributions</h2><img src="{escape(figure)}" alt="histograms">
+<h2>To drop: {pluralize(len(bad), "clip")} (drop.jsonl)</h2><table>{counts}</table>{which}
+<h2>Ten clips</h2>
+<table>{heard}</table></body></html>
+"""
