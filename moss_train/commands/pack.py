@@ -14,8 +14,8 @@ from rich.text import Text
 from moss_train.config.schema import PackConfig
 from moss_train.data.pack.list_formats import MANIFEST_SUFFIXES
 from moss_train.data.pack.manifest import how_to_convert, list_clips, read_drop_list
-from moss_train.data.pack.pack import SILENT, PackReport, check_target, pack
-from moss_train.data.pack.preprocess import PackOptions
+from moss_train.data.pack.pack import PackReport, check_target, pack
+from moss_train.data.pack.preprocess import SILENT, PackOptions
 from moss_train.data.pack.resume import JOURNAL_FILE, unfinished_folder
 from moss_train.utils.errors import count_faults
 from moss_train.utils.files import pluralize, printable

@@ -87,8 +87,9 @@ class Encoder:
     def info(self, clip: Tensor) -> CodesInfo:
         """Return what is stored beside the codes of a clip [C, T]."""
         config = self.model.config
-        rates = config.sampling_rate, config.frame_rate
-        return CodesInfo(self.name, *rates, *clip.shape, self.fingerprint, precision_of(self.model))
+        channels, samples = clip.shape
+        rates = (config.sampling_rate, config.frame_rate)
+        return CodesInfo(self.name, *rates, channels, samples, self.fingerprint, precision_of(self.model))
 
 
 def encode_files(

@@ -17,8 +17,8 @@ from moss_train.audio.window import Remark
 from moss_train.data.clips import list_sources
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.pack.on_the_fly import pack_cached
-from moss_train.data.pack.pack import SILENT, pack
-from moss_train.data.pack.preprocess import PackOptions, SkippedClip, preprocess_clip
+from moss_train.data.pack.pack import pack
+from moss_train.data.pack.preprocess import SILENT, PackOptions, SkippedClip, preprocess_clip
 from moss_train.data.shards.format import EncodedClip
 from moss_train.data.shards.index import ShardIndex
 from moss_train.inference.files import find_audio, find_codes, targets_of

@@ -5,7 +5,7 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -34,7 +34,10 @@ def iterate_json(manifest: Path) -> Entries:
                 raise UserError(f"{manifest} is one list; write one JSON object per line: jq -c '.[]' {manifest}")
             if line.strip():
                 where = f"{manifest}:{number}"
-                yield where, _or_error(_parse_line, line, where)
+                try:
+                    yield where, _parse_line(line, where)
+                except UserError as error:
+                    yield where, error
 
 
 def _bounded_lines(file: BinaryIO, manifest: Path) -> Iterator[bytes]:
@@ -58,34 +61,26 @@ def iterate_table(manifest: Path, delimiter: str) -> Entries:
         while True:
             try:
                 row = next(rows)
+                where = f"{manifest}:{rows.line_num}"
+                entry = _with_our_keys({key: value for key, value in row.items() if key and value}, where)
+                if None in row or not entry.get("path"):
+                    header = ", ".join(key for key in row if key)
+                    raise UserError(
+                        f"{where}: every row needs a 'path' and no more cells than the header has ({header})"
+                    )
+                if any(_SURROGATE.search(value) for value in entry.values() if isinstance(value, str)):
+                    raise UserError(f"{where}: not a line of UTF-8 CSV")
+                yield where, entry | {key: _number(entry[key], where) for key in TIMES if key in entry}
             except StopIteration:
                 return
             except csv.Error as error:  # the reader continues with the next line
                 where = f"{manifest}:{rows.line_num + 1}"
                 yield where, UserError(f"{where}: not a line of UTF-8 CSV ({error})")
-                continue
-            where = f"{manifest}:{rows.line_num}"
-            yield where, _or_error(_parse_row, row, where)
+            except UserError as error:
+                yield where, error
 
 
-def _or_error(parse: Callable[..., dict], line: Any, where: str) -> dict[str, Any] | UserError:
-    try:
-        return parse(line, where)
-    except UserError as error:
-        return error
-
-
-def _parse_row(row: dict, where: str) -> dict:
-    entry: dict[str, Any] = _with_our_keys({key: value for key, value in row.items() if key and value}, where)
-    if None in row or not entry.get("path"):
-        header = ", ".join(key for key in row if key)
-        raise UserError(f"{where}: every row needs a 'path' and no more cells than the header has ({header})")
-    if any(_SURROGATE.search(value) for value in entry.values() if isinstance(value, str)):
-        raise UserError(f"{where}: not a line of UTF-8 CSV")
-    return entry | {key: _number(entry[key], where) for key in TIMES if key in entry}
-
-
-def _with_our_keys(entry: dict, where: str) -> dict:
+def _with_our_keys(entry: dict, where: str) -> dict[str, Any]:
     """An entry in which `audio_filepath`, `offset` and `duration`, as NeMo writes them, are `path` and times."""
     entry = {("path" if key == "audio_filepath" else key): value for key, value in entry.items()}
     start, seconds = entry.pop("offset", None), entry.pop("duration", None)
@@ -154,39 +149,31 @@ def iterate_utterances(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises UserError, with file and line, for lines that are not `id value`, and for commands: those are never run.
     """
     scp = source / WAV_FILE if source.is_dir() else source
-    labels = {key: _first_table(scp.parent, names) for key, names in _LABEL_FILES.items()}
+    labels = {}
+    for key, names in _LABEL_FILES.items():
+        if path := next((scp.parent / name for name in names if (scp.parent / name).is_file()), None):
+            labels[key] = _read_table(path)
     recordings = _read_table(scp)
-    for name, (where, path) in recordings.items():
-        if path.endswith("|"):
-            raise UserError(f"{where}: {name} is a command ({path!r}); commands are not run, write the audio to a file")
+    for name, (where, value) in recordings.items():
+        if value.endswith("|"):
+            raise UserError(
+                f"{where}: {name} is a command ({value!r}); commands are not run, write the audio to a file"
+            )
     segments = scp.parent / "segments"
-    utterances = _cut(segments, recordings) if segments.is_file() else _whole(recordings)
-    for where, name, entry in utterances:
-        known = {key: table[name][1] for key, table in labels.items() if name in table}
-        yield where, {"id": name} | known | entry
-
-
-def _whole(recordings: dict[str, tuple[str, str]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for name, (where, path) in recordings.items():
-        yield where, name, {"path": path}
-
-
-def _cut(segments: Path, recordings: dict[str, tuple[str, str]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for name, (where, value) in _read_table(segments).items():
+    is_cut = segments.is_file()
+    for name, (where, value) in (_read_table(segments) if is_cut else recordings).items():
+        entry: dict[str, Any] = {"id": name} | {key: table[name][1] for key, table in labels.items() if name in table}
+        if not is_cut:
+            yield where, entry | {"path": value}
+            continue
         try:
             recording, start, end = value.split()
-            times: dict[str, float | None] = {"start_seconds": float(start), "end_seconds": float(end)}
-            if times["end_seconds"] == -1:  # to the end of the recording
-                times["end_seconds"] = None
-            path = recordings[recording][1]
+            entry |= {"path": recordings[recording][1], "start_seconds": float(start), "end_seconds": float(end)}
         except (ValueError, KeyError) as error:
             raise UserError(f"{where}: not `utterance recording start end` of a known recording ({error})") from error
-        yield where, name, {"path": path} | times
-
-
-def _first_table(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    return _read_table(path) if path is not None else {}
+        if entry["end_seconds"] == -1:  # to the end of the recording
+            entry["end_seconds"] = None
+        yield where, entry
 
 
 def _read_table(path: Path) -> dict[str, tuple[str, str]]:
@@ -226,14 +213,25 @@ def iterate_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises UserError when pyarrow is not installed, or a file is damaged or has no column `audio` with bytes.
     """
-    for split, split_folder in _splits(folder):
+    splits = [("", folder)]
+    if (path := folder / "dataset_dict.json").is_file():
+        try:
+            names = [str(name) for name in read_json(path)["splits"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} does not describe a saved dataset ({error})") from error
+        if outside := [name for name in names if Path(name).name != name]:
+            raise UserError(f"{path}: the split {outside[0]!r} is not the plain name of a folder")
+        splits = [(f"{name}/", folder / name) for name in names]
+    for split, split_folder in splits:
         number = 0
         for file in _data_files(split_folder):
             table = _table(str(file))
-            names = _label_names(table)
+            text = next((name for name in _TEXT_COLUMNS if name in table.column_names), None)
+            keys = {name: name for name in _LABEL_COLUMNS if name in table.column_names}
+            keys |= {text: "text"} if text else {}  # column -> key of a manifest
             for row in range(table.num_rows):
                 name = f"{split}{number:09d}"
-                entry = {key: table.column(column)[row].as_py() for column, key in names.items()}
+                entry = {key: table.column(column)[row].as_py() for column, key in keys.items()}
                 entry = {key: str(value) for key, value in entry.items() if value is not None}
                 yield f"{file} row {row}", {"id": name} | entry | {"path": str(file.absolute()), "row": row}
                 number += 1
@@ -249,19 +247,6 @@ def open_row(path: Path, row: int) -> NamedBytes:
             raise UserError(f"{path} row {row} has neither the bytes of its audio nor an existing path ({inner})")
         content = Path(inner).read_bytes()
     return NamedBytes(content, f"{path} row {row}")
-
-
-def _splits(folder: Path) -> list[tuple[str, Path]]:
-    if not (folder / "dataset_dict.json").is_file():
-        return [("", folder)]
-    path = folder / "dataset_dict.json"
-    try:
-        names = [str(name) for name in read_json(path)["splits"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe a saved dataset ({error})") from error
-    if outside := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{path}: the split {outside[0]!r} is not the plain name of a folder")
-    return [(f"{name}/", folder / name) for name in names]
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -294,10 +279,3 @@ def _table(path: str) -> Any:
     if AUDIO_COLUMN not in table.column_names:
         raise UserError(f"{path} has no column {AUDIO_COLUMN!r}, it has {', '.join(table.column_names)}")
     return table
-
-
-def _label_names(table: Any) -> dict[str, str]:
-    """Column -> manifest key, for the columns that are there; the first text column counts."""
-    text = next((name for name in _TEXT_COLUMNS if name in table.column_names), None)
-    names = {name: name for name in _LABEL_COLUMNS if name in table.column_names}
-    return names | ({text: "text"} if text else {})

@@ -119,9 +119,7 @@ def is_list(path: Path) -> bool:
 def how_to_convert(suffixes: Iterable[str]) -> str:
     """What to do about files in formats of phones and browsers; nothing when none of the suffixes is one."""
     found = sorted(set(suffixes) & CONVERTIBLE_SUFFIXES)
-    if not found:
-        return ""
-    return f"; convert each {' and '.join(found)} file: ffmpeg -i clip{found[0]} clip.flac"
+    return f"; convert each {' and '.join(found)} file: ffmpeg -i clip{found[0]} clip.flac" if found else ""
 
 
 def read_drop_list(path: Path) -> dict[str, str]:
@@ -201,7 +199,12 @@ def _list_folder(folder: Path, domain: str, key: str) -> SourceList:
         name = _readable(path.relative_to(folder))
         if suffix not in AUDIO_SUFFIXES:
             ignored[suffix or "no suffix"] = ignored.get(suffix or "no suffix", 0) + 1
-        elif reason := _why_no_file(path):
+            continue
+        try:
+            reason = special_kind(path)  # without opening it
+        except OSError as error:
+            reason = f"out of reach ({error.strerror})"
+        if reason:
             bad.append(InvalidSample(name, f"{path} is {reason}, not a file", Fault.SPECIAL_FILE))
         else:
             clips.append((name, path))
@@ -213,14 +216,6 @@ def _list_folder(folder: Path, domain: str, key: str) -> SourceList:
         raise UserError(f"{key}={folder} has no audio files (found {found}){advice}")
     listed = tuple(SourceClip(path, id, domain) for id, path in sorted(clips))
     return SourceList(folder, listed, ignored, tuple(sorted(bad)))
-
-
-def _why_no_file(path: Path) -> str | None:
-    """What is wrong with a path that is no ordinary file; it is never opened."""
-    try:
-        return special_kind(path)
-    except OSError as error:
-        return f"out of reach ({error.strerror})"
 
 
 def _readable(path: Path) -> str:
@@ -276,6 +271,7 @@ def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> Sour
         raise SampleError(Fault.FILE, f"{where}: no such file: {str(path)!r} ({error})") from error
     if reason is not None:
         raise SampleError(Fault.SPECIAL_FILE, f"{where}: no such file: {path} is {reason}")
+    licences = (entry.get(key) for key in _LICENCE_KEYS)  # no text in some lists of other programs
     return SourceClip(
         path=path,
         id=entry.get("id") or _readable(Path(entry["path"])),
@@ -284,14 +280,8 @@ def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> Sour
         task=task if text else None,
         language=entry.get("language") or None,
         speaker=entry.get("speaker") or None,
-        licence=_licence(entry),
+        licence=next((text.strip() for text in licences if isinstance(text, str) and text.strip()), None),
         start_seconds=entry.get("start_seconds") or 0.0,
         end_seconds=entry.get("end_seconds"),
         row=entry.get("row"),
     )
-
-
-def _licence(entry: dict) -> str | None:
-    """Return the licence that a line states; none where it is no text, as in some lists of other programs."""
-    stated = (entry.get(key) for key in _LICENCE_KEYS)
-    return next((text.strip() for text in stated if isinstance(text, str) and text.strip()), None)

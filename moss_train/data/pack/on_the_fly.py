@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moss_train.audio.io import RESAMPLER
-from moss_train.data.pack.manifest import SourceClip, SourceList, list_clips
-from moss_train.data.pack.pack import SILENT, PackReport, pack
-from moss_train.data.pack.preprocess import PackOptions
+from moss_train.data.pack.manifest import SourceList, list_clips
+from moss_train.data.pack.pack import pack
+from moss_train.data.pack.preprocess import SILENT, PackOptions
 from moss_train.data.shards.format import FORMAT_VERSION
 from moss_train.data.shards.index import INDEX_FILE
 from moss_train.utils.files import file_lock, pluralize, printable
@@ -54,27 +54,31 @@ def pack_cached(
     """
     sources = list_clips(source, domain, key)
     heldout, train = split(sources, heldout_fraction)
-    found = locate(cache, listing_key(sources, options, heldout_fraction), bool(heldout.clips))
+    key = listing_key(sources, options, heldout_fraction)
+    folder = cache / key[:16]
+    found = PackedSource(key, folder / "train", folder / "heldout" if heldout.clips else None)
     cache.mkdir(parents=True, exist_ok=True)
     with file_lock(cache / LOCK_FILE, str(cache), LONGEST_WAIT_SECONDS):
         parts = [(train, found.train)] + ([(heldout, found.heldout)] if found.heldout is not None else [])
-        todo = [(part, folder) for part, folder in parts if not (folder / INDEX_FILE).exists()]
-        for part, folder in todo:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            report = pack_with_progress(part, folder, options)
-            print_skipped(report)
+        todo = [(part, target) for part, target in parts if not (target / INDEX_FILE).exists()]
+        for part, target in todo:
+            folder.mkdir(parents=True, exist_ok=True)
+            with progress(f"packing {target.name}", total=len(part.clips)) as bar:
+                report = pack(part, target, options, on_clip=lambda seconds, bar=bar: bar.advance())  # type: ignore[misc]
+            kinds = [f"{count} {kind}" for kind, count in sorted(report.skipped.items())]
+            if report.invalid:
+                reasons = "; ".join(bad.reason for bad in report.invalid[:NUM_SHOWN])
+                kinds.append(f"{len(report.invalid)} unreadable ({reasons})")
+            if kinds:
+                print(printable(f"skipped: {', '.join(kinds)}"), file=sys.stderr)
+            for remark, number in sorted(report.remarks.items()):
+                print(f"{pluralize(number, 'clip')} {remark}", file=sys.stderr)
             if part is train and report.remarks.get(SILENT) == report.index["num_samples"]:
-                (folder.parent / SILENT_FILE).touch()
+                (folder / SILENT_FILE).touch()
     count = f"{pluralize(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
     done = "packed into" if todo else "found packed in"
-    print(printable(f"{source}: {count}, {done} {found.train.parent}"), file=sys.stderr)
+    print(printable(f"{source}: {count}, {done} {folder}"), file=sys.stderr)
     return found
-
-
-def locate(cache: Path, key: str, has_heldout: bool) -> PackedSource:
-    """Where the shards of a key lie, or will."""
-    folder = cache / key[:16]
-    return PackedSource(key, folder / "train", folder / "heldout" if has_heldout else None)
 
 
 def listing_key(sources: SourceList, options: PackOptions, heldout_fraction: float) -> str:
@@ -101,28 +105,6 @@ def split(sources: SourceList, heldout_fraction: float) -> tuple[SourceList, Sou
     count = math.ceil(heldout_fraction * len(sources.clips)) if len(sources.clips) > 1 else 0
     order = sorted(sources.clips, key=lambda clip: hashlib.sha256(clip.id.encode()).digest())
     chosen = {clip.id for clip in order[:count]}
-
-    def part(wanted: bool) -> SourceList:
-        clips: tuple[SourceClip, ...] = tuple(clip for clip in sources.clips if (clip.id in chosen) == wanted)
-        return replace(sources, clips=clips)
-
-    return part(True), part(False)
-
-
-def pack_with_progress(sources: SourceList, folder: Path, options: PackOptions) -> PackReport:
-    """`pack` with a progress bar."""
-    with progress(f"packing {folder.name}", total=len(sources.clips)) as bar:
-        return pack(sources, folder, options, on_clip=lambda seconds: bar.advance())
-
-
-def print_skipped(report: PackReport) -> None:
-    """One line for clips that could not be used, with the first reasons."""
-    kinds = [f"{count} {kind}" for kind, count in sorted(report.skipped.items())]
-    if report.invalid:
-        kinds.append(
-            f"{len(report.invalid)} unreadable ({'; '.join(bad.reason for bad in report.invalid[:NUM_SHOWN])})"
-        )
-    if kinds:
-        print(printable(f"skipped: {', '.join(kinds)}"), file=sys.stderr)
-    for remark, count in sorted(report.remarks.items()):
-        print(f"{pluralize(count, 'clip')} {remark}", file=sys.stderr)
+    heldout = tuple(clip for clip in sources.clips if clip.id in chosen)
+    train = tuple(clip for clip in sources.clips if clip.id not in chosen)
+    return replace(sources, clips=heldout), replace(sources, clips=train)

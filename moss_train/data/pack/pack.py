@@ -5,33 +5,22 @@ its size, so what is in it depends neither on the number of processes nor on whe
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moss_train.audio.io import RESAMPLER
-from moss_train.data.pack.manifest import SourceClip, SourceList
-from moss_train.data.pack.preprocess import (
-    EncodedClip,
-    PackOptions,
-    SegmentedClip,
-    SkippedClip,
-    preprocess_clip,
-    preprocess_segment,
-)
-from moss_train.data.pack.resume import Journal, ShardInputs, resumable_directory, reuse_finished_shards
-from moss_train.data.shards.format import FORMAT_VERSION, ShardWriter, read_shard
+from moss_train.data.pack.manifest import SourceList
+from moss_train.data.pack.preprocess import PackOptions, SkippedClip, preprocess_clip, preprocess_segment
+from moss_train.data.pack.resume import FinishedShard, Journal, ShardInputs, resumable_directory, reuse_finished_shards
+from moss_train.data.shards.format import FORMAT_VERSION, EncodedClip, ShardWriter, read_shard
 from moss_train.data.shards.index import INDEX_FILE, IndexBuilder
 from moss_train.utils.errors import Fault, InvalidSample, UserError, count_faults
-from moss_train.utils.workers import TASKS_PER_PROCESS, Submit, map_ordered, num_cores, ray_pool, worker_pool
+from moss_train.utils.workers import TASKS_PER_PROCESS, map_ordered, num_cores, ray_pool, worker_pool
 
 CLIPS_PER_PROCESS = 200
 """So many clips are worth starting a process for, when the number of processes is not given."""
-
-SILENT = "of digital silence"
-
-_NOT_CONTENT = ("max_invalid_fraction",)  # options that do not change what is in a shard
 
 Outcome = EncodedClip | SkippedClip
 
@@ -67,16 +56,28 @@ def pack(
     for input that cannot be packed.
     """
     check_target(target, overwrite)
-    with (
-        resumable_directory(target) as folder,
-        _pool(executor, num_workers, len(sources.clips)) as (submit, max_in_flight),
-    ):
+    with resumable_directory(target) as folder, ExitStack() as stack:
+        if executor == "ray":
+            submit, cores = stack.enter_context(ray_pool())
+            max_in_flight = TASKS_PER_PROCESS * (num_workers or cores)
+        else:
+            count = num_workers or min(num_cores(), 1 + len(sources.clips) // CLIPS_PER_PROCESS)
+            pool = worker_pool(count if count > 1 else 0, "moss_train.data.pack.preprocess")
+            submit, max_in_flight = stack.enter_context(pool), 1 if count == 1 else TASKS_PER_PROCESS * count
         packer = _Packer(folder, sources, options, drop)
         todo, num_resumed = packer.resume()
         for _ in range(len(sources.clips) - len(todo)):
             on_clip(0.0)
+        clips = (sources.clips[number] for number in todo)
+        results = map_ordered(submit, preprocess_clip, clips, options, max_in_flight=max_in_flight)
         try:
-            for number, outcomes in _prepared(submit, sources, todo, options, max_in_flight):
+            for number, (clip, result) in zip(todo, results, strict=True):
+                outcomes: Iterable[Outcome]
+                if isinstance(result, tuple):
+                    parts = map_ordered(submit, preprocess_segment, result, clip, options, max_in_flight=max_in_flight)
+                    outcomes = (outcome for _, outcome in parts)
+                else:
+                    outcomes = [result]
                 on_clip(packer.add(number, outcomes))
             index = packer.finish()
         finally:
@@ -84,33 +85,6 @@ def pack(
         return PackReport(
             index, dict(packer.skipped), tuple(packer.invalid), sources.ignored, num_resumed, dict(packer.remarks)
         )
-
-
-@contextmanager
-def _pool(executor: str, num_workers: int | None, num_clips: int) -> Iterator[tuple[Submit, int]]:
-    """Give a `submit` and how many tasks may be in flight."""
-    if executor == "ray":
-        with ray_pool() as (submit, cores):
-            yield submit, TASKS_PER_PROCESS * (num_workers or cores)
-        return
-    count = num_workers or min(num_cores(), 1 + num_clips // CLIPS_PER_PROCESS)
-    with worker_pool(count if count > 1 else 0, "moss_train.data.pack.preprocess") as submit:
-        yield submit, 1 if count == 1 else TASKS_PER_PROCESS * count
-
-
-def _prepared(
-    submit: Submit, sources: SourceList, todo: list[int], options: PackOptions, max_in_flight: int
-) -> Iterator[tuple[int, Iterator[Outcome]]]:
-    """Yield the number of every clip with what becomes of it: one outcome, or one for each part of a long clip."""
-    clips = (sources.clips[number] for number in todo)
-    for number, (clip, result) in zip(
-        todo, map_ordered(submit, preprocess_clip, clips, options, max_in_flight=max_in_flight), strict=True
-    ):
-        if isinstance(result, SegmentedClip):
-            parts = map_ordered(submit, preprocess_segment, result.segments, clip, options, max_in_flight=max_in_flight)
-            yield number, (outcome for _, outcome in parts)
-        else:
-            yield number, iter([result])
 
 
 class _Packer:
@@ -121,7 +95,8 @@ class _Packer:
         self.invalid: list[InvalidSample] = list(sources.invalid)
         self.remarks: Counter[str] = Counter()
         self._folder, self._sources, self._options, self._drop = folder, sources, options, drop
-        content = {name: value for name, value in asdict(options).items() if name not in _NOT_CONTENT}
+        content = asdict(options)
+        del content["max_invalid_fraction"]  # does not change what is in a shard
         self._settings = content | {"resampler": RESAMPLER, "drop": sorted(drop), "format": FORMAT_VERSION}
         self._journal = Journal(folder)
         self._open: dict[str, ShardWriter] = {}
@@ -144,23 +119,34 @@ class _Packer:
         clips = enumerate(self._sources.clips)
         return [number for number, clip in clips if number > done.get(clip.domain, -1)], len(kept)
 
-    def add(self, number: int, outcomes: Iterator[Outcome]) -> float:
-        """Store what becomes of one clip and return its seconds, 0 when it is skipped."""
+    def add(self, number: int, outcomes: Iterable[Outcome]) -> float:
+        """Store what becomes of a clip, or of each of its parts, and return its seconds, 0 when it is skipped."""
         clip = self._sources.clips[number]
         if clip.domain not in self._inputs:
             self._inputs[clip.domain] = ShardInputs(self._settings)
-        self._inputs[clip.domain].add(number, clip)
+        inputs = self._inputs[clip.domain]
+        inputs.add(number, clip)
         num_samples = 0
         for part, outcome in enumerate(outcomes):
-            if isinstance(outcome, SkippedClip):
-                self._leave_out(clip, outcome)
-            elif {outcome.id, clip.id} & self._drop:
-                self._leave_out(clip, SkippedClip("dropped"))
-            else:
-                key = f"{number:09d}" if outcome.id == clip.id else f"{number:09d}-{part:06d}"
-                self._writer(clip.domain).write(key, outcome, clip.labels())
-                num_samples += outcome.num_samples
-                self._note(clip, outcome)
+            if isinstance(outcome, SkippedClip) and outcome.kind == "unreadable":
+                self.invalid.append(InvalidSample(clip.id, outcome.reason, outcome.fault))
+                inputs.bad.append([clip.id, outcome.reason, str(outcome.fault)])
+                self._check_share()
+                continue
+            if isinstance(outcome, SkippedClip) or {outcome.id, clip.id} & self._drop:
+                kind = outcome.kind if isinstance(outcome, SkippedClip) else "dropped"
+                self.skipped[kind] += 1
+                inputs.left_out[kind] += 1
+                continue
+            if clip.domain not in self._open:
+                path = self._folder / f"{clip.domain}-{self._num_shards[clip.domain]:06d}.tar"
+                self._open[clip.domain] = ShardWriter(path, self._options.sampling_rate)
+                self._num_shards[clip.domain] += 1
+            key = f"{number:09d}" if outcome.id == clip.id else f"{number:09d}-{part:06d}"
+            self._open[clip.domain].write(key, outcome, clip.labels())
+            num_samples += outcome.num_samples
+            self.remarks.update(outcome.remarks)
+            inputs.remarks.update(outcome.remarks)
         if clip.domain in self._open and self._open[clip.domain].num_bytes >= self._options.shard_bytes:
             self._close(clip.domain)
         return num_samples / self._options.sampling_rate
@@ -183,42 +169,19 @@ class _Packer:
         while self._open:
             self._open.popitem()[1].discard()
 
-    def _note(self, clip: SourceClip, outcome: EncodedClip) -> None:
-        for remark in (*outcome.remarks, *([SILENT] if outcome.is_silent else [])):
-            self.remarks[remark] += 1
-            self._inputs[clip.domain].remarks[remark] += 1
-
-    def _leave_out(self, clip: SourceClip, outcome: SkippedClip) -> None:
-        inputs = self._inputs[clip.domain]
-        if outcome.kind != "unreadable":
-            self.skipped[outcome.kind] += 1
-            inputs.left_out[outcome.kind] += 1
-            return
-        self.invalid.append(InvalidSample(clip.id, outcome.reason, outcome.fault))
-        inputs.bad.append([clip.id, outcome.reason, str(outcome.fault)])
-        self._check_share()
-
     def _check_share(self) -> None:
         """Raise UserError when too many files and lines are bad."""
         share, total = self._options.max_invalid_fraction, len(self._sources.clips) + len(self._sources.invalid)
         if len(self.invalid) <= share * total:
             return
-        last = self.invalid[-1].reason
         if share == 0:
             raise UserError(
                 f"{self.invalid[0].reason}; repair or remove it, or leave such clips out with max_invalid_fraction=0.01"
             )
         raise UserError(
             f"{len(self.invalid)} of {total} clips cannot be used ({count_faults(self.invalid)}), more than "
-            f"max_invalid_fraction={share} allows; the last: {last}"
+            f"max_invalid_fraction={share} allows; the last: {self.invalid[-1].reason}"
         )
-
-    def _writer(self, domain: str) -> ShardWriter:
-        if domain not in self._open:
-            path = self._folder / f"{domain}-{self._num_shards[domain]:06d}.tar"
-            self._open[domain] = ShardWriter(path, self._options.sampling_rate)
-            self._num_shards[domain] += 1
-        return self._open[domain]
 
     def _close(self, domain: str) -> None:
         writer, inputs = self._open.pop(domain), self._inputs.pop(domain)
@@ -227,7 +190,9 @@ class _Packer:
         if len(contents.labels) != writer.num_clips:
             raise OSError(f"{writer.path}: {len(contents.labels)} of {writer.num_clips} clips came back after writing")
         self._index.add(writer.path.name, domain, contents)
-        self._journal.add(inputs.finished(writer.path.name, domain, contents.sha256))
+        name, sha256 = writer.path.name, contents.sha256
+        lost = (dict(inputs.left_out), inputs.bad, dict(inputs.remarks))
+        self._journal.add(FinishedShard(name, domain, inputs.last, inputs.hexdigest(), sha256, *lost))
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -15,6 +15,8 @@ from moss_train.data.pack.manifest import SourceClip
 from moss_train.data.shards.format import EncodedClip
 from moss_train.utils.errors import Fault, SampleError, UserError, fault_of
 
+SILENT = "of digital silence"
+
 RATE_LIMITS = (2000, 768_000)
 """Sampling rates in Hz that are believed; anything else is a damaged header."""
 
@@ -55,22 +57,18 @@ class Segment:
     num_samples: int
 
 
-@dataclass(frozen=True)
-class SegmentedClip:
-    """A clip that is stored in parts, each made by `preprocess_segment`."""
+def preprocess_clip(clip: SourceClip, options: PackOptions) -> EncodedClip | SkippedClip | tuple[Segment, ...]:
+    """Return a clip ready to be stored, or a SkippedClip with the reason when the file cannot be used.
 
-    segments: tuple[Segment, ...]
-
-
-def preprocess_clip(clip: SourceClip, options: PackOptions) -> EncodedClip | SegmentedClip | SkippedClip:
-    """Return a clip ready to be stored, or a SkippedClip with the reason when the file cannot be used."""
+    Of a long clip without text only the parts are returned, each to be made by `preprocess_segment`.
+    """
     try:
         source = open_clip(clip)
         extent = find_extent(clip, source)
         rate, begin, num_samples = extent.rate, extent.begin, extent.num_samples
         seconds = num_samples / rate
         if options.segment_seconds is not None and seconds > options.segment_seconds and clip.text is None:
-            return SegmentedClip(split_into_segments(begin, num_samples, rate, options))
+            return split_into_segments(begin, num_samples, rate, options)
         if options.max_seconds is not None and seconds > options.max_seconds:
             return SkippedClip("too long")
         whole = begin == 0 and clip.end_seconds is None
@@ -175,7 +173,7 @@ def _finish(
         return SkippedClip("silent")
     flac = io.BytesIO()
     write_audio(flac, audio, options.sampling_rate, format="flac")
-    return EncodedClip(clip_id, flac.getvalue(), audio.shape[-1], remarks, not bool(audio.any()))
+    return EncodedClip(clip_id, flac.getvalue(), audio.shape[-1], remarks if audio.any() else (*remarks, SILENT))
 
 
 def level_db(audio: Tensor) -> float:

@@ -51,16 +51,9 @@ class Journal:
                 break
         return shards
 
-    def replace(self, shards: list[FinishedShard]) -> None:
-        """Start anew with these lines."""
-        self._write("wb", shards)
-
-    def add(self, shard: FinishedShard) -> None:
-        """Append a line and put it on the disk."""
-        self._write("ab", [shard])
-
-    def _write(self, mode: str, shards: list[FinishedShard]) -> None:
-        with self._path.open(mode) as file:
+    def add(self, *shards: FinishedShard, anew: bool = False) -> None:
+        """Append lines, or start anew with them, and put them on the disk."""
+        with self._path.open("wb" if anew else "ab") as file:
             file.writelines(json.dumps(asdict(shard)).encode() + b"\n" for shard in shards)
             file.flush()
             os.fsync(file.fileno())
@@ -86,18 +79,9 @@ class ShardInputs:
         self.last = number
         self._digest.update(repr((number, clip, state)).encode("utf-8", "surrogateescape"))
 
-    def finished(self, file: str, domain: str, sha256: str) -> FinishedShard:
-        """The line of the journal for the shard."""
-        return FinishedShard(
-            file,
-            domain,
-            self.last,
-            self._digest.hexdigest(),
-            sha256,
-            dict(self.left_out),
-            list(self.bad),
-            dict(self.remarks),
-        )
+    def hexdigest(self) -> str:
+        """Hash of the settings and of all clips."""
+        return self._digest.hexdigest()
 
 
 def reuse_finished_shards(
@@ -112,39 +96,30 @@ def reuse_finished_shards(
     ends: dict[str, int] = {}
     broken: set[str] = set()
     for shard in journal.read():
-        contents = None
-        if shard.domain not in broken and shard.inputs == _inputs(shard, clips, settings, ends.get(shard.domain, -1)):
-            contents = _read_unchanged(folder / shard.file, shard.sha256, sampling_rate)
-        if contents is None:
-            broken.add(shard.domain)
+        if shard.domain in broken:
             continue
-        kept.append((shard, contents))
-        ends[shard.domain] = shard.last
-    names = {shard.file for shard, _ in kept} | {JOURNAL_FILE}
+        broken.add(shard.domain)  # unless it is found to be what would be made again
+        inputs = ShardInputs(settings)
+        for number in range(ends.get(shard.domain, -1) + 1, min(shard.last + 1, len(clips))):
+            if clips[number].domain == shard.domain:
+                inputs.add(number, clips[number])
+        if shard.inputs != inputs.hexdigest():
+            continue
+        try:
+            contents = read_shard(folder / shard.file, sampling_rate)
+        except (OSError, ValueError, tarfile.TarError):
+            continue
+        if contents.sha256 == shard.sha256:
+            broken.discard(shard.domain)
+            kept.append((shard, contents))
+            ends[shard.domain] = shard.last
     if kept:
-        journal.replace([shard for shard, _ in kept])
-    else:
-        names.clear()
+        journal.add(*(shard for shard, _ in kept), anew=True)
+    names = {shard.file for shard, _ in kept} | ({JOURNAL_FILE} if kept else set())
     for path in folder.iterdir():
         if path.name not in names:
             path.unlink()
     return kept
-
-
-def _inputs(shard: FinishedShard, clips: Sequence[SourceClip], settings: dict[str, Any], before: int) -> str:
-    inputs = ShardInputs(settings)
-    for number in range(before + 1, min(shard.last + 1, len(clips))):
-        if clips[number].domain == shard.domain:
-            inputs.add(number, clips[number])
-    return inputs.finished("", "", "").inputs
-
-
-def _read_unchanged(path: Path, sha256: str, sampling_rate: int) -> ShardContents | None:
-    try:
-        contents = read_shard(path, sampling_rate)
-    except (OSError, ValueError, tarfile.TarError):
-        return None
-    return contents if contents.sha256 == sha256 else None
 
 
 def unfinished_folder(target: Path) -> Path:
@@ -170,18 +145,13 @@ def resumable_directory(target: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         (folder / JOURNAL_FILE).unlink(missing_ok=True)
-        _publish(folder, target)
-
-
-def _publish(folder: Path, target: Path) -> None:
-    """Put a folder in the place of what is there."""
-    replaced = target.parent / f".{target.name}.replaced-{os.getpid()}"
-    if target.exists():
-        target.rename(replaced)
-    try:
-        folder.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+        replaced = target.parent / f".{target.name}.replaced-{os.getpid()}"
+        if target.exists():
+            target.rename(replaced)
+        try:
+            folder.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)

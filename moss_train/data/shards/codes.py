@@ -5,8 +5,10 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -62,51 +64,38 @@ def write_code_shard(path: Path, clips: list[CodedClip]) -> None:
         tar = TarWriter(file, compress=False, encoder=False, mtime=0, user="", group="")
         for clip in clips:
             text = json.dumps(clip.labels, ensure_ascii=False, sort_keys=True).encode()
-            tar.write({"__key__": clip.key, "json": text, "npy": _to_bytes(clip.codes)})
+            small = clip.codes.numel() == 0 or int(clip.codes.max()) < 2**15
+            codes = io.BytesIO()
+            np.save(codes, clip.codes.to(torch.int16 if small else torch.int32).numpy(), allow_pickle=False)
+            tar.write({"__key__": clip.key, "json": text, "npy": codes.getvalue()})
         tar.close()
         file.flush()
         os.fsync(file.fileno())
 
 
-def _to_bytes(codes: Tensor) -> bytes:
-    small = codes.numel() == 0 or int(codes.max()) < 2**15
-    buffer = io.BytesIO()
-    np.save(buffer, codes.to(torch.int16 if small else torch.int32).numpy(), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def write_code_index(folder: Path, shards: list[tuple[str, str]], source: CodesSource) -> dict:
     """Index finished shards, given as (file, domain), by reading them, and return the content of index.json."""
-    records, parts = [], []
+    records: list[ShardRecord] = []
+    rows: list[tuple] = []
     for number, (file, domain) in enumerate(shards):
-        arrays = _read_headers(folder / file)
-        arrays["shard"] = np.full(len(arrays["num_samples"]), number, np.int32)
-        parts.append(arrays)
-        seconds = int(arrays["num_samples"].sum()) / source.sampling_rate
+        first = len(rows)
+        with tarfile.open(folder / file, "r:") as tar:
+            members = list(tar)
+            for text, codes in zip(members[::2], members[1::2], strict=True):
+                content, array = tar.extractfile(text), tar.extractfile(codes)
+                assert content is not None, text.name
+                assert array is not None, codes.name
+                labels = parse_json(content.read(), text.name)
+                num_frames = np.load(io.BytesIO(array.read()), allow_pickle=False).shape[1]
+                places = (codes.offset_data, codes.size, text.offset_data, text.size)
+                rows.append((labels["num_samples"], num_frames, "text" in labels, *places, number))
+        seconds = sum(row[0] for row in rows[first:]) / source.sampling_rate
         size = (folder / file).stat().st_size
-        records.append(ShardRecord(file, domain, len(arrays["num_samples"]), size, sha256_of(folder / file), seconds))
-    columns = {
-        name: np.concatenate([part[name].astype(dtype) for part in parts]) for name, dtype in CODE_ARRAYS.items()
-    }
+        records.append(ShardRecord(file, domain, len(rows) - first, size, sha256_of(folder / file), seconds))
+    values = list(zip(*rows, strict=True)) or [()] * len(CODE_ARRAYS)
+    columns = {name: np.array(column, dtype) for (name, dtype), column in zip(CODE_ARRAYS.items(), values, strict=True)}
     header = {"format": CODES_FORMAT, "version": CODES_VERSION, "source": asdict(source)}
     return write_index(folder, header, records, columns, {})
-
-
-def _read_headers(path: Path) -> dict[str, np.ndarray]:
-    rows = []
-    with tarfile.open(path, "r:") as tar:
-        members = list(tar)
-        for text, codes in zip(members[::2], members[1::2], strict=True):
-            content, array = tar.extractfile(text), tar.extractfile(codes)
-            assert content is not None, text.name
-            assert array is not None, codes.name
-            labels = parse_json(content.read(), text.name)
-            num_frames = np.load(io.BytesIO(array.read()), allow_pickle=False).shape[1]
-            places = (codes.offset_data, codes.size, text.offset_data, text.size)
-            rows.append((labels["num_samples"], num_frames, "text" in labels, *places))
-    names = list(CODE_ARRAYS)[:-1]
-    columns = list(zip(*rows, strict=True)) or [()] * len(names)
-    return {name: np.array(column, CODE_ARRAYS[name]) for name, column in zip(names, columns, strict=True)}
 
 
 def is_code_folder(folder: Path) -> bool:
@@ -135,32 +124,22 @@ class CodeShards:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"the index of {self.folder} is damaged ({error}); encode the shards again") from error
-        if not self._places_fit():
+        arrays, numbers = self.arrays, self.arrays["shard"]
+        fits = numbers.ndim == 1 and all(
+            array.shape == numbers.shape and array.dtype == CODE_ARRAYS[name] for name, array in arrays.items()
+        )
+        if fits and len(numbers):
+            fits = numbers.min() >= 0 and numbers.max() < len(self.shards)
+        if fits:  # every clip lies inside its shard, so that sizes of files bound what is read
+            sizes = self.shards.sizes[numbers]
+            places = [arrays[f"{part}_{value}"] for part in ("codes", "json") for value in ("offset", "size")]
+            fits = all(bool(((place >= 0) & (place <= sizes)).all()) for place in places)
+        if not fits:
             raise UserError(
                 f"the index of {self.folder} is damaged: {ARRAYS_FILE} does not fit; encode the shards again"
             )
         for shard in self.shards:
             check_size(self.folder / shard.file, shard.bytes)
-
-    def _places_fit(self) -> bool:
-        """Whether every clip lies inside its shard, so that sizes of files bound what is read."""
-        arrays = self.arrays
-        rows = arrays["num_samples"].shape
-        if len(rows) != 1 or any(
-            array.shape != rows or array.dtype != CODE_ARRAYS[name] for name, array in arrays.items()
-        ):
-            return False
-        numbers = arrays["shard"]
-        if not len(numbers):
-            return True
-        if numbers.min() < 0 or numbers.max() >= len(self.shards):
-            return False
-        sizes = self.shards.sizes[numbers]
-        return all(
-            bool(((arrays[f"{part}_offset"] >= 0) & (arrays[f"{part}_offset"] <= sizes)).all())
-            and bool(((arrays[f"{part}_size"] >= 0) & (arrays[f"{part}_size"] <= sizes)).all())
-            for part in ("codes", "json")
-        )
 
     def __len__(self) -> int:
         return len(self.arrays["num_samples"])
@@ -173,29 +152,30 @@ class CodeShards:
 
     def labels(self, row: int) -> dict:
         """Read the JSON of one clip. Raises UserError."""
-        path = self.folder / self.shards[int(self.arrays["shard"][row])].file
-        try:
-            with path.open("rb") as file:
-                file.seek(int(self.arrays["json_offset"][row]))
-                return parse_json(file.read(int(self.arrays["json_size"][row])), str(path))
-        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-            raise UserError(f"{path} is damaged at clip {row} ({error}); encode it again") from error
+        with self._open_clip(row) as (file, path):
+            file.seek(int(self.arrays["json_offset"][row]))
+            return parse_json(file.read(int(self.arrays["json_size"][row])), str(path))
 
     def read(self, row: int) -> tuple[Tensor, dict]:
         """Read the codes [N, frames] int64 and the JSON of one clip. Raises UserError."""
-        values = {name: self.arrays[name][row].item() for name in CODE_ARRAYS}
-        path = self.folder / self.shards[values["shard"]].file
-        try:
-            with path.open("rb") as file:
-                file.seek(values["codes_offset"])
-                content = io.BytesIO(file.read(values["codes_size"]))
+        with self._open_clip(row) as (file, path):
+            file.seek(int(self.arrays["codes_offset"][row]))
+            content = io.BytesIO(file.read(int(self.arrays["codes_size"][row])))
             # Not np.load, which would also unfold a zip file.
             codes = np.lib.format.read_array(content, allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-            raise UserError(f"{path} is damaged at clip {row} ({error}); encode it again") from error
-        if codes.shape != (self.source.num_levels, values["num_frames"]):
+        if codes.shape != (self.source.num_levels, self.arrays["num_frames"][row]):
             raise UserError(f"{path}, clip {row}: codes of shape {codes.shape} do not fit the index")
         return torch.from_numpy(codes.astype(np.int64)), self.labels(row)
+
+    @contextmanager
+    def _open_clip(self, row: int) -> Iterator[tuple[BinaryIO, Path]]:
+        """Open the shard of a clip; errors while it is read are one UserError."""
+        path = self.folder / self.shards[int(self.arrays["shard"][row])].file
+        try:
+            with path.open("rb") as file:
+                yield file, path
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+            raise UserError(f"{path} is damaged at clip {row} ({error}); encode it again") from error
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, dict]]:
         """Yield id, codes [N, frames] and JSON of every clip, in the order of the index."""

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from webdataset import TarWriter
 
-from moss_train.audio.window import Remark
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import add_path_to_error, parse_json
 
@@ -46,8 +45,7 @@ class EncodedClip:
     id: str
     flac: bytes
     num_samples: int
-    remarks: tuple[Remark, ...] = ()
-    is_silent: bool = False  # digital silence
+    remarks: tuple[str, ...] = ()  # what is worth telling of it
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,23 @@ def read_shard(path: Path, sampling_rate: int) -> ShardContents:
         with tarfile.open(path, "r:") as tar:
             members = iter(tar)
             for audio in members:
-                content, row = _read_clip(tar, audio, next(members, None), sampling_rate)
-                rows.append(row)
+                text = next(members, None)
+                key = audio.name.removesuffix(".flac")
+                if text is None or audio.name != f"{key}.flac" or text.name != f"{key}.json":
+                    raise ValueError(f"{audio.name} is not a <key>.flac followed by its <key>.json")
+                file = tar.extractfile(text) if audio.isreg() and text.isreg() else None
+                if file is None:
+                    raise ValueError(f"{audio.name} or {text.name} is not a file, but a link, folder or device")
+                if text.size > MAX_LABEL_BYTES:
+                    raise ValueError(f"{text.name} has {text.size} bytes, more than {MAX_LABEL_BYTES}")
+                raw = file.read()
+                content = parse_json(raw, text.name)
+                if not isinstance(content, dict) or not isinstance(content.get("num_samples"), int):
+                    raise ValueError(f"{text.name} does not describe a clip")
+                if content.get("sampling_rate") != sampling_rate:
+                    raise ValueError(f"{audio.name} is at {content.get('sampling_rate')} Hz, not {sampling_rate}")
+                offsets = (audio.offset_data, audio.size, text.offset_data, text.size)
+                rows.append((content["num_samples"], "text" in content, *offsets, zlib.crc32(raw)))
                 labels.append(content)
     except (tarfile.TarError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
@@ -117,25 +130,3 @@ def read_shard(path: Path, sampling_rate: int) -> ShardContents:
         name: np.array(column, dtype) for (name, dtype), column in zip(SAMPLE_ARRAYS.items(), columns, strict=True)
     }
     return ShardContents(arrays, tuple(labels), path.stat().st_size, sha256_of(path))
-
-
-def _read_clip(
-    tar: tarfile.TarFile, audio: tarfile.TarInfo, text: tarfile.TarInfo | None, sampling_rate: int
-) -> tuple[dict, tuple]:
-    """The JSON of one clip, and its values of SAMPLE_ARRAYS. Raises ValueError."""
-    key = audio.name.removesuffix(".flac")
-    if text is None or audio.name != f"{key}.flac" or text.name != f"{key}.json":
-        raise ValueError(f"{audio.name} is not a <key>.flac followed by its <key>.json")
-    file = tar.extractfile(text) if audio.isreg() and text.isreg() else None
-    if file is None:
-        raise ValueError(f"{audio.name} or {text.name} is not a file, but a link, folder or device")
-    if text.size > MAX_LABEL_BYTES:
-        raise ValueError(f"{text.name} has {text.size} bytes, more than {MAX_LABEL_BYTES}")
-    raw = file.read()
-    content = parse_json(raw, text.name)
-    if not isinstance(content, dict) or not isinstance(content.get("num_samples"), int):
-        raise ValueError(f"{text.name} does not describe a clip")
-    if content.get("sampling_rate") != sampling_rate:
-        raise ValueError(f"{audio.name} is at {content.get('sampling_rate')} Hz, not {sampling_rate}")
-    offsets = (audio.offset_data, audio.size, text.offset_data, text.size)
-    return content, (content["num_samples"], "text" in content, *offsets, zlib.crc32(raw))

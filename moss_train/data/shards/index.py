@@ -40,11 +40,25 @@ class ShardRecord:
         return {"num_samples" if name == "num_clips" else name: value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "ShardRecord":
-        """Read a record back. Raises TypeError for one that is no mapping, or has other keys."""
-        if not isinstance(record, Mapping):
-            raise TypeError(f"a record of a shard is {type(record).__name__}, no mapping")
-        return cls(**{"num_clips" if name == "num_samples" else name: value for name, value in record.items()})
+    def from_json(cls, values: Mapping[str, Any], place: Path) -> "ShardRecord":
+        """Read a record of the index file `place` back.
+
+        Raises TypeError for one that is no mapping or has other keys, UserError for values that cannot be.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a record of a shard is {type(values).__name__}, no mapping")
+        record = cls(**{"num_clips" if name == "num_samples" else name: value for name, value in values.items()})
+        names = (record.file, record.domain, record.sha256)
+        numbers = (record.num_clips, record.bytes)
+        if not all(isinstance(name, str) for name in names) or not all(
+            isinstance(number, int) and 0 <= number < 2**62 for number in numbers
+        ):
+            raise UserError(f"{place}: {record} is not the record of a shard; pack it again")
+        if not _SHARD_NAME.fullmatch(record.file) or not DOMAIN_PATTERN.fullmatch(record.domain):
+            raise UserError(f"{place}: shard {record.file!r} is not the plain name of a .tar file of a domain")
+        if not re.fullmatch("[0-9a-f]{64}", record.sha256):
+            raise UserError(f"{place}: {record.sha256!r} is not the hash of a shard; pack it again")
+        return record
 
 
 class ShardTable:
@@ -52,7 +66,7 @@ class ShardTable:
 
     def __init__(self, records: Iterable[Mapping[str, Any]], place: Path) -> None:
         """Take the records of the index file `place`. Raises UserError for one that cannot be, or is there twice."""
-        rows = [(_checked(ShardRecord.from_json(record), place)) for record in records]
+        rows = [ShardRecord.from_json(record, place) for record in records]
         if len({row.file for row in rows}) < len(rows):
             counts = Counter(row.file for row in rows)
             raise UserError(f"{place}: shard {counts.most_common(1)[0][0]} is listed twice")
@@ -96,20 +110,6 @@ class ShardTable:
             inside = self.domain_numbers == self.domains.index(domain)
             edges = np.flatnonzero(np.diff(np.concatenate([[False], inside, [False]])))
             yield from map(tuple, self.first_rows[edges].reshape(-1, 2).tolist())
-
-
-def _checked(record: ShardRecord, place: Path) -> ShardRecord:
-    names = (record.file, record.domain, record.sha256)
-    numbers = (record.num_clips, record.bytes)
-    if not all(isinstance(name, str) for name in names) or not all(
-        isinstance(number, int) and 0 <= number < 2**62 for number in numbers
-    ):
-        raise UserError(f"{place}: {record} is not the record of a shard; pack it again")
-    if not _SHARD_NAME.fullmatch(record.file) or not DOMAIN_PATTERN.fullmatch(record.domain):
-        raise UserError(f"{place}: shard {record.file!r} is not the plain name of a .tar file of a domain")
-    if not re.fullmatch("[0-9a-f]{64}", record.sha256):
-        raise UserError(f"{place}: {record.sha256!r} is not the hash of a shard; pack it again")
-    return record
 
 
 INDEX_FILE = "index.json"
@@ -188,15 +188,8 @@ class IndexBuilder:
             "resampler": RESAMPLER,
         }
         arrays = {name: np.concatenate([parts[name] for _, parts in shards]) for name in SAMPLE_ARRAYS}
-        return write_index(folder, header, [record for record, _ in shards], arrays, {"totals": self._sum_up()})
-
-    def _sum_up(self) -> dict:
-        """Clips, clips with text and hours by domain, language, task and, where one is stated, licence.
-
-        Clips without a label count as 'none'.
-        """
         hour = 3600 * self._sampling_rate
-        return {
+        totals = {  # clips without a label count as 'none'; licences are summed where one is stated
             kind: {
                 name: {"clips": group["clips"], "with_text": group["with_text"], "hours": group["samples"] / hour}
                 for name, group in sorted(groups.items())
@@ -204,6 +197,7 @@ class IndexBuilder:
             for kind, groups in self._totals.items()
             if kind != "licence" or set(groups) - {"none"}
         }
+        return write_index(folder, header, [record for record, _ in shards], arrays, {"totals": totals})
 
 
 class ShardIndex:
@@ -234,22 +228,16 @@ class ShardIndex:
             loaded = cls(folder, index, arrays, url)
         except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the index of {folder} is damaged ({error}); pack it again") from error
-        loaded.check()
+        shards, rows = loaded.shards, (int(loaded.shards.first_rows[-1]),)
+        if any(array.shape != rows or array.dtype != SAMPLE_ARRAYS[name] for name, array in arrays.items()):
+            raise UserError(f"the index of {folder} is damaged: {ARRAYS_FILE} does not fit {INDEX_FILE}; pack it again")
+        if url is None:
+            for number in range(0, len(shards), math.ceil(len(shards) / CHECKED_AT_LOAD) or 1):
+                check_size(folder / shards[number].file, shards[number].bytes)
         return loaded
 
     def __len__(self) -> int:
         return len(self.arrays["num_samples"])
-
-    def check(self) -> None:
-        """Compare arrays, shard records and, unless remote, the sizes of shards on the disk. Raises UserError."""
-        rows = (int(self.shards.first_rows[-1]),)
-        if any(array.shape != rows or array.dtype != SAMPLE_ARRAYS[name] for name, array in self.arrays.items()):
-            raise UserError(
-                f"the index of {self.folder} is damaged: {ARRAYS_FILE} does not fit {INDEX_FILE}; pack it again"
-            )
-        if self.url is None:
-            for number in range(0, len(self.shards), math.ceil(len(self.shards) / CHECKED_AT_LOAD) or 1):
-                check_size(self.folder / self.shards[number].file, self.shards[number].bytes)
 
     def verify(self) -> None:
         """Compare every byte of the arrays and of every shard with the hashes of the index. Raises UserError."""

@@ -73,23 +73,25 @@ class ShardFiles:
         path = location.shard
         if path not in self._descriptors:
             remote = is_remote(path)
-            self._descriptors[path] = self._open_remote(location) if remote else _open_local(location)
+            if not remote:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                found = os.fstat(descriptor).st_size
+                if found != location.shard_bytes:
+                    os.close(descriptor)
+                    raise SampleError(Fault.INDEX, f"{path} has {found} bytes, the index says {location.shard_bytes}")
+            elif time.monotonic() < self._given_up.get(path, (0.0, ()))[0]:
+                raise OSError(*self._given_up[path][1])  # not asked for again with each of its clips
+            else:
+                try:
+                    descriptor = open_shard(path, location.shard_bytes, location.shard_sha256)
+                except OSError as error:
+                    self._given_up[path] = (time.monotonic() + GIVEN_UP_SECONDS, error.args)
+                    raise
+            self._descriptors[path] = descriptor
             if len(self._descriptors) > (min(self._capacity, _OPEN_REMOTE) if remote else self._capacity):
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(path)
         return self._descriptors[path]
-
-    def _open_remote(self, location: ClipLocation) -> int:
-        """Fetch and open; one that did not come after all attempts is not asked for again with each of its clips."""
-        until, reason = self._given_up.pop(location.shard, (0.0, ()))
-        if time.monotonic() < until:
-            self._given_up[location.shard] = until, reason
-            raise OSError(*reason)
-        try:
-            return open_shard(location.shard, location.shard_bytes, location.shard_sha256)
-        except OSError as error:
-            self._given_up[location.shard] = (time.monotonic() + GIVEN_UP_SECONDS, error.args)
-            raise
 
     def close(self) -> None:
         """Close every file."""
@@ -101,15 +103,6 @@ class ShardFiles:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _open_local(location: ClipLocation) -> int:
-    descriptor = os.open(location.shard, os.O_RDONLY | os.O_CLOEXEC)
-    found = os.fstat(descriptor).st_size
-    if found != location.shard_bytes:
-        os.close(descriptor)
-        raise SampleError(Fault.INDEX, f"{location.shard} has {found} bytes, the index says {location.shard_bytes}")
-    return descriptor
 
 
 class _Member(PartFile):

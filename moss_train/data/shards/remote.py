@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 1.0  # doubled after every attempt
 SILENCE_SECONDS = 60.0  # a connection that delivers nothing for so long is given up
 
-_CHUNK_BYTES = 2**20
 _SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -40,18 +39,6 @@ def is_remote(place: str | Path) -> bool:
 def cache_folder() -> Path:
     """Where fetched files are kept."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/moss_train").expanduser()
-
-
-def cache_bytes() -> int:
-    """How much fetched shards may take. Raises UserError for a value that is no number above 0."""
-    text = os.environ.get(CACHE_GB_VARIABLE, "50")
-    try:
-        gigabytes = float(text)
-    except ValueError:
-        gigabytes = 0.0
-    if not gigabytes > 0:
-        raise UserError(f"{CACHE_GB_VARIABLE}={text} has to be a number of gigabytes above 0")
-    return int(gigabytes * 1e9)
 
 
 def fetch_index(url: str, name: str) -> Path:
@@ -79,17 +66,18 @@ def fetch_arrays(url: str, name: str, sha256: str) -> Path:
 
 def fetch_shard(url: str, size: int, sha256: str) -> Path:
     """Return the local copy of a remote shard, fetched and checked first where there is none. Raises OSError."""
-    path = _local_path(url, sha256)
-    with _locked(path):
-        _fetch_missing(url, path, size, sha256)
-    return path
+    os.close(open_shard(url, size, sha256))
+    return _local_path(url, sha256)
 
 
 def open_shard(url: str, size: int, sha256: str) -> int:
     """Return an open descriptor of the local copy, which stays readable when the copy is deleted. Raises OSError."""
     path = _local_path(url, sha256)
     with _locked(path):  # held until it is open, because nobody deletes a locked copy
-        _fetch_missing(url, path, size, sha256)
+        if not path.exists():
+            _evict_until_fits(size)
+            _fetch(url, path, size, sha256)
+        os.utime(path)
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
@@ -102,13 +90,6 @@ def _local_path(url: str, sha256: str) -> Path:
         raise OSError(errno.EINVAL, f"{url}: {sha256!r} is not a hash")
     parent, _, name = url.rpartition("/")
     return _folder_of(parent) / f"{sha256[:16]}-{name}"
-
-
-def _fetch_missing(url: str, path: Path, size: int, sha256: str) -> None:
-    if not path.exists():
-        _evict_until_fits(size)
-        _fetch(url, path, size, sha256)
-    os.utime(path)
 
 
 def _folder_of(url: str) -> Path:
@@ -125,7 +106,13 @@ def _locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 def _evict_until_fits(size: int) -> None:
     """Delete the shards that have not been used for longest until another one fits."""
-    limit = cache_bytes()
+    text = os.environ.get(CACHE_GB_VARIABLE, "50")
+    try:
+        limit = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit <= 0:
+        raise UserError(f"{CACHE_GB_VARIABLE}={text} has to be a number of gigabytes above 0")
     if size > limit:
         raise OSError(errno.ENOSPC, f"a shard has {size:,} bytes, more than {CACHE_GB_VARIABLE} allows ({limit:,})")
     files = []
@@ -148,34 +135,36 @@ def _fetch(url: str, path: Path, size: int | None = None, sha256: str | None = N
     """Fetch a file, complete and checked or not at all, with a few attempts. Raises OSError naming the URL."""
     temporary = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        _with_attempts(url, lambda: _download(url, temporary, size, sha256))
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                _download(url, temporary, size, sha256)
+                break
+            except FileNotFoundError as error:
+                raise FileNotFoundError(errno.ENOENT, f"{url} does not exist") from error
+            except ImportError as error:
+                raise OSError(errno.ENOPKG, f"{url} needs another package: {error}") from error
+            except Exception as error:  # every file system of fsspec has exceptions of its own
+                if attempt == ATTEMPTS:
+                    reason = str(error) or type(error).__name__
+                    raise OSError(errno.EIO, f"{url} after {ATTEMPTS} attempts: {reason}") from error
+                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _with_attempts(url: str, action: Callable[[], None]) -> None:
-    for attempt in range(ATTEMPTS):
-        try:
-            return action()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, f"{url} does not exist") from error
-        except ImportError as error:
-            raise OSError(errno.ENOPKG, f"{url} needs another package: {error}") from error
-        except Exception as error:  # every file system of fsspec has exceptions of its own
-            if attempt == ATTEMPTS - 1:
-                reason = str(error) or type(error).__name__
-                raise OSError(errno.EIO, f"{url} after {ATTEMPTS} attempts: {reason}") from error
-            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
-    return None
-
-
 def _download(url: str, path: Path, size: int | None, sha256: str | None) -> None:
     import fsspec
 
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+        options = {"client_kwargs": {"timeout": timeout}, "block_size": 0}  # 0: read as a stream, not by ranges
     digest, count = hashlib.sha256(), 0
-    with fsspec.open(url, "rb", **_options(url)) as source, path.open("wb") as target:
-        while chunk := source.read(_CHUNK_BYTES):
+    with fsspec.open(url, "rb", **options) as source, path.open("wb") as target:
+        while chunk := source.read(2**20):
             digest.update(chunk)
             target.write(chunk)
             count += len(chunk)
@@ -183,12 +172,3 @@ def _download(url: str, path: Path, size: int | None, sha256: str | None) -> Non
         raise OSError(errno.EIO, f"{count} bytes came, the index says {size}")
     if sha256 is not None and digest.hexdigest() != sha256:
         raise OSError(errno.EIO, "the hash differs from the index")
-
-
-def _options(url: str) -> dict[str, Any]:
-    if not url.startswith(("http://", "https://")):
-        return {}
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
-    return {"client_kwargs": {"timeout": timeout}, "block_size": 0}  # 0: read as a stream, not by ranges
