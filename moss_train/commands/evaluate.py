@@ -12,7 +12,7 @@ import torch
 from moss_train.audio.io import RESAMPLER
 from moss_train.batch import ListedClip
 from moss_train.config.schema import EvaluateConfig
-from moss_train.data.clips import FileClip, ShardClip, UnreadableClip, list_sources
+from moss_train.data.clips import FileClip, ShardClip, list_sources
 from moss_train.evaluation.codecs.base import CatCodec, Codec, OnnxCodec, check_levels
 from moss_train.evaluation.codecs.published_table import load_codec
 from moss_train.evaluation.metrics.base import Metric, split_available
@@ -35,13 +35,14 @@ from moss_train.utils.files import printable
 def cut_clips(clips: Sequence[ListedClip], seconds: float) -> Iterator[ListedClip]:
     """Pieces of equal length without overlap; what is left of a clip is dropped, and texts, which no longer fit."""
     for clip in clips:
-        assert isinstance(clip.read, FileClip | ShardClip | UnreadableClip)
+        if not isinstance(clip.read, FileClip | ShardClip):
+            yield clip  # reading it will fail, and then it is counted
+            continue
         try:
             num_samples, rate = clip.read.length()
         except UserError:
-            yield clip  # reading it will fail again, and then it is counted
+            yield clip  # likewise
             continue
-        assert not isinstance(clip.read, UnreadableClip)
         length = round(seconds * rate)
         labels = {key: value for key, value in clip.labels.items() if key not in ("text", "task")}
         for index in range(num_samples // length):
