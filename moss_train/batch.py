@@ -75,23 +75,19 @@ class Batch:
         }
         return Batch(**values)
 
-    def __reduce__(self) -> tuple:
+    def __getstate__(self) -> dict[str, Any]:
         """Travel between processes as arrays in the pipe.
 
         Tensors would go through shared memory, which containers limit to 64 MB and which holds an open file for each.
         """
-        arrays = {
+        return {
             name: value.numpy() if isinstance(value, Tensor) and value.device.type == "cpu" else value
             for name, value in vars(self).items()
         }
-        return _batch_from_arrays, (arrays,)
 
-
-def _batch_from_arrays(arrays: dict[str, Any]) -> Batch:
-    values: dict[str, Any] = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in arrays.items()
-    }
-    return Batch(**values)
+    def __setstate__(self, arrays: dict[str, Any]) -> None:
+        for name, value in arrays.items():
+            vars(self)[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,19 @@ def save_histograms(panels: Sequence[Histogram | Scatter], path: str | Path, tit
     colours = {group: f"C{number % 10}" for number, group in enumerate(groups)}
     for panel, axis in zip(panels, axes, strict=False):
         if isinstance(panel, Histogram):
-            _draw_histogram(axis, panel, colours)
+            values = {group: array[np.isfinite(array)] for group, array in sorted(panel.values.items())}
+            values = {group: array[array > 0] if panel.logarithmic else array for group, array in values.items()}
+            values = {group: array for group, array in values.items() if len(array)}
+            if values:
+                joined = np.concatenate(list(values.values()))
+                low, high = float(joined.min()), float(joined.max())
+                bins = np.linspace(low, max(high, low + 1e-6), NUM_BINS + 1)
+                if panel.logarithmic:
+                    bins = np.geomspace(low, max(high, low * 1.01), NUM_BINS + 1)
+                    axis.set_xscale("log")
+                axis.hist(list(values.values()), bins=bins, stacked=True, color=[colours[group] for group in values])
+            axis.set_xlabel(panel.label)
+            axis.set_ylabel("clips")
         else:
             for group, (x, y) in sorted(panel.values.items()):
                 axis.plot(x, y, ".", markersize=2, alpha=0.6, color=colours[group])
@@ -226,21 +238,3 @@ def save_histograms(panels: Sequence[Histogram | Scatter], path: str | Path, tit
     if title:
         figure.suptitle(drawable(title))
     figure.savefig(path, dpi=110)
-
-
-def _draw_histogram(axis, panel: Histogram, colours: Mapping[str, str]) -> None:
-    values = {group: array[np.isfinite(array)] for group, array in panel.values.items()}
-    values = {group: array[array > 0] if panel.logarithmic else array for group, array in values.items()}
-    values = {group: array for group, array in sorted(values.items()) if len(array)}
-    axis.set_xlabel(panel.label)
-    axis.set_ylabel("clips")
-    if not values:
-        return
-    joined = np.concatenate(list(values.values()))
-    low, high = float(joined.min()), float(joined.max())
-    if panel.logarithmic:
-        bins = np.geomspace(low, max(high, low * 1.01), NUM_BINS + 1)
-        axis.set_xscale("log")
-    else:
-        bins = np.linspace(low, max(high, low + 1e-6), NUM_BINS + 1)
-    axis.hist(list(values.values()), bins=bins, stacked=True, color=[colours[group] for group in values])

@@ -152,11 +152,9 @@ def _print_overridden_weights(values: dict[str, Any], assignments: Sequence[tupl
         return  # refused when the schema reads it
     stages = [(number, stage) for number, stage in enumerate(values["stages"]) if isinstance(stage, dict)]
     for term in terms:
-        users = [item for item in stages if term not in ADVERSARIAL_TERMS or item[1].get("adversarial")]
-        weights = {number: stage.get("weights") for number, stage in users}
-        own = [
-            f"stages.{i}.weights.{term}" for i, given in weights.items() if isinstance(given, dict) and term in given
-        ]
+        users = [(i, stage) for i, stage in stages if term not in ADVERSARIAL_TERMS or stage.get("adversarial")]
+        given = ((i, stage.get("weights")) for i, stage in users)
+        own = [f"stages.{i}.weights.{term}" for i, weights in given if isinstance(weights, dict) and term in weights]
         if own and len(own) == len(users):
             print(f"moss_train: objective.weights.{term} has no effect: set {', '.join(own)}", file=sys.stderr)
 

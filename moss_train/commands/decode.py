@@ -24,9 +24,9 @@ def run(config: DecodeConfig | Mapping[str, Any]) -> int:
     """Decode a folder of codes; the exit status is 1 when some files could not be used."""
     config = DecodeConfig.of(config)
     batch_seconds = config.batch_seconds
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     inputs, suffix = config.input, f".{config.format}"
-    shards = len(inputs) == 1 and is_code_folder(Path(inputs[0]).expanduser())
+    shards = len(inputs) == 1 and is_code_folder(Path(inputs[0]))
     works = [] if shards else find_codes(inputs, out, suffix)
     device = choose_device(config.device)
     model = load_tokenizer(config.model).to(device)  # type: ignore[arg-type]
@@ -34,6 +34,6 @@ def run(config: DecodeConfig | Mapping[str, Any]) -> int:
     chunk_duration = chunk_seconds(model, config.streaming, config.chunk_duration)
     decoder = Decoder(model, config.num_quantizers, chunk_duration, config.batch_invariant)
     if shards:
-        report = decode_shards(decoder, Path(inputs[0]).expanduser(), out, suffix, batch_seconds)
+        report = decode_shards(decoder, Path(inputs[0]), out, suffix, batch_seconds)
         return print_report(report, out, "decode")
     return print_report(decode_files(decoder, works, batch_seconds), out, "decode")

@@ -21,10 +21,10 @@ EXAMPLES = (
 def run(config: EncodeConfig | Mapping[str, Any]) -> int:
     """Encode a corpus; the exit status is 1 when some clips could not be read."""
     config = EncodeConfig.of(config)
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     job = EncodeJob(
         model=str(config.model),
-        audio=Path(config.shards or "").expanduser(),
+        audio=Path(config.shards or ""),
         num_quantizers=config.num_quantizers,
         chunk_duration=config.chunk_duration,
         batch_seconds=config.batch_seconds,

@@ -85,7 +85,7 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
     """Evaluate and write tables and report; the exit status is 1 when some clips could not be read."""
     config = EvaluateConfig.of(config)
     for other in config.compare:
-        load_evaluation(Path(other).expanduser())  # before hours of work, not after
+        load_evaluation(Path(other))  # before hours of work, not after
     metrics, missing = split_available(
         build_metrics(
             config.metrics,
@@ -99,7 +99,7 @@ def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
         raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in missing.items()))
     target = _pairs(config) if config.pairs is not None else _codec(config)
     report_ids = _report_clip_ids(target.clips, config.report_clips)
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     all_metrics = metrics | target.code_metrics
     if config.model is not None and "text_model" in config.metrics and not target.code_metrics:
         missing["text_model"] = "the model is no run or checkpoint with a text LM"
@@ -136,7 +136,7 @@ def _codec(config: EvaluateConfig) -> EvaluationTarget:
     device = choose_device(config.device)
     codec: Codec
     text_model: TextCrossEntropy | None = None
-    folder = Path(str(config.model)).expanduser()
+    folder = Path(str(config.model))
     if config.model is not None and (folder / SETTINGS_FILE).is_file():
         if config.precision == "bf16":
             raise UserError(
@@ -173,7 +173,7 @@ def _codec(config: EvaluateConfig) -> EvaluationTarget:
 
 
 def _pairs(config: EvaluateConfig) -> EvaluationTarget:
-    root = Path(config.pairs or "").expanduser()
+    root = Path(config.pairs or "")
     reconstructor = PairReconstructor(find_pairs(root, config.domain, config.bits_per_level), config.domain)
     clips = choose_clips(reconstructor.clips(), config.max_clips, config.seed)
     identity = {"pairs": str(root.resolve()), "bits_per_level": config.bits_per_level}

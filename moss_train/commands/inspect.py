@@ -1,7 +1,6 @@
 """`inspect`: report what is in packed folders, and what should not be."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,12 @@ def run(config: InspectConfig | Mapping[str, Any]) -> int:
     """Inspect every folder and write the report; the exit status is 1 when bytes differ from the index."""
     config = InspectConfig.of(config)
     limits = DropLimits(config.silent_db, config.clipped_fraction, config.max_characters_per_second)
-    folders, out = config.shards, Path(config.out).expanduser()
+    folders, out = config.shards, Path(config.out)
     if (out / "index.json").exists():
         raise UserError(f"out={out} is a folder of shards; give another one for the report")
     num_workers = config.num_workers or num_cores()
     with progress("inspecting") as bar:
-        inspections = [inspect_folder(os.path.expanduser(folder), num_workers, bar.advance) for folder in folders]
+        inspections = [inspect_folder(folder, num_workers, bar.advance) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
     clips = [clip for inspection in inspections for clip in inspection.clips]
     bad = find_clips_to_drop(clips, limits)

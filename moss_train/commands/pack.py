@@ -37,10 +37,10 @@ def run(config: PackConfig | Mapping[str, Any]) -> int:
     """Pack `input` into `out`, show progress and print what was packed."""
     config = PackConfig.of(config)
     options = PackOptions(**{field.name: getattr(config, field.name) for field in fields(PackOptions)})
-    target = Path(config.out).expanduser()
+    target = Path(config.out)
     check_target(target, config.overwrite)
-    drop = read_drop_list(Path(config.drop).expanduser()) if config.drop else {}
-    sources = list_clips(Path(config.input).expanduser(), config.domain)
+    drop = read_drop_list(Path(config.drop)) if config.drop else {}
+    sources = list_clips(Path(config.input), config.domain)
     seconds_done, begin = 0.0, time.monotonic()
     try:
         with progress("packing", total=len(sources.clips)) as bar:

@@ -8,6 +8,7 @@ in this process, as `plugins=[my_package]` on the command line or with `allow_pa
 import functools
 import importlib
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -99,8 +100,7 @@ def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
     if not isinstance(node, Mapping) or "_target_" not in node:
         example = "_target_: moss_train.losses.MultiScaleMelLoss"
         raise UserError(f"{path or 'the node'} has no _target_: name the class to build, as in {example}")
-    _check_depth(node, path)
-    for place, value in _iterate(node, path):
+    for place, value in list(_iterate(node, path)):  # all of them first: there may be too many
         if isinstance(value, Mapping) and "_target_" in value:
             check_node(value, place, kwargs if value is node else None)
         elif isinstance(value, str) and "${" in value:
@@ -114,12 +114,26 @@ def iterate_targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[st
     return ((place, value) for place, value in found if isinstance(value, Mapping) and "_target_" in value)
 
 
-def _iterate(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, value) of plain data and of everything inside it, parents first."""
-    yield path, value
-    if isinstance(value, Mapping | list | tuple):
-        for key, child in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _iterate(child, f"{path}.{key}" if path else str(key))
+def _iterate(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of plain data and of everything inside it, depth by depth.
+
+    Raises UserError for containers inside each other without end, on which recursion would break.
+    """
+    level = [(path, node)]
+    for _ in range(MAX_DEPTH):
+        yield from level
+        children = (
+            (f"{place}.{key}" if place else str(key), child)
+            for place, value in level
+            if isinstance(value, Mapping | list | tuple)
+            for key, child in (value.items() if isinstance(value, Mapping) else enumerate(value))
+        )
+        level = list(itertools.islice(children, MAX_VALUES + 1))
+        if not level:
+            return
+        if len(level) > MAX_VALUES:
+            raise UserError(f"{_place(path)}more than {MAX_VALUES} values in one node")
+    raise UserError(f"{_place(path)}more than {MAX_DEPTH} containers lie inside each other")
 
 
 def resolve_target(name: Any, path: str = "") -> Callable[..., Any]:
@@ -200,23 +214,6 @@ def _construct_value(value: Any, path: str) -> Any:
     if isinstance(value, list | tuple):
         return [_construct_value(child, f"{path}.{index}") for index, child in enumerate(value)]
     return value
-
-
-def _check_depth(node: Any, path: str) -> None:
-    """Raise UserError for containers inside each other without end, on which recursion would break."""
-    level = [node]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for value in level
-            if isinstance(value, Mapping | list | tuple)
-            for child in (value.values() if isinstance(value, Mapping) else value)
-        ]
-        if not level:
-            return
-        if len(level) > MAX_VALUES:
-            raise UserError(f"{_place(path)}more than {MAX_VALUES} values in one node")
-    raise UserError(f"{_place(path)}more than {MAX_DEPTH} containers lie inside each other")
 
 
 def _may_be_own(name: str) -> bool:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -169,8 +171,9 @@ def ray_pool(num_gpus: int = 0) -> Iterator[tuple[Submit, int]]:
         torch.set_num_threads(1)
         return function(*arguments)
 
-    def submit(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        return call.remote(function, *arguments).future()
+    def submit(function: Callable[..., Any], *arguments: Any) -> Any:
+        # As much of a Future as `map_ordered` uses.
+        return SimpleNamespace(result=partial(ray.get, call.remote(function, *arguments)))
 
     try:
         yield submit, max(1, int(ray.cluster_resources().get("GPU" if num_gpus else "CPU", 1)))

@@ -3,6 +3,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -270,8 +271,13 @@ def test_containers_without_end_are_refused_before_anything_recurses():
     laughs = ["x"]
     for _ in range(40):
         laughs = [laughs, laughs]
-    with pytest.raises(UserError, match="values in one node"):
-        build({"_target_": "moss_train.semantic.ByteText", "x": laughs}, path="semantic")
+    wide = [[0] * 10_000] * 10_000
+    tracemalloc.start()
+    for many in (laughs, wide):
+        with pytest.raises(UserError, match="values in one node"):
+            build({"_target_": "moss_train.semantic.ByteText", "x": many}, path="semantic")
+    assert tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
     assert isinstance(build({"_target_": "moss_train.semantic.ByteText"}), ByteText)
 
 
