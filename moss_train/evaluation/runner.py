@@ -1,7 +1,6 @@
 """Run an evaluation clip by clip; a second run continues where the first one stopped."""
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -10,11 +9,20 @@ import torch
 
 from moss_train.batch import ListedClip
 from moss_train.evaluation.metrics.base import Metric, Pair, score_pair
-from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, Reconstruction, Reconstructor
+from moss_train.evaluation.reconstruct import Condition, Reconstruction, Reconstructor
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import worker_pool
+from moss_train.utils.workers import map_ordered, worker_pool
+
+# What a worker gets: the row without its scores, the labels, reference and reconstruction with their rate for each
+# condition, and the values that are known already. Arrays, because tensors would travel through shared memory.
+_Task = tuple[
+    ClipRow,
+    Mapping[str, str],
+    Sequence[tuple[Condition, np.ndarray, np.ndarray, int]],
+    Mapping[Condition, Mapping[str, float]],
+]
 
 
 def evaluate(
@@ -34,32 +42,48 @@ def evaluate(
     Args:
         keep_audio_of: ids of the clips whose audio is kept.
     """
-    order: list[str] = []
-    waiting: list[Future[ClipRow]] = []
+    keys: list[str] = []
+
+    def reconstructed() -> Iterator[_Task]:
+        """Reconstruct what the results lack, clip by clip."""
+        for clip in clips:
+            made = None
+            try:
+                audio, rate = clip.read()
+                key = clip_key(clip, audio, rate, reconstructor.depends_on(clip))
+                wants_audio = clip.id in keep_audio_of and not (results.folder / AUDIO_FOLDER / key).is_dir()
+                wanted, found = reconstructor.conditions, results.rows.get(key)
+                if found is not None and found.failure is None and not wants_audio:
+                    wanted = reconstructor.lacking([entry.condition for entry in found.conditions])
+                if wanted:
+                    made = reconstructor.reconstruct(clip, audio, rate, wanted)
+            except (UserError, OSError) as error:
+                key = clip_key(clip)
+                results.add(ClipRow(clip.id, clip.domain, key, 0.0, (), str(error)))
+            keys.append(key)
+            bar.advance()
+            if made is None:
+                continue
+            results.times.add(made)
+            if made.codes is not None:
+                results.keep_codes(key, made.codes)
+            if clip.id in keep_audio_of:
+                results.keep_audio(key, made.reconstructions)
+            failed = tuple(ConditionRow(condition, failure=reason) for condition, reason in made.failures.items())
+            row = ClipRow(clip.id, clip.domain, key, made.seconds, failed)
+            pairs = [
+                (item.condition, item.reference.numpy(), item.degraded.numpy(), item.sampling_rate)
+                for item in made.reconstructions
+            ]
+            yield row, {"domain": clip.domain} | clip.labels, pairs, made.values
+
     with (
         progress("evaluating", total=len(clips)) as bar,
         worker_pool(num_workers, __name__, partial(_use_metrics, metrics), num_threads=None) as submit,
     ):
-        for clip in clips:
-            key, made, failure = _reconstruct(clip, reconstructor, results, keep_audio_of)
-            order.append(key)
-            if failure is not None:
-                results.add(ClipRow(clip.id, clip.domain, key, 0.0, (), failure))
-            elif made is not None:
-                failed = tuple(ConditionRow(condition, failure=reason) for condition, reason in made.failures.items())
-                row = ClipRow(clip.id, clip.domain, key, made.seconds, failed)
-                # Arrays, because tensors would travel to a worker through shared memory.
-                pairs = [
-                    (item.condition, item.reference.numpy(), item.degraded.numpy(), item.sampling_rate)
-                    for item in made.reconstructions
-                ]
-                waiting.append(submit(_score, row, {"domain": clip.domain} | clip.labels, pairs, made.values))
-            while len(waiting) > 2 * num_workers:
-                results.add(waiting.pop(0).result())
-            bar.advance()
-        for future in waiting:
-            results.add(future.result())
-    rows = [results.rows[key] for key in order]
+        for _, row in map_ordered(submit, _score, reconstructed(), max_in_flight=2 * num_workers + 1):
+            results.add(row)
+    rows = [results.rows[key] for key in keys]
     results.finish(rows)
     return rows
 
@@ -86,30 +110,6 @@ def score_reconstructions(
     return tuple(rows)
 
 
-def _reconstruct(
-    clip: ListedClip, reconstructor: Reconstructor, results: Results, keep_audio_of: frozenset[str]
-) -> tuple[str, ClipReconstructions | None, str | None]:
-    """Key of a clip, what was made of it unless its row is there, and why it cannot be used."""
-    try:
-        audio, rate = clip.read()
-        key = clip_key(clip, audio, rate, reconstructor.depends_on(clip))
-        wants_audio = clip.id in keep_audio_of and not (results.folder / AUDIO_FOLDER / key).is_dir()
-        wanted = reconstructor.conditions
-        if key in results.rows and results.rows[key].failure is None and not wants_audio:
-            wanted = reconstructor.lacking([entry.condition for entry in results.rows[key].conditions])
-            if not wanted:
-                return key, None, None
-        made = reconstructor.reconstruct(clip, audio, rate, wanted)
-    except (UserError, OSError) as error:
-        return clip_key(clip), None, str(error)
-    results.times.add(made)
-    if made.codes is not None:
-        results.keep_codes(key, made.codes)
-    if clip.id in keep_audio_of:
-        results.keep_audio(key, made.reconstructions)
-    return key, made, None
-
-
 _worker_metrics: Mapping[str, Metric] = {}
 
 
@@ -118,12 +118,8 @@ def _use_metrics(metrics: Mapping[str, Metric], worker: int) -> None:
     _worker_metrics = metrics
 
 
-def _score(
-    row: ClipRow,
-    labels: Mapping[str, str],
-    pairs: Sequence[tuple[Condition, np.ndarray, np.ndarray, int]],
-    values: Mapping[Condition, Mapping[str, float]],
-) -> ClipRow:
+def _score(task: _Task) -> ClipRow:
+    row, labels, pairs, values = task
     reconstructions = [
         Reconstruction(condition, torch.from_numpy(reference), torch.from_numpy(degraded), rate)
         for condition, reference, degraded, rate in pairs

@@ -74,7 +74,8 @@ def worker_pool(
     """Yield a `submit` for so many processes; with 0 the work is done in this one, at once.
 
     The processes are forked from a clean one that has imported `preload`, never from this one with its threads. Ctrl-C
-    ends this process, which ends them; they also end when this one is killed.
+    ends this process, which ends them; they also end when this one is killed. Raises OSError when a process ends
+    abruptly, as it does when the system runs out of memory.
 
     Args:
         setup: called first in every process, with its number from 0.
@@ -91,6 +92,8 @@ def worker_pool(
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_pool_worker, initargs=arguments)
     try:
         yield pool.submit
+    except BrokenProcessPool as error:
+        raise OSError("a worker process ended abruptly, most likely for lack of memory; use fewer workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -127,22 +130,16 @@ def _do_now(function: Callable[..., Any], *args: Any) -> "Future[Any]":
 def map_ordered(
     submit: Submit, function: Callable[..., Result], tasks: Iterable[Task], *args: Any, max_in_flight: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield every task with `function(task, *args)`, in the order of the tasks; at most `max_in_flight` are begun.
-
-    Raises OSError when a process ends abruptly, as it does when the system runs out of memory.
-    """
+    """Yield every task with `function(task, *args)`, in the order of the tasks; at most `max_in_flight` are begun."""
     waiting: deque[tuple[Task, Future[Result]]] = deque()
-    try:
-        for task in tasks:
-            waiting.append((task, submit(function, task, *args)))
-            if len(waiting) >= max_in_flight:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
+    for task in tasks:
+        waiting.append((task, submit(function, task, *args)))
+        if len(waiting) >= max_in_flight:
             first, future = waiting.popleft()
             yield first, future.result()
-    except BrokenProcessPool as error:
-        raise OSError("a worker process ended abruptly, most likely for lack of memory; use fewer workers") from error
+    while waiting:
+        first, future = waiting.popleft()
+        yield first, future.result()
 
 
 @contextmanager

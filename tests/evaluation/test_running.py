@@ -1,11 +1,13 @@
 """Rendering, resuming, workers, pairs of files."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -167,24 +169,44 @@ def test_two_runs_and_workers_give_the_same_bytes(tmp_path):
     assert tables[0] == tables[1] == tables[2]
 
 
+@contextlib.contextmanager
+def signalled_workers(rows: Path, number: signal.Signals) -> Iterator[None]:
+    """One worker gets a signal as soon as there is a first row; before that it may still be starting."""
+    reached = []
+
+    def reach_workers() -> None:
+        while not rows.exists() or not rows.read_text():
+            time.sleep(0.01)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+            reached.append(worker.pid)
+
+    thread = threading.Thread(target=reach_workers)
+    thread.start()
+    yield
+    thread.join()
+    assert len(reached) == 1
+
+
 @pytest.mark.processes
 def test_an_interrupt_is_for_the_parent_not_for_its_workers(tmp_path):
     """Ctrl-C reaches all processes of a terminal; a worker that dies of it breaks the pool, or leaves it hanging."""
-    rows, reached = tmp_path / ROWS_FILE, []
-
-    def interrupt_workers() -> None:
-        while not rows.exists() or not rows.read_text():  # before that they may still be starting
-            time.sleep(0.01)
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGINT)
-            reached.append(worker.pid)
-
-    thread = threading.Thread(target=interrupt_workers)
-    thread.start()
-    evaluation, _ = run(tmp_path, small.tones(8), num_workers=1)
-    thread.join()
-    assert len(reached) == 1
+    with signalled_workers(tmp_path / ROWS_FILE, signal.SIGINT):
+        evaluation, _ = run(tmp_path, small.tones(8), num_workers=1)
     assert [row.failure for row in evaluation.rows] == [None] * 8
+
+
+@pytest.mark.processes
+def test_a_worker_that_is_killed_is_one_line(tmp_path):
+    """As the system does for lack of memory."""
+    clips = small.tones(40)
+    with (
+        signalled_workers(tmp_path / ROWS_FILE, signal.SIGKILL),
+        pytest.raises(OSError, match="a worker process ended abruptly"),
+    ):
+        run(tmp_path, clips, num_workers=1)
+    evaluation, _ = run(tmp_path, clips)
+    assert [row.failure for row in evaluation.rows] == [None] * 40
 
 
 def test_the_order_of_the_clips_changes_no_mean(tmp_path):
