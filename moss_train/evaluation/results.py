@@ -141,15 +141,14 @@ class Results:
 
     def keep_audio(self, key: str, reconstructions: Sequence[Reconstruction]) -> None:
         """Keep reference and reconstructions of a clip as FLAC for the report."""
-        for reconstruction in reconstructions:
-            stem = self.folder / AUDIO_FOLDER / key
-            original = stem / "original.flac"
-            paths = {stem / f"{file_name(reconstruction.condition)}.flac": reconstruction.degraded}
-            if reconstruction.condition.num_quantizers is not None or not original.exists():
-                paths[original] = reconstruction.reference
+        stem = self.folder / AUDIO_FOLDER / key
+        for item in reconstructions:
+            stem.mkdir(parents=True, exist_ok=True)
+            paths = {stem / f"{file_name(item.condition)}.flac": item.degraded}
+            if item.condition.num_quantizers is not None or not (stem / "original.flac").exists():
+                paths[stem / "original.flac"] = item.reference
             for path, audio in paths.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_audio(path, audio.nan_to_num(), reconstruction.sampling_rate)
+                write_audio(path, audio.nan_to_num(), item.sampling_rate)
 
     def finish(self, order: Sequence[ClipRow]) -> None:
         """Write the rows once more, in the order of the evaluation set and nothing else, and the times."""

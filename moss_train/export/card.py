@@ -40,10 +40,6 @@ samples, rate = soundfile.read("speech.wav", dtype="float32", always_2d=True)  #
 checks an installation against stored codes and audio, `python verify.py --codes port.safetensors` the codes of another
 implementation. The code needs torch and transformers only; it was tested with transformers {versions}.
 {sections}"""
-USAGE = {
-    "encoder": """codes = model.encode(samples.T[None]).audio_codes  # [levels, batch, frames]""",
-    "decoder": """restored = model.decode(codes).audio  # any prefix codes[:n] decodes too""",
-}
 
 
 @dataclass(frozen=True)
@@ -169,15 +165,16 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
     size = config.quantizer_kwargs["codebook_size"]
     bitrate = config.frame_rate * (size - 1).bit_length()
     channels = "1 channel" if config.number_channels == 1 else f"{config.number_channels} channels"
-    level = "not recorded" if info.level_db is None else f"about {info.level_db:g} dB RMS relative to full scale"
+    level = "not recorded"
+    if info.level_db is not None:
+        level = f"about {info.level_db:g} dB RMS relative to full scale; `encode(..., loudness=...)` sets it"
     facts = {
         "sampling rate": sampling_rates(config) + f", {channels}",
         "frame rate": f"{config.frame_rate:g} frames per second",
         "levels": f"{config.num_quantizers} x {size} codes",
         "bitrate": f"{bitrate:g} bit/s per level, {bitrate * config.num_quantizers:g} bit/s in all",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "level of the training data": level
-        + ("" if info.level_db is None else "; `encode(..., loudness=...)` sets it"),
+        "level of the training data": level,
         "licence": info.licence or "not stated",
         "training data": info.data or "not stated",
     }
@@ -191,7 +188,11 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
         rows = [(m["domain"], m["levels"], f"{m['bps']:g}", m["metric"], f"{m['value']:.4g}") for m in measured]
         lines = markdown_table(("domain", "levels", "bit/s", "metric", "value"), rows)
         sections += "\n".join(["\n## Evaluation\n", *lines, ""])
-    usage = [text for part, text in USAGE.items() if model.part in (None, part)]
+    usage = []
+    if model.part != "decoder":
+        usage.append("codes = model.encode(samples.T[None]).audio_codes  # [levels, batch, frames]")
+    if model.part != "encoder":
+        usage.append("restored = model.decode(codes).audio  # any prefix codes[:n] decodes too")
     if model.part is None:
         usage.append(f"streamed = model.encode(samples.T[None], chunk_duration={1 / config.frame_rate:g}).audio_codes")
     body = TEXT.format(

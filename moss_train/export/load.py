@@ -57,14 +57,8 @@ def open_source(path: str | Path) -> ModelSource:
         return ModelSource(str(checkpoint), tokenizer_config(parameters["tokenizer"]), nodes, load)
     config = from_folder(MossAudioTokenizerConfig, path)
     folder = Path(path) / STATE_FOLDER
-    networks = read_training_state(folder) if folder.is_dir() else {}
-    nodes = {name: network.node for name, network in networks.items()}
-
-    def load_folder() -> Weights:
-        others = {name: network.weights for name, network in networks.items()}
-        return {"tokenizer": load_tokenizer(path).state_dict(), **others}
-
-    return ModelSource(str(path), config, nodes, load_folder)
+    nodes, weights = read_training_state(folder) if folder.is_dir() else ({}, {})
+    return ModelSource(str(path), config, nodes, lambda: {"tokenizer": load_tokenizer(path).state_dict(), **weights})
 
 
 def load_tokenizer(path: str | Path, *, ema: bool = False, part: str | None = None) -> MossAudioTokenizerModel:
@@ -137,27 +131,23 @@ STATE_FILE = "networks.json"
 FORMAT = {"format": "moss_train training state", "version": 1}
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network of the training: the configuration (a node, or a list of nodes) that builds it, and its weights."""
+def write_training_state(folder: Path, nodes: Mapping[str, Any], weights: Weights) -> None:
+    """Write networks into a new folder, with everything they need: nothing points to files outside it.
 
-    node: Any
-    weights: Mapping[str, Tensor]
-
-
-def write_training_state(folder: Path, networks: Mapping[str, Network]) -> None:
-    """Write networks into a new folder, with everything they need: nothing points to files outside it."""
+    Args:
+        nodes: by name, the configuration (a node, or a list of nodes) that builds a network.
+        weights: of these networks.
+    """
     from moss_train.semantic import make_portable  # here, because encode and decode need no language model
 
     folder.mkdir(parents=True)
     records = {}
-    for name, network in networks.items():
-        node = make_portable(network.node, folder / "text") if name == "semantic" else network.node
+    for name, node in nodes.items():
         # Every tensor once, and which further names it has: an output layer tied to its embedding, for one.
         unique: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
         first_names: dict[tuple, str] = {}
-        for own_name, tensor in network.weights.items():
+        for own_name, tensor in weights[name].items():
             place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if place in first_names and tensor.numel():
                 aliases[own_name] = first_names[place]
@@ -166,12 +156,13 @@ def write_training_state(folder: Path, networks: Mapping[str, Network]) -> None:
                 unique[own_name] = tensor.contiguous()
         # Not save_file: the file it makes cannot be read by other users.
         (folder / f"{name}.safetensors").write_bytes(save(unique))
-        records[name] = {"node": node, "file": f"{name}.safetensors", "aliases": aliases}
+        portable = make_portable(node, folder / "text") if name == "semantic" else node
+        records[name] = {"node": portable, "file": f"{name}.safetensors", "aliases": aliases}
     (folder / STATE_FILE).write_text(json.dumps({**FORMAT, "networks": records}, indent=1) + "\n")
 
 
-def read_training_state(folder: Path) -> dict[str, Network]:
-    """The networks of a folder that `write_training_state` made.
+def read_training_state(folder: Path) -> tuple[dict[str, Any], Weights]:
+    """Return the nodes and weights of a folder that `write_training_state` made.
 
     Raises:
         UserError: the folder is damaged or of another version.
@@ -182,13 +173,12 @@ def read_training_state(folder: Path) -> dict[str, Network]:
         state = read_json(folder / STATE_FILE)
         if {key: state[key] for key in FORMAT} != FORMAT:
             raise UserError(f"{folder / STATE_FILE} is not a training state of version {FORMAT['version']}")
-        networks = {}
+        nodes, weights = {}, {}
         for name, record in state["networks"].items():
-            weights = load_file(folder / Path(record["file"]).name)
-            weights |= {alias: weights[origin] for alias, origin in record["aliases"].items()}
-            node = with_local_text(record["node"], folder / "text") if name == "semantic" else record["node"]
-            networks[name] = Network(node, weights)
-        return networks
+            nodes[name] = with_local_text(record["node"], folder / "text") if name == "semantic" else record["node"]
+            found = load_file(folder / Path(record["file"]).name)
+            weights[name] = found | {alias: found[origin] for alias, origin in record["aliases"].items()}
+        return nodes, weights
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"the training state in {folder} is damaged ({reason}); export it again") from error

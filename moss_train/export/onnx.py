@@ -26,7 +26,6 @@ from moss_train.export.write import (
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 
-LARGEST_FILE = 2**30  # bytes of weights inside a graph; a file of protobuf ends at 2 GiB
 CARD = """
 # {name}
 
@@ -122,11 +121,12 @@ def write_graphs(
     part: str | None = None,
     chunk_frames: int = 8,
     weights: str = "float32",
-    largest_file: int = LARGEST_FILE,
+    largest_file: int = 2**30,
 ) -> None:
     """Write `encoder.onnx`, `decoder.onnx` (or the one that `part` names) and `codec.json`.
 
-    A graph of more than `largest_file` bytes has its weights beside it, in `encoder.weights` or `decoder.weights`.
+    A graph with more than `largest_file` bytes of weights has them beside it, in `encoder.weights` or
+    `decoder.weights`: a file of protobuf ends at 2 GiB.
     """
     from moss_train.export.onnx_graph import step_graph
 

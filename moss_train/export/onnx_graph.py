@@ -161,15 +161,34 @@ def step_graph(
 def add_stage(
     build: GraphBuilder, stage: ProjectedTransformer, x: str, position: str, longest_step: int, name: str
 ) -> str:
-    """Pass [B, T, input_dimension] through a stage whose rings keep `window - 1 + longest_step` frames."""
+    """Pass [B, T, input_dimension] through a stage whose rings keep `window - 1 + longest_step` frames.
+
+    Frame p lies in slot p % capacity of a ring.
+    """
     heads = stage.transformer.num_heads
+    head_dim = stage.d_model // heads
     capacity = stage.window - 1 + longest_step
     frames = build("Gather", build("Shape", x), 1)
     offsets = build("Range", 0, frames, 1)
     start = build("Unsqueeze", build("Mul", position, stage.frames_per_code_frame), [1])
     positions = build("Add", start, offsets)  # [B, T]
-    rotation = add_rotation(build, positions, stage.d_model // heads, stage.transformer.max_period)
-    mask = add_mask(build, positions, capacity, stage.window)
+    # Cosines and signed sines [B, 1, T, head_dim] of the rotary embedding, formed in float64 as in torch.
+    frequencies = float(stage.transformer.max_period) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    exact = build("Unsqueeze", build("Cast", positions, to=TensorProto.DOUBLE), [1, 3])
+    angles = build("Mul", exact, np.concatenate((frequencies, frequencies)))
+    cosine = build("Cast", build("Cos", angles), to=TensorProto.FLOAT)
+    sine = build("Cast", build("Sin", angles), to=TensorProto.FLOAT)
+    signed_sine = build("Mul", sine, np.repeat(np.array([-1, 1], dtype=np.float32), head_dim // 2))
+    # The mask [B, 1, T, capacity], zero for the slots that a query sees.
+    newest = build("ReduceMax", positions, axes=[1])  # [B, 1]
+    age = build("Mod", build("Sub", newest, np.arange(capacity)), capacity)  # [B, capacity] frames before the newest
+    never = build("Greater", age, newest)
+    age = build("Where", never, np.int64(2 * capacity), age)
+    lag = build("Unsqueeze", build("Sub", newest, positions), [2])  # [B, T, 1]
+    distance = build("Sub", build("Unsqueeze", age, [1]), lag)
+    future = build("Less", distance, np.int64(0))
+    past = build("GreaterOrEqual", distance, np.int64(stage.window))
+    mask = build("Unsqueeze", build("Where", build("Or", future, past), np.float32(-1e30), np.float32(0)), [1])
     slots = build("Unsqueeze", build("Mod", positions, capacity), [1, 3])  # [B, 1, T, 1]
     if isinstance(stage.input_proj, nn.Linear):
         x = build.linear(x, stage.input_proj.weight, precise=stage.takes_audio)
@@ -177,35 +196,12 @@ def add_stage(
         assert isinstance(layer, TransformerLayer)
         rings = []
         for kind in ("keys", "values"):
-            shape: list[int | str] = ["batch", heads, capacity, stage.d_model // heads]
+            shape: list[int | str] = ["batch", heads, capacity, head_dim]
             rings.append(build.input(f"{kind}_{name}_{number}", TensorProto.FLOAT, shape))
-        x = add_layer(build, layer, x, rings, rotation, mask, slots)
+        x = add_layer(build, layer, x, rings, (cosine, signed_sine), mask, slots)
     if isinstance(stage.output_proj, nn.Linear):
         x = build.linear(x, stage.output_proj.weight, precise=stage.makes_audio)
     return x
-
-
-def add_rotation(build: GraphBuilder, positions: str, head_dim: int, max_period: float) -> tuple[str, str]:
-    """Return the cosines and signed sines [B, 1, T, head_dim] of positions [B, T], formed in float64 as in torch."""
-    frequencies = float(max_period) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    exact = build("Unsqueeze", build("Cast", positions, to=TensorProto.DOUBLE), [1, 3])
-    angles = build("Mul", exact, np.concatenate((frequencies, frequencies)))
-    cosine = build("Cast", build("Cos", angles), to=TensorProto.FLOAT)
-    sine = build("Cast", build("Sin", angles), to=TensorProto.FLOAT)
-    signs = np.repeat(np.array([-1, 1], dtype=np.float32), head_dim // 2)
-    return cosine, build("Mul", sine, signs)
-
-
-def add_mask(build: GraphBuilder, positions: str, capacity: int, window: int) -> str:
-    """Return [B, 1, T, capacity], zero for the slots that a query sees; frame p lies in slot p % capacity."""
-    newest = build("ReduceMax", positions, axes=[1])  # [B, 1]
-    age = build("Mod", build("Sub", newest, np.arange(capacity)), capacity)  # [B, capacity] frames before the newest
-    never = build("Greater", age, newest)
-    age = build("Where", never, np.int64(2 * capacity), age)
-    lag = build("Unsqueeze", build("Sub", newest, positions), [2])  # [B, T, 1]
-    distance = build("Sub", build("Unsqueeze", age, [1]), lag)
-    hidden = build("Or", build("Less", distance, np.int64(0)), build("GreaterOrEqual", distance, np.int64(window)))
-    return build("Unsqueeze", build("Where", hidden, np.float32(-1e30), np.float32(0)), [1])
 
 
 def add_layer(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moss_train.audio.io import read_audio
 from moss_train.export.card import CardInfo, model_card, training_facts
-from moss_train.export.load import STATE_FOLDER, Network, load_tokenizer, open_source, write_training_state
+from moss_train.export.load import STATE_FOLDER, load_tokenizer, open_source, write_training_state
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.model.feature_extraction_moss_audio_tokenizer import MossAudioTokenizerFeatureExtractor
 from moss_train.utils.errors import UserError, first_line
@@ -64,13 +64,9 @@ def export(
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(dtypes)}")
     if part not in (None, "encoder", "decoder"):
         raise UserError(f"part={part!r} is not encoder or decoder")
-    networks = {}
-    if with_training_state:
-        found = open_source(source)
-        if not found.nodes:
-            raise UserError(f"{source} has no text LM and no discriminators: leave out with_training_state")
-        weights = found.load()
-        networks = {name: Network(node, weights[name]) for name, node in found.nodes.items()}
+    training = open_source(source) if with_training_state else None
+    if training is not None and not training.nodes:
+        raise UserError(f"{source} has no text LM and no discriminators: leave out with_training_state")
     complete = load_tokenizer(source, ema=ema)
     if complete.part not in (None, part):
         raise UserError(f"{source} holds a {complete.part} only: write part={complete.part}")
@@ -92,8 +88,8 @@ def export(
     with new_folder(target) as folder:
         write_folder(model, folder, target.name, info)
         write_test_vectors(model, complete, folder)
-        if networks:
-            write_training_state(folder / STATE_FOLDER, networks)
+        if training is not None:
+            write_training_state(folder / STATE_FOLDER, training.nodes, training.load())
     return target
 
 
@@ -192,27 +188,21 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
     api = HfApi()
     try:
         if get_token() is None:
-            raise UserError(
-                f"push={repository} needs a token of the Hugging Face Hub: run `hf auth login` or set HF_TOKEN"
-            )
+            raise LocalTokenNotFoundError
         api.create_repo(repository, private=private, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Export by moss_train"
-        ).commit_url
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by moss_train")
+        return commit.commit_url
     except HFValidationError as error:
-        raise UserError(f"push={repository} is not the name of a repository, owner/name: {first_line(error)}") from None
+        reason = f" is not the name of a repository, owner/name: {first_line(error)}"
     except LocalTokenNotFoundError:
-        raise UserError(f"push={repository} needs a token of the Hugging Face Hub: run `hf auth login`") from None
+        reason = " needs a token of the Hugging Face Hub: run `hf auth login` or set HF_TOKEN"
     except HfHubHTTPError as error:
         status: Any = getattr(error.response, "status_code", "no")
-        reason = {401: "the token is not valid", 403: "the token may not write there", 404: "no such owner"}
-        raise UserError(
-            f"push={repository}: {reason.get(status, first_line(error))} (status {status}); {folder} is complete"
-        ) from None
+        known = {401: "the token is not valid", 403: "the token may not write there", 404: "no such owner"}
+        reason = f": {known.get(status, first_line(error))} (status {status}); {folder} is complete"
     except (OSError, httpx.HTTPError) as error:  # connections that fail
-        raise UserError(
-            f"push={repository}: the Hub cannot be reached ({type(error).__name__}); {folder} is complete"
-        ) from None
+        reason = f": the Hub cannot be reached ({type(error).__name__}); {folder} is complete"
+    raise UserError(f"push={repository}{reason}")
 
 
 SECONDS_BEYOND_WINDOW = 2.0

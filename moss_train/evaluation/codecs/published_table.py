@@ -28,7 +28,7 @@ from moss_train.evaluation.codecs.base import (
 )
 from moss_train.evaluation.metrics.base import missing_package
 from moss_train.utils.errors import UserError, first_line
-from moss_train.utils.files import read_json
+from moss_train.utils.files import package_version, read_json
 
 OWN_ENVIRONMENT = "an environment of its own, with this package installed into it by pip install --no-deps"
 _WAY_OUT = "or score its output, written as WAV into reference/ and reconstruction/ folders, with pairs=<folder>"
@@ -58,36 +58,26 @@ def load_codec(name: str, weights: str | None, device: torch.device, code: str |
         raise UserError(f"weights={weights}: {first_line(error)}") from error
     except (ImportError, AttributeError, TypeError) as error:
         raise UserError(
-            f"codec={name}: its code does not run beside transformers {_transformers().__version__} "
+            f"codec={name}: its code does not run beside transformers {package_version('transformers')} "
             f"({first_line(error)}): give it {OWN_ENVIRONMENT}; {_WAY_OUT}"
         ) from error
 
 
-def _transformers() -> Any:
-    return importlib.import_module("transformers")
-
-
 def _from_transformers(class_name: str, weights: str, **options: Any) -> Any:
-    transformers = _transformers()
+    transformers = importlib.import_module("transformers")
     if not hasattr(transformers, class_name):
         raise UserError(f"transformers {transformers.__version__} has no {class_name}: install a newer one")
     return getattr(transformers, class_name).from_pretrained(weights, local_files_only=True, **options)
 
 
-def _of_transformers(class_name: str, adapter: Callable[[Any], WrappedCodec]) -> Callable[..., WrappedCodec]:
-    return lambda weights, code: adapter(_from_transformers(class_name, weights))
+def _of_transformers(adapter: Callable[..., WrappedCodec], *class_names: str) -> Callable[..., WrappedCodec]:
+    return lambda weights, code: adapter(*(_from_transformers(name, weights) for name in class_names))
 
 
 def _package(name: str, hint: str = "") -> Any:
     if reason := missing_package(name, hint):
         raise UserError(f"codec needs the package {name.replace('_', '-')}: {reason}; {_WAY_OUT}")
     return importlib.import_module(name)
-
-
-def _xcodec2(weights: str, code: None) -> WrappedCodec:
-    return Xcodec2Codec(
-        _from_transformers("Xcodec2Model", weights), _from_transformers("AutoFeatureExtractor", weights)
-    )
 
 
 def _speechtokenizer(weights: str, code: None) -> WrappedCodec:
@@ -146,11 +136,11 @@ _CODE = {
 """Codecs whose code is not installed but named, and how."""
 
 _LOADERS: dict[str, Callable[..., WrappedCodec]] = {
-    "encodec": _of_transformers("EncodecModel", EncodecCodec),
-    "dac": _of_transformers("DacModel", DacCodec),
-    "mimi": _of_transformers("MimiModel", MimiCodec),
-    "higgs": _of_transformers("HiggsAudioV2TokenizerModel", HiggsCodec),
-    "xcodec2": _xcodec2,
+    "encodec": _of_transformers(EncodecCodec, "EncodecModel"),
+    "dac": _of_transformers(DacCodec, "DacModel"),
+    "mimi": _of_transformers(MimiCodec, "MimiModel"),
+    "higgs": _of_transformers(HiggsCodec, "HiggsAudioV2TokenizerModel"),
+    "xcodec2": _of_transformers(Xcodec2Codec, "Xcodec2Model", "AutoFeatureExtractor"),
     "speechtokenizer": _speechtokenizer,
     "bigcodec": _bigcodec,
     "qwen3_tts": _qwen3_tts,

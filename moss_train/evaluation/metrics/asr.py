@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 from torchaudio.functional import edit_distance
 
 from moss_train.evaluation.metrics.base import Column, Metric, Pair, missing_package
@@ -108,33 +109,6 @@ def spellings_of(model: str | None) -> dict[str, str]:
     return content
 
 
-@lru_cache(maxsize=16)
-def _transcribe(backend: str, model: str | None, samples: bytes, language: str) -> str:
-    # Cached: the original is compared with many reconstructions of one clip; it is transcribed once.
-    transcribe = _faster_whisper(model) if backend == "faster_whisper" else _whisper(model)
-    return transcribe(torch.frombuffer(bytearray(samples), dtype=torch.float32), language)
-
-
-@lru_cache(maxsize=1)
-def _faster_whisper(model: str | None) -> Callable[[Tensor, str], str]:
-    from faster_whisper import WhisperModel
-
-    recogniser = WhisperModel(model or str(_bundled_model()), device="cpu", compute_type="int8", local_files_only=True)
-
-    def transcribe(audio: Tensor, language: str) -> str:
-        segments, _ = recogniser.transcribe(
-            audio.numpy(),
-            language=language,
-            beam_size=1,
-            temperature=0.0,
-            without_timestamps=True,
-            condition_on_previous_text=False,
-        )
-        return " ".join(segment.text for segment in segments)
-
-    return transcribe
-
-
 def _bundled_model() -> str | None:
     spec = find_spec(_BUNDLED)
     if spec is None or not spec.submodule_search_locations:
@@ -142,22 +116,42 @@ def _bundled_model() -> str | None:
     return str(Path(next(iter(spec.submodule_search_locations))) / "model")
 
 
+@lru_cache(maxsize=16)
+def _transcribe(backend: str, model: str | None, samples: bytes, language: str) -> str:
+    """Cached: the original is compared with many reconstructions of one clip; it is transcribed once."""
+    audio = np.frombuffer(bytearray(samples), np.float32)
+    if backend == "faster_whisper":
+        segments, _ = _faster_whisper(model).transcribe(
+            audio,
+            language=language,
+            beam_size=1,
+            temperature=0.0,
+            without_timestamps=True,
+            condition_on_previous_text=False,
+        )
+        return " ".join(segment.text for segment in segments)
+    processor, recogniser = _whisper(model)
+    features = processor(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
+    is_multilingual = getattr(recogniser.generation_config, "is_multilingual", False)
+    options = {"language": language, "task": "transcribe"} if is_multilingual else {}
+    with torch.inference_mode():
+        tokens = recogniser.generate(features, num_beams=1, do_sample=False, **options)
+    return processor.batch_decode(tokens, skip_special_tokens=True)[0]
+
+
 @lru_cache(maxsize=1)
-def _whisper(model: str | None) -> Callable[[Tensor, str], str]:
+def _faster_whisper(model: str | None) -> Any:
+    from faster_whisper import WhisperModel
+
+    return WhisperModel(model or str(_bundled_model()), device="cpu", compute_type="int8", local_files_only=True)
+
+
+@lru_cache(maxsize=1)
+def _whisper(model: str | None) -> tuple[Any, Any]:
     from transformers import AutoProcessor, WhisperForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    recogniser = WhisperForConditionalGeneration.from_pretrained(model, local_files_only=True).eval()
-
-    def transcribe(audio: Tensor, language: str) -> str:
-        features = processor(audio.numpy(), sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
-        is_multilingual = getattr(recogniser.generation_config, "is_multilingual", False)
-        options = {"language": language, "task": "transcribe"} if is_multilingual else {}
-        with torch.inference_mode():
-            tokens = recogniser.generate(features, num_beams=1, do_sample=False, **options)
-        return processor.batch_decode(tokens, skip_special_tokens=True)[0]
-
-    return transcribe
+    return processor, WhisperForConditionalGeneration.from_pretrained(model, local_files_only=True).eval()
 
 
 def choose_backend(name: str, model: str | None) -> ErrorRates:

@@ -6,7 +6,6 @@ torchaudio's pitch detector has no voicing decision and smooths over 0.3 s, so t
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +20,7 @@ MIN_HZ, MAX_HZ = 60.0, 500.0
 TOLERANCE = 0.05
 
 
-class PitchTrack(NamedTuple):
-    """Fundamental frequency of every frame.
-
-    Attributes:
-        hertz: [N], of the strongest periodicity, whether or not there is a voice.
-        is_voiced: [N] bool, where the frame is periodic and loud enough.
-    """
-
-    hertz: Tensor
-    is_voiced: Tensor
-
-
-def track_pitch(audio: Tensor) -> PitchTrack:
+def track_pitch(audio: Tensor) -> tuple[Tensor, Tensor]:
     """Estimate F0 by the normalised cross-correlation of each frame with what follows it (Talkin 1995).
 
     The period is the shortest lag whose peak reaches 0.9 of the highest one, which avoids octaves below. A parabola
@@ -41,6 +28,10 @@ def track_pitch(audio: Tensor) -> PitchTrack:
 
     Args:
         audio: [T] at 16 kHz.
+
+    Returns:
+        The frequency in Hz [N] of the strongest periodicity of every frame, whether or not there is a voice, and where
+        the frame is periodic and loud enough [N] bool.
 
     Raises:
         ValueError: shorter than one frame, which takes 30 ms and the longest lag.
@@ -70,7 +61,7 @@ def track_pitch(audio: Tensor) -> PitchTrack:
     shift = (0.5 * (before - after) / curvature).clamp(-0.5, 0.5)
     energy = energies[:, 0]
     is_loud = energy > energy.max() * 10 ** (-35.0 / 10)  # less than 35 dB below the loudest frame of the clip
-    return PitchTrack(RATE / (lag + shift), (highest[:, 0] > 0.6) & is_loud)
+    return RATE / (lag + shift), (highest[:, 0] > 0.6) & is_loud
 
 
 @dataclass(frozen=True)
@@ -89,13 +80,13 @@ class PitchAccuracy(Metric):
         """See `Metric`; MetricError for a reference without voiced frames."""
         wanted, got = pair.at(RATE)
         try:
-            reference, degraded = track_pitch(wanted), track_pitch(got)
+            (reference, is_voiced), (degraded, _) = track_pitch(wanted), track_pitch(got)
         except ValueError as error:
             raise MetricError(str(error)) from error
-        if not reference.is_voiced.any():
+        if not is_voiced.any():
             raise MetricError("the reference has no voiced frame")
-        is_right = (degraded.hertz / reference.hertz - 1).abs() <= TOLERANCE
-        return {"pitch": is_right[reference.is_voiced].double().mean().item()}
+        is_right = (degraded / reference - 1).abs() <= TOLERANCE
+        return {"pitch": is_right[is_voiced].double().mean().item()}
 
 
 BUZZ_WINDOW_SECONDS = 0.2

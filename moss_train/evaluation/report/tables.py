@@ -55,14 +55,12 @@ def comma_separated(table: Table) -> str:
 
 
 def codebook_csv(levels: Sequence[CodebookUsage]) -> str:
-    """One line per level."""
+    """One line per level, of which there is at least one."""
+    entries = [asdict(level) | {"relative_entropy": level.relative_entropy} for level in levels]
     output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
-    for index, level in enumerate(levels):
-        entry = asdict(level) | {"relative_entropy": level.relative_entropy}
-        if index == 0:
-            writer.writerow(entry)
-        writer.writerow(entry.values())
+    writer = csv.DictWriter(output, entries[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(entries)
     return output.getvalue()
 
 
