@@ -212,9 +212,9 @@ def find_pairs(root: Path, domain: str, bits_per_level: float | None) -> list[Pa
         raise UserError(f"pairs={root} is not a folder")
     found: list[PairFolder] = []
     for reference_name, degraded_name in LAYOUTS:
-        for reference in sorted(path for path in (root / reference_name, *root.rglob(reference_name)) if path.is_dir()):
+        for reference in sorted(path for path in root.rglob(reference_name) if path.is_dir()):
             degraded = reference.with_name(degraded_name)
-            if degraded.is_dir() and all(folder.reference != reference for folder in found):
+            if degraded.is_dir():
                 folder = reference.parent
                 if depth := re.fullmatch(r"rvq(\d+)", folder.parent.name):
                     levels = int(depth[1])

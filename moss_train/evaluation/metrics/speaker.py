@@ -135,7 +135,7 @@ class MultiScaleConv(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """Squeeze and excitation: every channel is scaled by a function of the means of all: [B, C, T]."""
+    """Squeeze and excitation on [B, C, T]: every channel is scaled by a function of the means of all."""
 
     def __init__(self, channels: int, bottleneck: int = 128) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class ChannelGate(nn.Module):
 
 
 class SqueezeExcitationBlock(nn.Module):
-    """The block of ECAPA-TDNN, with a connection around it; names of the parts are those of the weights: [B, C, T]."""
+    """The block of ECAPA-TDNN on [B, C, T], with a connection around it; names of the parts are those of the weights."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()

@@ -127,7 +127,7 @@ def write_report(
     levels: Sequence[CodebookUsage],
     comparisons: Sequence[Comparison],
 ) -> None:
-    """Write `report.html` beside the results and the audio that was kept; without matplotlib it says so, not draws."""
+    """Write `report.html` beside the results and the audio that was kept; it has no plots without matplotlib."""
     without_plots = missing_package("matplotlib")
     plots: dict[str, str | None] = {}
     if without_plots is None:
