@@ -10,7 +10,7 @@ import torch
 
 from moss_train.audio.io import read_audio, resample, write_audio
 from moss_train.commands import pack as pack_command
-from moss_train.data.pack.manifest import SourceClip, list_clips
+from moss_train.data.pack.manifest import SourceClip, list_clips, read_drop_list
 from moss_train.data.pack.preprocess import PackOptions, preprocess_segment, split_into_segments
 from moss_train.data.shards.index import ShardIndex
 from moss_train.utils.errors import UserError
@@ -83,6 +83,14 @@ def test_a_kaldi_folder_keeps_names_text_and_speakers(
     (audio, labels) = clips_of(tmp_path / "parts")["seg-a"]
     assert torch.equal(audio, read_audio(speech[1])[0][:, 6000:24000])
     assert labels["text"] == "one"
+
+
+def test_other_separators_than_the_line_feed_end_no_line(tmp_path: Path, speech: list[Path]) -> None:
+    folder = make_kaldi(tmp_path / "kaldi", speech)
+    (folder / "text").write_text("utt0 one\u2028two\x85three\r\nutt1 four\n")
+    assert [clip.text for clip in list_clips(folder, "speech").clips] == ["one\u2028two\x85three", "four"]
+    (tmp_path / "drop.jsonl").write_text('{"id": "a\u2028b"}\r\n')
+    assert read_drop_list(tmp_path / "drop.jsonl") == {"a\u2028b": ""}
 
 
 def test_commands_in_a_kaldi_folder_are_never_run(tmp_path: Path, speech: list[Path]) -> None:

@@ -180,7 +180,7 @@ def _read_table(path: Path) -> dict[str, tuple[str, str]]:
     """Lines `id value` as id -> (place, value)."""
     table: dict[str, tuple[str, str]] = {}
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # not splitlines: U+2028 in a text ends no line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from error
     for number, line in enumerate(lines, start=1):

@@ -126,7 +126,7 @@ def read_drop_list(path: Path) -> dict[str, str]:
     """Read a drop list, one JSON object with `id` and maybe `reason` per line, as id -> reason. Raises UserError."""
     dropped = {}
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # not splitlines: U+2028 in an id ends no line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"drop={path} cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
