@@ -1,6 +1,5 @@
 """Word and character error rates of a recogniser on reconstructions, beside those on the originals."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -84,17 +83,12 @@ def words(text: str, language: str = "en", model: str | None = None) -> list[str
     English: contractions written out, numbers as digits, no fillers, and American spellings where the recogniser's
     folder has the table. Other languages: lower case without punctuation; characters where no spaces are written.
     """
-    return _normalizer(language, model)(text).split()
-
-
-@lru_cache(maxsize=16)
-def _normalizer(language: str, model: str | None) -> Callable[[str], str]:
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     if language == "en":
-        return EnglishTextNormalizer(spellings_of(model))
+        return EnglishTextNormalizer(spellings_of(model))(text).split()
     # Whisper's paper counts characters in these.
-    return BasicTextNormalizer(split_letters=language in ("zh", "ja", "th", "lo", "my", "yue"))
+    return BasicTextNormalizer(split_letters=language in ("zh", "ja", "th", "lo", "my", "yue"))(text).split()
 
 
 @lru_cache(maxsize=4)

@@ -147,7 +147,7 @@ class ChannelGate(nn.Module):
 
 
 class SqueezeExcitationBlock(nn.Module):
-    """The block of ECAPA-TDNN on [B, C, T], with a connection around it; names of the parts are those of the weights."""
+    """The block of ECAPA-TDNN on [B, C, T], with a connection around it; its parts are named as in the weights."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
