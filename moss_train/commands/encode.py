@@ -36,6 +36,6 @@ def run(config: EncodeConfig | Mapping[str, Any]) -> int:
     if config.shards is not None:
         devices = [choose_device(name) for name in config.device]
         return print_report(encode_shards(job, out, devices, executor=config.executor), out, "encode", "shard")
-    found = find_audio(config.input or [], out, f".{config.format}")
+    works, failures = find_audio(config.input or [], out, f".{config.format}")
     encoder = make_encoder(job, choose_device(config.device[0]))
-    return print_report(encode_files(encoder, found.works, config.batch_seconds, found.failures), out, "encode")
+    return print_report(encode_files(encoder, works, config.batch_seconds, failures), out, "encode")

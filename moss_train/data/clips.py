@@ -1,7 +1,7 @@
 """List clips of folders, manifests and shards for evaluation and encoding; audio is read lazily."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -81,31 +81,24 @@ def list_sources(sources: Sequence[str], domain: str, key: str = "data") -> list
     """
     clips: dict[str, ListedClip] = {}
     for source in (Path(source).expanduser() for source in sources):
-        found = _shard_clips(source) if (source / INDEX_FILE).is_file() else _file_clips(source, domain, key)
+        found: list[ListedClip] = []
+        if (source / INDEX_FILE).is_file():
+            index = ShardIndex.load(source)
+            reader = ClipReader(index.sampling_rate, index.num_channels)
+            for location in map(index.locate, range(len(index))):
+                try:
+                    stored = reader.read_labels(location)
+                except SampleError as error:
+                    raise UserError(f"{location.shard}, clip at byte {location.json_offset}: {error}") from error
+                read = ShardClip(reader, index.sampling_rate, location)
+                found.append(ListedClip(stored["id"], stored["domain"], read, stored))
+        else:
+            listed = list_clips(source, domain, key)
+            found += [ListedClip(bad.name, domain, UnreadableClip(bad)) for bad in listed.invalid]
+            found += [ListedClip(clip.id, clip.domain, FileClip(clip), clip.labels()) for clip in listed.clips]
         for clip in found:
             if clip.id in clips:
                 raise UserError(f"{key}={source}: the clip {clip.id!r} is in an earlier source too; give each an id")
-            clips[clip.id] = clip
+            labels = {name: clip.labels[name] for name in _LABELS if name in clip.labels}
+            clips[clip.id] = replace(clip, labels=labels)
     return list(clips.values())
-
-
-def _file_clips(source: Path, domain: str, key: str) -> Iterator[ListedClip]:
-    found = list_clips(source, domain, key)
-    for bad in found.invalid:
-        yield ListedClip(bad.name, domain, UnreadableClip(bad))
-    for clip in found.clips:
-        labels = {key: value for key, value in clip.labels().items() if key in _LABELS}
-        yield ListedClip(clip.id, clip.domain, FileClip(clip), labels)
-
-
-def _shard_clips(source: Path) -> Iterator[ListedClip]:
-    index = ShardIndex.load(source)
-    reader = ClipReader(index.sampling_rate, index.num_channels)
-    for row in range(len(index)):
-        location = index.locate(row)
-        try:
-            stored = reader.read_labels(location)
-        except SampleError as error:
-            raise UserError(f"{location.shard}, clip at byte {location.json_offset}: {error}") from error
-        labels = {key: stored[key] for key in _LABELS if key in stored}
-        yield ListedClip(stored["id"], stored["domain"], ShardClip(reader, index.sampling_rate, location), labels)

@@ -82,9 +82,40 @@ def inspect_folder(
 def _inspect_shard(task: tuple[str, int]) -> tuple[list[str], list[ClipFacts]]:
     folder, number = task
     index = _index(folder)
-    reader = ClipReader(index.sampling_rate, index.num_channels)
-    problems = _problems(lambda: index.verify_shard(index.shards[number]))
-    return problems, [inspect_clip(index, reader, row) for row in index.shards.rows_of(number)]
+    rate, domain = index.sampling_rate, index.shards[number].domain
+    reader = ClipReader(rate, index.num_channels)
+    clips = []
+    for row in index.shards.rows_of(number):
+        location = index.locate(row)
+        seconds = location.num_samples / rate
+        clip_id = f"{Path(location.shard).name}@{location.audio_offset}"
+        try:
+            reader.check_headers(location)
+            labels = reader.read_labels(location)
+            clip_id = labels["id"]
+            audio = reader.read_audio(location, 0, location.num_samples)
+        except SampleError as error:
+            clips.append(ClipFacts(row, clip_id, domain, seconds, error=str(error)))
+            continue
+        power = power_spectrum(audio)
+        facts = ClipFacts(
+            row=row,
+            id=clip_id,
+            domain=domain,
+            seconds=seconds,
+            language=labels.get("language", "none"),
+            task=labels.get("task", "none"),
+            num_characters=len(labels.get("text", "")),
+            loudness_lufs=loudness(power, rate),
+            level_db=level_db(audio),
+            peak=audio.abs().max().item(),
+            clipped_fraction=(audio.abs() >= FULL_SCALE).float().mean().item(),
+            bandwidth_hz=bandwidth(power, rate),
+            ends_abruptly=location.has_text and ends_abruptly(audio, rate),
+            digest=hashlib.sha256(to_pcm16(audio).numpy().tobytes()).hexdigest()[:32],
+        )
+        clips.append(facts)
+    return _problems(lambda: index.verify_shard(index.shards[number])), clips
 
 
 def _problems(verify: Callable[[], None]) -> list[str]:
@@ -96,38 +127,6 @@ def _problems(verify: Callable[[], None]) -> list[str]:
 
 
 _index = lru_cache(maxsize=4)(ShardIndex.load)
-
-
-def inspect_clip(index: ShardIndex, reader: ClipReader, row: int) -> ClipFacts:
-    """Measure one clip."""
-    location = index.locate(row)
-    domain = index.shards[index.shards.shard_of(row)].domain
-    seconds = location.num_samples / index.sampling_rate
-    clip_id = f"{Path(location.shard).name}@{location.audio_offset}"
-    try:
-        reader.check_headers(location)
-        labels = reader.read_labels(location)
-        clip_id = labels["id"]
-        audio = reader.read_audio(location, 0, location.num_samples)
-    except SampleError as error:
-        return ClipFacts(row, clip_id, domain, seconds, error=str(error))
-    power = power_spectrum(audio)
-    return ClipFacts(
-        row=row,
-        id=clip_id,
-        domain=domain,
-        seconds=seconds,
-        language=labels.get("language", "none"),
-        task=labels.get("task", "none"),
-        num_characters=len(labels.get("text", "")),
-        loudness_lufs=loudness(power, index.sampling_rate),
-        level_db=level_db(audio),
-        peak=audio.abs().max().item(),
-        clipped_fraction=(audio.abs() >= FULL_SCALE).float().mean().item(),
-        bandwidth_hz=bandwidth(power, index.sampling_rate),
-        ends_abruptly=location.has_text and ends_abruptly(audio, index.sampling_rate),
-        digest=hashlib.sha256(to_pcm16(audio).numpy().tobytes()).hexdigest()[:32],
-    )
 
 
 def ends_abruptly(audio: Tensor, sampling_rate: int) -> bool:

@@ -69,14 +69,6 @@ class Decoder:
         lengths = output.audio_lengths.tolist()
         return [output.audio[index, :, :length].float().cpu() for index, length in enumerate(lengths)]
 
-    def write(self, path: Path, audio: Tensor, num_samples: int) -> None:
-        """Write audio [C, T] trimmed to the length of the clip that was encoded, `num_samples` at the encoder's rate.
-
-        The file has the decoder's rate.
-        """
-        config = self.model.config
-        write_audio(path, audio[:, : num_samples * config.output_ratio], config.output_sampling_rate)
-
 
 def decode_files(decoder: Decoder, works: Sequence[Work], batch_seconds: float) -> Report:
     """Decode what is not there yet, trimmed to the clips' original lengths; unusable files are reported, skipped.
@@ -108,11 +100,12 @@ def decode_files(decoder: Decoder, works: Sequence[Work], batch_seconds: float) 
 
 
 def decode_group(decoder: Decoder, clips: Sequence[tuple[Path, Tensor, int]], report: Report) -> None:
-    """Decode clips (file to write, codes, samples before padding) as one batch."""
+    """Decode clips (file to write, codes, samples at the encoder's rate before padding) as one batch, and trim them."""
     if not clips:
         return
+    config = decoder.model.config
     decoded = decoder.audio([codes for _, codes, _ in clips])
     for (target, _, num_samples), audio in zip(clips, decoded, strict=True):
         with atomic_write(target) as temporary:
-            decoder.write(temporary, audio, num_samples)
+            write_audio(temporary, audio[:, : num_samples * config.output_ratio], config.output_sampling_rate)
         report.num_written += 1

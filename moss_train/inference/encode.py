@@ -84,13 +84,6 @@ class Encoder:
         lengths = output.audio_codes_lengths.tolist()
         return [output.audio_codes[:, index, :length].cpu() for index, length in enumerate(lengths)]
 
-    def info(self, clip: Tensor) -> CodesInfo:
-        """Return what is stored beside the codes of a clip [C, T]."""
-        config = self.model.config
-        channels, samples = clip.shape
-        rates = (config.sampling_rate, config.frame_rate)
-        return CodesInfo(self.name, *rates, channels, samples, self.fingerprint, precision_of(self.model))
-
 
 def encode_files(
     encoder: Encoder, works: Sequence[Work], batch_seconds: float, failures: Sequence[tuple[Path, str]] = ()
@@ -105,13 +98,15 @@ def encode_files(
         UserError: a codes file that is there already comes from another model or has another number of levels.
     """
     report = Report(0, 0, list(failures))
+    config, precision = encoder.model.config, precision_of(encoder.model)
+    rates = (config.sampling_rate, config.frame_rate)
     todo = []
     for work in works:
         if not work.target.exists():
             todo.append(work)
             continue
         (levels, _), info = read_codes_header(work.target)
-        if info.precision != precision_of(encoder.model):
+        if info.precision != precision:
             raise UserError(f"{work.target} was made with precision={info.precision}; choose another out=")
         if info.fingerprint != encoder.fingerprint:
             raise UserError(
@@ -131,7 +126,9 @@ def encode_files(
             clips = report.successes(outcomes, source_of)
             all_codes = encoder.codes([clip for _, clip in clips]) if clips else []
             for (work, clip), codes in zip(clips, all_codes, strict=True):
-                write_codes(work.target, codes, encoder.info(clip))
+                channels, samples = clip.shape
+                info = CodesInfo(encoder.name, *rates, channels, samples, encoder.fingerprint, precision)
+                write_codes(work.target, codes, info)
                 report.num_written += 1
             bar.advance(len(outcomes), note=f"{len(report.failures)} failed" if report.failures else None)
     return report

@@ -73,8 +73,7 @@ def read_codes(path: Path) -> tuple[Tensor, CodesInfo]:
     else:
         with _open(path) as file:
             tensor, metadata = file.get_tensor("codes").to(torch.int64), file.metadata()
-    _check_shape(path, tuple(tensor.shape))
-    return tensor, _info(path, metadata)
+    return tensor, _info(path, tuple(tensor.shape), metadata)
 
 
 def read_codes_header(path: Path) -> tuple[tuple[int, int], CodesInfo]:
@@ -84,13 +83,7 @@ def read_codes_header(path: Path) -> tuple[tuple[int, int], CodesInfo]:
         return (codes.shape[0], codes.shape[1]), info
     with _open(path) as file:
         shape = tuple(file.get_slice("codes").get_shape())
-        _check_shape(path, shape)
-        return shape, _info(path, file.metadata())
-
-
-def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
-    if len(shape) != 2:
-        raise UserError(f"{path} holds codes of shape {shape}, not [levels, frames]")
+        return shape, _info(path, shape, file.metadata())
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -111,9 +104,9 @@ def _read_npz(path: Path) -> dict[str, Any]:
                 if len(content) > limit:
                     raise UserError(f"{path} unfolds to more than {limit} bytes; it is no codes file")
                 arrays[name] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except UserError:
-        raise
     except (OSError, ValueError, EOFError, BadZipFile, RuntimeError, MemoryError, OverflowError, zlib.error) as error:
+        if isinstance(error, UserError):
+            raise
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} is not a readable codes file ({reason})") from error
     if "codes" not in arrays:
@@ -132,7 +125,9 @@ def _open(path: Path) -> "safetensors.safe_open":
     return file
 
 
-def _info(path: Path, metadata: Mapping[str, Any] | None) -> CodesInfo:
+def _info(path: Path, shape: tuple[int, ...], metadata: Mapping[str, Any] | None) -> CodesInfo:
+    if len(shape) != 2:
+        raise UserError(f"{path} holds codes of shape {shape}, not [levels, frames]")
     found = {"precision": "fp32", **(metadata or {})}
     try:
         return CodesInfo(**{field.name: cast(Any, field.type)(found[field.name]) for field in fields(CodesInfo)})
@@ -172,16 +167,12 @@ class Report:
         return good
 
 
-@dataclass(frozen=True)
-class FoundAudio:
-    """What to encode, and (file or line, reason) of what is no clip."""
-
-    works: list[Work]
-    failures: list[tuple[Path, str]]
-
-
-def find_audio(inputs: Sequence[str], out: Path, suffix: str = ".safetensors") -> FoundAudio:
+def find_audio(
+    inputs: Sequence[str], out: Path, suffix: str = ".safetensors"
+) -> tuple[list[Work], list[tuple[Path, str]]]:
     """List the audio of files, folders and JSONL manifests; targets keep relative paths and end in `suffix`.
+
+    Returns what to encode, and (file or line, reason) of what is no clip.
 
     Raises UserError when something does not exist, nothing is found, or two files would get the same target.
     """
@@ -198,7 +189,7 @@ def find_audio(inputs: Sequence[str], out: Path, suffix: str = ".safetensors") -
             raise UserError(f"input={path} names parts of files; pack it and give shards= instead")
         pairs += [(clip.path, prefix + clip.id) for clip in found.clips]
         failures += [(Path(bad.name), bad.reason) for bad in found.invalid]
-    return FoundAudio(_with_targets(pairs, out, suffix, AUDIO_SUFFIXES), failures)
+    return _with_targets(pairs, out, suffix, AUDIO_SUFFIXES), failures
 
 
 def find_codes(inputs: Sequence[str], out: Path, suffix: str) -> list[Work]:

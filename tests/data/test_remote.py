@@ -100,6 +100,14 @@ def test_the_cache_stays_within_its_size(served, tmp_path: Path, monkeypatch: py
         list(iterate_clips([url], sampling_rate=24000, num_channels=1))
 
 
+@pytest.mark.parametrize("size", ["much", "0", "-1", "nan", "inf"])
+def test_a_cache_without_a_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(remote.CACHE_GB_VARIABLE, size)
+    with pytest.raises(UserError, match=f"MOSS_TRAIN_CACHE_GB={size} has to be a number of gigabytes above 0"):
+        remote.open_shard("http://127.0.0.1:9/x/a.tar", 10, "a" * 64)
+
+
 @pytest.mark.parametrize("kind", ["error", "short", "altered"])
 def test_a_failing_server_is_asked_again_and_then_given_up(served, kind: str) -> None:
     url, handler, _ = served

@@ -69,8 +69,8 @@ def test_what_is_no_ordinary_file_is_named_counted_and_never_opened(special: Pat
     assert {bad.fault for bad in found.invalid} == {Fault.SPECIAL_FILE}
     report = pack(found, tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
     assert (report.index["num_samples"], len(report.invalid)) == (1, 5)
-    works = find_audio([str(special)], tmp_path / "codes")
-    assert (len(works.works), len(works.failures)) == (1, 5)
+    works, failures = find_audio([str(special)], tmp_path / "codes")
+    assert (len(works), len(failures)) == (1, 5)
     read = [clip for clip in list_sources([str(special)], "audio") if clip.id == "pipe.wav"]
     with pytest.raises(UserError, match="a named pipe"):
         read[0].read()
@@ -149,7 +149,7 @@ def test_manifests_come_compressed_and_as_lists(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "clips.jsonl.gz", "wt") as file:
         file.write('{"path": "a.wav"}\n')
     assert len(list_clips(tmp_path / "clips.jsonl.gz", "speech").clips) == 1
-    assert len(find_audio([str(tmp_path / "clips.jsonl.gz")], tmp_path).works) == 1
+    assert len(find_audio([str(tmp_path / "clips.jsonl.gz")], tmp_path)[0]) == 1
     (tmp_path / "clips.json").write_text('[{"path": "a.wav"}]')
     with pytest.raises(UserError, match="one JSON object per line"):
         list_clips(tmp_path / "clips.json", "speech")
@@ -204,7 +204,7 @@ def test_what_encode_names_decode_takes(tmp_path: Path) -> None:
     folder = tmp_path / "audio"
     for name in ("same.wav", "same.flac", "take 2.0.wav"):
         wav(folder / name)
-    works = find_audio([str(folder)], tmp_path / "codes").works
+    works = find_audio([str(folder)], tmp_path / "codes")[0]
     for work in works:
         work.target.parent.mkdir(exist_ok=True)
         work.target.touch()

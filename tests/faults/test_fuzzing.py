@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moss_train.data.pack.manifest import list_clips, read_drop_list
-from moss_train.data.pack.resume import Journal
+from moss_train.data.pack.resume import read_journal
 from moss_train.data.shards.codes import CodeShards
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.stream import AudioStream, ClipFormat
@@ -201,4 +201,4 @@ def test_run_directories(tmp_path: Path, manifest: Any, best: bytes) -> None:
 @given(st.lists(values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20), max_size=4))
 def test_journals_of_killed_jobs(tmp_path: Path, lines: list[bytes]) -> None:
     (tmp_path / "journal.jsonl").write_bytes(b"\n".join(lines))
-    assert Journal(tmp_path).read() == []
+    assert read_journal(tmp_path) == []

@@ -56,7 +56,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def encode(model, source, out, batch_seconds=10.0, **options):
-    return encode_files(Encoder(model, "tiny", **options), find_audio([str(source)], out).works, batch_seconds)
+    return encode_files(Encoder(model, "tiny", **options), find_audio([str(source)], out)[0], batch_seconds)
 
 
 def test_batched_codes_equal_those_of_single_clips(model, corpus, tmp_path):
@@ -228,7 +228,7 @@ def test_read_ahead_keeps_order_and_errors():
 def test_manifest_ids_name_the_codes(corpus, tmp_path):
     lines = [{"path": "sound/clip0.wav", "id": "a/first"}, {"path": str(corpus / "sound/clip1.wav"), "id": "../../b.x"}]
     (corpus / "clips.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    works = find_audio([str(corpus / "clips.jsonl")], tmp_path).works
+    works = find_audio([str(corpus / "clips.jsonl")], tmp_path)[0]
     assert [work.target for work in works] == [tmp_path / "a/first.safetensors", tmp_path / "b.x.safetensors"]
 
 

@@ -57,9 +57,8 @@ class SourceClip:
 
     def labels(self) -> dict[str, str]:
         """What is stored beside the audio: the labels that are there."""
-        values = {"domain": self.domain, "text": self.text, "task": self.task}
-        values |= {"language": self.language, "speaker": self.speaker, "licence": self.licence}
-        return {key: value for key, value in values.items() if value is not None}
+        names = ("domain", "text", "task", "language", "speaker", "licence")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)

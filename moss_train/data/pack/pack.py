@@ -13,7 +13,13 @@ from pathlib import Path
 from moss_train.audio.io import RESAMPLER
 from moss_train.data.pack.manifest import SourceList
 from moss_train.data.pack.preprocess import PackOptions, SkippedClip, preprocess_clip, preprocess_segment
-from moss_train.data.pack.resume import FinishedShard, Journal, ShardInputs, resumable_directory, reuse_finished_shards
+from moss_train.data.pack.resume import (
+    FinishedShard,
+    ShardInputs,
+    resumable_directory,
+    reuse_finished_shards,
+    write_journal,
+)
 from moss_train.data.shards.format import FORMAT_VERSION, EncodedClip, ShardWriter, read_shard
 from moss_train.data.shards.index import INDEX_FILE, IndexBuilder
 from moss_train.utils.errors import Fault, InvalidSample, UserError, count_faults
@@ -98,7 +104,6 @@ class _Packer:
         content = asdict(options)
         del content["max_invalid_fraction"]  # does not change what is in a shard
         self._settings = content | {"resampler": RESAMPLER, "drop": sorted(drop), "format": FORMAT_VERSION}
-        self._journal = Journal(folder)
         self._open: dict[str, ShardWriter] = {}
         self._inputs: dict[str, ShardInputs] = {}
         self._num_shards: Counter[str] = Counter()
@@ -192,7 +197,8 @@ class _Packer:
         self._index.add(writer.path.name, domain, contents)
         name, sha256 = writer.path.name, contents.sha256
         lost = (dict(inputs.left_out), inputs.bad, dict(inputs.remarks))
-        self._journal.add(FinishedShard(name, domain, inputs.last, inputs.hexdigest(), sha256, *lost))
+        shard = FinishedShard(name, domain, inputs.last, inputs.hexdigest(), sha256, *lost)
+        write_journal(self._folder, [shard])
 
 
 def check_target(target: Path, overwrite: bool) -> None:

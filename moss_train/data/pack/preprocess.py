@@ -5,6 +5,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -64,18 +65,15 @@ def preprocess_clip(clip: SourceClip, options: PackOptions) -> EncodedClip | Ski
     """
     try:
         source = open_clip(clip)
-        extent = find_extent(clip, source)
-        rate, begin, num_samples = extent.rate, extent.begin, extent.num_samples
+        rate, begin, num_samples, remarks = find_extent(clip, source)
         seconds = num_samples / rate
         if options.segment_seconds is not None and seconds > options.segment_seconds and clip.text is None:
             return split_into_segments(begin, num_samples, rate, options)
         if options.max_seconds is not None and seconds > options.max_seconds:
             return SkippedClip("too long")
-        whole = begin == 0 and clip.end_seconds is None
-        audio, _ = read_audio(
-            source, num_channels=options.num_channels, start=begin, num_samples=None if whole else num_samples
-        )
-        return _finish(audio, rate, clip.id, options, extent.remarks)
+        length = None if begin == 0 and clip.end_seconds is None else num_samples
+        audio, _ = read_audio(source, num_channels=options.num_channels, start=begin, num_samples=length)
+        return _finish(audio, rate, clip.id, options, remarks)
     except UserError as error:
         return SkippedClip("unreadable", str(error), fault_of(error))
 
@@ -84,25 +82,20 @@ def preprocess_segment(segment: Segment, clip: SourceClip, options: PackOptions)
     """Make one part of a long clip ready to be stored, as if the whole had been resampled and then split."""
     try:
         source = open_clip(clip)
-        extent = find_extent(clip, source)
-        rate, begin, num_samples = extent.rate, extent.begin, extent.num_samples
+        rate, begin, num_samples, remarks = find_extent(clip, source)
         unit, out_unit = _units(rate, options.sampling_rate)
         margin = unit * math.ceil(_RESAMPLER_REACH * max(1, unit / out_unit) / unit)
         left = min(margin, segment.start - begin)
         right = min(margin, begin + num_samples - segment.start - segment.num_samples)
-        audio, _ = read_audio(
-            source,
-            num_channels=options.num_channels,
-            start=segment.start - left,
-            num_samples=left + segment.num_samples + right,
-        )
+        start, length = segment.start - left, left + segment.num_samples + right
+        audio, _ = read_audio(source, num_channels=options.num_channels, start=start, num_samples=length)
         if rate != options.sampling_rate:
             audio = resample(audio, rate, options.sampling_rate)
         skipped = left // unit * out_unit
         audio = audio[:, skipped : skipped + math.ceil(segment.num_samples * out_unit / unit)]
         segment_id = f"{clip.id}#{segment.start / rate:.3f}"
-        remarks = extent.remarks if segment.start == begin else ()  # once per recording
-        return _finish(audio, options.sampling_rate, segment_id, options, remarks)
+        told = remarks if segment.start == begin else ()  # once per recording
+        return _finish(audio, options.sampling_rate, segment_id, options, told)
     except UserError as error:
         return SkippedClip("unreadable", str(error), fault_of(error))
 
@@ -112,8 +105,7 @@ def open_clip(clip: SourceClip) -> AudioSource:
     return clip.path if clip.row is None else open_row(clip.path, clip.row)
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """Where a clip lies in its file, in samples at the file's rate."""
 
     rate: int  # Hz

@@ -6,7 +6,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,29 +34,24 @@ class FinishedShard:
     remarks: dict[str, int] = field(default_factory=dict)  # by what is worth telling of a clip, likewise
 
 
-class Journal:
-    """The journal of one unfinished folder."""
+def read_journal(folder: Path) -> list[FinishedShard]:
+    """Return the lines of an unfinished folder's journal that are whole; a kill may cut the last one."""
+    path, shards = folder / JOURNAL_FILE, []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            shard = FinishedShard(**parse_json(line, "a line of the journal"))
+            shards.append(replace(shard, bad=[[*bad, Fault.OTHER][:3] for bad in shard.bad]))
+        except (ValueError, TypeError):
+            break
+    return shards
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / JOURNAL_FILE
 
-    def read(self) -> list[FinishedShard]:
-        """Return the lines that are whole; a kill may cut the last one."""
-        shards = []
-        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
-            try:
-                shard = FinishedShard(**parse_json(line, "a line of the journal"))
-                shards.append(replace(shard, bad=[[*bad, Fault.OTHER][:3] for bad in shard.bad]))
-            except (ValueError, TypeError):
-                break
-        return shards
-
-    def add(self, *shards: FinishedShard, anew: bool = False) -> None:
-        """Append lines, or start anew with them, and put them on the disk."""
-        with self._path.open("wb" if anew else "ab") as file:
-            file.writelines(json.dumps(asdict(shard)).encode() + b"\n" for shard in shards)
-            file.flush()
-            os.fsync(file.fileno())
+def write_journal(folder: Path, shards: Iterable[FinishedShard], *, anew: bool = False) -> None:
+    """Append lines to the journal, or start it anew with them, and put them on the disk."""
+    with (folder / JOURNAL_FILE).open("wb" if anew else "ab") as file:
+        file.writelines(json.dumps(asdict(shard)).encode() + b"\n" for shard in shards)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class ShardInputs:
@@ -91,11 +86,10 @@ def reuse_finished_shards(
 
     Each is read and compared with its recorded hash. After a shard that does not fit, the later ones of its domain go.
     """
-    journal = Journal(folder)
     kept: list[tuple[FinishedShard, ShardContents]] = []
     ends: dict[str, int] = {}
     broken: set[str] = set()
-    for shard in journal.read():
+    for shard in read_journal(folder):
         if shard.domain in broken:
             continue
         broken.add(shard.domain)  # unless it is found to be what would be made again
@@ -114,7 +108,7 @@ def reuse_finished_shards(
             kept.append((shard, contents))
             ends[shard.domain] = shard.last
     if kept:
-        journal.add(*(shard for shard, _ in kept), anew=True)
+        write_journal(folder, (shard for shard, _ in kept), anew=True)
     names = {shard.file for shard, _ in kept} | ({JOURNAL_FILE} if kept else set())
     for path in folder.iterdir():
         if path.name not in names:

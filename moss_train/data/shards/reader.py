@@ -20,7 +20,6 @@ SPAN_BYTES = 2**22
 GIVEN_UP_SECONDS = 600.0
 """A remote shard that did not come is tried again after this time."""
 
-_READ_BYTES = 2**18  # at once, of longer clips
 _OPEN_REMOTE = 8  # an open file takes space after the cache has deleted it
 
 
@@ -55,7 +54,7 @@ class ShardFiles:
         if self.fetch(location) is not None:
             return NamedBytes(self.read(location, location.audio_offset, location.audio_size), name)
         member = _Member(self.descriptor(location), location.audio_offset, location.audio_size, name)
-        return io.BufferedReader(member, _READ_BYTES)
+        return io.BufferedReader(member, 2**18)
 
     def fetch(self, location: ClipLocation) -> "_Span | None":
         """Read a whole clip at once, unless it is long (None); what is read of it next comes from there."""

@@ -36,11 +36,6 @@ def is_remote(place: str | Path) -> bool:
     return isinstance(place, str) and _SCHEME.match(place) is not None
 
 
-def cache_folder() -> Path:
-    """Where fetched files are kept."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/moss_train").expanduser()
-
-
 def fetch_index(url: str, name: str) -> Path:
     """Fetch the index file of a remote folder anew and return the local folder with it. Raises UserError."""
     folder = _folder_of(url)
@@ -92,8 +87,12 @@ def _local_path(url: str, sha256: str) -> Path:
     return _folder_of(parent) / f"{sha256[:16]}-{name}"
 
 
+def _cache() -> Path:
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/moss_train").expanduser() / "shards"
+
+
 def _folder_of(url: str) -> Path:
-    return cache_folder() / "shards" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:24]
+    return _cache() / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:24]
 
 
 @contextmanager
@@ -116,7 +115,7 @@ def _evict_until_fits(size: int) -> None:
     if size > limit:
         raise OSError(errno.ENOSPC, f"a shard has {size:,} bytes, more than {CACHE_GB_VARIABLE} allows ({limit:,})")
     files = []
-    for path in (cache_folder() / "shards").glob("*/*.tar"):
+    for path in _cache().glob("*/*.tar"):
         try:
             status = path.stat()
         except OSError:

@@ -87,11 +87,9 @@ class ClipReader:
 
     def check_headers(self, location: ClipLocation) -> None:
         """Compare the tar headers in front of a clip's two members with the index. Raises SampleError."""
-        members = (
-            (location.audio_offset, location.audio_size, ".flac"),
-            (location.json_offset, location.json_size, ".json"),
-        )
-        for offset, size, suffix in members:
+        audio = (location.audio_offset, location.audio_size, ".flac")
+        text = (location.json_offset, location.json_size, ".json")
+        for offset, size, suffix in (audio, text):
             try:
                 self._files.fetch(location)
                 block = self._files.read(location, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
@@ -99,18 +97,14 @@ class ClipReader:
             except OSError as error:
                 raise SampleError(Fault.FILE, f"cannot read {location.shard}: {error.strerror}") from error
             except tarfile.HeaderError as error:
-                raise SampleError(
-                    Fault.TAR_HEADER, f"damaged tar header in front of byte {offset} ({error})"
-                ) from error
+                reason = f"damaged tar header in front of byte {offset} ({error})"
+                raise SampleError(Fault.TAR_HEADER, reason) from error
             if not header.isreg():
-                raise SampleError(
-                    Fault.TAR_HEADER, f"{header.name} is not a file of the tar, but of type {header.type!r}"
-                )
+                reason = f"{header.name} is not a file of the tar, but of type {header.type!r}"
+                raise SampleError(Fault.TAR_HEADER, reason)
             if header.size != size or not header.name.endswith(suffix):
-                raise SampleError(
-                    Fault.TAR_HEADER,
-                    f"tar header says {header.name} with {header.size} bytes, the index {suffix} with {size}",
-                )
+                reason = f"tar header says {header.name} with {header.size} bytes, the index {suffix} with {size}"
+                raise SampleError(Fault.TAR_HEADER, reason)
 
     def read_labels(self, location: ClipLocation) -> dict:
         """Read and check a clip's JSON. Raises SampleError."""
@@ -118,11 +112,10 @@ class ClipReader:
             raise SampleError(Fault.JSON, f"JSON has {location.json_size} bytes, more than {MAX_LABEL_BYTES}")
         try:
             content = self._files.read(location, location.json_offset, location.json_size)
-            labels = parse_json(content, "the labels")
         except OSError as error:
             raise SampleError(Fault.FILE, f"cannot read {location.shard}: {error.strerror}") from error
-        except SampleError:
-            raise
+        try:
+            labels = parse_json(content, "the labels")
         except UserError as error:
             raise SampleError(Fault.JSON, f"damaged JSON ({error})") from error
         if not isinstance(labels, dict) or not isinstance(labels.get("id"), str):

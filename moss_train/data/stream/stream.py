@@ -4,6 +4,7 @@
 changes the sequence. C channels, T samples.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -257,11 +258,8 @@ def runs_within(lengths: np.ndarray, limit: int) -> list[range]:
 
 def even_runs(lengths: np.ndarray, number: int, limit: int) -> list[range]:
     """Cut lengths, longest first, into at most `number` runs, the costliest of which is as cheap as it can be."""
-    low, high = 0, limit  # `high` is enough, `low` is not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(runs_within(lengths, middle)) <= number else (middle, high)
-    return runs_within(lengths, high)
+    cheapest = bisect_left(range(1, limit), True, key=lambda cost: len(runs_within(lengths, cost)) <= number)
+    return runs_within(lengths, 1 + cheapest)
 
 
 def padded_length(lengths: np.ndarray, runs: Sequence[range]) -> int:
