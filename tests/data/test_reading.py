@@ -3,8 +3,11 @@
 import json
 import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +94,23 @@ def test_only_a_few_files_stay_open(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(files)).descriptor(location_of(tmp_path / "a")) >= 0
     files.close()
     assert len(os.listdir("/proc/self/fd")) == before - 2
+
+
+def test_threads_that_share_a_reader_open_a_shard_once(location: ClipLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`encode shards=` reads with several; on a network file system they all used to open it, and one was closed."""
+    opened, begin = os.open, threading.Barrier(4)
+
+    def open_slowly(*args: Any, **options: Any) -> int:
+        begin.wait(10)
+        return opened(*args, **options)
+
+    monkeypatch.setattr(os, "open", open_slowly)
+    files = ShardFiles()
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: files.read(location, location.json_offset, location.json_size), range(4)))
+    assert len(found) == 1
+    targets = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert targets.count(os.path.realpath(location.shard)) == 1
 
 
 def test_evaluation_reads_every_clip_in_the_order_of_the_index(packed: Path) -> None:

@@ -33,7 +33,7 @@ class _Span:
 
 
 class ShardFiles:
-    """Keeps the last few shards open; reads by offset, so processes may share the descriptors after a fork."""
+    """Keeps the last few shards open; reads by offset, so threads, and processes after a fork, may share them."""
 
     def __init__(self, capacity: int = 64) -> None:
         self._capacity = capacity
@@ -58,39 +58,43 @@ class ShardFiles:
 
     def fetch(self, location: ClipLocation) -> "_Span | None":
         """Read a whole clip at once, unless it is long (None); what is read of it next comes from there."""
-        if self._span is not None and self._span.location is location:
-            return self._span
+        span = self._span
+        if span is not None and span.location is location:
+            return span
         begin = min(location.audio_offset, location.json_offset) - tarfile.BLOCKSIZE
         end = max(location.audio_offset + location.audio_size, location.json_offset + location.json_size)
-        self._span = None
+        self._span = span = None
         if begin >= 0 and end - begin <= SPAN_BYTES:
-            self._span = _Span(location, begin, os.pread(self.descriptor(location), end - begin, begin))
-        return self._span
+            self._span = span = _Span(location, begin, os.pread(self.descriptor(location), end - begin, begin))
+        return span
 
     def descriptor(self, location: ClipLocation) -> int:
         """Return an open descriptor of a clip's shard. Raises OSError, or SampleError for a shard of another size."""
         path = location.shard
-        if path not in self._descriptors:
+        descriptor = self._descriptors.get(path)
+        if descriptor is None:
             remote = is_remote(path)
             if not remote:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                found = os.fstat(descriptor).st_size
+                opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                found = os.fstat(opened).st_size
                 if found != location.shard_bytes:
-                    os.close(descriptor)
+                    os.close(opened)
                     raise SampleError(Fault.INDEX, f"{path} has {found} bytes, the index says {location.shard_bytes}")
             elif time.monotonic() < self._given_up.get(path, (0.0, ()))[0]:
                 raise OSError(*self._given_up[path][1])  # not asked for again with each of its clips
             else:
                 try:
-                    descriptor = open_shard(path, location.shard_bytes, location.shard_sha256)
+                    opened = open_shard(path, location.shard_bytes, location.shard_sha256)
                 except OSError as error:
                     self._given_up[path] = (time.monotonic() + GIVEN_UP_SECONDS, error.args)
                     raise
-            self._descriptors[path] = descriptor
+            descriptor = self._descriptors.setdefault(path, opened)
+            if descriptor != opened:
+                os.close(opened)  # another thread was faster
             if len(self._descriptors) > (min(self._capacity, _OPEN_REMOTE) if remote else self._capacity):
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(path)
-        return self._descriptors[path]
+        return descriptor
 
     def close(self) -> None:
         """Close every file."""
