@@ -39,7 +39,7 @@ def run(config: PackConfig | Mapping[str, Any]) -> int:
     options = PackOptions(**{field.name: getattr(config, field.name) for field in fields(PackOptions)})
     target = Path(config.out)
     check_target(target, config.overwrite)
-    drop = read_drop_list(Path(config.drop)) if config.drop else {}
+    drop = read_drop_list(Path(config.drop)) if config.drop else frozenset()
     sources = list_clips(Path(config.input), config.domain)
     seconds_done, begin = 0.0, time.monotonic()
     try:
@@ -58,7 +58,7 @@ def run(config: PackConfig | Mapping[str, Any]) -> int:
                 overwrite=config.overwrite,
                 num_workers=config.num_workers,
                 executor=config.executor,
-                drop=frozenset(drop),
+                drop=drop,
                 on_clip=on_clip,
             )
     except BaseException:

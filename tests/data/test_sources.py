@@ -89,8 +89,8 @@ def test_other_separators_than_the_line_feed_end_no_line(tmp_path: Path, speech:
     folder = make_kaldi(tmp_path / "kaldi", speech)
     (folder / "text").write_text("utt0 one\u2028two\x85three\r\nutt1 four\n")
     assert [clip.text for clip in list_clips(folder, "speech").clips] == ["one\u2028two\x85three", "four"]
-    (tmp_path / "drop.jsonl").write_text('{"id": "a\u2028b"}\r\n')
-    assert read_drop_list(tmp_path / "drop.jsonl") == {"a\u2028b": ""}
+    (tmp_path / "drop.jsonl").write_text('{"id": "a\u2028b"}\r\n \n{"id": 7, "reason": "silent"}')
+    assert read_drop_list(tmp_path / "drop.jsonl") == {"a\u2028b", "7"}
 
 
 def test_commands_in_a_kaldi_folder_are_never_run(tmp_path: Path, speech: list[Path]) -> None:

@@ -121,21 +121,21 @@ def how_to_convert(suffixes: Iterable[str]) -> str:
     return f"; convert each {' and '.join(found)} file: ffmpeg -i clip{found[0]} clip.flac" if found else ""
 
 
-def read_drop_list(path: Path) -> dict[str, str]:
-    """Read a drop list, one JSON object with `id` and maybe `reason` per line, as id -> reason. Raises UserError."""
-    dropped = {}
+def read_drop_list(path: Path) -> frozenset[str]:
+    """Read the ids of a drop list, one JSON object with `id` (and maybe a reason) per line. Raises UserError."""
+    dropped = set()
     try:
         lines = path.read_text("utf-8").split("\n")  # not splitlines: U+2028 in an id ends no line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"drop={path} cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            entry = parse_json(line or "{}", "line")
-            if line.strip():
-                dropped[str(entry["id"])] = str(entry.get("reason", ""))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            dropped.add(str(parse_json(line, "line")["id"]))
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a JSON object with an 'id' ({line!r})") from error
-    return dropped
+    return frozenset(dropped)
 
 
 def check_domain(domain: str, where: str) -> str:

@@ -75,10 +75,9 @@ def write_code_shard(path: Path, clips: list[CodedClip]) -> None:
 
 def write_code_index(folder: Path, shards: list[tuple[str, str]], source: CodesSource) -> dict:
     """Index finished shards, given as (file, domain), by reading them, and return the content of index.json."""
-    records: list[ShardRecord] = []
-    rows: list[tuple] = []
+    records, parts = [], []
     for number, (file, domain) in enumerate(shards):
-        first = len(rows)
+        rows = []
         with tarfile.open(folder / file, "r:") as tar:
             members = list(tar)
             for text, codes in zip(members[::2], members[1::2], strict=True):
@@ -89,11 +88,12 @@ def write_code_index(folder: Path, shards: list[tuple[str, str]], source: CodesS
                 num_frames = np.load(io.BytesIO(array.read()), allow_pickle=False).shape[1]
                 places = (codes.offset_data, codes.size, text.offset_data, text.size)
                 rows.append((labels["num_samples"], num_frames, "text" in labels, *places, number))
-        seconds = sum(row[0] for row in rows[first:]) / source.sampling_rate
+        parts.append(np.array(rows, list(CODE_ARRAYS.items())))
+        seconds = int(parts[-1]["num_samples"].sum()) / source.sampling_rate
         size = (folder / file).stat().st_size
-        records.append(ShardRecord(file, domain, len(rows) - first, size, sha256_of(folder / file), seconds))
-    values = list(zip(*rows, strict=True)) or [()] * len(CODE_ARRAYS)
-    columns = {name: np.array(column, dtype) for (name, dtype), column in zip(CODE_ARRAYS.items(), values, strict=True)}
+        records.append(ShardRecord(file, domain, len(rows), size, sha256_of(folder / file), seconds))
+    table = np.concatenate(parts)
+    columns = {name: np.ascontiguousarray(table[name]) for name in CODE_ARRAYS}
     header = {"format": CODES_FORMAT, "version": CODES_VERSION, "source": asdict(source)}
     return write_index(folder, header, records, columns, {})
 

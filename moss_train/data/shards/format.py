@@ -125,8 +125,6 @@ def read_shard(path: Path, sampling_rate: int) -> ShardContents:
                 labels.append(content)
     except (tarfile.TarError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
-    columns = list(zip(*rows, strict=True)) or [()] * len(SAMPLE_ARRAYS)
-    arrays = {
-        name: np.array(column, dtype) for (name, dtype), column in zip(SAMPLE_ARRAYS.items(), columns, strict=True)
-    }
+    table = np.array(rows, list(SAMPLE_ARRAYS.items()))
+    arrays = {name: np.ascontiguousarray(table[name]) for name in SAMPLE_ARRAYS}
     return ShardContents(arrays, tuple(labels), path.stat().st_size, sha256_of(path))
