@@ -7,7 +7,7 @@ import yaml
 
 from moss_train.cli.compose import compose
 from moss_train.cli.help import command_help, default_groups, find_commands, group_options
-from moss_train.config.build import check_node, iterate_targets
+from moss_train.config.build import check_node, iterate_values
 from moss_train.utils.files import config_directory
 
 CONFIGS = config_directory()
@@ -19,8 +19,9 @@ GIVEN_AT_RUN_TIME = {"semantic": {"latent_dim": None}, "objective.losses.reconst
 
 
 def check_targets(config):
-    for place, node in iterate_targets(config):
-        check_node(node, place, GIVEN_AT_RUN_TIME.get(place))
+    for place, node in iterate_values(config):
+        if isinstance(node, dict) and "_target_" in node:
+            check_node(node, place, GIVEN_AT_RUN_TIME.get(place))
 
 
 def command_of(group):

@@ -217,8 +217,6 @@ def _sized(window: Window, begin: int, audio: int, size: int, magic: bytes) -> t
     return Piece(begin, end), [], None
 
 
-_LOOK_AHEAD = 2**24  # bytes in which zeros are told from pages
-
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -243,7 +241,7 @@ def scan_ogg(window: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
     while position < window.size:
         head = window.at(position, 27)
         if head[:4] != b"OggS":
-            rest = window.at(position, min(_LOOK_AHEAD, window.size - position))
+            rest = window.at(position, min(2**24, window.size - position))
             if not rest.strip(b"\0") or (rest[:3] == b"TAG" and len(rest) == 128):
                 break
             if b"OggS".startswith(rest[:4]):

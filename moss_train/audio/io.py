@@ -155,7 +155,8 @@ class _Recording:
 
     def _read_part(self, piece: Piece, num_samples: int, start: int, count: int) -> list[np.ndarray]:
         skipped = start
-        at_once = self.format in _AT_ONCE
+        # libsndfile seeks wrongly in MP3 and near the end of Vorbis; soundfile after every read.
+        at_once = self.format in ("OGG", "MP3")
         is_sought = piece.piece_at is None
         if piece.piece_at is not None:
             piece, skipped = piece.piece_at(start)
@@ -188,10 +189,8 @@ def _scan_file(path: str, state: tuple[int, ...]) -> Layout:
         return scan(Window(file))
 
 
-_AT_ONCE = ("OGG", "MP3")  # libsndfile seeks wrongly in MP3 and near the end of Vorbis; soundfile after every read
 _MARGIN = 2**19  # samples at the end of an Ogg file that are not sought in
 _ENDLESS = 2**62  # libsndfile's number of samples when it does not know
-_BLOCK_VALUES = 2**22  # samples of all channels that are read at once, so that no header decides about the memory
 
 
 def _format(file: soundfile.SoundFile) -> tuple[int, int, str, str]:
@@ -200,7 +199,7 @@ def _format(file: soundfile.SoundFile) -> tuple[int, int, str, str]:
 
 def _blocks(file: soundfile.SoundFile, count: int, name: str) -> Iterator[np.ndarray]:
     """Yield `count` samples from where the file stands as float32 [samples, channels], all there are if endless."""
-    limit = max(1, _BLOCK_VALUES // file.channels)
+    limit = max(1, 2**22 // file.channels)  # at once, so that no header decides about the memory
     done = 0
     while done < count:
         block = file.read(min(limit, count - done), dtype="float32", always_2d=True)

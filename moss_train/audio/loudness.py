@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 WINDOW_LENGTH = 2048
-BANDWIDTH_RANGE_DB = 70.0
-"""A band counts for the bandwidth when its power is at most so far below that of the strongest."""
 
 # ITU-R BS.1770-5, annex 1, tables 1 and 2: numerator and denominator of the two stages of K-weighting at 48 kHz.
-_K_RATE = 48000
 _K_STAGES = (
     ((1.53512485958697, -2.69169618940638, 1.19839281085285), (1.0, -1.69065929318241, 0.73248077421585)),
     ((1.0, -2.0, 1.0), (1.0, -1.99004745483398, 0.99007225036621)),
@@ -35,7 +32,7 @@ def power_spectrum(audio: Tensor) -> Tensor:
 def loudness(power: Tensor, sampling_rate: int) -> float:
     """Loudness in LUFS (ITU-R BS.1770-5 without gating) of a power spectrum; -inf for digital silence."""
     frequencies = torch.linspace(0, sampling_rate / 2, len(power), dtype=torch.float64)
-    z = torch.exp(-2j * math.pi * frequencies / _K_RATE)
+    z = torch.exp(-2j * math.pi * frequencies / 48000)
     weights = torch.ones_like(frequencies)
     for stage in _K_STAGES:
         above, below = (torch.stack([b * z**n for n, b in enumerate(factors)]).sum(0).abs() for factors in stage)
@@ -45,11 +42,11 @@ def loudness(power: Tensor, sampling_rate: int) -> float:
 
 
 def bandwidth(power: Tensor, sampling_rate: int) -> float:
-    """Highest frequency in Hz whose band of about 100 Hz still has power; 0 for silence."""
+    """Highest frequency in Hz whose band of about 100 Hz is at most 70 dB below the strongest; 0 for silence."""
     step = sampling_rate / 2 / (len(power) - 1)
     size = max(1, round(100 / step))
     bands = power[: len(power) // size * size].reshape(-1, size).sum(1)
     if bands.max() <= 0:
         return 0.0
-    there = (bands >= bands.max() * 10 ** (-BANDWIDTH_RANGE_DB / 10)).nonzero()
+    there = (bands >= bands.max() * 10**-7.0).nonzero()
     return (int(there[-1]) + 1) * size * step

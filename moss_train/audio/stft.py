@@ -121,7 +121,12 @@ def gradient_in_waveform(
     factor[..., 1:-1].mul_(0.5)  # the inverse transform counts these bins twice
     inverse = partial(torch.fft.irfft, n=len(window), norm="forward")
     frames = transform_rows(inverse, spectrum * factor, round_up=gradient.is_cuda).mul_(window)
-    return _overlap_add(frames, num_samples)
+    # The adjoint of padding by half a window and cutting into frames: overlap and add.
+    count, hop = frames.shape[-2], len(window) // HOPS_PER_WINDOW
+    total = frames.new_zeros(*frames.shape[:-2], count + HOPS_PER_WINDOW - 1, hop)
+    for i, part in enumerate(frames.split(hop, dim=-1)):
+        total[..., i : i + count, :].add_(part)
+    return total.flatten(-2)[..., len(window) // 2 : len(window) // 2 + num_samples]
 
 
 def transform_rows(transform: Callable[[Tensor], Tensor], rows: Tensor, round_up: bool) -> Tensor:
@@ -137,16 +142,6 @@ def round_up_rows(number: int) -> int:
     """Return the next of `PLAN_STEPS` numbers in each octave: at most an eighth more."""
     step = max(1, 2 ** (max(1, number) - 1).bit_length() // (2 * PLAN_STEPS))
     return -(-number // step) * step
-
-
-def _overlap_add(frames: Tensor, num_samples: int) -> Tensor:
-    """Adjoint of padding by half a window and cutting into frames: [..., N, window] -> [..., num_samples]."""
-    count, length = frames.shape[-2:]
-    hop = length // HOPS_PER_WINDOW
-    total = frames.new_zeros(*frames.shape[:-2], count + HOPS_PER_WINDOW - 1, hop)
-    for i, part in enumerate(frames.split(hop, dim=-1)):
-        total[..., i : i + count, :].add_(part)
-    return total.flatten(-2)[..., length // 2 : length // 2 + num_samples]
 
 
 class _LogMelDistance(torch.autograd.Function):

@@ -24,9 +24,6 @@ from moss_train.utils.files import config_directory, read_yaml
 MAX_FILES = 10_000
 """Of a folder of configurations; links may lead in a circle."""
 
-COMMAND_LINE_ONLY = ("code_dir", "plugins")
-"""Keys that name code to run: a configuration file, which may be a stranger's, cannot set them."""
-
 
 def load_config(command: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:
     """Load the configuration of a command as the command line would.
@@ -123,7 +120,7 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
     values = with_present_names(schema, copy.deepcopy(read(command, tuple(groups.items()), tuple(directories))))
     if config_dir is not None:
         _check_references(values, config_dir)  # also of files elsewhere that its files name
-    for key in COMMAND_LINE_ONLY:
+    for key in ("code_dir", "plugins"):  # a configuration file may be a stranger's
         if values.get(key):
             raise ConfigError("conflict", key, values[key], "runs code, so it is taken from the command line only")
     assignments = [

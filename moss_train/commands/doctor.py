@@ -41,7 +41,6 @@ CORE_PACKAGES = {
     "numpy": "numpy",
     "rich": "rich",
 }
-EVALUATION_PACKAGES = {"matplotlib": "matplotlib", "pystoi": "pystoi"}
 INSTALL_LOCK = "install the versions of requirements.lock (in a checkout: bash tools/setup.sh)"
 GIB = 2**30
 
@@ -86,8 +85,8 @@ def examine(run_directory: Path, min_free_disk_bytes: float) -> Iterator[Finding
     if hasattr(try_import("torch.nn.attention.varlen"), "varlen_attn"):
         attention.append("built into torch")
     yield Finding("FlashAttention", ", ".join(attention) or "none: attention runs through torch's other kernels")
-    for distribution, module in EVALUATION_PACKAGES.items():
-        imported = try_import(module)
+    for distribution in ("matplotlib", "pystoi"):
+        imported = try_import(distribution)
         if isinstance(imported, Exception):
             advice = "install the extra: pip install 'moss_train[eval]'"
             yield Finding(f"{distribution} (eval)", describe(imported), advice)

@@ -25,7 +25,6 @@ EXAMPLES = (
 )
 
 NUM_PLAYERS = 10
-PLAYER_SECONDS = 30
 
 
 def run(config: InspectConfig | Mapping[str, Any]) -> int:
@@ -82,7 +81,7 @@ def _panels(clips: Sequence[ClipFacts]) -> list[Histogram | Scatter]:
 def _write_players(
     out: Path, inspections: Sequence[Inspection], bad: dict[str, str]
 ) -> list[tuple[str, ClipFacts, str]]:
-    """Write ten clips, the domains in turn, and return (file, clip, text) of each."""
+    """Write ten clips, of 30 s at most, the domains in turn, and return (file, clip, text) of each."""
     turns: dict[str, list[tuple[Inspection, ClipFacts]]] = {}
     for inspection in inspections:
         for clip in inspection.clips:
@@ -94,7 +93,7 @@ def _write_players(
     for number, (inspection, clip) in enumerate(rounds[:NUM_PLAYERS]):
         index = inspection.index
         reader, location = ClipReader(index.sampling_rate, index.num_channels), index.locate(clip.row)
-        length = min(location.num_samples, PLAYER_SECONDS * index.sampling_rate)
+        length = min(location.num_samples, 30 * index.sampling_rate)
         name = f"players/{number}.flac"
         (out / "players").mkdir(exist_ok=True)
         write_audio(out / name, reader.read_audio(location, 0, length), index.sampling_rate)

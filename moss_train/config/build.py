@@ -78,11 +78,6 @@ def allow_package(name: str) -> None:
     _allowed_packages.add(name)
 
 
-def allowed_packages() -> tuple[str, ...]:
-    """Return the packages of `allow_package`, for a process that is started to do the same work."""
-    return tuple(sorted(_allowed_packages))
-
-
 def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
     """Build a `_target_` node and every node inside it, for configurations and for what a checkpoint stores as data.
 
@@ -100,7 +95,7 @@ def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
     if not isinstance(node, Mapping) or "_target_" not in node:
         example = "_target_: moss_train.losses.MultiScaleMelLoss"
         raise UserError(f"{path or 'the node'} has no _target_: name the class to build, as in {example}")
-    for place, value in list(_iterate(node, path)):  # all of them first: there may be too many
+    for place, value in list(iterate_values(node, path)):  # all of them first: there may be too many
         if isinstance(value, Mapping) and "_target_" in value:
             check_node(value, place, kwargs if value is node else None)
         elif isinstance(value, str) and "${" in value:
@@ -108,13 +103,7 @@ def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
     return _construct(node, path, kwargs)
 
 
-def iterate_targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (dotted path, node) for every node with a `_target_` inside plain data, parents first."""
-    found = _iterate(node, path)
-    return ((place, value) for place, value in found if isinstance(value, Mapping) and "_target_" in value)
-
-
-def _iterate(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+def iterate_values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of plain data and of everything inside it, depth by depth.
 
     Raises UserError for containers inside each other without end, on which recursion would break.

@@ -201,8 +201,6 @@ COMMANDS: dict[str, type[Section]] = {
 }
 
 
-MODEL_KEYS = ("init", "checkpoint", "model")
-"""Keys that name a model; `checkpoint` is a section in `fit`."""
 AUDIO = ": give a folder of audio files or a .jsonl manifest"
 SHARDS = ": give folders that `moss_train pack` made"
 PATH_KEYS = {
@@ -238,7 +236,7 @@ def check_inputs(config: Section) -> None:
             raise ConfigError("conflict", "init", config.init, expected)
         if not isinstance(config, EstimateConfig) and Path(config.run_dir, "checkpoints").exists():
             return
-    for key in MODEL_KEYS:
+    for key in ("init", "checkpoint", "model"):  # which name a model; `checkpoint` is a section in `fit`
         for name in _texts(config, key):
             try:
                 check_model_name(name)

@@ -27,7 +27,6 @@ MANIFEST = "manifest.json"
 BEST_FILE = "best.json"
 PREFIX = "update-"
 PARTIAL = ".partial-"
-DAMAGED = "damaged-"
 
 
 def checkpoint_name(update: int) -> str:
@@ -175,7 +174,7 @@ def resume_checkpoint(directory: Path) -> Path | None:
     found = newest_checkpoint(directory)
     for path in list_checkpoints(directory):
         if found is not None and path > found:
-            aside = path.with_name(f"{DAMAGED}{path.name}")
+            aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
     return found

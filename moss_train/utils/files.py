@@ -85,9 +85,6 @@ def check_regular_file(path: Path, name: str) -> None:
         raise SampleError(Fault.SPECIAL_FILE, f"{name} is {kind}, not a file")
 
 
-WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre and NFS, as they may be mounted
-
-
 @contextmanager
 def file_lock(path: Path, what: str, timeout_seconds: float = 10.0) -> Iterator[None]:
     """Hold a lock file; the system releases it when the process ends, however it ends.
@@ -116,7 +113,8 @@ def file_lock(path: Path, what: str, timeout_seconds: float = 10.0) -> Iterator[
                     ) from None
                 time.sleep(0.1)
             except OSError as error:
-                if error.errno not in WITHOUT_LOCKS:
+                # Lustre and NFS, as they may be mounted.
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise
                 warnings.warn(
                     f"the file system of {path} has no locks: nothing keeps a second process out", stacklevel=3

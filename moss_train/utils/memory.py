@@ -4,9 +4,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-PROC = Path("/proc")
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -21,7 +18,7 @@ def available_memory_bytes() -> int:
     return memory().available
 
 
-def memory(proc: Path = PROC, cgroup_root: Path = CGROUP_ROOT) -> Memory:
+def memory(proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup")) -> Memory:
     """Return the machine's memory, narrowed by the control groups (version 2) that this process is in.
 
     Args:

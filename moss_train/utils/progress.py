@@ -17,9 +17,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-RATE_SECONDS = 300.0
-"""Rate and remaining time are those of the last minutes: a unit may take longer than rich's usual half minute."""
-
 
 @dataclass
 class ProgressTask:
@@ -74,7 +71,8 @@ def progress(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=RATE_SECONDS)
+    # Rate and remaining time are those of the last minutes: a unit may take longer than rich's usual half minute.
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=300.0)
     task = ProgressTask(bar, bar.add_task(description, total=total, completed=completed, unit=unit, note=""))
     try:
         with bar:

@@ -26,7 +26,6 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Submit = Callable[..., "Future[Any]"]
 
-ORPHAN_CHECK_SECONDS = 1.0
 TASKS_PER_PROCESS = 3  # begun ahead for each process, so that none waits for a long neighbour
 
 
@@ -60,7 +59,7 @@ def init_loader_worker(worker: int) -> None:
 def exit_with_parent(parent: int) -> None:
     """Wait, in a thread, until the process `parent` is gone, and end this one at once."""
     while os.getppid() == parent:
-        time.sleep(ORPHAN_CHECK_SECONDS)
+        time.sleep(1.0)
     os._exit(1)
 
 
