@@ -128,9 +128,9 @@ def scan_mp3(file: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
             following = _skip(file, position, end)
             if following < 0:
                 raise DamagedError(f"is damaged: {end - position} bytes at its end are no MP3 frames")
-            if following - position > (0 if streams else _LONGEST_FRAME) and not _is_filling(file, position, following):
-                raise DamagedError(f"is damaged: {following - position} bytes at byte {position} are no MP3 frames")
-            if not streams and not _is_filling(file, position, following):
+            if not _is_filling(file, position, following):
+                if streams or following - position > _LONGEST_FRAME:
+                    raise DamagedError(f"is damaged: {following - position} bytes at byte {position} are no MP3 frames")
                 remarks.append(Remark.STARTS_INSIDE)
             position, stream = following, None  # a tag, or the begin of another file
             continue

@@ -100,12 +100,10 @@ def group_options(group: str, directories: Sequence[Path]) -> dict[str, str]:
 
 def default_groups(config: dict[str, Any]) -> dict[str, str | None]:
     """Return the groups in a command's defaults list with the option each stands at."""
-    groups: dict[str, str | None] = {}
-    for entry in config.get("defaults") or []:
-        if isinstance(entry, dict):
-            for key, value in entry.items():
-                groups[key.removeprefix("optional ").removeprefix("override ").split("@")[0].lstrip("/")] = value
-    return groups
+    chosen = [item for entry in config.get("defaults") or [] if isinstance(entry, dict) for item in entry.items()]
+    return {
+        key.removeprefix("optional ").removeprefix("override ").split("@")[0].lstrip("/"): name for key, name in chosen
+    }
 
 
 def mandatory_keys(config: Any, prefix: str = "") -> list[str]:
@@ -121,7 +119,6 @@ def mandatory_keys(config: Any, prefix: str = "") -> list[str]:
 
 def _constant(path: Path, name: str, default: Any) -> Any:
     for statement in ast.parse(path.read_text("utf-8")).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return ast.literal_eval(statement.value)  # type: ignore[attr-defined]
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+            return ast.literal_eval(statement.value)
     return default
