@@ -159,7 +159,7 @@ def scaling_lines(result: Estimate, law: ScalingLaw) -> list[str]:
 
 def assumptions(config: EstimateConfig, result: Estimate, cluster: ClusterSpec) -> list[str]:
     """Everything that was not counted."""
-    peak, kind = cluster.peak(config.trainer)
+    peak, kind = GPUS[cluster.gpu].peak(config.trainer)
     origin = f" (measured: {config.mfu})" if isinstance(config.mfu, str) else ""
     if config.mfu == MODELLED_MFU:
         origin = " (a model, not a measurement: tools/model_gpu.py)"

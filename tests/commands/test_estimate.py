@@ -10,7 +10,7 @@ from moss_train.cli.main import main
 from moss_train.commands.estimate import in_days
 from moss_train.config.fit_schema import TrainerConfig
 from moss_train.training.cost.estimate import ClusterSpec, read_scaling_law, seconds_of_step
-from moss_train.training.cost.flops import Cost, discriminators_cost, layers_cost, tokenizer_costs
+from moss_train.training.cost.flops import Cost, discriminators_cost, layers_cost, semantic_cost, tokenizer_costs
 from moss_train.training.cost.hardware import StateSize
 from moss_train.training.run.warm_start import plan_initialization
 from moss_train.training.step.schedule import Stage
@@ -45,6 +45,24 @@ def test_checkpointed_layers_keep_their_inputs_and_are_computed_again():
     assert layers_cost(one, 12, 8, recomputes=True) == again
     frozen = Cost(forward=10, backward=0, activation_bytes=0)
     assert layers_cost(frozen, 12, 8, recomputes=True) == Cost(120)
+
+
+def test_the_text_lm_keeps_its_activations_where_all_layers_of_the_tokenizer_are_checkpointed():
+    config = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    node = {
+        "_target_": "moss_train.semantic.TextLM",
+        "text": {"_target_": "moss_train.semantic.ByteText"},
+        "config": config,
+    }
+    cost = semantic_cost(node, latent_dim=8, frames=5, tokens=4, half=False)
+    assert cost.checkpointed_bytes == cost.activation_bytes > 0
+    assert cost.recomputed == cost.checkpointing_savings == 0
 
 
 def test_recomputing_the_stages_of_high_rates_costs_their_forward_pass(published):

@@ -103,10 +103,6 @@ class ClusterSpec:
     text_tokens_per_second: float
     allreduce_gb_per_second: float
 
-    def peak(self, trainer: TrainerConfig) -> tuple[float, str]:
-        """Peak in FLOP/s of one GPU for the configured precision, and the name of the format."""
-        return GPUS[self.gpu].peak(trainer)
-
 
 @dataclass(frozen=True)
 class StageEstimate:
@@ -189,40 +185,42 @@ def estimate(
     config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, parameters: StateSize, cluster: ClusterSpec
 ) -> Estimate:
     """Estimate a run of a `fit` configuration, given the arguments of its module and the parameters counted."""
-    costs = cache(lambda learning: constant_costs(learning, config, arguments, tokenizer, cluster))
+    half, seconds = is_half(config.trainer), config.data.crop_seconds
+
+    @cache
+    def constant_costs(learning: tuple[str, ...]) -> dict[str, Cost]:
+        """Costs per audio-second of what every stage has, for clips of `data.crop_seconds`; the LM's as their mean."""
+        costs = tokenizer_costs(tokenizer, seconds, half, learning, config.trainer.activation_checkpointing)
+        if arguments["semantic"] is not None and cluster.text_fraction:
+            frames = round(seconds * tokenizer.frame_rate)
+            tokens = max(1, round(seconds * cluster.text_tokens_per_second))
+            width = tokenizer.quantizer_kwargs["output_dim"]
+            clip = semantic_cost(arguments["semantic"], width, frames, tokens, half, "semantic" in learning)
+            costs["text LM"] = clip * (cluster.text_fraction / seconds)
+        return costs
+
     objective = Objective(tokenizer.output_sampling_rate, **arguments["objective"])
+    peak, _ = GPUS[cluster.gpu].peak(config.trainer)
     stages = []
     for stage in Schedule.from_config(arguments["stages"]).stages:
-        found = costs(stage.parts) | adversarial_costs(stage, config, arguments, tokenizer, objective)
-        found["losses"] = losses_cost(objective, objective.stage_weights(stage), tokenizer)
-        stages.append(
-            stage_estimate(stage, found, config.trainer, parameters, cluster, config.data.micro_batch_seconds)
-        )
+        costs = dict(constant_costs(stage.parts))
+        if stage.adversarial:
+            nodes, crop = arguments["discriminators"], objective.crop_length
+            one = discriminators_cost(nodes, tokenizer.number_channels, crop, half)
+            # Two forwards, real and generated; every n-th update four for the discriminators' own gradients (weights
+            # and inputs, twice); one for the generator's gradient, or one for each of its terms.
+            backward = objective.generator_passes(stage) + 4 / stage.discriminator_every
+            kept = 2 * one.activation_bytes
+            costs["discriminators"] = Cost(2 * one.forward, backward * one.forward, kept, kept) * (1 / seconds)
+        costs["losses"] = losses_cost(objective, objective.stage_weights(stage), tokenizer)
+        operations = stage.batch_seconds * sum(cost.total + cost.recomputed for cost in costs.values())
+        compute_seconds = operations / (cluster.gpus * cluster.mfu * peak)
+        passes = num_passes(stage, cluster, config.data.micro_batch_seconds)
+        step_seconds = seconds_of_step(stage, config.trainer, parameters, cluster, passes, compute_seconds / passes)
+        stages.append(StageEstimate(stage, costs, stage.updates * stage.batch_seconds, compute_seconds, step_seconds))
     everything = parameters.tokenizer + parameters.semantic + parameters.discriminators
     average = 4 * parameters.tokenizer if config.ema is not None else 0
     return Estimate(parameters, stages, memory_estimate(config, stages, parameters, cluster), 12 * everything + average)
-
-
-def stage_estimate(
-    stage: Stage,
-    costs: dict[str, Cost],
-    trainer: TrainerConfig,
-    parameters: StateSize,
-    cluster: ClusterSpec,
-    micro_batch_seconds: float,
-) -> StageEstimate:
-    """Times of one stage, given its costs."""
-    peak, _ = cluster.peak(trainer)
-    operations = stage.batch_seconds * sum(cost.total + cost.recomputed for cost in costs.values())
-    seconds = operations / (cluster.gpus * cluster.mfu * peak)
-    passes = num_passes(stage, cluster, micro_batch_seconds)
-    return StageEstimate(
-        stage,
-        costs,
-        audio_seconds=stage.updates * stage.batch_seconds,
-        compute_seconds=seconds,
-        step_seconds=seconds_of_step(stage, trainer, parameters, cluster, passes, seconds / passes),
-    )
 
 
 def num_passes(stage: Stage, cluster: ClusterSpec, micro_batch_seconds: float) -> int:
@@ -271,66 +269,21 @@ def exposed_seconds(sums: float, backward: float, parameters: float) -> float:
     return max(sums - backward, last)
 
 
-def constant_costs(
-    learning: tuple[str, ...],
-    config: FitConfig,
-    arguments: Node,
-    tokenizer: MossAudioTokenizerConfig,
-    cluster: ClusterSpec,
-) -> dict[str, Cost]:
-    """Costs per audio-second of what every stage has, for clips of `data.crop_seconds`; the LM's as their mean."""
-    half, seconds = is_half(config.trainer), config.data.crop_seconds
-    again = config.trainer.activation_checkpointing
-    costs = tokenizer_costs(tokenizer, seconds, half, learning, again)
-    if arguments["semantic"] is not None and cluster.text_fraction:
-        frames, tokens = round(seconds * tokenizer.frame_rate), max(1, round(seconds * cluster.text_tokens_per_second))
-        width = tokenizer.quantizer_kwargs["output_dim"]
-        clip = semantic_cost(arguments["semantic"], width, frames, tokens, half, "semantic" in learning)
-        costs["text LM"] = clip * (cluster.text_fraction / seconds)
-    return costs
-
-
-def adversarial_costs(
-    stage: Stage, config: FitConfig, arguments: Node, tokenizer: MossAudioTokenizerConfig, objective: Objective
-) -> dict[str, Cost]:
-    """Costs per audio-second that only an adversarial stage has."""
-    if not stage.adversarial:
-        return {}
-    half = is_half(config.trainer)
-    forward = discriminators_cost(arguments["discriminators"], tokenizer.number_channels, objective.crop_length, half)
-    cost = adversarial_cost(forward, stage.discriminator_every, objective.generator_passes(stage))
-    return {"discriminators": cost * (1 / config.data.crop_seconds)}
-
-
-def adversarial_cost(forward: Cost, every: int, generator_passes: int = 1) -> Cost:
-    """Cost of the adversarial terms of a crop from that of one forward, averaged over updates.
-
-    Two forwards, real and generated; in every `every`-th update four for the discriminators' own gradients (weights and
-    inputs, twice); one for the generator's gradient, or one for each of its terms.
-    """
-    backward = generator_passes + 4 / every
-    return Cost(
-        2 * forward.forward, backward * forward.forward, 2 * forward.activation_bytes, 2 * forward.activation_bytes
-    )
-
-
 def memory_estimate(
     config: FitConfig, stages: list[StageEstimate], parameters: StateSize, cluster: ClusterSpec
 ) -> MemoryEstimate:
     """Memory of one GPU by kind."""
-    divided = parameters.tokenizer + parameters.semantic
-    whole = parameters.discriminators
-    kinds = {"weights": 4, "gradients": 4, "AdamW moments": 8}
-    state = {kind: size * float(divided + whole) for kind, size in kinds.items()}
-    sharded = {kind: size * (divided / cluster.gpus + whole) for kind, size in kinds.items()}
-    if config.ema is not None:
-        state["moving average"] = 4.0 * parameters.tokenizer
-        sharded["moving average"] = 4.0 * parameters.tokenizer / cluster.gpus
-    if is_half(config.trainer):
-        state["bf16 copies of weights"] = sharded["bf16 copies of weights"] = 2.0 * (divided + whole)
-    state["CUDA context (assumed)"] = sharded["CUDA context (assumed)"] = CONTEXT_BYTES
+    divided, whole = parameters.tokenizer + parameters.semantic, parameters.discriminators
+    held = []
+    for shards in (1, cluster.gpus):  # of tokenizer and text LM
+        parameters_held = divided / shards + whole
+        kinds = {"weights": 4 * parameters_held, "gradients": 4 * parameters_held, "AdamW moments": 8 * parameters_held}
+        if config.ema is not None:
+            kinds["moving average"] = 4.0 * parameters.tokenizer / shards
+        if is_half(config.trainer):
+            kinds["bf16 copies of weights"] = 2.0 * (divided + whole)
+        held.append(kinds | {"CUDA context (assumed)": CONTEXT_BYTES})
     sums = [sum(stage.costs.values(), Cost()) for stage in stages]
     most = max(sums, key=lambda cost: cost.activation_bytes)
-    return MemoryEstimate(
-        state, sharded, most.activation_bytes, max(cost.checkpointed_bytes for cost in sums), most.checkpointing_savings
-    )
+    checkpointed = max(cost.checkpointed_bytes for cost in sums)
+    return MemoryEstimate(held[0], held[1], most.activation_bytes, checkpointed, most.checkpointing_savings)

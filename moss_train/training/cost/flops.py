@@ -11,6 +11,7 @@ of a stage is that of its layers.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from moss_train.losses import AudioLoss
 from moss_train.model import MossAudioTokenizerConfig
 from moss_train.model.attention import rotation
 from moss_train.model.modeling_moss_audio_tokenizer import MossAudioTokenizerModel
-from moss_train.model.quantizer import ResidualLFQ
 from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training.step.objective import Objective
 
@@ -100,7 +100,8 @@ def count(module: nn.Module, run: Callable[[], Any], half: bool) -> Cost:
     with FlopCounter() as backward:
         if differentiable:
             torch.stack(differentiable).sum().backward()
-    return Cost(forward.total, backward.total, sum(kept.values()))
+    num_bytes = sum(kept.values())
+    return Cost(forward.total, backward.total, num_bytes, num_bytes)
 
 
 def stage_cost(
@@ -124,8 +125,7 @@ def stage_cost(
     for projection, needs_input in ((stage.input_proj, passes), (stage.output_proj, learns or passes)):
         if isinstance(projection, nn.Linear):
             given = torch.zeros(1, frames, projection.in_features, requires_grad=needs_input)
-            part = count(projection, lambda p=projection, g=given: p(g), half)  # type: ignore[misc]
-            total = total + Cost(part.forward, part.backward, part.activation_bytes, part.activation_bytes)
+            total += count(projection, lambda p=projection, g=given: p(g), half)  # type: ignore[misc]
     return total
 
 
@@ -158,12 +158,14 @@ def tokenizer_costs(
         checkpointed: frame rates of the stages that compute their activations again.
     """
     code_frames = max(1, round(seconds * config.frame_rate))
-    shallow = one_layer_each(config)
+    values = config.to_dict()
+    for name in ("encoder_kwargs", "decoder_kwargs"):  # a single layer in every stage: enough to count, quick to build
+        values[name] = [{**e, "num_layers": 1} if "num_layers" in e else e for e in values[name]]
     costs = {"encoder": Cost(), "quantizer": Cost(), "decoder": Cost()}
     # Gradients pass through a part when one before it learns; the audio itself needs none.
     passing = {"encoder": False, "decoder": bool({"encoder", "quantizer"} & set(learning))}
     with fake_tensors():
-        model = MossAudioTokenizerModel(shallow)
+        model = MossAudioTokenizerModel(MossAudioTokenizerConfig(**values))
         for name in ("encoder", "decoder"):
             frames = config.frames_per_code_frame(f"{name}_kwargs")
             passes = passing[name]
@@ -175,31 +177,12 @@ def tokenizer_costs(
                 learns, recomputes = name in learning, config.frame_rate * per_code_frame in checkpointed
                 costs[name] += stage_cost(stage, per_code_frame * code_frames, half, learns, passes, recomputes)
                 passes = passes or learns
-        costs["quantizer"] = quantizer_cost(
-            model.quantizer, config.quantizer_kwargs["input_dim"], code_frames, learning
-        )
+        quantizer = model.quantizer.requires_grad_("quantizer" in learning)
+        width = config.quantizer_kwargs["input_dim"]
+        latent = torch.zeros(1, code_frames, width, requires_grad="encoder" in learning)
+        outputs = attrgetter("quantized", "latents", "codewords")
+        costs["quantizer"] = count(quantizer, lambda: outputs(quantizer(latent)), half=False)
     return {name: cost * (config.frame_rate / code_frames) for name, cost in costs.items()}
-
-
-def one_layer_each(config: MossAudioTokenizerConfig) -> MossAudioTokenizerConfig:
-    """The architecture with a single layer in every stage: enough to count, quick to build."""
-    values = config.to_dict()
-    for name in ("encoder_kwargs", "decoder_kwargs"):
-        values[name] = [{**e, "num_layers": 1} if "num_layers" in e else e for e in values[name]]
-    return MossAudioTokenizerConfig(**values)
-
-
-def quantizer_cost(quantizer: ResidualLFQ, width: int, code_frames: int, learning: Sequence[str]) -> Cost:
-    """Cost of the quantizer, in float32, for the latent [1, code_frames, width] of one clip."""
-    quantizer.requires_grad_("quantizer" in learning)
-    latent = torch.zeros(1, code_frames, width, requires_grad="encoder" in learning)
-
-    def run() -> tuple[Tensor, Tensor, Tensor]:
-        output = quantizer(latent)
-        return output.quantized, output.latents, output.codewords
-
-    cost = count(quantizer, run, half=False)
-    return Cost(cost.forward, cost.backward, cost.activation_bytes, cost.activation_bytes)
 
 
 def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, length: int, half: bool) -> Cost:
@@ -227,8 +210,7 @@ def losses_cost(objective: Objective, weights: Mapping[str, float], config: Moss
     for name, loss in objective.losses.items():
         if isinstance(loss, AudioLoss) and weights.get(name):
             output = torch.zeros_like(audio, requires_grad=True)
-            cost = count(loss, lambda loss=loss, output=output: loss(audio, output, lengths), half=False)  # type: ignore[misc]
-            total = total + Cost(cost.forward, cost.backward, cost.activation_bytes, cost.activation_bytes)
+            total += count(loss, lambda loss=loss, output=output: loss(audio, output, lengths), half=False)  # type: ignore[misc]
     return total
 
 
@@ -309,12 +291,7 @@ def attention(given: Mapping[str, Any]) -> int:
         num_heads = query.shape[0] * query.shape[1]
         mask = given.get("attn_mask") if given.get("attn_mask") is not None else given.get("attn_bias")
         is_causal = is_causal or (mask is not None and queries == keys)
-    return 2 * num_heads * attended_pairs(queries, keys, is_causal, window) * (query.shape[-1] + value.shape[-1])
-
-
-def attended_pairs(queries: int, keys: int, is_causal: bool, window: int | None = None) -> int:
-    """Return how many keys all queries of a clip see together; at most `window` each."""
+    # How many keys all queries of a clip see together, at most `window` each.
     seen = keys if window is None else min(window, keys)
-    if not is_causal or queries != keys:
-        return queries * seen
-    return seen * (seen + 1) // 2 + (queries - seen) * seen
+    pairs = seen * (seen + 1) // 2 + (queries - seen) * seen if is_causal and queries == keys else queries * seen
+    return 2 * num_heads * pairs * (query.shape[-1] + value.shape[-1])

@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from moss_train.config.fit_schema import TrainerConfig
 from moss_train.utils.errors import UserError
@@ -104,11 +103,6 @@ class StateSize:
         average = AVERAGE_BYTES * self.tokenizer if self.has_average else 0
         shared = BYTES_PER_PARAMETER * (self.tokenizer + self.semantic) + average
         return -(-shared // self.shards) + BYTES_PER_PARAMETER * self.discriminators
-
-
-def count_parameters(module: nn.Module | None) -> int:
-    """Number of parameters, 0 for None."""
-    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
 def check_memory(size: StateSize, device: torch.device, processes: int = 1) -> None:

@@ -4,6 +4,7 @@ MFU (model FLOPs utilisation) counts every operation once, HFU (hardware) also t
 a second time (arXiv 2204.02311). Both count what the clips need, not their padding.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,81 +27,51 @@ TEXT_LENGTH = 64  # frames and tokens of the clips on which the text LM is count
 
 
 @dataclass(frozen=True)
-class UpdateContent:
-    """What an update was made of, over all ranks."""
-
-    audio_seconds: float
-    clips: float
-    clips_with_text: float
-    text_frames: float  # of clips with text
-    text_tokens: float
-    text_squares: float  # sum of the squares of both together, clip by clip
-
-
-@dataclass(frozen=True)
-class TextOperations:
-    """Operations of the text LM, forward and backward; its attention grows with the square of the length."""
-
-    per_clip: float = 0.0
-    per_frame: float = 0.0
-    per_token: float = 0.0
-    per_square: float = 0.0
-
-    def of(self, content: UpdateContent) -> float:
-        """Operations of an update."""
-        return (
-            self.per_clip * content.clips_with_text
-            + self.per_frame * content.text_frames
-            + self.per_token * content.text_tokens
-            + self.per_square * content.text_squares
-        )
-
-
-@dataclass(frozen=True)
 class StageOperations:
     """Operations in one stage.
 
     Attributes:
         codec: per audio-second, of tokenizer and losses at the decoder's output.
         discriminator_forward: of one forward of all discriminators over the crop of a clip.
+        text: of the text LM, forward and backward, by what they grow with: `clips_with_text`, `text_frames`,
+            `text_tokens`, and, because of attention, `text_squares` (see `count_clips`).
         generator_passes: backward passes through the discriminators for the generator's terms.
     """
 
     codec: Cost
     discriminator_forward: float
-    text: TextOperations
+    text: Mapping[str, float]
     generator_passes: int = 1
 
-    def of(self, content: UpdateContent, schedule_state: ScheduleState) -> float:
-        """Operations of an update, each once; see `forward_backward` for the passes of the discriminators."""
+    def of(self, content: Mapping[str, float], schedule_state: ScheduleState) -> float:
+        """Operations of an update, each once; see `forward_backward` for the passes of the discriminators.
+
+        Args:
+            content: `audio_seconds`, and what `count_clips` counts, over all ranks.
+        """
         passes = (
             self.generator_passes * schedule_state.adversarial_loss_active + 4 * schedule_state.discriminators_learn
         )
         passes += 2 if passes else 0
         return (
-            self.codec.total * content.audio_seconds
-            + passes * self.discriminator_forward * content.clips
-            + self.text.of(content)
+            self.codec.total * content["audio_seconds"]
+            + passes * self.discriminator_forward * content["clips"]
+            + sum(operations * content[name] for name, operations in self.text.items())
         )
 
 
 class Utilization:
-    """Use of the devices, update by update; nothing where the peak of a device is not known, as on a CPU.
-
-    Args:
-        config: of the run.
-    """
+    """Use of the devices, update by update; nothing where the peak of a device is not known, as on a CPU."""
 
     def __init__(self, config: FitConfig) -> None:
         self.config = config
-        self.given = config.logging.peak_tflops
         self.peak: float | None = None
         self.stages: dict[str, StageOperations] = {}
 
     def start(self, module: CatModule, device: torch.device, num_devices: int) -> None:
         """Count what the stages cost, once, when there is a peak to compare it with; takes seconds."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        peak = device_peak(name, self.config.trainer, self.given)
+        peak = device_peak(name, self.config.trainer, self.config.logging.peak_tflops)
         if peak is None:
             return
         try:
@@ -110,13 +81,13 @@ class Utilization:
             return
         self.peak = peak * num_devices
 
-    def shares(self, content: UpdateContent, schedule_state: ScheduleState, seconds: float) -> dict[str, float]:
-        """`mfu` and `hfu` of an update that took so many seconds."""
+    def shares(self, content: Mapping[str, float], schedule_state: ScheduleState, seconds: float) -> dict[str, float]:
+        """`mfu` and `hfu` of an update of this content (see `StageOperations.of`) that took so many seconds."""
         if self.peak is None:
             return {}
         stage = self.stages[schedule_state.stage.name]
         operations = stage.of(content, schedule_state)
-        recomputed = stage.codec.recomputed * content.audio_seconds
+        recomputed = stage.codec.recomputed * content["audio_seconds"]
         possible = self.peak * seconds
         return {"mfu": operations / possible, "hfu": (operations + recomputed) / possible}
 
@@ -146,10 +117,10 @@ def count_stages(module: CatModule, config: FitConfig) -> dict[str, StageOperati
     }
 
 
-def text_operations(module: CatModule, half: bool, learns: bool) -> TextOperations:
-    """Count the text LM. Raises UserError for one that cannot be counted."""
+def text_operations(module: CatModule, half: bool, learns: bool) -> dict[str, float]:
+    """Count the text LM, see `StageOperations.text`. Raises UserError for one that cannot be counted."""
     if module.semantic is None:
-        return TextOperations()
+        return {}
     node = module.hparams["semantic"]
     if node.get("pretrained") is not None:
         node = with_config(node, module.semantic.language_model.config)
@@ -158,7 +129,8 @@ def text_operations(module: CatModule, half: bool, learns: bool) -> TextOperatio
     sizes = ((n, n), (2 * n, n), (n, 2 * n), (2 * n, 2 * n))
     counted = torch.tensor([semantic_cost(node, width, *size, half, learns).total for size in sizes]).double()
     equations = [[1.0, frames, tokens, (frames + tokens) ** 2] for frames, tokens in sizes]
-    return TextOperations(*torch.linalg.solve(torch.tensor(equations).double(), counted).tolist())
+    operations = torch.linalg.solve(torch.tensor(equations).double(), counted).tolist()
+    return dict(zip(("clips_with_text", "text_frames", "text_tokens", "text_squares"), operations, strict=True))
 
 
 def measured_share(directory: str | Path) -> float:
