@@ -15,7 +15,7 @@ from moss_train.config.fit_schema import FitConfig, StageConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.sample_reader import SampleReader
 from moss_train.losses.reconstruction import multi_scale_mel_distance
-from moss_train.training.callbacks.build import build_fit
+from moss_train.training.callbacks.quantizer import QuantizerFit
 from moss_train.training.module import CatModule
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.trainer import build_trainer, choose_accelerator
@@ -45,7 +45,7 @@ def train_in_memory(config: FitConfig, module: CatModule, callbacks: Sequence[Ca
     """
     accelerator = choose_accelerator(config.trainer.accelerator)
     stream = open_stream(config, module.tokenizer.config)
-    callbacks = [build_fit(config.data.train, stream), *callbacks]
+    callbacks = [QuantizerFit(config.data.train, stream.clip_format), *callbacks]
     trainer = build_trainer(config.trainer.replace(devices=1, num_nodes=1), accelerator, callbacks)
     schedule = module.schedule
     loader = make_loader(

@@ -26,7 +26,7 @@ from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training.distributed.collectives import check_equal_start, gather_over_ranks
 from moss_train.training.distributed.fsdp import FSDPUnits
-from moss_train.training.step.objective import Objective, with_weights
+from moss_train.training.step.objective import Objective
 from moss_train.training.step.optimizers import CHECKPOINT_KEY, EMA, build_adamw, group_options, restore_options
 from moss_train.training.step.schedule import Schedule, ScheduleState
 from moss_train.training.step.update import Networks, OptimizerGroup, UpdateResult, run_update
@@ -38,10 +38,11 @@ BALANCE_KEY = "gradient_balance"
 
 
 class NonFiniteError(FloatingPointError):
-    """Too many consecutive updates were not finite; `result` is that of the last one."""
+    """Too many consecutive updates were not finite; `batch` and `result` are those of the last one."""
 
-    def __init__(self, message: str, result: UpdateResult) -> None:
+    def __init__(self, message: str, batch: UpdateBatch, result: UpdateResult) -> None:
         super().__init__(message)
+        self.batch = batch
         self.result = result
 
 
@@ -89,7 +90,7 @@ class CatModule(lightning.LightningModule):
             self.discriminators = DiscriminatorSet(built) if built else None
         self.objective = Objective(self.tokenizer.output_sampling_rate, **rename_keys(ObjectiveConfig, objective or {}))
         for stage in self.schedule.stages:
-            with_weights(self.objective.weights, stage.weights)
+            self.objective.stage_weights(stage)  # refuses unknown terms
         self.update = 0
         self.position = 0
         self.consecutive_skipped = 0
@@ -99,7 +100,6 @@ class CatModule(lightning.LightningModule):
         self.shares_every_updates: int | None = None
         self.counters: list[Callable[[UpdateBatch], Mapping[str, float]]] = []
         self.gather_dtype: torch.dtype | None = None
-        self.compiled: Any = None  # `CompiledParts`, when the run compiles
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """`MossAudioTokenizerModel.encode`."""
@@ -125,22 +125,31 @@ class CatModule(lightning.LightningModule):
         self._group_options = [group_options(optimizer) for optimizer in optimizers]
         return optimizers
 
-    def transfer_batch_to_device(self, batch: UpdateBatch, device: torch.device, dataloader_idx: int) -> UpdateBatch:
-        return batch.to(device)
-
     def training_step(self, batch: UpdateBatch, batch_idx: int) -> dict[str, UpdateResult]:
         """One update: gradients of every micro-batch for both sides, then one step of each optimizer."""
         schedule_state = self.schedule.at(self.update)
         self._choose_parts(schedule_state)
-        measures = self.shares_every_updates is not None and (self.update + 1) % self.shares_every_updates == 0
-        how = (self._contributions, self.reduce_dtype, measures)
-        groups = self.optimizer_groups(schedule_state)
         try:
             result = run_update(
-                self.networks, self.objective, groups, self.manual_backward, batch, schedule_state, *how
+                self.networks,
+                self.objective,
+                self.optimizer_groups(schedule_state),
+                self.manual_backward,
+                batch,
+                schedule_state,
+                lambda batch: {name: value for counter in self.counters for name, value in counter(batch).items()},
+                self.reduce_dtype,
+                self.shares_every_updates is not None and (self.update + 1) % self.shares_every_updates == 0,
             )
         except torch.OutOfMemoryError as error:
-            raise UserError(out_of_memory(self, batch)) from error
+            largest = max((micro_batch.audio for micro_batch in batch.micro_batches), key=lambda audio: audio.numel())
+            clips, seconds = largest.shape[0], largest.shape[2] / self.tokenizer.sampling_rate
+            raise UserError(
+                f"out of memory on {self.device} in update {self.update}, whose largest micro-batch is {clips} clips "
+                f"of {seconds:.1f} s: use trainer.precision=bf16-mixed, trainer.activation_checkpointing, "
+                "trainer.strategy=fsdp or a lower data.micro_batch_seconds (with allow_config_changes=true); it "
+                "continues from the newest checkpoint"
+            ) from error
         self._count_skipped(result, batch)
         if self.objective.balancer is not None and not result.not_finite:
             self.objective.balancer.add(result.output_norms)
@@ -159,24 +168,19 @@ class CatModule(lightning.LightningModule):
         """What steps in an update: the generator's trained parts, and the discriminators when it is their turn."""
         optimizers: Any = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        parts = {
-            name: list(part.parameters()) for name, part in self.parts().items() if name in schedule_state.stage.parts
-        }
-        chosen = [("generator", schedule_state.stage.learning_rate, parts)]
-        if schedule_state.discriminators_learn:
-            discriminators = {"discriminators": self.discriminator_parameters()}
-            chosen.append(("discriminators", schedule_state.stage.discriminator_learning_rate, discriminators))
-        factor = schedule_state.stage.rate_factor(schedule_state.update)
-        return [
-            OptimizerGroup(name, optimizer, peak * factor, self._clip_norm(name), parts)
-            for optimizer, (name, peak, parts) in zip(optimizers, chosen, strict=False)
+        stage, settings = schedule_state.stage, self.optimizer_settings
+        factor = stage.rate_factor(schedule_state.update)
+        parts = {name: list(part.parameters()) for name, part in self.parts().items() if name in stage.parts}
+        groups = [
+            OptimizerGroup(
+                "generator", optimizers[0], stage.learning_rate * factor, settings.generator.clip_norm, parts
+            )
         ]
-
-    def _contributions(self, batch: UpdateBatch) -> dict[str, float]:
-        return {name: value for counter in self.counters for name, value in counter(batch).items()}
-
-    def _clip_norm(self, name: str) -> float:
-        return float(getattr(self.optimizer_settings, name).clip_norm)
+        if schedule_state.discriminators_learn and self.discriminators is not None:
+            rate, clip_norm = stage.discriminator_learning_rate * factor, settings.discriminators.clip_norm
+            parts = {"discriminators": list(self.discriminators.parameters())}
+            groups.append(OptimizerGroup("discriminators", optimizers[1], rate, clip_norm, parts))
+        return groups
 
     def _count_skipped(self, result: UpdateResult, batch: UpdateBatch) -> None:
         """Count consecutive updates that were skipped, name their samples, and stop after too many."""
@@ -189,7 +193,8 @@ class CatModule(lightning.LightningModule):
         bad = ", ".join(result.not_finite)
         message = f"update {self.update} skipped: {bad} not finite; samples {', '.join(ids[:8])}"
         if self.consecutive_skipped >= self.max_skipped_updates:
-            raise NonFiniteError(f"{message}; {self.consecutive_skipped} in a row, stopping. Try a lower rate.", result)
+            message += f"; {self.consecutive_skipped} in a row, stopping. Try a lower rate."
+            raise NonFiniteError(message, batch, result)
         rank_zero_warn(message)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -201,10 +206,6 @@ class CatModule(lightning.LightningModule):
         """What a stage can train on the generator side, by name (see `PARTS`)."""
         parts = {name: getattr(self.tokenizer, name) for name in ("encoder", "quantizer", "decoder")}
         return parts if self.semantic is None else parts | {"semantic": self.semantic}
-
-    def discriminator_parameters(self) -> list[nn.Parameter]:
-        """Parameters of all sub-discriminators."""
-        return [] if self.discriminators is None else list(self.discriminators.parameters())
 
     def _choose_parts(self, schedule_state: ScheduleState) -> None:
         for name, part in self.parts().items():
@@ -247,17 +248,6 @@ class CatModule(lightning.LightningModule):
             self.average.load_state_dict(checkpoint[CHECKPOINT_KEY])
         if self.objective.balancer is not None and BALANCE_KEY in checkpoint:
             self.objective.balancer.load_state_dict(checkpoint[BALANCE_KEY])
-
-
-def out_of_memory(module: CatModule, batch: UpdateBatch) -> str:
-    """What a device could not hold, and what to do about it."""
-    largest = max((micro_batch.audio for micro_batch in batch.micro_batches), key=lambda audio: audio.numel())
-    clips, seconds = largest.shape[0], largest.shape[2] / module.tokenizer.sampling_rate
-    return (
-        f"out of memory on {module.device} in update {module.update}, whose largest micro-batch is {clips} clips of "
-        f"{seconds:.1f} s: use trainer.precision=bf16-mixed, trainer.activation_checkpointing, trainer.strategy=fsdp "
-        "or a lower data.micro_batch_seconds (with allow_config_changes=true); it continues from the newest checkpoint"
-    )
 
 
 def stages_of(model: MossAudioTokenizerModel) -> list[ProjectedTransformer]:

@@ -18,7 +18,7 @@ import moss_train.training.step.accumulation as accumulation
 from moss_train.batch import UpdateBatch
 from moss_train.training import CatModule
 from moss_train.training.distributed.collectives import GradientSums
-from moss_train.training.distributed.fsdp import full_tensor
+from moss_train.training.distributed.fsdp import is_sharded
 from moss_train.training.step.update import OptimizerGroup, run_update
 from tests.training.gradients import backward
 
@@ -61,7 +61,7 @@ def gradients(
     parts = {name: list(part.parameters()) for name, part in module.parts().items()}
     groups = [OptimizerGroup("generator", KeptGradients(), 0.0, math.inf, parts)]
     if schedule_state.discriminators_learn:
-        discriminators = {"discriminators": module.discriminator_parameters()}
+        discriminators = {"discriminators": list(module.discriminators.parameters())}
         groups.append(OptimizerGroup("discriminators", KeptGradients(), 0.0, math.inf, discriminators))
 
     def contribute(batch: UpdateBatch) -> dict[str, float]:
@@ -72,7 +72,8 @@ def gradients(
             module.networks, module.objective, groups, backward, batch, schedule_state, contribute, measure_shares=True
         )
     numbers = result.metrics | result.sums | {f"output/{name}": norm for name, norm in result.output_norms.items()}
-    found = {name: full_tensor(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    found = {name: grad.full_tensor() if is_sharded(grad) else grad for name, grad in gradients.items()}
     return found, numbers
 
 

@@ -7,11 +7,12 @@ import torch
 from moss_train.cli.main import main
 from moss_train.model.attention import rotation
 from moss_train.training import CatModule
-from moss_train.training.run.optimizations import checkpoint_activations, compile_blocks, compiled_parts
+from moss_train.training.run.optimizations import checkpoint_activations, compiled_parts
 from moss_train.training.run.warm_start import module_arguments
 from moss_train.training.step.optimizers import EMA
 from moss_train.utils.errors import UserError
 
+from .compiled_calls import CompiledCalls
 from .gradients import accumulate, network_errors
 from .runs import assert_equal, state, values
 
@@ -104,10 +105,10 @@ def test_compiled_parts_give_the_same_gradients_under_the_same_names(module, upd
     batches = update.micro_batches[:1]
     eager, names = accumulate(module, batches, 6), list(module.state_dict())
     checkpoint_activations(module.tokenizer, [100])
-    compile_blocks(module, backend="aot_eager")
+    parts = CompiledCalls(module, "aot_eager")
     compiled = accumulate(module, batches, 6)
-    assert module.compiled.calls >= len(compiled_parts(module))
-    assert module.compiled.eager_calls == 0
+    assert parts.calls >= len(compiled_parts(module))
+    assert parts.eager_calls == 0
     assert list(module.state_dict()) == names
     errors = network_errors(compiled, eager)
     assert max(errors.values()) < 1e-4, errors

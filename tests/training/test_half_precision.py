@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from moss_train.model.transformer import ProjectedTransformer
-from moss_train.training.distributed.fsdp import FSDPUnits, full_tensor
+from moss_train.training.distributed.fsdp import FSDPUnits, is_sharded
 from moss_train.training.run.trainer import choose_precision
 
 
@@ -42,7 +42,7 @@ def gradients(stage: nn.Module, num_micro_batches: int) -> list[torch.Tensor]:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             loss = stage(torch.randn(2, 9, 16, generator=random)).float().square().mean()
         loss.backward()
-    return [full_tensor(p.grad).clone() for p in stage.parameters()]
+    return [(p.grad.full_tensor() if is_sharded(p.grad) else p.grad).clone() for p in stage.parameters()]
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 3])

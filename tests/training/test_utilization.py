@@ -13,8 +13,6 @@ from moss_train.training.cost.flops import Cost, FlopCounter
 from moss_train.training.cost.hardware import GPUS, device_peak, gpu_of
 from moss_train.training.cost.mfu import (
     StageOperations,
-    TextOperations,
-    UpdateContent,
     Utilization,
     count_stages,
     measured_share,
@@ -28,13 +26,18 @@ from .gradients import accumulate
 from .runs import values
 
 BF16 = TrainerConfig(precision="bf16-mixed")
-CONTENT = UpdateContent(
-    audio_seconds=100.0, clips=8, clips_with_text=2, text_frames=30, text_tokens=10, text_squares=900
-)
+CONTENT = {
+    "audio_seconds": 100.0,
+    "clips": 8,
+    "clips_with_text": 2,
+    "text_frames": 30,
+    "text_tokens": 10,
+    "text_squares": 900,
+}
 OPERATIONS = StageOperations(
     Cost(forward=10e12, backward=20e12, recomputed=6e12),
     discriminator_forward=3e12,
-    text=TextOperations(1e12, 2e12, 4e12, 1e10),
+    text={"clips_with_text": 1e12, "text_frames": 2e12, "text_tokens": 4e12, "text_squares": 1e10},
 )
 
 
@@ -126,7 +129,8 @@ def test_the_count_of_the_log_is_that_of_a_real_update_by_the_counter_of_the_ben
         accumulate(module, [equal_clips], update)
     stages = count_stages(module, config)
     schedule_state = module.schedule.at(update)
-    content = UpdateContent(1.6, 4, 3, text_frames=15, text_tokens=180, text_squares=3 * 65**2)
+    text = {"clips_with_text": 3, "text_frames": 15, "text_tokens": 180, "text_squares": 3 * 65**2}
+    content = {"audio_seconds": 1.6, "clips": 4, **text}
     stage = stages[schedule_state.stage.name]
     # No gradient is taken for the discriminators' input in their own loss: the count has a little too much of them.
     margin = 0.02 if schedule_state.stage.adversarial else 0.01

@@ -14,6 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from moss_train.config.fit_schema import CheckpointConfig
 from moss_train.training.callbacks.metrics import StepTimer
 from moss_train.training.module import cat_module
 from moss_train.utils.checkpoint import (
@@ -30,57 +31,6 @@ from moss_train.utils.checkpoint import (
 from moss_train.utils.errors import UserError
 
 HIGHER_IS_BETTER = ("text_accuracy", "mean_usage", "mean_perplexity", "usage", "perplexity")
-
-
-class BestCheckpointWriter:
-    """Has a checkpoint written whenever a score is better than ever, and records which one it is.
-
-    Args:
-        directory: of the checkpoints.
-        metric: column of `validation.csv`.
-        higher: columns, beside those of HIGHER_IS_BETTER, of which more is better.
-        save: writes the checkpoint of this update, unless it is there.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        metric: str,
-        higher: frozenset[str],
-        save: Callable[[Trainer, LightningModule], None],
-    ) -> None:
-        self.directory = directory
-        self.metric = metric
-        self.sign = -1.0 if metric in higher or metric.partition("/")[0] in HIGHER_IS_BETTER else 1.0
-        self.save = save
-        self.best: BestCheckpoint | None = None
-
-    def start(self, trainer: Trainer, update: int) -> None:
-        """Remember the best checkpoint so far, unless it belongs to updates that are about to be done again."""
-        best = trainer.strategy.broadcast(read_best(self.directory))
-        self.best = best if best is not None and best.metric == self.metric and best.update <= update else None
-
-    def update(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Any]) -> None:
-        """Keep the checkpoint of this update if its score is the best one; the same on every rank."""
-        value = scores.get(self.metric)
-        if value is None or not math.isfinite(value):
-            return
-        if self.best is not None and self.sign * value >= self.sign * self.best.value:
-            return
-        self.save(trainer, pl_module)
-        update = cat_module(pl_module).update
-        self.best = BestCheckpoint(checkpoint_name(update), update, self.metric, value)
-        if trainer.is_global_zero:
-            record_best(self.directory, self.best)
-
-
-def check_metric(metric: str, columns: tuple[str, ...]) -> str:
-    """The metric, or UserError when no validation has it."""
-    if metric not in columns[2:]:
-        raise UserError(
-            f"checkpoint.monitor={metric} is no score of the validation, which has {', '.join(columns[2:])}"
-        )
-    return metric
 
 
 class DirectoryCheckpointIO(CheckpointIO):
@@ -124,12 +74,6 @@ class DirectoryCheckpointIO(CheckpointIO):
         raise UserError(f"{path}: checkpoints are removed by their retention, not through Lightning")
 
 
-def is_written_in_background(trainer: Trainer) -> bool:
-    """Whether a thread writes the checkpoints of a run."""
-    checkpoint_io = trainer.strategy.checkpoint_io
-    return isinstance(checkpoint_io, DirectoryCheckpointIO) and checkpoint_io.background
-
-
 def write_state(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint directory. Raises OSError when the disk does not take it."""
 
@@ -158,20 +102,16 @@ def snapshot(state: Any) -> Any:
 class CheckpointWriter(Callback):
     """Saves at the start, every `every_updates` updates, when a stage is over and at the end.
 
-    The `keep` newest stay, those at the end of a stage, and those of every `keep_every_updates` updates if that is
-    given: to go back to when something goes wrong unnoticed, and to try another second stage.
+    The `keep_last` newest stay, those at the end of a stage, and those of every `keep_every_updates` updates if that
+    is given: to go back to when something goes wrong unnoticed, and to try another second stage.
 
     The one at the start shows that the disk takes a checkpoint before hours are spent. The training waits until a
     checkpoint is on the disk for good, unless it is written in the background; `clock` is told for how long.
     """
 
-    def __init__(
-        self, directory: Path, every_updates: int, keep: int, keep_every_updates: int | None, clock: StepTimer
-    ) -> None:
+    def __init__(self, directory: Path, settings: CheckpointConfig, clock: StepTimer) -> None:
         self.directory = directory
-        self.every_updates = every_updates
-        self.keep = keep
-        self.keep_every_updates = keep_every_updates
+        self.settings = settings
         self.clock = clock
         self.saved_update: int | None = None
 
@@ -183,7 +123,7 @@ class CheckpointWriter(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         module = cat_module(pl_module)
-        if module.update % self.every_updates == 0 or module.update in module.schedule.ends:
+        if module.update % self.settings.every_updates == 0 or module.update in module.schedule.ends:
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,7 +153,8 @@ class CheckpointWriter(Callback):
         update = module.update
         if update == self.saved_update:
             return
-        is_background = is_written_in_background(trainer)
+        checkpoint_io = trainer.strategy.checkpoint_io
+        is_background = isinstance(checkpoint_io, DirectoryCheckpointIO) and checkpoint_io.background
         if is_background:
             self.finish(trainer)  # removing older ones would take what is being written for what a kill left
         self.saved_update, begin = update, time.perf_counter()
@@ -226,13 +167,47 @@ class CheckpointWriter(Callback):
         self.clock.checkpoint_seconds += time.perf_counter() - begin
 
     def _prune(self, trainer: Trainer) -> None:
-        ends, archive = cat_module(trainer.lightning_module).schedule.ends, self.keep_every_updates
+        ends, archive = cat_module(trainer.lightning_module).schedule.ends, self.settings.keep_every_updates
         if trainer.is_global_zero:
             prune_checkpoints(
                 self.directory,
-                self.keep,
+                self.settings.keep_last,
                 lambda update: update in ends or (archive is not None and update > 0 and update % archive == 0),
             )
+
+
+class BestCheckpointWriter:
+    """Has a checkpoint written whenever a score is better than ever, and records which one it is.
+
+    Args:
+        checkpoints: write the checkpoint of an update, unless it is there.
+        metric: column of `validation.csv`.
+        higher: columns, beside those of HIGHER_IS_BETTER, of which more is better.
+    """
+
+    def __init__(self, checkpoints: CheckpointWriter, metric: str, higher: frozenset[str]) -> None:
+        self.checkpoints = checkpoints
+        self.metric = metric
+        self.sign = -1.0 if metric in higher or metric.partition("/")[0] in HIGHER_IS_BETTER else 1.0
+        self.best: BestCheckpoint | None = None
+
+    def start(self, trainer: Trainer, update: int) -> None:
+        """Remember the best checkpoint so far, unless it belongs to updates that are about to be done again."""
+        best = trainer.strategy.broadcast(read_best(self.checkpoints.directory))
+        self.best = best if best is not None and best.metric == self.metric and best.update <= update else None
+
+    def update(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Any]) -> None:
+        """Keep the checkpoint of this update if its score is the best one; the same on every rank."""
+        value = scores.get(self.metric)
+        if value is None or not math.isfinite(value):
+            return
+        if self.best is not None and self.sign * value >= self.sign * self.best.value:
+            return
+        self.checkpoints.save_now(trainer, pl_module)
+        update = cat_module(pl_module).update
+        self.best = BestCheckpoint(checkpoint_name(update), update, self.metric, value)
+        if trainer.is_global_zero:
+            record_best(self.checkpoints.directory, self.best)
 
 
 def read_progress(checkpoint: Path | None) -> Mapping[str, int]:

@@ -1,9 +1,7 @@
 """Warn when a run goes wrong, once per occurrence, and say what to do."""
 
 import statistics
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict, deque
 from pathlib import Path
 
 from moss_train.config.fit_schema import HealthConfig
@@ -13,65 +11,43 @@ from moss_train.utils.files import atomic_write
 
 SHARE = "gradient_share/"
 MEASURED_SHARES = 5  # of which all have to be too small
-
-
-class WarningLatch:
-    """Warns when a condition becomes true, and again only after CALM checks in which it was false (hysteresis)."""
-
-    CALM = 10
-
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        self.warn = warn
-        self.calm: dict[str, int] = {}  # by condition that was true: checks since then
-
-    def update(self, condition: str, is_true: bool, message: Callable[[], str]) -> None:
-        """Take the result of one check."""
-        if is_true and self.calm.get(condition, self.CALM) >= self.CALM:
-            self.warn(message())
-        if is_true:
-            self.calm[condition] = 0
-        elif condition in self.calm:
-            self.calm[condition] += 1
-
-
-@dataclass
-class CheckpointInterval:
-    """Where the time since the last checked checkpoint went."""
-
-    updates: int = 0
-    update_seconds: float = 0.0
-    checkpoint_seconds: float = 0.0
+CALM = 10
+"""Checks in which a condition was false before it is warned of again (hysteresis)."""
 
 
 class HealthMonitor(Writer):
-    """Reads the log as it is written; prints warnings and keeps them in `warnings.txt` of the run directory.
-
-    Args:
-        directory: of the run.
-        limits: beyond which it warns.
-        codebook_size: codes per level.
-    """
+    """Reads the log as it is written; prints warnings and keeps them in `warnings.txt` of the run directory."""
 
     def __init__(self, directory: Path, limits: HealthConfig, codebook_size: int) -> None:
         self.path = directory / "warnings.txt"
         self.limits = limits
         self.codebook_size = codebook_size
-        self.latch = WarningLatch(self._warn)
+        self.calm: dict[str, int] = {}  # by condition that was true: checks since then
         self.rows: deque[Row] = deque(maxlen=limits.window_updates)
-        self.interval = CheckpointInterval()
+        self.interval: dict[str, float] = defaultdict(float)  # updates and seconds since the last checked checkpoint
         self.shares: deque[Row] = deque(maxlen=MEASURED_SHARES)
 
     def start(self, update: int) -> None:
         """Forget what was warned of about updates that are about to be done again."""
         if self.path.exists():
-            lines = self.path.read_text("utf-8", errors="replace").splitlines()
+            kept = []
+            for line in self.path.read_text("utf-8", errors="replace").splitlines():
+                number = line.removeprefix("update ").partition(":")[0]
+                if not number.isdigit() or int(number) <= update:
+                    kept.append(f"{line}\n")
             with atomic_write(self.path) as path:
-                path.write_text("".join(f"{line}\n" for line in lines if update_of(line) <= update), "utf-8")
+                path.write_text("".join(kept), "utf-8")
 
-    def _warn(self, message: str) -> None:
-        warn(message)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(message + "\n")
+    def _check(self, condition: str, is_true: bool, message: str) -> None:
+        """Warn when a condition becomes true, and again only after it was false for a while."""
+        if is_true and self.calm.get(condition, CALM) >= CALM:
+            warn(message)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(message + "\n")
+        if is_true:
+            self.calm[condition] = 0
+        elif condition in self.calm:
+            self.calm[condition] += 1
 
     def write(self, table: str, row: Row) -> None:
         """Check a row."""
@@ -95,16 +71,14 @@ class HealthMonitor(Writer):
         least = self.limits.min_codebook_use * self.codebook_size
         levels = {name.partition("/")[2]: row[name] for name in row if name.startswith("perplexity/")}
         poor = {level: value for level, value in levels.items() if value < least}
-
-        def message() -> str:
-            named = ", ".join(f"{level} ({value:.1f})" for level, value in list(poor.items())[:8])
-            return (
-                f"update {row['update']}: the codebooks of {len(poor)} of {len(levels)} levels have collapsed, level "
-                f"(perplexity of {self.codebook_size}) {named}: lower the learning rate, raise "
-                "objective.weights.codebook, and see whether the training audio is silent (`moss_train inspect`)"
-            )
-
-        self.latch.update("codebooks", bool(poor), message)
+        named = ", ".join(f"{level} ({value:.1f})" for level, value in list(poor.items())[:8])
+        self._check(
+            "codebooks",
+            bool(poor),
+            f"update {row['update']}: the codebooks of {len(poor)} of {len(levels)} levels have collapsed, level "
+            f"(perplexity of {self.codebook_size}) {named}: lower the learning rate, raise "
+            "objective.weights.codebook, and see whether the training audio is silent (`moss_train inspect`)",
+        )
 
     def _check_discriminators(self, update: int) -> None:
         # Not during their warm-up.
@@ -113,22 +87,18 @@ class HealthMonitor(Writer):
         if len(margins) < len(self.rows):
             return
         margin, count = statistics.fmean(margins), len(margins)
-        self.latch.update(
+        self._check(
             "discriminators win",
             margin > self.limits.max_discriminator_margin,
-            lambda: (
-                f"update {update}: the discriminators tell real from generated audio almost perfectly (mean margin "
-                f"{margin:.2f} over {count} updates), which teaches little: lower discriminator_learning_rate, "
-                "raise discriminator_every, or raise objective.weights.feature"
-            ),
+            f"update {update}: the discriminators tell real from generated audio almost perfectly (mean margin "
+            f"{margin:.2f} over {count} updates), which teaches little: lower discriminator_learning_rate, "
+            "raise discriminator_every, or raise objective.weights.feature",
         )
-        self.latch.update(
+        self._check(
             "discriminators lose",
             margin < self.limits.min_discriminator_margin,
-            lambda: (
-                f"update {update}: the discriminators cannot tell real from generated audio (mean margin {margin:.2f} "
-                f"over {count} updates): raise discriminator_learning_rate or discriminator_warmup_updates"
-            ),
+            f"update {update}: the discriminators cannot tell real from generated audio (mean margin {margin:.2f} "
+            f"over {count} updates): raise discriminator_learning_rate or discriminator_warmup_updates",
         )
 
     def _check_shares(self, update: int) -> None:
@@ -136,13 +106,11 @@ class HealthMonitor(Writer):
         names = [name.removeprefix(SHARE) for name in self.shares[-1] if name.startswith(SHARE)]
         for name in names:
             shares = [row.get(SHARE + name, 1.0) for row in self.shares if row.get(f"weighted/{name}")]
-            self.latch.update(
+            self._check(
                 f"share of {name}",
                 len(shares) == MEASURED_SHARES and max(shares) < self.limits.min_gradient_share,
-                lambda name=name, shares=shares: (  # type: ignore[misc]
-                    f"update {update}: {name} has {statistics.fmean(shares):.2%} of the gradient at the decoder's "
-                    f"output, too little to change anything: raise objective.weights.{name}, or set objective.balance"
-                ),
+                f"update {update}: {name} has {statistics.fmean(shares or [1.0]):.2%} of the gradient at the decoder's "
+                f"output, too little to change anything: raise objective.weights.{name}, or set objective.balance",
             )
 
     def _check_gradients(self, update: int) -> None:
@@ -152,48 +120,36 @@ class HealthMonitor(Writer):
             if len(norms) < len(self.rows):
                 continue
             before, now = statistics.median(norms[:-recent]), statistics.median(norms[-recent:])
-            self.latch.update(
+            self._check(
                 f"gradients of {side}",
                 now > self.limits.max_gradient_growth * before,
-                lambda side=side, before=before, now=now: (  # type: ignore[misc]
-                    f"update {update}: gradients of the {side} explode, norm {now:.3g} after {before:.3g}: lower the "
-                    "learning rate, lengthen warmup_updates, or go back to an earlier checkpoint"
-                ),
+                f"update {update}: gradients of the {side} explode, norm {now:.3g} after {before:.3g}: lower the "
+                "learning rate, lengthen warmup_updates, or go back to an earlier checkpoint",
             )
 
     def _check_data(self, update: int) -> None:
         waited = sum(row["data_wait_seconds"] for row in self.rows)
         total = sum(row["update_seconds"] for row in self.rows)
         share = waited / total if total else 0.0
-        self.latch.update(
+        self._check(
             "data",
             share > self.limits.max_data_wait,
-            lambda: (
-                f"update {update}: {share:.0%} of the time is spent waiting for data: raise data.num_workers, or move "
-                "the shards to a faster disk"
-            ),
+            f"update {update}: {share:.0%} of the time is spent waiting for data: raise data.num_workers, or move "
+            "the shards to a faster disk",
         )
 
     def _check_checkpoints(self, row: Row) -> None:
         seconds, interval = row["checkpoint_seconds"], self.interval
-        if interval.updates:  # the one at the start has no updates before it
-            interval.checkpoint_seconds += seconds
-        if seconds and interval.updates >= self.limits.window_updates:
-            share = interval.checkpoint_seconds / (interval.checkpoint_seconds + interval.update_seconds)
-            self.latch.update(
+        if interval["updates"]:  # the one at the start has no updates before it
+            interval["checkpoint_seconds"] += seconds
+        if seconds and interval["updates"] >= self.limits.window_updates:
+            share = interval["checkpoint_seconds"] / (interval["checkpoint_seconds"] + interval["update_seconds"])
+            self._check(
                 "checkpoints",
                 share > self.limits.max_checkpoint_time,
-                lambda: (
-                    f"update {row['update'] - 1}: {share:.0%} of the time is spent writing checkpoints, {seconds:.1f} "
-                    "s for the last one: raise checkpoint.every_updates, or put run_dir on a faster disk"
-                ),
+                f"update {row['update'] - 1}: {share:.0%} of the time is spent writing checkpoints, {seconds:.1f} "
+                "s for the last one: raise checkpoint.every_updates, or put run_dir on a faster disk",
             )
-            self.interval = interval = CheckpointInterval()
-        interval.updates += 1
-        interval.update_seconds += row["update_seconds"]
-
-
-def update_of(line: str) -> int:
-    """The update that a line of `warnings.txt` is about."""
-    number = line.removeprefix("update ").partition(":")[0]
-    return int(number) if number.isdigit() else 0
+            interval.clear()
+        interval["updates"] += 1
+        interval["update_seconds"] += row["update_seconds"]

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train.batch import UpdateBatch
 from moss_train.data.stream.sample_reader import StreamCounter
-from moss_train.training.cost.mfu import UTILIZATION, UpdateContent, Utilization
+from moss_train.training.cost.mfu import UTILIZATION, Utilization
 from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module, update_result
 from moss_train.training.step.objective import SCORES, Objective, gradient_shares
@@ -68,13 +68,7 @@ class StepTimer(Callback):
 
 
 class UpdateMetrics(Callback):
-    """Hands the log one row per update.
-
-    Args:
-        run_log: of the run (Lightning gives every callback a function `log`).
-        clock: the last callback of the run.
-        utilization: counts what an update costs.
-    """
+    """Hands the log one row per update. `run_log` is so called because Lightning gives every callback a `log`."""
 
     def __init__(self, run_log: LoggerCollection, clock: StepTimer, utilization: Utilization) -> None:
         self.run_log = run_log
@@ -101,17 +95,12 @@ class UpdateMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
     ) -> None:
         end = time.perf_counter()
-        self.run_log.write("metrics", self._row(cat_module(pl_module), update_result(outputs), end))
-        self.last_end, self.clock.checkpoint_seconds = end, 0.0
-
-    def _row(self, module: CatModule, result: UpdateResult, end: float) -> dict[str, Any]:
-        schedule_state = module.schedule.at(module.update - 1)
-        sums = result.sums
+        module, result = cat_module(pl_module), update_result(outputs)
+        schedule_state, sums = module.schedule.at(module.update - 1), result.sums
         audio_seconds = sums["audio_samples"] / module.tokenizer.sampling_rate
         update_seconds = end - self.clock.free
-        counts = ("clips", "clips_with_text", "text_frames", "text_tokens", "text_squares")
-        content = UpdateContent(audio_seconds, *(sums[name] for name in counts))
-        return {
+        content = {**sums, "audio_seconds": audio_seconds}
+        row = {
             "update": module.update,
             "stage": schedule_state.stage.name,
             **loss_row(result),
@@ -124,6 +113,8 @@ class UpdateMetrics(Callback):
             "callback_seconds": self.clock.free - self.last_end,
             "checkpoint_seconds": self.clock.checkpoint_seconds,
         }
+        self.run_log.write("metrics", row)
+        self.last_end, self.clock.checkpoint_seconds = end, 0.0
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.run_log.close()

@@ -51,58 +51,48 @@ PACKAGES = (
 
 
 class EnvironmentLogger(Callback):
-    """Records every start of the run in `directory`."""
+    """Records every start of the run in `directory`: time, command, code, versions and hardware."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            record_start(self.directory, cat_module(pl_module).update, trainer.world_size)
-
-
-def record_start(directory: Path, update: int, num_processes: int) -> None:
-    """Add this start of a run to its file; an unreadable file is replaced."""
-    path = directory / ENVIRONMENT_FILE
-    try:
-        starts = read_json(path)["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        starts = []
-    start = {"update": update, "processes": num_processes, **describe()}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
-
-
-def describe() -> dict[str, Any]:
-    """Time, command, code, versions and hardware of this process."""
-    return {
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "directory": os.getcwd(),
-        "git": git_commit(PACKAGE_DIRECTORY),
-        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
-        "cuda": torch.version.cuda,
-        "machine": platform.node(),
-        "system": platform.platform(),
-        "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_gib": round(available_memory_bytes() / 2**30, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
+        if not trainer.is_global_zero:
+            return
+        path = self.directory / ENVIRONMENT_FILE
+        try:
+            starts = read_json(path)["starts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            starts = []  # an unreadable file is replaced
+        start = {
+            "update": cat_module(pl_module).update,
+            "processes": trainer.world_size,
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "directory": os.getcwd(),
+            "git": git_commit(PACKAGE_DIRECTORY),
+            "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
+            "cuda": torch.version.cuda,
+            "machine": platform.node(),
+            "system": platform.platform(),
+            "cpu": cpu_name(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "memory_gib": round(available_memory_bytes() / 2**30, 1),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        }
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
 
 
 def git_commit(directory: Path) -> dict[str, Any] | None:
     """Commit of the checkout that holds the code, and whether files differ from it; None outside of one."""
+    command = ["git", "-C", str(directory), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "changed": bool(changes)}
+    commit = next(line.rpartition(" ")[2] for line in lines if line.startswith("# branch.oid "))
+    return {"commit": commit, "changed": any(not line.startswith("# ") for line in lines)}
 
 
 def cpu_name() -> str:
@@ -122,32 +112,24 @@ class SkippedUpdateLogger(Callback):
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / SKIPPED_FILE
-        self.batch: UpdateBatch | None = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
     ) -> None:
-        self.batch = batch
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self._record(trainer, update_result(outputs))
+        if update_result(outputs).not_finite:
+            self._record(trainer, batch, update_result(outputs))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, NonFiniteError):
-            self._record(trainer, exception.result)
+            self._record(trainer, exception.batch, exception.result)
 
-    def _record(self, trainer: Trainer, result: UpdateResult) -> None:
-        batch, self.batch = self.batch, None
-        bad = result.not_finite
-        if batch is None or not bad:
-            return
-        ids = [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids]
+    def _record(self, trainer: Trainer, batch: UpdateBatch, result: UpdateResult) -> None:
         entry = {
             "update": batch.update + 1,  # as in metrics.csv
             "rank": trainer.global_rank,
-            "not_finite": bad,
+            "not_finite": result.not_finite,
             "next_position": batch.next_position,
-            "sample_ids": ids,
+            "sample_ids": [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids],
         }
         # One write at the end of the file: ranks share it.
         with self.path.open("a") as file:

@@ -56,21 +56,31 @@ class AudioSampleWriter:
         """
         if module.update % self.every_updates and module.update != module.schedule.updates:
             return []
-        samples = []
+        folder = self.directory / f"update-{module.update:08d}"
+        samples, lines = [], [f"# Transcripts at update {module.update}", ""]
         for name, clip in zip(self.names, self.clips, strict=True):
             made = reconstruct(module.tokenizer, clip, self.levels)
-            texts = transcripts(module, clip, made)
+            texts = {}
+            if module.semantic is not None and clip.text is not None:  # the LM's reading, greedily, at every depth
+                task = torch.tensor([TASKS.index(clip.task)], device=module.device)
+                longest = min(MAX_TOKENS, 2 * len(module.semantic.text(clip.text)))
+                texts[TRUTH] = clip.text
+                for count, states in made.states.items():
+                    tokens = module.semantic.generate(states, task, longest)
+                    texts[label(count)] = module.semantic.text.decode(tokens)
+                escaped = [(key, json.dumps(text, ensure_ascii=False)[1:-1]) for key, text in texts.items()]
+                lines += [f"## {name}", "", *markdown_table(("heard", "text"), escaped), ""]
             if is_main:
-                samples.append(self._write(module.update, name, clip, made, texts))
-        if is_main:
-            self._write_texts(module.update, samples)
+                samples.append(self._write(module.update, folder, name, clip, made, texts))
+        if is_main and len(lines) > 2:
+            with atomic_write(folder / "transcripts.md") as temporary:
+                temporary.write_text("\n".join(lines), "utf-8")
         gc.collect()  # pictures are full of cycles: a dozen of them, 50 MB, would wait for a collection
         return samples
 
     def _write(
-        self, update: int, name: str, clip: HeldOutClip, made: DecodedClip, texts: Mapping[str, str]
+        self, update: int, folder: Path, name: str, clip: HeldOutClip, made: DecodedClip, texts: Mapping[str, str]
     ) -> ClipSample:
-        folder = self._folder(update)
         audio = {ORIGINAL: clip.target} | {label(count): made.audio[count] for count in self.levels}
         paths = {key: folder / f"{name}.{key}.flac" for key in audio}
         paths[ORIGINAL] = self.directory / ORIGINAL / f"{name}.flac"
@@ -83,32 +93,6 @@ class AudioSampleWriter:
             with atomic_write(picture) as temporary:
                 save_spectrograms(audio, self.sampling_rate, temporary, title=f"{clip.id}, update {update}")
         return ClipSample(update, name, paths, picture, texts)
-
-    def _folder(self, update: int) -> Path:
-        return self.directory / f"update-{update:08d}"
-
-    def _write_texts(self, update: int, samples: Sequence[ClipSample]) -> None:
-        """`transcripts.md`: the LM's reading of every clip with text, greedily, with the audio of each depth."""
-        lines = [f"# Transcripts at update {update}", ""]
-        for sample in samples:
-            if sample.texts:
-                texts = [(key, json.dumps(text, ensure_ascii=False)[1:-1]) for key, text in sample.texts.items()]
-                lines += [f"## {sample.name}", "", *markdown_table(("heard", "text"), texts), ""]
-        if len(lines) > 2:
-            with atomic_write(self._folder(update) / "transcripts.md") as temporary:
-                temporary.write_text("\n".join(lines), "utf-8")
-
-
-def transcripts(module: CatModule, clip: HeldOutClip, made: DecodedClip) -> dict[str, str]:
-    """The truth and what the LM reads at every depth; empty without LM or text."""
-    if module.semantic is None or clip.text is None:
-        return {}
-    task = torch.tensor([TASKS.index(clip.task)], device=module.device)
-    texts = {TRUTH: clip.text}
-    for count, states in made.states.items():
-        tokens = module.semantic.generate(states, task, min(MAX_TOKENS, 2 * len(module.semantic.text(clip.text))))
-        texts[label(count)] = module.semantic.text.decode(tokens)
-    return texts
 
 
 def label(num_quantizers: int) -> str:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +15,13 @@ from moss_train.plotting import Curve, Panel, save_curves
 from moss_train.training.callbacks.run_records import ENVIRONMENT_FILE, SKIPPED_FILE, warn
 from moss_train.training.loggers.base import clock, iterate_table, read_table
 from moss_train.training.module import CatModule, cat_module
+from moss_train.training.step.objective import SCORES
 from moss_train.utils.checkpoint import read_best
 from moss_train.utils.files import atomic_write, markdown_table, parse_json, read_json
 
 POINTS = 400
 NOT_SHOWN = ("loss/generator", "loss/commitment")  # the sum; the commitment term has the codebook term's value
 ADVERSARIAL = ("loss/discriminators", "loss/adversarial", "loss/feature")
-SCORES = ("discriminator_score/real", "discriminator_score/generated")
 NORMS = ("gradient_norm/generator", "gradient_norm/discriminators")
 TIMES = ("update_seconds", "data_wait_seconds", "callback_seconds", "checkpoint_seconds", "audio_seconds")
 
@@ -67,8 +68,7 @@ def panels(
     history: TrainingHistory, validation: Sequence[Mapping[str, str]], codebooks: Sequence[Mapping[str, str]]
 ) -> list[Panel]:
     """What a person wants to see of a run first; subjects without values are dropped."""
-    depths = [name for name in (validation[0] if validation else ()) if is_depth(name)]
-    mel = [held_out_curve(validation, name, depth_label(name)) for name in depths]
+    mel = [held_out_curve(validation, name, label) for name, label in depth_labels(validation).items()]
     text = [
         held_out_curve(validation, name, label)
         for name, label in (("text_lm_loss", "given the audio"), ("text_lm_loss_no_audio", "without the audio"))
@@ -88,15 +88,11 @@ def panels(
     return [panel for panel in wanted if panel.curves]
 
 
-def is_depth(name: str) -> bool:
-    """Whether a column of `validation.csv` is the mel distance of a depth, all domains together."""
-    return name.startswith("mel_distance/") and name.rpartition("/")[0] == "mel_distance"
-
-
-def depth_label(name: str) -> str:
-    """Such a column in words."""
-    count = name.rpartition("/")[2]
-    return f"{count} level" if count == "1" else f"{count} levels"
+def depth_labels(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The columns of `validation.csv` with the mel distance of a depth, all domains together, in words."""
+    columns = [name.rpartition("/") for name in (rows[0] if rows else ())]
+    counts = [count for group, _, count in columns if group == "mel_distance"]
+    return {f"mel_distance/{count}": f"{count} level" if count == "1" else f"{count} levels" for count in counts}
 
 
 def held_out_curve(rows: Sequence[Mapping[str, str]], name: str, label: str) -> Curve:
@@ -107,18 +103,10 @@ def held_out_curve(rows: Sequence[Mapping[str, str]], name: str, label: str) -> 
 
 SUMMARY_FILE = "summary.md"
 PICTURE_FILE = "summary.png"
-NO_PICTURE = (
-    'Loss curves: none, matplotlib is not installed (`pip install "moss_train[eval]"`); the numbers are in metrics.csv.'
-)
 
 
 class Summary(Callback):
-    """Writes the summary whenever training ends, finished or stopped.
-
-    Args:
-        directory: of the run.
-        counter: of the audio that was used.
-    """
+    """Writes the summary whenever training ends, finished or stopped."""
 
     def __init__(self, directory: Path, counter: StreamCounter) -> None:
         self.directory = directory
@@ -139,14 +127,17 @@ def write_summary(directory: Path, module: CatModule, hours: Mapping[str, float]
     history = read_history(iterate_table(directory / "metrics.csv"), module.update)
     validation, codebooks = (read_table(directory / f"{name}.csv") for name in ("validation", "codebooks"))
     name = f"{directory.parent.name}/{directory.name}"
-    picture = [NO_PICTURE]
+    picture = (
+        'Loss curves: none, matplotlib is not installed (`pip install "moss_train[eval]"`); the numbers are in '
+        "metrics.csv."
+    )
     if find_spec("matplotlib") is not None and (drawn := panels(history, validation, codebooks)):
         with atomic_write(directory / PICTURE_FILE) as path:
             save_curves(drawn, path, f"{name}, {module.update} updates", history.stages)
-        picture = [f"![Curves of the run]({PICTURE_FILE})"]
+        picture = f"![Curves of the run]({PICTURE_FILE})"
     state = "Finished" if module.update >= updates else "Stopped"
     lines = [f"# {name}", "", f"{state} at update {module.update} of {updates}.", ""]
-    lines += [*overview_table(directory, history, hours), "", *picture, "", *validation_table(validation)]
+    lines += [*overview_table(directory, history, hours), "", picture, "", *validation_table(validation)]
     lines += [*codebook_lines(codebooks), *warnings_section(directory)]
     with atomic_write(directory / SUMMARY_FILE) as path:
         path.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
@@ -159,29 +150,24 @@ def overview_table(directory: Path, history: TrainingHistory, hours: Mapping[str
     stages = ", ".join(f"{name} from {first}" for name, first in history.stages.items())
     audio = ", ".join(f"{domain} {count:.2f} h" for domain, count in hours.items())
     best = read_best(directory / "checkpoints")
+    try:  # the last start's hardware and versions
+        starts = read_json(directory / ENVIRONMENT_FILE)["starts"]
+        last: dict[str, Any] = starts[-1]
+        hardware = f"{len(last['gpus'])} x {last['gpus'][0]}" if last["gpus"] else f"{last['cpus']} CPUs, {last['cpu']}"
+        versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "lightning", "moss_train"))
+        machine = f"{hardware}; processes: {last['processes']}, starts: {len(starts)}; {versions}"
+    except (OSError, ValueError, KeyError):
+        machine = "unknown"
     rows = {
         "stages, by their first update": stages or "none",
         "time in updates": f"{clock(busy)} ({busy:.0f} s), {sums['data_wait_seconds'] / busy:.1%} waiting for data",
         "time between updates": f"{sums['callback_seconds']:.0f} s (validation, samples, checkpoints), "
         f"{sums['checkpoint_seconds']:.0f} s of it for checkpoints",
         "audio used": f"{audio}; {sums['audio_seconds'] / busy:.1f} audio-s/s",
-        "machine": machine(directory),
+        "machine": machine,
         "best checkpoint": "none" if best is None else f"{best.name} ({best.metric} {best.value:.4g})",
     }
     return markdown_table(("", ""), rows.items())
-
-
-def machine(directory: Path) -> str:
-    """The last start's hardware and versions in a line."""
-    try:
-        starts = read_json(directory / ENVIRONMENT_FILE)["starts"]
-    except (OSError, ValueError, KeyError):
-        return "unknown"
-    last: dict[str, Any] = starts[-1]
-    hardware = f"{len(last['gpus'])} x {last['gpus'][0]}" if last["gpus"] else f"{last['cpus']} CPUs, {last['cpu']}"
-    versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "lightning", "moss_train"))
-    counts = f"processes: {last['processes']}, starts: {len(starts)}"
-    return f"{hardware}; {counts}; {versions}"
 
 
 def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -189,9 +175,9 @@ def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     if not rows:
         return ["No validation: `validation.data` was not set.", ""]
     text = [name for name in ("text_lm_loss", "text_lm_loss_no_audio", "text_accuracy") if rows[0].get(name)]
-    depths = [name for name in rows[0] if is_depth(name)]
+    depths = depth_labels(rows)
     names = (*depths, *text)
-    titles = ["update", *(f"mel, {depth_label(name)}" for name in depths), *(name.replace("_", " ") for name in text)]
+    titles = ["update", *(f"mel, {label}" for label in depths.values()), *(name.replace("_", " ") for name in text)]
     places = sorted({round(i * (len(rows) - 1) / 11) for i in range(12)})
     cells = [
         [rows[place]["update"], *(f"{float(rows[place][name]):.3f}" if rows[place][name] else "" for name in names)]
@@ -221,22 +207,15 @@ def codebook_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def warnings_section(directory: Path) -> list[str]:
     """Warnings and skipped updates."""
-    warnings = directory / "warnings.txt"
+    warnings, skipped = directory / "warnings.txt", directory / SKIPPED_FILE
     found = warnings.read_text("utf-8", errors="replace").splitlines() if warnings.exists() else []
     lines = [f"- {line}" for line in found]
-    skipped = directory / SKIPPED_FILE
     if skipped.exists():
-        numbers = skipped_updates(skipped)
-        lines.append(f"- {len(numbers)} updates skipped as not finite, samples in {SKIPPED_FILE}: {numbers[:10]}")
+        numbers = set()
+        for line in skipped.read_text("utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a full disk may have cut it short
+                numbers.add(int(parse_json(line, skipped.name)["update"]))
+        lines.append(
+            f"- {len(numbers)} updates skipped as not finite, samples in {SKIPPED_FILE}: {sorted(numbers)[:10]}"
+        )
     return ["## Warnings", "", *(lines or ["None."])]
-
-
-def skipped_updates(path: Path) -> list[int]:
-    """Updates that a record of skipped ones names, without a line that a full disk cut short."""
-    numbers = set()
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            numbers.add(int(parse_json(line, path.name)["update"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return sorted(numbers)

@@ -9,26 +9,31 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
+from moss_train.batch import TASKS
 from moss_train.evaluation.metrics.base import Metric, columns_of
 from moss_train.evaluation.metrics.codes import codebook_columns
 from moss_train.evaluation.reconstruct import Condition, Reconstruction, pcm16
 from moss_train.evaluation.results import ClipRow
 from moss_train.evaluation.runner import score_reconstructions
 from moss_train.evaluation.statistics import ALL_DOMAINS, mean_scores
+from moss_train.losses import multi_scale_mel_distance
 from moss_train.training.callbacks.checkpoint import BestCheckpointWriter
 from moss_train.training.callbacks.samples import AudioSampleWriter
 from moss_train.training.callbacks.validation_data import (
     NO_AUDIO,
     DecodedClip,
     HeldOutClip,
-    mel_sums,
     reconstruct,
     scores,
-    text_lm_sums,
 )
-from moss_train.training.distributed.collectives import gather_over_ranks, num_ranks, sum_over_ranks, sum_to_host
+from moss_train.training.distributed.collectives import (
+    gather_over_ranks,
+    num_ranks,
+    read_by_name,
+    sum_by_name,
+    sum_over_ranks,
+)
 from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module
 from moss_train.training.step.update import no_codes
@@ -69,20 +74,21 @@ class ValidationPlan:
         return [f"{domain}/{key}/{count}" for domain in (ALL_DOMAINS, *self.domains) for count in self.levels]
 
     @property
+    def mel_columns(self) -> list[str]:
+        """Columns of the mel distance of every depth, for all domains together and for each."""
+        places = ("", *(f"{domain}/" for domain in self.domains))
+        return [f"mel_distance/{place}{count}" for place in places for count in self.levels]
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Columns of `validation.csv`."""
-        mel = [
-            f"mel_distance/{place}{count}" for place in ("", *(f"{d}/" for d in self.domains)) for count in self.levels
-        ]
-        text = [f"text_lm_loss/{count}" for count in self.levels]
-        text = (
-            ["text_lm_loss", "text_lm_loss_no_audio", "text_accuracy", *text]
-            if any(clip.text for clip in self.clips)
-            else []
-        )
+        text = []
+        if any(clip.text for clip in self.clips):
+            text = ["text_lm_loss", "text_lm_loss_no_audio", "text_accuracy"]
+            text += [f"text_lm_loss/{count}" for count in self.levels]
         further = [name for column in columns_of(self.metrics) for name in self._places(column.key)]
         codebooks = codebook_columns(self.levels[-1])[2:]
-        return ("update", "seconds", "clips", "mel_distance", *text, *mel, *further, *codebooks)
+        return ("update", "seconds", "clips", "mel_distance", *text, *self.mel_columns, *further, *codebooks)
 
 
 class Validation(Callback):
@@ -134,9 +140,9 @@ class Validation(Callback):
         started = time.perf_counter()
         with eval_mode(trainer, module), module.averaged_weights():
             row = validate(module, self.plan)
-            samples = (
-                self.samples_writer.make(module, trainer.is_global_zero) if self.samples_writer is not None else []
-            )
+            samples = []
+            if self.samples_writer is not None:
+                samples = self.samples_writer.make(module, trainer.is_global_zero)
         seconds = time.perf_counter() - started
         self.run_log.write("validation", {"update": module.update, "seconds": seconds, **row})
         self.run_log.show(samples)
@@ -161,79 +167,70 @@ def eval_mode(trainer: Trainer, module: CatModule) -> Iterator[None]:
 def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
     """Scores of the model on the clips of a plan, the same on every rank."""
     rank, ranks = (torch.distributed.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
-    sums = dict.fromkeys(sum_names(plan), 0.0)
+    rate = module.tokenizer.output_sampling_rate
+    # Names of all sums, the same on every rank whatever its clips are.
+    names = ["clips", *(f"clips/{domain}" for domain in plan.domains), *plan.mel_columns, "text_tokens"]
+    names += [f"{kind}/{name}" for kind in ("nats", "correct") for name in (*plan.levels, *NO_AUDIO)]
+    sums = dict.fromkeys(names, 0.0)
     counts = no_codes(module.tokenizer)
     rows: list[tuple[int, ClipRow]] = []
     for turn in range(-(-len(plan.clips) // ranks)):
         place = turn * ranks + rank
         clip = plan.clips[min(place, len(plan.clips) - 1)]
         made = reconstruct(module.tokenizer, clip, plan.levels)
-        found = text_of(module, plan, clip, made)
+        found = text_lm_sums(module, plan, clip, made)
         if place >= len(plan.clips):
             continue  # this rank has kept the others company
-        found |= mel_sums(clip, made, module.tokenizer.output_sampling_rate) | {
-            "clips": 1.0,
-            f"clips/{clip.domain}": 1.0,
-        }
+        found |= {"clips": 1.0, f"clips/{clip.domain}": 1.0}
+        for count, audio in made.audio.items():
+            length = torch.tensor([clip.target.shape[-1]], device=audio.device)
+            target = clip.target[None].to(audio.device)
+            distance = multi_scale_mel_distance(target, audio[None], length, rate).item()
+            found |= {f"mel_distance/{count}": distance, f"mel_distance/{clip.domain}/{count}": distance}
         sums |= {name: sums[name] + value for name, value in found.items()}
         counts.scatter_add_(1, made.codes, torch.ones_like(made.codes))
         if place < plan.metrics_clips and plan.metrics:
-            rows.append((place, score_clip(clip, made, plan.metrics, module.tokenizer.output_sampling_rate)))
-    total = sum_to_host(sums, module.device)
+            wanted = pcm16(clip.target.cpu())
+            pairs = [
+                Reconstruction(Condition(SYSTEM, count), wanted, pcm16(audio.cpu()), rate)
+                for count, audio in made.audio.items()
+            ]
+            labels = {"domain": clip.domain} | ({} if clip.text is None else {"text": clip.text})
+            values = score_reconstructions(pairs, plan.metrics, labels)
+            rows.append((place, ClipRow(clip.id, clip.domain, clip.id, clip.target.shape[-1] / rate, values)))
+    total = read_by_name(sum_by_name({"": sums}, module.device), {"": sums})[""]
     row = scores(total, sum_over_ranks(counts).cpu(), plan.levels)
-    return row | further_scores(plan, rows)
+    if not plan.metrics:
+        return row
+    everyone = sorted((item for items in gather_over_ranks(rows) for item in items), key=lambda item: item[0])
+    conditions = [Condition(SYSTEM, count) for count in plan.levels]
+    return row | mean_scores([row for _, row in everyone], conditions, columns_of(plan.metrics))
 
 
-def sum_names(plan: ValidationPlan) -> list[str]:
-    """Names of all sums, the same on every rank whatever its clips are."""
-    mel = [f"mel_distance/{place}{count}" for place in ("", *(f"{d}/" for d in plan.domains)) for count in plan.levels]
-    text = [f"{kind}/{name}" for kind in ("nats", "correct") for name in (*plan.levels, *NO_AUDIO)]
-    return ["clips", *(f"clips/{domain}" for domain in plan.domains), *mel, "text_tokens", *text]
+def text_lm_sums(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, made: DecodedClip) -> dict[str, float]:
+    """Cross entropy of a clip's text for the states of every depth, and for states that know nothing of the clip.
 
-
-def text_of(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, made: DecodedClip) -> dict[str, float]:
-    """The LM's sums for one clip; nothing for a clip without text, which sharded networks pass all the same."""
+    There is nothing for a clip without text, which sharded networks pass all the same.
+    """
     if module.semantic is None or (clip.text is None and num_ranks() == 1):
         return {}
-    other = next_with_text(plan.clips, clip)
-    states = None
+    full = made.states[plan.levels[-1]]
+    states_of = {str(count): states for count, states in made.states.items()}
+    states_of |= {"other": full, "silent": torch.zeros_like(full)}
+    # The clip with text after this one, going round; None when it is the only one.
+    place = next(i for i, item in enumerate(plan.clips) if item is clip)
+    other = next((item for item in (*plan.clips[place + 1 :], *plan.clips[:place]) if item.text is not None), None)
     if other is not None or num_ranks() > 1:
-        states = reconstruct_states(module, other or clip, plan.levels[-1])
-    found = text_lm_sums(module.semantic, clip, made, states, clip.text or "-")
+        latent = module.tokenizer.encode_latent((other or clip).audio[None].to(module.device))
+        levels = torch.tensor([plan.levels[-1]], device=latent.device)
+        states_of["other"] = module.tokenizer.quantizer(latent, levels).quantized
+    tokens = module.semantic.text(clip.text or "-")
+    text, num_tokens = torch.tensor([tokens], device=full.device), torch.tensor([len(tokens)])
+    task = torch.tensor([TASKS.index(clip.task)], device=full.device)
+    sums = {"text_tokens": float(len(tokens))}
+    for name, states in states_of.items():
+        prediction = module.semantic(states, torch.tensor([states.shape[1]]), text, num_tokens, task)
+        sums |= {f"nats/{name}": prediction.loss_sum.item(), f"correct/{name}": float(prediction.num_correct.item())}
     if other is None:
-        found["nats/other"] = math.inf  # several ranks passed the clip's own states, in step with the others
-    return {} if clip.text is None else found
-
-
-def reconstruct_states(module: CatModule, clip: HeldOutClip, levels: int) -> Tensor:
-    """States [1, F, D] of a clip with all levels."""
-    latent = module.tokenizer.encode_latent(clip.audio[None].to(module.device))
-    return module.tokenizer.quantizer(latent, torch.tensor([levels], device=latent.device)).quantized
-
-
-def next_with_text(clips: Sequence[HeldOutClip], clip: HeldOutClip) -> HeldOutClip | None:
-    """The clip with text after this one, going round; None when it is the only one."""
-    place = next(i for i, item in enumerate(clips) if item is clip)
-    others = [*clips[place + 1 :], *clips[:place]]
-    return next((item for item in others if item.text is not None), None)
-
-
-def score_clip(clip: HeldOutClip, made: DecodedClip, metrics: Mapping[str, Metric], sampling_rate: int) -> ClipRow:
-    """Apply further measures to a clip as 16-bit audio."""
-    wanted = pcm16(clip.target.cpu())
-    pairs = [
-        Reconstruction(Condition(SYSTEM, count), wanted, pcm16(audio.cpu()), sampling_rate)
-        for count, audio in made.audio.items()
-    ]
-    labels = {"domain": clip.domain} | ({} if clip.text is None else {"text": clip.text})
-    rows = score_reconstructions(pairs, metrics, labels)
-    return ClipRow(clip.id, clip.domain, clip.id, clip.target.shape[-1] / sampling_rate, rows)
-
-
-def further_scores(plan: ValidationPlan, rows: Sequence[tuple[int, ClipRow]]) -> dict[str, float]:
-    """Means of the further measures over the clips of all ranks."""
-    if not plan.metrics:
-        return {}
-    everyone = sorted((item for items in gather_over_ranks(list(rows)) for item in items), key=lambda item: item[0])
-    conditions = [Condition(SYSTEM, count) for count in plan.levels]
-    return mean_scores([row for _, row in everyone], conditions, columns_of(plan.metrics))
+        sums["nats/other"] = math.inf  # the clip's own states passed, in step with other ranks
+    return {} if clip.text is None else sums

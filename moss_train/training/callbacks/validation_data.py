@@ -4,25 +4,22 @@ The same clips are used in every validation of a run. Scores are made of sums ov
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moss_train.audio.io import convert_channels, resample
-from moss_train.batch import TASKS
 from moss_train.data.clips import ListedClip, list_sources
 from moss_train.data.stream.sample_reader import adjust_level, target_and_input
 from moss_train.data.stream.stream import ClipFormat
 from moss_train.evaluation.metrics.codes import codebook_row
-from moss_train.losses import multi_scale_mel_distance
 from moss_train.model import MossAudioTokenizerModel
-from moss_train.semantic import TextLM
 from moss_train.utils.errors import UserError
-
-MIDDLE = 0.5  # of the range of the random gain in training
 
 
 @dataclass(frozen=True)
@@ -48,27 +45,19 @@ def load_held_out(
         UserError: there is none, or one cannot be read; before the training, not in the middle of it.
     """
     try:
-        chosen = interleave_by_domain(list_sources(sources, "heldout", "validation.data"))[:max_clips]
+        # One of each domain with and without text after the other, in a random order that never changes.
+        groups: dict[tuple[str, bool], list[ListedClip]] = defaultdict(list)
+        listed = list_sources(sources, "heldout", "validation.data")
+        for clip in sorted(listed, key=lambda clip: hashlib.sha256(clip.id.encode()).digest()):
+            groups[clip.domain, "text" not in clip.labels].append(clip)
+        turns = zip_longest(*(groups[key] for key in sorted(groups)))
+        chosen = [clip for turn in turns for clip in turn if clip is not None][:max_clips]
         clips = [read_clip(clip, clip_format, max_seconds) for clip in chosen]
     except UserError as error:
         raise UserError(f"validation.data: {error}") from error
     if not clips:
         raise UserError(f"validation.data={list(sources)} has no clips")
     return clips
-
-
-def interleave_by_domain(clips: Sequence[ListedClip]) -> list[ListedClip]:
-    """All clips, one of each domain with and without text after the other, in a random order that never changes."""
-    groups: dict[tuple[str, bool], list[ListedClip]] = {}
-    for clip in sorted(clips, key=lambda clip: hashlib.sha256(clip.id.encode()).digest()):
-        groups.setdefault((clip.domain, "text" not in clip.labels), []).append(clip)
-    ordered = [groups[key] for key in sorted(groups)]
-    return [clip for turn in _turns(ordered) for clip in turn]
-
-
-def _turns(groups: Sequence[Sequence[ListedClip]]) -> Iterator[list[ListedClip]]:
-    for place in range(max(map(len, groups), default=0)):
-        yield [group[place] for group in groups if place < len(group)]
 
 
 def read_clip(clip: ListedClip, clip_format: ClipFormat, max_seconds: float) -> HeldOutClip:
@@ -79,7 +68,9 @@ def read_clip(clip: ListedClip, clip_format: ClipFormat, max_seconds: float) -> 
     limit = round(max_seconds * rate)
     text = clip.labels.get("text") if audio.shape[-1] <= limit else None
     audio = convert_channels(audio[:, :limit], clip_format.num_channels, clip.id)
-    stored = adjust_level(resample(audio, rate, clip_format.stored_rate), clip_format, MIDDLE)
+    stored = adjust_level(
+        resample(audio, rate, clip_format.stored_rate), clip_format, 0.5
+    )  # the middle of the random gain
     _, audio = target_and_input(stored, clip_format)
     padded = F.pad(audio, (0, -audio.shape[-1] % clip_format.hop_length))
     target = padded[:, : audio.shape[-1]] if clip_format.output_ratio == 1 else stored
@@ -116,40 +107,6 @@ def reconstruct(tokenizer: MossAudioTokenizerModel, clip: HeldOutClip, levels: S
     return DecodedClip(outputs[levels[-1]].codes[:, 0], states, audio)
 
 
-def mel_sums(clip: HeldOutClip, made: DecodedClip, sampling_rate: int) -> dict[str, float]:
-    """Mel distance of every depth, for all domains together and for the clip's own."""
-    sums: dict[str, float] = {}
-    for count, audio in made.audio.items():
-        wanted = clip.target[None].to(audio.device)
-        length = torch.tensor([clip.target.shape[-1]], device=audio.device)
-        distance = multi_scale_mel_distance(wanted, audio[None], length, sampling_rate).item()
-        sums |= {f"mel_distance/{count}": distance, f"mel_distance/{clip.domain}/{count}": distance}
-    return sums
-
-
-def text_lm_sums(
-    text_lm: TextLM, clip: HeldOutClip, made: DecodedClip, other: Tensor | None, text: str
-) -> dict[str, float]:
-    """Cross entropy of a text for the states of every depth, and for states that know nothing of the clip.
-
-    Args:
-        other: states [1, F', D] of another clip with text; None when there is none.
-        text: of the clip.
-    """
-    full = made.states[max(made.states)]
-    heard = {str(count): states for count, states in made.states.items()}
-    heard |= {"other": full if other is None else other, "silent": torch.zeros_like(full)}
-    tokens = text_lm.text(text)
-    device = full.device
-    task = torch.tensor([TASKS.index(clip.task)], device=device)
-    sums = {"text_tokens": float(len(tokens))}
-    for name, states in heard.items():
-        num_frames, num_tokens = torch.tensor([states.shape[1]]), torch.tensor([len(tokens)])
-        prediction = text_lm(states, num_frames, torch.tensor([tokens], device=device), num_tokens, task)
-        sums |= {f"nats/{name}": prediction.loss_sum.item(), f"correct/{name}": float(prediction.num_correct.item())}
-    return sums if other is not None else sums | {"nats/other": float("inf")}
-
-
 def scores(sums: Mapping[str, float], counts: Tensor, levels: Sequence[int]) -> dict[str, float]:
     """The row of a validation from sums over all clips of all ranks.
 
@@ -158,7 +115,7 @@ def scores(sums: Mapping[str, float], counts: Tensor, levels: Sequence[int]) -> 
     worse than the text alone allows, so the smaller one is the fairer bound.
 
     Args:
-        sums: of `mel_sums`, `text_lm_sums`, and `clips` with `clips/<domain>`.
+        sums: over clips: mel distances and the text LM's as in `validate`, and `clips` with `clips/<domain>`.
         counts: how often each code was chosen [N, V].
         levels: the depths.
     """

@@ -96,11 +96,6 @@ def read_by_name(vectors: Mapping[str, Tensor], names: Mapping[str, Iterable[Key
     }
 
 
-def sum_to_host(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Sum named numbers over ranks and bring them back; the names must be the same on every rank."""
-    return read_by_name(sum_by_name({"": values}, device), {"": values})[""]
-
-
 class GradientSums:
     """Sums gradients over ranks, those of the last backward passes as soon as they are there.
 
@@ -139,12 +134,11 @@ class GradientSums:
             unused: parameters that get none any more; what they have is the last.
         """
         for parameter in unused:
-            if parameter in leaves:
-                self._complete(parameter)
+            if parameter in leaves and parameter in self._place:
+                self._incomplete[self._place[parameter]].discard(parameter)
         hooks = [
             leaves[p].register_post_accumulate_grad_hook(partial(self._add, p))
-            for bucket in self._buckets
-            for p in bucket
+            for p in self._place
             if p in leaves and leaves[p].requires_grad
         ]
         try:
@@ -165,13 +159,9 @@ class GradientSums:
                 parameter.grad = piece.view_as(parameter)
 
     def _add(self, parameter: nn.Parameter, leaf: Tensor) -> None:
-        self._complete(parameter)
+        self._incomplete[self._place[parameter]].discard(parameter)
         while self.num_sent < len(self._buckets) and not self._incomplete[self.num_sent]:
             self._send()
-
-    def _complete(self, parameter: nn.Parameter) -> None:
-        if parameter in self._place:
-            self._incomplete[self._place[parameter]].discard(parameter)
 
     @torch.no_grad()
     def _send(self) -> None:

@@ -28,13 +28,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; of a sharded one all ranks have to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def gather_to_rank0(tensor: Tensor) -> Tensor | None:
-    """A tensor as it is, or of a sharded one the whole in the memory of the first rank's host, None on the others."""
+    """A tensor as it is, or of a sharded one the whole in the memory of the first rank's host, None on the others.
+
+    Tensor by tensor no rank holds all of them on its device; all ranks have to call it.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     full = tensor.full_tensor()
@@ -86,7 +84,13 @@ class FSDPUnits:
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
                 units.append([layer, *linears[:1]])
             fully_shard(network, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-            prefetch_in_turn(units)
+            # The next unit is gathered while one computes: the network's own weights first, then its layers, and
+            # backwards. The first linear layer stands for all of them where they are gathered in another precision.
+            # The order that FSDP2 notes by itself would be upset by passes of a validation.
+            for parts, following in pairwise(units):
+                parts[0].set_modules_to_forward_prefetch(following)
+                following[0].set_modules_to_backward_prefetch(parts)
+            units[0][0].set_modules_to_backward_prefetch(units[-1])
             self.units += [part for unit in units for part in unit]
         for unit in self.units:
             # Terms are sums over clips divided by counts of all ranks, so gradients add up.
@@ -111,18 +115,6 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
     """The layers of a transformer: what its lists called `layers` hold."""
     lists = [part for name, part in network.named_modules() if name.rpartition(".")[2] == "layers"]
     return [layer for part in lists if isinstance(part, nn.ModuleList) for layer in part]
-
-
-def prefetch_in_turn(units: Sequence[Sequence[Any]]) -> None:
-    """Gather the next unit while one computes: the network's own weights first, then its layers, and backwards.
-
-    A unit is a module and, where they are gathered in another precision, the first of its linear layers, which stands
-    for all of them. The order that FSDP2 notes by itself would be upset by passes of a validation.
-    """
-    for unit, following in pairwise(units):
-        unit[0].set_modules_to_forward_prefetch(list(following))
-        following[0].set_modules_to_backward_prefetch(list(unit))
-    units[0][0].set_modules_to_backward_prefetch(list(units[-1]))
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -150,20 +142,16 @@ class FSDP2Strategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole weights on rank 0, nothing of use elsewhere; all ranks have to call it."""
         assert self.lightning_module is not None
-        return self._gather(self.lightning_module.state_dict())
+        return {name: gather_to_rank0(tensor) for name, tensor in self.lightning_module.state_dict().items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Whole moments on rank 0, nothing of use elsewhere; all ranks have to call it."""
         state = optimizer.state_dict()
-        return state | {"state": {place: self._gather(values) for place, values in state["state"].items()}}
-
-    def _gather(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensor by tensor, so that no rank holds all of them on its device."""
-        found = {}
-        for name, value in values.items():
-            full = full_tensor(value.detach()) if isinstance(value, Tensor) else value
-            found[name] = full.cpu() if isinstance(full, Tensor) and self.is_global_zero else None
-        return found
+        gathered = {
+            place: {name: gather_to_rank0(value) for name, value in values.items()}
+            for place, values in state["state"].items()
+        }
+        return state | {"state": gathered}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read by every rank, through the run's own plugin."""

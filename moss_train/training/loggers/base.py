@@ -109,7 +109,6 @@ class CsvWriter(Writer):
                 self.file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         if hasattr(self, "file"):
             with add_path_to_error(self.path):  # a full disk again, when a row is left over
                 self.file.close()
@@ -146,21 +145,21 @@ def column(rows: Iterable[dict[str, str]], name: str) -> list[float]:
     return [float(row[name]) for row in rows if row[name]]
 
 
-LINE_SECONDS = 600.0
-"""Without a terminal, in a batch system's log, a line at most so often."""
-
-
 class ProgressWriter(Writer):
-    """Updates done, speed and time left, with the losses that matter most and the last validation."""
+    """Updates done, speed and time left, with the losses that matter most and the last validation.
 
-    def __init__(self, updates: int, line_seconds: float = LINE_SECONDS) -> None:
+    Args:
+        updates: of the whole run.
+        line_seconds: without a terminal, in a batch system's log, a line at most so often.
+    """
+
+    def __init__(self, updates: int, line_seconds: float = 600.0) -> None:
         self.updates = updates
         self.line_seconds = line_seconds
         self.stack = ExitStack()
         self.note = self.validation = ""
 
     def start(self, update: int) -> None:
-        """Show the bar."""
         self.first_update = update
         self.started = self.last_line = time.monotonic()
         bar = progress("training", total=self.updates, unit="updates", completed=update)
@@ -173,27 +172,22 @@ class ProgressWriter(Writer):
             self.task.advance(0, note=self.note + self.validation)
         if table != "metrics":
             return
-        note = f"{row['stage']}: rec {row.get('loss/reconstruction', float('nan')):.3f}"
+        self.note = f"{row['stage']}: rec {row.get('loss/reconstruction', float('nan')):.3f}"
         if "loss/semantic" in row:
-            note += f", sem {row['loss/semantic']:.2f}"
+            self.note += f", sem {row['loss/semantic']:.2f}"
         if "loss/discriminators" in row:
-            note += f", D {row['loss/discriminators']:.2f}"
+            self.note += f", D {row['loss/discriminators']:.2f}"
         speed = row["audio_seconds_per_second"]
-        self.note = f"{note}, {speed:.{0 if speed >= 10 else 2}f} audio-s/s"
+        self.note += f", {speed:.{0 if speed >= 10 else 2}f} audio-s/s"
         if "mfu" in row:
             self.note += f", MFU {row['mfu']:.1%}"
-        self.task.advance(1, note=self.note + self.validation)
-        self._print_line(row["update"])
-
-    def _print_line(self, update: int) -> None:
-        now = time.monotonic()
-        if self.task.is_visible or now - self.last_line < self.line_seconds:
-            return
-        self.last_line = now
-        seconds_left = (now - self.started) / (update - self.first_update) * (self.updates - update)
-        left = clock(seconds_left)
         note = self.note + self.validation
-        print(f"training: {update}/{self.updates} updates, {left} left, {note}", file=sys.stderr, flush=True)
+        self.task.advance(1, note=note)
+        now, update = time.monotonic(), row["update"]
+        if not self.task.is_visible and now - self.last_line >= self.line_seconds:
+            self.last_line = now
+            left = clock((now - self.started) / (update - self.first_update) * (self.updates - update))
+            print(f"training: {update}/{self.updates} updates, {left} left, {note}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -232,7 +226,6 @@ class TensorBoardWriter(Writer):
         self.events = SummaryWriter(str(self.directory), purge_step=update + 1)
 
     def write(self, table: str, row: Row) -> None:
-        """Add one row."""
         if table == "metrics" and row["update"] % self.every_updates:
             return
         for name, value in row.items():
@@ -251,7 +244,6 @@ class TensorBoardWriter(Writer):
         self.events.flush()
 
     def close(self) -> None:
-        """Close the event file."""
         if self.events is not None:
             self.events.close()
             self.events = None

@@ -17,7 +17,6 @@ from moss_train.utils.errors import first_line
 from moss_train.utils.files import read_json
 
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # older and newer name of the public server
-MODES = ("auto", "online", "offline")
 ID_FILE = "wandb.json"
 INIT_SECONDS = 20.0
 """Longest wait for the server; after it the run is logged offline."""
@@ -44,8 +43,8 @@ class WandbWriter(Writer):
 
     Args:
         directory: run directory; its name and parent name the run.
-        mode: of MODES; auto is online when there is a key and the server answers, else offline, which `wandb sync
-            --append <directory>/wandb/offline-run-*` uploads later.
+        mode: online, offline or auto, which is online when there is a key and the server answers, else offline; `wandb
+            sync --append <directory>/wandb/offline-run-*` uploads later.
         every_updates: updates per row of the metrics table; other tables are logged whole.
         config: of the run, shown beside it.
     """
@@ -116,7 +115,6 @@ class WandbWriter(Writer):
             self._attempt(lambda: self.run.log(as_media(samples)))
 
     def close(self) -> None:
-        """Finish the run."""
         if self.run is not None:
             self._attempt(self.run.finish)
             self.run = None

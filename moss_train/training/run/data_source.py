@@ -2,11 +2,11 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moss_train.config.fit_schema import DataConfig, FitConfig
+from moss_train.config.fit_schema import FitConfig
 from moss_train.data.pack.on_the_fly import PackedSource, pack_cached
 from moss_train.data.pack.preprocess import PackOptions
 from moss_train.utils.checkpoint import list_checkpoints
@@ -17,23 +17,11 @@ RECORD_FILE = "packed.json"
 CACHE_FOLDER = "packed"
 
 
-@dataclass(frozen=True)
-class DataFolders:
-    """The packed folders of a run.
+def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> tuple[list[str], list[str]]:
+    """Return the packed folders to learn from and those held out, for validation unless `validation.data` names others.
 
-    Attributes:
-        train: to learn from.
-        held_out: for validation, unless `validation.data` names others.
-    """
-
-    train: list[str]
-    held_out: list[str]
-
-
-def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> DataFolders:
-    """Return the folders of `data.train`, or those into which `data.path` is packed here.
-
-    A run that has begun keeps the shards it began with, also when its files are gone by now.
+    They are those of `data.train`, or those into which `data.path` is packed here in the tokenizer's format. A run that
+    has begun keeps the shards it began with, also when its files are gone by now.
 
     Args:
         tokenizer: configuration of the tokenizer, for sampling rate and channels.
@@ -44,23 +32,38 @@ def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> DataFolders
     """
     data = config.data
     if data.path is None:
-        return DataFolders(data.train, [])
-    record = read_record(directory)
-    if record is not None and record.train.exists() and not Path(data.path).exists():
-        print(printable(f"data.path={data.path} is gone, continuing with {record.train.parent}"), file=sys.stderr)
-        packed = record
+        return data.train, []
+    path, begun = directory / RECORD_FILE, None
+    if path.exists() and list_checkpoints(directory / "checkpoints"):
+        record = read_json(path)
+        heldout = record["heldout"]
+        begun = PackedSource(record["key"], Path(record["train"]), None if heldout is None else Path(heldout))
+    if begun is not None and begun.train.exists() and not Path(data.path).exists():
+        print(printable(f"data.path={data.path} is gone, continuing with {begun.train.parent}"), file=sys.stderr)
+        packed = begun
     else:
-        packed = pack_for_run(data.path, data, tokenizer, directory)
-        if record is not None and record.key != packed.key and not config.allow_config_changes:
+        packed = pack_cached(
+            Path(data.path).expanduser(),
+            directory / CACHE_FOLDER if data.cache is None else Path(data.cache),
+            PackOptions(
+                sampling_rate=tokenizer.output_sampling_rate,
+                num_channels=tokenizer.number_channels,
+                max_invalid_fraction=data.max_invalid_fraction,
+            ),
+            domain=data.domain,
+            heldout_fraction=data.heldout_fraction,
+            key="data.path",
+        )
+        if begun is not None and begun.key != packed.key and not config.allow_config_changes:
             raise UserError(
                 f"the files of data.path={data.path} are not those that {directory} was started with: use another "
                 "name=, or allow_config_changes=true to continue with them"
             )
-        write_record(directory, packed)
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(asdict(packed), indent=1, default=str) + "\n")
     if packed.is_silent:
         warn_of_silence(directory, data.path)
-    heldout = [] if packed.heldout is None else [str(packed.heldout)]
-    return DataFolders([str(packed.train)], heldout)
+    return [str(packed.train)], [] if packed.heldout is None else [str(packed.heldout)]
 
 
 def warn_of_silence(directory: Path, source: str) -> None:
@@ -71,36 +74,3 @@ def warn_of_silence(directory: Path, source: str) -> None:
     if not path.exists() or message not in path.read_text("utf-8", errors="replace"):
         with path.open("a", encoding="utf-8") as file:
             file.write(message + "\n")
-
-
-def pack_for_run(path: str, data: DataConfig, tokenizer: Any, directory: Path) -> PackedSource:
-    """Pack `data.path` in the tokenizer's format into `data.cache`, by default with the run."""
-    options = PackOptions(
-        sampling_rate=tokenizer.output_sampling_rate,
-        num_channels=tokenizer.number_channels,
-        max_invalid_fraction=data.max_invalid_fraction,
-    )
-    cache = directory / CACHE_FOLDER if data.cache is None else Path(data.cache)
-    source = Path(path).expanduser()
-    return pack_cached(
-        source, cache, options, domain=data.domain, heldout_fraction=data.heldout_fraction, key="data.path"
-    )
-
-
-def read_record(directory: Path) -> PackedSource | None:
-    """What a run that has begun was started with; None for a new one."""
-    path = directory / RECORD_FILE
-    if not path.exists() or not list_checkpoints(directory / "checkpoints"):
-        return None
-    record = read_json(path)
-    heldout = record["heldout"]
-    return PackedSource(record["key"], Path(record["train"]), None if heldout is None else Path(heldout))
-
-
-def write_record(directory: Path, packed: PackedSource) -> None:
-    """Note in the run directory which shards it learns from."""
-    heldout = None if packed.heldout is None else str(packed.heldout)
-    with atomic_write(directory / RECORD_FILE) as path:
-        path.write_text(
-            json.dumps({"key": packed.key, "train": str(packed.train), "heldout": heldout}, indent=1) + "\n"
-        )

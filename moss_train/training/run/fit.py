@@ -19,17 +19,12 @@ from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.training.callbacks.build import KEYS as CALLBACK_KEYS
 from moss_train.training.callbacks.build import build_callbacks
 from moss_train.training.callbacks.checkpoint import read_progress
-from moss_train.training.cost.hardware import StateSize, check_memory, count_parameters
+from moss_train.training.cost.hardware import StateSize, check_memory
 from moss_train.training.distributed.preemption import PreemptionHandler, exit_after_preemption
 from moss_train.training.module import CatModule
 from moss_train.training.run.data_source import find_data
 from moss_train.training.run.optimizations import apply_optimizations
-from moss_train.training.run.trainer import (
-    build_trainer,
-    choose_accelerator,
-    start_processes,
-    started_processes,
-)
+from moss_train.training.run.trainer import build_trainer, choose_accelerator, start_processes, started_processes
 from moss_train.training.run.warm_start import (
     InitPlan,
     initialize,
@@ -50,7 +45,7 @@ LOCK_FILE = ".lock"
 LOCK_TIMEOUT_SECONDS = 10.0  # for processes of a killed run that have not noticed yet
 LAUNCHED_LOCK_TIMEOUT_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
 # What may differ between the parts of one run: it does not change what is learned.
-MUTABLE_KEYS = {
+MUTABLE_KEYS = CALLBACK_KEYS | {
     "run_dir",
     "name",
     "max_updates",
@@ -58,7 +53,7 @@ MUTABLE_KEYS = {
     "checkpoint",
     "allow_config_changes",
     "plugins",
-} | CALLBACK_KEYS
+}
 MUTABLE_DATA_KEYS = {"num_workers", "max_invalid_fraction", "cache"}
 
 
@@ -89,9 +84,9 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     init_plan = plan_initialization(config, directory)
     schedule = Schedule.from_config(init_plan.arguments["stages"])
     accelerator = choose_accelerator(config.trainer.accelerator)
-    folders = find_data(config, init_plan.tokenizer_config, directory)
+    train_folders, held_out = find_data(config, init_plan.tokenizer_config, directory)
     has_lm = init_plan.arguments["semantic"] is not None
-    stream = open_stream(config, init_plan.tokenizer_config, has_lm, folders.train)
+    stream = open_stream(config, init_plan.tokenizer_config, has_lm, train_folders)
     if not stream.num_with_text:
         init_plan = without_text(init_plan)
     size = count_parameters_on_meta(init_plan.arguments, config)
@@ -99,7 +94,7 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     quantizer = init_plan.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
     objective = Objective(stream.clip_format.stored_rate, **init_plan.arguments["objective"])
-    callbacks = build_callbacks(config, folders.train, folders.held_out, directory, last, stream, *sizes, objective)
+    callbacks = build_callbacks(config, train_folders, held_out, last, stream, *sizes, objective)
     preemption = PreemptionHandler()
     trainer = build_trainer(config.trainer, accelerator, [preemption, *callbacks], config.checkpoint.background)
     shards = trainer.world_size if config.trainer.strategy == "fsdp" else 1
@@ -107,28 +102,26 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     directory.mkdir(parents=True, exist_ok=True)
     patience = LAUNCHED_LOCK_TIMEOUT_SECONDS if started_processes() else LOCK_TIMEOUT_SECONDS
     with file_lock(directory / LOCK_FILE, str(directory), patience) if trainer.is_global_zero else nullcontext():
-        checkpoint = find_resume_checkpoint(config, directory, trainer)
+        checkpoint = None
+        if trainer.is_global_zero:  # looks before it starts the other ranks; all of them learn what it found
+            checkpoint = resume_checkpoint(directory / "checkpoints")
+            if checkpoint is not None:
+                check_unchanged(config, directory)
+            elif (directory / METRICS_FILE).exists():
+                raise UserError(
+                    f"{directory} has a {METRICS_FILE} but no checkpoints any more: put them back, or move the "
+                    "directory away to start from scratch"
+                )
+            with atomic_write(directory / CONFIG_FILE) as temporary:
+                temporary.write_text(yaml.safe_dump(config.to_plain(), sort_keys=False))
+        start_processes(trainer)
+        checkpoint = trainer.strategy.broadcast(checkpoint)
         update = read_progress(checkpoint)["update"]
         if checkpoint is None or update < last:
             update = train(config, checkpoint, init_plan, stream, trainer, range(update, last))
     if preemption.signal is not None:
         exit_after_preemption(preemption.signal, update, trainer)
     return RunResult(directory, update, schedule.updates, trainer.global_rank)
-
-
-def find_resume_checkpoint(config: FitConfig, directory: Path, trainer: Trainer) -> Path | None:
-    """The newest valid checkpoint, None for a new run. Rank 0 looks, before it starts the others; all of them learn."""
-    checkpoint = None
-    if trainer.is_global_zero:
-        checkpoint = resume_checkpoint(directory / "checkpoints")
-        if checkpoint is None and (directory / METRICS_FILE).exists():
-            raise UserError(
-                f"{directory} has a {METRICS_FILE} but no checkpoints any more: put them back, or move the "
-                "directory away to start from scratch"
-            )
-        store_config(config, directory, is_new=checkpoint is None)
-    start_processes(trainer)
-    return trainer.strategy.broadcast(checkpoint)
 
 
 def train(
@@ -181,8 +174,9 @@ def count_parameters_on_meta(arguments: dict[str, Any], config: FitConfig) -> St
             text_lm = build(semantic, path="semantic", latent_dim=latent_dim) if is_small else None
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
+    parts = (module.tokenizer, text_lm, module.discriminators)
     tokenizer, lm, discriminators = (
-        count_parameters(part) for part in (module.tokenizer, text_lm, module.discriminators)
+        sum(p.numel() for p in part.parameters()) if part is not None else 0 for part in parts
     )
     return StateSize(tokenizer, lm, discriminators, has_average=config.ema is not None)
 
@@ -221,18 +215,6 @@ def open_stream(
     return stream
 
 
-def store_config(config: FitConfig, directory: Path, is_new: bool) -> None:
-    """Write the resolved configuration, or compare it with the one that the run was started with.
-
-    Raises:
-        UserError: it differs in something that changes what is learned, and `allow_config_changes` is not set.
-    """
-    if not is_new:
-        check_unchanged(config, directory)
-    with atomic_write(directory / CONFIG_FILE) as temporary:
-        temporary.write_text(yaml.safe_dump(config.to_plain(), sort_keys=False))
-
-
 NAMED_CHANGES = 6  # in one message
 
 
@@ -246,8 +228,11 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
         raise UserError(
             f"{directory} was started with plugins=[{','.join(closed)}]: give it again, or use another name="
         )
-    changes = diff_config(result_affecting(begun.to_plain()), result_affecting(config.to_plain()))
-    if changes:
+    deciding = []  # of both configurations, what decides what is learned
+    for plain in (begun.to_plain(), config.to_plain()):
+        data = {key: value for key, value in plain["data"].items() if key not in MUTABLE_DATA_KEYS}
+        deciding.append({key: value for key, value in plain.items() if key not in MUTABLE_KEYS} | {"data": data})
+    if changes := diff_config(deciding[0], deciding[1]):
         named = "; ".join(changes[:NAMED_CHANGES])
         further = f"; and {len(changes) - NAMED_CHANGES} more" if len(changes) > NAMED_CHANGES else ""
         raise UserError(
@@ -265,12 +250,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         raise UserError(f"{path} is not the configuration of a run; restore it, or remove it")
     return config
-
-
-def result_affecting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that decides what is learned."""
-    kept = {key: value for key, value in config.items() if key not in MUTABLE_KEYS}
-    return {**kept, "data": {key: value for key, value in kept["data"].items() if key not in MUTABLE_DATA_KEYS}}
 
 
 def diff_config(old: Any, new: Any, path: str = "") -> list[str]:

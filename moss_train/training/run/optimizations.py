@@ -15,7 +15,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from moss_train.config.fit_schema import FitConfig
 from moss_train.discriminators import ComplexSTFTDiscriminator, Discriminator
 from moss_train.model import MossAudioTokenizerModel
-from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
+from moss_train.model.transformer import TransformerLayer
 from moss_train.training.callbacks.run_records import warn
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.trainer import REDUCE_DTYPES, choose_accelerator, choose_precision
@@ -50,84 +50,45 @@ def checkpoint_activations(model: MossAudioTokenizerModel, frame_rates: Sequence
     Raises:
         UserError: no stage has such a rate.
     """
-    rates = {rate_of(model, stage) for stage in stages_of(model)}
-    if unknown := set(frame_rates) - rates:
+    rates = {stage: model.config.frame_rate * stage.frames_per_code_frame for stage in stages_of(model)}
+    if unknown := set(frame_rates) - set(rates.values()):
         raise UserError(
-            f"trainer.activation_checkpointing: no stage runs at {sorted(unknown)} Hz, there are {sorted(rates)}"
+            f"trainer.activation_checkpointing: no stage runs at {sorted(unknown)} Hz, there are "
+            f"{sorted(set(rates.values()))}"
         )
-    for stage in stages_of(model):
-        stage.transformer.gradient_checkpointing = rate_of(model, stage) in frame_rates
+    for stage, rate in rates.items():
+        stage.transformer.gradient_checkpointing = rate in frame_rates
 
 
-def rate_of(model: MossAudioTokenizerModel, stage: ProjectedTransformer) -> float:
-    """Frames per second of a stage."""
-    return model.config.frame_rate * stage.frames_per_code_frame
+def compile_part(part: nn.Module, backend: Callable[..., Any]) -> None:
+    """Compile the training passes of a part for changing shapes; its names and its other passes stay.
 
-
-class CompiledParts:
-    """The parts of a module that run through torch.compile, and what came of it.
-
-    Attributes:
-        calls: of all parts, in training.
-        eager_calls: those of them in which no compiled graph ran.
-        graphs: compiled so far.
-        limit_hit: whether torch refused to compile one more.
+    Streams and validation run eagerly: a pass without gradients, or with a chunk of a stream, would need graphs of its
+    own. Hooks, those of FSDP among them, stay outside of the graph.
     """
+    eager = part.forward
+    always = isinstance(part, Discriminator)  # also without gradients, in updates in which they do not learn
+    compiled = torch.compile(eager, backend=backend, dynamic=True)
 
-    def __init__(self, backend: str) -> None:
-        self._compile = torch._dynamo.lookup_backend(backend)
-        self._graph_calls = 0
-        self.calls = 0
-        self.eager_calls = 0
-        self.graphs = 0
-        self.limit_hit = False
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not (always or torch.is_grad_enabled()) or not part.training:
+            return eager(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except FailOnRecompileLimitHit:
+            # Said once; from now on torch runs eagerly what has no graph yet, without trying again.
+            torch._dynamo.config.fail_on_recompile_limit_hit = False
+            warn(
+                f"trainer.compile: {type(part).__name__} runs partly without compiled graphs from now on, right but "
+                f"slow: torch has made {torch._dynamo.config.recompile_limit} versions of it. TORCH_LOGS=recompiles "
+                "says why"
+            )
+            return eager(*args, **kwargs)
 
-    def add(self, part: nn.Module) -> None:
-        """Compile the training passes of a part for changing shapes; its names and its other passes stay.
-
-        Streams and validation run eagerly: a pass without gradients, or with a chunk of a stream, would need graphs of
-        its own. Hooks, those of FSDP among them, stay outside of the graph.
-        """
-        name, eager = type(part).__name__, part.forward
-        always = isinstance(part, Discriminator)  # also without gradients, in updates in which they do not learn
-        compiled = torch.compile(eager, backend=self._backend, dynamic=True)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not (always or torch.is_grad_enabled()) or not part.training:
-                return eager(*args, **kwargs)
-            before = self._graph_calls
-            try:
-                result = compiled(*args, **kwargs)
-            except FailOnRecompileLimitHit:
-                self._give_up(name)
-                result = eager(*args, **kwargs)
-            self.calls += 1
-            self.eager_calls += self._graph_calls == before
-            return result
-
-        part.forward = forward
-
-    def _backend(self, graph: Any, inputs: Any) -> Callable[..., Any]:
-        self.graphs += 1
-        run = self._compile(graph, inputs)
-
-        def counted(*args: Any) -> Any:
-            self._graph_calls += 1
-            return run(*args)
-
-        return counted
-
-    def _give_up(self, name: str) -> None:
-        """Say it once; from now on torch runs eagerly what has no graph yet, without trying again."""
-        self.limit_hit = True
-        torch._dynamo.config.fail_on_recompile_limit_hit = False
-        warn(
-            f"trainer.compile: {name} runs partly without compiled graphs from now on, right but slow: torch has made "
-            f"{torch._dynamo.config.recompile_limit} versions of it. TORCH_LOGS=recompiles says why"
-        )
+    part.forward = forward
 
 
-def compile_blocks(module: CatModule, backend: str = "inductor") -> CompiledParts:
+def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
     """Compile block by block and discriminator by discriminator: equal blocks share one graph, and names stay.
 
     The whole step would neither compile in reasonable time nor as one graph. Shapes are symbolic from the first call,
@@ -141,19 +102,16 @@ def compile_blocks(module: CatModule, backend: str = "inductor") -> CompiledPart
         raise UserError(f"trainer.compile={backend}: torch has the backends {', '.join(known)}")
     # The discriminators' graph serves two backward passes; a compiler that reuses its buffers allows only one.
     torch._functorch.config.donated_buffer = False
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # which `CompiledParts` reports and survives
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # which `compile_part` reports and survives
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.accumulated_recompile_limit = max(1024, torch._dynamo.config.accumulated_recompile_limit)
-    parts = CompiledParts(backend)
     for part in compiled_parts(module):
         # Loops over blocks of queries and complex spectra have no place in a graph: one would be made for every length.
         if isinstance(part, TransformerLayer):
             part.self_attn.blockwise_attention = torch.compiler.disable(part.self_attn.blockwise_attention)
         elif isinstance(part, ComplexSTFTDiscriminator):
             part.planes = torch.compiler.disable(part.planes)  # type: ignore[method-assign]
-        parts.add(part)
-    module.compiled = parts
-    return parts
+        compile_part(part, torch._dynamo.lookup_backend(backend))
 
 
 def compiled_parts(module: CatModule) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from moss_train.utils.errors import UserError
 
 CHANGES = ("sampling_rate", "output_sampling_rate", "number_channels", "patch_sizes", "num_quantizers")
 EDGE = 16
-"""Samples by which a patch of waveform is extend_by_reflection for the filter of the resampler."""
+"""Samples by which a patch of waveform is continued on both sides for the filter of the resampler."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,25 @@ def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> M
         raise UserError(f"tokenizer.output_sampling_rate={output_rate} is not a multiple of sampling_rate={rate}")
     values = old.to_dict() | {"sampling_rate": rate, "number_channels": channels, "output_sampling_rate": output_rate}
     values.pop("sample_rate", None)
-    patches = wanted.get("patch_sizes") or patches_of_equal_frame_rate(old, rate, channels)
-    values |= replace_patches(old, patches, output_rate // rate)
+    first, *others = present = patch_sizes(old)
+    patches = wanted.get("patch_sizes")
+    if not patches:
+        scaled = Fraction(first) * Fraction(rate, old.sampling_rate) * Fraction(channels, old.number_channels)
+        if scaled.denominator != 1:
+            raise UserError(
+                f"tokenizer: {rate} Hz and {channels} channel(s) would make the first patch {float(scaled):g} samples "
+                f"at the old frame rate of {old.frame_rate:g}: give tokenizer.patch_sizes=[...], now {present}"
+            )
+        patches = [int(scaled), *others]
+    if len(patches) != len(present) or not all(isinstance(size, int) and size > 0 for size in patches):
+        raise UserError(
+            f"tokenizer.patch_sizes={patches} must be {len(present)} whole numbers, one for each stage of init"
+        )
+    # Widths stay; the projections fit the patches.
+    decoded = [patches[0] * (output_rate // rate), *patches[1:]]
+    values["encoder_kwargs"] = rescale_patches(old.encoder_kwargs, patches, "input_dimension", "output_dimension")
+    outwards = rescale_patches(old.decoder_kwargs[::-1], decoded, "output_dimension", "input_dimension")
+    values["decoder_kwargs"] = outwards[::-1]
     hop = math.prod(patches)
     if hop % channels:
         raise UserError(f"tokenizer.patch_sizes={patches} multiply to {hop}, not a multiple of {channels} channels")
@@ -77,35 +94,6 @@ def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> M
 def patch_sizes(config: MossAudioTokenizerConfig) -> list[int]:
     """Patch sizes in the encoder's order."""
     return [entry["patch_size"] for entry in config.encoder_kwargs if "patch_size" in entry]
-
-
-def patches_of_equal_frame_rate(old: MossAudioTokenizerConfig, rate: int, channels: int) -> list[int]:
-    """Patch sizes for which a frame lasts as long as before; UserError when no whole first patch does that."""
-    first, *others = patch_sizes(old)
-    wanted = Fraction(first) * Fraction(rate, old.sampling_rate) * Fraction(channels, old.number_channels)
-    if wanted.denominator != 1:
-        raise UserError(
-            f"tokenizer: {rate} Hz and {channels} channel(s) would make the first patch {float(wanted):g} samples at "
-            f"the old frame rate of {old.frame_rate:g}: give tokenizer.patch_sizes=[...], now {[first, *others]}"
-        )
-    return [int(wanted), *others]
-
-
-def replace_patches(old: MossAudioTokenizerConfig, patches: list[int], ratio: int) -> dict[str, list[dict[str, Any]]]:
-    """Encoder and decoder entries with these patch sizes and the projections that fit them; widths stay.
-
-    Args:
-        ratio: of the decoder's sampling rate to the encoder's, by which its patch at the waveform is longer.
-    """
-    count = len(patch_sizes(old))
-    if len(patches) != count or not all(isinstance(size, int) and size > 0 for size in patches):
-        raise UserError(f"tokenizer.patch_sizes={patches} must be {count} whole numbers, one for each stage of init")
-    decoded = [patches[0] * ratio, *patches[1:]]
-    reversed_decoder = rescale_patches(old.decoder_kwargs[::-1], decoded, "output_dimension", "input_dimension")
-    return {
-        "encoder_kwargs": rescale_patches(old.encoder_kwargs, patches, "input_dimension", "output_dimension"),
-        "decoder_kwargs": reversed_decoder[::-1],
-    }
 
 
 def rescale_patches(entries: list[dict[str, Any]], patches: list[int], outer: str, inner: str) -> list[dict[str, Any]]:
@@ -158,12 +146,6 @@ class WaveformEnd:
         """Samples of one channel in a patch."""
         return self.patch // self.channels
 
-    def lasts_as(self, other: "WaveformEnd") -> bool:
-        """Whether the patches of both are whole samples of every channel and as long in seconds."""
-        if self.patch % self.channels or other.patch % other.channels:
-            return False
-        return Fraction(self.samples, self.rate) == Fraction(other.samples, other.rate)
-
 
 def encoder_end(config: MossAudioTokenizerConfig) -> WaveformEnd:
     """Return the encoder's end of a configuration."""
@@ -184,20 +166,21 @@ def resampled_projections(
     Where a patch lasts as long as before, the new encoder does what the old one did to the resampled waveform with its
     channels averaged, and the new decoder gives the old one's waveform, resampled, on every channel. Nothing otherwise.
     """
-    first = f"encoder.{waveform_stage(new.encoder_kwargs)}.input_proj.weight"
-    last = f"decoder.{len(new.decoder_kwargs) - 1 - waveform_stage(new.decoder_kwargs[::-1])}.output_proj.weight"
+    inwards, outwards = new.encoder_kwargs, new.decoder_kwargs
+    first = next(i for i, entry in enumerate(inwards) if "patch_size" not in entry)
+    last = max(i for i, entry in enumerate(outwards) if "patch_size" not in entry)
     made = {}
-    for name, end, resampled in ((first, encoder_end, resampled_input), (last, decoder_end, resampled_output)):
+    for name, end, resampled in (
+        (f"encoder.{first}.input_proj.weight", encoder_end, resampled_input),
+        (f"decoder.{last}.output_proj.weight", decoder_end, resampled_output),
+    ):
         before, after = end(old), end(new)
         has_changed = (before.rate, before.channels) != (after.rate, after.channels)
-        if name in weights and has_changed and before.lasts_as(after):
+        are_whole = before.patch % before.channels == after.patch % after.channels == 0
+        lasts_as_long = Fraction(before.samples, before.rate) == Fraction(after.samples, after.rate)
+        if name in weights and has_changed and are_whole and lasts_as_long:
             made[name] = resampled(weights[name], before, after)
     return made
-
-
-def waveform_stage(entries: list[dict[str, Any]]) -> int:
-    """Place of the first transformer, counted from the waveform; it follows exactly one patch in every Cat."""
-    return next(number for number, entry in enumerate(entries) if "patch_size" not in entry)
 
 
 def resampled_input(weight: Tensor, old: WaveformEnd, new: WaveformEnd) -> Tensor:
@@ -226,14 +209,9 @@ def resampled_output(weight: Tensor, old: WaveformEnd, new: WaveformEnd) -> Tens
         # Whole units of both rates, so that the new samples lie where they would without the edges.
         unit, new_unit = (rate // math.gcd(old.rate, new.rate) for rate in (old.rate, new.rate))
         edge = min(-(-EDGE // unit), (old.samples - 1) // unit)
-        waves = extend_by_reflection(parts.movedim(0, 2), edge * unit)
-        waves = resample(waves.contiguous(), old.rate, new.rate)
+        count, waves = edge * unit, parts.movedim(0, 2)
+        before = 2 * waves[..., :1] - waves[..., 1 : count + 1].flip(-1)
+        after = 2 * waves[..., -1:] - waves[..., waves.shape[-1] - 1 - count : -1].flip(-1)
+        waves = resample(torch.cat((before, waves, after), dim=-1).contiguous(), old.rate, new.rate)
         parts = waves[..., edge * new_unit :][..., : new.samples].movedim(2, 0)
     return parts.flatten(0, 1)
-
-
-def extend_by_reflection(waves: Tensor, count: int) -> Tensor:
-    """Continue waveforms [..., T] by `count` < T samples on both sides, reflected at the points of the edge samples."""
-    before = 2 * waves[..., :1] - waves[..., 1 : count + 1].flip(-1)
-    after = 2 * waves[..., -1:] - waves[..., waves.shape[-1] - 1 - count : -1].flip(-1)
-    return torch.cat((before, waves, after), dim=-1)

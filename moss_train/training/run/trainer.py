@@ -78,23 +78,8 @@ def is_srun_used() -> bool:
         "SLURM_STEP_ID" in os.environ
         and "SLURM_PROCID" in os.environ
         and "SLURM_NTASKS" in os.environ
-        and SLURMEnvironment.job_name()
-        not in (
-            "bash",
-            "interactive",
-        )
+        and SLURMEnvironment.job_name() not in ("bash", "interactive")
     )
-
-
-def choose_strategy(settings: TrainerConfig, num_processes: int) -> Strategy | str:
-    """One process needs nothing special; several hold copies of everything, or shares of the large networks."""
-    is_sharded = settings.strategy == "fsdp"
-    if num_processes == 1:
-        if is_sharded:
-            rank_zero_warn("trainer.strategy=fsdp has no effect: there is one process")
-        return "auto"
-    timeout = timedelta(seconds=settings.timeout_seconds)
-    return FSDP2Strategy(num_processes, timeout) if is_sharded else ManualDDPStrategy(timeout=timeout)
 
 
 def build_trainer(
@@ -107,24 +92,35 @@ def build_trainer(
         os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)  # Lightning chooses where there is none
     torch.set_float32_matmul_precision(settings.matmul_precision)
     if settings.deterministic:
-        compute_deterministically()
+        # Algorithms that give equal results for equal inputs on one machine; an operation without one raises. On a GPU
+        # attention, convolutions and sums over indices otherwise add up in the order in which threads finish.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+        torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100 builds a graph for every new length
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of Lightning about itself
-    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # a run that stops where it stands
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # The second is of Lightning about itself, the third of a run that stops where it stands.
+    for text in ("does not have many workers", "LeafSpec", "across ranks is zero"):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
     plugins: list[Any] = [DirectoryCheckpointIO(background_checkpoints)]
     if not TorchElasticEnvironment.detect():
         if is_srun_used():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's saves beside our checkpoints
         elif "SLURM_NTASKS" in os.environ:
             plugins.append(LightningEnvironment())  # for which Lightning would wait for the tasks of a job
+    is_sharded, timeout = settings.strategy == "fsdp", timedelta(seconds=settings.timeout_seconds)
+    strategy: Strategy | str = "auto"  # one process needs nothing special
+    if (num_processes := devices * num_nodes) > 1:
+        strategy = FSDP2Strategy(num_processes, timeout) if is_sharded else ManualDDPStrategy(timeout=timeout)
+    elif is_sharded:
+        rank_zero_warn("trainer.strategy=fsdp has no effect: there is one process")
     return lightning.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
-        strategy=choose_strategy(settings, devices * num_nodes),
+        strategy=strategy,
         precision=choose_precision(settings.precision, accelerator),
         max_epochs=1,
         callbacks=trainer_callbacks,
@@ -138,55 +134,37 @@ def build_trainer(
     )
 
 
-def compute_deterministically() -> None:
-    """Choose algorithms that give equal results for equal inputs on one machine; an operation without one raises.
-
-    On a GPU attention, convolutions and sums over indices otherwise add up in the order in which threads finish.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-    torch.backends.cudnn.benchmark = False
-
-
 def start_processes(trainer: Trainer) -> None:
     """Start the run's other processes, unless torchrun or srun did, and connect all of them.
 
     Lightning does so inside `fit` only, where it finds it done. We need to agree on a checkpoint before. A process that
     this one starts ends when this one is killed.
     """
-    strategy = trainer.strategy
-    is_child = trainer.local_rank > 0 and started_processes() is None
-    if is_child:
+    strategy: Any = trainer.strategy
+    if trainer.local_rank > 0 and started_processes() is None:
         threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
     if strategy.launcher is not None:
         strategy.launcher.launch(lambda: None)
     if TorchElasticEnvironment.detect() and trainer.world_size > 1:
-        connect_after_restart(strategy)
+        # Apart from what an earlier attempt of the group left in torchrun's store, which may be one for all attempts:
+        # without a prefix a process that is faster than the first one reads the address of its dead predecessor. Each
+        # machine counts its own attempts, so several need a store per attempt
+        # (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, as in recipes/torchrun).
+        device = strategy.root_device
+        rank, world_size, timeout = strategy.global_rank, strategy.world_size, strategy._timeout
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        atexit.register(_disconnect)
     strategy.setup_environment()
-
-
-def connect_after_restart(strategy: Any) -> None:
-    """Connect what torchrun started, apart from what an earlier attempt of the group left in torchrun's store.
-
-    torchrun may keep one store for all attempts: without a prefix a process that is faster than the first one reads the
-    address of its dead predecessor. Each machine counts its own attempts, so several need a store per attempt
-    (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, as in recipes/torchrun).
-    """
-    device = strategy.root_device
-    rank, world_size, timeout = strategy.global_rank, strategy.world_size, strategy._timeout
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
-    atexit.register(_disconnect)
 
 
 def _disconnect() -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moss_train.config.fit_schema import FitConfig, ObjectiveConfig
+from moss_train.config.fit_schema import FitConfig
 from moss_train.config.section import to_plain
 from moss_train.export.load import NETWORKS, ModelSource, open_source, tokenizer_config
 from moss_train.training.module import CatModule
@@ -54,14 +54,25 @@ class InitPlan:
 def plan_initialization(config: FitConfig, directory: Path | None = None) -> InitPlan:
     """Decide on the architecture of a `fit` configuration; nothing is built yet.
 
+    With `init`, what is configured as null or [] stays away. The rest comes with `init` when it has it and `restore`
+    names it, and is built as configured otherwise. A text LM that trains nothing is not built, with a warning.
+
     Args:
         directory: a run that has begun: what it began with is read from its record, so `init` may be gone by now.
 
     Raises:
         UserError: no architecture, one that cannot work, or changes that `init` does not allow.
     """
+    networks: dict[str, Any] = {"semantic": config.semantic, "discriminators": config.discriminators}
     if config.init is None:
-        return InitPlan(complete_arguments(config, configured_tokenizer(config), configured_networks(config), ()))
+        if config.tokenizer is None or config.tokenizer.stages is None:
+            raise UserError("tokenizer has no stages and init is null: choose an experiment, or give init=<model>")
+        node = config.tokenizer.to_plain()
+        try:
+            tokenizer_config(node)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"tokenizer: {error}") from error
+        return InitPlan(complete_arguments(config, node, networks, ()))
     # A record without a checkpoint is that of a run that was killed before it had any weights.
     has_begun = directory is not None and list_checkpoints(directory / "checkpoints")
     if directory is not None and has_begun and (directory / RECORD_FILE).exists():
@@ -73,40 +84,8 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
     changes = {} if config.tokenizer is None else config.tokenizer.to_plain()
     source = open_source(config.init)
     tokenizer = plain(adapt_config(source.tokenizer, changes).to_dict())
-    networks, new = restored_networks(config, source)
-    return InitPlan(complete_arguments(config, tokenizer, networks, new), source, new)
-
-
-def module_arguments(config: FitConfig) -> dict[str, Any]:
-    """Arguments of `CatModule` for a `fit` configuration, see `plan_initialization`."""
-    return plan_initialization(config).arguments
-
-
-def configured_tokenizer(config: FitConfig) -> Node:
-    """The tokenizer node of a run from scratch; UserError when there is none, or none that can be built."""
-    if config.tokenizer is None or config.tokenizer.stages is None:
-        raise UserError("tokenizer has no stages and init is null: choose an experiment, or give init=<model>")
-    node = config.tokenizer.to_plain()
-    try:
-        tokenizer_config(node)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"tokenizer: {error}") from error
-    return node
-
-
-def configured_networks(config: FitConfig) -> dict[str, Any]:
-    """The nodes of text LM and discriminators as configured."""
-    return {"semantic": config.semantic, "discriminators": config.discriminators}
-
-
-def restored_networks(config: FitConfig, source: ModelSource) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Nodes of LM and discriminators, and which of them are newly initialised.
-
-    What is configured as null or [] stays away. The rest comes with `init` when it has it and `restore` names it, and
-    is built as configured otherwise. A text LM that trains nothing is not built, with a warning.
-    """
-    networks = configured_networks(config)
-    if networks["semantic"] and not semantic_has_effect(config):
+    trained = {part for stage in config.stages for part in stage.trainable or config.trainable}
+    if networks["semantic"] and not {"encoder", "quantizer", "semantic"} & trained:
         networks["semantic"] = None
         warnings.warn(
             f"trainable={list(config.trainable)}: encoder and quantizer are not trained, so the text LM has no "
@@ -119,7 +98,56 @@ def restored_networks(config: FitConfig, source: ModelSource) -> tuple[dict[str,
             networks[name] = source.nodes[name]
         elif networks[name]:
             new.append(name)
-    return networks, tuple(new)
+    return InitPlan(complete_arguments(config, tokenizer, networks, new), source, tuple(new))
+
+
+def module_arguments(config: FitConfig) -> dict[str, Any]:
+    """Arguments of `CatModule` for a `fit` configuration, see `plan_initialization`."""
+    return plan_initialization(config).arguments
+
+
+def complete_arguments(
+    config: FitConfig, tokenizer: Node, networks: Mapping[str, Any], new: Sequence[str]
+) -> dict[str, Any]:
+    """Arguments of `CatModule`: the architecture, and the rest as configured.
+
+    A mid/side weight of null is 1 for stereo and 0 otherwise. `trainable` of the run holds for the stages that do not
+    name their own parts. Networks that `init` does not bring have a warm-up of `new_module_warmup_updates`, in which
+    they learn without influence on the others: discriminators in the first adversarial stage, the LM in the first of
+    all.
+
+    Raises:
+        UserError: a mid/side weight without two channels.
+    """
+    channels = tokenizer_config(tokenizer).number_channels
+    discriminators = []
+    for node in networks["discriminators"] or ():  # one for mono says nothing about channels
+        others = {key: value for key, value in node.items() if key != "num_channels"}
+        discriminators.append(others if channels == 1 else {**others, "num_channels": channels})
+    weight = config.objective.weights["mid_side"]
+    if weight and channels != 2:
+        raise UserError(f"objective.weights.mid_side={weight} needs two channels, the tokenizer has {channels}")
+    weights = {**config.objective.weights, "mid_side": float(channels == 2) if weight is None else weight}
+    stages = [stage.to_plain() | {"trainable": stage.trainable or config.trainable} for stage in config.stages]
+    warmups = {
+        "discriminators": ("discriminator_warmup_updates", [stage for stage in stages if stage.get("adversarial")]),
+        "semantic": ("semantic_warmup_updates", stages),
+    }
+    for name in new:
+        key, concerned = warmups[name]
+        for stage in concerned[:1]:
+            stage[key] = max(stage.get(key, 0), config.new_module_warmup_updates)
+    arguments = {
+        "tokenizer": tokenizer,
+        "semantic": networks["semantic"],
+        "discriminators": discriminators,
+        "stages": stages,
+        "objective": config.objective.replace(weights=weights),
+        "optimizers": config.optimizers,
+        "seed": config.seed,
+        "max_skipped_updates": config.max_skipped_updates,
+    }
+    return to_plain(arguments)
 
 
 def without_text(init_plan: InitPlan) -> InitPlan:
@@ -135,62 +163,6 @@ def without_text(init_plan: InitPlan) -> InitPlan:
     warnings.warn("no clip has a text that is used: the text LM is not built", stacklevel=2)
     new = tuple(name for name in init_plan.new_networks if name != "semantic")
     return replace(init_plan, arguments=init_plan.arguments | {"semantic": None}, new_networks=new)
-
-
-def semantic_has_effect(config: FitConfig) -> bool:
-    """Whether, in some stage, the text LM learns or something learns from it."""
-    parts = [stage.trainable or config.trainable for stage in config.stages]
-    return any({"encoder", "quantizer", "semantic"} & set(names) for names in parts)
-
-
-def complete_arguments(
-    config: FitConfig, tokenizer: Node, networks: Mapping[str, Any], new: Sequence[str]
-) -> dict[str, Any]:
-    """Arguments of `CatModule`: the architecture, and the rest as configured."""
-    channels = tokenizer_config(tokenizer).number_channels
-    discriminators = [with_channels(node, channels) for node in networks["discriminators"] or ()]
-    arguments = {
-        "tokenizer": tokenizer,
-        "semantic": networks["semantic"],
-        "discriminators": discriminators,
-        "stages": stages_for(config, new),
-        "objective": objective_for(config.objective, channels),
-        "optimizers": config.optimizers,
-        "seed": config.seed,
-        "max_skipped_updates": config.max_skipped_updates,
-    }
-    return to_plain(arguments)
-
-
-def objective_for(objective: ObjectiveConfig, channels: int) -> dict[str, Any]:
-    """The objective's node; a mid/side weight of null is 1 for stereo and 0 otherwise. UserError for one without it."""
-    weight = objective.weights["mid_side"]
-    if weight and channels != 2:
-        raise UserError(f"objective.weights.mid_side={weight} needs two channels, the tokenizer has {channels}")
-    weights = {**objective.weights, "mid_side": float(channels == 2) if weight is None else weight}
-    return objective.replace(weights=weights).to_plain()
-
-
-def with_channels(node: Node, channels: int) -> Node:
-    """A discriminator's node for this number of channels; one for mono says nothing about them."""
-    others = {key: value for key, value in node.items() if key != "num_channels"}
-    return others if channels == 1 else {**others, "num_channels": channels}
-
-
-def stages_for(config: FitConfig, new: Sequence[str]) -> list[dict[str, Any]]:
-    """The stages as configured; `trainable` of the run holds for those that do not name their own parts.
-
-    Networks that `init` does not bring have a warm-up of `new_module_warmup_updates`, in which they learn without
-    influence on the others: discriminators in the first adversarial stage, the LM in the first of all.
-    """
-    stages = [stage.to_plain() | {"trainable": stage.trainable or config.trainable} for stage in config.stages]
-    adversarial_stages = [stage for stage in stages if stage.get("adversarial")]
-    starts = {"discriminators": adversarial_stages[:1], "semantic": stages[:1]}
-    keys = {"discriminators": "discriminator_warmup_updates", "semantic": "semantic_warmup_updates"}
-    for name in new:
-        for stage in starts[name]:
-            stage[keys[name]] = max(stage.get(keys[name], 0), config.new_module_warmup_updates)
-    return stages
 
 
 def initialize(module: CatModule, init_plan: InitPlan) -> dict[str, WeightReport]:
@@ -238,17 +210,14 @@ def print_reports(init_plan: InitPlan, reports: Mapping[str, WeightReport], warm
     Weights are named where some of a network were loaded and others not.
     """
     assert init_plan.source is not None
-    table = Table(
-        "", "loaded", "resampled", "new", "unused", title=Text(printable(f"weights from {init_plan.source.path}"))
-    )
+    kinds = [field.name for field in fields(WeightReport)]
+    table = Table("", *kinds, title=Text(printable(f"weights from {init_plan.source.path}")))
     for name, report in reports.items():
-        columns = (report.loaded, report.resampled, report.new, report.unused)
-        table.add_row(name, *(f"{len(names)}" for names in columns))
+        table.add_row(name, *(f"{len(getattr(report, kind))}" for kind in kinds))
     Console(file=sys.stderr, soft_wrap=False).print(table)
     for name, report in reports.items():
         others = tuple(name for name in report.unused if name not in report.new)
-        kinds = {"resampled": report.resampled, "new": report.new, "unused": others}
-        for kind, names in kinds.items():
+        for kind, names in (("resampled", report.resampled), ("new", report.new), ("unused", others)):
             if names and report.loaded:
                 print(printable(f"{name}, {kind}: {shown_names(names)}"), file=sys.stderr)
     for name in init_plan.new_networks:
@@ -263,8 +232,7 @@ def shown_names(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     if not names:
         return "none"
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return f"{', '.join(names[:SHOWN_NAMES])}{more}"
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if (more := len(names) - SHOWN_NAMES) > 0 else "")
 
 
 def plain(node: Any) -> Any:

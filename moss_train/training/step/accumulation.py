@@ -5,7 +5,7 @@ back, added. `Accumulation` casts it once per update and adds the gradient of th
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -35,53 +35,52 @@ class Accumulation:
         networks: whose transformer layers multiply in `dtype`, each called once per micro-batch.
         parameters: all that are to get gradients; copies of other weights get none.
         dtype: of autocast, None without it.
+
+    Attributes:
+        large_leaves: what collects gradients in a backward pass for each large parameter: a copy or itself. Once its
+            hooks run, the parameter has the sum.
+        small_leaves: the same for those that are added many at once; they have theirs after `finish`.
     """
 
     def __init__(
         self, networks: Iterable[nn.Module], parameters: Iterable[nn.Parameter], dtype: torch.dtype | None
     ) -> None:
-        self._places = [] if dtype is None else layer_weights(networks)
+        places = [] if dtype is None else layer_weights(networks)
+        self._places = [(module, name, getattr(module, name)) for module, name in places]
         parameters = dict.fromkeys(parameters)
-        weights = [getattr(module, name) for module, name in self._places]
-        self._copies = make_copies(weights, [weight in parameters for weight in weights], dtype)
+        weights = [weight for _, _, weight in self._places]
+        with torch.no_grad():
+            copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+            if copies:  # cast many at once; each copy is a leaf
+                torch._foreach_copy_(copies, weights)
+        self._copies = {
+            weight: nn.Parameter(copy, requires_grad=weight.requires_grad and weight in parameters)
+            for weight, copy in zip(weights, copies, strict=True)
+        }
         leaves = {parameter: self._copies.get(parameter, parameter) for parameter in parameters}
-        self._small = {p: leaf for p, leaf in leaves.items() if local_tensor(p).numel() <= SMALL}
-        self._large = {p: leaf for p, leaf in leaves.items() if local_tensor(p).numel() > SMALL}
+        self.small_leaves = {p: leaf for p, leaf in leaves.items() if local_tensor(p).numel() <= SMALL}
+        self.large_leaves = {p: leaf for p, leaf in leaves.items() if local_tensor(p).numel() > SMALL}
         self._sums: dict[nn.Parameter, Tensor] = {}
-        for weight, leaf in self._large.items():
+        for weight, leaf in self.large_leaves.items():
             if leaf is not weight and leaf.requires_grad:  # a part may be frozen in this stage
                 leaf.register_post_accumulate_grad_hook(partial(add_to, weight))
-
-    @property
-    def large_leaves(self) -> Mapping[nn.Parameter, nn.Parameter]:
-        """What collects gradients in a backward pass for each large parameter: a copy or itself.
-
-        Once its hooks run, the parameter has the sum. Small parameters have theirs after `finish`.
-        """
-        return self._large
-
-    @property
-    def small_leaves(self) -> Mapping[nn.Parameter, nn.Parameter]:
-        """The same for those that are added many at once."""
-        return self._small
 
     @contextmanager
     def copies_in_place(self) -> Iterator[None]:
         """Within it the layers have the copies in place of their weights."""
-        weights = [getattr(module, name) for module, name in self._places]
         try:
-            for (module, name), weight in zip(self._places, weights, strict=True):
+            for module, name, weight in self._places:
                 module._parameters[name] = self._copies[weight]
             yield
         finally:
-            for (module, name), weight in zip(self._places, weights, strict=True):
+            for module, name, weight in self._places:
                 module._parameters[name] = weight
 
     @torch.no_grad()
     def add_small(self) -> None:
         """Take what a backward pass found for small parameters, and add it to what earlier ones did."""
         found: dict[nn.Parameter, Tensor] = {}
-        for parameter, leaf in self._small.items():
+        for parameter, leaf in self.small_leaves.items():
             if leaf.grad is not None:
                 found[parameter], leaf.grad = leaf.grad, None
         halves = [(p, gradient) for p, gradient in found.items() if gradient.dtype != p.dtype]
@@ -100,11 +99,6 @@ class Accumulation:
         for parameter, total in self._sums.items():
             parameter.grad = total
         self._sums = {}
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return in what autocast multiplies on a device, None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def layer_weights(networks: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
@@ -126,21 +120,6 @@ def layer_weights(networks: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
         for module, name in places
         if uses[getattr(module, name)] == 1 and not is_sharded(getattr(module, name))
     ]
-
-
-@torch.no_grad()
-def make_copies(
-    weights: Sequence[nn.Parameter], learns: Sequence[bool], dtype: torch.dtype | None
-) -> dict[nn.Parameter, nn.Parameter]:
-    """Cast weights, many at once; each copy is a leaf."""
-    if not weights:
-        return {}
-    copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-    torch._foreach_copy_(copies, list(weights))
-    return {
-        weight: nn.Parameter(copy, requires_grad=weight.requires_grad and wanted)
-        for weight, copy, wanted in zip(weights, copies, learns, strict=True)
-    }
 
 
 @torch.no_grad()

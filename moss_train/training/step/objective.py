@@ -162,8 +162,15 @@ class Objective(nn.Module):
         super().__init__()
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f"objective.quantizer_dropout={quantizer_dropout} has to be from 0 to 1")
-        reductions = {"adversarial": adversarial_reduction, "feature": feature_reduction}
-        nodes = loss_nodes(losses or {}, reductions)
+        nodes: dict[str, dict[str, Any]] = {name: dict(node) for name, node in LOSSES.items()}
+        nodes["adversarial"]["reduction"], nodes["feature"]["reduction"] = adversarial_reduction, feature_reduction
+        for name, changes in (losses or {}).items():
+            if changes is None:
+                nodes.pop(name, None)
+            elif "_target_" in changes and changes["_target_"] != nodes.get(name, {}).get("_target_"):
+                nodes[name] = dict(changes)
+            else:
+                nodes[name] = {**nodes.get(name, {}), **changes}
         self.losses = nn.ModuleDict({name: build_loss(name, node, sampling_rate) for name, node in nodes.items()})
         own = {name: float(node["weight"]) for name, node in nodes.items() if "weight" in node}
         known = {name: WEIGHTS.get(name, 0.0) for name in (SEMANTIC, *nodes)}
@@ -272,24 +279,6 @@ class Objective(nn.Module):
         valid = index < batch.reference_lengths[:, None]
         index = index.clamp(max=audio.shape[2] - 1)[:, None].expand(-1, audio.shape[1], -1)
         return audio.gather(2, index) * valid[:, None]
-
-
-def loss_nodes(
-    losses: Mapping[str, Mapping[str, Any] | None], reductions: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
-    """Return the node of every loss: those of LOSSES with what `losses` changes, and the further ones."""
-    nodes = {
-        name: {**node, **({"reduction": reductions[name]} if name in reductions else {})}
-        for name, node in LOSSES.items()
-    }
-    for name, changes in losses.items():
-        if changes is None:
-            nodes.pop(name, None)
-        elif "_target_" in changes and changes["_target_"] != nodes.get(name, {}).get("_target_"):
-            nodes[name] = dict(changes)
-        else:
-            nodes[name] = {**nodes.get(name, {}), **changes}
-    return nodes
 
 
 def build_loss(name: str, node: Mapping[str, Any], sampling_rate: int) -> nn.Module:

@@ -110,27 +110,24 @@ class EMA:
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self._stored: dict[str, Tensor] = {}  # of a checkpoint, until the module is where it trains
-        self._averages: list[Tensor] = []
-        self._weights: list[nn.Parameter] = []
-        self._names: list[str] = []
+        self._averages: dict[str, Tensor] = {}
+        self._weights: dict[str, nn.Parameter] = {}
 
     def start(self, model: nn.Module) -> None:
         """Begin with the model's weights as they are, or continue with those that were loaded."""
-        parameters = dict(model.named_parameters())
-        self._names, self._weights = list(parameters), list(parameters.values())
-        stored = [self._stored.get(name) for name in parameters]
-        self._averages = [
-            weight.detach().clone() if value is None else distribute_like(value, weight.detach())
-            for weight, value in zip(self._weights, stored, strict=True)
-        ]
+        self._weights = dict(model.named_parameters())
+        for name, weight in self._weights.items():
+            value = self._stored.get(name)
+            own = weight.detach()
+            self._averages[name] = own.clone() if value is None else distribute_like(value, own)
         self._stored = {}
 
     @torch.no_grad()
     def add(self, update: int) -> None:
         """Take in the weights after update number `update` (from 0)."""
         decay = min(self.decay, (1 + update) / (10 + update))
-        averages = [local_tensor(average) for average in self._averages]
-        torch._foreach_lerp_(averages, [local_tensor(weight.detach()) for weight in self._weights], 1 - decay)
+        averages = [local_tensor(average) for average in self._averages.values()]
+        torch._foreach_lerp_(averages, [local_tensor(weight.detach()) for weight in self._weights.values()], 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -143,15 +140,15 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for weight, average in zip(self._weights, self._averages, strict=True):
+        for name, weight in self._weights.items():
             own = weight.detach().clone()
-            weight.copy_(average)
-            average.copy_(own)
+            weight.copy_(self._averages[name])
+            self._averages[name].copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: whole tensors, whatever the strategy; all ranks have to call it, the first writes it."""
-        averages = zip(self._names, self._averages, strict=True)
-        return {"decay": self.decay, "weights": {name: gather_to_rank0(average) for name, average in averages}}
+        weights = {name: gather_to_rank0(average) for name, average in self._averages.items()}
+        return {"decay": self.decay, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on, from `start` on, with what a checkpoint holds."""

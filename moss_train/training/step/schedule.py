@@ -19,14 +19,10 @@ class Stage(StageConfig):
         ConfigError: a value that cannot work, by name.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "trainable", list(PARTS) if self.trainable is None else self.trainable)
-
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts of the networks that learn."""
-        return tuple(self.trainable or ())
+        return tuple(PARTS if self.trainable is None else self.trainable)
 
     def rate_factor(self, update: int) -> float:
         """Learning rate of an update of this stage (from 0) as a fraction of the peak.

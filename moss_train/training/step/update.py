@@ -26,7 +26,7 @@ from moss_train.training.distributed.collectives import (
     sum_over_ranks,
 )
 from moss_train.training.distributed.fsdp import is_sharded
-from moss_train.training.step.accumulation import Accumulation, autocast_dtype
+from moss_train.training.step.accumulation import Accumulation
 from moss_train.training.step.objective import (
     SCORES,
     SEMANTIC,
@@ -76,11 +76,6 @@ class OptimizerGroup:
     learning_rate: float
     clip_norm: float
     parts: Mapping[str, Sequence[nn.Parameter]]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Those of all parts."""
-        return [parameter for parameters in self.parts.values() for parameter in parameters]
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,8 @@ def run_update(
     torch.set_autocast_cache_enabled(False)
     parts = {name: list(part) for group in groups for name, part in group.parts.items()}
     parameters = [parameter for part in parts.values() for parameter in part]
-    accumulation = Accumulation(networks.with_layers, parameters, autocast_dtype(device))
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    accumulation = Accumulation(networks.with_layers, parameters, dtype)
     # Gradients of whole networks are summed over ranks beside the last backward passes; sharded ones sum their own.
     large = accumulation.large_leaves
     in_turn = [list(accumulation.small_leaves), *([p for p in part if p in large] for part in parts.values())]
@@ -189,7 +185,8 @@ def run_update(
         str(i): p in sums_of_gradients.missing or p.grad is None for i, p in enumerate(parameters) if num_ranks() > 1
     }
     zero = torch.zeros((), device=device)
-    names = log_names(objective)
+    # A term is there in an update in which any rank has it.
+    names = [f"loss/{name}" for name in (*objective.names, "generator", "discriminators")] + ["text_accuracy", *SCORES]
     num_own_clips = sum(micro_batch.num_clips for micro_batch in batch.micro_batches)
     numbers: dict[str, Mapping[str, Tensor | float]] = {
         "terms": {name: terms.get(name, zero) for name in names},
@@ -399,17 +396,6 @@ def zero_loss_through_text_lm(text_lm: TextLM, states: Tensor) -> Tensor:
     """
     one = torch.ones(1, dtype=torch.int64, device=states.device)
     return 0.0 * text_lm(states[:1, :1], one, 0 * one[None], one, 0 * one).loss_sum
-
-
-def log_names(objective: Objective) -> tuple[str, ...]:
-    """Names of what micro-batches report; a term is there in an update in which any rank has it."""
-    return (
-        *(f"loss/{name}" for name in objective.names),
-        "loss/generator",
-        "loss/discriminators",
-        "text_accuracy",
-        *SCORES,
-    )
 
 
 def add_up(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
