@@ -9,7 +9,7 @@ from torch import Tensor
 from moss_train.audio.io import read_audio
 from moss_train.batch import ListedClip
 from moss_train.data.pack.manifest import SourceClip, list_clips
-from moss_train.data.pack.preprocess import find_extent, open_clip
+from moss_train.data.pack.preprocess import find_extent
 from moss_train.data.shards.index import INDEX_FILE, ClipLocation, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.utils.errors import InvalidSample, SampleError, UserError
@@ -27,14 +27,13 @@ class FileClip:
 
     def __call__(self) -> tuple[Tensor, int]:
         """Audio [C, T] and its rate in Hz."""
-        source = open_clip(self.clip)
-        extent = find_extent(self.clip, source)
+        extent = find_extent(self.clip)
         num_samples = extent.num_samples - self.start if self.num_samples is None else self.num_samples
-        return read_audio(source, start=extent.begin + self.start, num_samples=num_samples)
+        return read_audio(extent.source, start=extent.begin + self.start, num_samples=num_samples)
 
     def length(self) -> tuple[int, int]:
         """Samples and rate in Hz."""
-        extent = find_extent(self.clip, open_clip(self.clip))
+        extent = find_extent(self.clip)
         return extent.num_samples, extent.rate
 
 

@@ -197,7 +197,7 @@ class _Packer:
         self._index.add(writer.path.name, domain, contents)
         name, sha256 = writer.path.name, contents.sha256
         lost = (dict(inputs.left_out), inputs.bad, dict(inputs.remarks))
-        shard = FinishedShard(name, domain, inputs.last, inputs.hexdigest(), sha256, *lost)
+        shard = FinishedShard(name, domain, inputs.last, inputs.digest.hexdigest(), sha256, *lost)
         write_journal(self._folder, [shard])
 
 

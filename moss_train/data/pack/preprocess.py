@@ -64,8 +64,7 @@ def preprocess_clip(clip: SourceClip, options: PackOptions) -> EncodedClip | Ski
     Of a long clip without text only the parts are returned, each to be made by `preprocess_segment`.
     """
     try:
-        source = open_clip(clip)
-        rate, begin, num_samples, remarks = find_extent(clip, source)
+        source, rate, begin, num_samples, remarks = find_extent(clip)
         seconds = num_samples / rate
         if options.segment_seconds is not None and seconds > options.segment_seconds and clip.text is None:
             return split_into_segments(begin, num_samples, rate, options)
@@ -81,8 +80,7 @@ def preprocess_clip(clip: SourceClip, options: PackOptions) -> EncodedClip | Ski
 def preprocess_segment(segment: Segment, clip: SourceClip, options: PackOptions) -> EncodedClip | SkippedClip:
     """Make one part of a long clip ready to be stored, as if the whole had been resampled and then split."""
     try:
-        source = open_clip(clip)
-        rate, begin, num_samples, remarks = find_extent(clip, source)
+        source, rate, begin, num_samples, remarks = find_extent(clip)
         unit, out_unit = _units(rate, options.sampling_rate)
         margin = unit * math.ceil(_RESAMPLER_REACH * max(1, unit / out_unit) / unit)
         left = min(margin, segment.start - begin)
@@ -100,41 +98,34 @@ def preprocess_segment(segment: Segment, clip: SourceClip, options: PackOptions)
         return SkippedClip("unreadable", str(error), fault_of(error))
 
 
-def open_clip(clip: SourceClip) -> AudioSource:
-    """Return what `read_audio` takes: the file, or the bytes of one row of a saved dataset."""
-    return clip.path if clip.row is None else open_row(clip.path, clip.row)
-
-
 class Extent(NamedTuple):
     """Where a clip lies in its file, in samples at the file's rate."""
 
+    source: AudioSource  # the file, or the bytes of one row of a saved dataset
     rate: int  # Hz
     begin: int
     num_samples: int
     remarks: tuple[Remark, ...]
 
 
-def find_extent(clip: SourceClip, source: AudioSource) -> Extent:
+def find_extent(clip: SourceClip) -> Extent:
     """Find the clip in its file. Raises SampleError when it ends later than the file by more than END_TOLERANCE."""
+    source: AudioSource = clip.path if clip.row is None else open_row(clip.path, clip.row)
     info = audio_info(source)
     if not isinstance(source, str | Path):
         source.seek(0)
     rate, remarks = info.sampling_rate, info.remarks
     if not RATE_LIMITS[0] <= rate <= RATE_LIMITS[1]:
-        raise SampleError(
-            Fault.AUDIO,
-            f"{clip.path} has a sampling rate of {rate} Hz, outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]}",
-        )
+        reason = f"{clip.path} has a sampling rate of {rate} Hz, outside {RATE_LIMITS[0]} to {RATE_LIMITS[1]}"
+        raise SampleError(Fault.AUDIO, reason)
     begin = round(clip.start_seconds * rate)
     end = info.num_samples if clip.end_seconds is None else round(clip.end_seconds * rate)
     if info.num_samples < end <= info.num_samples + END_TOLERANCE * rate:
         end, remarks = info.num_samples, (*remarks, Remark.CLAMPED)
     if not begin <= end <= info.num_samples:
-        raise SampleError(
-            Fault.LENGTH,
-            f"{clip.path} has {info.seconds:.3f} s, asked for {clip.start_seconds:.3f} to {end / rate:.3f} s",
-        )
-    return Extent(rate, begin, end - begin, remarks)
+        reason = f"{clip.path} has {info.seconds:.3f} s, asked for {clip.start_seconds:.3f} to {end / rate:.3f} s"
+        raise SampleError(Fault.LENGTH, reason)
+    return Extent(source, rate, begin, end - begin, remarks)
 
 
 def split_into_segments(begin: int, num_samples: int, rate: int, options: PackOptions) -> tuple[Segment, ...]:

@@ -62,7 +62,7 @@ class ShardInputs:
         self.left_out: Counter[str] = Counter()
         self.bad: list[list[str]] = []
         self.remarks: Counter[str] = Counter()
-        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 
     def add(self, number: int, clip: SourceClip) -> None:
         """Count one clip, with size and time of its file."""
@@ -72,11 +72,7 @@ class ShardInputs:
         except OSError:
             state = (-1, -1)
         self.last = number
-        self._digest.update(repr((number, clip, state)).encode("utf-8", "surrogateescape"))
-
-    def hexdigest(self) -> str:
-        """Hash of the settings and of all clips."""
-        return self._digest.hexdigest()
+        self.digest.update(repr((number, clip, state)).encode("utf-8", "surrogateescape"))
 
 
 def reuse_finished_shards(
@@ -97,7 +93,7 @@ def reuse_finished_shards(
         for number in range(ends.get(shard.domain, -1) + 1, min(shard.last + 1, len(clips))):
             if clips[number].domain == shard.domain:
                 inputs.add(number, clips[number])
-        if shard.inputs != inputs.hexdigest():
+        if shard.inputs != inputs.digest.hexdigest():
             continue
         try:
             contents = read_shard(folder / shard.file, sampling_rate)

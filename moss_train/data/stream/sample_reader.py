@@ -51,16 +51,6 @@ def scale_to_peak(audio: Tensor, peak: float | None) -> Tensor:
     return audio * (peak / highest) if highest > 0 else audio
 
 
-def target_and_input(audio: Tensor, clip_format: ClipFormat) -> tuple[Tensor | None, Tensor]:
-    """Return a stored clip [C, T] as the decoder's target, None at one rate, and as the encoder's input.
-
-    The input is what `encode` makes of a file with this clip, to the bit: the codes are those of inference.
-    """
-    if clip_format.output_ratio == 1:
-        return None, audio
-    return audio, resample(audio, clip_format.stored_rate, clip_format.sampling_rate)
-
-
 TextEncoder = Callable[[str], Sequence[int]]
 
 
@@ -177,7 +167,9 @@ class SampleReader:
         is_too_long = self._max_text_tokens is not None and len(tokens) > self._max_text_tokens
         tokens = () if is_too_long else tokens
         task_id = TASKS.index(labels["task"]) if tokens else -1
-        target, audio = target_and_input(adjust_level(audio, self._format, ref.gain_uniform), self._format)
+        audio, target = adjust_level(audio, self._format, ref.gain_uniform), None
+        if self._format.output_ratio > 1:  # what `encode` makes of a file with this clip, to the bit
+            audio, target = resample(audio, self._format.stored_rate, self._format.sampling_rate), audio
         return TrainingClip(ref, sample_id, audio, tokens, task_id, is_too_long, target)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moss_train.audio.io import convert_channels, resample
 from moss_train.data.clips import ListedClip, list_sources
-from moss_train.data.stream.sample_reader import adjust_level, target_and_input
+from moss_train.data.stream.sample_reader import adjust_level
 from moss_train.data.stream.stream import ClipFormat
 from moss_train.evaluation.metrics.codes import codebook_row
 from moss_train.model import MossAudioTokenizerModel
@@ -68,10 +68,9 @@ def read_clip(clip: ListedClip, clip_format: ClipFormat, max_seconds: float) -> 
     limit = round(max_seconds * rate)
     text = clip.labels.get("text") if audio.shape[-1] <= limit else None
     audio = convert_channels(audio[:, :limit], clip_format.num_channels, clip.id)
-    stored = adjust_level(
-        resample(audio, rate, clip_format.stored_rate), clip_format, 0.5
-    )  # the middle of the random gain
-    _, audio = target_and_input(stored, clip_format)
+    stored = resample(audio, rate, clip_format.stored_rate)
+    stored = adjust_level(stored, clip_format, 0.5)  # in the middle of the random gain
+    audio = resample(stored, clip_format.stored_rate, clip_format.sampling_rate)
     padded = F.pad(audio, (0, -audio.shape[-1] % clip_format.hop_length))
     target = padded[:, : audio.shape[-1]] if clip_format.output_ratio == 1 else stored
     return HeldOutClip(clip.id, clip.domain, padded, target, text, clip.labels.get("task", "asr"))
