@@ -93,7 +93,7 @@ def write_code_index(folder: Path, shards: list[tuple[str, str]], source: CodesS
         size = (folder / file).stat().st_size
         records.append(ShardRecord(file, domain, len(rows), size, sha256_of(folder / file), seconds))
     table = np.concatenate(parts)
-    columns = {name: np.ascontiguousarray(table[name]) for name in CODE_ARRAYS}
+    columns = {name: table[name].copy() for name in CODE_ARRAYS}
     header = {"format": CODES_FORMAT, "version": CODES_VERSION, "source": asdict(source)}
     return write_index(folder, header, records, columns, {})
 

@@ -126,5 +126,5 @@ def read_shard(path: Path, sampling_rate: int) -> ShardContents:
     except (tarfile.TarError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
     table = np.array(rows, list(SAMPLE_ARRAYS.items()))
-    arrays = {name: np.ascontiguousarray(table[name]) for name in SAMPLE_ARRAYS}
+    arrays = {name: table[name].copy() for name in SAMPLE_ARRAYS}
     return ShardContents(arrays, tuple(labels), path.stat().st_size, sha256_of(path))
