@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from moss_train import load_config
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.commands import pack as pack_command
 from moss_train.data.shards.format import sha256_of
@@ -291,3 +292,10 @@ def test_speed_copies_change_length_and_pitch_together(tmp_path: Path) -> None:
     assert np.abs(slow).max() == pytest.approx(0.7, abs=1e-3)
     spectrum = np.abs(np.fft.rfft(slow * np.hanning(len(slow))))
     assert spectrum.argmax() * rate / len(slow) == pytest.approx(180, abs=1)
+
+
+def test_every_ablation_of_one_voice_composes_to_the_same_audio() -> None:
+    script = runpy.run_path(str(RECIPES / "cc0_voices" / "ablate.py"))
+    for name, change in script["CHANGES"].items():
+        config = load_config("fit", [*script["RUN"], *change.split(), "data.train=shards"])
+        assert sum(stage.updates * stage.batch_seconds for stage in config.stages) == pytest.approx(8640), name
