@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 # oneDNN's AMX convolutions of bfloat16 read memory that nobody wrote when channels do not fill a tile.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
+from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
 
 from .faults.harness import Launcher
@@ -90,6 +91,20 @@ def _config(**changes: Any) -> dict:
 def pack_config() -> Callable[..., dict]:
     """The shipped configuration of `pack`, with the changes it is called with."""
     return _config
+
+
+@pytest.fixture
+def error_line(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Run a command in this process that ends with an error; return the one line that it prints on stderr."""
+
+    def run(arguments: Sequence[str], status: int = 2) -> str:
+        assert main(list(arguments)) == status
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert "Traceback" not in error
+        return error.strip()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -23,15 +23,6 @@ def run_program(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def error_line(capsys, arguments, status=2):
-    """Run in process, check the exit status, and return the one line on stderr."""
-    assert main(arguments) == status
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1, captured.err
-    assert "Traceback" not in captured.err
-    return captured.err.strip()
-
-
 # Help
 
 
@@ -104,9 +95,9 @@ def test_plain_configuration_reaches_the_command_again_and_again():
         assert config.sampling_rate == rate
 
 
-def test_a_file_of_config_dir_that_would_have_no_effect_is_refused(capsys, tmp_path):
+def test_a_file_of_config_dir_that_would_have_no_effect_is_refused(error_line, tmp_path):
     (tmp_path / "pack.yaml").write_text("sampling_rate: 1\n")
-    line = error_line(capsys, [*PACK, "--config-dir", str(tmp_path)])
+    line = error_line([*PACK, "--config-dir", str(tmp_path)])
     assert line.startswith(f"moss_train pack: {tmp_path}/pack.yaml has the name of a shipped configuration")
 
 
@@ -217,20 +208,20 @@ def test_numbers_and_lists_keep_their_types(tmp_path, monkeypatch):
         (["fit", "experiment=cat_1b6", "data=3"], "moss_train fit: data=3 holds several values, not one: set data."),
     ],
 )
-def test_wrong_input_is_one_line_with_status_2(capsys, arguments, message):
-    assert error_line(capsys, arguments).startswith(message)
+def test_wrong_input_is_one_line_with_status_2(error_line, arguments, message):
+    assert error_line(arguments).startswith(message)
 
 
-def test_unknown_experiment_lists_those_there_are(capsys):
-    line = error_line(capsys, ["fit", "experiment=nope_nope"])
+def test_unknown_experiment_lists_those_there_are(error_line):
+    line = error_line(["fit", "experiment=nope_nope"])
     for path in (ROOT / "configs/experiment").glob("*.yaml"):
         assert path.stem in line
 
 
-def test_user_errors_of_a_command(capsys, tmp_path):
-    line = error_line(capsys, ["pack", f"input={tmp_path}/nowhere", f"out={tmp_path}/out"])
+def test_user_errors_of_a_command(error_line, tmp_path):
+    line = error_line(["pack", f"input={tmp_path}/nowhere", f"out={tmp_path}/out"])
     assert line.startswith(f"moss_train pack: input={tmp_path}/nowhere does not exist")
-    line = error_line(capsys, ["encode", f"model={tmp_path}", f"input={tmp_path}", "out=o", "batch_seconds=0"])
+    line = error_line(["encode", f"model={tmp_path}", f"input={tmp_path}", "out=o", "batch_seconds=0"])
     assert line == "moss_train encode: batch_seconds=0 has to be a number above 0"
 
 
@@ -306,12 +297,12 @@ def test_program_help_and_config(tmp_path):
         (UserError("change\n  this"), 2, "moss_train doctor: change this"),
     ],
 )
-def test_errors_while_a_command_runs(capsys, monkeypatch, error, status, message):
+def test_errors_while_a_command_runs(error_line, monkeypatch, error, status, message):
     def fail(config):
         raise error
 
     monkeypatch.setattr("moss_train.commands.doctor.run", fail)
-    assert error_line(capsys, ["doctor"], status).startswith(message)
+    assert error_line(["doctor"], status).startswith(message)
 
 
 def test_bugs_keep_their_traceback(monkeypatch):

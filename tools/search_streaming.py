@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.model.quantizer import apply_pointwise
 
 TIE = 1e-5
 HIGHEST_RATE = 1e-5
@@ -72,13 +73,17 @@ def random_model(rng: random.Random) -> MossAudioTokenizerModel:
         "codebook_size": rng.choice((32, 256, 1024)),
         "codebook_dim": 8,
     }
-    model = MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(80, stages, quantizer)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "layer_scale" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            elif name.endswith("bias"):
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return randomize(MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(80, stages, quantizer)).eval())
+
+
+@torch.no_grad()
+def randomize(model: MossAudioTokenizerModel) -> MossAudioTokenizerModel:
+    """Give norms, gains and biases random values too, so that no branch is nearly silent."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "layer_scale" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        elif name.endswith("bias"):
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
     return model
 
 
@@ -91,14 +96,13 @@ def random_sizes(rng: random.Random, frames: int) -> list[int]:
     return sizes
 
 
+@torch.no_grad()
 def compare_codes(model: MossAudioTokenizerModel, hidden: Tensor, actual: Tensor, expected: Tensor) -> tuple[int, int]:
-    """Ties and errors among the first differing codes [N, B, F] of each frame, for a latent [B, D, F]."""
+    """Ties and errors among the first differing codes [n, B, F] of each frame, for a latent [B, D, F]."""
     first = ((actual != expected).cumsum(dim=0) == 1) & (actual != expected)
     ties = errors = 0
-    residual = hidden.transpose(1, 2)
-    if not isinstance(model.quantizer.input_proj, torch.nn.Identity):
-        residual = F.linear(residual, model.quantizer.input_proj.weight[..., 0], model.quantizer.input_proj.bias)
-    for level, ours, theirs, is_first in zip(model.quantizer.quantizers, actual, expected, first, strict=True):
+    residual = apply_pointwise(model.quantizer.input_proj, hidden.transpose(1, 2))
+    for level, ours, theirs, is_first in zip(model.quantizer.quantizers, actual, expected, first, strict=False):
         latent, _ = level.search(residual)
         scores = F.normalize(latent, dim=-1) @ F.normalize(level.codebook.weight, dim=-1).T
         margin = (scores.gather(-1, theirs[..., None]) - scores.gather(-1, ours[..., None]))[..., 0].abs()

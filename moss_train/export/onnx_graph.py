@@ -255,9 +255,10 @@ def halved_pairs(weight: Tensor, heads: int) -> Tensor:
 
 def add_search(build: GraphBuilder, quantizer: FoldedQuantizer, latent: str) -> str:
     """Return the codes [N, B, F] of a latent [B, F, D] as `FoldedQuantizer.encode`, in float32."""
-    count, _, dim = quantizer.rows.shape
+    weights = quantizer.weights
+    count, _, dim = weights.rows.shape
     residual = add_projection(build, quantizer.project_in, latent)
-    remaining = build.linear(residual, quantizer.in_weight, quantizer.in_bias, precise=True)
+    remaining = build.linear(residual, weights.in_weight, weights.in_bias, precise=True)
     codes = []
     for level in range(count):
         rest = (count - level - 1) * dim
@@ -267,8 +268,8 @@ def add_search(build: GraphBuilder, quantizer: FoldedQuantizer, latent: str) -> 
         scores = build("MatMul", searched, quantizer.directions[level])
         codes.append(build("ArgMax", scores, axis=2, keepdims=0))
         if rest:
-            row = build("Gather", quantizer.rows[level], codes[-1], axis=0)
-            change = build("MatMul", row, quantizer.coupling[level][:, -rest:])
+            row = build("Gather", weights.rows[level], codes[-1], axis=0)
+            change = build("MatMul", row, weights.coupling[level * dim : (level + 1) * dim, -rest:])
             remaining = build("Sub", remaining, change)
     return build("Concat", *(build("Unsqueeze", level, [0]) for level in codes), axis=0)
 
@@ -278,10 +279,12 @@ def add_lookup(build: GraphBuilder, quantizer: FoldedQuantizer, codes: str) -> s
 
     Every row ends in a one, which is multiplied with the bias of its level, and the last row is zero.
     """
-    count, size, dim = quantizer.rows.shape
-    rows = torch.cat((quantizer.rows, torch.ones(count, size, 1)), dim=2).flatten(0, 1)
+    weights = quantizer.weights
+    count, size, dim = weights.rows.shape
+    rows = torch.cat((weights.rows, torch.ones(count, size, 1)), dim=2).flatten(0, 1)
     rows = torch.cat((rows, torch.zeros(1, dim + 1)))
-    out_weight = torch.cat((quantizer.out_weight, quantizer.out_bias[:, None]), dim=1).flatten(0, 1)
+    out_weight = weights.out_weight.unflatten(0, (count, dim))
+    out_weight = torch.cat((out_weight, weights.out_bias[:, None]), dim=1).flatten(0, 1)
     offsets = np.arange(count, dtype=np.int64)[:, None, None] * size
     index = build("Where", build("Less", codes, np.int64(0)), np.int64(count * size), build("Add", codes, offsets))
     found = build("Gather", rows, build("Transpose", index, perm=[1, 2, 0]), axis=0)  # [B, F, N, dim + 1]

@@ -205,32 +205,29 @@ class FoldedQuantizer:
         rows = cast(LFQ, quantizer.quantizers[0]).codebook  # its device is known once its weight is there
         with torch.no_grad(), fetched(quantizer), torch.autocast(rows.weight.device.type, enabled=False):
             self.project_in, self.project_out = folded(quantizer.input_proj), folded(quantizer.output_proj)
-            weights = LevelWeights.of(quantizer)
-            self.weights = weights
-            self.rows, self.in_weight, self.in_bias = weights.rows, weights.in_weight, weights.in_bias
-            self.out_weight = weights.out_weight.unflatten(0, self.rows.shape[::2])  # [N, d, D]
-            self.out_bias = weights.out_bias
-            self.directions = weights.directions()
-            self.coupling = weights.coupling.split(self.rows.shape[2])  # [d, N * d] per level
+            self.weights = LevelWeights.of(quantizer)
+            self.directions = self.weights.directions()
 
     @torch.no_grad()
     def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
         """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
-        width = num_quantizers * self.rows.shape[2]
+        weights = self.weights
+        width = num_quantizers * weights.rows.shape[2]
         with torch.autocast(latent.device.type, enabled=False):
             residual = self.project_in(latent.float()).flatten(0, 1)
-            first = F.linear(residual, self.in_weight[:width], self.in_bias[:width])
-            codes, _ = self.weights.search(first, num_quantizers, self.directions)
+            first = F.linear(residual, weights.in_weight[:width], weights.in_bias[:width])
+            codes, _ = weights.search(first, num_quantizers, self.directions)
         return codes.unflatten(1, latent.shape[:2])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [n, B, T] of the first n levels -> [B, T, D] float32."""
-        count, size = len(codes), self.rows.shape[1]
+        weights, count = self.weights, len(codes)
+        _, size, dim = weights.rows.shape
         with torch.autocast(codes.device.type, enabled=False):
             offsets = torch.arange(0, count * size, size, device=codes.device)
-            rows = F.embedding(codes.permute(1, 2, 0) + offsets, self.rows.flatten(0, 1))  # [B, T, n, d]
-            total = rows.flatten(2) @ self.out_weight[:count].flatten(0, 1) + self.out_bias[:count].sum(dim=0)
+            rows = F.embedding(codes.permute(1, 2, 0) + offsets, weights.rows.flatten(0, 1))  # [B, T, n, d]
+            total = rows.flatten(2) @ weights.out_weight[: count * dim] + weights.out_bias[:count].sum(dim=0)
             return self.project_out(total)
 
 

@@ -146,13 +146,10 @@ def test_a_measured_scaling_law_predicts_the_distance_and_says_how_far_it_reache
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"points": []}', '{"law": {}, "points": [{"flops": 1}]}'])
-def test_another_file_than_that_of_a_scaling_law_is_one_line(tmp_path, capsys, content):
+def test_another_file_than_that_of_a_scaling_law_is_one_line(tmp_path, error_line, content):
     path = tmp_path / "scaling.json"
     path.write_text(content)
-    assert main([*TINY, f"scaling={path}"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert f"scaling={path} is not a scaling.json of tools/scaling.py" in error
+    assert f"scaling={path} is not a scaling.json of tools/scaling.py" in error_line([*TINY, f"scaling={path}"])
 
 
 def test_a_measured_share_replaces_the_assumed_one(tmp_path, capsys):
@@ -271,8 +268,7 @@ def test_a_pretrained_text_lm_is_counted_from_its_configuration_alone(capsys, tm
     assert counted[0] == counted[1]
 
 
-def test_a_pretrained_text_lm_that_is_not_there_is_one_line(capsys, tmp_path):
-    assert main([*TINY, f"semantic.pretrained={tmp_path / 'none'}", "semantic.config=null"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert "none: no folder with a config.json" in error
+def test_a_pretrained_text_lm_that_is_not_there_is_one_line(error_line, tmp_path):
+    assert "none: no folder with a config.json" in error_line(
+        [*TINY, f"semantic.pretrained={tmp_path / 'none'}", "semantic.config=null"]
+    )

@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.io import read_audio
-from moss_train.batch import TASKS, Batch, UpdateBatch
+from moss_train.batch import TASKS, UpdateBatch
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
@@ -21,7 +21,7 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.workers import num_cores
 from tests.data.packed_clips import iterate_clips
 
-from ..faults.harness import is_alive, wait_for_numbers
+from ..faults.harness import assert_equal, is_alive, wait_for_numbers
 
 UPDATES = [(number, 8.0 if number < 3 else 12.0) for number in range(6)]
 
@@ -39,14 +39,6 @@ def load(
 ) -> list[UpdateBatch]:
     options = {"text_encoder": encode, "micro_batch_seconds": 6.0} | options
     return list(make_loader(make_stream(packed), position=position, updates=updates, **options))
-
-
-def assert_equal(ours: UpdateBatch, theirs: UpdateBatch) -> None:
-    assert (ours.update, ours.next_position, ours.dropped) == (theirs.update, theirs.next_position, theirs.dropped)
-    for one, two in zip(ours.micro_batches, theirs.micro_batches, strict=True):
-        for field in fields(Batch):
-            left, right = getattr(one, field.name), getattr(two, field.name)
-            assert torch.equal(left, right) if isinstance(left, Tensor) else left == right, field.name
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_codec as small
-from small_codec import METRICS, run
 
 from moss_train.evaluation.metrics.signal import PROFILES, SpectralDistances
 from moss_train.evaluation.report.tables import compare, load_evaluation
 from moss_train.evaluation.report.write import write_outputs
 from moss_train.utils.errors import UserError
+
+from . import small_codec as small
+from .small_codec import METRICS, run
 
 
 @pytest.fixture(scope="module")

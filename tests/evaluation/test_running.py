@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import small_codec as small
 import torch
-from small_codec import METRICS, run
 
 from moss_train.audio.io import read_audio, resample, write_audio
 from moss_train.evaluation.metrics.base import Pair
@@ -33,6 +31,9 @@ from moss_train.evaluation.results import ROWS_FILE, TIMES_FILE, ClipRow, Condit
 from moss_train.evaluation.runner import evaluate
 from moss_train.evaluation.statistics import mean_scores, summarize
 from moss_train.utils.errors import UserError
+
+from . import small_codec as small
+from .small_codec import METRICS, run
 
 PAIRS = Path(__file__).parents[1] / "data" / "metrics"
 

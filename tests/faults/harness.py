@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ import torch
 
 from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
 from moss_train.training.loggers.base import read_table
-from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, list_checkpoints
+from moss_train.utils.checkpoint import CHECKPOINT_FILE, MANIFEST, find_damage, list_checkpoints
 
 LIMIT_SECONDS = float(os.environ.get("FAULTS_LIMIT_SECONDS", "180"))
 """A command that takes longer hangs: about twenty times what it needs beside other work."""
 
 SCALE = int(os.environ.get("FAULTS_SCALE", "1"))
 """How many times more kills and examples than in the ordinary test run."""
+
+KILLS_PER_RUN = 3
+CALLS_PER_UPDATE = 30_000
+"""Python calls of about one update with its metrics and a checkpoint: how far into an update a kill may come."""
+
+FIRST = ["update-00000003", "update-00000004"]  # of a run that stopped after four updates
+FINISHED = ["update-00000006", "update-00000009", "update-00000012"]  # the end of the first stage and the newest two
 
 _PATCH = "{patch_size: %d, output_dimension: %d, d_model: 8, num_heads: 1, num_layers: 1}"
 TINY = (
@@ -233,12 +241,41 @@ class Fit:
 
     def rows(self) -> list[dict[str, str]]:
         """Rows of metrics.csv as they were written, without what a clock measured."""
-        rows = read_table(self.directory / "metrics.csv")
-        return [{name: value for name, value in row.items() if name not in CLOCK_COLUMNS} for row in rows]
+        return values(self.directory)
 
     def state(self) -> dict[str, Any]:
         """Content of the newest checkpoint."""
-        return torch.load(self.newest() / CHECKPOINT_FILE, weights_only=True)
+        return state(self.directory)
+
+    def begin(self) -> "Fit":
+        """Stop after four updates, with two checkpoints."""
+        self.finish("max_updates=4")
+        assert self.checkpoints == FIRST
+        return self
+
+    def finish_after_kills(self, seed: int, **fault: Any) -> int:
+        """Kill it at seeded places, fewer when it ends before one of them, then let it finish. Returns the kills."""
+        generator, kills = random.Random(seed), 0
+        places = [(generator.randint(1, 4), generator.randrange(CALLS_PER_UPDATE)) for _ in range(KILLS_PER_RUN)]
+        for update, further in places:  # of the process: a resume continues from update 0, 3, 6 or 9
+            outcome = self.run(fault={"calls": ["CatModule.training_step", update, further], **fault})
+            self.assert_sound()
+            if outcome.status == 0:
+                break
+            assert outcome.status == -signal.SIGKILL, outcome.log[-3000:]
+            kills += 1
+        self.finish()
+        return kills
+
+    def assert_sound(self, names: Sequence[str] | None = None) -> None:
+        """No half checkpoint has the name of one, whatever came to the process; `names` are all there are."""
+        assert names is None or self.checkpoints == names
+        damage = {name: find_damage(self.directory / "checkpoints" / name) for name in self.checkpoints}
+        assert set(damage.values()) <= {None}, damage
+
+    def leftovers(self) -> list[Path]:
+        """Half-written checkpoints."""
+        return [path for path in (self.directory / "checkpoints").iterdir() if path.name.startswith(".")]
 
     def kills_in_a_write(self) -> list[dict[str, Any]]:
         """Faults that kill the write of the checkpoint at update 6: in the file, before the manifest and the rename."""
@@ -251,16 +288,30 @@ class Fit:
         ]
 
 
-def assert_same_run(ours: Fit, theirs: Fit) -> None:
+def values(directory: Path) -> list[dict[str, str]]:
+    """Metrics of a run to the last bit, without what a clock measured."""
+    rows = read_table(directory / "metrics.csv")
+    return [{name: value for name, value in row.items() if name not in CLOCK_COLUMNS} for row in rows]
+
+
+def state(directory: Path) -> dict[str, Any]:
+    """Content of the newest checkpoint of a run."""
+    return torch.load(list_checkpoints(directory / "checkpoints")[-1] / CHECKPOINT_FILE, weights_only=True)
+
+
+def assert_same_run(ours: Fit | Path, theirs: Fit | Path) -> None:
     """Every logged number and every tensor of the last checkpoint are equal to the last bit."""
-    assert [row["update"] for row in ours.rows()] == [row["update"] for row in theirs.rows()]
-    for one, two in zip(ours.rows(), theirs.rows(), strict=True):
-        assert one == two
-    assert_equal(ours.state(), theirs.state())
+    one, two = (run.directory if isinstance(run, Fit) else run for run in (ours, theirs))
+    assert [row["update"] for row in values(one)] == [row["update"] for row in values(two)]
+    for rows in zip(values(one), values(two), strict=True):
+        assert rows[0] == rows[1]
+    assert_equal(state(one), state(two))
 
 
 def assert_equal(one: object, two: object, where: str = "") -> None:
-    """Equal to the last bit, through containers."""
+    """Equal to the last bit, through containers and dataclasses."""
+    if is_dataclass(one) and is_dataclass(two):
+        one, two = vars(one), vars(two)
     if isinstance(one, torch.Tensor):
         assert isinstance(two, torch.Tensor), where
         assert torch.equal(one, two), where

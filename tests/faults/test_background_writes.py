@@ -3,16 +3,14 @@
 The disk is made slow, so that a write lasts over several updates and is under way when something happens.
 """
 
-import random
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from moss_train.utils.checkpoint import CHECKPOINT_FILE, find_damage
+from moss_train.utils.checkpoint import CHECKPOINT_FILE
 
-from .harness import SCALE, Fit, assert_same_run
+from .harness import FINISHED, FIRST, KILLS_PER_RUN, SCALE, Fit, assert_same_run
 
 pytestmark = pytest.mark.faults
 
@@ -20,63 +18,18 @@ BACKGROUND = "checkpoint.background=true"
 SLOW = {"slow_sync": 0.15}
 """Seconds for each of the four flushes of a checkpoint: an update takes some hundredths."""
 
-CALLS_PER_UPDATE = 30_000
-FIRST = ["update-00000003", "update-00000004"]
-FINISHED = ["update-00000006", "update-00000009", "update-00000012"]
-
 
 @pytest.fixture
 def begun(make_fit: Callable[..., Fit]) -> Fit:
-    """A run that stopped after four updates, with two checkpoints."""
-    fit = make_fit("begun", BACKGROUND)
-    fit.finish("max_updates=4")
-    assert fit.checkpoints == FIRST
-    return fit
-
-
-def assert_sound(fit: Fit) -> None:
-    """No half checkpoint has the name of one, whatever came to the process."""
-    damage = {name: find_damage(fit.directory / "checkpoints" / name) for name in fit.checkpoints}
-    assert set(damage.values()) <= {None}, damage
-
-
-def leftovers(fit: Fit) -> list[Path]:
-    return [path for path in (fit.directory / "checkpoints").iterdir() if path.name.startswith(".")]
+    return make_fit("begun", BACKGROUND).begin()
 
 
 @pytest.mark.parametrize("seed", range(2 * SCALE))
 def test_killed_runs_end_like_the_whole_one(whole: Fit, make_fit: Callable[..., Fit], seed: int) -> None:
     """Three kills each; the writer of the first seed is fast, so that a kill comes after a write, too."""
-    generator, fit, kills = random.Random(seed), make_fit("killed", BACKGROUND), 0
-    for _ in range(3):
-        place = ["CatModule.training_step", generator.randint(1, 4), generator.randrange(CALLS_PER_UPDATE)]
-        outcome = fit.run(fault={"calls": place, **(SLOW if seed % 2 else {})})
-        assert_sound(fit)
-        if outcome.status == 0:
-            break
-        assert outcome.status == -signal.SIGKILL, outcome.log[-3000:]
-        kills += 1
-    assert kills >= 2
-    fit.finish()
+    fit = make_fit("killed", BACKGROUND)
+    assert fit.finish_after_kills(seed, **(SLOW if seed % 2 else {})) >= KILLS_PER_RUN - 1
     assert_same_run(fit, whole)
-
-
-def test_a_kill_anywhere_in_a_write_leaves_the_earlier_checkpoints(whole: Fit, begun: Fit) -> None:
-    """In the middle of the file and near its end, before the manifest, before the rename, and in the retention."""
-    for fault in begun.kills_in_a_write():
-        outcome = begun.run(fault=fault)
-        assert outcome.status in (-signal.SIGKILL, -signal.SIGXFSZ), (fault, outcome.log[-3000:])
-        assert begun.checkpoints == FIRST
-        assert_sound(begun)
-    outcome = begun.run(fault={"event": ["shutil.rmtree", "checkpoints/update-", 1]})
-    assert outcome.status == -signal.SIGKILL
-    assert begun.checkpoints == [*FIRST, "update-00000006"]
-    assert_sound(begun)
-    begun.finish()
-    assert begun.checkpoints == FINISHED
-    assert_sound(begun)
-    assert leftovers(begun) == []
-    assert_same_run(begun, whole)
 
 
 @pytest.mark.parametrize("last", [12, 6])
@@ -90,9 +43,8 @@ def test_a_full_disk_is_one_line_at_the_next_checkpoint_or_the_end(whole: Fit, b
     assert "update-00000006: File too large, the checkpoint could not be written" in said[0]
     assert "Traceback" not in outcome.log
     assert int(begun.rows()[-1]["update"]) <= 9  # where the next checkpoint would have been
-    assert begun.checkpoints == FIRST
-    assert_sound(begun)
-    assert leftovers(begun) == []
+    begun.assert_sound(FIRST)
+    assert begun.leftovers() == []
     begun.finish()
     assert_same_run(begun, whole)
 
@@ -100,9 +52,8 @@ def test_a_full_disk_is_one_line_at_the_next_checkpoint_or_the_end(whole: Fit, b
 def test_the_end_waits_for_the_last_write(whole: Fit, make_fit: Callable[..., Fit]) -> None:
     fit = make_fit("slow", BACKGROUND)
     fit.finish(fault={"slow_sync": 0.4})
-    assert fit.checkpoints == FINISHED
-    assert_sound(fit)
-    assert leftovers(fit) == []
+    fit.assert_sound(FINISHED)
+    assert fit.leftovers() == []
     assert_same_run(fit, whole)
 
 
@@ -117,7 +68,7 @@ def test_a_signal_during_a_write_waits_for_it_and_a_resume_goes_on(
     assert outcome.status == status, outcome.log[-3000:]
     assert "Traceback" not in outcome.log
     assert fit.newest().name == ("update-00000004" if number == signal.SIGTERM else "update-00000003")
-    assert_sound(fit)
-    assert leftovers(fit) == []
+    fit.assert_sound()
+    assert fit.leftovers() == []
     fit.finish()
     assert_same_run(fit, whole)

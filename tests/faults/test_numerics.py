@@ -23,6 +23,7 @@ from moss_train.training.run.fit import open_stream
 from moss_train.training.run.trainer import build_trainer
 from moss_train.training.run.warm_start import module_arguments
 
+from ..training.gradients import without_text
 from .harness import TINY, assert_equal
 
 pytestmark = pytest.mark.faults
@@ -168,11 +169,6 @@ def shorten(module: CatModule, update: UpdateBatch) -> UpdateBatch:
     return replace(update, micro_batches=tuple(batches))
 
 
-def without_text(module: CatModule, update: UpdateBatch) -> UpdateBatch:
-    batches = [replace(batch, text_lengths=torch.zeros_like(batch.text_lengths)) for batch in update.micro_batches]
-    return replace(update, micro_batches=tuple(batches))
-
-
 def square(audio: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.arange(audio.shape[-1]) // 50 % 2 == 0, 1.0, -1.0).expand_as(audio)
 
@@ -196,7 +192,7 @@ ODD = {
     "white noise at full scale": with_audio(noise),
     "a loss spike": with_audio(lambda audio: audio * 1e4),
     "one sample": shorten,
-    "no text": without_text,
+    "no text": lambda module, update: without_text(update),
 }
 
 

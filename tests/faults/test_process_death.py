@@ -1,7 +1,6 @@
 """SIGKILL anywhere: after a resume every logged number, weight and moment is that of the run nothing happened to."""
 
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -10,39 +9,16 @@ import pytest
 
 from moss_train.training.loggers.base import read_table
 
-from .harness import SCALE, Fit, assert_same_run
+from .harness import KILLS_PER_RUN, SCALE, Fit, assert_same_run
 
 pytestmark = pytest.mark.faults
-
-KILLS_PER_RUN = 3
-CALLS_PER_UPDATE = 30_000
-"""Python calls of about one update with its metrics and a checkpoint: how far into an update a kill may come."""
-
-
-def kill_places(seed: int) -> list[tuple[int, int]]:
-    """Seeded (update of the process, further calls) of one run's kills; a resume continues from update 0, 3, 6 or 9."""
-    generator = random.Random(seed)
-    return [(generator.randint(1, 4), generator.randrange(CALLS_PER_UPDATE)) for _ in range(KILLS_PER_RUN)]
-
-
-def kill_again_and_again(fit: Fit, seed: int) -> int:
-    """Kill a run at seeded places, fewer when it ends before one of them, then let it finish. Returns the kills."""
-    kills = 0
-    for update, further in kill_places(seed):
-        outcome = fit.run(fault={"calls": ["CatModule.training_step", update, further]})
-        if outcome.status == 0:
-            break
-        assert outcome.status == -signal.SIGKILL, outcome.log[-3000:]
-        kills += 1
-    fit.finish()
-    return kills
 
 
 @pytest.mark.parametrize("seed", range(2 * SCALE))
 def test_killed_runs_end_like_the_whole_one(whole: Fit, make_fit, seed: int) -> None:
     """Both stages, LM, quantizer dropout and accumulated gradients; workers 2 and 0, nightly also 1."""
     fit = make_fit("killed", f"data.num_workers={(2, 0, 1)[seed % 3]}")
-    assert kill_again_and_again(fit, seed) >= KILLS_PER_RUN - 1
+    assert fit.finish_after_kills(seed) >= KILLS_PER_RUN - 1
     assert_same_run(fit, whole)
 
 
@@ -50,7 +26,7 @@ def test_averaged_weights_and_rates_per_part_survive_kills(make_fit) -> None:
     options = ("ema={decay: 0.9}", "optimizers.generator.learning_rate_scale.encoder=0.5", "data.num_workers=1")
     fit, undisturbed = make_fit("killed", *options), make_fit("whole", *options)
     undisturbed.finish()
-    assert kill_again_and_again(fit, 100) >= KILLS_PER_RUN - 1
+    assert fit.finish_after_kills(100) >= KILLS_PER_RUN - 1
     assert_same_run(fit, undisturbed)
     assert "0.9" in (fit.directory / "config.yaml").read_text()
     assert any("ema" in name or "average" in name for name in fit.state())

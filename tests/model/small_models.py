@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
-from moss_train.model.quantizer import apply_pointwise
+from tools.search_streaming import compare_codes, randomize
 
 RATE = 160  # Hz; with patches 4, 2, 2 the stages run at 40, 20 and 10 Hz
 STAGES = (
@@ -29,14 +29,7 @@ def small_config(context_seconds: float = 0.8, number_channels: int = 1, **optio
 def small_model(seed: int = 0, **options) -> MossAudioTokenizerModel:
     """A model whose norms, gains and biases are random too, so that no branch is nearly silent."""
     torch.manual_seed(seed)
-    model = MossAudioTokenizerModel(small_config(**options)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "layer_scale" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            elif name.endswith("bias"):
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
-    return model
+    return randomize(MossAudioTokenizerModel(small_config(**options)).eval())
 
 
 def one_stage_config(sampling_rate: int = 24000, num_quantizers: int = 3, **options) -> MossAudioTokenizerConfig:
@@ -72,16 +65,4 @@ def num_real_differences(model: MossAudioTokenizerModel, hidden: Tensor, codes: 
         hidden: [B, D, frames] that `expected` was computed from.
     """
     assert codes.shape == expected.shape
-    quantizer = model.quantizer
-    differs = (codes != expected).cumsum(dim=0) == 1
-    count = 0
-    with torch.no_grad():
-        residual = apply_pointwise(quantizer.input_proj, hidden.transpose(1, 2))
-        for level, ours, theirs, first in zip(quantizer.quantizers, codes, expected, differs, strict=False):
-            latent, _ = level.search(residual)
-            directions = torch.nn.functional.normalize(level.codebook.weight, dim=-1)
-            scores = torch.nn.functional.normalize(latent, dim=-1) @ directions.T
-            margin = scores.gather(-1, theirs[..., None]) - scores.gather(-1, ours[..., None])
-            count += int((first & (ours != theirs) & (margin[..., 0].abs() > 1e-5)).sum())
-            residual = residual - level.decode(theirs)
-    return count
+    return compare_codes(model, hidden, codes, expected)[1]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
+from moss_train.model import MossAudioTokenizerModel
 
 from ..local_server import serving
 from .small_models import relative_error, small_model
@@ -115,44 +115,6 @@ def test_bfloat16_model_runs_and_stays_near_float32():
     assert relative_error(rounded.encode(audio).encoder_hidden_states.float(), hidden) < 0.05
     codes = exact.encode(audio).audio_codes
     assert relative_error(rounded.decode(codes).audio.float(), exact.decode(codes).audio) < 0.05
-
-
-WITHOUT_PACKAGE = """
-import sys
-sys.modules["moss_train"] = None  # any import of it fails
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
-model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
-audio = load_file(sys.argv[2])["audio"]
-encoded = model.encode(audio, return_dict=True, chunk_duration=1 / 10)
-decoded = model.decode(encoded.audio_codes, return_dict=True)
-stream = model.stream(batch_size=audio.shape[0])
-streamed, _ = stream.encode(audio)
-save_file({"codes": encoded.audio_codes, "audio": decoded.audio, "streamed": streamed}, sys.argv[3])
-"""
-
-
-@pytest.mark.processes
-@pytest.mark.nightly  # the ordinary run starts an exported folder, see tests/export
-def test_saved_folder_runs_where_the_package_is_missing(tmp_path):
-    model = small_model(3)
-    MossAudioTokenizerConfig.register_for_auto_class("AutoConfig")
-    MossAudioTokenizerModel.register_for_auto_class("AutoModel")
-    model.save_pretrained(tmp_path / "model")
-    audio = torch.randn(2, 1, 16 * 20, generator=torch.Generator().manual_seed(2))
-    save_file({"audio": audio}, tmp_path / "audio.safetensors")
-    arguments = [str(tmp_path / name) for name in ("model", "audio.safetensors", "result.safetensors")]
-    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    result = load_file(arguments[2])
-    codes = model.encode(audio).audio_codes
-    assert torch.equal(result["codes"], codes)
-    assert torch.equal(result["streamed"], codes)
-    assert relative_error(result["audio"], model.decode(codes).audio) < 1e-5
 
 
 def cached_repository(cache):

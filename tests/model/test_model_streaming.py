@@ -1,11 +1,9 @@
-"""Streaming equals offline for streams many windows long, in any chunks, for items that come and go."""
+"""Streaming equals offline for streams many windows long, in any chunks; items that come and go: tests/faults."""
 
 import gc
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from .small_models import HOP, noise, num_real_differences, relative_error, small_model
 
@@ -83,76 +81,6 @@ def test_arbitrary_sample_counts(case):
     whole = model.encode(audio)
     assert sum(lengths for _, lengths in parts).tolist() == [FRAMES, FRAMES]
     assert num_real_differences(model, whole.encoder_hidden_states, codes, whole.audio_codes) == 0
-
-
-class Item:
-    """One stream of a batch: what it has been given since its last reset, and what came back."""
-
-    def __init__(self, channels):
-        self.samples = torch.zeros(channels, 0)
-        self.codes, self.audio = [], []
-
-
-def play(model, batch_size, actions, seed):
-    """Run random calls on one stream object and return every finished item (ended by a reset or by the end)."""
-    hop, channels = model.config.downsample_rate, model.config.number_channels
-    generator = torch.Generator().manual_seed(seed)
-    stream = model.stream(batch_size)
-    items, finished = [Item(channels) for _ in range(batch_size)], []
-    for resets, counts in actions:
-        if any(resets):
-            stream.reset(torch.tensor(resets))
-            finished += [item for item, again in zip(items, resets, strict=True) if again]
-            items = [Item(channels) if again else item for item, again in zip(items, resets, strict=True)]
-        chunk = torch.randn(batch_size, channels, max(counts), generator=generator)
-        codes, lengths = stream.encode(chunk, torch.tensor(counts))
-        audio, sample_counts = stream.decode(codes, lengths)
-        for index, item in enumerate(items):
-            item.samples = torch.cat((item.samples, chunk[index, :, : counts[index]]), dim=1)
-            item.codes.append(codes[:, index : index + 1, : lengths[index]])
-            item.audio.append(audio[index : index + 1, :, : sample_counts[index]])
-            assert sample_counts[index] == lengths[index] * hop
-    return finished + items
-
-
-def check_against_isolated_runs(model, items):
-    hop = model.config.downsample_rate
-    for item in items:
-        codes = torch.cat(item.codes, dim=2) if item.codes else None
-        frames = item.samples.shape[1] // hop
-        assert (0 if codes is None else codes.shape[2]) == frames
-        if frames == 0:
-            continue
-        alone = model.encode(item.samples[None, :, : frames * hop])
-        assert num_real_differences(model, alone.encoder_hidden_states, codes, alone.audio_codes) == 0
-        assert relative_error(torch.cat(item.audio, dim=2), model.decode(codes).audio) < TOLERANCE
-
-
-def test_items_join_leave_and_start_anew_without_touching_the_others():
-    model = small_model(5)
-    actions = [
-        ([False] * 3, [3 * HOP, 0, 40 * HOP]),
-        ([False] * 3, [7, 20 * HOP, 0]),
-        ([False, True, False], [60 * HOP, 5 * HOP + 3, 0]),
-        ([False] * 3, [HOP, 30 * HOP, HOP - 1]),
-        ([True, False, False], [25 * HOP, 1, 1]),
-        ([False] * 3, [9, 45 * HOP, 50 * HOP]),
-    ]
-    items = play(model, 3, actions, seed=1)
-    assert len(items) == 5
-    check_against_isolated_runs(model, items)
-
-
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_random_calls_equal_isolated_runs(data):
-    batch_size = data.draw(st.integers(1, 3))
-    action = st.tuples(
-        st.lists(st.booleans(), min_size=batch_size, max_size=batch_size),
-        st.lists(st.integers(0, 30 * HOP), min_size=batch_size, max_size=batch_size),
-    )
-    model = small_model(data.draw(st.integers(0, 20)))
-    check_against_isolated_runs(model, play(model, batch_size, data.draw(st.lists(action, max_size=6)), seed=2))
 
 
 def test_decode_takes_prefixes_of_levels_and_fewer_levels_are_encoded(case):

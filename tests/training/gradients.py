@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from moss_train.batch import Batch
+from moss_train.batch import Batch, UpdateBatch
 from moss_train.training import CatModule
 from moss_train.training.step.update import forward_backward
 
@@ -42,7 +42,14 @@ def network_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     return errors
 
 
-def pick(batch: Batch, index: int) -> Batch:
-    """One clip of a batch."""
-    tensors = {name: value[index : index + 1] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    return replace(batch, **tensors, sample_ids=batch.sample_ids[index : index + 1], domains=batch.domains[:1])
+def pick(batch: Batch, chosen: list[int]) -> Batch:
+    """Some clips of a batch, in a micro-batch of their own."""
+    tensors = {name: value[chosen] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    names = {name: tuple(getattr(batch, name)[i] for i in chosen) for name in ("sample_ids", "domains")}
+    return replace(batch, **tensors, **names)
+
+
+def without_text(update: UpdateBatch) -> UpdateBatch:
+    """The same update with clips that have no text."""
+    batches = [replace(batch, text_lengths=torch.zeros_like(batch.text_lengths)) for batch in update.micro_batches]
+    return replace(update, micro_batches=tuple(batches))

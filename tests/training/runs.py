@@ -9,20 +9,12 @@ import pytest
 import torch
 
 from moss_train.audio.io import write_audio
-from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
 from moss_train.training.loggers.base import ClipSample, column, read_table
-from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 
-from ..faults.harness import LIMIT_SECONDS, Job, assert_equal
+from ..faults.harness import LIMIT_SECONDS, Job, assert_equal, state
 
 FIT = ["-m", "moss_train", "fit"]
 CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")
-
-
-def values(directory: Path) -> list[dict[str, str]]:
-    """Metrics of a run to the last bit, without what a clock measured."""
-    rows = read_table(directory / "metrics.csv")
-    return [{name: value for name, value in row.items() if name not in CLOCK_COLUMNS} for row in rows]
 
 
 def silent_sample(directory: Path, update: int) -> ClipSample:
@@ -30,11 +22,6 @@ def silent_sample(directory: Path, update: int) -> ClipSample:
     path = directory / "levels-04.flac"
     write_audio(path, torch.zeros(1, 2400), 24000)
     return ClipSample(update, "1-clip", {"levels-04": path}, None, {"truth": "seven", "levels-04": "sieben"})
-
-
-def state(directory: Path) -> dict:
-    path = list_checkpoints(directory / "checkpoints")[-1] / CHECKPOINT_FILE
-    return torch.load(path, weights_only=True)
 
 
 def wait_for_end(jobs: Sequence[Job]) -> None:
@@ -59,5 +46,4 @@ def assert_same_course(directory: Path, whole: Path) -> None:
     for name in ("loss/generator", "loss/semantic", "loss/discriminators", "loss/feature", "text_accuracy"):
         assert column(ours, name) == pytest.approx(column(theirs, name), rel=1e-3), name
     for name in ("progress", "callbacks"):
-        counts = [state(run)[name] for run in (directory, whole)]
-        assert_equal(*counts)
+        assert_equal(state(directory)[name], state(whole)[name])

@@ -16,8 +16,7 @@ from moss_train.training.run.warm_start import module_arguments
 from moss_train.training.step.accumulation import layer_weights
 
 from . import ranks
-from .gradients import accumulate, network_errors
-from .test_distributed import pick, without_text
+from .gradients import accumulate, network_errors, pick, without_text
 
 ADVERSARIAL = 5  # an update in which every network learns
 

@@ -5,11 +5,10 @@ import threading
 import pytest
 import torch
 
-from moss_train.cli.main import main
 from moss_train.training.callbacks.checkpoint import DirectoryCheckpointIO
-from moss_train.utils.checkpoint import list_checkpoints, read_payload
+from moss_train.utils.checkpoint import read_payload
 
-from .runs import assert_equal, state, values
+from ..faults.harness import assert_equal
 
 
 def checkpoint(value: float) -> dict:
@@ -37,14 +36,3 @@ def test_what_could_not_be_written_comes_up_once(tmp_path):
     with pytest.raises(OSError, match="update-00000001"):
         writer.finish()
     writer.finish()
-
-
-def test_a_run_with_checkpoints_in_the_background_goes_on_to_the_last_bit(small_overrides, whole, tmp_path):
-    directory = tmp_path / "run"
-    command = ["fit", *small_overrides, f"run_dir={directory}", "checkpoint.background=true"]
-    for stop in ("max_updates=3", "max_updates=8"):
-        assert main([*command, stop]) == 0
-    assert values(directory) == values(whole)
-    assert_equal(state(directory), state(whole))
-    kept = [[path.name for path in list_checkpoints(run / "checkpoints")] for run in (directory, whole)]
-    assert kept[0] == kept[1]

@@ -12,8 +12,8 @@ from moss_train.training.run.warm_start import module_arguments
 from moss_train.training.step.objective import GradientBalancer
 from moss_train.training.step.update import add_up, forward_backward
 
+from ..faults.harness import assert_same_run
 from .gradients import pick
-from .runs import assert_equal, state, values
 
 NAMES = ("reconstruction", "adversarial", "feature", "waveform")
 WEIGHTS = {"reconstruction": 15.0, "adversarial": 1.0, "feature": 2.0, "waveform": 3.0, "codebook": 1.0}
@@ -98,7 +98,7 @@ def norms_of(module: CatModule, batches: tuple, number: int) -> dict[str, float]
 
 
 def test_norms_do_not_depend_on_micro_batches_and_shares_are_kept(balanced, update):
-    singles = tuple(pick(batch, i) for batch in update.micro_batches for i in range(batch.num_clips))
+    singles = tuple(pick(batch, [i]) for batch in update.micro_batches for i in range(batch.num_clips))
     norms = norms_of(balanced, update.micro_batches, 6)
     assert norms == pytest.approx(norms_of(balanced, singles, 6), rel=1e-4)
     before = balanced.objective.weights["reconstruction"] * norms["reconstruction"]
@@ -132,7 +132,6 @@ def test_a_balanced_run_resumes_to_the_last_bit(small_overrides, tmp_path):
     assert main([*arguments, f"run_dir={whole}"]) == 0
     assert main([*arguments, f"run_dir={parts}", "max_updates=7"]) == 0
     assert main([*arguments, f"run_dir={parts}"]) == 0
-    assert values(parts) == values(whole)
-    assert_equal(state(parts), state(whole))
+    assert_same_run(parts, whole)
     rows = read_table(whole / "metrics.csv")
     assert column(rows[-1:], "gradient_share/adversarial")[0] == pytest.approx(0.5, abs=0.2)

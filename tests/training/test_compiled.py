@@ -5,7 +5,7 @@ import torch
 
 from moss_train.cli.main import main
 
-from .runs import assert_equal, state, values
+from ..faults.harness import assert_same_run
 
 # Few parts to compile, each of them once for fixed and once for changing lengths.
 FEW_PARTS = [
@@ -32,5 +32,4 @@ def test_a_compiled_run_resumes_to_the_last_bit(small_overrides, tmp_path):
     fit(small_overrides, "trainer.compile=aot_eager", f"run_dir={whole}")
     for stop in (3, 5):
         fit(small_overrides, "trainer.compile=aot_eager", f"run_dir={parts}", f"max_updates={stop}")
-    assert values(parts) == values(whole)
-    assert_equal(state(parts), state(whole))
+    assert_same_run(parts, whole)

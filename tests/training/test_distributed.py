@@ -14,10 +14,10 @@ from moss_train.training.distributed.collectives import fingerprint, make_bucket
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.warm_start import module_arguments
 
-from ..faults.harness import Launcher
+from ..faults.harness import Launcher, assert_equal
 from . import ranks
-from .gradients import accumulate, network_errors
-from .runs import assert_equal, wait_for_end
+from .gradients import accumulate, network_errors, pick, without_text
+from .runs import wait_for_end
 
 
 def test_buckets_hold_every_parameter_once_and_one_dtype():
@@ -50,13 +50,6 @@ def test_a_fingerprint_sees_one_bit():
     assert fingerprint(layer) != before
 
 
-def pick(batch: Batch, chosen: list[int]) -> Batch:
-    """Some clips of a batch, in a micro-batch of their own."""
-    tensors = {name: value[chosen] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    names = {name: tuple(getattr(batch, name)[i] for i in chosen) for name in ("sample_ids", "domains")}
-    return replace(batch, **tensors, **names)
-
-
 def split(batch: UpdateBatch, on_first: list[bool]) -> tuple[UpdateBatch, UpdateBatch]:
     """Deal the clips, in their order, to two ranks, each micro-batch apart."""
     wanted, parts = iter(on_first), ([], [])
@@ -66,15 +59,6 @@ def split(batch: UpdateBatch, on_first: list[bool]) -> tuple[UpdateBatch, Update
             if chosen := [i for i, is_first in enumerate(first) if is_first == (rank == 0)]:
                 part.append(pick(micro, chosen))
     return replace(batch, micro_batches=tuple(parts[0])), replace(batch, micro_batches=tuple(parts[1]))
-
-
-def without_text(batch: UpdateBatch) -> UpdateBatch:
-    return replace(
-        batch,
-        micro_batches=tuple(
-            replace(micro, text_lengths=torch.zeros_like(micro.text_lengths)) for micro in batch.micro_batches
-        ),
-    )
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from moss_train.training.callbacks.build import build_own
 from moss_train.training.loggers.base import Writer, column, read_table
 from moss_train.utils.errors import ConfigError, UserError
 
-from .runs import state
+from ..faults.harness import state
 
 GUIDE = Path(__file__).parents[2] / "recipes" / "guides" / "extend.md"
 PLACES = ("experiment=", "data", "model=", "out=")

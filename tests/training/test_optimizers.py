@@ -20,7 +20,7 @@ from moss_train.training.step.optimizers import (
 )
 from moss_train.utils.errors import ConfigError
 
-from .runs import assert_equal
+from ..faults.harness import assert_equal
 
 
 def test_only_matrices_decay():

@@ -19,7 +19,7 @@ from moss_train.training.run.fit import open_stream
 from moss_train.training.run.warm_start import plan_initialization
 from moss_train.utils.checkpoint import list_checkpoints
 
-from .runs import values
+from ..faults.harness import values
 
 CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
 OVERRIDES = [

@@ -18,8 +18,8 @@ from moss_train.training.run.trainer import count_processes
 from moss_train.utils.checkpoint import list_checkpoints, read_manifest
 from moss_train.utils.errors import UserError
 
-from ..faults.harness import Job, Launcher
-from .runs import assert_equal, assert_same_course, state, values, wait_for_end, wait_for_rows
+from ..faults.harness import Job, Launcher, assert_same_run
+from .runs import assert_same_course, wait_for_end, wait_for_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])
@@ -79,8 +79,7 @@ def test_the_torchrun_recipe_starts_a_group_again_when_one_process_dies(start, p
     wait_for_rows(directory, 3, process)
     os.kill(children(process)[1], signal.SIGKILL)
     assert process.wait(timeout=300) == 0
-    assert values(directory) == values(pair)
-    assert_equal(state(directory), state(pair))
+    assert_same_run(directory, pair)
 
 
 @pytest.mark.nightly
@@ -93,8 +92,7 @@ def test_several_machines_connect_again_when_a_process_of_one_dies(start, pair, 
     wait_for_rows(directory, 3, agents[0])
     os.kill(children(agents[1])[0], signal.SIGKILL)
     assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
-    assert values(directory) == values(pair)
-    assert_equal(state(directory), state(pair))
+    assert_same_run(directory, pair)
 
 
 def test_torchrun_does_not_start_again_what_was_told_to_stop(start, tmp_path):

@@ -12,7 +12,7 @@ from moss_train.training.step.quantizer_start import fit_quantizer, pass_unquant
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.checkpoint import list_checkpoints
 
-from .runs import assert_equal, state, values
+from ..faults.harness import assert_same_run
 
 
 @pytest.fixture
@@ -92,8 +92,7 @@ def test_a_run_that_stops_at_the_fit_goes_on_exactly(small_overrides, recordings
     assert "quantizer fitted" in capfd.readouterr().err
     assert main(["fit", *overrides, f"run_dir={parts}", "max_updates=2"]) == 0
     assert main(["fit", *overrides, f"run_dir={parts}"]) == 0
-    assert values(parts) == values(whole)
-    assert_equal(state(parts), state(whole))
+    assert_same_run(parts, whole)
     scored = column(read_table(whole / "validation.csv"), "update")
     assert scored == [0, 3, 4]  # not between: levels that are not fitted yet say nothing
     commitment = column(read_table(whole / "metrics.csv"), "loss/commitment")

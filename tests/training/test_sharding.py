@@ -10,9 +10,9 @@ from moss_train.cli.main import main
 from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import list_checkpoints
 
-from ..faults.harness import Launcher
+from ..faults.harness import Launcher, assert_same_run, state
 from .gradients import network_errors
-from .runs import assert_equal, assert_same_course, state, values, wait_for_end, wait_for_rows
+from .runs import assert_same_course, wait_for_end, wait_for_rows
 
 SHARDED = "trainer.strategy=fsdp"
 
@@ -53,8 +53,7 @@ def test_a_killed_sharded_run_goes_on_to_the_last_bit(launcher, small_overrides,
     ranks[0].send(signal.SIGKILL)
     assert ranks[1].wait().status != 0
     wait_for_end(launcher.start_ranks(*arguments))
-    assert values(directory) == values(sharded)
-    assert_equal(state(directory), state(sharded))
+    assert_same_run(directory, sharded)
     tables = [read_table(run / "validation.csv") for run in (directory, sharded)]
     assert [row["mel_distance"] for row in tables[0]] == [row["mel_distance"] for row in tables[1]]
 

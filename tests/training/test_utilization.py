@@ -22,8 +22,8 @@ from moss_train.training.run.optimizations import checkpoint_activations
 from moss_train.training.step.schedule import ScheduleState, Stage
 from moss_train.utils.errors import UserError
 
+from ..faults.harness import values
 from .gradients import accumulate
-from .runs import values
 
 BF16 = TrainerConfig(precision="bf16-mixed")
 CONTENT = {

@@ -1,5 +1,4 @@
 import errno
-import json
 from pathlib import Path
 
 import pytest
@@ -33,21 +32,23 @@ def test_a_checkpoint_is_read_back_and_found(tmp_path):
     assert read_manifest(newest) == {"update": 10}
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "missing file", "missing manifest", "garbage manifest"])
+DAMAGES = {
+    "cut": lambda weights, manifest: weights.write_bytes(b"w"),
+    "zero bytes": lambda weights, manifest: weights.write_bytes(b""),
+    "flip": lambda weights, manifest: weights.write_bytes(b"wv"),
+    "missing file": lambda weights, manifest: weights.unlink(),
+    "dangling link": lambda weights, manifest: (weights.unlink(), weights.symlink_to("/nowhere/weights")),
+    "missing manifest": lambda weights, manifest: manifest.unlink(),
+    "empty manifest": lambda weights, manifest: manifest.write_bytes(b""),
+    "garbage manifest": lambda weights, manifest: manifest.write_text("[1]"),
+    "empty folder": lambda weights, manifest: (weights.unlink(), manifest.unlink()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_every_damage_is_seen_and_the_previous_one_used(tmp_path, damage):
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
-    weights, manifest = newer / "weights", newer / "manifest.json"
-    match damage:
-        case "cut":
-            weights.write_bytes(b"w")
-        case "flip":
-            weights.write_bytes(b"wv")
-        case "missing file":
-            weights.unlink()
-        case "missing manifest":
-            manifest.unlink()
-        case "garbage manifest":
-            manifest.write_text(json.dumps([1]))
+    damage(newer / "weights", newer / "manifest.json")
     assert find_damage(newer) is not None
     assert find_damage(older) is None
     with pytest.warns(UserWarning, match="update-00000002 is damaged"):

@@ -1,29 +1,19 @@
 """The random search for codes that streaming changes, run for a few models, and that it would notice one."""
 
-import importlib.util
 import random
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-TOOL = Path(__file__).parents[1] / "tools" / "search_streaming.py"
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("search_streaming", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["search_streaming"] = module
-    spec.loader.exec_module(module)
-    return module
+from tools import search_streaming as tool
 
 
 @pytest.mark.parametrize("models", [2, pytest.param(6, marks=pytest.mark.nightly)])
 def test_streaming_changes_no_code(models, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(TOOL), "--models", str(models)])
-    assert load_tool().main() == 0
+    monkeypatch.setattr(sys, "argv", ["search_streaming.py", "--models", str(models)])
+    assert tool.main() == 0
     printed = capsys.readouterr().out
     counts = re.search(rf"{models} models, (\d+) codes: (\d+) ties .*, (\d+) errors", printed)
     codes, ties, errors = map(int, counts.groups())
@@ -32,7 +22,6 @@ def test_streaming_changes_no_code(models, monkeypatch, capsys):
 
 
 def test_a_changed_code_is_an_error_and_only_the_first_of_a_frame_counts():
-    tool = load_tool()
     model = tool.random_model(random.Random(3))
     encoded = model.encode(torch.randn(1, 1, 40 * model.config.downsample_rate))
     hidden, expected = encoded.encoder_hidden_states, encoded.audio_codes
