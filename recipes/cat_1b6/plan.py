@@ -6,8 +6,7 @@ python recipes/cat_1b6/plan.py > recipes/cat_1b6/README.md
 from dataclasses import replace
 
 from moss_train import load_config
-from moss_train.config.fit_schema import TrainerConfig
-from moss_train.training.cost.estimate import GB, ClusterSpec, Estimate, estimate, num_passes, seconds_of_step
+from moss_train.training.cost.estimate import GB, StageEstimate, estimate
 from moss_train.training.run.fit import count_parameters_on_meta
 from moss_train.training.run.warm_start import plan_initialization
 
@@ -78,21 +77,18 @@ rented; `python -m moss_train estimate experiment=cat_1b6 gpus=64` prints the me
 
 def main() -> None:
     """Print the plan."""
-    config = load_config("fit", ["experiment=cat_1b6", "trainer.reduce_dtype=bf16"])
+    assumed = [f"text_fraction={TEXT_SHARE}", f"allreduce_gb_per_second={BUS_GB_PER_SECOND}", f"gpus={GPUS[0]}"]
+    config = load_config("estimate", ["experiment=cat_1b6", "trainer.reduce_dtype=bf16", "gpu=h100", *assumed])
     init_plan = plan_initialization(config)
     parameters = count_parameters_on_meta(init_plan.arguments, config)
-    machines = {gpus: ClusterSpec("h100", gpus, MFU, TEXT_SHARE, 15.0, BUS_GB_PER_SECOND) for gpus in GPUS}
-    one = estimate(config, init_plan.arguments, init_plan.tokenizer_config, parameters, machines[GPUS[0]])
-    plans = {
-        gpus: on_more(one, config.trainer, machine, config.data.micro_batch_seconds)
-        for gpus, machine in machines.items()
-    }
-    used = sum(stage.audio_seconds for stage in one.stages) / 3600
+    stages = estimate(config, init_plan.arguments, init_plan.tokenizer_config, parameters, MFU)
+    plans = {gpus: [replace(stage, config=config.replace(gpus=gpus)) for stage in stages] for gpus in GPUS}
+    used = sum(stage.audio_seconds for stage in stages) / 3600
     byte_rate = FLAC_KBIT_PER_SECOND * 1000 / 8
     storage = HOURS * 3600 * byte_rate
-    every = 1000 * round(one.stages[0].updates_per_hour * CHECKPOINT_MINUTES / 60 / 1000)
-    updates = sum(stage.stage.updates for stage in one.stages)
-    writing_days = updates / every * one.checkpoint_bytes / (CHECKPOINT_GB_PER_SECOND * GB) / 86400
+    every = 1000 * round(60 * CHECKPOINT_MINUTES / stages[0].update_seconds / 1000)
+    updates = sum(stage.stage.updates for stage in stages)
+    writing_days = updates / every * parameters.checkpoint_bytes / (CHECKPOINT_GB_PER_SECOND * GB) / 86400
     kept = 4 + updates // ARCHIVE_UPDATES
     print(
         TEXT.format(
@@ -103,17 +99,17 @@ def main() -> None:
             kbit=FLAC_KBIT_PER_SECOND,
             failure=GPU_HOURS_PER_FAILURE,
             restart=RESTART_MINUTES,
-            cost1=one.stages[0].operations / 1e9,
-            cost2=one.stages[1].operations / 1e9,
+            cost1=stages[0].cost.total / 1e9,
+            cost2=stages[1].cost.total / 1e9,
             used=used,
             passes=used / HOURS,
             hours=HOURS,
             shard=SHARD_BYTES / GB,
             num_shards=storage / SHARD_BYTES,
             storage=storage / 1e12,
-            checkpoint=one.checkpoint_bytes / GB,
+            checkpoint=parameters.checkpoint_bytes / GB,
             kept=kept,
-            kept_size=kept * one.checkpoint_bytes / GB,
+            kept_size=kept * parameters.checkpoint_bytes / GB,
             speed=CHECKPOINT_GB_PER_SECOND,
             archive=ARCHIVE_UPDATES,
             archive_plain=ARCHIVE_UPDATES,
@@ -125,28 +121,16 @@ def main() -> None:
     )
 
 
-def on_more(plan: Estimate, trainer: TrainerConfig, machine: ClusterSpec, micro_batch_seconds: float) -> Estimate:
-    """The estimate for the first number of GPUs, carried over to another."""
-    stages = []
-    for stage in plan.stages:
-        seconds = stage.compute_seconds * GPUS[0] / machine.gpus
-        passes = num_passes(stage.stage, machine, micro_batch_seconds)
-        step = seconds_of_step(stage.stage, trainer, plan.parameters, machine, passes, seconds / passes)
-        stages.append(replace(stage, compute_seconds=seconds, step_seconds=step))
-    return replace(plan, stages=stages)
-
-
-def row(plan: Estimate, gpus: int, byte_rate: float, writing_days: float) -> str:
+def row(stages: list[StageEstimate], gpus: int, byte_rate: float, writing_days: float) -> str:
     """The plan for a number of GPUs, from its estimate and what all checkpoints take."""
-    rates = [stage.rate for stage in plan.stages]
-    stepping = " / ".join(
-        f"{stage.step_seconds / (stage.compute_seconds + stage.step_seconds):.0%}" for stage in plan.stages
-    )
-    gpu_hours = plan.days * 24 * gpus
+    rates = [stage.stage.batch_seconds / stage.update_seconds for stage in stages]
+    stepping = " / ".join(f"{stage.step_seconds / stage.update_seconds:.0%}" for stage in stages)
+    training_days = sum(stage.days for stage in stages)
+    gpu_hours = training_days * 24 * gpus
     stops = gpu_hours / GPU_HOURS_PER_FAILURE
     lost_days = stops * (CHECKPOINT_MINUTES / 2 + RESTART_MINUTES) / 60 / 24 + writing_days
-    total = plan.days + lost_days
-    days = (f"{stage.days:.2f}" for stage in plan.stages)
+    total = training_days + lost_days
+    days = (f"{stage.days:.2f}" for stage in stages)
     numbers = (f"{rates[0]:,.0f}", f"{max(rates) * byte_rate / GB:.2f}", stepping, *days)
     share = lost_days / total
     return f"| {gpus} | {' | '.join(numbers)} | {gpu_hours:,.0f} | {stops:.2f} | {share:.2%} | {total:.2f} |"

@@ -8,8 +8,8 @@ from transformers import Qwen2Config
 from moss_train import load_config
 from moss_train.cli.main import main
 from moss_train.commands.estimate import in_days
-from moss_train.config.fit_schema import TrainerConfig
-from moss_train.training.cost.estimate import ClusterSpec, read_scaling_law, seconds_of_step
+from moss_train.config.fit_schema import DataConfig, EstimateConfig, TrainerConfig
+from moss_train.training.cost.estimate import read_scaling_law, seconds_of_step
 from moss_train.training.cost.flops import Cost, discriminators_cost, layers_cost, semantic_cost, tokenizer_costs
 from moss_train.training.cost.hardware import StateSize
 from moss_train.training.run.warm_start import plan_initialization
@@ -176,14 +176,21 @@ def expected_rate(text: str, mfu: float) -> float:
     return 5.76 / (computing + stepping)
 
 
+def eight_gpus(trainer: TrainerConfig, micro_batch_seconds: float = 160.0) -> EstimateConfig:
+    """Eight H100 that sum at 300 GB/s."""
+    data = DataConfig(crop_seconds=1.0, micro_batch_seconds=micro_batch_seconds)
+    machines = {"gpu": "h100", "gpus": 8, "allreduce_gb_per_second": 300.0}
+    return EstimateConfig(experiment_name="e", run_dir="r", trainer=trainer, data=data, **machines)
+
+
 def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16():
     """2 (n - 1) / n of the gradients of tokenizer and text LM at 300 GB/s, and 50 bytes of memory per parameter."""
     size = StateSize(1_700_000_000, 300_000_000, 40_000_000)
     step = 50 * 2.0e9 / 3.35e12
 
     def seconds(gpus: int, sent: str, **options: bool) -> float:
-        machine = ClusterSpec("h100", gpus, 0.4, 0.3, 15.0, 300.0)
-        return seconds_of_step(Stage("s", 10, 60.0, **options), TrainerConfig(reduce_dtype=sent), size, machine)
+        config = eight_gpus(TrainerConfig(reduce_dtype=sent)).replace(gpus=gpus)
+        return seconds_of_step(Stage("s", 10, 60.0, **options), config, size)
 
     assert seconds(1, "fp32") == pytest.approx(step)
     assert seconds(1, "fp32", adversarial=True) == pytest.approx(step * 2.04 / 2.0)
@@ -193,23 +200,23 @@ def test_sums_over_gpus_take_longer_the_more_there_are_and_half_in_bf16():
 
 
 def test_the_last_backward_pass_hides_sums_but_for_its_last_bucket():
-    size, machine = StateSize(1_700_000_000, 300_000_000, 40_000_000), ClusterSpec("h100", 8, 0.4, 0.3, 15.0, 300.0)
+    size, config = StateSize(1_700_000_000, 300_000_000, 40_000_000), eight_gpus(TrainerConfig(), micro_batch_seconds=4)
     step, sums = 50 * 2.0e9 / 3.35e12, 2 * 7 / 8 * 8.0e9 / 300e9
 
     def seconds(pass_seconds: float) -> float:
-        return seconds_of_step(Stage("s", 10, 60.0), TrainerConfig(), size, machine, 2, pass_seconds)
+        return seconds_of_step(Stage("s", 10, 60.0), config, size, 2 * pass_seconds)  # 7.5 s in two passes
 
     assert seconds(0.03) == pytest.approx(step + sums - 0.02)
     assert seconds(1.0) == pytest.approx(step + sums * 64 * 2**20 / 8.0e9)
 
 
 def test_sharded_networks_are_gathered_and_summed_in_every_pass():
-    size, machine = StateSize(1_700_000_000, 300_000_000, 40_000_000), ClusterSpec("h100", 8, 0.4, 0.3, 15.0, 300.0)
-    trainer = TrainerConfig(strategy="fsdp", precision="bf16-mixed")
+    size = StateSize(1_700_000_000, 300_000_000, 40_000_000)
+    config = eight_gpus(TrainerConfig(strategy="fsdp", precision="bf16-mixed"), micro_batch_seconds=2.5)  # three passes
     step, sent = 50 * 2.0e9 / 8 / 3.35e12, 7 / 8 * 2.0e9 * (2 * 2 + 4) / 300e9
     stage = Stage("s", 10, 60.0)
-    assert seconds_of_step(stage, trainer, size, machine, 3, 0.01) == pytest.approx(step + 3 * (sent - 0.01))
-    assert seconds_of_step(stage, trainer, size, machine, 3, 1.0) == pytest.approx(step)
+    assert seconds_of_step(stage, config, size, 3 * 0.01) == pytest.approx(step + 3 * (sent - 0.01))
+    assert seconds_of_step(stage, config, size, 3 * 1.0) == pytest.approx(step)
 
 
 def test_operations_of_the_discriminators(published):

@@ -11,6 +11,7 @@ of a stage is that of its layers.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -22,13 +23,16 @@ from torch.utils.flop_counter import flop_registry
 
 from moss_train.audio.stft import normalized_hann_window
 from moss_train.config.build import build
+from moss_train.config.fit_schema import FitConfig
 from moss_train.discriminators import DiscriminatorSet
 from moss_train.losses import AudioLoss
 from moss_train.model import MossAudioTokenizerConfig
 from moss_train.model.attention import rotation
 from moss_train.model.modeling_moss_audio_tokenizer import MossAudioTokenizerModel
 from moss_train.model.transformer import ProjectedTransformer
+from moss_train.training.cost.hardware import is_half
 from moss_train.training.step.objective import Objective
+from moss_train.training.step.schedule import Schedule, Stage
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,46 @@ def semantic_cost(
             costs.append(count(model, lambda m=model, s=states, n=lengths: m(s, *n, torch.tensor([0])).loss_sum, half))  # type: ignore[misc]
     one, two = costs
     return one + (two + one * -1.0) * (depth - 1)
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """Cost of what a stage computes beside the text LM.
+
+    Attributes:
+        codec: per audio-second, of encoder, quantizer, decoder and the losses at the decoder's output.
+        discriminators: of one forward of all of them over the crop of a clip.
+        generator_passes: backward passes through them for the generator's terms.
+    """
+
+    stage: Stage
+    codec: dict[str, Cost]
+    discriminators: Cost
+    generator_passes: int
+
+
+def stage_costs(
+    config: FitConfig,
+    tokenizer: MossAudioTokenizerConfig,
+    discriminators: Sequence[Mapping[str, Any]],
+    objective: Objective,
+    schedule: Schedule,
+) -> list[StageCosts]:
+    """Count every stage, on clips of `data.crop_seconds`."""
+    half, seconds, again = is_half(config.trainer), config.data.crop_seconds, config.trainer.activation_checkpointing
+    codec = cache(lambda learning: tokenizer_costs(tokenizer, seconds, half, learning, again))
+    crop = Cost()
+    if schedule.adversarial:
+        crop = discriminators_cost(discriminators, tokenizer.number_channels, objective.crop_length, half)
+    return [
+        StageCosts(
+            stage,
+            codec(stage.parts) | {"losses": losses_cost(objective, objective.stage_weights(stage), tokenizer)},
+            crop,
+            objective.generator_passes(stage),
+        )
+        for stage in schedule.stages
+    ]
 
 
 with suppress(ImportError):

@@ -3,8 +3,9 @@
 GPUs are known by our short names and by those that drivers give. Memory is compared before anything is allocated.
 """
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -77,8 +78,6 @@ def device_peak(device_name: str | None, trainer: TrainerConfig, given_tflops: f
     return None if gpu is None else gpu.peak(trainer)[0]
 
 
-BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two AdamW moments
-AVERAGE_BYTES = 4  # per parameter of the tokenizer, of its moving average in float32
 GIB = 2**30
 
 
@@ -98,11 +97,22 @@ class StateSize:
     shards: int = 1
 
     @property
+    def kinds(self) -> dict[str, float]:
+        """Bytes of the training state in one process by kind; all of it is float32."""
+        held = (self.tokenizer + self.semantic) / self.shards + self.discriminators
+        kinds = {"weights": 4 * held, "gradients": 4 * held, "AdamW moments": 8 * held}
+        return kinds | ({"moving average": 4 * self.tokenizer / self.shards} if self.has_average else {})
+
+    @property
     def bytes(self) -> int:
-        """Memory of weights, gradients, optimizer states and moving average in one process."""
-        average = AVERAGE_BYTES * self.tokenizer if self.has_average else 0
-        shared = BYTES_PER_PARAMETER * (self.tokenizer + self.semantic) + average
-        return -(-shared // self.shards) + BYTES_PER_PARAMETER * self.discriminators
+        """Memory of the training state in one process."""
+        return math.ceil(sum(self.kinds.values()))
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Size of a checkpoint, which holds everything but gradients."""
+        kinds = replace(self, shards=1).kinds
+        return sum(kinds.values()) - kinds["gradients"]
 
 
 def check_memory(size: StateSize, device: torch.device, processes: int = 1) -> None:

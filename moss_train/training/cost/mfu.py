@@ -15,7 +15,7 @@ import torch
 from moss_train.config.fit_schema import FitConfig
 from moss_train.semantic import with_config
 from moss_train.training.callbacks.run_records import warn
-from moss_train.training.cost.flops import Cost, discriminators_cost, losses_cost, semantic_cost, tokenizer_costs
+from moss_train.training.cost.flops import Cost, semantic_cost, stage_costs
 from moss_train.training.cost.hardware import device_peak, is_half
 from moss_train.training.loggers.base import iterate_table
 from moss_train.training.module import CatModule
@@ -93,27 +93,17 @@ class Utilization:
 
 
 def count_stages(module: CatModule, config: FitConfig) -> dict[str, StageOperations]:
-    """Count every stage by name, on clips of `data.crop_seconds`."""
-    tokenizer, half = module.tokenizer.config, is_half(config.trainer)
-    seconds, again = config.data.crop_seconds, config.trainer.activation_checkpointing
-    discriminator_forward, objective = 0.0, module.objective
-    if module.schedule.adversarial:
-        nodes, length = module.hparams["discriminators"], module.objective.crop_length
-        discriminator_forward = discriminators_cost(nodes, tokenizer.number_channels, length, half).forward
-    losses = {
-        stage.name: losses_cost(objective, objective.stage_weights(stage), tokenizer)
-        for stage in module.schedule.stages
-    }
-    codec = cache(lambda learning: sum(tokenizer_costs(tokenizer, seconds, half, learning, again).values(), Cost()))
-    text = cache(lambda learns: text_operations(module, half, learns))
+    """Count every stage by name. Raises UserError for a text LM that cannot be counted."""
+    text = cache(lambda learns: text_operations(module, is_half(config.trainer), learns))
+    nodes = module.hparams["discriminators"]
     return {
-        stage.name: StageOperations(
-            codec(stage.parts) + losses[stage.name],
-            discriminator_forward,
-            text("semantic" in stage.parts),
-            objective.generator_passes(stage),
+        costs.stage.name: StageOperations(
+            sum(costs.codec.values(), Cost()),
+            costs.discriminators.forward,
+            text("semantic" in costs.stage.parts),
+            costs.generator_passes,
         )
-        for stage in module.schedule.stages
+        for costs in stage_costs(config, module.tokenizer.config, nodes, module.objective, module.schedule)
     }
 
 
