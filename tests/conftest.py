@@ -16,6 +16,7 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
+from moss_train.config.schema import PackConfig
 
 from .faults.harness import Launcher
 
@@ -82,13 +83,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left_out)]
 
 
-def _config(**changes: Any) -> dict:
+def _config(**changes: Any) -> PackConfig:
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()}
-    return yaml.safe_load((ROOT / "configs" / "pack.yaml").read_text()) | plain
+    return PackConfig.parse(yaml.safe_load((ROOT / "configs" / "pack.yaml").read_text()) | plain)
 
 
 @pytest.fixture(scope="session")
-def pack_config() -> Callable[..., dict]:
+def pack_config() -> Callable[..., PackConfig]:
     """The shipped configuration of `pack`, with the changes it is called with."""
     return _config
 

@@ -43,7 +43,7 @@ from moss_train.training.module import CatModule
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.optimizations import apply_optimizations
 from moss_train.training.run.trainer import build_trainer, choose_accelerator
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.utils.errors import UserError
 
 TEXT_TOKENS_PER_SECOND = 14  # bytes of read English
@@ -277,7 +277,7 @@ def measure(config: FitConfig, case: Case, options: argparse.Namespace) -> Resul
         accelerator = choose_accelerator(settings.trainer.accelerator)
         trainer = build_trainer(settings.trainer.replace(devices=1), accelerator, [meter])
         with torch.device(accelerator):  # a CPU takes half a minute to draw the weights of cat_1b6 (estimate)
-            module = CatModule(**module_arguments(settings))
+            module = CatModule(**plan_initialization(settings).arguments)
         apply_optimizations(module, settings)
         trainer.fit(module, updates_of(settings, case, module, options))
         if profile_path is not None:

@@ -36,7 +36,7 @@ from moss_train import load_config
 from moss_train.config.fit_schema import FitConfig
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.training.module import CatModule
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 from tools.short_runs import DepthReport, depth_report, packed_clips, quarter_depths, shortened, train_in_memory
 
 PACE_UPDATES = 16  # more than data workers read ahead
@@ -124,7 +124,7 @@ PEERS = {"cat": None, "dac": dac_halves, "mimi": mimi_halves}
 
 def build_module(config: FitConfig, system: str, size: str) -> CatModule:
     """The training module of a system, from the same random weights on every call."""
-    module = CatModule(**module_arguments(config))
+    module = CatModule(**plan_initialization(config).arguments)
     halves = PEERS[system]
     if halves is not None:
         with torch.random.fork_rng(devices=[]):

@@ -42,7 +42,7 @@ def train(folder: Path, experiment: str, configs: Path, stage: str) -> None:
     options = argparse.Namespace(shards=None, micro_batch_seconds=batch_seconds, micro_batches=1, updates=1000)
     case = bench.Case(stage, False, clip, clip)
     settings = bench.case_config(config, case, options)
-    module = bench.CatModule(**bench.module_arguments(settings))
+    module = bench.CatModule(**bench.plan_initialization(settings).arguments)
     updates = bench.synthetic_updates(settings, case, module)
     trainer = (
         settings["trainer"] | {"devices": 1} if isinstance(settings, dict) else settings.trainer.replace(devices=1)

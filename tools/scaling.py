@@ -30,7 +30,7 @@ from moss_train.batch import UpdateBatch
 from moss_train.config.fit_schema import FitConfig
 from moss_train.training.cost.flops import FlopCounter
 from moss_train.training.module import CatModule
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 from tools.short_runs import depth_report, packed_clips, shortened, train_in_memory
 
 matplotlib.use("Agg")
@@ -89,7 +89,7 @@ def scaled(config: FitConfig, scale: float, updates: int, rate_exponent: float) 
 def measure(config: FitConfig, scale: float, options: argparse.Namespace) -> dict[str, Any]:
     """Train one size: its parameters, compute and held-out distance."""
     settings = scaled(config, scale, options.updates, options.rate_exponent)
-    module = CatModule(**module_arguments(settings))
+    module = CatModule(**plan_initialization(settings).arguments)
     meter = FirstUpdates()
     train_in_memory(settings, module, [meter])
     clips = packed_clips(settings, options.heldout, module, options.clips, options.longest_seconds)

@@ -1,8 +1,6 @@
 """`decode`: turn codes into audio files."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moss_train.config.schema import DecodeConfig
 from moss_train.data.shards.codes import is_code_folder
@@ -20,9 +18,8 @@ EXAMPLES = (
 )
 
 
-def run(config: DecodeConfig | Mapping[str, Any]) -> int:
+def run(config: DecodeConfig) -> int:
     """Decode a folder of codes; the exit status is 1 when some files could not be used."""
-    config = DecodeConfig.of(config)
     batch_seconds = config.batch_seconds
     out = Path(config.out)
     inputs, suffix = config.input, f".{config.format}"

@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -55,13 +55,12 @@ class Finding:
     broken: bool = False
 
 
-def run(config: DoctorConfig | Mapping[str, Any]) -> int:
+def run(config: DoctorConfig) -> int:
     """Print the report and return the exit status: 0 when everything that is needed works, 1 otherwise.
 
     Args:
         config: `run_dir` (path, need not exist) and `min_free_disk_gb` (10^9 bytes).
     """
-    config = DoctorConfig.of(config)
     findings = list(examine(Path(config.run_dir), float(config.min_free_disk_gb) * 1e9))
     show(findings, Console())
     return int(any(finding.broken for finding in findings))

@@ -1,8 +1,6 @@
 """`encode`: turn audio files or packed shards into codes."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moss_train.config.schema import EncodeConfig
 from moss_train.inference.batching import choose_device
@@ -18,9 +16,8 @@ EXAMPLES = (
 )
 
 
-def run(config: EncodeConfig | Mapping[str, Any]) -> int:
+def run(config: EncodeConfig) -> int:
     """Encode a corpus; the exit status is 1 when some clips could not be read."""
-    config = EncodeConfig.of(config)
     out = Path(config.out)
     job = EncodeJob(
         model=str(config.model),

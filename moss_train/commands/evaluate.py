@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,8 @@ class EvaluationTarget:
     code_metrics: dict[str, Metric] = field(default_factory=dict)  # measured where the codes are made
 
 
-def run(config: EvaluateConfig | Mapping[str, Any]) -> int:
+def run(config: EvaluateConfig) -> int:
     """Evaluate and write tables and report; the exit status is 1 when some clips could not be read."""
-    config = EvaluateConfig.of(config)
     for other in config.compare:
         load_evaluation(Path(other))  # before hours of work, not after
     metrics, missing = split_available(

@@ -1,6 +1,5 @@
 """The `export` command."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from moss_train.utils.files import printable
 SUMMARY = "Write a trained tokenizer as a Hugging Face model folder, or as ONNX graphs."
 
 
-def run(config: ExportConfig | Mapping[str, Any]) -> int:
+def run(config: ExportConfig) -> int:
     """Export and say where. Returns 0."""
-    config = ExportConfig.of(config)
     check_target(config.out)
     source = config.checkpoint
     if config.select == "best":

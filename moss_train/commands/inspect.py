@@ -1,9 +1,8 @@
 """`inspect`: report what is in packed folders, and what should not be."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,9 +26,8 @@ EXAMPLES = (
 NUM_PLAYERS = 10
 
 
-def run(config: InspectConfig | Mapping[str, Any]) -> int:
+def run(config: InspectConfig) -> int:
     """Inspect every folder and write the report; the exit status is 1 when bytes differ from the index."""
-    config = InspectConfig.of(config)
     limits = DropLimits(config.silent_db, config.clipped_fraction, config.max_characters_per_second)
     folders, out = config.shards, Path(config.out)
     if (out / "index.json").exists():

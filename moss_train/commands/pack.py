@@ -2,10 +2,8 @@
 
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -33,9 +31,8 @@ _REASONS = {
 }
 
 
-def run(config: PackConfig | Mapping[str, Any]) -> int:
+def run(config: PackConfig) -> int:
     """Pack `input` into `out`, show progress and print what was packed."""
-    config = PackConfig.of(config)
     options = PackOptions(**{field.name: getattr(config, field.name) for field in fields(PackOptions)})
     target = Path(config.out)
     check_target(target, config.overwrite)

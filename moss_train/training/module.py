@@ -101,14 +101,6 @@ class CatModule(lightning.LightningModule):
         self.counters: list[Callable[[UpdateBatch], Mapping[str, float]]] = []
         self.gather_dtype: torch.dtype | None = None
 
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """`MossAudioTokenizerModel.encode`."""
-        return self.tokenizer.encode(*args, **kwargs)
-
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """`MossAudioTokenizerModel.decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
-
     def configure_model(self) -> None:
         """Under `FSDP2Strategy`, once the weights are those of the start: divide them among the ranks."""
         if self.device_mesh is None or self.shards is not None:

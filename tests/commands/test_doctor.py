@@ -7,12 +7,14 @@ from rich.console import Console
 
 from moss_train.commands import doctor
 from moss_train.commands.doctor import Finding
+from moss_train.config.schema import DoctorConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = """
 import sys
 from moss_train.commands import doctor
-sys.exit(doctor.run({"run_dir": sys.argv[1], "min_free_disk_gb": float(sys.argv[2])}))
+from moss_train.config.schema import DoctorConfig
+sys.exit(doctor.run(DoctorConfig(run_dir=sys.argv[1], min_free_disk_gb=float(sys.argv[2]))))
 """
 
 
@@ -24,7 +26,7 @@ def run_doctor(run_directory, min_free_disk_gb=0.0, path=()):
 
 
 def test_healthy_environment_exits_with_0(tmp_path, capsys):
-    settings = {"run_dir": str(tmp_path / "not" / "there" / "yet"), "min_free_disk_gb": 0.0}
+    settings = DoctorConfig(run_dir=str(tmp_path / "not" / "there" / "yet"), min_free_disk_gb=0.0)
     status = doctor.run(settings)
     printed = capsys.readouterr().out
     assert status == 0, printed

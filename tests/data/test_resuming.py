@@ -40,7 +40,7 @@ def stop_after(count: int) -> Callable[[float], None]:
 
 def test_processes_make_the_same_bytes(packed: Path, tmp_path: Path, pack_config: Callable, recordings: Path) -> None:
     config = pack_config(input=recordings / "train.jsonl", out=tmp_path / "out", shard_bytes=SHARD_BYTES)
-    assert pack_command.run(config | {"num_workers": 3}) == 0
+    assert pack_command.run(config.replace(num_workers=3)) == 0
     assert bytes_of(tmp_path / "out") == bytes_of(packed)
 
 

@@ -178,15 +178,15 @@ def test_filters_count_what_they_leave_out(
     text = capsys.readouterr().out
     assert "skipped: 1 clip longer than max_seconds" in text
     assert "skipped: 1 clip quieter than min_level_db" in text
-    config |= {"out": str(tmp_path / "two"), "min_level_db": None, "drop": str(tmp_path / "drop.jsonl")}
+    config = config.replace(out=str(tmp_path / "two"), min_level_db=None, drop=str(tmp_path / "drop.jsonl"))
     assert pack_command.run(config) == 0
     assert list(clips_of(tmp_path / "two")) == ["quiet.wav"]
     assert "1 ids are not in" in capsys.readouterr().out
     (tmp_path / "drop.jsonl").write_text('{"id": "a"}\n["b"]\n')
     with pytest.raises(UserError, match=r"drop\.jsonl:2: not a JSON object with an 'id'"):
-        pack_command.run(config | {"out": str(tmp_path / "three")})
+        pack_command.run(config.replace(out=str(tmp_path / "three")))
     with pytest.raises(UserError, match="max_seconds=0 has to be a number above 0"):
-        pack_command.run(config | {"max_seconds": 0})
+        pack_command.run(config.replace(max_seconds=0))
 
 
 def test_the_index_of_the_parts_is_that_of_ordinary_clips(tmp_path: Path, pack_config: Callable, speech) -> None:

@@ -21,7 +21,7 @@ from moss_train.training import CatModule
 from moss_train.training.module import update_result
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.trainer import build_trainer
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 
 from ..training.gradients import without_text
 from .harness import TINY, assert_equal
@@ -51,7 +51,7 @@ def config(packed: Path) -> FitConfig:
 def updates(config: FitConfig) -> list[UpdateBatch]:
     """Six real updates; the one that gets damaged has a text."""
     stream = open_stream(config, tokenizer_config(config.tokenizer.to_plain()))
-    module = CatModule(**module_arguments(config))
+    module = CatModule(**plan_initialization(config).arguments)
     assert module.semantic is not None
     loader = make_loader(
         stream,
@@ -94,7 +94,7 @@ def state_of(trainer: Trainer) -> Any:
 
 def train(config: FitConfig, updates: Sequence[UpdateBatch], damage: Damage | None = None) -> Watch:
     """Train on these updates in a real Trainer, with one of them damaged."""
-    module, watch = CatModule(**module_arguments(config)), Watch(damage)
+    module, watch = CatModule(**plan_initialization(config).arguments), Watch(damage)
     updates = list(updates)
     if damage is not None:
         updates[BAD] = damage(module, updates[BAD])

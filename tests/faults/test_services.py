@@ -159,6 +159,7 @@ def one_shard(packed: Path, folder: Path) -> Path:
     import yaml
 
     from moss_train.commands import pack as pack_command
+    from moss_train.config.schema import PackConfig
 
     root = Path(__file__).parents[2]
     sounds = root / "recipes" / "quickstart" / "audio" / "sound"
@@ -167,6 +168,6 @@ def one_shard(packed: Path, folder: Path) -> Path:
         shutil.copy(path, folder)
     config = yaml.safe_load((root / "configs" / "pack.yaml").read_text())
     config |= {"input": str(folder), "domain": "sound", "out": str(folder / "packed"), "num_workers": 1}
-    assert pack_command.run(config) == 0
+    assert pack_command.run(PackConfig.parse(config)) == 0
     assert len(json.loads((folder / "packed" / "index.json").read_text())["shards"]) == 1
     return folder / "packed"

@@ -16,7 +16,7 @@ from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config
 from moss_train.training import CatModule
 from moss_train.training.run.fit import open_stream
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 
 from .runs import FIT
 
@@ -95,7 +95,7 @@ def watched(validated: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def module(small_config: Callable[..., FitConfig]) -> CatModule:
-    return CatModule(**module_arguments(small_config()))
+    return CatModule(**plan_initialization(small_config()).arguments)
 
 
 @pytest.fixture

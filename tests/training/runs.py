@@ -2,14 +2,14 @@
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from moss_train.audio.io import write_audio
-from moss_train.training.loggers.base import ClipSample, column, read_table
+from moss_train.training.loggers.base import ClipSample, read_table
 
 from ..faults.harness import LIMIT_SECONDS, Job, assert_equal, state
 
@@ -22,6 +22,11 @@ def silent_sample(directory: Path, update: int) -> ClipSample:
     path = directory / "levels-04.flac"
     write_audio(path, torch.zeros(1, 2400), 24000)
     return ClipSample(update, "1-clip", {"levels-04": path}, None, {"truth": "seven", "levels-04": "sieben"})
+
+
+def column(rows: Iterable[dict[str, str]], name: str) -> list[float]:
+    """One column of a table as numbers, without rows in which it does not apply."""
+    return [float(row[name]) for row in rows if row[name]]
 
 
 def wait_for_end(jobs: Sequence[Job]) -> None:

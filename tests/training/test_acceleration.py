@@ -8,7 +8,7 @@ from moss_train.cli.main import main
 from moss_train.model.attention import rotation
 from moss_train.training import CatModule
 from moss_train.training.run.optimizations import checkpoint_activations, compiled_parts
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.training.step.optimizers import EMA
 from moss_train.utils.errors import UserError
 
@@ -178,7 +178,7 @@ def test_impossible_options_are_one_line_and_leave_nothing(small_overrides, tmp_
 
 
 def test_averages_stand_in_for_the_weights_in_validation(small_config):
-    module = CatModule(**module_arguments(small_config()))
+    module = CatModule(**plan_initialization(small_config()).arguments)
     weight = module.tokenizer.decoder[0].input_proj.weight
     before = weight.detach().clone()
     with module.averaged_weights():  # without `ema`

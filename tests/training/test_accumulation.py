@@ -12,7 +12,7 @@ from moss_train.batch import UpdateBatch
 from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training import CatModule
 from moss_train.training.run.optimizations import compile_blocks
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.training.step.accumulation import layer_weights
 
 from . import ranks
@@ -23,7 +23,7 @@ ADVERSARIAL = 5  # an update in which every network learns
 
 @pytest.fixture
 def arguments(small_config) -> dict[str, Any]:
-    return module_arguments(small_config())
+    return plan_initialization(small_config()).arguments
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ import torch
 
 from moss_train.cli.main import main
 from moss_train.training import CatModule
-from moss_train.training.loggers.base import column, read_table
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.loggers.base import read_table
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.training.step.objective import GradientBalancer
 from moss_train.training.step.update import add_up, forward_backward
 
 from ..faults.harness import assert_same_run
 from .gradients import pick
+from .runs import column
 
 NAMES = ("reconstruction", "adversarial", "feature", "waveform")
 WEIGHTS = {"reconstruction": 15.0, "adversarial": 1.0, "feature": 2.0, "waveform": 3.0, "codebook": 1.0}
@@ -82,7 +83,7 @@ def test_shares_that_cannot_be_kept_are_refused(shares, message):
 
 @pytest.fixture
 def balanced(small_config) -> CatModule:
-    module = CatModule(**module_arguments(small_config(BALANCE)))
+    module = CatModule(**plan_initialization(small_config(BALANCE)).arguments)
     module.manual_backward = lambda loss, **options: loss.backward(**options)  # outside a Trainer
     return module
 
@@ -117,10 +118,10 @@ def test_a_checkpoint_keeps_the_running_means(balanced, small_config):
     balanced.objective.balancer.add({"reconstruction": 0.7, "feature": 1e-9})
     checkpoint: dict = {}
     balanced.on_save_checkpoint(checkpoint)
-    again = CatModule(**module_arguments(small_config(BALANCE)))
+    again = CatModule(**plan_initialization(small_config(BALANCE)).arguments)
     again.on_load_checkpoint(checkpoint)
     assert again.objective.balancer.state_dict() == balanced.objective.balancer.state_dict()
-    plain = CatModule(**module_arguments(small_config()))
+    plain = CatModule(**plan_initialization(small_config()).arguments)
     plain.on_load_checkpoint(checkpoint)
     assert plain.objective.balancer is None
 

@@ -3,7 +3,9 @@ import resource
 
 import pytest
 
-from moss_train.training.loggers.base import CsvWriter, column, read_table
+from moss_train.training.loggers.base import CsvWriter, read_table
+
+from .runs import column
 
 
 def rows_until(path, updates, columns=("update", "loss/generator", "seconds")):

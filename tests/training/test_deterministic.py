@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moss_train.training import CatModule
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 from tools.short_runs import train_in_memory
 
 SHORT = [f"stages.{i}.{key}=1" for i in range(2) for key in ("updates", "warmup_updates")]
@@ -14,7 +14,7 @@ def test_torch_is_told_and_the_recipe_runs(small_config, monkeypatch: pytest.Mon
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     config = small_config(*SHORT, "stages.1.discriminator_warmup_updates=0", "trainer.deterministic=true")
     assert not torch.are_deterministic_algorithms_enabled()
-    module = CatModule(**module_arguments(config))
+    module = CatModule(**plan_initialization(config).arguments)
     try:
         train_in_memory(config, module)
         assert torch.are_deterministic_algorithms_enabled()

@@ -12,7 +12,7 @@ from moss_train.export.load import tokenizer_config
 from moss_train.training import CatModule
 from moss_train.training.distributed.collectives import fingerprint, make_buckets, read_by_name, sum_by_name
 from moss_train.training.run.fit import open_stream
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 
 from ..faults.harness import Launcher, assert_equal
 from . import ranks
@@ -67,7 +67,7 @@ def update(small_overrides) -> tuple[dict, UpdateBatch]:
     from moss_train import load_config
 
     config = load_config("fit", [*small_overrides, "run_dir=unused", "stages.0.semantic_warmup_updates=1"])
-    arguments = module_arguments(config)
+    arguments = plan_initialization(config).arguments
     stream = open_stream(config, tokenizer_config(config.tokenizer.to_plain()))
     text_encoder = CatModule(**arguments).semantic.text
     loader = make_loader(stream, text_encoder=text_encoder, position=0, updates=[(0, 12.0)], micro_batch_seconds=8.0)

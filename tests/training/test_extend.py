@@ -15,10 +15,11 @@ from moss_train.config import build as build_module
 from moss_train.config.schema import FitConfig
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.training.callbacks.build import build_own
-from moss_train.training.loggers.base import Writer, column, read_table
+from moss_train.training.loggers.base import Writer, read_table
 from moss_train.utils.errors import ConfigError, UserError
 
 from ..faults.harness import state
+from .runs import column
 
 GUIDE = Path(__file__).parents[2] / "recipes" / "guides" / "extend.md"
 PLACES = ("experiment=", "data", "model=", "out=")

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from moss_train.cli.main import main
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import list_checkpoints
+
+from .runs import column
 
 QUICK = [
     "experiment=finetune",

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moss_train.training import CatModule
 from moss_train.training.module import update_result
 from moss_train.training.run.optimizations import compile_blocks
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 from tools.short_runs import train_in_memory
 
 WATCHED = ("tokenizer.quantizer.input_proj", "tokenizer.encoder.1.input_proj", "semantic.projection", "discriminators")
@@ -73,7 +73,7 @@ class CountCasts(Callback):
 
 
 def train(config: dict) -> tuple[CatModule, Gradients]:
-    module, gradients = CatModule(**module_arguments(config)), Gradients()
+    module, gradients = CatModule(**plan_initialization(config).arguments), Gradients()
     train_in_memory(config, module, [gradients])
     return module, gradients
 
@@ -95,7 +95,7 @@ def test_a_weight_is_cast_once_per_update(small_config, compiler):
     ]
     lengths += ["stages.0.warmup_updates=0", "stages.1.warmup_updates=0", "stages.1.discriminator_warmup_updates=0"]
     config, casts = small_config("trainer.precision=bf16-mixed", *lengths), CountCasts()
-    module = CatModule(**module_arguments(config))
+    module = CatModule(**plan_initialization(config).arguments)
     if compiler:
         compile_blocks(module, compiler)
     train_in_memory(config, module, [casts])

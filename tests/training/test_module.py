@@ -5,7 +5,7 @@ import torch
 
 from moss_train.batch import Batch, UpdateBatch
 from moss_train.training import CatModule
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.errors import UserError
 
@@ -88,7 +88,7 @@ def test_neither_side_leaks_into_the_other(module, update):
 
 def test_stages_choose_what_learns(small_config, update):
     config = small_config("trainable=[decoder]")
-    module = CatModule(**module_arguments(config))
+    module = CatModule(**plan_initialization(config).arguments)
     module._choose_parts(module.schedule.at(0))
     gradients = accumulate(module, update.micro_batches, 0)
     assert gradients
@@ -113,21 +113,21 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone(sma
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    one = CatModule(**module_arguments(small_config()))
+    one = CatModule(**plan_initialization(small_config()).arguments)
     assert torch.equal(torch.rand(1), expected)
-    two, other = (CatModule(**module_arguments(small_config(f"seed={seed}"))) for seed in (0, 1))
+    two, other = (CatModule(**plan_initialization(small_config(f"seed={seed}")).arguments) for seed in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one.tokenizer.get_parameter(FIRST_LAYER), other.tokenizer.get_parameter(FIRST_LAYER))
 
 
 def test_an_adversarial_stage_needs_discriminators(small_config):
     with pytest.raises(ValueError, match="no discriminators"):
-        CatModule(**module_arguments(small_config()) | {"discriminators": []})
+        CatModule(**plan_initialization(small_config()).arguments | {"discriminators": []})
 
 
 def test_unknown_arguments_name_their_place(small_config):
     with pytest.raises(UserError, match=r"discriminators\[0\].*num_periods"):
-        CatModule(**module_arguments(small_config("+discriminators.0.num_periods=3")))
+        CatModule(**plan_initialization(small_config("+discriminators.0.num_periods=3")).arguments)
 
 
 def test_a_full_device_is_one_line_that_says_what_to_do(module, update):

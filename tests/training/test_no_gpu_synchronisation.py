@@ -18,7 +18,7 @@ from moss_train.discriminators import Discriminator
 from moss_train.export.load import tokenizer_config
 from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
 from moss_train.training import CatModule
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.utils.files import config_directory
 from tools.dataless import dataless, micro_batch, run_micro_batch
 
@@ -56,7 +56,7 @@ def shallow_module(name: str) -> CatModule:
         config["semantic"]["config"]["num_hidden_layers"] = 1
     assert tokenizer_config(config["tokenizer"]).num_quantizers
     with torch.device("cuda"):
-        return CatModule(**module_arguments(FitConfig.parse(config))).train()
+        return CatModule(**plan_initialization(FitConfig.parse(config)).arguments).train()
 
 
 def watch(module: CatModule) -> dict[str, set[torch.dtype]]:

@@ -13,8 +13,10 @@ from moss_train import fit
 from moss_train.config.fit_schema import FitConfig
 from moss_train.config.section import RENAMED_COLUMNS, known_keys
 from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import list_checkpoints
+
+from .runs import column
 
 OLDER = Path(__file__).with_name("older_run")
 

@@ -14,12 +14,13 @@ from moss_train.data.stream.sample_reader import scale_to_peak
 from moss_train.export.load import load_tokenizer
 from moss_train.losses import multi_scale_mel_distance
 from moss_train.training.callbacks.validation_data import load_held_out
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.training.run.fit import open_stream
 from moss_train.training.run.warm_start import plan_initialization
 from moss_train.utils.checkpoint import list_checkpoints
 
 from ..faults.harness import values
+from .runs import column
 
 CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
 OVERRIDES = [

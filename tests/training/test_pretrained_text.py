@@ -11,9 +11,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from moss_train.cli.main import main
 from moss_train.export.load import open_source
 from moss_train.training import CatModule
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.training.run.fit import fit
 from moss_train.training.run.warm_start import RECORD_FILE, initialize, plan_initialization
+
+from .runs import column
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from moss_train.config.fit_schema import TrainerConfig
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.training.run.trainer import count_processes
 from moss_train.utils.checkpoint import list_checkpoints, read_manifest
 from moss_train.utils.errors import UserError
 
 from ..faults.harness import Job, Launcher, assert_same_run
-from .runs import assert_same_course, wait_for_end, wait_for_rows
+from .runs import assert_same_course, column, wait_for_end, wait_for_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted([*RECIPES.rglob("*.sh"), *RECIPES.rglob("*.sbatch")])

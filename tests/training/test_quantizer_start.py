@@ -7,12 +7,13 @@ from moss_train.cli.main import main
 from moss_train.export.load import load_tokenizer
 from moss_train.model.quantizer import ResidualLFQ
 from moss_train.training.callbacks.quantizer import fit_updates
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.training.step.quantizer_start import fit_quantizer, pass_unquantized
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.checkpoint import list_checkpoints
 
 from ..faults.harness import assert_same_run
+from .runs import column
 
 
 @pytest.fixture

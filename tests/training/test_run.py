@@ -11,13 +11,13 @@ from moss_train.export.load import load_tokenizer
 from moss_train.training import CatModule
 from moss_train.training.callbacks.metrics import metric_columns
 from moss_train.training.cost import hardware as resource_room
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.training.run.fit import diff_config, fit
 from moss_train.training.step.objective import Objective
 from moss_train.utils.checkpoint import CHECKPOINT_FILE, list_checkpoints
 
 from ..faults.harness import assert_same_run, state
-from .runs import wait_for_rows
+from .runs import column, wait_for_rows
 
 
 def test_the_published_recipe_runs_through_both_stages(whole):
@@ -72,10 +72,10 @@ def test_the_module_loads_from_its_checkpoint_alone_and_encodes_like_the_tokeniz
     module = CatModule.load_from_checkpoint(path, map_location="cpu").eval()
     assert (module.update, module.position) == (8, state(whole)["progress"]["position"])
     audio = torch.randn(1, 1, 24000, generator=torch.Generator().manual_seed(0))
-    codes = module.encode(audio).audio_codes
+    codes = module.tokenizer.encode(audio).audio_codes
     tokenizer = load_tokenizer(whole)
     assert torch.equal(codes, tokenizer.encode(audio).audio_codes)
-    assert torch.equal(module.decode(codes).audio, tokenizer.decode(codes).audio)
+    assert torch.equal(module.tokenizer.decode(codes).audio, tokenizer.decode(codes).audio)
 
 
 def test_fine_tuning_starts_from_the_given_weights(whole, small_config):

@@ -9,9 +9,11 @@ import torch
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
-from moss_train.training.loggers.base import column, read_table
-from moss_train.training.run.warm_start import module_arguments
+from moss_train.training.loggers.base import read_table
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.utils.errors import UserError
+
+from .runs import column
 
 
 @pytest.fixture
@@ -68,9 +70,9 @@ def test_stereo_adds_a_mid_side_term_to_both_stages(small_overrides, stereo, tmp
     ],
 )
 def test_its_weight_follows_the_channels_unless_it_is_given(small_config, overrides, weight):
-    assert module_arguments(small_config(*overrides))["objective"]["weights"]["mid_side"] == weight
+    assert plan_initialization(small_config(*overrides)).arguments["objective"]["weights"]["mid_side"] == weight
 
 
 def test_a_mono_tokenizer_cannot_have_it(small_config):
     with pytest.raises(UserError, match=r"objective\.weights\.mid_side=1\.0 needs two channels, the tokenizer has 1"):
-        module_arguments(small_config("objective.weights.mid_side=1.0"))
+        plan_initialization(small_config("objective.weights.mid_side=1.0"))

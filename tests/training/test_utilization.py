@@ -17,13 +17,14 @@ from moss_train.training.cost.mfu import (
     count_stages,
     measured_share,
 )
-from moss_train.training.loggers.base import ProgressWriter, column, read_table
+from moss_train.training.loggers.base import ProgressWriter, read_table
 from moss_train.training.run.optimizations import checkpoint_activations
 from moss_train.training.step.schedule import ScheduleState, Stage
 from moss_train.utils.errors import UserError
 
 from ..faults.harness import values
 from .gradients import accumulate
+from .runs import column
 
 BF16 = TrainerConfig(precision="bf16-mixed")
 CONTENT = {

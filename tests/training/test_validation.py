@@ -10,11 +10,11 @@ from moss_train.data.stream.stream import ClipFormat
 from moss_train.export.load import load_tokenizer
 from moss_train.losses import multi_scale_mel_distance
 from moss_train.training.callbacks.validation_data import depths, load_held_out, scores
-from moss_train.training.loggers.base import column, read_table
+from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import best_checkpoint, list_checkpoints, read_best
 
 from ..faults.harness import assert_same_run
-from .runs import wait_for_end
+from .runs import column, wait_for_end
 
 FORMAT = ClipFormat(24000, 1, 1920, peak=0.7)
 

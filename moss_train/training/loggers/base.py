@@ -6,7 +6,7 @@ The CSV files are complete after a kill, continued by a resume, readable without
 import csv
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -138,11 +138,6 @@ def iterate_table(path: Path) -> Iterator[dict[str, str]]:
 def read_table(path: Path) -> list[dict[str, str]]:
     """All rows of a table, see `iterate_table`."""
     return list(iterate_table(path))
-
-
-def column(rows: Iterable[dict[str, str]], name: str) -> list[float]:
-    """One column as numbers, without rows in which it does not apply."""
-    return [float(row[name]) for row in rows if row[name]]
 
 
 class ProgressWriter(Writer):

@@ -101,11 +101,6 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
     return InitPlan(complete_arguments(config, tokenizer, networks, new), source, tuple(new))
 
 
-def module_arguments(config: FitConfig) -> dict[str, Any]:
-    """Arguments of `CatModule` for a `fit` configuration, see `plan_initialization`."""
-    return plan_initialization(config).arguments
-
-
 def complete_arguments(
     config: FitConfig, tokenizer: Node, networks: Mapping[str, Any], new: Sequence[str]
 ) -> dict[str, Any]:
