@@ -77,7 +77,7 @@ def command_help(command: str, extra_directory: Path | None = None) -> str:
         for name, comment in options.items():
             default = " (default)" if name == groups[group] else ""
             parts.append(f"  {name:<{width}}  {comment}{default}".rstrip())
-    required = " ".join(f"{key}=<{key.split('.')[-1]}>" for key in mandatory_keys(config))
+    required = " ".join(f"{key}=<{key}>" for key, value in config.items() if value == "???")
     examples = [f"{start} {required}".rstrip(), f"{start} {required} --cfg job".replace("  ", " ")]
     parts += [
         f"\nConfiguration (configs/{command}.yaml):\n{textwrap.indent(text.strip(), '  ')}",
@@ -104,17 +104,6 @@ def default_groups(config: dict[str, Any]) -> dict[str, str | None]:
     return {
         key.removeprefix("optional ").removeprefix("override ").split("@")[0].lstrip("/"): name for key, name in chosen
     }
-
-
-def mandatory_keys(config: Any, prefix: str = "") -> list[str]:
-    """Return the dotted keys whose value is `???`."""
-    keys = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            keys += mandatory_keys(value, f"{prefix}{key}.")
-        elif value == "???":
-            keys.append(f"{prefix}{key}")
-    return keys
 
 
 def _constant(path: Path, name: str, default: Any) -> Any:

@@ -162,24 +162,15 @@ def evaluation_rows(folder: str | Path) -> list[dict[str, Any]]:
 def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str:
     """Return the README of an exported folder, with the metadata that the Hub reads."""
     config = model.config
-    size = config.quantizer_kwargs["codebook_size"]
-    bitrate = config.frame_rate * (size - 1).bit_length()
-    channels = "1 channel" if config.number_channels == 1 else f"{config.number_channels} channels"
+    bitrate = config.frame_rate * (config.quantizer_kwargs["codebook_size"] - 1).bit_length()
     level = "not recorded"
     if info.level_db is not None:
         level = f"about {info.level_db:g} dB RMS relative to full scale; `encode(..., loudness=...)` sets it"
-    facts = {
-        "sampling rate": sampling_rates(config) + f", {channels}",
-        "frame rate": f"{config.frame_rate:g} frames per second",
-        "levels": f"{config.num_quantizers} x {size} codes",
+    own = {
         "bitrate": f"{bitrate:g} bit/s per level, {bitrate * config.num_quantizers:g} bit/s in all",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "level of the training data": level,
-        "licence": info.licence or "not stated",
-        "training data": info.data or "not stated",
     }
-    if info.precision:
-        facts["precision"] = info.precision
     sections = ""
     if info.training:
         sections += "\n## Training\n\n" + fact_table(info.training) + "\n"
@@ -198,7 +189,7 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
     body = TEXT.format(
         name=name,
         half="" if model.part is None else f"; this folder holds its {model.part} and quantizer only",
-        facts=fact_table(facts),
+        facts=fact_table(model_facts(config, info, own)),
         sampling_rate=config.sampling_rate,
         usage="\n".join(usage),
         versions=", ".join(TESTED_VERSIONS),
@@ -207,11 +198,20 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
     return f"---\n{metadata(name, info, measured)}---\n{body}"
 
 
-def sampling_rates(config: MossAudioTokenizerConfig) -> str:
-    """Return the sampling rate in words, both where the decoder has its own."""
-    if config.output_ratio == 1:
-        return f"{config.sampling_rate} Hz"
-    return f"{config.sampling_rate} Hz in, {config.output_sampling_rate} Hz out"
+def model_facts(config: MossAudioTokenizerConfig, info: CardInfo, own: Mapping[str, str]) -> dict[str, str]:
+    """Return what every card says of a model, with the facts of its `own` between architecture and training."""
+    rates = f"{config.sampling_rate} Hz"
+    if config.output_ratio > 1:
+        rates += f" in, {config.output_sampling_rate} Hz out"
+    return {
+        "sampling rate": f"{rates}, {config.number_channels} channel{'s' if config.number_channels > 1 else ''}",
+        "frame rate": f"{config.frame_rate:g} frames per second",
+        "levels": f"{config.num_quantizers} x {config.quantizer_kwargs['codebook_size']} codes",
+        **own,
+        "licence": info.licence or "not stated",
+        "training data": info.data or "not stated",
+        **({"precision": info.precision} if info.precision else {}),
+    }
 
 
 def fact_table(facts: Mapping[str, str]) -> str:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moss_train.export.card import CardInfo, fact_table, metadata, sampling_rates
+from moss_train.export.card import CardInfo, fact_table, metadata, model_facts
 from moss_train.export.load import load_tokenizer
 from moss_train.export.onnx_runtime import SETTINGS_FILE, VECTORS_FILE, Tokenizer
-from moss_train.export.write import (
-    SECONDS_BEYOND_WINDOW,
-    check_target,
-    codes_of,
-    compare_codes,
-    known_audio,
-    new_folder,
-    read_clips,
-)
+from moss_train.export.write import audio_beyond_window, check_target, codes_of, compare_codes, new_folder, read_clips
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 
@@ -103,15 +94,15 @@ def export_onnx(
         write_graphs(model, folder, part, chunk_frames, weights)
         shutil.copyfile(Path(__file__).with_name("onnx_runtime.py"), folder / "runtime.py")
         equal = write_vectors(model, folder, part)
-        precision = weights
+        described = weights
         if clips:
             graphs = Tokenizer(folder)
             differ = compare_codes(model, lambda audio: torch.from_numpy(graphs.encode(audio.numpy())), clips)
-            precision += f"; {differ} from torch"
+            described += f"; {differ} from torch"
         elif equal is not None:
-            precision += f"; {1 - equal:.2%} of the codes of known audio differ from torch"
-        info = replace(info or CardInfo(), precision=precision)
-        (folder / "README.md").write_text(onnx_card(target.name, model, info, chunk_frames), "utf-8")
+            described += f"; {1 - equal:.2%} of the codes of known audio differ from torch"
+        card = onnx_card(target.name, model, info or CardInfo(), described, chunk_frames)
+        (folder / "README.md").write_text(card, "utf-8")
     return target
 
 
@@ -160,9 +151,7 @@ def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None
     Returns:
         The fraction of equal codes here, None for a decoder alone.
     """
-    config = model.config
-    seconds = config.causal_transformer_context_duration + SECONDS_BEYOND_WINDOW
-    audio = known_audio(config.sampling_rate, config.number_channels, seconds).float()
+    config, audio = model.config, audio_beyond_window(model.config)
     if model.part == "decoder":
         shape = (config.num_quantizers, 2, model.num_frames(audio.shape[2]))
         generator = torch.Generator().manual_seed(0)
@@ -186,21 +175,12 @@ def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None
     return equal
 
 
-def onnx_card(name: str, model: MossAudioTokenizerModel, info: CardInfo, chunk_frames: int) -> str:
+def onnx_card(name: str, model: MossAudioTokenizerModel, info: CardInfo, weights: str, chunk_frames: int) -> str:
     """Return the README of a folder of graphs."""
     config = model.config
-    size = config.quantizer_kwargs["codebook_size"]
-    facts = {
-        "sampling rate": f"{sampling_rates(config)}, {config.number_channels} channel(s)",
-        "frame rate": f"{config.frame_rate:g} frames per second",
-        "levels": f"{config.num_quantizers} x {size} codes",
-        "weights": info.precision,
-        "licence": info.licence or "not stated",
-        "training data": info.data or "not stated",
-    }
     body = CARD.format(
         name=name,
-        facts=fact_table(facts),
+        facts=fact_table(model_facts(config, info, {"weights": weights})),
         sampling_rate=config.sampling_rate,
         hop=config.downsample_rate,
         output_hop=config.upsample_rate,

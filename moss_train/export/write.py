@@ -205,9 +205,6 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
     raise UserError(f"push={repository}{reason}")
 
 
-SECONDS_BEYOND_WINDOW = 2.0
-
-
 def known_audio(sampling_rate: int, num_channels: int, seconds: float) -> Tensor:
     """Return two clips [2, C, T] that are the same everywhere: gliding harmonics in syllables, and noise in bursts."""
     time = torch.arange(round(seconds * sampling_rate), dtype=torch.float64) / sampling_rate
@@ -224,6 +221,12 @@ def known_audio(sampling_rate: int, num_channels: int, seconds: float) -> Tensor
     return (mono[:, None] * scales * 32768).round().clamp(-32768, 32767) / 32768
 
 
+def audio_beyond_window(config: MossAudioTokenizerConfig) -> Tensor:
+    """Return `known_audio` of a model's rate and channels, two seconds longer than the window of its attention."""
+    seconds = config.causal_transformer_context_duration + 2.0
+    return known_audio(config.sampling_rate, config.number_channels, seconds).float()
+
+
 @torch.no_grad()
 def write_test_vectors(model: MossAudioTokenizerModel, complete: MossAudioTokenizerModel, folder: Path) -> None:
     """Write `test_vectors/` and `verify.py` into an exported folder.
@@ -232,9 +235,7 @@ def write_test_vectors(model: MossAudioTokenizerModel, complete: MossAudioTokeni
         model: as it is written, perhaps with 16-bit weights or half of them.
         complete: the whole model in float32, whose codes are the reference.
     """
-    config = model.config
-    seconds = config.causal_transformer_context_duration + SECONDS_BEYOND_WINDOW
-    audio = known_audio(config.sampling_rate, config.number_channels, seconds).float()
+    audio = audio_beyond_window(model.config)
     codes = codes_of(complete if model.part == "decoder" else model, audio)
     tensors = {"audio": (audio * 32768).to(torch.int16), "codes": codes.to(torch.int32)}
     if model.part != "encoder":

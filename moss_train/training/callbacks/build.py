@@ -19,7 +19,7 @@ from moss_train.training.callbacks.checkpoint import BestCheckpointWriter, Check
 from moss_train.training.callbacks.health import HealthMonitor
 from moss_train.training.callbacks.metrics import DataMonitor, StepTimer, UpdateMetrics, metric_columns
 from moss_train.training.callbacks.quantizer import CodebookMetrics, QuantizerFit
-from moss_train.training.callbacks.run_records import EnvironmentLogger, SkippedUpdateLogger, StartupMessages
+from moss_train.training.callbacks.run_records import RunRecords, StartupMessages
 from moss_train.training.callbacks.samples import AudioSampleWriter
 from moss_train.training.callbacks.summary import Summary
 from moss_train.training.callbacks.validation import Validation, ValidationPlan
@@ -79,8 +79,7 @@ def build_callbacks(
     checkpoints = CheckpointWriter(directory / "checkpoints", config.checkpoint, clock)
     return [
         StartupMessages(notices),
-        EnvironmentLogger(directory),
-        SkippedUpdateLogger(directory),
+        RunRecords(directory),
         UpdateMetrics(run_log, clock, Utilization(config)),
         DataMonitor(counter, stream.domains, run_log, window),
         CodebookMetrics(run_log, window),

@@ -50,8 +50,15 @@ PACKAGES = (
 )
 
 
-class EnvironmentLogger(Callback):
-    """Records every start of the run in `directory`: time, command, code, versions and hardware."""
+SKIPPED_FILE = "skipped.jsonl"
+
+
+class RunRecords(Callback):
+    """Records in `directory` every start of the run, with its environment, and every update that was skipped.
+
+    A start has time, command, code, versions and hardware; a skipped update has a line per rank, the last one before
+    the run stops included.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -83,36 +90,6 @@ class EnvironmentLogger(Callback):
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
 
-
-def git_commit(directory: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that holds the code, and whether files differ from it; None outside of one."""
-    command = ["git", "-C", str(directory), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    commit = next(line.rpartition(" ")[2] for line in lines if line.startswith("# branch.oid "))
-    return {"commit": commit, "changed": any(not line.startswith("# ") for line in lines)}
-
-
-def cpu_name() -> str:
-    """Model of the processor, as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-SKIPPED_FILE = "skipped.jsonl"
-
-
-class SkippedUpdateLogger(Callback):
-    """Writes a line per rank for every skipped update, the last one before the run stops included."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / SKIPPED_FILE
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
     ) -> None:
@@ -132,5 +109,25 @@ class SkippedUpdateLogger(Callback):
             "sample_ids": [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids],
         }
         # One write at the end of the file: ranks share it.
-        with self.path.open("a") as file:
+        with (self.directory / SKIPPED_FILE).open("a") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def git_commit(directory: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that holds the code, and whether files differ from it; None outside of one."""
+    command = ["git", "-C", str(directory), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    commit = next(line.rpartition(" ")[2] for line in lines if line.startswith("# branch.oid "))
+    return {"commit": commit, "changed": any(not line.startswith("# ") for line in lines)}
+
+
+def cpu_name() -> str:
+    """Model of the processor, as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
