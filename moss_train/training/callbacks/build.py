@@ -15,7 +15,7 @@ from moss_train.data.stream.stream import AudioStream
 from moss_train.evaluation.metrics.base import split_available
 from moss_train.evaluation.metrics.codes import codebook_columns
 from moss_train.evaluation.metrics.registry import build_metrics
-from moss_train.training.callbacks.checkpoint import BestCheckpointWriter, CheckpointWriter
+from moss_train.training.callbacks.checkpoint import CheckpointWriter
 from moss_train.training.callbacks.health import HealthMonitor
 from moss_train.training.callbacks.metrics import DataMonitor, StepTimer, UpdateMetrics, metric_columns
 from moss_train.training.callbacks.quantizer import CodebookMetrics, QuantizerFit
@@ -131,15 +131,13 @@ def build_validation(
     run_log: LoggerCollection,
     checkpoints: CheckpointWriter,
 ) -> Validation:
-    """The validation with the writers of its best checkpoint and of its samples, each where it is wanted."""
+    """The validation, with the writer of its samples where they are wanted."""
     settings, metric = config.validation, config.checkpoint.monitor and present_column(config.checkpoint.monitor)
-    best_checkpoint = samples_writer = None
-    if metric is not None:
-        if metric not in plan.columns[2:]:
-            raise UserError(
-                f"checkpoint.monitor={metric} is no score of the validation, which has {', '.join(plan.columns[2:])}"
-            )
-        best_checkpoint = BestCheckpointWriter(checkpoints, metric, plan.higher)
+    samples_writer = None
+    if metric is not None and metric not in plan.columns[2:]:
+        raise UserError(
+            f"checkpoint.monitor={metric} is no score of the validation, which has {', '.join(plan.columns[2:])}"
+        )
     if settings.samples_clips is not None:
         samples_writer = AudioSampleWriter(
             Path(config.run_dir) / "samples",
@@ -148,4 +146,4 @@ def build_validation(
             stream.clip_format.stored_rate,
             settings.samples_every_updates,
         )
-    return Validation(run_log, plan, best_checkpoint, samples_writer)
+    return Validation(run_log, plan, checkpoints, metric, samples_writer)

@@ -1,6 +1,5 @@
 """When checkpoints are written and which of them stay: the newest, the last of every stage, the best."""
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,18 +18,13 @@ from moss_train.training.callbacks.metrics import StepTimer
 from moss_train.training.module import cat_module
 from moss_train.utils.checkpoint import (
     CHECKPOINT_FILE,
-    BestCheckpoint,
     checkpoint_name,
     prune_checkpoints,
-    read_best,
     read_manifest,
     read_payload,
-    record_best,
     write_checkpoint,
 )
 from moss_train.utils.errors import UserError
-
-HIGHER_IS_BETTER = ("text_accuracy", "mean_usage", "mean_perplexity", "usage", "perplexity")
 
 
 class DirectoryCheckpointIO(CheckpointIO):
@@ -174,40 +168,6 @@ class CheckpointWriter(Callback):
                 self.settings.keep_last,
                 lambda update: update in ends or (archive is not None and update > 0 and update % archive == 0),
             )
-
-
-class BestCheckpointWriter:
-    """Has a checkpoint written whenever a score is better than ever, and records which one it is.
-
-    Args:
-        checkpoints: write the checkpoint of an update, unless it is there.
-        metric: column of `validation.csv`.
-        higher: columns, beside those of HIGHER_IS_BETTER, of which more is better.
-    """
-
-    def __init__(self, checkpoints: CheckpointWriter, metric: str, higher: frozenset[str]) -> None:
-        self.checkpoints = checkpoints
-        self.metric = metric
-        self.sign = -1.0 if metric in higher or metric.partition("/")[0] in HIGHER_IS_BETTER else 1.0
-        self.best: BestCheckpoint | None = None
-
-    def start(self, trainer: Trainer, update: int) -> None:
-        """Remember the best checkpoint so far, unless it belongs to updates that are about to be done again."""
-        best = trainer.strategy.broadcast(read_best(self.checkpoints.directory))
-        self.best = best if best is not None and best.metric == self.metric and best.update <= update else None
-
-    def update(self, trainer: Trainer, pl_module: LightningModule, scores: Mapping[str, Any]) -> None:
-        """Keep the checkpoint of this update if its score is the best one; the same on every rank."""
-        value = scores.get(self.metric)
-        if value is None or not math.isfinite(value):
-            return
-        if self.best is not None and self.sign * value >= self.sign * self.best.value:
-            return
-        self.checkpoints.save_now(trainer, pl_module)
-        update = cat_module(pl_module).update
-        self.best = BestCheckpoint(checkpoint_name(update), update, self.metric, value)
-        if trainer.is_global_zero:
-            record_best(self.checkpoints.directory, self.best)
 
 
 def read_progress(checkpoint: Path | None) -> Mapping[str, int]:

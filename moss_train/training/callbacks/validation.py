@@ -18,7 +18,7 @@ from moss_train.evaluation.results import ClipRow
 from moss_train.evaluation.runner import score_reconstructions
 from moss_train.evaluation.statistics import ALL_DOMAINS, mean_scores
 from moss_train.losses import multi_scale_mel_distance
-from moss_train.training.callbacks.checkpoint import BestCheckpointWriter
+from moss_train.training.callbacks.checkpoint import CheckpointWriter
 from moss_train.training.callbacks.samples import AudioSampleWriter
 from moss_train.training.callbacks.validation_data import (
     NO_AUDIO,
@@ -37,8 +37,11 @@ from moss_train.training.distributed.collectives import (
 from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module
 from moss_train.training.step.update import no_codes
+from moss_train.utils.checkpoint import BestCheckpoint, checkpoint_name, read_best, record_best
 
 SYSTEM = "validation"
+HIGHER_IS_BETTER = ("text_accuracy", "mean_usage", "mean_perplexity", "usage", "perplexity")
+"""Scores of which more is better, beside the further measures that say so of themselves."""
 
 
 @dataclass(frozen=True)
@@ -98,25 +101,34 @@ class Validation(Callback):
 
     The clips are shared out over the ranks. Every rank makes the same number of passes through every network, so that
     it works with networks that are sharded over ranks.
+
+    Args:
+        checkpoints: write the checkpoint of an update, unless it is there.
+        monitor: column of `validation.csv`; whenever it is better than ever a checkpoint is written and recorded as the
+            best. None for no best checkpoint.
     """
 
     def __init__(
         self,
         run_log: LoggerCollection,
         plan: ValidationPlan,
-        best_checkpoint: BestCheckpointWriter | None,
+        checkpoints: CheckpointWriter,
+        monitor: str | None,
         samples_writer: AudioSampleWriter | None,
     ) -> None:
         self.run_log = run_log
         self.plan = plan
-        self.best_checkpoint = best_checkpoint
+        self.checkpoints = checkpoints
+        self.monitor = monitor
+        self.best: BestCheckpoint | None = None
         self.samples_writer = samples_writer
         self.done_update: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         update = cat_module(pl_module).update
-        if self.best_checkpoint is not None:
-            self.best_checkpoint.start(trainer, update)
+        if self.monitor is not None:  # the best so far may belong to updates that are about to be done again
+            best = trainer.strategy.broadcast(read_best(self.checkpoints.directory))
+            self.best = best if best is not None and best.metric == self.monitor and best.update <= update else None
         if update == 0:
             self._validate(trainer, pl_module)
         else:
@@ -146,8 +158,16 @@ class Validation(Callback):
         seconds = time.perf_counter() - started
         self.run_log.write("validation", {"update": module.update, "seconds": seconds, **row})
         self.run_log.show(samples)
-        if self.best_checkpoint is not None:
-            self.best_checkpoint.update(trainer, pl_module, row)
+        value = None if self.monitor is None else row.get(self.monitor)
+        if self.monitor is None or value is None or not math.isfinite(value):
+            return
+        is_higher_better = self.monitor in self.plan.higher or self.monitor.partition("/")[0] in HIGHER_IS_BETTER
+        if self.best is not None and (value <= self.best.value if is_higher_better else value >= self.best.value):
+            return
+        self.checkpoints.save_now(trainer, pl_module)
+        self.best = BestCheckpoint(checkpoint_name(module.update), module.update, self.monitor, value)
+        if trainer.is_global_zero:
+            record_best(self.checkpoints.directory, self.best)
 
 
 @contextmanager

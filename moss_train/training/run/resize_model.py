@@ -147,15 +147,14 @@ class WaveformEnd:
         return self.patch // self.channels
 
 
-def encoder_end(config: MossAudioTokenizerConfig) -> WaveformEnd:
-    """Return the encoder's end of a configuration."""
-    return WaveformEnd(patch_sizes(config)[0], config.sampling_rate, config.number_channels)
-
-
-def decoder_end(config: MossAudioTokenizerConfig) -> WaveformEnd:
-    """Return the decoder's end of a configuration."""
-    patch = next(entry["patch_size"] for entry in config.decoder_kwargs[::-1] if "patch_size" in entry)
-    return WaveformEnd(patch, config.output_sampling_rate, config.number_channels)
+def waveform_end(config: MossAudioTokenizerConfig, half: str) -> WaveformEnd:
+    """Return the end of a configuration's "encoder" or "decoder"."""
+    is_encoder = half == "encoder"
+    inwards = config.encoder_kwargs if is_encoder else config.decoder_kwargs[::-1]
+    patch = next(entry["patch_size"] for entry in inwards if "patch_size" in entry)
+    return WaveformEnd(
+        patch, config.sampling_rate if is_encoder else config.output_sampling_rate, config.number_channels
+    )
 
 
 def resampled_projections(
@@ -170,11 +169,11 @@ def resampled_projections(
     first = next(i for i, entry in enumerate(inwards) if "patch_size" not in entry)
     last = max(i for i, entry in enumerate(outwards) if "patch_size" not in entry)
     made = {}
-    for name, end, resampled in (
-        (f"encoder.{first}.input_proj.weight", encoder_end, resampled_input),
-        (f"decoder.{last}.output_proj.weight", decoder_end, resampled_output),
+    for name, resampled in (
+        (f"encoder.{first}.input_proj.weight", resampled_input),
+        (f"decoder.{last}.output_proj.weight", resampled_output),
     ):
-        before, after = end(old), end(new)
+        before, after = (waveform_end(config, name.partition(".")[0]) for config in (old, new))
         has_changed = (before.rate, before.channels) != (after.rate, after.channels)
         are_whole = before.patch % before.channels == after.patch % after.channels == 0
         lasts_as_long = Fraction(before.samples, before.rate) == Fraction(after.samples, after.rate)
