@@ -9,10 +9,9 @@ import torch
 from moss_train.batch import Batch
 from moss_train.cli.main import main
 from moss_train.config.fit_schema import FitConfig, TrainerConfig
-from moss_train.training.cost.flops import Cost, FlopCounter
+from moss_train.training.cost.flops import Cost, FlopCounter, StageCosts
 from moss_train.training.cost.hardware import GPUS, device_peak, gpu_of
 from moss_train.training.cost.mfu import (
-    StageOperations,
     Utilization,
     count_stages,
     measured_share,
@@ -35,9 +34,10 @@ CONTENT = {
     "text_tokens": 10,
     "text_squares": 900,
 }
-OPERATIONS = StageOperations(
-    Cost(forward=10e12, backward=20e12, recomputed=6e12),
-    discriminator_forward=3e12,
+OPERATIONS = StageCosts(
+    Stage("s", 10, 1.0),
+    {"encoder": Cost(forward=10e12, recomputed=6e12), "decoder": Cost(backward=20e12)},
+    discriminators=Cost(forward=3e12),
     text={"clips_with_text": 1e12, "text_frames": 2e12, "text_tokens": 4e12, "text_squares": 1e10},
 )
 
@@ -83,7 +83,7 @@ def test_operations_over_what_was_possible(adversarial, update, passes):
     """30e12 * 100 s, 1e12 * 2 + 2e12 * 30 + 4e12 * 10 + 1e10 * 900 for the text, 3e12 for each pass of the 8 crops."""
     stage = Stage("s", 10, 1.0, adversarial=adversarial, discriminator_warmup_updates=2, discriminator_every=2)
     useful = 3000e12 + 111e12 + passes * 24e12
-    assert OPERATIONS.of(CONTENT, ScheduleState(stage, update)) == useful
+    assert OPERATIONS.operations(CONTENT, ScheduleState(stage, update)) == useful
     use = Utilization(FitConfig(experiment_name="e", run_dir="r", trainer=BF16))
     use.stages, use.peak = {"s": OPERATIONS}, 2 * 989.4e12  # two H100
     assert use.shares(CONTENT, ScheduleState(stage, update), seconds=4.0) == {
@@ -135,8 +135,10 @@ def test_the_count_of_the_log_is_that_of_a_real_update_by_the_counter_of_the_ben
     stage = stages[schedule_state.stage.name]
     # No gradient is taken for the discriminators' input in their own loss: the count has a little too much of them.
     margin = 0.02 if schedule_state.stage.adversarial else 0.01
-    assert stage.of(content, schedule_state) + 1.6 * stage.codec.recomputed == pytest.approx(counter.total, rel=margin)
-    assert (stage.codec.recomputed > 0) == bool(rates)
+    assert stage.operations(content, schedule_state) + 1.6 * stage.codec_cost.recomputed == pytest.approx(
+        counter.total, rel=margin
+    )
+    assert (stage.codec_cost.recomputed > 0) == bool(rates)
 
 
 def test_a_run_with_a_peak_logs_its_share_and_trains_the_same(whole, small_overrides, tmp_path, capsys):

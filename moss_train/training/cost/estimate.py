@@ -158,9 +158,8 @@ def estimate(
         if stage.adversarial:
             # Two forwards, real and generated; every n-th update four for the discriminators' own gradients (weights
             # and inputs, twice); one for the generator's gradient, or one for each of its terms.
-            backward = counted.generator_passes + 4 / stage.discriminator_every
-            forward, kept = counted.discriminators.forward, 2 * counted.discriminators.activation_bytes
-            costs["discriminators"] = Cost(2 * forward, backward * forward, kept, kept) * (1 / seconds)
+            crop, passes = counted.discriminators, counted.generator_passes + 4 / stage.discriminator_every
+            costs["discriminators"] = (crop * 2 + Cost(backward=passes * crop.forward)) * (1 / seconds)
         stages.append(StageEstimate(stage, costs | {"losses": losses}, config, parameters, mfu))
     return stages
 

@@ -10,7 +10,7 @@ of a stage is that of its layers.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -32,7 +32,7 @@ from moss_train.model.modeling_moss_audio_tokenizer import MossAudioTokenizerMod
 from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training.cost.hardware import is_half
 from moss_train.training.step.objective import Objective
-from moss_train.training.step.schedule import Schedule, Stage
+from moss_train.training.step.schedule import Schedule, ScheduleState, Stage
 
 
 @dataclass(frozen=True)
@@ -241,18 +241,42 @@ def semantic_cost(
 
 @dataclass(frozen=True)
 class StageCosts:
-    """Cost of what a stage computes beside the text LM.
+    """Cost of what a stage computes.
 
     Attributes:
         codec: per audio-second, of encoder, quantizer, decoder and the losses at the decoder's output.
         discriminators: of one forward of all of them over the crop of a clip.
         generator_passes: backward passes through them for the generator's terms.
+        text: operations of the text LM, forward and backward, by what they grow with: `clips_with_text`, `text_frames`,
+            `text_tokens`, and, because of attention, `text_squares` (see `count_clips`); where they were counted.
     """
 
     stage: Stage
     codec: dict[str, Cost]
     discriminators: Cost
-    generator_passes: int
+    generator_passes: int = 1
+    text: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def codec_cost(self) -> Cost:
+        """Cost per audio-second of all parts of the codec."""
+        return sum(self.codec.values(), Cost())
+
+    def operations(self, content: Mapping[str, float], schedule_state: ScheduleState) -> float:
+        """Operations of an update, each once; see `forward_backward` for the passes of the discriminators.
+
+        Args:
+            content: `audio_seconds`, and what `count_clips` counts, over all ranks.
+        """
+        passes = (
+            self.generator_passes * schedule_state.adversarial_loss_active + 4 * schedule_state.discriminators_learn
+        )
+        passes += 2 if passes else 0
+        return (
+            self.codec_cost.total * content["audio_seconds"]
+            + passes * self.discriminators.forward * content["clips"]
+            + sum(operations * content[name] for name, operations in self.text.items())
+        )
 
 
 def stage_costs(

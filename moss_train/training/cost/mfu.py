@@ -5,7 +5,7 @@ a second time (arXiv 2204.02311). Both count what the clips need, not their padd
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,7 @@ import torch
 from moss_train.config.fit_schema import FitConfig
 from moss_train.semantic import with_config
 from moss_train.training.callbacks.run_records import warn
-from moss_train.training.cost.flops import Cost, semantic_cost, stage_costs
+from moss_train.training.cost.flops import StageCosts, semantic_cost, stage_costs
 from moss_train.training.cost.hardware import device_peak, is_half
 from moss_train.training.loggers.base import iterate_table
 from moss_train.training.module import CatModule
@@ -26,47 +26,13 @@ UTILIZATION = ("mfu", "hfu")
 TEXT_LENGTH = 64  # frames and tokens of the clips on which the text LM is counted, and the double of them
 
 
-@dataclass(frozen=True)
-class StageOperations:
-    """Operations in one stage.
-
-    Attributes:
-        codec: per audio-second, of tokenizer and losses at the decoder's output.
-        discriminator_forward: of one forward of all discriminators over the crop of a clip.
-        text: of the text LM, forward and backward, by what they grow with: `clips_with_text`, `text_frames`,
-            `text_tokens`, and, because of attention, `text_squares` (see `count_clips`).
-        generator_passes: backward passes through the discriminators for the generator's terms.
-    """
-
-    codec: Cost
-    discriminator_forward: float
-    text: Mapping[str, float]
-    generator_passes: int = 1
-
-    def of(self, content: Mapping[str, float], schedule_state: ScheduleState) -> float:
-        """Operations of an update, each once; see `forward_backward` for the passes of the discriminators.
-
-        Args:
-            content: `audio_seconds`, and what `count_clips` counts, over all ranks.
-        """
-        passes = (
-            self.generator_passes * schedule_state.adversarial_loss_active + 4 * schedule_state.discriminators_learn
-        )
-        passes += 2 if passes else 0
-        return (
-            self.codec.total * content["audio_seconds"]
-            + passes * self.discriminator_forward * content["clips"]
-            + sum(operations * content[name] for name, operations in self.text.items())
-        )
-
-
 class Utilization:
     """Use of the devices, update by update; nothing where the peak of a device is not known, as on a CPU."""
 
     def __init__(self, config: FitConfig) -> None:
         self.config = config
         self.peak: float | None = None
-        self.stages: dict[str, StageOperations] = {}
+        self.stages: dict[str, StageCosts] = {}
 
     def start(self, module: CatModule, device: torch.device, num_devices: int) -> None:
         """Count what the stages cost, once, when there is a peak to compare it with; takes seconds."""
@@ -82,33 +48,26 @@ class Utilization:
         self.peak = peak * num_devices
 
     def shares(self, content: Mapping[str, float], schedule_state: ScheduleState, seconds: float) -> dict[str, float]:
-        """`mfu` and `hfu` of an update of this content (see `StageOperations.of`) that took so many seconds."""
+        """`mfu` and `hfu` of an update of this content (see `StageCosts.operations`) that took so many seconds."""
         if self.peak is None:
             return {}
         stage = self.stages[schedule_state.stage.name]
-        operations = stage.of(content, schedule_state)
-        recomputed = stage.codec.recomputed * content["audio_seconds"]
+        operations = stage.operations(content, schedule_state)
+        recomputed = stage.codec_cost.recomputed * content["audio_seconds"]
         possible = self.peak * seconds
         return {"mfu": operations / possible, "hfu": (operations + recomputed) / possible}
 
 
-def count_stages(module: CatModule, config: FitConfig) -> dict[str, StageOperations]:
+def count_stages(module: CatModule, config: FitConfig) -> dict[str, StageCosts]:
     """Count every stage by name. Raises UserError for a text LM that cannot be counted."""
     text = cache(lambda learns: text_operations(module, is_half(config.trainer), learns))
     nodes = module.hparams["discriminators"]
-    return {
-        costs.stage.name: StageOperations(
-            sum(costs.codec.values(), Cost()),
-            costs.discriminators.forward,
-            text("semantic" in costs.stage.parts),
-            costs.generator_passes,
-        )
-        for costs in stage_costs(config, module.tokenizer.config, nodes, module.objective, module.schedule)
-    }
+    counted = stage_costs(config, module.tokenizer.config, nodes, module.objective, module.schedule)
+    return {costs.stage.name: replace(costs, text=text("semantic" in costs.stage.parts)) for costs in counted}
 
 
 def text_operations(module: CatModule, half: bool, learns: bool) -> dict[str, float]:
-    """Count the text LM, see `StageOperations.text`. Raises UserError for one that cannot be counted."""
+    """Count the text LM, see `StageCosts.text`. Raises UserError for one that cannot be counted."""
     if module.semantic is None:
         return {}
     node = module.hparams["semantic"]
