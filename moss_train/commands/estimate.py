@@ -45,12 +45,9 @@ def run(config: EstimateConfig) -> int:
     if config.gpus > 1:
         placed[f"FSDP over {config.gpus}"] = replace(size, shards=config.gpus).kinds | kinds
     parameters = Table("network", "parameters", title="parameters")
-    for name, number in (
-        ("tokenizer", size.tokenizer),
-        ("text LM", size.semantic),
-        ("discriminators", size.discriminators),
-    ):
-        parameters.add_row(name, f"{number:,}")
+    parameters.add_row("tokenizer", f"{size.tokenizer:,}")
+    parameters.add_row("text LM", f"{size.semantic:,}")
+    parameters.add_row("discriminators", f"{size.discriminators:,}")
     console = Console(width=max(Console().width, 110))
     for table in (parameters, cost_table(stages), time_table(stages), memory_table(placed)):
         console.print(table)

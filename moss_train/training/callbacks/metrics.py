@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train.batch import UpdateBatch
 from moss_train.data.stream.sample_reader import StreamCounter
-from moss_train.training.cost.mfu import UTILIZATION, Utilization
+from moss_train.training.cost.mfu import Utilization
 from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module, update_result
 from moss_train.training.step.objective import SCORES, Objective, gradient_shares
@@ -21,7 +21,8 @@ from moss_train.utils.files import printable
 SIDES = ("generator", "discriminators")
 CLOCK_COLUMNS = (
     "audio_seconds_per_second",
-    *UTILIZATION,
+    "mfu",
+    "hfu",
     "update_seconds",
     "data_wait_seconds",
     "callback_seconds",

@@ -16,8 +16,11 @@ from moss_train.training.step.schedule import Schedule, Stage
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
 
-FAR = 10.0
-"""Extrapolation beyond so many times the largest measured compute is far."""
+FAR = 10.0  # times the largest measured compute; beyond, extrapolation is far
+GB = 1e9
+UPDATE_BYTES = 50  # per parameter in the memory of a GPU: copied for the sum 8, norm 4, AdamW and clipping 32, cast 6
+BACKWARD_SHARE = 2 / 3  # of a pass: two products for each one forward
+BUCKET_BYTES = 64 * 2**20  # of gradients that are summed at once: the last one has nothing to be beside
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class ScalingLaw:
 
     def distance(self, flops: float) -> float:
         """Predicted mel distance after so much compute."""
-        return self.coefficient * math.exp(self.exponent * math.log(flops))
+        return self.coefficient * flops**self.exponent
 
     def describe_range(self, flops: float) -> str:
         """How far a prediction lies from what was measured."""
@@ -58,27 +61,15 @@ def read_scaling_law(path: str | Path) -> ScalingLaw:
     """Read the file of tools/scaling.py. Raises UserError when it is missing or not such a file."""
     try:
         record: Mapping[str, Any] = read_json(Path(path))
-        law, flops = record["law"], [float(point["flops"]) for point in record["points"]]
-        found = ScalingLaw(
-            coefficient=float(law["coefficient"]),
-            exponent=float(law["exponent"]),
-            r_squared=float(law["r_squared"]),
-            least=min(flops),
-            most=max(flops),
-            sizes=len(flops),
-            origin=f"{record['experiment']}, {record['device']}",
-        )
+        flops = [float(point["flops"]) for point in record["points"]]
+        law = {key: float(record["law"][key]) for key in ("coefficient", "exponent", "r_squared")}
+        origin = f"{record['experiment']}, {record['device']}"
+        found = ScalingLaw(**law, least=min(flops), most=max(flops), sizes=len(flops), origin=origin)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"scaling={path} is not a scaling.json of tools/scaling.py ({error!r})") from error
     if not (found.least > 0 and found.coefficient > 0 and math.isfinite(found.coefficient + found.exponent)):
         raise UserError(f"scaling={path} has a law or computes that cannot be: {found}")
     return found
-
-
-GB = 1e9
-UPDATE_BYTES = 50  # per parameter in the memory of a GPU: copied for the sum 8, norm 4, AdamW and clipping 32, cast 6
-BACKWARD_SHARE = 2 / 3  # of a pass: two products for each one forward
-BUCKET_BYTES = 64 * 2**20  # of gradients that are summed at once: the last one has nothing to be beside
 
 
 @dataclass(frozen=True)

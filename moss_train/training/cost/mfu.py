@@ -22,7 +22,6 @@ from moss_train.training.module import CatModule
 from moss_train.training.step.schedule import ScheduleState
 from moss_train.utils.errors import UserError
 
-UTILIZATION = ("mfu", "hfu")
 TEXT_LENGTH = 64  # frames and tokens of the clips on which the text LM is counted, and the double of them
 
 
