@@ -31,7 +31,7 @@ class Utilization:
     def __init__(self, config: FitConfig) -> None:
         self.config = config
         self.peak: float | None = None
-        self.stages: dict[str, StageCosts] = {}
+        self.stages: list[StageCosts] = []
 
     def start(self, module: CatModule, device: torch.device, num_devices: int) -> None:
         """Count what the stages cost, once, when there is a peak to compare it with; takes seconds."""
@@ -50,19 +50,19 @@ class Utilization:
         """`mfu` and `hfu` of an update of this content (see `StageCosts.operations`) that took so many seconds."""
         if self.peak is None:
             return {}
-        stage = self.stages[schedule_state.stage.name]
+        stage = next(costs for costs in self.stages if costs.stage == schedule_state.stage)  # names may repeat
         operations = stage.operations(content, schedule_state)
         recomputed = stage.codec_cost.recomputed * content["audio_seconds"]
         possible = self.peak * seconds
         return {"mfu": operations / possible, "hfu": (operations + recomputed) / possible}
 
 
-def count_stages(module: CatModule, config: FitConfig) -> dict[str, StageCosts]:
-    """Count every stage by name. Raises UserError for a text LM that cannot be counted."""
+def count_stages(module: CatModule, config: FitConfig) -> list[StageCosts]:
+    """Count every stage. Raises UserError for a text LM that cannot be counted."""
     text = cache(lambda learns: text_operations(module, is_half(config.trainer), learns))
     nodes = module.hparams["discriminators"]
     counted = stage_costs(config, module.tokenizer.config, nodes, module.objective, module.schedule)
-    return {costs.stage.name: replace(costs, text=text("semantic" in costs.stage.parts)) for costs in counted}
+    return [replace(costs, text=text("semantic" in costs.stage.parts)) for costs in counted]
 
 
 def text_operations(module: CatModule, half: bool, learns: bool) -> dict[str, float]:
