@@ -17,8 +17,8 @@ from moss_train.evaluation.metrics.codes import codebook_columns
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.training.callbacks.checkpoint import CheckpointWriter
 from moss_train.training.callbacks.health import HealthMonitor
-from moss_train.training.callbacks.metrics import DataMonitor, StepTimer, UpdateMetrics, metric_columns
-from moss_train.training.callbacks.quantizer import CodebookMetrics, QuantizerFit
+from moss_train.training.callbacks.metrics import StepTimer, UpdateMetrics, metric_columns
+from moss_train.training.callbacks.quantizer import QuantizerFit
 from moss_train.training.callbacks.run_records import RunRecords, StartupMessages
 from moss_train.training.callbacks.samples import AudioSampleWriter
 from moss_train.training.callbacks.summary import Summary
@@ -74,15 +74,12 @@ def build_callbacks(
     writers += [*build_own(config, "loggers", Writer), HealthMonitor(directory, config.health, codebook_size)]
     run_log = LoggerCollection(writers)
     counter = StreamCounter(stream.clip_format.sampling_rate, max_invalid_fraction=config.data.max_invalid_fraction)
-    window = config.logging.window_updates
     clock = StepTimer()
     checkpoints = CheckpointWriter(directory / "checkpoints", config.checkpoint, clock)
     return [
         StartupMessages(notices),
         RunRecords(directory),
-        UpdateMetrics(run_log, clock, Utilization(config)),
-        DataMonitor(counter, stream.domains, run_log, window),
-        CodebookMetrics(run_log, window),
+        UpdateMetrics(run_log, clock, Utilization(config), counter, stream.domains, config.logging.window_updates),
         QuantizerFit(train, stream.clip_format),
         *([] if plan is None else [build_validation(config, stream, plan, run_log, checkpoints)]),
         *build_own(config, "callbacks", Callback),

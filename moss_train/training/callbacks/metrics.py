@@ -1,4 +1,4 @@
-"""Log one row of `metrics.csv` per update, and the hours of audio used so far."""
+"""Log what the updates give: metrics of each one, use of the codebooks, hours of audio."""
 
 import sys
 import time
@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from moss_train.batch import UpdateBatch
 from moss_train.data.stream.sample_reader import StreamCounter
+from moss_train.evaluation.metrics.codes import codebook_row
 from moss_train.training.cost.mfu import Utilization
+from moss_train.training.distributed.collectives import sum_over_ranks
 from moss_train.training.loggers.base import LoggerCollection
 from moss_train.training.module import CatModule, cat_module, update_result
 from moss_train.training.step.objective import SCORES, Objective, gradient_shares
 from moss_train.training.step.schedule import PARTS
-from moss_train.training.step.update import UpdateResult
+from moss_train.training.step.update import UpdateResult, no_codes
 from moss_train.utils.files import printable
 
+CODE_COUNTS = "code_counts"  # in a checkpoint
 SIDES = ("generator", "discriminators")
 CLOCK_COLUMNS = (
     "audio_seconds_per_second",
@@ -69,12 +73,31 @@ class StepTimer(Callback):
 
 
 class UpdateMetrics(Callback):
-    """Hands the log one row per update. `run_log` is so called because Lightning gives every callback a `log`."""
+    """Hands the log a row of metrics per update, and every `every_updates` the use of the codebooks and hours of audio.
 
-    def __init__(self, run_log: LoggerCollection, clock: StepTimer, utilization: Utilization) -> None:
+    Samples that could not be read are named, each rank its own, and too many of them stop the run. The hours of every
+    domain are those of all ranks. A checkpoint holds them, and the codes that were counted since the last row; of
+    several ranks, those of the first, which stand for all.
+
+    `run_log` is so called because Lightning gives every callback a `log`.
+    """
+
+    def __init__(
+        self,
+        run_log: LoggerCollection,
+        clock: StepTimer,
+        utilization: Utilization,
+        counter: StreamCounter,
+        domains: Sequence[str],
+        every_updates: int,
+    ) -> None:
         self.run_log = run_log
         self.clock = clock
         self.utilization = utilization
+        self.counter = counter
+        self.domains = domains
+        self.every_updates = every_updates
+        self.code_counts: Tensor | None = None  # [N, V] since the last row, on the device
         self.batch_start = self.last_end = time.perf_counter()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,6 +106,7 @@ class UpdateMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cat_module(pl_module)
         module.counters.append(lambda batch: count_clips(module, batch))
+        module.counters.append(lambda batch: self.counter.counts(batch, self.domains))
         self.run_log.start(module.update, is_main=trainer.is_global_zero)
         if trainer.is_global_zero:
             self.utilization.start(module, trainer.strategy.root_device, trainer.world_size)
@@ -91,6 +115,8 @@ class UpdateMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
     ) -> None:
         self.batch_start = time.perf_counter()
+        for line in self.counter.describe_dropped(batch):
+            print(printable(line), file=sys.stderr)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: UpdateBatch, batch_idx: int
@@ -116,6 +142,37 @@ class UpdateMetrics(Callback):
         }
         self.run_log.write("metrics", row)
         self.last_end, self.clock.checkpoint_seconds = end, 0.0
+        self.counter.add_counts(sums)
+        counts = result.code_counts
+        self.code_counts = counts if self.code_counts is None else self.code_counts.to(counts.device) + counts
+        if module.update % self.every_updates == 0:
+            use = codebook_row(sum_over_ranks(self.code_counts).cpu())
+            self.run_log.write("audio_hours", {"update": module.update, **self.counter.hours})
+            self.run_log.write("codebooks", {"update": module.update, **use})
+            self.code_counts = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        hours = ", ".join(f"{domain} {count:.2f} h" for domain, count in self.counter.hours.items())
+        if trainer.is_global_zero:
+            print(printable(f"audio used: {hours}"), file=sys.stderr)
+
+    @property
+    def state_key(self) -> str:
+        """Name of the hours in a checkpoint; runs began when a class was called so."""
+        return "StreamWatch"
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.counter.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counter.load_state_dict(state_dict)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        counts = no_codes(cat_module(pl_module).tokenizer) if self.code_counts is None else self.code_counts
+        checkpoint[CODE_COUNTS] = counts.cpu()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.code_counts = checkpoint.get(CODE_COUNTS)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.run_log.close()
@@ -156,49 +213,3 @@ def loss_row(result: UpdateResult) -> dict[str, float]:
     }
     shares = gradient_shares(result.output_norms, result.weights)
     return result.metrics | weighted | {f"gradient_share/{name}": share for name, share in shares.items()}
-
-
-class DataMonitor(Callback):
-    """Names samples that could not be read, counts the hours of every domain, and stops when too many are lost.
-
-    The counts are those of all ranks and part of the checkpoint; each rank names its own lost samples.
-    """
-
-    def __init__(
-        self, counter: StreamCounter, domains: Sequence[str], run_log: LoggerCollection, every_updates: int
-    ) -> None:
-        self.counter = counter
-        self.domains = domains
-        self.run_log = run_log
-        self.every_updates = every_updates
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        cat_module(pl_module).counters.append(lambda batch: self.counter.counts(batch, self.domains))
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: UpdateBatch, batch_idx: int
-    ) -> None:
-        for line in self.counter.describe_dropped(batch):
-            print(printable(line), file=sys.stderr)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        module = cat_module(pl_module)
-        self.counter.add_counts(update_result(outputs).sums)
-        if module.update % self.every_updates == 0:
-            self.run_log.write("audio_hours", {"update": module.update, **self.counter.hours})
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        hours = ", ".join(f"{domain} {count:.2f} h" for domain, count in self.counter.hours.items())
-        if trainer.is_global_zero:
-            print(printable(f"audio used: {hours}"), file=sys.stderr)
-
-    @property
-    def state_key(self) -> str:
-        """Name of the counts in a checkpoint; runs began when the class was called so."""
-        return "StreamWatch"
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.counter.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.counter.load_state_dict(state_dict)

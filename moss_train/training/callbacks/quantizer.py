@@ -1,4 +1,4 @@
-"""Callbacks of the quantizer: codebook use in the log, and the fit to training clips after a stage without it."""
+"""Fit the quantizer to training clips after a stage without it."""
 
 import sys
 from collections.abc import Sequence
@@ -6,50 +6,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from moss_train.data.stream.stream import ClipFormat
-from moss_train.evaluation.metrics.codes import codebook_row
 from moss_train.training.callbacks.validation_data import load_held_out
-from moss_train.training.distributed.collectives import sum_over_ranks
-from moss_train.training.loggers.base import LoggerCollection
-from moss_train.training.module import cat_module, update_result
+from moss_train.training.module import cat_module
 from moss_train.training.step.quantizer_start import fit_quantizer
 from moss_train.training.step.schedule import Schedule
-from moss_train.training.step.update import no_codes
 
-STATE = "code_counts"
 FIT_CLIPS = 300
 FIT_SECONDS = 10.0
 """How much of the training data the fit looks at."""
-
-
-class CodebookMetrics(Callback):
-    """Hands the log usage and perplexity of every level over so many updates together.
-
-    A checkpoint holds what was counted since the last row; of several ranks, those of the first, which stand for all.
-    """
-
-    def __init__(self, run_log: LoggerCollection, every_updates: int) -> None:
-        self.run_log = run_log
-        self.every_updates = every_updates
-        self.counts: Tensor | None = None  # [N, V] since the last row, on the device
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        module, counts = cat_module(pl_module), update_result(outputs).code_counts
-        self.counts = counts if self.counts is None else self.counts.to(counts.device) + counts
-        if module.update % self.every_updates == 0:
-            self.run_log.write(
-                "codebooks", {"update": module.update, **codebook_row(sum_over_ranks(self.counts).cpu())}
-            )
-            self.counts = None
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        counts = no_codes(cat_module(pl_module).tokenizer) if self.counts is None else self.counts
-        checkpoint[STATE] = counts.cpu()
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.counts = checkpoint.get(STATE)
 
 
 class QuantizerFit(Callback):
