@@ -138,7 +138,12 @@ class CheckpointWriter(Callback):
         checkpoint_io = trainer.strategy.checkpoint_io
         if trainer.is_global_zero and isinstance(checkpoint_io, DirectoryCheckpointIO):
             checkpoint_io.finish()
-            self._prune(trainer)
+            ends, archive = cat_module(trainer.lightning_module).schedule.ends, self.settings.keep_every_updates
+            prune_checkpoints(
+                self.directory,
+                self.settings.keep_last,
+                lambda update: update in ends or (archive is not None and update > 0 and update % archive == 0),
+            )
         self.clock.checkpoint_seconds += time.perf_counter() - begin
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,18 +161,9 @@ class CheckpointWriter(Callback):
         if trainer.is_global_zero and path.exists():
             shutil.rmtree(path)  # damaged, or the run would have started from it
         trainer.save_checkpoint(path)
-        if not is_background:
-            self._prune(trainer)
         self.clock.checkpoint_seconds += time.perf_counter() - begin
-
-    def _prune(self, trainer: Trainer) -> None:
-        ends, archive = cat_module(trainer.lightning_module).schedule.ends, self.settings.keep_every_updates
-        if trainer.is_global_zero:
-            prune_checkpoints(
-                self.directory,
-                self.settings.keep_last,
-                lambda update: update in ends or (archive is not None and update > 0 and update % archive == 0),
-            )
+        if not is_background:
+            self.finish(trainer)
 
 
 def read_progress(checkpoint: Path | None) -> Mapping[str, int]:

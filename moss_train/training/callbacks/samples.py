@@ -18,7 +18,6 @@ from moss_train.training.module import CatModule
 from moss_train.utils.files import atomic_write, markdown_table
 
 ORIGINAL = "original"
-TRUTH = "truth"
 MAX_TOKENS = 256  # of a transcript
 
 
@@ -64,7 +63,7 @@ class AudioSampleWriter:
             if module.semantic is not None and clip.text is not None:  # the LM's reading, greedily, at every depth
                 task = torch.tensor([TASKS.index(clip.task)], device=module.device)
                 longest = min(MAX_TOKENS, 2 * len(module.semantic.text(clip.text)))
-                texts[TRUTH] = clip.text
+                texts["truth"] = clip.text
                 for count, states in made.states.items():
                     tokens = module.semantic.generate(states, task, longest)
                     texts[label(count)] = module.semantic.text.decode(tokens)

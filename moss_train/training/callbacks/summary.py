@@ -30,7 +30,6 @@ TIMES = ("update_seconds", "data_wait_seconds", "callback_seconds", "checkpoint_
 class TrainingHistory:
     """Means over ranges of updates, and sums over the whole run."""
 
-    num_updates: int = 0
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     stages: dict[str, int] = field(default_factory=dict)  # name -> first update
     bins: dict[str, dict[int, tuple[float, int]]] = field(default_factory=lambda: defaultdict(dict))
@@ -53,7 +52,6 @@ def read_history(rows: Iterable[Mapping[str, str]], updates: int) -> TrainingHis
     for row in rows:
         losses = [name for name in row if name.startswith("loss/") and name not in NOT_SHOWN]
         update = int(row["update"])
-        history.num_updates = update
         history.stages.setdefault(row["stage"], update)
         for name in (*losses, *SCORES, *NORMS):
             if row.get(name):

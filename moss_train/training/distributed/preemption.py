@@ -16,7 +16,6 @@ from moss_train.training.run.trainer import started_processes
 from moss_train.utils.errors import PreemptedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-REQUEUE_SECONDS = 60
 
 
 class PreemptionHandler(Callback):
@@ -82,9 +81,7 @@ def requeue() -> None:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        result = subprocess.run(
-            ["scontrol", "requeue", job], timeout=REQUEUE_SECONDS, capture_output=True, text=True, check=False
-        )
+        result = subprocess.run(["scontrol", "requeue", job], timeout=60, capture_output=True, text=True, check=False)
         problem = result.stderr.strip() if result.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
