@@ -76,12 +76,24 @@ def build_callbacks(
     counter = StreamCounter(stream.clip_format.sampling_rate, max_invalid_fraction=config.data.max_invalid_fraction)
     clock = StepTimer()
     checkpoints = CheckpointWriter(directory / "checkpoints", config.checkpoint, clock)
+    validation = []
+    if plan is not None:
+        settings, samples_writer = config.validation, None
+        if settings.samples_clips is not None:
+            samples_writer = AudioSampleWriter(
+                directory / "samples",
+                plan.clips[: settings.samples_clips],
+                plan.levels[1:] or plan.levels,
+                stream.clip_format.stored_rate,
+                settings.samples_every_updates,
+            )
+        validation = [Validation(run_log, plan, checkpoints, samples_writer)]
     return [
         StartupMessages(notices),
         RunRecords(directory),
         UpdateMetrics(run_log, clock, Utilization(config), counter, stream.domains, config.logging.window_updates),
         QuantizerFit(train, stream.clip_format),
-        *([] if plan is None else [build_validation(config, stream, plan, run_log, checkpoints)]),
+        *validation,
         *build_own(config, "callbacks", Callback),
         checkpoints,
         Summary(directory, counter),
@@ -118,29 +130,8 @@ def plan_validation(
         )
     seconds, chosen = config.data.max_seconds, depths(num_quantizers, levels)
     clips = load_held_out(data, stream.clip_format, max_clips=settings.max_clips, max_seconds=seconds)
-    return ValidationPlan(clips, chosen, settings.every_updates, metrics, settings.metrics_clips), notices
-
-
-def build_validation(
-    config: FitConfig,
-    stream: AudioStream,
-    plan: ValidationPlan,
-    run_log: LoggerCollection,
-    checkpoints: CheckpointWriter,
-) -> Validation:
-    """The validation, with the writer of its samples where they are wanted."""
-    settings, metric = config.validation, config.checkpoint.monitor and present_column(config.checkpoint.monitor)
-    samples_writer = None
-    if metric is not None and metric not in plan.columns[2:]:
-        raise UserError(
-            f"checkpoint.monitor={metric} is no score of the validation, which has {', '.join(plan.columns[2:])}"
-        )
-    if settings.samples_clips is not None:
-        samples_writer = AudioSampleWriter(
-            Path(config.run_dir) / "samples",
-            plan.clips[: settings.samples_clips],
-            plan.levels[1:] or plan.levels,
-            stream.clip_format.stored_rate,
-            settings.samples_every_updates,
-        )
-    return Validation(run_log, plan, checkpoints, metric, samples_writer)
+    monitor = config.checkpoint.monitor and present_column(config.checkpoint.monitor)
+    plan = ValidationPlan(clips, chosen, settings.every_updates, metrics, settings.metrics_clips, monitor)
+    if monitor is not None and monitor not in (scores := plan.columns[2:]):
+        raise UserError(f"checkpoint.monitor={monitor} is no score of the validation, which has {', '.join(scores)}")
+    return plan, notices

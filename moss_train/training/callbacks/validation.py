@@ -54,6 +54,8 @@ class ValidationPlan:
         every_updates: generator updates between validations; there is one at the start and one at the end too.
         metrics: further measures, by name; they take time.
         metrics_clips: how many of the clips they are applied to.
+        monitor: column of `validation.csv`; whenever it is better than ever a checkpoint is written and recorded as the
+            best. None for no best checkpoint.
     """
 
     clips: Sequence[HeldOutClip]
@@ -61,6 +63,7 @@ class ValidationPlan:
     every_updates: int
     metrics: Mapping[str, Metric]
     metrics_clips: int
+    monitor: str | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -104,8 +107,6 @@ class Validation(Callback):
 
     Args:
         checkpoints: write the checkpoint of an update, unless it is there.
-        monitor: column of `validation.csv`; whenever it is better than ever a checkpoint is written and recorded as the
-            best. None for no best checkpoint.
     """
 
     def __init__(
@@ -113,22 +114,21 @@ class Validation(Callback):
         run_log: LoggerCollection,
         plan: ValidationPlan,
         checkpoints: CheckpointWriter,
-        monitor: str | None,
         samples_writer: AudioSampleWriter | None,
     ) -> None:
         self.run_log = run_log
         self.plan = plan
         self.checkpoints = checkpoints
-        self.monitor = monitor
         self.best: BestCheckpoint | None = None
         self.samples_writer = samples_writer
         self.done_update: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         update = cat_module(pl_module).update
-        if self.monitor is not None:  # the best so far may belong to updates that are about to be done again
+        if (monitor := self.plan.monitor) is not None:
             best = trainer.strategy.broadcast(read_best(self.checkpoints.directory))
-            self.best = best if best is not None and best.metric == self.monitor and best.update <= update else None
+            # It may belong to updates that are about to be done again.
+            self.best = best if best is not None and best.metric == monitor and best.update <= update else None
         if update == 0:
             self._validate(trainer, pl_module)
         else:
@@ -158,14 +158,14 @@ class Validation(Callback):
         seconds = time.perf_counter() - started
         self.run_log.write("validation", {"update": module.update, "seconds": seconds, **row})
         self.run_log.show(samples)
-        value = None if self.monitor is None else row.get(self.monitor)
-        if self.monitor is None or value is None or not math.isfinite(value):
+        monitor = self.plan.monitor
+        if monitor is None or not math.isfinite(value := row.get(monitor, math.nan)):
             return
-        is_higher_better = self.monitor in self.plan.higher or self.monitor.partition("/")[0] in HIGHER_IS_BETTER
+        is_higher_better = monitor in self.plan.higher or monitor.partition("/")[0] in HIGHER_IS_BETTER
         if self.best is not None and (value <= self.best.value if is_higher_better else value >= self.best.value):
             return
         self.checkpoints.save_now(trainer, pl_module)
-        self.best = BestCheckpoint(checkpoint_name(module.update), module.update, self.monitor, value)
+        self.best = BestCheckpoint(checkpoint_name(module.update), module.update, monitor, value)
         if trainer.is_global_zero:
             record_best(self.checkpoints.directory, self.best)
 
