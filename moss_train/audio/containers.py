@@ -13,7 +13,7 @@ from typing import Literal
 
 from moss_train.audio.flac import scan_flac
 from moss_train.audio.mp3 import id3_size, parse_header, scan_mp3
-from moss_train.audio.window import DamagedError, Layout, Piece, Remark, Window
+from moss_train.audio.window import DamagedError, Piece, Remark, Window
 
 _UNKNOWN_SIZE = 0x7FFFF000  # at and above it: written to a pipe, the length was not known
 _MAX_HEAD = 2**24  # bytes in front of the audio that are repeated with another size in them
@@ -45,44 +45,27 @@ _FORMATS = {
 }
 
 
-def scan(window: Window) -> Layout:
+def scan(window: Window) -> list[Piece]:
     """Find the pieces of an audio file. Raises DamagedError when it is cut off or nothing says where it ends."""
     begin = id3_size(window.at(0, 10)) if window.at(0, 3) == b"ID3" else 0
     while window.at(begin, 3) == b"ID3":
         begin += id3_size(window.at(begin, 10))
-    pieces: list[Piece] = []
-    remarks: list[Remark] = []
     if window.at(begin, 4) == b"OggS":
-        pieces, remarks = scan_ogg(window, begin)
-    elif _begins_mp3(window, begin):
-        pieces, remarks = scan_mp3(window, begin)
-    else:
-        position: int | None = begin
-        while position is not None:
-            scanner = _scanner(window.at(position, 4))
-            if scanner is None:
-                return Layout((Piece(0, window.size),))
-            piece, found, position = scanner(window, position)
-            pieces.append(piece)
-            remarks += found
-    if len(pieces) > 1:
-        remarks.append(Remark.JOINED)
-    return Layout(tuple(pieces), tuple(dict.fromkeys(remarks)))
-
-
-Scanner = Callable[[Window, int], tuple[Piece, list[Remark], int | None]]
-
-
-def _scanner(magic: bytes) -> Scanner | None:
-    """What finds the end of one file of a format, and the byte where a joined one begins."""
-    if magic in _FORMATS:
-        return _scan_chunks
-    return {b"fLaC": scan_flac, b".snd": _scan_au, b"NIST": _scan_sphere}.get(magic)
+        return scan_ogg(window, begin)
+    if _begins_mp3(window, begin):
+        return scan_mp3(window, begin)
+    pieces: list[Piece] = []
+    position = begin
+    while scanner := _SCANNERS.get(window.at(position, 4)):
+        pieces.append(scanner(window, position))
+        position = pieces[-1].end  # where a joined file begins, behind a tag of the one before it
+        position += 128 if window.at(position, 3) == b"TAG" else 0
+    return pieces or [Piece(0, window.size)]
 
 
 def _begins_mp3(window: Window, begin: int) -> bool:
     """Whether frames begin within the first few kilobytes, two in a row."""
-    if any(_scanner(window.at(place, 4)) is not None for place in (0, begin)):
+    if window.at(0, 4) in _SCANNERS or window.at(begin, 4) in _SCANNERS:
         return False
     end = min(window.size, begin + 8192)
     for place in window.find_all(b"\xff", begin, end):
@@ -103,7 +86,7 @@ def _begins_mp3(window: Window, begin: int) -> bool:
     return False
 
 
-def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int | None]:
+def _scan_chunks(window: Window, begin: int) -> Piece:
     form = _FORMATS[window.at(begin, 4)]
     overhead = form.name + struct.calcsize(form.size)
     position = begin + form.header
@@ -112,7 +95,7 @@ def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int |
         head = window.at(position, overhead)
         if len(head) < overhead:
             if window.at(begin + 8, 4) not in (b"WAVE", b"AIFF", b"AIFC") and form.header == 12:
-                return Piece(begin, window.size), [], None  # libsndfile says what it thinks of it
+                return Piece(begin, window.size)  # libsndfile says what it thinks of it
             raise DamagedError("is cut off: it has no chunk with audio")
         (size,) = struct.unpack(form.size, head[form.name :])
         if head[: form.name] == form.data:
@@ -141,7 +124,7 @@ def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int |
         header[place - begin : place - begin + width] = min(there, 2 ** (8 * width) - 1).to_bytes(width, order)
         if form.header == 12 and header[:4] != b"RF64":
             header[4:8] = min(len(header) + window.size - audio - 8, 0xFFFFFFFF).to_bytes(4, order)
-        return Piece(audio, window.size, bytes(header)), [Remark.LENGTH_UNKNOWN], None
+        return Piece(audio, window.size, bytes(header), remark=Remark.LENGTH_UNKNOWN)
     if size > there:
         raise DamagedError(f"is cut off: {max(0, there)} of {size} bytes of audio are there")
     end = min(window.size, start + _padded(size, form.alignment))
@@ -153,7 +136,7 @@ def _scan_chunks(window: Window, begin: int) -> tuple[Piece, list[Remark], int |
         raise DamagedError(
             f"has {window.size - end} bytes behind the {size} bytes of audio of its header, which are no chunks"
         )
-    return Piece(begin, following), [], following if following < window.size else None
+    return Piece(begin, following)
 
 
 def _padded(size: int, alignment: int) -> int:
@@ -179,18 +162,18 @@ def _next_file(window: Window, position: int, form: ChunkFormat) -> int | None:
     return window.size
 
 
-def _scan_au(window: Window, begin: int) -> tuple[Piece, list[Remark], int | None]:
+def _scan_au(window: Window, begin: int) -> Piece:
     offset, size = struct.unpack(">II", window.at(begin + 4, 8).ljust(8, b"\0"))
     audio = begin + offset
     there = window.size - audio
     if size >= _UNKNOWN_SIZE or (size == 0 and there > 0):
         head = window.at(begin, min(offset, _MAX_HEAD))
         head = head[:8] + struct.pack(">I", min(there, 0xFFFFFFFF)) + head[12:]
-        return Piece(audio, window.size, head), [Remark.LENGTH_UNKNOWN], None
+        return Piece(audio, window.size, head, remark=Remark.LENGTH_UNKNOWN)
     return _sized(window, begin, audio, size, b".snd")
 
 
-def _scan_sphere(window: Window, begin: int) -> tuple[Piece, list[Remark], int | None]:
+def _scan_sphere(window: Window, begin: int) -> Piece:
     lines = window.at(begin, 1024).split(b"\n")
     values = {}
     for line in lines:
@@ -200,21 +183,28 @@ def _scan_sphere(window: Window, begin: int) -> tuple[Piece, list[Remark], int |
     length = int(lines[1]) if len(lines) > 1 and lines[1].strip().isdigit() else 1024
     count = values.get(b"sample_count", 0) * values.get(b"sample_n_bytes", 2) * values.get(b"channel_count", 1)
     if count == 0 or b"shorten" in window.at(begin, length):
-        return Piece(begin, window.size), [], None
+        return Piece(begin, window.size)
     return _sized(window, begin, begin + length, count, b"NIST")
 
 
-def _sized(window: Window, begin: int, audio: int, size: int, magic: bytes) -> tuple[Piece, list[Remark], int | None]:
+def _sized(window: Window, begin: int, audio: int, size: int, magic: bytes) -> Piece:
     """The piece of a file that is a header with the size, and audio."""
     end = audio + size
     if end > window.size:
         raise DamagedError(f"is cut off: {max(0, window.size - audio)} of {size} bytes of audio are there")
-    if window.at(end, 4) == magic:
-        return Piece(begin, end), [], end
     rest = window.size - end
-    if rest > 1 and window.at(end, min(rest, _MAX_HEAD)).strip(b"\0"):
+    if rest > 1 and window.at(end, 4) != magic and window.at(end, min(rest, _MAX_HEAD)).strip(b"\0"):
         raise DamagedError(f"has {rest} bytes behind the {size} bytes of audio of its header")
-    return Piece(begin, end), [], None
+    return Piece(begin, end)
+
+
+_SCANNERS: dict[bytes, Callable[[Window, int], Piece]] = {
+    **dict.fromkeys(_FORMATS, _scan_chunks),
+    b"fLaC": scan_flac,
+    b".snd": _scan_au,
+    b"NIST": _scan_sphere,
+}
+"""What finds the end of one file, by its first bytes; another one may be joined to it."""
 
 
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -227,14 +217,13 @@ def page_checksum(page: bytes) -> int:
     return int(f"{value:032b}"[::-1], 2)
 
 
-def scan_ogg(window: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
+def scan_ogg(window: Window, begin: int) -> list[Piece]:
     """Find the links of an Ogg file: a first page of a stream behind other pages begins another one.
 
     Raises DamagedError when pages are cut, altered or missing.
     """
     position, link = begin, begin
     pieces: list[Piece] = []
-    remarks: list[Remark] = []
     numbers: dict[int, int] = {}  # of the last page, by stream
     is_open: dict[int, bool] = {}  # whether a stream of the link has not ended
     in_front, last = True, begin
@@ -255,27 +244,23 @@ def scan_ogg(window: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
         if page_checksum(page) != checksum:
             raise DamagedError(f"is damaged: the checksum of the page of Ogg at byte {position} differs")
         if flags & 2 and not in_front:
-            pieces.append(_ogg_link(window, link, last, position, is_open, remarks))
+            pieces.append(_ogg_link(window, link, last, position, is_open))
             link, numbers, is_open = position, {}, {}
         if not flags & 2 and serial in numbers and number != (numbers[serial] + 1) & 0xFFFFFFFF:
             raise DamagedError(f"is damaged: pages of Ogg are missing in front of byte {position}")
         in_front, numbers[serial], is_open[serial], last = bool(flags & 2), number, not flags & 4, position
         position += size
-    pieces.append(_ogg_link(window, link, last, position, is_open, remarks))
-    return pieces, remarks
+    return [*pieces, _ogg_link(window, link, last, position, is_open)]
 
 
-def _ogg_link(
-    window: Window, begin: int, last: int, end: int, is_open: dict[int, bool], remarks: list[Remark]
-) -> Piece:
+def _ogg_link(window: Window, begin: int, last: int, end: int, is_open: dict[int, bool]) -> Piece:
     """One link of a chain, its last page at byte `last`; the end flag is set where it is missing."""
-    if not any(is_open.values()):
+    still_open = [stream for stream, still in is_open.items() if still]
+    if not still_open:
         return Piece(begin, end)
-    remarks.append(Remark.NO_END_MARK)
     page = bytearray(window.at(last, end - last))
-    (serial,) = struct.unpack("<I", page[14:18])
-    if [stream for stream, still in is_open.items() if still] != [serial]:
-        return Piece(begin, end)
+    if still_open != [struct.unpack("<I", page[14:18])[0]]:
+        return Piece(begin, end, remark=Remark.NO_END_MARK)
     page[5] |= 4  # libsndfile calls a file without it malformed
     page[22:26] = struct.pack("<I", page_checksum(bytes(page)))
-    return Piece(begin, last, tail=bytes(page))
+    return Piece(begin, last, tail=bytes(page), remark=Remark.NO_END_MARK)

@@ -13,34 +13,33 @@ _FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
 _FLAC_GUESSES = 4  # other bytes may look like a frame header
 
 
-def scan_flac(window: Window, begin: int) -> tuple[Piece, list[Remark], int | None]:
-    """Find the FLAC file at a byte and the byte of one that is joined to it. Raises DamagedError when it is cut off."""
+def scan_flac(window: Window, begin: int) -> Piece:
+    """Find the FLAC file at a byte, up to one that is joined to it. Raises DamagedError when it is cut off."""
     info = window.at(begin, 42)
     if len(info) < 42 or info[4] & 0x7F != 0:
-        return Piece(begin, window.size), [], None
+        return Piece(begin, window.size)
     stated = int.from_bytes(info[18:26], "big") & (2**36 - 1)
     starts = (b"\x00\x00\x00\x22", b"\x80\x00\x00\x22")
     places = window.find_all(b"fLaC", begin + 42, window.size)
-    following = next((place for place in places if window.at(place + 4, 4) in starts), None)
-    end = window.size if following is None else following
+    end = next((place for place in places if window.at(place + 4, 4) in starts), window.size)
     if window.at(end - 128, 3) == b"TAG":
         end -= 128
     fixed = struct.unpack(">H", info[8:10])[0]
     for count, (place, last) in enumerate(_last_flac_frames(window, begin, end, fixed)):
         if stated and last == stated:
-            return Piece(begin, end), [], following
+            return Piece(begin, end)
         # A header that says less than there is, or nothing: the last frame is one that is whole up to the end.
         if last > stated and count < _FLAC_GUESSES and not _crc(window.at(place, end - place), 16):
             break
     else:
         if stated:
-            return Piece(begin, end), [], following  # less than stated: libsndfile finds out where it ends
+            return Piece(begin, end)  # less than stated: libsndfile finds out where it ends
         raise DamagedError("is cut off in its last frame, and does not say in its header how long it is")
     head = bytearray(info)
     head[18:26] = (int.from_bytes(info[18:26], "big") & ~(2**36 - 1) | last).to_bytes(8, "big")
     if stated:
         head[26:42] = bytes(16)  # the checksum is that of less audio
-    return Piece(begin + 42, end, bytes(head)), [Remark.LENGTH_UNKNOWN], following
+    return Piece(begin + 42, end, bytes(head), remark=Remark.LENGTH_UNKNOWN)
 
 
 def _last_flac_frames(window: Window, begin: int, end: int, fixed_size: int) -> Iterator[tuple[int, int]]:

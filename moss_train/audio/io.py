@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.containers import scan
-from moss_train.audio.window import DamagedError, Layout, Piece, PieceFile, Remark, Window
+from moss_train.audio.window import DamagedError, Piece, PieceFile, Remark, Window
 from moss_train.utils.errors import Fault, SampleError, UserError
 from moss_train.utils.files import check_regular_file
 
@@ -68,12 +68,13 @@ class _Recording:
         self.name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "audio in memory")
         self._file, self._owned = _open_bytes(source, self.name), isinstance(source, str | Path)
         try:
-            layout = self._layout(source, is_whole)
-            self.remarks = layout.remarks
-            self._first = first = self._open(layout.pieces[0])
+            pieces = self._find_pieces(source, is_whole)
+            remarks = [piece.remark for piece in pieces] + ([Remark.JOINED] if len(pieces) > 1 else [])
+            self.remarks = tuple(dict.fromkeys(remark for remark in remarks if remark is not None))
+            self._first = first = self._open(pieces[0])
             self.rate, self.channels, self.format, self.subtype = _format(first)
-            self.parts = [(layout.pieces[0], self._length(first, layout.pieces[0]))]  # with samples of each
-            for piece in layout.pieces[1:]:
+            self.parts = [(pieces[0], self._length(first, pieces[0]))]  # with samples of each
+            for piece in pieces[1:]:
                 with self._open(piece) as file:
                     if _format(file) != _format(first):
                         raise SampleError(
@@ -98,11 +99,11 @@ class _Recording:
         if self._owned:
             self._file.close()
 
-    def _layout(self, source: AudioSource, is_whole: bool) -> Layout:
+    def _find_pieces(self, source: AudioSource, is_whole: bool) -> list[Piece]:
         """The pieces; those of a file are remembered, as many parts of it are read one by one."""
         try:
             if is_whole:
-                return Layout((Piece(0, self._file.seek(0, os.SEEK_END)),))
+                return [Piece(0, self._file.seek(0, os.SEEK_END))]
             if not isinstance(source, str | Path):
                 return scan(Window(self._file))
             status = os.fstat(self._file.fileno())
@@ -183,8 +184,8 @@ class _Recording:
 
 
 @lru_cache(maxsize=64)
-def _scan_file(path: str, state: tuple[int, ...]) -> Layout:
-    """The layout of a file that has not changed since; `state` is what would tell."""
+def _scan_file(path: str, state: tuple[int, ...]) -> list[Piece]:
+    """The pieces of a file that has not changed since; `state` is what would tell."""
     with open(path, "rb") as file:
         return scan(Window(file))
 

@@ -7,7 +7,7 @@ none, and a read from the middle begins at a frame whose number is known.
 
 import struct
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from moss_train.audio.window import DamagedError, Piece, Remark, Window
@@ -115,10 +115,10 @@ class Mp3Stream:
         return Piece(begin, self.end, content, piece_at=self.piece_at)
 
 
-def scan_mp3(file: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
+def scan_mp3(file: Window, begin: int) -> list[Piece]:
     """Find the streams of an MP3 file from byte `begin` on. Raises DamagedError when it is cut off or has gaps."""
     position, end = begin, _end_of_frames(file)
-    remarks: list[Remark] = []
+    remark: Remark | None = None
     streams: list[Mp3Stream] = []
     stream: Mp3Stream | None = None
     while position < end:
@@ -131,7 +131,7 @@ def scan_mp3(file: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
             if not _is_filling(file, position, following):
                 if streams or following - position > _LONGEST_FRAME:
                     raise DamagedError(f"is damaged: {following - position} bytes at byte {position} are no MP3 frames")
-                remarks.append(Remark.STARTS_INSIDE)
+                remark = Remark.STARTS_INSIDE
             position, stream = following, None  # a tag, or the begin of another file
             continue
         if position + frame.size > end:
@@ -160,7 +160,8 @@ def scan_mp3(file: Window, begin: int) -> tuple[list[Piece], list[Remark]]:
         all_there = item.stated_bytes is not None and item.stated_bytes <= item.end - item.begin
         if item.stated > item.count + 1 or not all_there:
             raise DamagedError(f"is cut off: {item.count} of {item.stated} frames are there")
-    return [item.piece() for item in streams], remarks
+    pieces = [item.piece() for item in streams]
+    return [replace(pieces[0], remark=remark), *pieces[1:]]
 
 
 def _read_tag(file: Window, position: int, frame: Frame) -> tuple[int | None, int | None, int]:

@@ -32,17 +32,10 @@ class Piece:
     end: int
     head: bytes = b""
     tail: bytes = b""
+    remark: Remark | None = None
     num_samples: int | None = None  # per channel, where it is known and libsndfile might guess
     # Where libsndfile seeks wrongly: the piece to read in full from a sample on, and how many samples come before it.
     piece_at: "Callable[[int], tuple[Piece, int]] | None" = None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The pieces of a file in their order."""
-
-    pieces: tuple[Piece, ...]
-    remarks: tuple[Remark, ...] = ()
 
 
 class Window:
