@@ -4,10 +4,8 @@ from pathlib import Path
 
 from moss_train.config.schema import DecodeConfig
 from moss_train.data.shards.codes import is_code_folder
-from moss_train.export.load import load_tokenizer
-from moss_train.inference.batching import choose_device, use_precision
+from moss_train.inference.batching import choose_device, load_model
 from moss_train.inference.decode import Decoder, decode_files
-from moss_train.inference.encode import chunk_seconds
 from moss_train.inference.files import find_codes, print_report
 from moss_train.inference.shards import decode_shards
 
@@ -25,10 +23,7 @@ def run(config: DecodeConfig) -> int:
     inputs, suffix = config.input, f".{config.format}"
     shards = len(inputs) == 1 and is_code_folder(Path(inputs[0]))
     works = [] if shards else find_codes(inputs, out, suffix)
-    device = choose_device(config.device)
-    model = load_tokenizer(config.model).to(device)  # type: ignore[arg-type]
-    use_precision(model, config.precision, device)
-    chunk_duration = chunk_seconds(model, config.streaming, config.chunk_duration)
+    model, chunk_duration = load_model(config, choose_device(config.device))
     decoder = Decoder(model, config.num_quantizers, chunk_duration, config.batch_invariant)
     if shards:
         report = decode_shards(decoder, Path(inputs[0]), out, suffix, batch_seconds)

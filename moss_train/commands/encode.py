@@ -6,7 +6,7 @@ from moss_train.config.schema import EncodeConfig
 from moss_train.inference.batching import choose_device
 from moss_train.inference.encode import encode_files
 from moss_train.inference.files import find_audio, print_report
-from moss_train.inference.shards import EncodeJob, encode_shards, make_encoder
+from moss_train.inference.shards import encode_shards, make_encoder
 
 SUMMARY = "Turn audio files into codes, one .safetensors or .npz file per clip, or packed shards into shards of codes."
 EXAMPLES = (
@@ -19,20 +19,9 @@ EXAMPLES = (
 def run(config: EncodeConfig) -> int:
     """Encode a corpus; the exit status is 1 when some clips could not be read."""
     out = Path(config.out)
-    job = EncodeJob(
-        model=str(config.model),
-        audio=Path(config.shards or ""),
-        num_quantizers=config.num_quantizers,
-        chunk_duration=config.chunk_duration,
-        batch_seconds=config.batch_seconds,
-        streaming=config.streaming,
-        batch_invariant=config.batch_invariant,
-        precision=config.precision,
-        loudness=config.loudness,
-    )
     if config.shards is not None:
         devices = [choose_device(name) for name in config.device]
-        return print_report(encode_shards(job, out, devices, executor=config.executor), out, "encode", "shard")
+        return print_report(encode_shards(config, devices), out, "encode", "shard")
     works, failures = find_audio(config.input or [], out, f".{config.format}")
-    encoder = make_encoder(job, choose_device(config.device[0]))
+    encoder = make_encoder(config, choose_device(config.device[0]))
     return print_report(encode_files(encoder, works, config.batch_seconds, failures), out, "encode")

@@ -8,7 +8,7 @@ import numpy as np
 
 from moss_train.audio.io import write_audio
 from moss_train.config.schema import InspectConfig
-from moss_train.data.inspect import ClipFacts, DropLimits, Inspection, find_clips_to_drop, inspect_folder, render_page
+from moss_train.data.inspect import ClipFacts, Inspection, find_clips_to_drop, inspect_folder, render_page
 from moss_train.data.stream.corpus import permutation
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.plotting import Histogram, Scatter, save_histograms
@@ -28,7 +28,6 @@ NUM_PLAYERS = 10
 
 def run(config: InspectConfig) -> int:
     """Inspect every folder and write the report; the exit status is 1 when bytes differ from the index."""
-    limits = DropLimits(config.silent_db, config.clipped_fraction, config.max_characters_per_second)
     folders, out = config.shards, Path(config.out)
     if (out / "index.json").exists():
         raise UserError(f"out={out} is a folder of shards; give another one for the report")
@@ -37,7 +36,7 @@ def run(config: InspectConfig) -> int:
         inspections = [inspect_folder(folder, num_workers, bar.advance) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
     clips = [clip for inspection in inspections for clip in inspection.clips]
-    bad = find_clips_to_drop(clips, limits)
+    bad = find_clips_to_drop(clips, config)
     with (out / "drop.jsonl").open("w", encoding="utf-8") as file:
         for name, reason in bad.items():
             file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from moss_train.audio.io import to_pcm16
 from moss_train.audio.loudness import bandwidth, loudness, power_spectrum
+from moss_train.config.schema import InspectConfig
 from moss_train.data.pack.preprocess import level_db
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.utils.errors import SampleError, UserError
 from moss_train.utils.files import pluralize
-from moss_train.utils.workers import TASKS_PER_PROCESS, map_ordered, worker_pool
+from moss_train.utils.workers import worker_pool
 
 FULL_SCALE = 32766 / 32768
 
@@ -45,15 +46,6 @@ class ClipFacts:
 
 
 @dataclass(frozen=True)
-class DropLimits:
-    """Which clips should be dropped."""
-
-    silent_db: float = -60.0
-    clipped_fraction: float = 0.01
-    max_characters_per_second: float = 40.0
-
-
-@dataclass(frozen=True)
 class Inspection:
     """One packed folder as it was found."""
 
@@ -68,11 +60,9 @@ def inspect_folder(
     """Verify and measure a packed folder. Raises UserError when its index is damaged or a shard missing or cut."""
     index = ShardIndex.load(folder)
     problems, clips = _problems(index.verify_arrays), []
-    with worker_pool(num_workers if num_workers > 1 else 0, "moss_train.data.inspect") as submit:
+    with worker_pool(num_workers if num_workers > 1 else 0, "moss_train.data.inspect") as map_ordered:
         shards = ((str(folder), number) for number in range(len(index.shards)))
-        for _, (found, facts) in map_ordered(
-            submit, _inspect_shard, shards, max_in_flight=TASKS_PER_PROCESS * num_workers
-        ):
+        for _, (found, facts) in map_ordered(_inspect_shard, shards):
             problems += found
             clips += facts
             on_clips(len(facts))
@@ -135,7 +125,7 @@ def ends_abruptly(audio: Tensor, sampling_rate: int) -> bool:
     return level_db(end) > level_db(audio) - 6.0
 
 
-def find_clips_to_drop(clips: Sequence[ClipFacts], limits: DropLimits) -> dict[str, str]:
+def find_clips_to_drop(clips: Sequence[ClipFacts], limits: InspectConfig) -> dict[str, str]:
     """Return id -> reason of the clips that should be dropped; of equal recordings the first stays."""
     bad: dict[str, str] = {}
     seen: dict[str, str] = {}

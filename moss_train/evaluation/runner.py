@@ -13,7 +13,7 @@ from moss_train.evaluation.reconstruct import Condition, Reconstruction, Reconst
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, ConditionRow, Results, clip_key
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import map_ordered, worker_pool
+from moss_train.utils.workers import worker_pool
 
 # What a worker gets: the row without its scores, the labels, reference and reconstruction with their rate for each
 # condition, and the values that are known already. Arrays, because tensors would travel through shared memory.
@@ -79,9 +79,9 @@ def evaluate(
 
     with (
         progress("evaluating", total=len(clips)) as bar,
-        worker_pool(num_workers, __name__, partial(_use_metrics, metrics), num_threads=None) as submit,
+        worker_pool(num_workers, __name__, partial(_use_metrics, metrics), num_threads=None) as map_ordered,
     ):
-        for _, row in map_ordered(submit, _score, reconstructed(), max_in_flight=2 * num_workers + 1):
+        for _, row in map_ordered(_score, reconstructed()):
             results.add(row)
     rows = [results.rows[key] for key in keys]
     results.finish(rows)

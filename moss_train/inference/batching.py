@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from moss_train.config.schema import DecodeConfig, EncodeConfig
+from moss_train.export.load import load_tokenizer
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import UserError
 
@@ -85,6 +87,19 @@ def use_precision(
         raise UserError(f"precision=bf16: {torch.cuda.get_device_name(device)} computes in fp32 only")
     model.config.compute_dtype = precision
     return model
+
+
+def load_model(
+    config: EncodeConfig | DecodeConfig, device: torch.device
+) -> tuple[MossAudioTokenizerModel, float | None]:
+    """Load a command's model onto a device, in its precision, and return it with the seconds of a streamed chunk.
+
+    They are those of one frame where nothing is said, None for whole clips.
+    """
+    model = use_precision(load_tokenizer(config.model).to(device), config.precision, device)  # type: ignore[arg-type]
+    if config.chunk_duration is None and config.streaming:
+        return model, 1 / model.config.frame_rate
+    return model, config.chunk_duration
 
 
 def precision_of(model: MossAudioTokenizerModel) -> str:

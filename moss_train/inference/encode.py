@@ -17,13 +17,6 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
 
 
-def chunk_seconds(model: MossAudioTokenizerModel, streaming: bool, chunk_duration: float | None) -> float | None:
-    """Seconds per streamed chunk, one frame where nothing is said; None for whole clips."""
-    if chunk_duration is None and streaming:
-        return 1 / model.config.frame_rate
-    return chunk_duration
-
-
 @dataclass(frozen=True)
 class Encoder:
     """A model with the options of `encode`; construction checks them against the model."""

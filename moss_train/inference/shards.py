@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -10,63 +10,50 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.io import resample
+from moss_train.config.schema import EncodeConfig
 from moss_train.data.pack.pack import check_target
 from moss_train.data.pack.resume import JOURNAL_FILE, resumable_directory
 from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
 from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ARRAYS_FILE, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
-from moss_train.export.load import load_tokenizer
-from moss_train.inference.batching import group_by_length, read_ahead, use_precision
+from moss_train.inference.batching import group_by_length, load_model, read_ahead
 from moss_train.inference.decode import Decoder, decode_group
-from moss_train.inference.encode import Encoder, chunk_seconds
+from moss_train.inference.encode import Encoder
 from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
-from moss_train.utils.workers import TASKS_PER_PROCESS, map_ordered, num_cores, ray_pool, worker_pool
+from moss_train.utils.workers import num_cores, ray_pool, worker_pool
 
 
-@dataclass(frozen=True)
-class EncodeJob:
-    """What every process of `encode shards=` is told."""
-
-    model: str
-    audio: Path
-    num_quantizers: int | None
-    chunk_duration: float | None
-    batch_seconds: float
-    streaming: bool = False
-    batch_invariant: bool = False
-    precision: str | None = None
-    loudness: float | None = None
-
-
-def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device], *, executor: str = "local") -> Report:
+def encode_shards(options: EncodeConfig, devices: Sequence[torch.device]) -> Report:
     """Encode a packed folder into a folder of codes of the same shards, one process per device, or on a Ray cluster.
 
     The folder appears when it is complete; after a kill the next call continues after the shards that are finished.
-    Clips that cannot be read are reported and skipped. Raises UserError when `target` is something else or was begun
+    Clips that cannot be read are reported and skipped. Raises UserError when `out` is something else or was begun
     with other weights or options, or the model does not fit the audio.
     """
+    assert options.shards is not None
+    source_folder, target = Path(options.shards), Path(options.out)
     check_target(target, overwrite=False)
-    index = ShardIndex.load(job.audio)
-    encoder = make_encoder(job, devices[0] if len(devices) == 1 else torch.device("cpu"))
+    index = ShardIndex.load(source_folder)
+    encoder = make_encoder(options, devices[0] if len(devices) == 1 else torch.device("cpu"))
     config = encoder.model.config
     rate, channels = config.sampling_rate, config.number_channels
     if index.num_channels != channels or index.sampling_rate % rate:
         raise UserError(
-            f"shards={job.audio} have {index.sampling_rate} Hz and {index.num_channels} channels, the model takes "
+            f"shards={source_folder} have {index.sampling_rate} Hz and {index.num_channels} channels, the model takes "
             f"{rate} Hz (or a multiple) and {channels}; pack the audio again with sampling_rate={rate} "
             f"num_channels={channels}"
         )
     source = CodesSource(
-        model=job.model,
+        model=options.model,
         fingerprint=encoder.fingerprint,
         num_levels=encoder.num_levels,
         sampling_rate=rate,
         frame_rate=config.frame_rate,
         num_channels=channels,
-        audio_sha256=sha256_of(job.audio / ARRAYS_FILE),
+        audio_sha256=sha256_of(source_folder / ARRAYS_FILE),
     )
     with resumable_directory(target) as folder:
         journal, content = folder / JOURNAL_FILE, json.dumps(asdict(source), sort_keys=True)
@@ -79,11 +66,11 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
         todo = [number for number, shard in enumerate(index.shards) if not (folder / shard.file).exists()]
         report = Report(0, len(index.shards) - len(todo), [])
         with progress("encoding", total=sum(index.shards[number].num_clips for number in todo)) as bar:
-            if executor == "local" and len(devices) == 1:
+            if options.executor == "local" and len(devices) == 1:
                 for number in todo:
-                    report.failures += encode_shard(encoder, job, index, number, folder, bar.advance)
+                    report.failures += encode_shard(encoder, options, index, number, folder, bar.advance)
             else:
-                for number, failures in encode_in_processes(job, todo, devices, folder, executor):
+                for number, failures in encode_in_processes(options, todo, devices, folder):
                     report.failures += failures
                     bar.advance(index.shards[number].num_clips)
         report.num_written = len(todo)
@@ -91,17 +78,17 @@ def encode_shards(job: EncodeJob, target: Path, devices: Sequence[torch.device],
     return report
 
 
-def make_encoder(job: EncodeJob, device: torch.device) -> Encoder:
+def make_encoder(options: EncodeConfig, device: torch.device) -> Encoder:
     """Load the model onto a device."""
-    model = load_tokenizer(job.model).to(device)  # type: ignore[arg-type]
-    use_precision(model, job.precision, device)
-    chunk_duration = chunk_seconds(model, job.streaming, job.chunk_duration)
-    return Encoder(model, job.model, job.num_quantizers, chunk_duration, job.batch_invariant, job.loudness)
+    model, chunk_duration = load_model(options, device)
+    return Encoder(
+        model, options.model, options.num_quantizers, chunk_duration, options.batch_invariant, options.loudness
+    )
 
 
 def encode_shard(
     encoder: Encoder,
-    job: EncodeJob,
+    options: EncodeConfig,
     index: ShardIndex,
     number: int,
     folder: Path,
@@ -126,7 +113,7 @@ def encode_shard(
 
     clips: dict[int, CodedClip] = {}
     report = Report(0, 0, [])
-    for outcomes in read_ahead(group_by_length(rows, seconds, job.batch_seconds), read):
+    for outcomes in read_ahead(group_by_length(rows, seconds, options.batch_seconds), read):
         good = report.successes(outcomes, lambda row: index.folder / shard.file)
         if good:
             codes = encoder.codes([audio for _, (audio, _) in good])
@@ -138,23 +125,19 @@ def encode_shard(
 
 
 def encode_in_processes(
-    job: EncodeJob, todo: list[int], devices: Sequence[torch.device], folder: Path, executor: str = "local"
+    options: EncodeConfig, todo: list[int], devices: Sequence[torch.device], folder: Path
 ) -> Iterator[tuple[int, list[tuple[Path, str]]]]:
     """Encode shards in one process per device, or on a Ray cluster; yield their numbers and failures as they are done.
 
     A task of Ray has a GPU when the first device is one.
     """
-    if executor == "ray":
-        with ray_pool(num_gpus=int(devices[0].type == "cuda")) as (submit, at_once):
-            yield from map_ordered(
-                submit, _encode_number, todo, job, devices[0].type, str(folder), max_in_flight=2 * at_once
-            )
-        return
-    setup = partial(_use_device, [str(device) for device in devices])
-    threads = max(1, num_cores() // len(devices))
-    with worker_pool(len(devices), __name__, setup, threads) as submit:
-        in_flight = TASKS_PER_PROCESS * len(devices)
-        yield from map_ordered(submit, _encode_number, todo, job, None, str(folder), max_in_flight=in_flight)
+    if is_ray := options.executor == "ray":
+        pool = ray_pool(num_gpus=int(devices[0].type == "cuda"))
+    else:
+        setup = partial(_use_device, [str(device) for device in devices])
+        pool = worker_pool(len(devices), __name__, setup, max(1, num_cores() // len(devices)))
+    with pool as map_ordered:
+        yield from map_ordered(_encode_number, todo, options, devices[0].type if is_ray else None, folder)
 
 
 _OWN_DEVICE: list[str] = []  # of a process of `encode_in_processes`
@@ -164,14 +147,15 @@ def _use_device(devices: Sequence[str], worker: int) -> None:
     _OWN_DEVICE[:] = [devices[worker]]
 
 
-def _encode_number(number: int, job: EncodeJob, device: str | None, folder: str) -> list[tuple[Path, str]]:
-    encoder, index = _loaded(job, device or _OWN_DEVICE[0])
-    return encode_shard(encoder, job, index, number, Path(folder))
+def _encode_number(number: int, options: EncodeConfig, device: str | None, folder: Path) -> list[tuple[Path, str]]:
+    encoder, index = _loaded(json.dumps(options.to_plain()), device or _OWN_DEVICE[0])
+    return encode_shard(encoder, options, index, number, folder)
 
 
 @lru_cache(maxsize=1)
-def _loaded(job: EncodeJob, device: str) -> tuple[Encoder, ShardIndex]:
-    return make_encoder(job, torch.device(device)), ShardIndex.load(job.audio)
+def _loaded(content: str, device: str) -> tuple[Encoder, ShardIndex]:
+    options = EncodeConfig.parse(json.loads(content))
+    return make_encoder(options, torch.device(device)), ShardIndex.load(Path(str(options.shards)))
 
 
 def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_seconds: float) -> Report:

@@ -11,20 +11,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from moss_train.utils.errors import UserError
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-Submit = Callable[..., "Future[Any]"]
+OrderedMap = Callable[..., Iterator[tuple[Any, Any]]]
+"""Called as `(function, tasks, *args)`, yields every task with `function(task, *args)` in the order of the tasks."""
 
 TASKS_PER_PROCESS = 3  # begun ahead for each process, so that none waits for a long neighbour
 
@@ -69,8 +68,8 @@ def worker_pool(
     preload: str,
     setup: Callable[[int], None] | None = None,
     num_threads: int | None = 1,
-) -> Iterator[Submit]:
-    """Yield a `submit` for so many processes; with 0 the work is done in this one, at once.
+) -> Iterator[OrderedMap]:
+    """Yield a map by so many processes; with 0 the work is done in this one, one task at a time.
 
     The processes are forked from a clean one that has imported `preload`, never from this one with its threads. Ctrl-C
     ends this process, which ends them; they also end when this one is killed. Raises OSError when a process ends
@@ -83,14 +82,14 @@ def worker_pool(
     if num_workers == 0:
         if setup is not None:
             setup(0)
-        yield _do_now
+        yield lambda function, tasks, *args: ((task, function(task, *args)) for task in tasks)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     arguments = (context.Value("i", 0), setup, num_threads)
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_pool_worker, initargs=arguments)
     try:
-        yield pool.submit
+        yield partial(_map_ordered, pool.submit, TASKS_PER_PROCESS * num_workers)
     except BrokenProcessPool as error:
         raise OSError("a worker process ended abruptly, most likely for lack of memory; use fewer workers") from error
     finally:
@@ -117,20 +116,10 @@ def _start_pool_worker(counter: Any, setup: Callable[[int], None] | None, num_th
         setup(number)
 
 
-def _do_now(function: Callable[..., Any], *args: Any) -> "Future[Any]":
-    future: Future[Any] = Future()
-    try:
-        future.set_result(function(*args))
-    except Exception as error:
-        future.set_exception(error)
-    return future
-
-
-def map_ordered(
-    submit: Submit, function: Callable[..., Result], tasks: Iterable[Task], *args: Any, max_in_flight: int
-) -> Iterator[tuple[Task, Result]]:
-    """Yield every task with `function(task, *args)`, in the order of the tasks; at most `max_in_flight` are begun."""
-    waiting: deque[tuple[Task, Future[Result]]] = deque()
+def _map_ordered(
+    submit: Callable[..., Any], max_in_flight: int, function: Callable[..., Any], tasks: Iterable[Any], *args: Any
+) -> Iterator[tuple[Any, Any]]:
+    waiting: deque[tuple[Any, Any]] = deque()  # at most so many are begun
     for task in tasks:
         waiting.append((task, submit(function, task, *args)))
         if len(waiting) >= max_in_flight:
@@ -142,11 +131,11 @@ def map_ordered(
 
 
 @contextmanager
-def ray_pool(num_gpus: int = 0) -> Iterator[tuple[Submit, int]]:
-    """Give a `submit` for the cluster of RAY_ADDRESS, or one on this machine, and how many tasks run at once.
+def ray_pool(num_workers: int | None = None, num_gpus: int = 0) -> Iterator[OrderedMap]:
+    """Yield a map by the cluster of RAY_ADDRESS, or one on this machine; a task takes one core, or `num_gpus` GPUs.
 
-    A task takes one core, or `num_gpus` GPUs, which it sees as its first.
-    Raises UserError when Ray is not installed or the cluster does not answer.
+    A task sees its GPU as its first. `num_workers` is how many tasks are taken to run at once, None for as many as the
+    cluster can. Raises UserError when Ray is not installed or the cluster does not answer.
     """
     try:
         import ray
@@ -168,10 +157,11 @@ def ray_pool(num_gpus: int = 0) -> Iterator[tuple[Submit, int]]:
         return function(*arguments)
 
     def submit(function: Callable[..., Any], *arguments: Any) -> Any:
-        # As much of a Future as `map_ordered` uses.
+        # As much of a Future as `_map_ordered` uses.
         return SimpleNamespace(result=partial(ray.get, call.remote(function, *arguments)))
 
     try:
-        yield submit, max(1, int(ray.cluster_resources().get("GPU" if num_gpus else "CPU", 1)))
+        num_workers = num_workers or max(1, int(ray.cluster_resources().get("GPU" if num_gpus else "CPU", 1)))
+        yield partial(_map_ordered, submit, TASKS_PER_PROCESS * num_workers)
     finally:
         ray.shutdown()

@@ -9,7 +9,8 @@ import torchaudio.functional
 
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.audio.loudness import bandwidth, loudness, power_spectrum
-from moss_train.data.inspect import DropLimits, ends_abruptly, find_clips_to_drop, inspect_folder, summarize
+from moss_train.config.schema import InspectConfig
+from moss_train.data.inspect import ends_abruptly, find_clips_to_drop, inspect_folder, summarize
 from moss_train.evaluation import low_pass
 
 
@@ -64,7 +65,7 @@ def test_bad_clips_are_found_and_named(tmp_path: Path, pack_config, recordings: 
     assert pack_command.run(config) == 0
     found = inspect_folder(tmp_path / "out", num_workers=1)
     assert found.problems == ()
-    bad = find_clips_to_drop(found.clips, DropLimits())
+    bad = find_clips_to_drop(found.clips, InspectConfig(["shards"], "out"))
     assert bad.keys() == expected.keys()
     assert all(bad[name].startswith(reason) for name, reason in expected.items())
     hours = summarize(found.clips)

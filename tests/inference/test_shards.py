@@ -13,13 +13,13 @@ import torch
 from moss_train import load_config
 from moss_train.audio.io import read_audio
 from moss_train.cli.main import main
-from moss_train.config.schema import check_inputs
+from moss_train.config.schema import EncodeConfig, check_inputs
 from moss_train.data.pack.resume import unfinished_folder
 from moss_train.data.shards.codes import CodeShards, is_code_folder
 from moss_train.data.shards.index import ShardIndex
 from moss_train.inference import shards as shards_module
 from moss_train.inference.decode import Decoder
-from moss_train.inference.shards import EncodeJob, decode_shards, encode_shards
+from moss_train.inference.shards import decode_shards, encode_shards
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.utils.errors import ConfigError, UserError
 from tests.data.packed_clips import iterate_clips
@@ -40,13 +40,13 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def codes(packed: Path, model: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("codes") / "train"
-    report = encode_shards(job(model, packed), out, [CPU])
+    report = encode_shards(options(model, packed, out), [CPU])
     assert (report.num_written, report.failures) == (len(ShardIndex.load(packed).shards), [])
     return out
 
 
-def job(model: Path, packed: Path) -> EncodeJob:
-    return EncodeJob(str(model), packed, None, None, batch_seconds=20.0)
+def options(model: Path, packed: Path, out: Path, **others) -> EncodeConfig:
+    return EncodeConfig(model, out, shards=packed, batch_seconds=20.0, **others)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -69,7 +69,7 @@ def test_codes_are_those_of_single_clips_with_their_labels(packed: Path, model: 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_processes_make_the_same_bytes(packed: Path, model: Path, codes: Path, tmp_path: Path) -> None:
-    encode_shards(job(model, packed), tmp_path / "out", [CPU, CPU])
+    encode_shards(options(model, packed, tmp_path / "out"), [CPU, CPU])
     assert bytes_of(tmp_path / "out") == bytes_of(codes)
 
 
@@ -77,7 +77,7 @@ def test_two_processes_make_the_same_bytes(packed: Path, model: Path, codes: Pat
 @pytest.mark.nightly
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_ray_makes_the_same_bytes(packed: Path, model: Path, codes: Path, tmp_path: Path) -> None:
-    encode_shards(job(model, packed), tmp_path / "out", [CPU], executor="ray")
+    encode_shards(options(model, packed, tmp_path / "out", executor="ray"), [CPU])
     assert bytes_of(tmp_path / "out") == bytes_of(codes)
 
 
@@ -94,12 +94,12 @@ def test_a_stopped_job_goes_on_after_its_shards(
 
     monkeypatch.setattr(shards_module, "write_code_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        encode_shards(job(model, packed), tmp_path / "out", [CPU])
+        encode_shards(options(model, packed, tmp_path / "out"), [CPU])
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"was begun with another model, other options"):
-        encode_shards(EncodeJob(str(model), packed, 2, None, 20.0), tmp_path / "out", [CPU])
-    report = encode_shards(job(model, packed), tmp_path / "out", [CPU])
+        encode_shards(options(model, packed, tmp_path / "out", num_quantizers=2), [CPU])
+    report = encode_shards(options(model, packed, tmp_path / "out"), [CPU])
     assert report.num_present == 2
     assert bytes_of(tmp_path / "out") == bytes_of(codes)
     assert not unfinished_folder(tmp_path / "out").exists()
@@ -127,7 +127,7 @@ def test_bad_clips_are_named_and_left_out(packed: Path, model: Path, tmp_path: P
     with Path(location.shard).open("r+b") as file:
         file.seek(location.audio_offset + location.audio_size // 2)
         file.write(b"\x00\xff" * 8)
-    report = encode_shards(job(model, copy), tmp_path / "out", [CPU])
+    report = encode_shards(options(model, copy, tmp_path / "out"), [CPU])
     assert len(report.failures) == 1
     assert "damaged" in report.failures[0][1]
     assert len(CodeShards(tmp_path / "out")) == len(ShardIndex.load(copy)) - 1
@@ -166,11 +166,12 @@ WAITS = """
 import multiprocessing, sys, time
 from pathlib import Path
 import torch
+from moss_train.config.schema import EncodeConfig
 from moss_train.inference import shards
 
 if __name__ == "__main__":
-    job = shards.EncodeJob(sys.argv[1], Path(sys.argv[2]), None, None, batch_seconds=20.0)
-    encoding = shards.encode_in_processes(job, [0], [torch.device("cpu")], Path(sys.argv[3]))
+    options = EncodeConfig(sys.argv[1], sys.argv[3], shards=sys.argv[2], batch_seconds=20.0)
+    encoding = shards.encode_in_processes(options, [0], [torch.device("cpu")], Path(sys.argv[3]))
     next(encoding)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(600)

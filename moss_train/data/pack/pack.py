@@ -6,7 +6,6 @@ its size, so what is in it depends neither on the number of processes nor on whe
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from moss_train.data.pack.resume import (
 from moss_train.data.shards.format import FORMAT_VERSION, EncodedClip, ShardWriter, read_shard
 from moss_train.data.shards.index import INDEX_FILE, IndexBuilder
 from moss_train.utils.errors import Fault, InvalidSample, UserError, count_faults
-from moss_train.utils.workers import TASKS_PER_PROCESS, map_ordered, num_cores, ray_pool, worker_pool
+from moss_train.utils.workers import num_cores, ray_pool, worker_pool
 
 CLIPS_PER_PROCESS = 200
 """So many clips are worth starting a process for, when the number of processes is not given."""
@@ -62,26 +61,23 @@ def pack(
     for input that cannot be packed.
     """
     check_target(target, overwrite)
-    with resumable_directory(target) as folder, ExitStack() as stack:
-        if executor == "ray":
-            submit, cores = stack.enter_context(ray_pool())
-            max_in_flight = TASKS_PER_PROCESS * (num_workers or cores)
-        else:
-            count = num_workers or min(num_cores(), 1 + len(sources.clips) // CLIPS_PER_PROCESS)
-            pool = worker_pool(count if count > 1 else 0, "moss_train.data.pack.preprocess")
-            submit, max_in_flight = stack.enter_context(pool), 1 if count == 1 else TASKS_PER_PROCESS * count
+    if executor == "ray":
+        pool = ray_pool(num_workers)
+    else:
+        count = num_workers or min(num_cores(), 1 + len(sources.clips) // CLIPS_PER_PROCESS)
+        pool = worker_pool(count if count > 1 else 0, "moss_train.data.pack.preprocess")
+    with resumable_directory(target) as folder, pool as map_ordered:
         packer = _Packer(folder, sources, options, drop)
         todo, num_resumed = packer.resume()
         for _ in range(len(sources.clips) - len(todo)):
             on_clip(0.0)
         clips = (sources.clips[number] for number in todo)
-        results = map_ordered(submit, preprocess_clip, clips, options, max_in_flight=max_in_flight)
+        results = map_ordered(preprocess_clip, clips, options)
         try:
             for number, (clip, result) in zip(todo, results, strict=True):
                 outcomes: Iterable[Outcome]
                 if isinstance(result, tuple):
-                    parts = map_ordered(submit, preprocess_segment, result, clip, options, max_in_flight=max_in_flight)
-                    outcomes = (outcome for _, outcome in parts)
+                    outcomes = (outcome for _, outcome in map_ordered(preprocess_segment, result, clip, options))
                 else:
                     outcomes = [result]
                 on_clip(packer.add(number, outcomes))
