@@ -24,9 +24,9 @@ import soundfile
 import torch
 
 from moss_train.audio.io import read_audio
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.pack.pack import pack
-from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.shards.remote import CACHE_VARIABLE
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
@@ -103,7 +103,8 @@ def bench_remote(shards: Path, folder: Path, seconds: float, rate: int) -> None:
 
 def pack_clips(folder: Path, rate: int) -> None:
     """Pack the FLAC files."""
-    pack(list_clips(folder / "flac", "audio"), folder / "shards", PackOptions(sampling_rate=rate), num_workers=1)
+    config = PackConfig(str(folder / "flac"), str(folder / "shards"), "audio", sampling_rate=rate, num_workers=1)
+    pack(list_clips(folder / "flac", "audio"), config)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from moss_train.config.schema import PackConfig
 from moss_train.data.pack.list_formats import MANIFEST_SUFFIXES
 from moss_train.data.pack.manifest import how_to_convert, list_clips, read_drop_list
 from moss_train.data.pack.pack import PackReport, check_target, pack
-from moss_train.data.pack.preprocess import SILENT, PackOptions
+from moss_train.data.pack.preprocess import SILENT
 from moss_train.data.pack.resume import JOURNAL_FILE, unfinished_folder
 from moss_train.utils.errors import count_faults
 from moss_train.utils.files import pluralize, printable
@@ -33,7 +32,6 @@ _REASONS = {
 
 def run(config: PackConfig) -> int:
     """Pack `input` into `out`, show progress and print what was packed."""
-    options = PackOptions(**{field.name: getattr(config, field.name) for field in fields(PackOptions)})
     target = Path(config.out)
     check_target(target, config.overwrite)
     drop = read_drop_list(Path(config.drop)) if config.drop else frozenset()
@@ -48,16 +46,7 @@ def run(config: PackConfig) -> int:
                 speed = seconds_done / max(time.monotonic() - begin, 1e-3)
                 bar.advance(note=f"{seconds_done / 3600:.2f} h of audio, {speed / 3600:.3f} h/s")
 
-            report = pack(
-                sources,
-                target,
-                options,
-                overwrite=config.overwrite,
-                num_workers=config.num_workers,
-                executor=config.executor,
-                drop=drop,
-                on_clip=on_clip,
-            )
+            report = pack(sources, config, drop=drop, on_clip=on_clip)
     except BaseException:
         folder = unfinished_folder(target)
         if (folder / JOURNAL_FILE).exists():

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.pack.on_the_fly import pack_cached, split
-from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.shards.index import ShardIndex
 from moss_train.utils.errors import UserError
 
@@ -23,7 +23,7 @@ def folder(recordings, tmp_path) -> Path:
 
 
 def prepare(folder: Path, cache: Path, **options):
-    return pack_cached(folder, cache, PackOptions(**options), domain="sound", heldout_fraction=0.02)
+    return pack_cached(PackConfig(folder, cache, "sound", **options), heldout_fraction=0.02)
 
 
 def test_a_folder_is_packed_once_with_one_clip_held_out(folder, tmp_path, capsys):

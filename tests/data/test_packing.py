@@ -232,14 +232,15 @@ def test_an_interruption_leaves_nothing_and_keeps_the_earlier_result(
         recordings,
         tuple(SourceClip(path, path.name, "speech") for path in sorted((recordings / "speech").glob("*.flac"))[:2]),
     )
-    packing.pack(clips, tmp_path / "out", packing.PackOptions())
+    options = PackConfig(recordings, tmp_path / "out")
+    packing.pack(clips, options)
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
 
     def interrupt(seconds: float) -> None:
         raise error
 
     with pytest.raises(error):
-        packing.pack(clips, tmp_path / "out", packing.PackOptions(), overwrite=True, on_clip=interrupt)
+        packing.pack(clips, options.replace(overwrite=True), on_clip=interrupt)
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from moss_train.commands import pack as pack_command
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.pack.pack import pack
-from moss_train.data.pack.preprocess import PackOptions
 from moss_train.data.pack.resume import resumable_directory, unfinished_folder
 from moss_train.utils.errors import UserError
 
@@ -48,11 +48,11 @@ def test_processes_make_the_same_bytes(packed: Path, tmp_path: Path, pack_config
 def test_a_stopped_job_goes_on_after_its_finished_shards(
     packed: Path, tmp_path: Path, recordings: Path, stops: list[int]
 ) -> None:
-    sources, options = list_clips(recordings / "train.jsonl", "audio"), PackOptions(shard_bytes=SHARD_BYTES)
-    target, kept = tmp_path / "out", {}
+    sources, target, kept = list_clips(recordings / "train.jsonl", "audio"), tmp_path / "out", {}
+    options = PackConfig("in", target, shard_bytes=SHARD_BYTES, num_workers=1)
     for count in stops:
         with pytest.raises(StopError):
-            pack(sources, target, options, num_workers=1, on_clip=stop_after(count))
+            pack(sources, options, on_clip=stop_after(count))
         folder = unfinished_folder(target)
         now = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
         finished = {json.loads(line)["file"] for line in (folder / "journal.jsonl").read_text().splitlines()}
@@ -60,7 +60,7 @@ def test_a_stopped_job_goes_on_after_its_finished_shards(
         kept = {name: now[name] for name in finished}
         assert kept
         assert not target.exists()
-    report = pack(sources, target, options, num_workers=1)
+    report = pack(sources, options)
     assert report.num_resumed == len(kept)
     assert {name: (target / name).stat().st_mtime_ns for name in kept} == kept
     assert bytes_of(target) == bytes_of(packed)
@@ -68,10 +68,10 @@ def test_a_stopped_job_goes_on_after_its_finished_shards(
 
 
 def test_changed_input_options_or_shards_are_packed_anew(packed: Path, tmp_path: Path, recordings: Path) -> None:
-    sources, options = list_clips(recordings / "train.jsonl", "audio"), PackOptions(shard_bytes=SHARD_BYTES)
-    target = tmp_path / "out"
+    sources, target = list_clips(recordings / "train.jsonl", "audio"), tmp_path / "out"
+    options = PackConfig("in", target, shard_bytes=SHARD_BYTES, num_workers=1)
     with pytest.raises(StopError):
-        pack(sources, target, options, num_workers=1, on_clip=stop_after(100))
+        pack(sources, options, on_clip=stop_after(100))
     folder = unfinished_folder(target)
     names = [json.loads(line)["file"] for line in (folder / "journal.jsonl").read_text().splitlines()]
     damaged = bytearray((folder / names[0]).read_bytes())
@@ -80,13 +80,12 @@ def test_changed_input_options_or_shards_are_packed_anew(packed: Path, tmp_path:
     with (folder / "journal.jsonl").open("ab") as file:
         file.write(b'{"file": "cut of')  # what a kill leaves of a line
     domain = names[0].rpartition("-")[0]
-    report = pack(sources, target, options, num_workers=1)
+    report = pack(sources, options)
     assert report.num_resumed == sum(not name.startswith(domain) for name in names)
     assert bytes_of(target) == bytes_of(packed)
     with pytest.raises(StopError):
-        pack(sources, tmp_path / "two", options, num_workers=1, on_clip=stop_after(100))
-    other = PackOptions(shard_bytes=SHARD_BYTES, min_seconds=0.2)
-    assert pack(sources, tmp_path / "two", other, num_workers=1).num_resumed == 0
+        pack(sources, options.replace(out=tmp_path / "two"), on_clip=stop_after(100))
+    assert pack(sources, options.replace(out=tmp_path / "two", min_seconds=0.2)).num_resumed == 0
 
 
 @pytest.mark.faults

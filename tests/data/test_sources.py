@@ -10,8 +10,9 @@ import torch
 
 from moss_train.audio.io import read_audio, resample, write_audio
 from moss_train.commands import pack as pack_command
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import SourceClip, list_clips, read_drop_list
-from moss_train.data.pack.preprocess import PackOptions, preprocess_segment, split_into_segments
+from moss_train.data.pack.preprocess import preprocess_segment, split_into_segments
 from moss_train.data.shards.index import ShardIndex
 from moss_train.utils.errors import UserError
 from tests.data.packed_clips import iterate_clips
@@ -155,11 +156,11 @@ def test_parts_of_a_long_file_join_to_the_whole(
 
 
 def test_hours_are_cut_into_parts_that_fit(tmp_path: Path) -> None:
-    segments = split_into_segments(0, 4 * 3600 * 44100 + 17, 44100, PackOptions())
+    segments = split_into_segments(0, 4 * 3600 * 44100 + 17, 44100, PackConfig("in", "out"))
     assert sum(segment.num_samples for segment in segments) == 4 * 3600 * 44100 + 17
     assert max(segment.num_samples for segment in segments) <= 60 * 44100 + 147
     assert all(segment.start % 147 == 0 for segment in segments)
-    gone = preprocess_segment(segments[0], SourceClip(tmp_path / "gone.flac", "gone", "audio"), PackOptions())
+    gone = preprocess_segment(segments[0], SourceClip(tmp_path / "gone.flac", "gone", "audio"), PackConfig("in", "out"))
     assert (gone.kind, "gone.flac" in gone.reason) == ("unreadable", True)
 
 

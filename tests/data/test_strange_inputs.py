@@ -14,11 +14,12 @@ import pytest
 import soundfile
 
 from moss_train.audio.window import Remark
+from moss_train.config.schema import PackConfig
 from moss_train.data.clips import list_sources
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.pack.on_the_fly import pack_cached
 from moss_train.data.pack.pack import pack
-from moss_train.data.pack.preprocess import SILENT, PackOptions, SkippedClip, preprocess_clip
+from moss_train.data.pack.preprocess import SILENT, SkippedClip, preprocess_clip
 from moss_train.data.shards.format import EncodedClip
 from moss_train.data.shards.index import ShardIndex
 from moss_train.inference.files import find_audio, find_codes, targets_of
@@ -67,7 +68,7 @@ def test_what_is_no_ordinary_file_is_named_counted_and_never_opened(special: Pat
     assert [clip.id for clip in found.clips] == ["good.wav"]
     assert [bad.name for bad in found.invalid] == ["dangling.wav", "device.wav", "loop.wav", "pipe.wav", "socket.wav"]
     assert {bad.fault for bad in found.invalid} == {Fault.SPECIAL_FILE}
-    report = pack(found, tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
+    report = pack(found, PackConfig("in", tmp_path / "out", max_invalid_fraction=1.0, num_workers=1))
     assert (report.index["num_samples"], len(report.invalid)) == (1, 5)
     works, failures = find_audio([str(special)], tmp_path / "codes")
     assert (len(works), len(failures)) == (1, 5)
@@ -104,7 +105,9 @@ def test_formats_of_phones_come_with_the_command_that_converts_them(tmp_path: Pa
         list_clips(folder / "memo.m4a", "audio")
     wav(folder / "good.wav")
     assert list_clips(folder, "audio").ignored == {".m4a": 1}
-    outcome = preprocess_clip(list_clips(manifest(folder, {"path": "memo.m4a"}), "audio").clips[0], PackOptions())
+    outcome = preprocess_clip(
+        list_clips(manifest(folder, {"path": "memo.m4a"}), "audio").clips[0], PackConfig("in", "out")
+    )
     assert isinstance(outcome, SkippedClip)
     assert "ffmpeg -i" in outcome.reason
 
@@ -113,7 +116,7 @@ def test_formats_of_phones_come_with_the_command_that_converts_them(tmp_path: Pa
 def test_a_part_may_end_a_rounding_error_behind_its_recording(tmp_path: Path, end: float | None, remarks) -> None:
     wav(tmp_path / "a.wav")
     source = manifest(tmp_path, {"path": "a.wav", "start_seconds": 0.25, "end_seconds": end})
-    outcome = preprocess_clip(list_clips(source, "speech").clips[0], PackOptions())
+    outcome = preprocess_clip(list_clips(source, "speech").clips[0], PackConfig("in", "out"))
     assert isinstance(outcome, EncodedClip)
     assert (outcome.num_samples, outcome.remarks) == (18000, remarks)
 
@@ -121,7 +124,7 @@ def test_a_part_may_end_a_rounding_error_behind_its_recording(tmp_path: Path, en
 def test_a_part_that_ends_far_behind_its_recording_is_refused(tmp_path: Path) -> None:
     wav(tmp_path / "a.wav")
     source = manifest(tmp_path, {"path": "a.wav", "end_seconds": 1.02})
-    outcome = preprocess_clip(list_clips(source, "speech").clips[0], PackOptions())
+    outcome = preprocess_clip(list_clips(source, "speech").clips[0], PackConfig("in", "out"))
     assert isinstance(outcome, SkippedClip)
     assert outcome.fault == Fault.LENGTH
 
@@ -130,7 +133,7 @@ def test_segments_of_kaldi_may_end_at_minus_one(tmp_path: Path) -> None:
     wav(tmp_path / "a.wav")
     (tmp_path / "wav.scp").write_text("rec a.wav\n")
     (tmp_path / "segments").write_text("one rec 0.5 -1\ntwo rec 0.5 1.004\n")
-    outcomes = [preprocess_clip(clip, PackOptions()) for clip in list_clips(tmp_path, "speech").clips]
+    outcomes = [preprocess_clip(clip, PackConfig("in", "out")) for clip in list_clips(tmp_path, "speech").clips]
     assert [outcome.num_samples for outcome in outcomes if isinstance(outcome, EncodedClip)] == [12000, 12000]
 
 
@@ -171,7 +174,7 @@ def test_half_a_character_is_a_bad_line_and_a_strange_name_is_none(tmp_path: Pat
     found = list_clips(source, "speech")
     assert [clip.id for clip in found.clips] == ["ok", "caf\\xe9.wav"]
     assert [bad.fault for bad in found.invalid] == [Fault.LINE, Fault.FILE, Fault.FILE, Fault.FILE]
-    report = pack(found, tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
+    report = pack(found, PackConfig("in", tmp_path / "out", max_invalid_fraction=1.0, num_workers=1))
     assert report.index["num_samples"] == 2
 
 
@@ -215,7 +218,7 @@ def test_what_encode_names_decode_takes(tmp_path: Path) -> None:
 def test_shards_keep_ids_that_only_differ_in_their_suffix(tmp_path: Path) -> None:
     for name in ("same.wav", "same.flac", "spk1.utt001.wav"):
         wav(tmp_path / "audio" / name)
-    pack(list_clips(tmp_path / "audio", "speech"), tmp_path / "out", PackOptions(), num_workers=1)
+    pack(list_clips(tmp_path / "audio", "speech"), PackConfig("in", tmp_path / "out", num_workers=1))
     ids = [name for name, _, _ in iterate_clips([tmp_path / "out"], sampling_rate=RATE, num_channels=1)]
     assert sorted(ids) == ["same.flac", "same.wav", "spk1.utt001.wav"]
     assert len(ShardIndex.load(tmp_path / "out")) == len(set(targets_of(ids, ".wav")))
@@ -224,7 +227,7 @@ def test_shards_keep_ids_that_only_differ_in_their_suffix(tmp_path: Path) -> Non
 def test_silence_is_counted(tmp_path: Path) -> None:
     wav(tmp_path / "audio/a.wav", TONE * 0)
     wav(tmp_path / "audio/b.wav")
-    report = pack(list_clips(tmp_path / "audio", "speech"), tmp_path / "out", PackOptions(), num_workers=1)
+    report = pack(list_clips(tmp_path / "audio", "speech"), PackConfig("in", tmp_path / "out", num_workers=1))
     assert report.remarks == {SILENT: 1}
 
 
@@ -259,9 +262,7 @@ def test_commands_work_without_utf8_home_and_tmpdir(tmp_path: Path) -> None:
 
 def test_silence_is_a_warning_of_the_run(tmp_path: Path) -> None:
     wav(tmp_path / "audio/a.wav", TONE * 0)
-    packed = pack_cached(
-        tmp_path / "audio", tmp_path / "cache", PackOptions(), domain="speech", heldout_fraction=0.0, key="data.path"
-    )
+    packed = pack_cached(PackConfig(tmp_path / "audio", tmp_path / "cache"), heldout_fraction=0.0, key="data.path")
     assert packed.is_silent
     for _ in range(2):  # every rank, and after a resume
         warn_of_silence(tmp_path, "audio")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import SourceClip, list_clips
 from moss_train.data.pack.pack import pack
-from moss_train.data.pack.preprocess import PackOptions, SkippedClip, preprocess_clip
+from moss_train.data.pack.preprocess import SkippedClip, preprocess_clip
 from moss_train.data.shards.format import EncodedClip
 from tests.data.packed_clips import iterate_clips
 
@@ -97,7 +98,7 @@ def flipped(content: bytes) -> bytes:
 
 def prepared(tmp_path: Path, content: bytes) -> object:
     (tmp_path / "clip.bin").write_bytes(content)
-    return preprocess_clip(SourceClip(tmp_path / "clip.bin", "clip", "speech"), PackOptions())
+    return preprocess_clip(SourceClip(tmp_path / "clip.bin", "clip", "speech"), PackConfig("in", "out"))
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
@@ -154,7 +155,8 @@ def test_one_bad_file_among_good_ones_loses_nothing_else(tmp_path: Path) -> None
     everything = {**UNREADABLE, **TOO_SHORT, **USABLE}
     for kind, make in everything.items():
         (folder / f"{kind.replace(' ', '_')}.wav").write_bytes(make())
-    report = pack(list_clips(folder, "speech"), tmp_path / "out", PackOptions(max_invalid_fraction=1.0), num_workers=1)
+    options = PackConfig(folder, tmp_path / "out", max_invalid_fraction=1.0, num_workers=1)
+    report = pack(list_clips(folder, "speech"), options)
     found = {name for name, _, _ in iterate_clips([tmp_path / "out"], sampling_rate=RATE, num_channels=1)}
     assert found == {f"{kind.replace(' ', '_')}.wav" for kind in USABLE}
     assert len(report.invalid) == len(UNREADABLE)

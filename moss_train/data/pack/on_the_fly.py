@@ -4,14 +4,13 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moss_train.audio.io import RESAMPLER
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import SourceList, list_clips
-from moss_train.data.pack.pack import pack
-from moss_train.data.pack.preprocess import SILENT, PackOptions
-from moss_train.data.shards.format import FORMAT_VERSION
+from moss_train.data.pack.pack import content_settings, pack
+from moss_train.data.pack.preprocess import SILENT
 from moss_train.data.shards.index import INDEX_FILE
 from moss_train.utils.files import file_lock, pluralize, printable
 from moss_train.utils.progress import progress
@@ -41,10 +40,8 @@ class PackedSource:
         return (self.train.parent / SILENT_FILE).exists()
 
 
-def pack_cached(
-    source: Path, cache: Path, options: PackOptions, *, domain: str, heldout_fraction: float, key: str = "input"
-) -> PackedSource:
-    """Pack a source into `cache`, or find it there; a line says which, and where.
+def pack_cached(options: PackConfig, heldout_fraction: float, key: str = "input") -> PackedSource:
+    """Pack `options.input` into a folder in `options.out`, or find it there; a line says which, and where.
 
     Packing that was interrupted continues after its last finished shard. Of several processes one packs and the others
     wait.
@@ -52,7 +49,8 @@ def pack_cached(
     Raises:
         UserError: nothing to pack, or too many unreadable files.
     """
-    sources = list_clips(source, domain, key)
+    cache = Path(options.out)
+    sources = list_clips(Path(options.input), options.domain, key)
     heldout, train = split(sources, heldout_fraction)
     key = listing_key(sources, options, heldout_fraction)
     folder = cache / key[:16]
@@ -64,7 +62,8 @@ def pack_cached(
         for part, target in todo:
             folder.mkdir(parents=True, exist_ok=True)
             with progress(f"packing {target.name}", total=len(part.clips)) as bar:
-                report = pack(part, target, options, on_clip=lambda seconds, bar=bar: bar.advance())  # type: ignore[misc]
+                to_target = options.replace(out=str(target))
+                report = pack(part, to_target, on_clip=lambda seconds, bar=bar: bar.advance())  # type: ignore[misc]
             kinds = [f"{count} {kind}" for kind, count in sorted(report.skipped.items())]
             if report.invalid:
                 reasons = "; ".join(bad.reason for bad in report.invalid[:NUM_SHOWN])
@@ -77,15 +76,15 @@ def pack_cached(
                 (folder / SILENT_FILE).touch()
     count = f"{pluralize(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
     done = "packed into" if todo else "found packed in"
-    print(printable(f"{source}: {count}, {done} {folder}"), file=sys.stderr)
+    print(printable(f"{options.input}: {count}, {done} {folder}"), file=sys.stderr)
     return found
 
 
-def listing_key(sources: SourceList, options: PackOptions, heldout_fraction: float) -> str:
+def listing_key(sources: SourceList, options: PackConfig, heldout_fraction: float) -> str:
     """Hash of the files by name, size and time, of their labels, and of the format in which they are packed."""
     # Under the names that these had at first: a run that began then has to find its folder.
-    content = asdict(options) | {"heldout_share": heldout_fraction, "resampler": RESAMPLER, "format": FORMAT_VERSION}
-    content["max_bad_share"] = content.pop("max_invalid_fraction")
+    shares = {"heldout_share": heldout_fraction, "max_bad_share": options.max_invalid_fraction}
+    content = content_settings(options) | shares
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for clip in sources.clips:
         status = clip.path.stat()

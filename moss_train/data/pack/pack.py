@@ -6,12 +6,14 @@ its size, so what is in it depends neither on the number of processes nor on whe
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moss_train.audio.io import RESAMPLER
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import SourceList
-from moss_train.data.pack.preprocess import PackOptions, SkippedClip, preprocess_clip, preprocess_segment
+from moss_train.data.pack.preprocess import SkippedClip, preprocess_clip, preprocess_segment
 from moss_train.data.pack.resume import (
     FinishedShard,
     ShardInputs,
@@ -44,27 +46,24 @@ class PackReport:
 
 def pack(
     sources: SourceList,
-    target: Path,
-    options: PackOptions,
+    options: PackConfig,
     *,
-    overwrite: bool = False,
-    num_workers: int | None = None,
-    executor: str = "local",
     drop: frozenset[str] = frozenset(),
     on_clip: Callable[[float], None] = lambda seconds: None,
 ) -> PackReport:
-    """Pack every clip of a list into a new folder of shards with an index.
+    """Pack every clip of a list into a new folder of shards with an index, `options.out`.
 
     `on_clip` hears the seconds of every clip, 0 when it was skipped. `drop` are ids of clips, or of parts of long
     ones, to leave out. The folder appears under its name when it is complete, and not at all otherwise; the shards that
     were finished before an error or a kill are reused by the next call. Raises UserError, naming the file or line,
     for input that cannot be packed.
     """
-    check_target(target, overwrite)
-    if executor == "ray":
-        pool = ray_pool(num_workers)
+    target = Path(options.out)
+    check_target(target, options.overwrite)
+    if options.executor == "ray":
+        pool = ray_pool(options.num_workers)
     else:
-        count = num_workers or min(num_cores(), 1 + len(sources.clips) // CLIPS_PER_PROCESS)
+        count = options.num_workers or min(num_cores(), 1 + len(sources.clips) // CLIPS_PER_PROCESS)
         pool = worker_pool(count if count > 1 else 0, "moss_train.data.pack.preprocess")
     with resumable_directory(target) as folder, pool as map_ordered:
         packer = _Packer(folder, sources, options, drop)
@@ -92,14 +91,12 @@ def pack(
 class _Packer:
     """Sorts clips into one open shard per domain, and indexes and records every shard as it is closed."""
 
-    def __init__(self, folder: Path, sources: SourceList, options: PackOptions, drop: frozenset[str]) -> None:
+    def __init__(self, folder: Path, sources: SourceList, options: PackConfig, drop: frozenset[str]) -> None:
         self.skipped: Counter[str] = Counter()
         self.invalid: list[InvalidSample] = list(sources.invalid)
         self.remarks: Counter[str] = Counter()
         self._folder, self._sources, self._options, self._drop = folder, sources, options, drop
-        content = asdict(options)
-        del content["max_invalid_fraction"]  # does not change what is in a shard
-        self._settings = content | {"resampler": RESAMPLER, "drop": sorted(drop), "format": FORMAT_VERSION}
+        self._settings = content_settings(options) | {"drop": sorted(drop)}
         self._open: dict[str, ShardWriter] = {}
         self._inputs: dict[str, ShardInputs] = {}
         self._num_shards: Counter[str] = Counter()
@@ -195,6 +192,13 @@ class _Packer:
         lost = (dict(inputs.left_out), inputs.bad, dict(inputs.remarks))
         shard = FinishedShard(name, domain, inputs.last, inputs.digest.hexdigest(), sha256, *lost)
         write_journal(self._folder, [shard])
+
+
+def content_settings(options: PackConfig) -> dict[str, Any]:
+    """Return what decides, beside the clips, what is in a shard."""
+    others = ("input", "out", "domain", "drop", "max_invalid_fraction", "num_workers", "executor", "overwrite")
+    settings = {name: value for name, value in options.to_plain().items() if name not in others}
+    return settings | {"resampler": RESAMPLER, "format": FORMAT_VERSION}
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moss_train.audio.io import AudioSource, audio_info, read_audio, resample, write_audio
 from moss_train.audio.window import Remark
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.list_formats import open_row
 from moss_train.data.pack.manifest import SourceClip
 from moss_train.data.shards.format import EncodedClip
@@ -25,20 +26,6 @@ END_TOLERANCE = 0.01
 """Seconds that a part of a recording may end behind it, as rounded times do: it is taken to the end then."""
 
 _RESAMPLER_REACH = 16  # samples at the lower rate that reach into a resampled sample, generously
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """How clips are stored and which are skipped."""
-
-    sampling_rate: int = 24000
-    num_channels: int = 1
-    min_seconds: float = 0.1  # shorter clips are skipped
-    shard_bytes: int = 256 * 2**20  # a shard is closed once it has this size
-    max_invalid_fraction: float = 0.0  # share of unreadable files beyond which packing stops
-    max_seconds: float | None = 600.0  # longer clips are skipped, unless they are split
-    segment_seconds: float | None = 60.0  # longer clips without text are split into equal parts of at most this
-    min_level_db: float | None = None  # clips with a lower level, in dB below full scale, are skipped
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class Segment:
     num_samples: int
 
 
-def preprocess_clip(clip: SourceClip, options: PackOptions) -> EncodedClip | SkippedClip | tuple[Segment, ...]:
+def preprocess_clip(clip: SourceClip, options: PackConfig) -> EncodedClip | SkippedClip | tuple[Segment, ...]:
     """Return a clip ready to be stored, or a SkippedClip with the reason when the file cannot be used.
 
     Of a long clip without text only the parts are returned, each to be made by `preprocess_segment`.
@@ -77,7 +64,7 @@ def preprocess_clip(clip: SourceClip, options: PackOptions) -> EncodedClip | Ski
         return SkippedClip("unreadable", str(error), fault_of(error))
 
 
-def preprocess_segment(segment: Segment, clip: SourceClip, options: PackOptions) -> EncodedClip | SkippedClip:
+def preprocess_segment(segment: Segment, clip: SourceClip, options: PackConfig) -> EncodedClip | SkippedClip:
     """Make one part of a long clip ready to be stored, as if the whole had been resampled and then split."""
     try:
         source, rate, begin, num_samples, remarks = find_extent(clip)
@@ -128,7 +115,7 @@ def find_extent(clip: SourceClip) -> Extent:
     return Extent(source, rate, begin, end - begin, remarks)
 
 
-def split_into_segments(begin: int, num_samples: int, rate: int, options: PackOptions) -> tuple[Segment, ...]:
+def split_into_segments(begin: int, num_samples: int, rate: int, options: PackConfig) -> tuple[Segment, ...]:
     """Cut a clip into equal parts of at most `segment_seconds`, at places that fall on samples of both rates."""
     assert options.segment_seconds is not None
     unit, _ = _units(rate, options.sampling_rate)
@@ -144,7 +131,7 @@ def _units(rate: int, wanted_rate: int) -> tuple[int, int]:
 
 
 def _finish(
-    audio: Tensor, rate: int, clip_id: str, options: PackOptions, remarks: tuple[Remark, ...]
+    audio: Tensor, rate: int, clip_id: str, options: PackConfig, remarks: tuple[Remark, ...]
 ) -> EncodedClip | SkippedClip:
     """Check, resample and encode audio [C, T]."""
     if rate != options.sampling_rate:

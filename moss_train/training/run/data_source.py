@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.config.fit_schema import FitConfig
+from moss_train.config.schema import PackConfig
 from moss_train.data.pack.on_the_fly import PackedSource, pack_cached
-from moss_train.data.pack.preprocess import PackOptions
 from moss_train.utils.checkpoint import list_checkpoints
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write, printable, read_json
@@ -43,15 +43,15 @@ def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> tuple[list[
         packed = begun
     else:
         packed = pack_cached(
-            Path(data.path).expanduser(),
-            directory / CACHE_FOLDER if data.cache is None else Path(data.cache),
-            PackOptions(
+            PackConfig(
+                data.path,
+                str(directory / CACHE_FOLDER) if data.cache is None else data.cache,
+                data.domain,
                 sampling_rate=tokenizer.output_sampling_rate,
                 num_channels=tokenizer.number_channels,
                 max_invalid_fraction=data.max_invalid_fraction,
             ),
-            domain=data.domain,
-            heldout_fraction=data.heldout_fraction,
+            data.heldout_fraction,
             key="data.path",
         )
         if begun is not None and begun.key != packed.key and not config.allow_config_changes:
