@@ -266,7 +266,7 @@ class DataConfig(Section):
     max_seconds: Positive = 30.0
     max_text_tokens: Count | None = 2048
     micro_batch_seconds: Positive = 160.0
-    min_length_ratio: Positive = 0.7
+    min_length_ratio: AboveZero = 0.7
     peak: AboveZero | None = None
     loudness_lufs: Annotated[float, within(-70, 0)] | None = None
     gain_db: list[Annotated[float, within(-60, 60)]] | None = None

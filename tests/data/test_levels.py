@@ -11,7 +11,6 @@ from moss_train.audio.loudness import loudness, power_spectrum
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.sample_reader import adjust_level
 from moss_train.data.stream.stream import AudioStream, ClipFormat
-from moss_train.utils.errors import UserError
 
 
 def clip_format(**options) -> ClipFormat:
@@ -48,16 +47,3 @@ def test_gain_is_drawn_between_its_limits_and_bound_to_the_position(packed: Path
     assert -12.01 <= min(gains) < -10
     assert -5 < max(gains) <= -2.99
     assert all(torch.equal(one, two) for one, two in zip(changed, again, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"peak": 0.5, "loudness_lufs": -20.0}, "exclude each other"),
-        ({"loudness_lufs": 3.0}, "between -70 and 0"),
-        ({"gain_db": (3.0, -3.0)}, "gain_db=.3.0, -3.0. has to be"),
-    ],
-)
-def test_impossible_levels_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        clip_format(**options)

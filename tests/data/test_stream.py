@@ -140,11 +140,7 @@ def test_folders_are_read_together(packed: Path) -> None:
     [
         (ClipFormat(48000, 1, 1920), {}, r"sampling_rate=24000 num_channels=1, the model needs sampling_rate=48000"),
         (ClipFormat(24000, 2, 1920), {}, r"pack the audio again with sampling_rate=24000 num_channels=2"),
-        (FORMAT, {"crop_seconds": 0}, r"crop_seconds=0 has to be above 0"),
-        (FORMAT, {"crop_seconds": 9.0, "max_seconds": 8.0}, r"at most max_seconds=8\.0"),
         (FORMAT, {"weights": {"noise": 1.0}}, r"'noise', which no shard has; there are music, sound, speech"),
-        (FORMAT, {"seed": -1}, r"seed=-1"),
-        (FORMAT, {"min_length_ratio": 1.1}, r"min_length_ratio=1\.1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -159,6 +155,3 @@ def test_no_folder_is_refused(packed: Path, recordings: Path) -> None:
         AudioStream([], FORMAT, crop_seconds=0.5)
     with pytest.raises(UserError, match="not a folder of packed shards"):
         AudioStream([packed, recordings], FORMAT, crop_seconds=0.5)
-    for wrong in ({"hop_length": 0}, {"peak": 0.0}, {"peak": 1.5}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            ClipFormat(**({"sampling_rate": 24000, "num_channels": 1, "hop_length": 1920} | wrong))

@@ -14,6 +14,7 @@ from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.export.load import load_tokenizer
 from moss_train.inference.encode import Encoder
 from moss_train.inference.files import Work, read_codes
+from moss_train.model.configuration_moss_audio_tokenizer import output_ratio
 from moss_train.utils.errors import UserError
 from tests.data.packed_clips import iterate_clips
 from tests.model.small_models import save_one_stage_model
@@ -90,8 +91,8 @@ def test_a_batch_travels_between_processes_with_its_target(high):
 def test_what_cannot_be_read_at_two_rates_is_refused(high, packed):
     with pytest.raises(UserError, match="sampling_rate=24000 num_channels=1, the model needs sampling_rate=48000"):
         AudioStream([packed], HIGH, crop_seconds=1.0)
-    with pytest.raises(UserError, match="output_sampling_rate=36000 has to be a multiple of sampling_rate=24000"):
-        ClipFormat(24000, 1, 1920, output_sampling_rate=36000)
+    with pytest.raises(ValueError, match="output_sampling_rate=36000 is not a multiple of sampling_rate=24000"):
+        output_ratio(24000, 36000)
 
 
 def test_workers_keep_both_rates_within_their_memory():

@@ -198,7 +198,7 @@ def open_stream(
         tokenizer.downsample_rate,
         peak=data.peak,
         loudness_lufs=data.loudness_lufs,
-        gain_db=None if data.gain_db is None else (data.gain_db[0], data.gain_db[1]),
+        gain_db=data.gain_db,
         output_sampling_rate=tokenizer.output_sampling_rate,
     )
     stream = AudioStream(
