@@ -57,14 +57,11 @@ class Window:
         self._begin, self._block = position, self._file.read(max(BLOCK_BYTES, count))
         return self._block[:count]
 
-    def blocks(self, begin: int, end: int, overlap: int = 0) -> Iterator[tuple[int, bytes]]:
-        """Yield (position, bytes) of stretches that cover `begin` to `end`, each `overlap` bytes into the next."""
-        for position in range(begin, end, BLOCK_BYTES):
-            yield position, self.at(position, min(BLOCK_BYTES + overlap, end - position))
-
     def find_all(self, pattern: bytes, begin: int, end: int) -> Iterator[int]:
         """Yield every position of a pattern in ascending order."""
-        for position, block in self.blocks(begin, end, len(pattern) - 1):
+        for position in range(begin, end, BLOCK_BYTES):
+            # As far into the next block as a pattern may reach.
+            block = self.at(position, min(BLOCK_BYTES + len(pattern) - 1, end - position))
             found = block.find(pattern)
             while found >= 0:
                 yield position + found

@@ -14,7 +14,6 @@ from moss_train.config.schema import EncodeConfig
 from moss_train.data.pack.pack import check_target
 from moss_train.data.pack.resume import JOURNAL_FILE, resumable_directory
 from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
-from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ARRAYS_FILE, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.inference.batching import group_by_length, load_model, read_ahead
@@ -22,6 +21,7 @@ from moss_train.inference.decode import Decoder, decode_group
 from moss_train.inference.encode import Encoder
 from moss_train.inference.files import Report, targets_of
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import sha256_of
 from moss_train.utils.progress import progress
 from moss_train.utils.workers import num_cores, ray_pool, worker_pool
 

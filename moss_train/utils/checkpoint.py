@@ -5,7 +5,6 @@ It is written under another name on the same file system, synced, read back, and
 goes through $TMPDIR and destroyed the previous file in a measured kill.)
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -20,7 +19,7 @@ import torch
 
 from moss_train.config.section import present_column
 from moss_train.utils.errors import UserError, first_line
-from moss_train.utils.files import atomic_write, read_json
+from moss_train.utils.files import atomic_write, read_json, sha256_of
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 MANIFEST = "manifest.json"
@@ -75,8 +74,7 @@ def write_checkpoint(directory: Path, write: Callable[[Path], None], info: Mappi
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -123,6 +124,12 @@ def file_lock(path: Path, what: str, timeout_seconds: float = 10.0) -> Iterator[
         yield
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pluralize(number: int, noun: str) -> str:

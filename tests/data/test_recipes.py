@@ -19,7 +19,7 @@ import soundfile
 from moss_train import load_config
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.commands import pack as pack_command
-from moss_train.data.shards.format import sha256_of
+from moss_train.utils.files import sha256_of
 from tests.data.packed_clips import iterate_clips
 from tests.local_server import serving
 

@@ -1,7 +1,9 @@
 """Shards behind a local HTTP server: the same stream, a bounded cache, and a server that fails in every way."""
 
 import functools
+import hashlib
 import http.server
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,7 +14,6 @@ import torch
 
 from moss_train.commands import pack as pack_command
 from moss_train.data.shards import remote
-from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
@@ -114,12 +115,12 @@ def test_a_failing_server_is_asked_again_and_then_given_up(served, kind: str) ->
     handler.kind = kind
     shard, other = list(ShardIndex.load(url).shards)[:2]
     handler.failures[shard.file] = remote.ATTEMPTS - 1
-    path = remote.fetch_shard(f"{url}/{shard.file}", shard.bytes, shard.sha256)
-    assert sha256_of(path) == shard.sha256
+    with os.fdopen(remote.open_shard(f"{url}/{shard.file}", shard.bytes, shard.sha256), "rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
     assert handler.requests[shard.file] == remote.ATTEMPTS
     handler.failures[other.file] = 1000
     with pytest.raises(OSError, match=rf"{other.file} after 5 attempts: "):
-        remote.fetch_shard(f"{url}/{other.file}", other.bytes, other.sha256)
+        remote.open_shard(f"{url}/{other.file}", other.bytes, other.sha256)
     assert handler.requests[other.file] == remote.ATTEMPTS
 
 

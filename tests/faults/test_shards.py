@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save
 
 from moss_train.batch import UpdateBatch
 from moss_train.commands import pack as pack_command
-from moss_train.data.shards.format import read_shard, sha256_of
+from moss_train.data.shards.format import read_shard
 from moss_train.data.shards.index import ClipLocation, ShardIndex
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.sample_reader import ClipReader, SampleError
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import sha256_of
 
 from .harness import SCALE
 

@@ -37,18 +37,11 @@ class SkippedClip:
     fault: Fault = Fault.OTHER  # of the unreadable
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A part of a long clip: samples at the rate of its file."""
-
-    start: int
-    num_samples: int
-
-
-def preprocess_clip(clip: SourceClip, options: PackConfig) -> EncodedClip | SkippedClip | tuple[Segment, ...]:
+def preprocess_clip(clip: SourceClip, options: PackConfig) -> EncodedClip | SkippedClip | tuple[range, ...]:
     """Return a clip ready to be stored, or a SkippedClip with the reason when the file cannot be used.
 
-    Of a long clip without text only the parts are returned, each to be made by `preprocess_segment`.
+    Of a long clip without text only the parts are returned, as samples of its file, each to be made by
+    `preprocess_segment`.
     """
     try:
         source, rate, begin, num_samples, remarks = find_extent(clip)
@@ -64,20 +57,20 @@ def preprocess_clip(clip: SourceClip, options: PackConfig) -> EncodedClip | Skip
         return SkippedClip("unreadable", str(error), fault_of(error))
 
 
-def preprocess_segment(segment: Segment, clip: SourceClip, options: PackConfig) -> EncodedClip | SkippedClip:
+def preprocess_segment(segment: range, clip: SourceClip, options: PackConfig) -> EncodedClip | SkippedClip:
     """Make one part of a long clip ready to be stored, as if the whole had been resampled and then split."""
     try:
         source, rate, begin, num_samples, remarks = find_extent(clip)
         unit, out_unit = _units(rate, options.sampling_rate)
         margin = unit * math.ceil(_RESAMPLER_REACH * max(1, unit / out_unit) / unit)
         left = min(margin, segment.start - begin)
-        right = min(margin, begin + num_samples - segment.start - segment.num_samples)
-        start, length = segment.start - left, left + segment.num_samples + right
+        right = min(margin, begin + num_samples - segment.stop)
+        start, length = segment.start - left, left + len(segment) + right
         audio, _ = read_audio(source, num_channels=options.num_channels, start=start, num_samples=length)
         if rate != options.sampling_rate:
             audio = resample(audio, rate, options.sampling_rate)
         skipped = left // unit * out_unit
-        audio = audio[:, skipped : skipped + math.ceil(segment.num_samples * out_unit / unit)]
+        audio = audio[:, skipped : skipped + math.ceil(len(segment) * out_unit / unit)]
         segment_id = f"{clip.id}#{segment.start / rate:.3f}"
         told = remarks if segment.start == begin else ()  # once per recording
         return _finish(audio, options.sampling_rate, segment_id, options, told)
@@ -115,13 +108,13 @@ def find_extent(clip: SourceClip) -> Extent:
     return Extent(source, rate, begin, end - begin, remarks)
 
 
-def split_into_segments(begin: int, num_samples: int, rate: int, options: PackConfig) -> tuple[Segment, ...]:
-    """Cut a clip into equal parts of at most `segment_seconds`, at places that fall on samples of both rates."""
+def split_into_segments(begin: int, num_samples: int, rate: int, options: PackConfig) -> tuple[range, ...]:
+    """Cut samples of a file into equal parts of at most `segment_seconds`, where samples of both rates meet."""
     assert options.segment_seconds is not None
     unit, _ = _units(rate, options.sampling_rate)
     count = math.ceil(num_samples / max(unit, math.floor(options.segment_seconds * rate / unit) * unit))
     places = [round(num_samples * index / count / unit) * unit for index in range(count)] + [num_samples]
-    return tuple(Segment(begin + first, last - first) for first, last in itertools.pairwise(places))
+    return tuple(range(begin + first, begin + last) for first, last in itertools.pairwise(places))
 
 
 def _units(rate: int, wanted_rate: int) -> tuple[int, int]:

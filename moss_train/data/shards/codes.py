@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from webdataset import TarWriter
 
-from moss_train.data.shards.format import sha256_of
 from moss_train.data.shards.index import ARRAYS_FILE, INDEX_FILE, ShardRecord, ShardTable, check_size, write_index
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import atomic_write, parse_json, read_json
+from moss_train.utils.files import atomic_write, parse_json, read_json, sha256_of
 
 CODES_FORMAT = "moss_train codes"
 CODES_VERSION = 1

@@ -3,7 +3,6 @@
 The index is always made by reading a finished tar, never from what the writer believes it wrote.
 """
 
-import hashlib
 import json
 import os
 import tarfile
@@ -16,7 +15,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import add_path_to_error, parse_json
+from moss_train.utils.files import add_path_to_error, parse_json, sha256_of
 
 FORMAT_VERSION = 1
 
@@ -90,12 +89,6 @@ class ShardWriter:
         for part in (self._tar, self._file):
             with suppress(OSError):
                 part.close()
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_shard(path: Path, sampling_rate: int) -> ShardContents:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,10 @@ from safetensors.torch import save
 
 from moss_train.audio.io import RESAMPLER
 from moss_train.data.pack.manifest import DOMAIN_PATTERN
-from moss_train.data.shards.format import FORMAT_VERSION, LATER_ARRAYS, SAMPLE_ARRAYS, ShardContents, sha256_of
-from moss_train.data.shards.remote import fetch_arrays, fetch_index, fetch_shard, is_remote
+from moss_train.data.shards.format import FORMAT_VERSION, LATER_ARRAYS, SAMPLE_ARRAYS, ShardContents
+from moss_train.data.shards.remote import fetch_arrays, fetch_index, is_remote, open_shard
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import read_json
+from moss_train.utils.files import read_json, sha256_of
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
 
@@ -254,7 +255,7 @@ class ShardIndex:
     def verify_shard(self, shard: ShardRecord) -> None:
         """Compare every byte of one shard with its hash. Raises UserError."""
         if self.url is not None:
-            fetch_shard(self._place(shard.file), shard.bytes, shard.sha256)  # compares
+            os.close(open_shard(self._place(shard.file), shard.bytes, shard.sha256))  # compares when it fetches
             return
         check_size(self.folder / shard.file, shard.bytes)
         if sha256_of(self.folder / shard.file) != shard.sha256:

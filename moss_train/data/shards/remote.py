@@ -59,14 +59,11 @@ def fetch_arrays(url: str, name: str, sha256: str) -> Path:
     return path
 
 
-def fetch_shard(url: str, size: int, sha256: str) -> Path:
-    """Return the local copy of a remote shard, fetched and checked first where there is none. Raises OSError."""
-    os.close(open_shard(url, size, sha256))
-    return _local_path(url, sha256)
-
-
 def open_shard(url: str, size: int, sha256: str) -> int:
-    """Return an open descriptor of the local copy, which stays readable when the copy is deleted. Raises OSError."""
+    """Return an open descriptor of the local copy of a shard, fetched and checked first where there is none.
+
+    It stays readable when the copy is deleted. Raises OSError.
+    """
     path = _local_path(url, sha256)
     with _locked(path):  # held until it is open, because nobody deletes a locked copy
         if not path.exists():
