@@ -21,7 +21,7 @@ from torch import Tensor
 from moss_train.audio.containers import scan
 from moss_train.audio.window import DamagedError, Piece, PieceFile, Remark, Window
 from moss_train.utils.errors import Fault, SampleError, UserError
-from moss_train.utils.files import check_regular_file
+from moss_train.utils.files import special_kind
 
 RESAMPLER = "torchaudio.functional.resample sinc_interp_hann width 6 rolloff 0.99"
 """Name of the method behind `resample`, recorded wherever resampled audio is stored."""
@@ -218,14 +218,14 @@ def _open_bytes(source: AudioSource, name: str) -> BinaryIO:
     if not isinstance(source, str | Path):
         return source
     try:
-        # By Python: libsndfile reports every system error, a missing file included, as "System error".
-        check_regular_file(Path(source), name)
-        return Path(source).open("rb")
+        kind = special_kind(Path(source))
+        if kind is None:
+            # By Python: libsndfile reports every system error, a missing file included, as "System error".
+            return Path(source).open("rb")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        if isinstance(error, SampleError):
-            raise
         fault = Fault.MISSING_FILE if isinstance(error, FileNotFoundError) else Fault.FILE
         raise SampleError(fault, f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
+    raise SampleError(Fault.SPECIAL_FILE, f"{name} is {kind}, not a file")
 
 
 def audio_info(source: AudioSource) -> AudioInfo:

@@ -20,7 +20,7 @@ from rich.table import Table
 from moss_train.config.schema import DoctorConfig
 from moss_train.utils.errors import first_line
 from moss_train.utils.files import package_version
-from moss_train.utils.memory import cuda_memory, memory
+from moss_train.utils.memory import memory
 
 SUMMARY = "Check the environment: versions, devices, memory, disk, audio formats."
 
@@ -181,12 +181,12 @@ def device_findings() -> Iterator[Finding]:
         subject = f"cuda:{device}"
         try:
             major, minor = torch.cuda.get_device_capability(device)
-            free = cuda_memory(device)
+            available, total = torch.cuda.mem_get_info(device)  # other processes' use included
         except RuntimeError as error:
             advice = "the device does not answer: look at nvidia-smi"
             yield Finding(subject, describe(error), advice, broken=True)
             continue
-        sizes = f"{free.available / GIB:.1f} GiB free of {free.total / GIB:.1f} GiB"
+        sizes = f"{available / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
         yield Finding(subject, f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, {sizes}")
 
 

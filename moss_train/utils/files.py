@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from moss_train.utils.errors import Fault, SampleError, UserError, first_line
+from moss_train.utils.errors import UserError, first_line
 
 MAX_NAME_BYTES = 255  # of one name, in the file systems of Linux
 
@@ -77,13 +77,6 @@ def special_kind(path: Path) -> str | None:
             raise
         is_missing = isinstance(error, FileNotFoundError)
         return "a link into nowhere" if is_missing else f"a link that leads nowhere ({error.strerror})"
-
-
-def check_regular_file(path: Path, name: str) -> None:
-    """Raise SampleError unless a path is an ordinary file, without opening it: a pipe would wait for its other end."""
-    kind = special_kind(path)
-    if kind is not None:
-        raise SampleError(Fault.SPECIAL_FILE, f"{name} is {kind}, not a file")
 
 
 @contextmanager

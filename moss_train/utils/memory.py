@@ -49,17 +49,6 @@ def memory(proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup"
     return Memory(available, total)
 
 
-def cuda_memory(device: int) -> Memory:
-    """Return the free and total memory of a CUDA device, other processes' use included.
-
-    Raises:
-        RuntimeError: the device cannot be used.
-    """
-    import torch
-
-    return Memory(*torch.cuda.mem_get_info(device))
-
-
 def _used(group: Path) -> int:
     """Return the bytes that count against the limit, without the file cache that the kernel drops under pressure."""
     try:
