@@ -160,8 +160,8 @@ class MixtureReport:
 def report_mixture(stream: AudioStream, num_positions: int) -> MixtureReport:
     """Sum up the positions from 0 on."""
     blocks = [stream.block(number) for number in range(-(-num_positions // stream.block_size))]
-    domains, rows = (np.concatenate([getattr(block, name) for block in blocks]) for name in ("domains", "rows"))
-    seconds = np.bincount(domains, np.concatenate([block.lengths for block in blocks]), len(stream.domains))
+    domains, rows = (np.concatenate([block[name] for block in blocks]) for name in ("domain", "row"))
+    seconds = np.bincount(domains, np.concatenate([block["num_samples"] for block in blocks]), len(stream.domains))
     shares = dict(zip(stream.domains, (seconds / seconds.sum()).tolist(), strict=True))
     counts = dict(zip(stream.domains, np.bincount(domains, minlength=len(stream.domains)).tolist(), strict=True))
     repeated = [domain for domain, count in counts.items() if count > stream.num_clips[domain]]

@@ -62,20 +62,6 @@ class UpdatePlan:
     next_position: int  # position of the stream after this update, the same on every rank
 
 
-@dataclass(frozen=True)
-class Block:
-    """A run of consecutive positions, as arrays [positions]."""
-
-    domains: np.ndarray  # places in `AudioStream.domains`
-    rows: np.ndarray  # clips, as rows of the corpus
-    starts: np.ndarray  # first sample used
-    lengths: np.ndarray  # samples used, per channel
-    with_text: np.ndarray
-    quantizer_uniform: np.ndarray
-    crop_uniform: np.ndarray
-    gain_uniform: np.ndarray
-
-
 class AudioStream:
     """Clips of packed folders, mixed by domain, in an order that depends on the seed and the position alone.
 
@@ -149,7 +135,7 @@ class AudioStream:
         total, samples, next_position = round(batch_seconds * rate), 0, position
         while samples < total or not parts:
             number, place = divmod(next_position, self.block_size)
-            used = self.block(number).lengths[place:]
+            used = self.block(number)["num_samples"][place:]
             sums = samples + np.cumsum(used)
             parts.append(used[: int(np.searchsorted(sums, total)) + 1])
             next_position += len(parts[-1])
@@ -163,21 +149,16 @@ class AudioStream:
     def sample(self, position: int) -> SampleRef:
         """Return the sample at one position."""
         number, place = divmod(position, self.block_size)
-        block = self.block(number)
-        return SampleRef(
-            position=position,
-            domain=self.domains[block.domains[place]],
-            location=self._corpus.locate(int(block.rows[place])),
-            start=int(block.starts[place]),
-            num_samples=int(block.lengths[place]),
-            with_text=bool(block.with_text[place]),
-            quantizer_uniform=float(block.quantizer_uniform[place]),
-            crop_uniform=float(block.crop_uniform[place]),
-            gain_uniform=float(block.gain_uniform[place]),
-        )
+        values = {name: array[place].item() for name, array in self.block(number).items()}
+        domain, location = self.domains[values.pop("domain")], self._corpus.locate(values.pop("row"))
+        return SampleRef(position, domain, location, **values)
 
-    def _make_block(self, number: int) -> Block:
-        """Return all samples of one block: `block_size` positions from `number * block_size`."""
+    def _make_block(self, number: int) -> dict[str, np.ndarray]:
+        """Return all samples of one block: `block_size` positions from `number * block_size`.
+
+        They are arrays [positions] by field of `SampleRef`; in place of names and locations `domain` holds places in
+        `domains`, and `row` the clips, as rows of the corpus.
+        """
         domains, firsts, counts = self._mixture.block(number)
         rows = np.empty(len(domains), np.int64)
         for label, (order, first, count) in enumerate(zip(self._orders, firsts, counts, strict=True)):
@@ -185,10 +166,13 @@ class AudioStream:
         whole = self._corpus.column("num_samples", rows)
         lengths, with_text = self._used(whole, self._corpus.column("has_text", rows))
         room = whole - lengths + 1
-        start, *others = (
-            uniforms(self.seed, purpose, number, count=len(rows)) for purpose in ("start", "quantizer", "crop", "gain")
-        )
-        return Block(domains, rows, (start * room).astype(np.int64), lengths, with_text, *others)
+        uniform = {
+            purpose: uniforms(self.seed, purpose, number, count=len(rows))
+            for purpose in ("start", "quantizer", "crop", "gain")
+        }
+        start = (uniform.pop("start") * room).astype(np.int64)
+        block = {"domain": domains, "row": rows, "start": start, "num_samples": lengths, "with_text": with_text}
+        return block | {f"{purpose}_uniform": numbers for purpose, numbers in uniform.items()}
 
     def _used(self, lengths: np.ndarray, has_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Used length of clips, and whether their text is used."""
