@@ -1,10 +1,10 @@
 """The progress bar of all commands."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,7 +20,7 @@ from rich.text import Text
 
 @dataclass
 class ProgressTask:
-    """One running bar. `note` appears behind it, such as the hours of audio done so far."""
+    """One running bar. `note` appears below it, such as the hours of audio done so far."""
 
     progress: Progress
     task_id: TaskID
@@ -50,6 +50,16 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:.3g} {task.fields['unit']}/s", style="progress.data.speed")
 
 
+class _ProgressWithNotes(Progress):
+    """Bars with their notes on lines of their own: beside the bar a terminal of 80 columns would cut them."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields["note"]:
+                yield Text(task.fields["note"])
+
+
 @contextmanager
 def progress(
     description: str, total: float | None = None, unit: str = "clips", completed: int = 0
@@ -65,14 +75,13 @@ def progress(
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),  # leaves room for counts of seven digits in 80 columns
         MofNCompleteColumn(),
         _RateColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
     # Rate and remaining time are those of the last minutes: a unit may take longer than rich's usual half minute.
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=300.0)
+    bar = _ProgressWithNotes(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=300.0)
     task = ProgressTask(bar, bar.add_task(description, total=total, completed=completed, unit=unit, note=""))
     try:
         with bar:

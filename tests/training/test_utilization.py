@@ -171,3 +171,16 @@ def test_the_progress_line_shows_the_share_where_there_is_one(capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if "audio-s/s" in line]
     assert lines[0].endswith("rec nan, 1170 audio-s/s")
     assert lines[1].endswith("rec nan, 1170 audio-s/s, MFU 43.2%")
+
+
+def test_without_a_terminal_a_line_comes_every_minute_and_after_ten_every_ten(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    writer = ProgressWriter(7200)
+    writer.start(0)
+    for update in range(1, 2401):  # one in 2 s
+        now = 2.0 * update
+        writer.write("metrics", {"stage": "s", "audio_seconds_per_second": 1.0, "update": update})
+    writer.close()
+    updates = [int(line.split("/")[0].split()[-1]) for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert updates == [*range(30, 301, 30), 600, 900, 1200, 1500, 1800, 2100, 2400]

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from moss_train.utils.progress import progress
@@ -37,3 +39,18 @@ def test_what_was_done_earlier_is_there_from_the_start_and_does_not_count_as_spe
         assert task.progress.tasks[0].speed is None
         task.advance()
     assert capsys.readouterr().err.startswith("training: 7/8 updates in ")
+
+
+def test_in_a_terminal_of_80_columns_nothing_of_the_bar_and_its_note_is_cut(capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    note = "adversarial: rec 1.234, sem 2.34, D 1.95, 1170 audio-s/s, held out 1.304"
+    with progress("training", total=1020000, unit="updates", completed=520000) as task:
+        for _ in range(3):
+            task.advance(note=note)
+        assert task.is_visible
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).replace("\r", "\n").splitlines()
+    assert note in [line.rstrip() for line in lines]
+    bars = [line for line in lines if "520003/1020000" in line]
+    assert bars
+    assert all(re.search(r"520003/1020000 \S+ updates/s \d+:\d\d:\d\d$", line.rstrip()) for line in bars)

@@ -145,10 +145,11 @@ class ProgressWriter(Writer):
 
     Args:
         updates: of the whole run.
-        line_seconds: without a terminal, in a batch system's log, a line at most so often.
+        line_seconds: without a terminal a line at most so often; ten times as rarely after ten times as long,
+            which keeps the log of a long run in a batch system short.
     """
 
-    def __init__(self, updates: int, line_seconds: float = 600.0) -> None:
+    def __init__(self, updates: int, line_seconds: float = 60.0) -> None:
         self.updates = updates
         self.line_seconds = line_seconds
         self.stack = ExitStack()
@@ -179,7 +180,8 @@ class ProgressWriter(Writer):
         note = self.note + self.validation
         self.task.advance(1, note=note)
         now, update = time.monotonic(), row["update"]
-        if not self.task.is_visible and now - self.last_line >= self.line_seconds:
+        pause = self.line_seconds * (1 if now - self.started <= 10 * self.line_seconds else 10)
+        if not self.task.is_visible and now - self.last_line >= pause:
             self.last_line = now
             left = clock((now - self.started) / (update - self.first_update) * (self.updates - update))
             print(f"training: {update}/{self.updates} updates, {left} left, {note}", file=sys.stderr, flush=True)
