@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 COLUMNS = {
@@ -14,35 +16,64 @@ COLUMNS = {
     "finetuned-audio/half_levels": "fine-tuned, half of the levels",
 }
 STYLE = """body { font-family: sans-serif; margin: 2em; } td, th { padding: .3em .4em; text-align: left; }
-audio { width: 9em; } th { font-weight: 600; }"""
+audio { width: 9em; } th { font-weight: 600; } small { color: #555; }"""
+EXPECT = """The model trained from scratch has only seen five minutes of audio: expect a noisy envelope with the right
+rhythm, not words. The fine-tuned one had learned from 3.7 hours of three other voices before: expect speech."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder of the quickstart")
+    parser.add_argument("out", type=Path, help="folder of the quickstart, with the report.md of compare.py")
     parser.add_argument("manifest", type=Path, help="held-out clips")
     arguments = parser.parse_args()
     entries = [json.loads(line) for line in arguments.manifest.read_text("utf-8").splitlines()]
-    names = [Path(entry["path"]).with_suffix("").as_posix().replace("/", "_") for entry in entries]
+    texts = {
+        Path(entry["path"]).with_suffix("").as_posix().replace("/", "_"): entry.get("text", "") for entry in entries
+    }
+    report = arguments.out / "report.md"
     page = arguments.out / "listen.html"
-    page.write_text(html(arguments.out, sorted(names, key=lambda name: not name.startswith("speech"))), "utf-8")
+    page.write_text(html(arguments.out, texts, report.read_text("utf-8") if report.is_file() else ""), "utf-8")
     print(page)
 
 
-def html(out: Path, names: list[str]) -> str:
-    """Return the page; a clip or a column without files is left out."""
+def html(out: Path, texts: Mapping[str, str], report: str) -> str:
+    """Return the page.
+
+    Args:
+        out: folder of the quickstart; a column without a folder is left out, a clip without a file has an empty cell.
+        texts: what is said or heard, by name of the clip; "" for a clip without text. Speech is shown first.
+        report: Markdown of `compare.py`, "" for a page without distances.
+    """
     columns = {folder: title for folder, title in COLUMNS.items() if (out / folder).is_dir()}
     rows = ["<tr><th>clip</th>" + "".join(f"<th>{escape(title)}</th>" for title in columns.values()) + "</tr>"]
-    for name in names:
+    for name in sorted(texts, key=lambda name: not name.startswith("speech")):
+        text = f"<br><small>{escape(texts[name])}</small>" if texts[name] else ""
         players = [
-            f"<td><audio controls preload='none' src='{escape(folder)}/{escape(name)}.wav'></audio></td>"
-            for folder in columns
+            f"<audio controls preload='none' src='{escape(folder)}/{escape(name)}.wav'></audio>"
             if (out / folder / f"{name}.wav").is_file()
+            else ""
+            for folder in columns
         ]
-        rows.append(f"<tr><td>{escape(name)}</td>{''.join(players)}</tr>")
+        rows.append(f"<tr><td>{escape(name)}{text}</td>{''.join(f'<td>{player}</td>' for player in players)}</tr>")
     head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>moss_train quickstart</title><style>{STYLE}"
+    distances = f"<h2>Distances</h2><p>0 is identical to the original.</p>{tables(report)}" if report else ""
     picture = "<h2>Spectrograms</h2><img src='spectrogram.png' alt='spectrograms of a held-out sentence' width='900'>"
-    return f"{head}</style><h1>Held-out clips</h1><table>{''.join(rows)}</table>{picture}</html>\n"
+    clips = f"<h1>Held-out clips</h1><p>{EXPECT}</p><table>{''.join(rows)}</table>"
+    return f"{head}</style>{clips}{distances}{picture}</html>\n"
+
+
+def tables(markdown: str) -> str:
+    """Return HTML of Markdown that holds tables, each with a head and a rule below it, and lines of text."""
+    parts = []
+    for is_table, lines in groupby(markdown.splitlines(), key=lambda line: line.startswith("|")):
+        if not is_table:
+            parts += [f"<p>{escape(line)}</p>" for line in lines if line]
+            continue
+        head, _, *body = ([escape(cell.strip()) for cell in line.strip("|").split("|")] for line in lines)
+        rows = ["".join(f"<th>{cell}</th>" for cell in head)]
+        rows += ["".join(f"<td>{cell}</td>" for cell in cells) for cells in body]
+        parts.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
+    return "".join(parts)
 
 
 if __name__ == "__main__":
