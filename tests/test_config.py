@@ -14,9 +14,10 @@ import yaml
 from moss_train import load_config
 from moss_train.cli.compose import compose
 from moss_train.config.fit_schema import DataConfig, FitConfig, ObjectiveConfig, StageConfig, compile_backends
+from moss_train.config.old_names import REMOVED, RENAMED
 from moss_train.config.overrides import dotted_keys, find_hint
 from moss_train.config.schema import COMMANDS, EvaluateConfig, check_inputs
-from moss_train.config.section import REMOVED, RENAMED, Section, hints_of, known_keys
+from moss_train.config.section import Section, hints_of, known_keys
 from moss_train.utils.errors import ConfigError
 from moss_train.utils.files import config_directory
 
@@ -307,6 +308,18 @@ def test_an_old_key_is_read_and_one_line_names_the_new_one(command, override, ne
 def test_every_renamed_key_is_tried():
     tried = {override.partition("=")[0].rpartition(".")[2] for _, override, _ in OLD_NAMES}
     assert {old for names in RENAMED.values() for old in names} == tried
+
+
+def test_replace_reads_keys_as_parse_does():
+    config = load_config("fit", FIT)
+    assert config.checkpoint.replace(keep=7) == config.checkpoint.replace(keep_last=7) != config.checkpoint
+    assert config.replace(checkpoint={"keep": 7}).checkpoint.keep_last == 7
+    assert config.replace() == config
+    for change, expected in ({"keep_lats": 7}, "did you mean keep_last?"), ({"keep_last": -1}, "at least 2"):
+        with pytest.raises(ConfigError) as caught:
+            config.checkpoint.replace(**change)
+        assert caught.value.path in change
+        assert expected in caught.value.expected
 
 
 def test_a_removed_key_is_left_out_with_the_reason(capsys):

@@ -18,19 +18,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tree that this file lies in, whatever is installed
 
+from moss_train.config.old_names import REMOVED, RENAMED, RENAMED_COLUMNS
 from moss_train.config.schema import COMMANDS, FitConfig
-from moss_train.config.section import (
-    REMOVED,
-    RENAMED,
-    RENAMED_COLUMNS,
-    Section,
-    alternatives,
-    describe,
-    hints_of,
-    is_required,
-    is_section,
-    to_plain,
-)
+from moss_train.config.section import Section, alternatives, describe, hints_of, is_required, is_section, to_plain
 from moss_train.utils.files import config_directory
 
 PAGE = Path(__file__).parents[1] / "recipes/guides/configuration.md"

@@ -11,16 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from moss_train.config.section import (
-    Section,
-    Texts,
-    alternatives,
-    hints_of,
-    is_section,
-    new_name,
-    removal_reason,
-    section_of,
-)
+from moss_train.config.old_names import new_name, removal_reason
+from moss_train.config.section import Section, Texts, alternatives, hints_of, is_section, section_of
 from moss_train.utils.errors import ConfigError
 
 _NULLS = ("null", "none", "~")

@@ -8,7 +8,6 @@ declared once, with its type, its range and its default:
         keep_last: Annotated[int, at_least(2)] = 2
 """
 
-import dataclasses
 import math
 import os
 import types
@@ -18,6 +17,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, dataclass_transform, get_args, get_origin
 
+from moss_train.config.old_names import rename_keys
 from moss_train.utils.errors import ConfigError
 
 
@@ -36,6 +36,11 @@ class Texts:
     keys: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class HomeExpanded:
+    """Mark text as a path, in which a leading ~ becomes the home folder."""
+
+
 def at_least(least: float) -> Rule:
     """Return the rule of a number with a least value."""
     return Rule(f"at least {least}", lambda value: least <= value < 2**63)
@@ -51,13 +56,12 @@ NonNegative = Annotated[int, at_least(0)]
 Positive = Annotated[float, Rule("above 0", lambda value: 0 < value < math.inf)]
 NonNegativeFloat = Annotated[float, Rule("at least 0", lambda value: 0 <= value < math.inf)]
 Fraction = Annotated[float, within(0, 1)]
-PathText = Annotated[str, "path"]
-"""A path: a leading ~ is the home folder."""
+PathText = Annotated[str, HomeExpanded()]
 
 
 @dataclass_transform(frozen_default=True)
 class Section:
-    """A part of a configuration; subclasses are frozen dataclasses without further ado.
+    """A part of a configuration; a subclass becomes a frozen dataclass without a decorator.
 
     Raises:
         ConfigError: the first value that has the wrong type or is out of range, with its path from this section.
@@ -118,8 +122,9 @@ class Section:
         return {name: to_plain(value) for name, value in values.items() if value is not None or not self.omits_null}
 
     def replace(self, **changes: Any) -> Self:
-        """Return the section with other values of some keys, plain data or sections. Raises ConfigError as `parse`."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        """Return the section with other values of some keys, plain data or sections; keys and errors as in `parse`."""
+        kept = {name: getattr(self, name) for name in hints_of(type(self))}
+        return self.parse(kept | dict(rename_keys(type(self), changes)))
 
 
 def to_plain(value: Any) -> Any:
@@ -134,7 +139,7 @@ def to_plain(value: Any) -> Any:
 
 
 def known_keys(hint: Any, values: Any) -> Any:
-    """Return stored data without the keys that a schema does not have (any more), under their present names."""
+    """Return stored data under the present names of its keys, without the keys that the schema lacks."""
     if isinstance(values, list):
         items = next((get_args(kind)[0] for kind in alternatives(hint)[0] if get_origin(kind) is list), Any)
         return [known_keys(items, item) for item in values]
@@ -180,17 +185,20 @@ def alternatives(hint: Any) -> tuple[list[Any], list[Rule]]:
 
 
 def convert(hint: Any, value: Any, path: str) -> Any:
-    """Return a value as its declared type. Raises ConfigError with the path when it is of another, or out of range."""
+    """Return a value as its declared type; an int stays an int where a float is declared.
+
+    Raises ConfigError with the path when it is of another type, or out of range.
+    """
     origin = get_origin(hint)
     if hint is Any:
         return value
     if origin is Annotated:
         inner, *extras = get_args(hint)
         value = convert(inner, value, path)
-        if "path" in extras and value.startswith("~"):
-            value = os.path.expanduser(value)
-        for rule in extras:
-            if isinstance(rule, Rule) and value is not None and not rule.holds(value):
+        for extra in extras:
+            if isinstance(extra, HomeExpanded):
+                value = os.path.expanduser(value)
+            if isinstance(extra, Rule) and value is not None and not extra.holds(value):
                 raise ConfigError("value", path, value, describe(hint))
         return value
     if origin in (Union, types.UnionType):
@@ -231,8 +239,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         return os.fspath(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return value  # 3 and 3.0 are the same number, and hashes of older runs hold what was written
-    is_number = hint is not float or (isinstance(value, float) and not math.isnan(value))
-    if isinstance(value, hint) and is_number and not (hint is int and isinstance(value, bool)):
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if isinstance(value, hint) and not is_nan and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError("type", path, value, describe(hint))
 
@@ -272,80 +280,3 @@ _WORDS = {
     list: "a list",
     Any: "a value",
 }
-
-
-RENAMED: dict[str, dict[str, str]] = {
-    "FitConfig": {
-        "train": "trainable",
-        "allow_changes": "allow_config_changes",
-        "stop_at_update": "max_updates",
-        "fresh_warmup_updates": "new_module_warmup_updates",
-    },
-    "StageConfig": {"train": "trainable", "decay_share": "decay_fraction"},
-    "DataConfig": {"heldout_share": "heldout_fraction", "max_bad_share": "max_invalid_fraction"},
-    "ObjectiveConfig": {"crop_seconds": "discriminator_crop_seconds"},
-    "LoggingConfig": {"gradient_shares_every_updates": "log_gradient_shares_every"},
-    "HealthConfig": {"grace_updates": "ignore_first_updates"},
-    "CheckpointConfig": {
-        "keep": "keep_last",
-        "archive_every_updates": "keep_every_updates",
-        "best": "monitor",
-    },
-    "ValidationConfig": {"levels": "num_quantizers"},
-    "EstimateConfig": {"text_share": "text_fraction", "bus_gb_per_second": "allreduce_gb_per_second"},
-    "DoctorConfig": {"run_directory": "run_dir"},
-    "EvaluateConfig": {"workers": "num_workers", "failures": "missing_values", "code": "code_dir"},
-    "ExportConfig": {"which": "select"},
-    "InspectConfig": {"clipped_share": "clipped_fraction"},
-    "PackConfig": {"max_bad_share": "max_invalid_fraction"},
-}
-"""By the name of the section's class: old key -> new key."""
-
-REMOVED: dict[str, dict[str, str]] = {
-    "EvaluateConfig": {
-        "blind": "the report has no votes any more",
-        "speaker": "speaker similarity is the published one, with the weights of speaker_model",
-    },
-}
-"""Keys without effect: what an old command line or file says under them is left out, with this explanation."""
-
-
-def new_name(section: type, key: str) -> str:
-    """Return the present name of a section's key."""
-    return next((RENAMED[base.__name__][key] for base in section.__mro__ if key in RENAMED.get(base.__name__, ())), key)
-
-
-def removal_reason(section: type, key: str) -> str | None:
-    """Return why a key has no effect any more; None for a key that has one, or never existed."""
-    return next((reasons[key] for base in section.__mro__ if key in (reasons := REMOVED.get(base.__name__, {}))), None)
-
-
-def rename_keys(section: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the values of a section under their present names; of two names for one key the new one counts."""
-    values = {key: value for key, value in values.items() if not removal_reason(section, key)}
-    names = {key: new_name(section, key) for key in values}
-    if all(old == new for old, new in names.items()):
-        return values
-    renamed = {new: values[old] for old, new in names.items() if old != new}
-    return renamed | {key: value for key, value in values.items() if names[key] == key}
-
-
-RENAMED_COLUMNS = {
-    "discriminator/real": "discriminator_score/real",
-    "discriminator/generated": "discriminator_score/generated",
-    "other_seconds": "callback_seconds",
-    "text_nats": "text_lm_loss",
-    "text_nats_blind": "text_lm_loss_no_audio",
-    "text_correct": "text_accuracy",
-    "alive": "active_fraction",
-    "top_share": "max_probability",
-}
-"""Columns of tables: old name -> new name; those by number of levels, as `text_nats/8`, likewise."""
-
-
-def present_column(name: str) -> str:
-    """Return a column under its present name."""
-    base, slash, levels = name.rpartition("/")
-    if levels.isdigit():
-        return f"{RENAMED_COLUMNS.get(base, base)}{slash}{levels}"
-    return RENAMED_COLUMNS.get(name, name)

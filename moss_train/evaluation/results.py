@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moss_train.audio.io import write_audio
 from moss_train.batch import ListedClip
-from moss_train.config.section import present_column
+from moss_train.config.old_names import present_column
 from moss_train.evaluation.reconstruct import ClipReconstructions, Condition, Reconstruction
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write, parse_json, read_json

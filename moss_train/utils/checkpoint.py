@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moss_train.config.section import present_column
+from moss_train.config.old_names import present_column
 from moss_train.utils.errors import UserError, first_line
 from moss_train.utils.files import atomic_write, read_json, sha256_of
 

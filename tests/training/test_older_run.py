@@ -11,7 +11,8 @@ import yaml
 
 from moss_train import fit
 from moss_train.config.fit_schema import FitConfig
-from moss_train.config.section import RENAMED_COLUMNS, known_keys
+from moss_train.config.old_names import RENAMED_COLUMNS
+from moss_train.config.section import known_keys
 from moss_train.training.callbacks.metrics import CLOCK_COLUMNS
 from moss_train.training.loggers.base import read_table
 from moss_train.utils.checkpoint import list_checkpoints

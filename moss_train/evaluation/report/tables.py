@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from moss_train.config.section import present_column
+from moss_train.config.old_names import present_column
 from moss_train.evaluation.metrics.base import Column, Metric
 from moss_train.evaluation.metrics.codes import CodebookUsage
 from moss_train.evaluation.reconstruct import ANCHORS, Condition

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from moss_train.config.build import build
 from moss_train.config.fit_schema import FitConfig
-from moss_train.config.section import present_column
+from moss_train.config.old_names import present_column
 from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.data.stream.stream import AudioStream
 from moss_train.evaluation.metrics.base import split_available

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_train.audio.io import read_audio
-from moss_train.config.section import present_column
+from moss_train.config.old_names import present_column
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import add_path_to_error, atomic_write
 from moss_train.utils.progress import progress
