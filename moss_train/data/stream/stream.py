@@ -1,7 +1,7 @@
 """The training stream: an endless sequence of clips, each a function of (seed, position).
 
-`position` is the number of samples consumed, the one integer that a resume needs. What a rank or a worker does never
-changes the sequence. C channels, T samples.
+`position` is the number of clips consumed, the one integer that a resume needs. What a rank or a worker does never
+changes the sequence. A clip may come again, whole or cropped elsewhere; "samples" are samples of audio.
 """
 
 from bisect import bisect_left
@@ -41,7 +41,7 @@ class ClipFormat:
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One sample of the stream: which part of which clip, and its random numbers. All that a worker has to know."""
+    """What one position of the stream holds: a part of a clip and its random numbers. All that a worker has to know."""
 
     position: int
     domain: str
@@ -49,9 +49,9 @@ class SampleRef:
     start: int  # first sample used
     num_samples: int  # samples used, per channel
     with_text: bool
-    quantizer_uniform: float
-    crop_uniform: float
-    gain_uniform: float = 0.5
+    quantizer_uniform: float  # in [0, 1), as the others: how many quantizers are used
+    crop_uniform: float  # where the discriminators' crop starts
+    gain_uniform: float = 0.5  # which gain of `ClipFormat.gain_db`
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class UpdatePlan:
 class AudioStream:
     """Clips of packed folders, mixed by domain, in an order that depends on the seed and the position alone.
 
-    Clips with text are used whole; if longer than `max_seconds` they are used without their text. Clips without text
-    are cropped to `crop_seconds`, which is no more, and so are all clips when `uses_text` is false, as there is no text
-    LM. `weights` are shares of audio seconds per domain, None for what is available.
-    `min_length_ratio` is the share of audio in what a pass computes, below which it may be split (`split_by_length`).
+    A clip whose text is used is used whole. From every other clip a crop of `crop_seconds` is used, or all of it when
+    it is shorter: from a clip without text, from one longer than `max_seconds`, and from every clip when `uses_text` is
+    false because there is no text LM. `weights` are shares of audio seconds per domain, None for what is available. A
+    micro-batch may be split when less than `min_length_ratio` of its padded length is audio (`split_by_length`).
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class AudioStream:
 
     @property
     def num_clips(self) -> dict[str, int]:
-        """Clips per domain: the samples of one pass."""
+        """Clips per domain: one pass over the data."""
         return {order.domain: order.num_clips for order in self._orders}
 
     def plan_update(
@@ -125,10 +125,10 @@ class AudioStream:
     ) -> UpdatePlan:
         """Plan one update of one rank: its micro-batches, and the stream's position afterwards.
 
-        Consecutive samples are taken until their used audio reaches `batch_seconds`, whatever the number of ranks. They
-        are assigned to the ranks by length, so that each gets as many seconds, and split evenly into few micro-batches
-        whose count times longest stays within `micro_batch_seconds`. Which samples an update has depends on neither.
-        With fewer samples than ranks some ranks have no micro-batches.
+        Consecutive clips are taken until their used audio reaches `batch_seconds`. They are assigned to the ranks by
+        length, so that all get about as many seconds, and those of a rank are split evenly into few micro-batches whose
+        count times longest stays within `micro_batch_seconds`. Which clips an update has depends neither on the number
+        of ranks nor on `micro_batch_seconds`. With fewer clips than ranks some ranks have no micro-batches.
         """
         rate = self.clip_format.stored_rate
         parts: list[np.ndarray] = []
@@ -147,16 +147,16 @@ class AudioStream:
         return UpdatePlan(refs, next_position)
 
     def sample(self, position: int) -> SampleRef:
-        """Return the sample at one position."""
+        """Return what one position holds."""
         number, place = divmod(position, self.block_size)
         values = {name: array[place].item() for name, array in self.block(number).items()}
         domain, location = self.domains[values.pop("domain")], self._corpus.locate(values.pop("row"))
         return SampleRef(position, domain, location, **values)
 
     def _make_block(self, number: int) -> dict[str, np.ndarray]:
-        """Return all samples of one block: `block_size` positions from `number * block_size`.
+        """Return what one block holds: `block_size` positions from `number * block_size`.
 
-        They are arrays [positions] by field of `SampleRef`; in place of names and locations `domain` holds places in
+        It is arrays [positions] by field of `SampleRef`; in place of names and locations `domain` holds places in
         `domains`, and `row` the clips, as rows of the corpus.
         """
         domains, firsts, counts = self._mixture.block(number)
@@ -181,7 +181,11 @@ class AudioStream:
 
 
 def assign_to_rank(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Return the samples of one rank, longest first: sorted by length and assigned to the ranks forth and back."""
+    """Return the places of one rank's clips, longest first.
+
+    Sorted by length, they go to the ranks in snake order: from the first rank to the last, then from the last to the
+    first, and so on. So no rank always gets the longer one.
+    """
     order = np.argsort(-lengths, kind="stable")
     turns = np.arange(len(order)) // world_size
     places = np.arange(len(order)) % world_size
@@ -191,9 +195,9 @@ def assign_to_rank(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarra
 def split_by_length(lengths: np.ndarray, limit: int, min_ratio: float) -> list[range]:
     """Split lengths, longest first, into as few runs as possible, as even as possible.
 
-    A run costs its padded length, count times longest, which is at most `limit`; a longer clip is alone. Passing a run
-    through the model takes time of its own, however short it is. So padding alone, a total below `min_ratio` of what is
-    computed, makes one run more only if that saves half a limit.
+    A run costs its padded length, count times longest, which is at most `limit`; a longer clip is alone. A forward pass
+    takes time of its own, however short its run is. So when padding leaves less than `min_ratio` of what is computed to
+    audio, one run more is made only if it saves more than half of `limit`.
     """
     if not len(lengths):
         return []
