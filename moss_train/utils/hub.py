@@ -6,6 +6,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,26 @@ def connection_problem(url: str, seconds: float) -> str | None:
 
 
 def check_model_name(name: str) -> None:
-    """Raise UserError for a tokenizer that is not here and cannot be a repository, which is called owner/name."""
-    if Path(name).exists() or (name.count("/") == 1 and not is_path_like(name)):
+    """Raise UserError for a tokenizer that is not here and cannot be a repository, which is called owner/name.
+
+    A name whose first folder is here is taken as a path, so a mistyped one is refused at once, without a network.
+    """
+    path = Path(name)
+    if path.exists():
         return
     where = "" if name.startswith("/") else f" in {Path.cwd()}"
-    raise UserError(
-        f"{name} does not exist{where}: give a run, a checkpoint or a model folder, or owner/name of a repository on "
-        "the Hugging Face hub"
-    )
+    if name.count("/") != 1 or is_path_like(name):
+        raise UserError(
+            f"{name} does not exist{where}: give a run, a checkpoint or a model folder, or owner/name of a repository "
+            "on the Hugging Face hub"
+        )
+    if path.parent.is_dir():
+        close = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+        hint = f"did you mean {path.parent / close[0]}?" if close else f"{path.parent} has no {path.name}."
+        raise UserError(
+            f"{name} does not exist{where}: {hint} To take {name} from the Hugging Face hub, start in a folder without "
+            f"{path.parent}"
+        )
 
 
 def is_path_like(name: str) -> bool:

@@ -87,6 +87,18 @@ def test_a_tokenizer_is_here_or_has_an_owner(tmp_path, monkeypatch: pytest.Monke
     hub.check_model_name("my-tokenizer")
 
 
+def test_a_mistyped_folder_is_refused_before_the_hub_is_asked(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/cat_mini").mkdir(parents=True)
+    hub.check_model_name("models/cat_mini")
+    with pytest.raises(
+        UserError, match=f"models/cat_min does not exist in {tmp_path}: did you mean models/cat_mini\\?"
+    ):
+        hub.check_model_name("models/cat_min")
+    with pytest.raises(UserError, match=r"models/other does not exist .*: models has no other"):
+        hub.check_model_name("models/other")
+
+
 @pytest.mark.parametrize(
     "change",
     [
