@@ -43,6 +43,19 @@ def test_encode_and_decode_a_folder(folder, capsys, monkeypatch):
     assert sorted(path.name for path in Path("audio").rglob("*") if path.is_file()) == ["one.flac", "two.flac"]
 
 
+def test_no_model_is_loaded_when_no_input_is_audio(folder, capsys, monkeypatch, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_bytes((folder / "model/config.json").read_bytes())  # and no weights
+    monkeypatch.chdir(folder)
+    arguments = ["encode", f"model={tmp_path / 'model'}", f"out={tmp_path / 'codes'}", "device=cpu"]
+    assert main([*arguments, "input=in put/bad.wav"]) == 1
+    captured = capsys.readouterr()
+    assert "moss_train encode: skipped: in put/bad.wav is not audio" in captured.err
+    assert captured.out == f"encode: 0 files written to {tmp_path / 'codes'}, 0 already there, 1 clip failed\n"
+    assert main([*arguments, "input=in put"]) == 2
+    assert "cannot load a tokenizer" in capsys.readouterr().err
+
+
 def test_clips_are_brought_to_one_level(folder, monkeypatch, tmp_path, capsys):
     """The codes are those of `model.encode(loudness=)`, and other codes than without it, in the same folder or not."""
     monkeypatch.chdir(folder)
