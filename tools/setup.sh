@@ -98,3 +98,4 @@ use_index_of_pip
 install_packages
 fingerprint >"$stamp.new"
 mv "$stamp.new" "$stamp"
+echo "Done. Next: source $venv/bin/activate, then python -m moss_train doctor, or bash recipes/quickstart/run.sh" >&2

@@ -62,14 +62,15 @@ moss_train fit experiment=finetune init=recipes/cat_mini data.train="$out/shards
     "stages=[{name: finetune, updates: $finetune_updates, batch_seconds: 5.76, learning_rate: 1.0e-3,
         final_learning_rate: 2.0e-4, warmup_updates: 10}]" \
     data.crop_seconds=0.96 data.micro_batch_seconds=5.76 data.peak=0.7 data.num_workers=1 checkpoint.every_updates=50 \
-    wandb=null
+    validation.data="$here/audio/heldout.jsonl" validation.max_clips=12 wandb=null
 
 say "5. Export"
-export_model() { [ -e "$out/$1-export" ] || moss_train export checkpoint="$2" out="$out/$1-export"; }
-export_model trained "$out/trained"
-export_model untrained "$out/untrained"
-export_model finetuned "$out/finetuned"
-export_model mini recipes/cat_mini
+# The licence for the model card: of the recordings (CC0 and BSD-2, audio/NOTICE), of recipes/cat_mini its own.
+export_model() { [ -e "$out/$1-export" ] || moss_train export checkpoint="$2" out="$out/$1-export" licence="$3"; }
+export_model trained "$out/trained" bsd-2-clause
+export_model untrained "$out/untrained" bsd-2-clause
+export_model finetuned "$out/finetuned" bsd-2-clause
+export_model mini recipes/cat_mini cc0-1.0
 
 say "6. Use the exports where moss_train cannot be imported"
 use_export() { "$python" $here/use_export.py "$out/$1-export" "$here/audio/heldout.jsonl" "$out/$1-audio" "$2"; }
@@ -81,4 +82,5 @@ use_export mini offline
 say "7. Compare, and listen"
 "$python" $here/compare.py "$out" --train "$here/audio/train.jsonl" --gate "$gate"
 "$python" $here/listen_page.py "$out" "$here/audio/heldout.jsonl"
-echo "$((SECONDS - started)) s after set-up; open $out/listen.html; spectrogram.png and report.md lie beside it"
+echo "This call took $((SECONDS - started)) s after set-up, without what earlier calls had done."
+echo "Open $out/listen.html; spectrogram.png and report.md lie beside it"
