@@ -1,13 +1,15 @@
 """One update, from a batch to the step of the optimizers, in the order of section 3 of arXiv 2603.18090 (MOSS-TTS).
 
 Encode, quantize, decode; reconstruction terms; text term; adversarial terms; backward; sum over ranks; clip; step.
-Everything is passed in, and what came of it is returned as an `UpdateResult`.
+Everything is passed in, and what came of it is returned as an `UpdateResult`. From the first update on autocast keeps
+no casts.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,12 +187,11 @@ def run_update(
         str(i): p in sums_of_gradients.missing or p.grad is None for i, p in enumerate(parameters) if num_ranks() > 1
     }
     zero = torch.zeros((), device=device)
-    # A term is there in an update in which any rank has it.
     names = [f"loss/{name}" for name in (*objective.names, "generator", "discriminators")] + ["text_accuracy", *SCORES]
     num_own_clips = sum(micro_batch.num_clips for micro_batch in batch.micro_batches)
     numbers: dict[str, Mapping[str, Tensor | float]] = {
         "terms": {name: terms.get(name, zero) for name in names},
-        "has_term": {name: name in terms for name in names},
+        "has_term": {name: name in terms for name in names},  # one that any rank has is logged
         "output_squares": {name: squares.get(name, zero) for name in objective.output_names},
         "has_square": {name: name in squares for name in objective.output_names},
         "part_squares": {name: share_of_square(part).to(device) for name, part in parts.items()},
@@ -206,14 +207,14 @@ def run_update(
         (group.clip_norm / (norm + 1e-6)).clamp(max=1.0) for group, norm in zip(groups, group_norms, strict=True)
     ]
     sums |= {"group_norms": torch.stack(group_norms), "clip_factors": torch.stack(clip_factors)}
-    names_of: dict[str, Iterable[str]] = {group: values.keys() for group, values in numbers.items()}
+    names_of: dict[str, Iterable[str]] = {kind: values.keys() for kind, values in numbers.items()}
     names_of |= {key: [group.name for group in groups] for key in ("group_norms", "clip_factors")}
 
     totals = None
-    learns_text = networks.text_lm is None or f"loss/{SEMANTIC}" in terms
-    if num_ranks() > 1 and not (num_own_clips and learns_text and not any(is_missing.values())):
-        # Whether other ranks have what this one lacks decides what steps. A parameter without a gradient on every rank
-        # has none, as in one process: zeros would decay its moments.
+    lacks_text = networks.text_lm is not None and f"loss/{SEMANTIC}" not in terms
+    if num_ranks() > 1 and (num_own_clips == 0 or lacks_text or any(is_missing.values())):
+        # This rank has to read what the others have before it knows what steps. A parameter without a gradient on all
+        # ranks keeps none, as in one process: a gradient of zeros would decay its moments.
         totals = read_by_name(sums, names_of)
         for parameter, ranks_without in zip(parameters, totals["missing"].values(), strict=True):
             if ranks_without == num_ranks():
@@ -374,16 +375,19 @@ def output_gradient(
 def dummy_forward_backward(networks: Networks, schedule_state: ScheduleState, backward: Backward) -> None:
     """Run the sharded networks forward and backward without any gradient, while other ranks have one more micro-batch.
 
-    Every pass of a sharded network is a collective that all ranks have to join.
+    Every pass of a sharded network is a collective that all ranks have to join, with the same parameters: without the
+    quantizer's levels where the stage does not quantize.
     """
     tokenizer = networks.tokenizer
     silence = torch.zeros(
         1, tokenizer.config.number_channels, tokenizer.config.downsample_rate, device=tokenizer.device
     )
-    quantized = tokenizer.quantizer(tokenizer.encode_latent(silence)).quantized
-    total = 0.0 * tokenizer.decode_latent(quantized).sum()
+    latent = tokenizer.encode_latent(silence)
+    quantize = tokenizer.quantizer if schedule_state.stage.quantize else partial(pass_unquantized, tokenizer.quantizer)
+    states = quantize(latent).quantized
+    total = 0.0 * tokenizer.decode_latent(states).sum()
     if networks.text_lm is not None:
-        states = quantized if schedule_state.text_lm_trains_tokenizer else quantized.detach()
+        states = states if schedule_state.text_lm_trains_tokenizer else states.detach()
         total = total + zero_loss_through_text_lm(networks.text_lm, states)
     backward(total)
 
@@ -412,6 +416,6 @@ def share_of_square(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def no_codes(tokenizer: MossAudioTokenizerModel) -> Tensor:
-    """Counts of an update without clips, [N, V] int64 of zeros."""
+    """Return counts of no codes at all, [N, V] int64."""
     sizes = (tokenizer.config.num_quantizers, tokenizer.config.quantizer_kwargs["codebook_size"])
     return torch.zeros(sizes, dtype=torch.int64, device=tokenizer.device)
