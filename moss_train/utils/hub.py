@@ -39,7 +39,7 @@ def connection_problem(url: str, seconds: float) -> str | None:
 def check_model_name(name: str) -> None:
     """Raise UserError for a tokenizer that is not here and cannot be a repository, which is called owner/name.
 
-    A name whose first folder is here is taken as a path, so a mistyped one is refused at once, without a network.
+    One that is nearly the name of a folder here is refused as mistyped, at once and without a network.
     """
     path = Path(name)
     if path.exists():
@@ -50,12 +50,11 @@ def check_model_name(name: str) -> None:
             f"{name} does not exist{where}: give a run, a checkpoint or a model folder, or owner/name of a repository "
             "on the Hugging Face hub"
         )
-    if path.parent.is_dir():
-        close = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-        hint = f"did you mean {path.parent / close[0]}?" if close else f"{path.parent} has no {path.name}."
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    if close := get_close_matches(path.name, siblings, n=1, cutoff=0.8):
         raise UserError(
-            f"{name} does not exist{where}: {hint} To take {name} from the Hugging Face hub, start in a folder without "
-            f"{path.parent}"
+            f"{name} does not exist{where}: did you mean {path.parent / close[0]}? To take {name} from the Hugging Face "
+            f"hub, start in a folder without {path.parent}"
         )
 
 
