@@ -53,8 +53,8 @@ def check_model_name(name: str) -> None:
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     if close := get_close_matches(path.name, siblings, n=1, cutoff=0.8):
         raise UserError(
-            f"{name} does not exist{where}: did you mean {path.parent / close[0]}? To take {name} from the Hugging Face "
-            f"hub, start in a folder without {path.parent}"
+            f"{name} does not exist{where}: did you mean {path.parent / close[0]}? To take {name} from the Hugging "
+            f"Face hub, start in a folder without {path.parent}"
         )
 
 
