@@ -23,7 +23,7 @@ from moss_train.data.pack.preprocess import SILENT, SkippedClip, preprocess_clip
 from moss_train.data.shards.format import EncodedClip
 from moss_train.data.shards.index import ShardIndex
 from moss_train.inference.files import find_audio, find_codes, targets_of
-from moss_train.training.run.data_source import warn_of_silence
+from moss_train.training.run.fit import warn_of_silence
 from moss_train.utils.errors import Fault, UserError
 from moss_train.utils.files import MAX_NAME_BYTES, atomic_write
 from tests.data.packed_clips import iterate_clips

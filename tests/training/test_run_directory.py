@@ -9,8 +9,7 @@ import pytest
 from moss_train.training.callbacks.run_records import SKIPPED_FILE
 from moss_train.training.loggers.base import iterate_table
 from moss_train.training.loggers.wandb import ID_FILE
-from moss_train.training.run.data_source import CACHE_FOLDER
-from moss_train.training.run.data_source import RECORD_FILE as PACKED_FILE
+from moss_train.training.run.fit import PACKED_FILE, PACKED_FOLDER
 from moss_train.training.run.warm_start import RECORD_FILE as INIT_FILE
 from moss_train.training.step.objective import Objective
 
@@ -40,7 +39,7 @@ def check(found: Sequence[str], named: Sequence[str], optional: Sequence[str] = 
 def test_files(watched):
     optional = first_cells(FILES.partition("When there is something to write:")[2])
     loggers = ["wandb/", ID_FILE, "tensorboard/"]
-    assert optional == ["warnings.txt", SKIPPED_FILE, INIT_FILE, f"{CACHE_FOLDER}/", PACKED_FILE, *loggers]
+    assert optional == ["warnings.txt", SKIPPED_FILE, INIT_FILE, f"{PACKED_FOLDER}/", PACKED_FILE, *loggers]
     found = [path.relative_to(watched).as_posix() for path in watched.rglob("*") if path.is_file()]
     check(found, first_cells(FILES), optional)
 

@@ -44,7 +44,7 @@ from moss_train.evaluation.statistics import ConfidenceInterval, SummaryRow
 from moss_train.inference.files import Report as FilesReport
 from moss_train.inference.files import print_report
 from moss_train.training.callbacks.run_records import StartupMessages
-from moss_train.training.run.data_source import warn_of_silence
+from moss_train.training.run.fit import warn_of_silence
 from moss_train.utils.checkpoint import read_best
 from moss_train.utils.errors import ConfigError, UserError
 from moss_train.utils.files import MAX_YAML_VALUES, parse_json, printable, read_json, read_yaml

@@ -1,8 +1,10 @@
 """Run a training from configuration to run directory; the same call again resumes it."""
 
+import json
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from lightning.pytorch import Trainer
 
 from moss_train.config.build import build
 from moss_train.config.fit_schema import FitConfig
-from moss_train.config.schema import check_inputs
+from moss_train.config.schema import PackConfig, check_inputs
 from moss_train.config.section import known_keys
+from moss_train.data.pack.on_the_fly import PackedSource, pack_cached
 from moss_train.data.stream.loader import check_longest, make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.training.callbacks.build import KEYS as CALLBACK_KEYS
@@ -22,7 +25,6 @@ from moss_train.training.callbacks.checkpoint import read_progress
 from moss_train.training.cost.hardware import StateSize, check_memory
 from moss_train.training.distributed.preemption import PreemptionHandler, exit_after_preemption
 from moss_train.training.module import CatModule
-from moss_train.training.run.data_source import find_data
 from moss_train.training.run.optimizations import apply_optimizations
 from moss_train.training.run.trainer import build_trainer, choose_accelerator, start_processes, started_processes
 from moss_train.training.run.warm_start import (
@@ -37,11 +39,13 @@ from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.checkpoint import list_checkpoints, resume_checkpoint
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import atomic_write, file_lock, read_yaml
+from moss_train.utils.files import atomic_write, file_lock, printable, read_json, read_yaml
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
+PACKED_FILE = "packed.json"  # which packed folders `data.path` became
+PACKED_FOLDER = "packed"
 LOCK_TIMEOUT_SECONDS = 10.0  # for processes of a killed run that have not noticed yet
 LAUNCHED_LOCK_TIMEOUT_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
 # What may differ between the parts of one run: it does not change what is learned.
@@ -181,6 +185,65 @@ def count_parameters_on_meta(arguments: dict[str, Any], config: FitConfig) -> St
     return StateSize(tokenizer, lm, discriminators, has_average=config.ema is not None)
 
 
+def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> tuple[list[str], list[str]]:
+    """Return the packed folders to learn from and those held out, for validation unless `validation.data` names others.
+
+    They are those of `data.train`, or those into which `data.path` is packed here in the tokenizer's format. A run that
+    has begun keeps the shards it began with, also when its files are gone by now.
+
+    Args:
+        tokenizer: configuration of the tokenizer, for sampling rate and channels.
+        directory: of the run.
+
+    Raises:
+        UserError: nothing can be packed, or the files of a run changed.
+    """
+    data = config.data
+    if data.path is None:
+        return data.train, []
+    path, begun = directory / PACKED_FILE, None
+    if path.exists() and list_checkpoints(directory / "checkpoints"):
+        record = read_json(path)
+        heldout = record["heldout"]
+        begun = PackedSource(record["key"], Path(record["train"]), None if heldout is None else Path(heldout))
+    if begun is not None and begun.train.exists() and not Path(data.path).exists():
+        print(printable(f"data.path={data.path} is gone, continuing with {begun.train.parent}"), file=sys.stderr)
+        packed = begun
+    else:
+        packed = pack_cached(
+            PackConfig(
+                data.path,
+                str(directory / PACKED_FOLDER) if data.cache is None else data.cache,
+                data.domain,
+                sampling_rate=tokenizer.output_sampling_rate,
+                num_channels=tokenizer.number_channels,
+                max_invalid_fraction=data.max_invalid_fraction,
+            ),
+            data.heldout_fraction,
+            key="data.path",
+        )
+        if begun is not None and begun.key != packed.key and not config.allow_config_changes:
+            raise UserError(
+                f"the files of data.path={data.path} are not those that {directory} was started with: use another "
+                "name=, or allow_config_changes=true to continue with them"
+            )
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(asdict(packed), indent=1, default=str) + "\n")
+    if packed.is_silent:
+        warn_of_silence(directory, data.path)
+    return [str(packed.train)], [] if packed.heldout is None else [str(packed.heldout)]
+
+
+def warn_of_silence(directory: Path, source: str) -> None:
+    """Say that there is nothing to learn, now and in the summary of the run."""
+    message = f"update 0: every clip of data.path={source} is digital silence: nothing can be learned from them"
+    print(printable(f"warning: {message}"), file=sys.stderr)
+    path = directory / "warnings.txt"
+    if not path.exists() or message not in path.read_text("utf-8", errors="replace"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(message + "\n")
+
+
 def open_stream(
     config: FitConfig, tokenizer: Any, uses_text: bool | None = None, train: list[str] | None = None
 ) -> AudioStream:
@@ -229,9 +292,10 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
             f"{directory} was started with plugins=[{','.join(closed)}]: give it again, or use another name="
         )
     deciding = []  # of both configurations, what decides what is learned
-    for plain in (begun.to_plain(), config.to_plain()):
-        data = {key: value for key, value in plain["data"].items() if key not in MUTABLE_DATA_KEYS}
-        deciding.append({key: value for key, value in plain.items() if key not in MUTABLE_KEYS} | {"data": data})
+    for one in (begun, config):
+        data = {key: value for key, value in one.data.to_plain().items() if key not in MUTABLE_DATA_KEYS}
+        kept = {key: value for key, value in one.to_plain().items() if key not in MUTABLE_KEYS}
+        deciding.append(kept | {"data": data})
     if changes := diff_config(deciding[0], deciding[1]):
         named = "; ".join(changes[:NAMED_CHANGES])
         further = f"; and {len(changes) - NAMED_CHANGES} more" if len(changes) > NAMED_CHANGES else ""
