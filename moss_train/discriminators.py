@@ -59,14 +59,14 @@ class DiscriminatorSet(nn.Module):
         return len(self.discriminators)
 
     def forward(self, waveform: Tensor) -> list[DiscriminatorOutput]:
-        """Output of every sub-discriminator for a waveform [B, C, T], in the order of construction."""
+        """Return the output of every sub-discriminator for a waveform [B, C, T], in the order of construction."""
         return [discriminator(waveform) for discriminator in self.discriminators]
 
 
 def normed_conv(
     in_channels: int, out_channels: int, kernel_size: tuple[int, int], stride: tuple[int, int] = (1, 1)
 ) -> nn.Conv2d:
-    """Weight-normed 2-d convolution with an odd kernel, padded so that stride 1 keeps the size."""
+    """Return a weight-normed 2-d convolution with an odd kernel, padded so that stride 1 keeps the size."""
     padding = (kernel_size[0] // 2, kernel_size[1] // 2)
     return weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding))
 
@@ -106,7 +106,7 @@ class PeriodDiscriminator(Discriminator):
         self.output = normed_conv(widths[-1], 1, (3, 1))
 
     def forward(self, waveform: Tensor) -> DiscriminatorOutput:
-        """waveform [B, C, T], any T -> logits [B, 1, rows, period], features [B, width, rows, period] per layer."""
+        """Map waveform [B, C, T], any T -> logits [B, 1, rows, period], features [B, width, rows, period] per layer."""
         features = hidden_activations(self.layers, self._fold(waveform))
         return DiscriminatorOutput(self.output(features[-1]), features)
 
@@ -157,7 +157,9 @@ class ComplexSTFTDiscriminator(Discriminator):
         self.output = normed_conv(channels, 1, (3, 3))
 
     def forward(self, waveform: Tensor) -> DiscriminatorOutput:
-        """waveform [B, C, T] -> logits [B, 1, frames, bins], features [B, width, frames, bins] per band and layer."""
+        """Map waveform [B, C, T] -> logits [B, 1, frames, bins], features [B, width, frames, bins] per band and
+        layer.
+        """
         planes = self.planes(waveform)
         bands = [band(planes[..., first:end]) for (first, end), band in zip(self.band_bins, self.bands, strict=True)]
         logits = self.output(torch.cat([features[-1] for features in bands], dim=-1))

@@ -50,7 +50,7 @@ class ByteText:
         return [*text.encode("utf-8"), self.end_id]
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of token ids up to the end token; bytes that are not UTF-8 become replacement characters."""
+        """Return the text of token ids up to the end token; bytes that are not UTF-8 become replacement characters."""
         end = tokens.index(self.end_id) if self.end_id in tokens else len(tokens)
         return bytes(tokens[:end]).decode("utf-8", errors="replace")
 
@@ -77,12 +77,12 @@ class PretrainedText:
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.end_id]
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Return the text of token ids, special tokens left out."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def make_portable(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
-    """The node with its architecture spelled out, its text encoder's files copied to `text_folder`.
+    """Return the node with its architecture spelled out, its text encoder's files copied to `text_folder`.
 
     An LM of another architecture than Qwen2 keeps the name it was started from.
     """
@@ -100,7 +100,7 @@ def make_portable(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
 
 
 def resolve_lm_config(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The node with the architecture of a local pretrained LM in its `config`; no weights are read.
+    """Return the node with the architecture of a local pretrained LM in its `config`; no weights are read.
 
     Raises:
         UserError: there is no such folder, or it is not a Qwen2.
@@ -121,7 +121,7 @@ def resolve_lm_config(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_config(node: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
-    """The node of an LM with the architecture of this configuration. Raises UserError when it is not a Qwen2."""
+    """Return the node of an LM with the architecture of this configuration. Raises UserError when it is not a Qwen2."""
     if config.model_type != "qwen2":
         raise UserError(
             f"semantic.pretrained={node['pretrained']} is a {config.model_type}, and only qwen2 is counted: give the "
@@ -133,14 +133,14 @@ def with_config(node: Mapping[str, Any], config: PretrainedConfig) -> dict[str, 
 
 
 def with_local_text(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
-    """Inverse of `make_portable`: the text encoder is read from where its files lie now."""
+    """Return the inverse of `make_portable`: the text encoder is read from where its files lie now."""
     if not text_folder.is_dir():
         return dict(node)
     return {**node, "text": {**node["text"], "path": str(text_folder.resolve())}}
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text, nothing, or a container of these."""
+    """Return whether a value is a number, a text, nothing, or a container of these."""
     if isinstance(value, Mapping):
         return all(map(is_plain, value.values()))
     if isinstance(value, list | tuple):
@@ -203,7 +203,7 @@ class TextLM(nn.Module):
     def forward(
         self, states: Tensor, num_frames: Tensor, text_tokens: Tensor, text_lengths: Tensor, task_ids: Tensor
     ) -> TextPrediction:
-        """Cross entropy of each clip's text given its states; every clip must come with text.
+        """Return the cross entropy of each clip's text given its states; every clip must come with text.
 
         Args:
             states: [B, F, D] after the quantizer.
@@ -257,7 +257,7 @@ class TextLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, states: Tensor, task_ids: Tensor, max_tokens: int) -> list[int]:
-        """The most likely text of one clip, token by token, up to the end token or `max_tokens`.
+        """Return the most likely text of one clip, token by token, up to the end token or `max_tokens`.
 
         Args:
             states: [1, F, D] after the quantizer.

@@ -211,7 +211,7 @@ _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def page_checksum(page: bytes) -> int:
-    """The checksum of a page: CRC-32 with the bits of every byte, and of the result, the other way round."""
+    """Return the checksum of a page: CRC-32 with the bits of every byte, and of the result, the other way round."""
     blank = page[:22] + bytes(4) + page[26:]
     value = zlib.crc32(blank.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{value:032b}"[::-1], 2)

@@ -30,7 +30,7 @@ def power_spectrum(audio: Tensor) -> Tensor:
 
 
 def loudness(power: Tensor, sampling_rate: int) -> float:
-    """Loudness in LUFS (ITU-R BS.1770-5 without gating) of a power spectrum; -inf for digital silence."""
+    """Return the loudness in LUFS (ITU-R BS.1770-5 without gating) of a power spectrum; -inf for digital silence."""
     frequencies = torch.linspace(0, sampling_rate / 2, len(power), dtype=torch.float64)
     z = torch.exp(-2j * math.pi * frequencies / 48000)
     weights = torch.ones_like(frequencies)
@@ -42,7 +42,9 @@ def loudness(power: Tensor, sampling_rate: int) -> float:
 
 
 def bandwidth(power: Tensor, sampling_rate: int) -> float:
-    """Highest frequency in Hz whose band of about 100 Hz is at most 70 dB below the strongest; 0 for silence."""
+    """Return the highest frequency in Hz whose band of about 100 Hz is at most 70 dB below the strongest; 0 for
+    silence.
+    """
     step = sampling_rate / 2 / (len(power) - 1)
     size = max(1, round(100 / step))
     bands = power[: len(power) // size * size].reshape(-1, size).sum(1)

@@ -216,7 +216,7 @@ def _is_filling(file: Window, begin: int, end: int) -> bool:
 
 
 def id3_size(header: bytes) -> int:
-    """Bytes of an ID3v2 tag that begins with these ten."""
+    """Return the bytes of an ID3v2 tag that begins with these ten."""
     if len(header) < 10:
         return len(header)
     size = header[6] << 21 | header[7] << 14 | header[8] << 7 | header[9]

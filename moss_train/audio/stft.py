@@ -26,7 +26,8 @@ SMALLEST_MAGNITUDE = 1e-20  # below it a magnitude has no gradient, as at zero
 
 @lru_cache(maxsize=64)
 def normalized_hann_window(window_length: int, device: torch.device) -> Tensor:
-    """Periodic Hann window divided by the root of its energy: noise then has one level at every window length.
+    """Return the periodic Hann window divided by the root of its energy: noise then has one level at every window
+    length.
 
     Returns [window_length] float32. The inference-mode guard matters: a window first used in validation would
     otherwise be an inference tensor, which autograd refuses to save in training.
@@ -37,7 +38,7 @@ def normalized_hann_window(window_length: int, device: torch.device) -> Tensor:
 
 
 def normalized_stft(waveform: Tensor, window_length: int, hop_length: int) -> Tensor:
-    """Complex spectrogram of a waveform, divided by sqrt(sum of window^2), in float32 even under autocast.
+    """Return the complex spectrogram of a waveform, divided by sqrt(sum of window^2), in float32 even under autocast.
 
     waveform [..., T] -> complex64 [..., window_length // 2 + 1, T // hop_length + 1]. Frame t is centred on sample
     t * hop_length, with zeros outside the waveform: zeros appended to a clip leave its frames as they are.
@@ -57,7 +58,8 @@ def normalized_stft(waveform: Tensor, window_length: int, hop_length: int) -> Te
 
 
 def stft_magnitudes(waveform: Tensor, window_length: int) -> Tensor:
-    """Magnitudes of `normalized_stft` at a hop of a quarter of the window, for losses: half the time, less memory.
+    """Return the magnitudes of `normalized_stft` at a hop of a quarter of the window, for losses: half the time, less
+    memory.
 
     waveform [..., T] -> [..., T // hop + 1, window_length // 2 + 1] float32, frames before bins. ValueError for a
     window that is no multiple of 4.
@@ -107,7 +109,9 @@ def windowed_spectrum(waveform: Tensor, window: Tensor) -> Tensor:
 
 
 def absolute(spectrum: Tensor) -> Tensor:
-    """Magnitude of complex numbers: one kernel on a GPU; on a CPU that is three times slower than its parts."""
+    """Return the magnitude of complex numbers: one kernel on a GPU; on a CPU that is three times slower than its
+    parts.
+    """
     if spectrum.is_cuda:
         return spectrum.abs()
     return (spectrum.real.square() + spectrum.imag.square()).sqrt()
@@ -116,7 +120,7 @@ def absolute(spectrum: Tensor) -> Tensor:
 def gradient_in_waveform(
     gradient: Tensor, spectrum: Tensor, magnitudes: Tensor, window: Tensor, num_samples: int
 ) -> Tensor:
-    """Gradient [..., T] in the waveform, given that in the magnitudes of its `windowed_spectrum`."""
+    """Return the gradient [..., T] in the waveform, given that in the magnitudes of its `windowed_spectrum`."""
     factor = gradient / magnitudes.clamp(min=SMALLEST_MAGNITUDE)
     factor[..., 1:-1].mul_(0.5)  # the inverse transform counts these bins twice
     inverse = partial(torch.fft.irfft, n=len(window), norm="forward")

@@ -59,7 +59,7 @@ def run(config: EstimateConfig) -> int:
 
 
 def cost_table(stages: list[StageEstimate]) -> Table:
-    """Operations per audio-second of each network in each stage."""
+    """Return the operations per audio-second of each network in each stage."""
     table = Table("", "forward", "backward", "together", title="GFLOP per audio-second")
     for stage in stages:
         table.add_section()
@@ -70,7 +70,7 @@ def cost_table(stages: list[StageEstimate]) -> Table:
 
 
 def time_table(stages: list[StageEstimate]) -> Table:
-    """How fast the stages go and how long they last."""
+    """Return how fast the stages go and how long they last."""
     columns = ("stage", "updates", "audio-s", "s/update", "optimizer", "audio-s/s", "updates/h", "audio hours", "days")
     table = Table(
         *columns,
@@ -96,12 +96,12 @@ def time_table(stages: list[StageEstimate]) -> Table:
 
 
 def in_days(days: float) -> str:
-    """Days with a decimal, less than one with two digits."""
+    """Return the days with a decimal, less than one with two digits."""
     return f"{days:,.1f}" if days >= 1 else f"{days:.2g}"
 
 
 def memory_table(placed: dict[str, dict[str, float]]) -> Table:
-    """Memory of one GPU by kind, for each way to place the state."""
+    """Return the memory of one GPU by kind, for each way to place the state."""
     table = Table("GiB on each GPU", *placed, title="memory")
     for kind in next(iter(placed.values())):
         table.add_row(kind, *(f"{sizes[kind] / GIB:.2f}" for sizes in placed.values()))
@@ -113,7 +113,9 @@ def memory_table(placed: dict[str, dict[str, float]]) -> Table:
 def memory_lines(
     config: EstimateConfig, stages: list[StageEstimate], placed: dict[str, dict[str, float]], checkpoint_bytes: float
 ) -> list[str]:
-    """What activations take, the longest micro-batch that fits, and what activation checkpointing saves and costs."""
+    """Return what activations take, the longest micro-batch that fits, and what activation checkpointing saves and
+    costs.
+    """
     micro = config.data.micro_batch_seconds
     most = max((stage.cost for stage in stages), key=lambda cost: cost.activation_bytes)
     sizes = most.activation_bytes, max(stage.cost.checkpointed_bytes for stage in stages)
@@ -142,7 +144,7 @@ def memory_lines(
 
 
 def scaling_lines(stages: list[StageEstimate], law: ScalingLaw) -> list[str]:
-    """The held-out distance that a measured scaling law predicts for parts of the run's compute."""
+    """Return the held-out distance that a measured scaling law predicts for parts of the run's compute."""
     whole, whole_days = sum(s.audio_seconds * s.cost.total for s in stages), sum(s.days for s in stages)
     lines = [
         f"scaling law of {law.sizes} runs ({law.origin}): mel distance = {law.coefficient:.4g} * "
@@ -158,7 +160,7 @@ def scaling_lines(stages: list[StageEstimate], law: ScalingLaw) -> list[str]:
 
 
 def assumptions(config: EstimateConfig, stages: list[StageEstimate], mfu: float) -> list[str]:
-    """Everything that was not counted."""
+    """Return everything that was not counted."""
     peak, kind = GPUS[config.gpu].peak(config.trainer)
     origin = f" (measured: {config.mfu})" if isinstance(config.mfu, str) else ""
     if config.mfu == MODELLED_MFU:

@@ -51,7 +51,7 @@ def cut_clips(clips: Sequence[ListedClip], seconds: float) -> Iterator[ListedCli
 
 
 def choose_clips(clips: Sequence[ListedClip], per_domain: int | None, seed: int) -> list[ListedClip]:
-    """At most so many clips of every domain, in their order; the choice depends on ids and seed only."""
+    """Return at most so many clips of every domain, in their order; the choice depends on ids and seed only."""
     if per_domain is None:
         return list(clips)
     kept: set[str] = set()

@@ -151,7 +151,7 @@ def find_hint(schema: type[Section], key: str) -> Any:
 
 
 def is_removed(section: type[Section], key: str, path: str = "") -> bool:
-    """Whether a key has no effect any more; a line says why."""
+    """Return whether a key has no effect any more; a line says why."""
     if reason := removal_reason(section, key):
         print(f"moss_train: {path}{key} has no effect any more: {reason}", file=sys.stderr)
     return reason is not None

@@ -160,7 +160,7 @@ hints_of: Callable[[Any], dict[str, Any]] = cache(_hints_of)
 
 
 def is_required(field: "Field[Any]") -> bool:
-    """Whether a field has no default."""
+    """Return whether a field has no default."""
     return field.default is MISSING and field.default_factory is MISSING
 
 
@@ -246,7 +246,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def is_section(hint: Any) -> bool:
-    """Whether a declared type is a section."""
+    """Return whether a declared type is a section."""
     return isinstance(hint, type) and is_dataclass(hint) and issubclass(hint, Section)
 
 

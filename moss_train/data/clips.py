@@ -32,7 +32,7 @@ class FileClip:
         return read_audio(extent.source, start=extent.begin + self.start, num_samples=num_samples)
 
     def length(self) -> tuple[int, int]:
-        """Samples and rate in Hz."""
+        """Return the samples and rate in Hz."""
         extent = find_extent(self.clip)
         return extent.num_samples, extent.rate
 
@@ -69,12 +69,12 @@ class ShardClip:
             ) from error
 
     def length(self) -> tuple[int, int]:
-        """Samples and rate in Hz."""
+        """Return the samples and rate in Hz."""
         return self.location.num_samples, self.rate
 
 
 def list_sources(sources: Sequence[str], domain: str, key: str = "data") -> list[ListedClip]:
-    """All clips of all sources in their order; `domain` is for clips that do not say one.
+    """Return all clips of all sources in their order; `domain` is for clips that do not say one.
 
     Raises UserError for what cannot be listed and for an id given twice.
     """

@@ -120,7 +120,7 @@ _index = lru_cache(maxsize=4)(ShardIndex.load)
 
 
 def ends_abruptly(audio: Tensor, sampling_rate: int) -> bool:
-    """Whether [C, T] is about as loud in its last 5 ms as on average: cut off, rather than faded to the room."""
+    """Return whether [C, T] is about as loud in its last 5 ms as on average: cut off, rather than faded to the room."""
     end = audio[:, -max(1, round(0.005 * sampling_rate)) :]
     return level_db(end) > level_db(audio) - 6.0
 
@@ -151,7 +151,7 @@ def find_clips_to_drop(clips: Sequence[ClipFacts], limits: InspectConfig) -> dic
 
 
 def summarize(clips: Sequence[ClipFacts]) -> dict[str, dict[str, float]]:
-    """Hours by domain, language and task."""
+    """Return the hours by domain, language and task."""
     hours: dict[str, dict[str, float]] = {"domain": {}, "language": {}, "task": {}}
     for clip in clips:
         for kind, sums in hours.items():

@@ -49,7 +49,7 @@ class MelReport:
 def mel_report(
     clips: Iterable[Reconstructions], *, noise_spectrum: Tensor, sampling_rate: int, seed: int = 0
 ) -> MelReport:
-    """Mel distance of every output and of the three baselines to the original, clip by clip.
+    """Return the mel distance of every output and of the three baselines to the original, clip by clip.
 
     noise_spectrum [bins]: `mean_power_spectrum` of the training clips. The noise of a clip is a function of the seed
     and of the clip's place in the sequence. ValueError when there is no clip or when the clips' columns differ.
@@ -92,7 +92,9 @@ def mean_power_spectrum(clips: Iterable[Tensor], window_length: int = 2048) -> T
 
 
 def shaped_noise(clip: Tensor, power_spectrum: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian noise with the shape of a power spectrum and the RMS level of a clip [C, T], channel by channel."""
+    """Return Gaussian noise with the shape of a power spectrum and the RMS level of a clip [C, T], channel by
+    channel.
+    """
     num_samples = clip.shape[-1]
     white = torch.fft.rfft(torch.randn(clip.shape, generator=generator))
     gain = F.interpolate(
@@ -104,7 +106,7 @@ def shaped_noise(clip: Tensor, power_spectrum: Tensor, generator: torch.Generato
 
 
 def low_pass(clip: Tensor, sampling_rate: int, cutoff_hz: float = 2000.0) -> Tensor:
-    """Removes everything above `cutoff_hz` exactly: a brick wall on the Fourier transform of the whole clip [C, T].
+    """Remove everything above `cutoff_hz` exactly: a brick wall on the Fourier transform of the whole clip [C, T].
 
     The transform sees the clip as periodic, so a jump between its two ends rings at both.
     """

@@ -153,7 +153,7 @@ def _timed(function: Callable[[Tensor], Tensor], argument: Tensor) -> tuple[Tens
 
 
 def mismatched_clips(clips: Sequence[ListedClip]) -> dict[str, ListedClip]:
-    """For every clip another one of its domain, by another speaker where there is one.
+    """Choose for every clip another one of its domain, by another speaker where there is one.
 
     The choice depends on the set of clips, not on its order; a clip alone in its domain has none.
     """
@@ -179,7 +179,9 @@ def check_audio(audio: Tensor, name: str) -> None:
 
 
 def pcm16(audio: Tensor) -> Tensor:
-    """Audio as a 16-bit file gives it back; NaN stays NaN, so that a broken codec is a failure and not silence."""
+    """Return the audio as a 16-bit file gives it back; NaN stays NaN, so that a broken codec is a failure and not
+    silence.
+    """
     return torch.where(audio.isnan(), audio, to_pcm16(audio.nan_to_num()).float() / 32768)
 
 
@@ -203,7 +205,7 @@ class PairFolder:
 
 
 def find_pairs(root: Path, domain: str, bits_per_level: float | None) -> list[PairFolder]:
-    """All folders of pairs at or below `root`.
+    """Return all folders of pairs at or below `root`.
 
     In MODEL/rvqN/DATASET/{gt_audios,syn_audios} the path names system, levels and dataset, which becomes the domain;
     elsewhere the system is the folder's name. Raises UserError when there are none.
@@ -239,7 +241,7 @@ class PairReconstructor:
         self.conditions = tuple(sorted(unique, key=lambda item: (item.system, item.num_quantizers or 0)))
 
     def clips(self) -> list[ListedClip]:
-        """The references of all folders; a file of the same name in several folders of a domain is one clip."""
+        """Return the references of all folders; a file of the same name in several folders of a domain is one clip."""
         clips: dict[tuple[str, str], ListedClip] = {}
         for folder in self._folders:
             for path in sorted(
@@ -263,7 +265,7 @@ class PairReconstructor:
         return digest.hexdigest()
 
     def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
-        """None: another file beside a reference makes another row (see `depends_on`)."""
+        """Return none: another file beside a reference makes another row (see `depends_on`)."""
         return ()
 
     def reconstruct(

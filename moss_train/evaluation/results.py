@@ -48,7 +48,7 @@ class ClipRow:
     failure: str | None = None  # why the clip could not be used at all
 
     def to_json(self) -> str:
-        """One line."""
+        """Return one line."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
@@ -71,7 +71,9 @@ class Times:
     decoded_audio: dict[int, float] = field(default_factory=dict)  # by number of levels, which may be measured later
 
     def factor(self, levels: int) -> float | None:
-        """Computing over audio time of encoding and of decoding so many levels; None where nothing was timed."""
+        """Return the computing over audio time of encoding and of decoding so many levels; None where nothing was
+        timed.
+        """
         if not self.audio or not self.decoded_audio.get(levels):
             return None
         return self.encode / self.audio + self.decode[levels] / self.decoded_audio[levels]
@@ -135,7 +137,7 @@ class Results:
             np.save(path, codes.numpy().astype(np.int32))
 
     def codes(self, row: ClipRow) -> Tensor | None:
-        """The codes [N, frames] of a clip, None where there are none."""
+        """Return the codes [N, frames] of a clip, None where there are none."""
         path = self.folder / CODES_FOLDER / f"{row.key}.npy"
         return torch.from_numpy(np.load(path)).long() if path.is_file() else None
 
@@ -159,7 +161,7 @@ class Results:
 
 
 def all_conditions(wanted: Sequence[Condition], rows: Sequence[ClipRow]) -> tuple[Condition, ...]:
-    """The wanted conditions and those of earlier runs that every clip has, by number of levels."""
+    """Return the wanted conditions and those of earlier runs that every clip has, by number of levels."""
     of_rows = [{entry.condition for entry in row.conditions} for row in rows if row.failure is None]
     more = set.intersection(*of_rows) - set(wanted) if of_rows else set()
     if not more:
@@ -178,12 +180,12 @@ def clip_key(clip: ListedClip, audio: Tensor | None = None, rate: int = 0, other
 
 
 def file_name(condition: Condition) -> str:
-    """A condition as a file name."""
+    """Return a condition as a file name."""
     return "".join(char if char.isalnum() or char in "-." else "_" for char in condition.label)
 
 
 def read_rows(path: Path) -> list[ClipRow]:
-    """All whole rows of a file; the torn last line of an interrupted run is skipped."""
+    """Return all whole rows of a file; the torn last line of an interrupted run is skipped."""
     rows = []
     # Not splitlines: a name may hold other separators, such as U+2028.
     for line in path.read_text("utf-8").split("\n") if path.is_file() else []:

@@ -42,7 +42,8 @@ def summarize(
     policy: str = "exclude",
     seed: int = 0,
 ) -> list[SummaryRow]:
-    """One row per domain and condition; the domains in alphabetical order, then all of them when there are several.
+    """Return one row per domain and condition; the domains in alphabetical order, then all of them when there are
+    several.
 
     Each clip counts once whatever its length. The order of `rows` changes nothing.
     """
@@ -93,7 +94,7 @@ def _numerator_and_denominator(values: Mapping[str, float], column: Column) -> t
 
 
 def bootstrap(pairs: np.ndarray, seed: int) -> ConfidenceInterval:
-    """Quotient of the column sums of [clips, 2] with the percentile interval of 1000 resamples of the clips.
+    """Return the quotient of the column sums of [clips, 2] with the percentile interval of 1000 resamples of the clips.
 
     With ones in the second column it is a mean. Draws depend on the seed and the number of clips only, so two columns
     over the same clips are resampled alike.

@@ -108,7 +108,7 @@ def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a path means: itself, or the newest valid one of a run; None for anything else."""
+    """Return the checkpoint that a path means: itself, or the newest valid one of a run; None for anything else."""
     if (path / CHECKPOINT_FILE).exists():
         if problem := find_damage(path):
             raise UserError(f"checkpoint {path} is damaged: {problem}")
@@ -120,7 +120,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def tokenizer_config(node: Mapping[str, Any]) -> MossAudioTokenizerConfig:
-    """Configuration from the released keys or from five numbers per stage, as runs store it."""
+    """Return the configuration from the released keys or from five numbers per stage, as runs store it."""
     if "stages" in node:
         return MossAudioTokenizerConfig.from_stages(**node)
     return MossAudioTokenizerConfig(**node)

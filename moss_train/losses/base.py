@@ -78,7 +78,7 @@ class AdversarialLoss(nn.Module):
 
 
 def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
-    """Sets what lies beyond each clip's length to zero, in value and in gradient, NaN included.
+    """Set what lies beyond each clip's length to zero, in value and in gradient, NaN included.
 
     x [B, ..., T], lengths [B] in units of the last axis -> as x.
     """
@@ -109,7 +109,7 @@ class CodebookLoss(QuantizerLoss):
 def commitment_loss(
     latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
 ) -> Tensor:
-    """Pulls the latents to their codewords, which get no gradient.
+    """Pull the latents to their codewords, which get no gradient.
 
     latents, codewords [N, B, T, D]; frame_mask [B, T] bool, true for valid frames; level_mask [N, B] bool, true for
     levels in use; num_clips: clips of the whole update. Returns a scalar, float32.
@@ -120,7 +120,7 @@ def commitment_loss(
 def codebook_loss(
     latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
 ) -> Tensor:
-    """Pulls the codewords to the latents that chose them, which get no gradient. Arguments as for `commitment_loss`."""
+    """Pull the codewords to the latents that chose them, which get no gradient. Arguments as for `commitment_loss`."""
     return _squared_distance(latents.detach(), codewords, frame_mask, level_mask) / num_clips
 
 

@@ -54,7 +54,7 @@ class MultiScaleMelLoss(AudioLoss):
         return torch.stack(self._clip_frames(lengths)).sum(1)
 
     def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Loss of a batch: sum over its clips, divided by `counts`, so that micro-batches and ranks add up.
+        """Return the loss of a batch: sum over its clips, divided by `counts`, so that micro-batches and ranks add up.
 
         reference, degraded [B, C, T], lengths [B] samples (what lies beyond is ignored), counts [number of scales]:
         those of the whole update, by default of this batch. Channels are averaged. Returns a scalar, float32; the
@@ -65,7 +65,7 @@ class MultiScaleMelLoss(AudioLoss):
 
     @torch.no_grad()
     def distances(self, reference: Tensor, degraded: Tensor, lengths: Tensor) -> Tensor:
-        """The same for every clip alone: [B, C, T] twice and lengths [B] -> [B] float32, without gradient."""
+        """Return the same for every clip alone: [B, C, T] twice and lengths [B] -> [B] float32, without gradient."""
         clip_frames = torch.stack(self._clip_frames(lengths))
         return (self._frame_sums(reference, degraded, lengths) / clip_frames.clamp(min=1)).sum(0)
 
@@ -89,7 +89,8 @@ class MultiScaleMelLoss(AudioLoss):
 
 
 def multi_scale_mel_distance(reference: Tensor, degraded: Tensor, lengths: Tensor, sampling_rate: int) -> Tensor:
-    """Distance of every clip at the default seven scales: [B, C, T] twice, lengths [B] samples -> [B]; 0 is identical.
+    """Return the distance of every clip at the default seven scales: [B, C, T] twice, lengths [B] samples -> [B]; 0
+    is identical.
 
     It equals `MultiScaleMelLoss` of the clip alone.
     """

@@ -170,7 +170,7 @@ class PrepackedLinearOps(LinearOps):
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """Whether this torch and the layer's weight allow it, and it pays."""
+    """Return whether this torch and the layer's weight allow it, and it pays."""
     weight = linear.weight
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()

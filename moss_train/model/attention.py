@@ -34,7 +34,7 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions: Tensor, head_dim: int, max_period: float) -> Rotation:
-    """The rotation of every position [B, T] int64 (B may be 1), computed where it is used.
+    """Return the rotation of every position [B, T] int64 (B may be 1), computed where it is used.
 
     There is no buffer: transformers builds models on the meta device and brings non-persistent buffers back as
     garbage. Angles are formed in float64, so a stream may run for years; in float32 they err by 0.006 rad after an
@@ -121,7 +121,7 @@ class MultiheadAttention(nn.Module):
 
 
 def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Causal attention over the last `window` keys without a T x T mask; all tensors [B, H, T, D].
+    """Return the causal attention over the last `window` keys without a T x T mask; all tensors [B, H, T, D].
 
     A clip that fits the window is plain causal attention, and so are the first `window` frames of a longer one. The
     rest goes in blocks of queries that share one mask: time and memory grow linearly with T.
@@ -146,7 +146,7 @@ def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -
 
 
 def has_window_kernel(query: Tensor) -> bool:
-    """Whether torch has windowed FlashAttention for such tensors: half precision on CUDA."""
+    """Return whether torch has windowed FlashAttention for such tensors: half precision on CUDA."""
     if not HAS_WINDOW_KERNEL or not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     return query.shape[-1] % 8 == 0 and query.shape[-1] <= 256

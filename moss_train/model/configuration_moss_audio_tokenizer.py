@@ -175,7 +175,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         return windows
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with `auto_map` as class references and without an output rate that is the encoder's.
+        """Return the plain data, with `auto_map` as class references and without an output rate that is the encoder's.
 
         transformers takes any class with "Tokenizer" in its name for a text tokenizer and stores a (slow, fast) pair,
         which its own loader then cannot read for a model.

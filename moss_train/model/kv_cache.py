@@ -50,7 +50,7 @@ class StageState:
         return self.capacity - self.window + 1
 
     def new_like(self) -> "StageState":
-        """Empty state of the same sizes, with the same weights."""
+        """Return the empty state of the same sizes, with the same weights."""
         rings = [torch.zeros_like(ring) for ring in self.rings]
         return StageState(torch.zeros_like(self.position), rings, self.window, self.linears)
 

@@ -46,14 +46,14 @@ class LFQ(nn.Module):
         self.out_proj = pointwise(codebook_dim, dimension)
 
     def search(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual [B, T, D] -> latent [B, T, d], codes [B, T]."""
+        """Map residual [B, T, D] -> latent [B, T, d], codes [B, T]."""
         latent = apply_pointwise(self.in_proj, residual)
         # The nearest of unit vectors has the greatest inner product; the latent's own length changes nothing.
         directions = F.normalize(self.codebook.weight, dim=-1)
         return latent, (latent.detach() @ directions.detach().T).argmax(dim=-1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, T] -> contribution [B, T, D]."""
+        """Map codes [B, T] -> contribution [B, T, D]."""
         return apply_pointwise(self.out_proj, self.codebook(codes))
 
 
@@ -119,11 +119,11 @@ class ResidualLFQ(nn.Module):
         return QuantizerOutput(quantized, codes.view(count, batch, frames), latents, rows, level_mask)
 
     def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
-        """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
+        """Return the codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
         return FoldedQuantizer(self).encode(latent, num_quantizers)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [n, B, T] of the first n levels -> [B, T, D] float32."""
+        """Map codes [n, B, T] of the first n levels -> [B, T, D] float32."""
         return FoldedQuantizer(self).decode(codes)
 
 
@@ -151,7 +151,7 @@ class LevelWeights(NamedTuple):
 
     @classmethod
     def of(cls, quantizer: ResidualLFQ) -> "LevelWeights":
-        """Those of a quantizer, as they are now, with gradients."""
+        """Return those of a quantizer, as they are now, with gradients."""
         levels = cast(list[LFQ], list(quantizer.quantizers))
         in_weight, in_bias = stack_pointwise([level.in_proj for level in levels])
         out_weight, out_bias = stack_pointwise([level.out_proj for level in levels])
@@ -194,7 +194,7 @@ class LevelWeights(NamedTuple):
 
     @torch.no_grad()
     def directions(self) -> tuple[Tensor, ...]:
-        """Rows of length one, [d, V] per level."""
+        """Return the rows of length one, [d, V] per level."""
         return F.normalize(self.rows, dim=-1).transpose(1, 2).contiguous().unbind()
 
 
@@ -210,7 +210,7 @@ class FoldedQuantizer:
 
     @torch.no_grad()
     def encode(self, latent: Tensor, num_quantizers: int) -> Tensor:
-        """Codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
+        """Return the codes [num_quantizers, B, T] of the first levels for a latent [B, T, D]."""
         weights = self.weights
         width = num_quantizers * weights.rows.shape[2]
         with torch.autocast(latent.device.type, enabled=False):
@@ -221,7 +221,7 @@ class FoldedQuantizer:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [n, B, T] of the first n levels -> [B, T, D] float32."""
+        """Map codes [n, B, T] of the first n levels -> [B, T, D] float32."""
         weights, count = self.weights, len(codes)
         _, size, dim = weights.rows.shape
         with torch.autocast(codes.device.type, enabled=False):
@@ -245,7 +245,7 @@ def fetched(module: nn.Module) -> Iterator[None]:
 
 
 def folded(module: Any) -> "FoldedProjection":
-    """A 1x1 convolution (or identity) with its weight norm multiplied out."""
+    """Return a 1x1 convolution (or identity) with its weight norm multiplied out."""
     if isinstance(module, nn.Identity):
         return FoldedProjection(None, None)
     return FoldedProjection(module.weight[..., 0], module.bias)
@@ -280,7 +280,9 @@ def pointwise(input_dim: int, output_dim: int) -> nn.Conv1d:
 
 
 def stack_pointwise(modules: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Weights [N, out, in] and biases [N, out] of equal 1x1 convolutions, their weight norms multiplied out at once."""
+    """Return the weights [N, out, in] and biases [N, out] of equal 1x1 convolutions, their weight norms multiplied
+    out at once.
+    """
     parts = [module.parametrizations.weight for module in modules]
     directions, gains = (torch.stack([getattr(part, name) for part in parts]) for name in ("original1", "original0"))
     weights = torch._weight_norm(directions.flatten(0, 1), gains.flatten(0, 1), 0).view(directions.shape)

@@ -283,12 +283,12 @@ class ContinuousDecoder:
 
 
 def pad_time(x: Tensor, longest: int) -> Tensor:
-    """Zeros behind, up to `longest` frames or samples."""
+    """Append zeros up to `longest` frames or samples."""
     return x if x.shape[-1] == longest else F.pad(x, (0, longest - x.shape[-1]))
 
 
 def pad_rows(rows: list[Tensor]) -> Tensor:
-    """Audio [C, T] of different T as one batch [B, C, T], silent behind."""
+    """Return the audio [C, T] of different T as one batch [B, C, T], silent behind."""
     longest = max(row.shape[1] for row in rows)
     return torch.stack([pad_time(row, longest) for row in rows])
 

@@ -136,7 +136,7 @@ class ProjectedTransformer(nn.Module):
     def new_state(
         self, batch_size: int, longest_step: int, dtype: torch.dtype | None = None, pack: bool = False
     ) -> StageState:
-        """Empty streaming state for `batch_size` streams on the weights' device.
+        """Return the empty streaming state for `batch_size` streams on the weights' device.
 
         Args:
             longest_step: frames that one attention call takes; longer chunks take several calls.
@@ -181,7 +181,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def projection(input_dimension: int, output_dimension: int) -> nn.Module:
-    """Bias-free linear map, or identity where the sizes agree (as in the released model)."""
+    """Return a bias-free linear map, or identity where the sizes agree (as in the released model)."""
     if input_dimension == output_dimension:
         return nn.Identity()
     return nn.Linear(input_dimension, output_dimension, bias=False)

@@ -118,7 +118,7 @@ class CatModule(lightning.LightningModule):
         return optimizers
 
     def training_step(self, batch: UpdateBatch, batch_idx: int) -> dict[str, UpdateResult]:
-        """One update: gradients of every micro-batch for both sides, then one step of each optimizer."""
+        """Do one update: gradients of every micro-batch for both sides, then one step of each optimizer."""
         schedule_state = self.schedule.at(self.update)
         self._choose_parts(schedule_state)
         try:
@@ -157,7 +157,9 @@ class CatModule(lightning.LightningModule):
         return Networks(self.tokenizer, self.semantic, self.discriminators, is_sharded=self.shards is not None)
 
     def optimizer_groups(self, schedule_state: ScheduleState) -> list[OptimizerGroup]:
-        """What steps in an update: the generator's trained parts, and the discriminators when it is their turn."""
+        """Return what steps in an update: the generator's trained parts, and the discriminators when it is their
+        turn.
+        """
         optimizers: Any = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         stage, settings = schedule_state.stage, self.optimizer_settings
@@ -195,7 +197,7 @@ class CatModule(lightning.LightningModule):
             super().manual_backward(loss, *args, **kwargs)
 
     def parts(self) -> dict[str, nn.Module]:
-        """What a stage can train on the generator side, by name (see `PARTS`)."""
+        """Return what a stage can train on the generator side, by name (see `PARTS`)."""
         parts = {name: getattr(self.tokenizer, name) for name in ("encoder", "quantizer", "decoder")}
         return parts if self.semantic is None else parts | {"semantic": self.semantic}
 
@@ -243,7 +245,7 @@ class CatModule(lightning.LightningModule):
 
 
 def stages_of(model: MossAudioTokenizerModel) -> list[ProjectedTransformer]:
-    """All transformer stages, of the encoder and the decoder."""
+    """Return all transformer stages, of the encoder and the decoder."""
     return [stage for stage in (*model.encoder, *model.decoder) if isinstance(stage, ProjectedTransformer)]
 
 
@@ -255,6 +257,6 @@ def update_result(outputs: Any) -> UpdateResult:
 
 
 def cat_module(module: lightning.LightningModule) -> CatModule:
-    """The module that Lightning hands to callbacks, as what it is."""
+    """Return the module that Lightning hands to callbacks, as what it is."""
     assert isinstance(module, CatModule)
     return module

@@ -29,7 +29,7 @@ PARTIAL = ".partial-"
 
 
 def checkpoint_name(update: int) -> str:
-    """Directory name of the checkpoint after `update` generator updates; sorts by update."""
+    """Return the directory name of the checkpoint after `update` generator updates; sorts by update."""
     return f"{PREFIX}{update:08d}"
 
 
@@ -73,7 +73,7 @@ def write_checkpoint(directory: Path, write: Callable[[Path], None], info: Mappi
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
+    """Return the size in bytes and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -87,12 +87,12 @@ def sync(path: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The `info` of a valid checkpoint's manifest."""
+    """Return the `info` of a valid checkpoint's manifest."""
     return read_json(directory / MANIFEST)["info"]
 
 
 def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
-    """Content of a checkpoint, tensors and plain data only: a stranger's file can name no code to run.
+    """Return the content of a checkpoint, tensors and plain data only: a stranger's file can name no code to run.
 
     Args:
         options: of `torch.load`; `map_location` is the CPU unless given.
@@ -111,12 +111,12 @@ def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
 
 
 def weights_under(prefix: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights whose names begin with `prefix`, without it."""
+    """Return the weights whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint directory, None when every file has its recorded size and hash."""
+    """Return what is wrong with a checkpoint directory, None when every file has its recorded size and hash."""
     try:
         manifest = read_json(directory / MANIFEST)
         files = manifest["files"]
@@ -133,7 +133,8 @@ def find_damage(directory: Path) -> str | None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoint directories in a run's checkpoint folder, oldest first, valid or not; none without a folder.
+    """Return the checkpoint directories in a run's checkpoint folder, oldest first, valid or not; none without a
+    folder.
 
     Raises:
         OSError: the folder cannot be read, which does not mean that it is empty.
@@ -144,7 +145,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest valid checkpoint, with a warning for each damaged one that is skipped; None when there is none.
+    """Return the newest valid checkpoint, with a warning for each damaged one that is skipped; None when there is none.
 
     Raises:
         UserError: there are checkpoints and all are damaged. Training never silently starts from scratch beside them.
@@ -195,7 +196,7 @@ def record_best(directory: Path, best: BestCheckpoint) -> None:
 
 
 def read_best(directory: Path) -> BestCheckpoint | None:
-    """The record in a checkpoint folder; None when there is none, or none whose checkpoint is still there."""
+    """Return the record in a checkpoint folder; None when there is none, or none whose checkpoint is still there."""
     try:
         best = BestCheckpoint(**read_json(Path(directory) / BEST_FILE))
         best = replace(best, metric=present_column(best.metric))
@@ -206,7 +207,7 @@ def read_best(directory: Path) -> BestCheckpoint | None:
 
 
 def best_checkpoint(directory: Path) -> Path | None:
-    """The valid checkpoint of the best validation of a checkpoint folder; None when no validation chose one.
+    """Return the valid checkpoint of the best validation of a checkpoint folder; None when no validation chose one.
 
     Raises:
         UserError: it is damaged.

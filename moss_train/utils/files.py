@@ -126,7 +126,7 @@ def sha256_of(path: Path) -> str:
 
 
 def pluralize(number: int, noun: str) -> str:
-    """A number with its noun, in the plural unless it is one: "1 shard", "2,663 clips"."""
+    """Return a number with its noun, in the plural unless it is one: "1 shard", "2,663 clips"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

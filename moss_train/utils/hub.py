@@ -15,7 +15,7 @@ from moss_train.utils.errors import UserError, first_line
 
 
 def connection_problem(url: str, seconds: float) -> str | None:
-    """Why a server does not answer, None when it does, whatever it says; known after so many seconds at most."""
+    """Return why a server does not answer, None when it does, whatever it says; known after so many seconds at most."""
     answers: list[str | None] = []
 
     def ask() -> None:
@@ -59,7 +59,7 @@ def check_model_name(name: str) -> None:
 
 
 def is_path_like(name: str) -> bool:
-    """Whether a name can only be meant as a path."""
+    """Return whether a name can only be meant as a path."""
     return name.startswith(("/", ".", "~", "runs/")) or name.count("/") > 1
 
 
@@ -115,7 +115,7 @@ def check_no_remote_kernels(config: Mapping[str, Any], place: str) -> None:
 
 @cache
 def hub_problem() -> str | None:
-    """Why the hub is not asked, None when it answers."""
+    """Return why the hub is not asked, None when it answers."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{variable} is set"

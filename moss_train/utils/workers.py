@@ -29,7 +29,7 @@ TASKS_PER_PROCESS = 3  # begun ahead for each process, so that none waits for a 
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 

@@ -53,7 +53,7 @@ def _bounded_lines(file: BinaryIO, manifest: Path) -> Iterator[bytes]:
 
 
 def iterate_table(manifest: Path, delimiter: str) -> Entries:
-    """Rows of a table with a header; empty cells are left out."""
+    """Return the rows of a table with a header; empty cells are left out."""
     with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
         if rows.fieldnames is not None:
@@ -139,7 +139,7 @@ _LABEL_FILES = {"text": ("text", "trans.txt"), "speaker": ("utt2spk",), "languag
 
 
 def is_kaldi(source: Path) -> bool:
-    """Whether the path is a `.scp` file or a folder with a `wav.scp`."""
+    """Return whether the path is a `.scp` file or a folder with a `wav.scp`."""
     return source.suffix == ".scp" or (source / WAV_FILE).is_file()
 
 
@@ -202,7 +202,7 @@ _LABEL_COLUMNS = ("id", "domain", "task", "language", "speaker")
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
+    """Return whether `save_to_disk` wrote the folder."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )

@@ -56,7 +56,7 @@ class SourceClip:
     row: int | None = None  # of the saved dataset that `path` belongs to
 
     def labels(self) -> dict[str, str]:
-        """What is stored beside the audio: the labels that are there."""
+        """Return what is stored beside the audio: the labels that are there."""
         names = ("domain", "text", "task", "language", "speaker", "licence")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -111,12 +111,12 @@ def list_clips(source: Path, domain: str, key: str = "input") -> SourceList:
 
 
 def is_list(path: Path) -> bool:
-    """Whether a file lists clips, by its name."""
+    """Return whether a file lists clips, by its name."""
     return path.name.lower().removesuffix(".gz").endswith((*MANIFEST_SUFFIXES, ".scp"))
 
 
 def how_to_convert(suffixes: Iterable[str]) -> str:
-    """What to do about files in formats of phones and browsers; nothing when none of the suffixes is one."""
+    """Return what to do about files in formats of phones and browsers; nothing when none of the suffixes is one."""
     found = sorted(set(suffixes) & CONVERTIBLE_SUFFIXES)
     return f"; convert each {' and '.join(found)} file: ffmpeg -i clip{found[0]} clip.flac" if found else ""
 

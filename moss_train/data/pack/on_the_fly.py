@@ -97,7 +97,7 @@ def listing_key(sources: SourceList, options: PackConfig, heldout_fraction: floa
 
 
 def split(sources: SourceList, heldout_fraction: float) -> tuple[SourceList, SourceList]:
-    """A share of the files, one at least, and the others; which ones depends on their names alone.
+    """Return a share of the files, one at least, and the others; which ones depends on their names alone.
 
     Nothing is held out of a single file.
     """

@@ -140,6 +140,6 @@ def _finish(
 
 
 def level_db(audio: Tensor) -> float:
-    """Root mean square of [C, T] in dB below full scale; -inf for digital silence."""
+    """Return the root mean square of [C, T] in dB below full scale; -inf for digital silence."""
     power = audio.square().mean().item()
     return 10 * math.log10(power) if power > 0 else -math.inf

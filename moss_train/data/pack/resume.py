@@ -113,7 +113,7 @@ def reuse_finished_shards(
 
 
 def unfinished_folder(target: Path) -> Path:
-    """Where the shards of `target` are made before it appears."""
+    """Return where the shards of `target` are made before it appears."""
     target = target.resolve()
     return target.parent / f".{target.name}.partial"
 

@@ -98,7 +98,7 @@ def write_code_index(folder: Path, shards: list[tuple[str, str]], source: CodesS
 
 
 def is_code_folder(folder: Path) -> bool:
-    """Whether `encode shards=` wrote the folder."""
+    """Return whether `encode shards=` wrote the folder."""
     try:
         return read_json(folder / INDEX_FILE).get("format") == CODES_FORMAT
     except (OSError, ValueError, AttributeError):

@@ -98,11 +98,11 @@ class ShardTable:
         return (self[number] for number in range(len(self)))
 
     def rows_of(self, number: int) -> range:
-        """Rows of the clips of one shard."""
+        """Return the rows of the clips of one shard."""
         return range(int(self.first_rows[number]), int(self.first_rows[number + 1]))
 
     def shard_of(self, row: int) -> int:
-        """Number of the shard with the clip of one row."""
+        """Return the number of the shard with the clip of one row."""
         return int(np.searchsorted(self.first_rows, row, side="right")) - 1
 
     def runs_of(self, domain: str) -> Iterator[tuple[int, int]]:
@@ -264,7 +264,7 @@ class ShardIndex:
             )
 
     def locate(self, row: int) -> ClipLocation:
-        """Where the clip of one row lies."""
+        """Return where the clip of one row lies."""
         values = {name: array[row].item() for name, array in self.arrays.items()}
         shard = self.shards[self.shards.shard_of(row)]
         return ClipLocation(shard=self._place(shard.file), shard_bytes=shard.bytes, shard_sha256=shard.sha256, **values)
@@ -284,7 +284,9 @@ def check_size(path: Path, num_bytes: int) -> None:
 
 
 def read_index(folder: Path) -> dict:
-    """Content of a folder's index.json. Raises UserError when it is missing, damaged or of another version."""
+    """Return the content of a folder's index.json. Raises UserError when it is missing, damaged or of another
+    version.
+    """
     path = folder / INDEX_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a folder of packed shards (no {INDEX_FILE}); make one with `moss_train pack`")

@@ -32,7 +32,7 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
 
 
 def is_remote(place: str | Path) -> bool:
-    """Whether a place is a URL."""
+    """Return whether a place is a URL."""
     return isinstance(place, str) and _SCHEME.match(place) is not None
 
 

@@ -50,7 +50,7 @@ class Corpus:
         return int(self._first_rows[-1])
 
     def column(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Values of one sample array for the given rows, in their order."""
+        """Return the values of one sample array for the given rows, in their order."""
         values = np.empty(len(rows), dtype=SAMPLE_ARRAYS[name])
         sources = np.searchsorted(self._first_rows, rows, side="right") - 1
         for source in np.unique(sources):
@@ -59,12 +59,12 @@ class Corpus:
         return values
 
     def locate(self, row: int) -> ClipLocation:
-        """Where the clip of one row lies."""
+        """Return where the clip of one row lies."""
         source = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return self._indexes[source].locate(row - int(self._first_rows[source]))
 
     def shard_ranges(self) -> dict[str, np.ndarray]:
-        """For every domain, in alphabetical order, the rows of its shards: [shards, 2] first row and count."""
+        """Return the rows of every domain's shards, in alphabetical order: [shards, 2] first row and count."""
         ranges: dict[str, list[np.ndarray]] = {}
         for index, first in zip(self._indexes, self._first_rows[:-1], strict=True):
             shards = index.shards
@@ -102,7 +102,7 @@ class DomainOrder:
         self._window_rows = lru_cache(maxsize=4)(self._make_window_rows)
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """Rows of the elements first, first + 1, ... as int64 [count]."""
+        """Return the rows of the elements first, first + 1, ... as int64 [count]."""
         parts, element = [], first
         while element < first + count:
             number, place = divmod(element, self.num_clips)
@@ -162,14 +162,14 @@ class DomainMixture:
         self.block_size = 1024 * math.ceil(len(shares) / 32) ** 2
 
     def counts_before(self, block: int) -> list[int]:
-        """How many samples of each domain lie in the blocks before this one."""
+        """Return how many samples of each domain lie in the blocks before this one."""
         position = block * self.block_size
         counts = [numerator * position >> _SHARE_BITS for numerator in self._numerators]
         counts[self._largest] += position - sum(counts)
         return counts
 
     def block(self, block: int) -> tuple[np.ndarray, list[int], list[int]]:
-        """Domain number of every position of a block, and each domain's first element and count in it."""
+        """Return the domain number of every position of a block, and each domain's first element and count in it."""
         before, after = self.counts_before(block), self.counts_before(block + 1)
         counts = [end - begin for begin, end in zip(before, after, strict=True)]
         labels = np.repeat(np.arange(len(counts)), counts)

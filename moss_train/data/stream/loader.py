@@ -115,7 +115,8 @@ def make_loader(
 
 
 def prefetch_within(clip_format: ClipFormat, seconds: float, num_workers: int) -> tuple[int, int]:
-    """Workers, and updates that each reads ahead, so that updates of so many audio seconds stay in `PREFETCH_BYTES`.
+    """Return the workers, and updates that each reads ahead, so that updates of so many audio seconds stay in
+    `PREFETCH_BYTES`.
 
     One worker stays, and each reads one update ahead at least and two at most.
     """

@@ -221,7 +221,9 @@ class StreamCounter:
         return lines
 
     def counts(self, batch: UpdateBatch, domains: Iterable[str]) -> dict[str, float]:
-        """Numbers of one update by name, which may be summed over ranks: the same names for the same domains."""
+        """Return the numbers of one update by name, which may be summed over ranks: the same names for the same
+        domains.
+        """
         counts = {f"samples/{domain}": 0.0 for domain in sorted(domains)}
         counts |= {f"bad/{fault}": 0.0 for fault in Fault} | {"used_clips": 0.0}
         counts["without_text"] = float(len(batch.without_text))
@@ -265,7 +267,7 @@ class StreamCounter:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts as plain data, for a checkpoint."""
+        """Return the counts as plain data, for a checkpoint."""
         return {
             "samples": dict(self._samples),
             "kinds": dict(self._kinds),

@@ -29,19 +29,21 @@ class Codec(Protocol):
     fingerprint: str  # equal fingerprints make equal audio
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Codes [N, frames] int64 of a clip [C, T], both on the CPU."""
+        """Return the codes [N, frames] int64 of a clip [C, T], both on the CPU."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Audio [C, T'] of the first n levels [n, frames], both on the CPU."""
+        """Return the audio [C, T'] of the first n levels [n, frames], both on the CPU."""
 
 
 def bitrate(codec: Codec, num_quantizers: int) -> float:
-    """Bits per second of the first `num_quantizers` levels, every code counted with log2 of its codebook's size."""
+    """Return the bits per second of the first `num_quantizers` levels, every code counted with log2 of its codebook's
+    size.
+    """
     return codec.frame_rate * sum(math.log2(size) for size in codec.codebook_sizes[:num_quantizers])
 
 
 def check_levels(codec: Codec, num_quantizers: list[int] | None) -> tuple[int, ...]:
-    """The numbers of levels to decode, ascending; powers of two and all levels by default. Raises UserError."""
+    """Return the numbers of levels to decode, ascending; powers of two and all levels by default. Raises UserError."""
     available = len(codec.codebook_sizes)
     if num_quantizers is None:
         return tuple(sorted({2**power for power in range(available.bit_length())} | {available}))
@@ -54,7 +56,7 @@ def check_levels(codec: Codec, num_quantizers: list[int] | None) -> tuple[int, .
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Short hash of the names, shapes and first values of all weights, which any training changes."""
+    """Return the short hash of the names, shapes and first values of all weights, which any training changes."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         first = tensor.flatten()[:64].float().cpu().numpy()
@@ -289,7 +291,7 @@ class MimoCodec(WrappedCodec):
         self._mel = MelSpectrogram(rate, *frames, config.fmin, config.fmax, n_mels=config.n_mels, power=1.0)
 
     def to(self, device: torch.device) -> "MimoCodec":
-        """On a GPU its attention is FlashAttention, which knows 16-bit numbers only."""
+        """Move the model; on a GPU in 16 bits, as its attention is FlashAttention there, which knows nothing else."""
         if device.type != "cpu":
             self.model.bfloat16()
         self._mel.to(device)

@@ -149,7 +149,7 @@ def _whisper(model: str | None) -> tuple[Any, Any]:
 
 
 def choose_backend(name: str, model: str | None) -> ErrorRates:
-    """The named backend; `auto` takes the first whose packages and model are there, else the first of all."""
+    """Return the named backend; `auto` takes the first whose packages and model are there, else the first of all."""
     if name != "auto":
         return ErrorRates(name, model)
     candidates = [ErrorRates(backend, model) for backend in ("faster_whisper", "whisper")]

@@ -57,7 +57,7 @@ class Pair:
         self._resampled: dict[int, tuple[Tensor, Tensor]] = {}
 
     def at(self, sampling_rate: int) -> tuple[Tensor, Tensor]:
-        """Reference and reconstruction [T] at a rate in Hz."""
+        """Return the reference and reconstruction [T] at a rate in Hz."""
         if sampling_rate not in self._resampled:
             wanted, got = (resample(audio, self._sampling_rate, sampling_rate) for audio in self._audio)
             length = min(len(wanted), len(got))
@@ -87,11 +87,13 @@ class Metric(Protocol):
         """Backend and version: values of two metrics compare when their descriptions are equal."""
 
     def missing(self) -> str | None:
-        """What has to be installed or given before the metric can be used, None when nothing is missing."""
+        """Return what has to be installed or given before the metric can be used, None when nothing is missing."""
         return None
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """Values by key; empty when the metric does not apply to the clip. Raises MetricError with the reason."""
+        """Return the values by key; empty when the metric does not apply to the clip. Raises MetricError with the
+        reason.
+        """
 
 
 @dataclass(frozen=True)
@@ -135,18 +137,18 @@ def score_pair(metrics: Mapping[str, Metric], pair: Pair) -> PairScores:
 
 
 def split_available(metrics: Mapping[str, Metric]) -> tuple[dict[str, Metric], dict[str, str]]:
-    """The metrics that can be used here, and what the others miss, by name."""
+    """Return the metrics that can be used here, and what the others miss, by name."""
     missing = {name: reason for name, metric in metrics.items() if (reason := metric.missing()) is not None}
     return {name: metric for name, metric in metrics.items() if name not in missing}, missing
 
 
 def columns_of(metrics: Mapping[str, Metric]) -> tuple[Column, ...]:
-    """All columns of the metrics, in their order."""
+    """Return all columns of the metrics, in their order."""
     return tuple(column for metric in metrics.values() for column in metric.columns)
 
 
 def missing_package(name: str, hint: str = "") -> str | None:
-    """What to install when a package is not there, None when it is; nothing is imported."""
+    """Return what to install when a package is not there, None when it is; nothing is imported."""
     if find_spec(name) is not None:
         return None
     return f"package {name} is not installed" + (f" ({hint})" if hint else "")

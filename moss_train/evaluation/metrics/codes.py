@@ -40,7 +40,7 @@ class CodebookUsage:
 
 
 def count_codes(clips: Iterable[Tensor], codebook_sizes: Sequence[int]) -> list[Tensor]:
-    """How often every code occurs: clips of codes [N, frames] -> for each level counts [V] int64."""
+    """Return how often every code occurs: clips of codes [N, frames] -> for each level counts [V] int64."""
     counts = [torch.zeros(size, dtype=torch.int64) for size in codebook_sizes]
     for codes in clips:
         for level, row in enumerate(codes):
@@ -49,7 +49,7 @@ def count_codes(clips: Iterable[Tensor], codebook_sizes: Sequence[int]) -> list[
 
 
 def codebook_usage(counts: Sequence[Tensor]) -> list[CodebookUsage]:
-    """Statistics of every level from its counts [V]; levels without frames are left out."""
+    """Return the statistics of every level from its counts [V]; levels without frames are left out."""
     levels = []
     for level, count in enumerate(counts, start=1):
         size, total = len(count), int(count.sum())
@@ -76,12 +76,12 @@ def codebook_usage(counts: Sequence[Tensor]) -> list[CodebookUsage]:
 
 
 def effective_bitrate(levels: Sequence[CodebookUsage], frame_rate: float, num_quantizers: int) -> float:
-    """Bits per second that the first levels carry when every code costs its level's entropy."""
+    """Return the bits per second that the first levels carry when every code costs its level's entropy."""
     return frame_rate * sum(level.entropy for level in levels[:num_quantizers])
 
 
 def codebook_columns(num_quantizers: int) -> tuple[str, ...]:
-    """Columns of `codebooks.csv`."""
+    """Return the columns of `codebooks.csv`."""
     levels = range(1, num_quantizers + 1)
     each = [f"{name}/{level}" for name in ("usage", "perplexity") for level in levels]
     return ("update", "frames", "mean_usage", "mean_perplexity", *each)
@@ -121,12 +121,12 @@ class TextCrossEntropy(Metric):
         self._text_lm = text_lm.eval()
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """Nothing: pairs have no codes."""
+        """Return nothing: pairs have no codes."""
         return {}
 
     @torch.inference_mode()
     def measure(self, codes: Tensor, labels: Mapping[str, str]) -> dict[str, float]:
-        """Sums for the first n levels [n, frames] of a clip; empty without text."""
+        """Return the sums for the first n levels [n, frames] of a clip; empty without text."""
         if "text" not in labels:
             return {}
         device = next(self._text_lm.parameters()).device
@@ -147,7 +147,7 @@ class TextCrossEntropy(Metric):
 
 
 def text_lm_of_checkpoint(checkpoint: Mapping[str, Any], latent_dim: int) -> TextLM | None:
-    """The text LM of a loaded training checkpoint; None when it was trained without. Raises UserError."""
+    """Return the text LM of a loaded training checkpoint; None when it was trained without. Raises UserError."""
     node = checkpoint["hyper_parameters"].get("semantic")
     if not node:
         return None

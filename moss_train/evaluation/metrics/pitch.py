@@ -132,7 +132,7 @@ def patch_rate_level(audio: Tensor, patch_rate: float) -> float:
     hertz = torch.arange(len(power)) * (RATE / window)
 
     def decibels(centre: float) -> Tensor:
-        """Of the main lobe of the window."""
+        """Return the mean power in dB over the main lobe of the window around a frequency in Hz."""
         return 10 * power[(hertz - centre).abs() <= 10.0].mean().log10()
 
     multiples = torch.arange(1, int(BUZZ_RANGE[1] / patch_rate) + 1).double() * patch_rate

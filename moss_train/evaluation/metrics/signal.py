@@ -42,7 +42,7 @@ PROFILES = {
 
 
 def spectral_distances(reference: Tensor, degraded: Tensor, profile: Profile) -> dict[str, float]:
-    """Mel-Loss and STFT-Dist. of one clip, by key: [T] twice at the profile's rate, 0 is identical.
+    """Return Mel-Loss and STFT-Dist. of one clip, by key: [T] twice at the profile's rate, 0 is identical.
 
     Raises:
         ValueError: audio too short to be mirrored at its ends.
@@ -169,7 +169,7 @@ class SiSdr(Metric):
 
 
 def signal_metrics(profile: Profile) -> dict[str, Metric]:
-    """The metrics that need no model: STOI, PESQ, the spectral distances and SI-SDR."""
+    """Return the metrics that need no model: STOI, PESQ, the spectral distances and SI-SDR."""
     return {"stoi": Stoi(), "pesq": Pesq(), "spectral": SpectralDistances(profile), "si_sdr": SiSdr()}
 
 

@@ -40,7 +40,7 @@ PUBLISHED_COLUMNS = {
 def bitrate_plot(
     column: Column, rows: Sequence[SummaryRow], others: Sequence[tuple[str, Sequence[SummaryRow]]] = ()
 ) -> str | None:
-    """One column against the bitrate, a line per domain with its intervals; None when no row has a bitrate.
+    """Return one column against the bitrate, a line per domain with its intervals; None when no row has a bitrate.
 
     others: (name, rows) of other evaluations, dashed. The published values of the same measure are grey: they come from
     other recordings. Needs matplotlib.
@@ -81,7 +81,9 @@ def bitrate_plot(
 
 
 def usage_plot(levels: Sequence[CodebookUsage]) -> str:
-    """Bars per level: share of codes in use, entropy over its maximum, and the usage that chance would give."""
+    """Return the bars per level: share of codes in use, entropy over its maximum, and the usage that chance would
+    give.
+    """
     figure = new_figure(*PANEL_INCHES)
     axes = figure.subplots()
     places = [level.level for level in levels]

@@ -29,14 +29,14 @@ class Table:
 
 
 def markdown(table: Table) -> str:
-    """The table for reading: an arrow says which way is better, intervals are in the CSV."""
+    """Return the table for reading: an arrow says which way is better, intervals are in the CSV."""
     header, *rows = table_cells(table)
     notes = [f"- {note}" for note in table.footnotes]
     return "\n".join([f"# {table.title}", "", *markdown_table(header, rows), "", *notes, ""])
 
 
 def comma_separated(table: Table) -> str:
-    """Every value of every domain with its interval and number of clips, unrounded."""
+    """Return every value of every domain with its interval and number of clips, unrounded."""
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     parts = ("", "_low", "_high", "_clips")
@@ -55,7 +55,7 @@ def comma_separated(table: Table) -> str:
 
 
 def codebook_csv(levels: Sequence[CodebookUsage]) -> str:
-    """One line per level, of which there is at least one."""
+    """Return one line per level, of which there is at least one."""
     entries = [asdict(level) | {"relative_entropy": level.relative_entropy} for level in levels]
     output = io.StringIO()
     writer = csv.DictWriter(output, entries[0], lineterminator="\n")
@@ -65,7 +65,7 @@ def codebook_csv(levels: Sequence[CodebookUsage]) -> str:
 
 
 def table_cells(table: Table) -> list[list[str]]:
-    """The table as texts, the header first."""
+    """Return the table as texts, the header first."""
 
     def text(value: float | None, decimals: int = 0) -> str:
         return "–" if value is None else f"{value:.{decimals}f}"
@@ -119,7 +119,7 @@ class Comparison:
     summary: tuple[SummaryRow, ...]  # the other's rows, for the plots
 
     def markdown(self) -> str:
-        """A table with one line per difference; an interval without 0 is marked."""
+        """Return a table with one line per difference; an interval without 0 is marked."""
         rows = []
         for item in self.differences:
             value = item.estimate
@@ -156,7 +156,9 @@ def load_evaluation(folder: Path) -> OtherEvaluation:
 def compare(
     rows: Sequence[ClipRow], conditions: Sequence[Condition], metrics: Mapping[str, Metric], other: OtherEvaluation
 ) -> Comparison:
-    """Differences of every depth to the other's depth of the nearest bitrate, for metrics of the same definition."""
+    """Return the differences of every depth to the other's depth of the nearest bitrate, for metrics of the same
+    definition.
+    """
     skipped = {
         name: f"{metric.description} here, {other.descriptions.get(name, 'not measured')} there"
         for name, metric in metrics.items()

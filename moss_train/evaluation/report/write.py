@@ -48,7 +48,7 @@ class Evaluation:
         return columns_of(self.metrics)
 
     def codebook_usage(self) -> list[CodebookUsage]:
-        """Statistics of the codebooks over all clips; empty without a codec."""
+        """Return the statistics of the codebooks over all clips; empty without a codec."""
         if self.codec is None:
             return []
         codes = (codes for row in self.rows if (codes := self.results.codes(row)) is not None)
@@ -90,7 +90,7 @@ def write_outputs(evaluation: Evaluation, policy: str, seed: int, others: Sequen
 
 
 def make_table(evaluation: Evaluation, levels: Sequence[CodebookUsage], policy: str, seed: int) -> Table:
-    """The table with effective bitrates, real-time factors and the footnotes that its numbers need."""
+    """Return the table with effective bitrates, real-time factors and the footnotes that its numbers need."""
     conditions = evaluation.conditions
     rows = summarize(evaluation.rows, conditions, evaluation.columns, policy, seed)
     depths = [condition.num_quantizers for condition in conditions if condition.num_quantizers is not None]
@@ -106,7 +106,7 @@ def make_table(evaluation: Evaluation, levels: Sequence[CodebookUsage], policy: 
 
 
 def footnotes(evaluation: Evaluation, levels: Sequence[CodebookUsage], policy: str) -> list[str]:
-    """What has to be known beside the numbers: definitions, missing metrics, failures, too little data."""
+    """Return what has to be known beside the numbers: definitions, missing metrics, failures, too little data."""
     notes = [
         "Means over clips, every clip counted once; 95 % bootstrap intervals are in table.csv. "
         "References and reconstructions are 16-bit audio.",

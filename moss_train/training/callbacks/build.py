@@ -45,7 +45,7 @@ def build_callbacks(
     codebook_size: int,
     objective: Objective,
 ) -> list[Callback]:
-    """The callbacks of a run, in their order: a checkpoint never lies behind an update that was not logged.
+    """Return the callbacks of a run, in their order: a checkpoint never lies behind an update that was not logged.
 
     Args:
         train: packed folders to learn from.

@@ -36,7 +36,7 @@ CLOCK_COLUMNS = (
 
 
 def metric_columns(objective: Objective) -> tuple[str, ...]:
-    """Columns of `metrics.csv`; every loss of the objective has its own."""
+    """Return the columns of `metrics.csv`; every loss of the objective has its own."""
     return (
         "update",
         "stage",
@@ -183,7 +183,7 @@ class UpdateMetrics(Callback):
 
 
 def count_clips(module: CatModule, batch: UpdateBatch) -> dict[str, float]:
-    """What one rank's part of an update is made of.
+    """Return what one rank's part of an update is made of.
 
     Frames and tokens are of those clips that have a text, and `text_squares` the sum of the squares of both together.
     Lengths are read on the host, where they came from: reading them on the device would wait for it.
@@ -205,7 +205,9 @@ def count_clips(module: CatModule, batch: UpdateBatch) -> dict[str, float]:
 
 
 def loss_row(result: UpdateResult) -> dict[str, float]:
-    """The numbers of an update, with every term also weighted and its share of the gradient where it was measured."""
+    """Return the numbers of an update, with every term also weighted and its share of the gradient where it was
+    measured.
+    """
     weighted = {
         f"weighted/{name}": weight * result.metrics[f"loss/{name}"]
         for name, weight in result.weights.items()

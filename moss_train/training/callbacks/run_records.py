@@ -125,7 +125,7 @@ def git_commit(directory: Path) -> dict[str, Any] | None:
 
 
 def cpu_name() -> str:
-    """Model of the processor, as Linux names it."""
+    """Return the model of the processor, as Linux names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

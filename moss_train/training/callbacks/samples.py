@@ -49,7 +49,7 @@ class AudioSampleWriter:
         self.draws = find_spec("matplotlib") is not None
 
     def make(self, module: CatModule, is_main: bool) -> list[ClipSample]:
-        """The samples of this update; none when it is not their turn.
+        """Return the samples of this update; none when it is not their turn.
 
         Every rank computes them, for networks that are sharded over ranks, and one writes.
         """
@@ -100,6 +100,6 @@ def label(num_quantizers: int) -> str:
 
 
 def plain_name(clip_id: str) -> str:
-    """A clip's id as part of a file name."""
+    """Return a clip's id as part of a file name."""
     stem = re.sub(r"\.(aiff?|flac|mp3|ogg|opus|wav)$", "", clip_id, flags=re.IGNORECASE)
     return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._")[-60:] or "clip"

@@ -36,7 +36,7 @@ class TrainingHistory:
     bin_size: int = 1
 
     def curves(self, names: Iterable[str]) -> list[Curve]:
-        """The named columns, those without any value dropped."""
+        """Return the named columns, those without any value dropped."""
         curves = []
         for name in names:
             points = self.bins.get(name, {})
@@ -65,7 +65,7 @@ def read_history(rows: Iterable[Mapping[str, str]], updates: int) -> TrainingHis
 def panels(
     history: TrainingHistory, validation: Sequence[Mapping[str, str]], codebooks: Sequence[Mapping[str, str]]
 ) -> list[Panel]:
-    """What a person wants to see of a run first; subjects without values are dropped."""
+    """Return what a person wants to see of a run first; subjects without values are dropped."""
     mel = [held_out_curve(validation, name, label) for name, label in depth_labels(validation).items()]
     text = [
         held_out_curve(validation, name, label)
@@ -87,14 +87,14 @@ def panels(
 
 
 def depth_labels(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The columns of `validation.csv` with the mel distance of a depth, all domains together, in words."""
+    """Return the columns of `validation.csv` with the mel distance of a depth, all domains together, in words."""
     columns = [name.rpartition("/") for name in (rows[0] if rows else ())]
     counts = [count for group, _, count in columns if group == "mel_distance"]
     return {f"mel_distance/{count}": f"{count} level" if count == "1" else f"{count} levels" for count in counts}
 
 
 def held_out_curve(rows: Sequence[Mapping[str, str]], name: str, label: str) -> Curve:
-    """One column of a table as a curve."""
+    """Return one column of a table as a curve."""
     kept = [row for row in rows if row.get(name)]
     return Curve(label, [int(row["update"]) for row in kept], [float(row[name]) for row in kept])
 
@@ -142,7 +142,7 @@ def write_summary(directory: Path, module: CatModule, hours: Mapping[str, float]
 
 
 def overview_table(directory: Path, history: TrainingHistory, hours: Mapping[str, float]) -> list[str]:
-    """Time, audio, machine and checkpoints as a table."""
+    """Return the time, audio, machine and checkpoints as a table."""
     sums = history.sums
     busy = max(sums["update_seconds"], 1e-9)
     stages = ", ".join(f"{name} from {first}" for name, first in history.stages.items())
@@ -169,7 +169,7 @@ def overview_table(directory: Path, history: TrainingHistory, hours: Mapping[str
 
 
 def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Scores on held-out audio: at most twelve rows, first and last among them."""
+    """Return the scores on held-out audio: at most twelve rows, first and last among them."""
     if not rows:
         return ["No validation: `validation.data` was not set.", ""]
     text = [name for name in ("text_lm_loss", "text_lm_loss_no_audio", "text_accuracy") if rows[0].get(name)]
@@ -188,7 +188,7 @@ def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def codebook_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """How the codebooks were used at last."""
+    """Return how the codebooks were used at last."""
     rows = [row for row in rows if row["mean_usage"]]  # without clips there is none
     if not rows:
         return []
@@ -204,7 +204,7 @@ def codebook_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def warnings_section(directory: Path) -> list[str]:
-    """Warnings and skipped updates."""
+    """Return the warnings and skipped updates."""
     warnings, skipped = directory / "warnings.txt", directory / SKIPPED_FILE
     found = warnings.read_text("utf-8", errors="replace").splitlines() if warnings.exists() else []
     lines = [f"- {line}" for line in found]

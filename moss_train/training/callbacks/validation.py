@@ -185,7 +185,7 @@ def eval_mode(trainer: Trainer, module: CatModule) -> Iterator[None]:
 
 
 def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
-    """Scores of the model on the clips of a plan, the same on every rank."""
+    """Return the scores of the model on the clips of a plan, the same on every rank."""
     rank, ranks = (torch.distributed.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
     rate = module.tokenizer.output_sampling_rate
     # Names of all sums, the same on every rank whatever its clips are.
@@ -228,7 +228,8 @@ def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
 
 
 def text_lm_sums(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, made: DecodedClip) -> dict[str, float]:
-    """Cross entropy of a clip's text for the states of every depth, and for states that know nothing of the clip.
+    """Return the cross entropy of a clip's text for the states of every depth, and for states that know nothing of
+    the clip.
 
     There is nothing for a clip without text, which sharded networks pass all the same.
     """

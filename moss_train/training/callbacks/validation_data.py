@@ -90,7 +90,9 @@ class DecodedClip:
 
 
 def depths(num_quantizers: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Numbers of levels to decode, by default one, a quarter, half and all; ascending, all of them always there."""
+    """Return the numbers of levels to decode, by default one, a quarter, half and all; ascending, all of them always
+    there.
+    """
     chosen = wanted or (1, num_quantizers // 4, num_quantizers // 2)
     return tuple(sorted({max(1, count) for count in (*chosen, num_quantizers)}))
 
@@ -107,7 +109,7 @@ def reconstruct(tokenizer: MossAudioTokenizerModel, clip: HeldOutClip, levels: S
 
 
 def scores(sums: Mapping[str, float], counts: Tensor, levels: Sequence[int]) -> dict[str, float]:
-    """The row of a validation from sums over all clips of all ranks.
+    """Return the row of a validation from sums over all clips of all ranks.
 
     Mel distances are means over clips. `text_lm_loss` is the LM's cross entropy per text token.
     `text_lm_loss_no_audio` is the smaller of two values: an LM that gets states unlike those of its training may do

@@ -43,11 +43,11 @@ class ScalingLaw:
     origin: str
 
     def distance(self, flops: float) -> float:
-        """Predicted mel distance after so much compute."""
+        """Return the predicted mel distance after so much compute."""
         return self.coefficient * flops**self.exponent
 
     def describe_range(self, flops: float) -> str:
-        """How far a prediction lies from what was measured."""
+        """Return how far a prediction lies from what was measured."""
         if self.exponent >= 0:
             return "predicts nothing: the measured distance does not fall with compute"
         if flops <= self.most:
@@ -132,7 +132,7 @@ def estimate(
 
     @cache
     def text_cost(learns: bool) -> Cost:
-        """Cost per audio-second of the text LM, as the mean over clips with text and without."""
+        """Return the cost per audio-second of the text LM, as the mean over clips with text and without."""
         frames, tokens = (round(seconds * rate) for rate in (tokenizer.frame_rate, config.text_tokens_per_second))
         width = tokenizer.quantizer_kwargs["output_dim"]
         clip = semantic_cost(arguments["semantic"], width, frames, max(1, tokens), half, learns)
@@ -156,7 +156,8 @@ def estimate(
 
 
 def seconds_of_step(stage: Stage, config: EstimateConfig, parameters: StateSize, compute_seconds: float = 0.0) -> float:
-    """Time of an update beside its passes: sums over the GPUs that no pass hides, and the steps of all optimizers.
+    """Return the time of an update beside its passes: sums over the GPUs that no pass hides, and the steps of all
+    optimizers.
 
     Whole networks are summed beside the last backward pass. Sharded ones are gathered twice in every pass and their
     gradients summed, beside its operations; each GPU steps its share.
@@ -183,7 +184,8 @@ def seconds_of_step(stage: Stage, config: EstimateConfig, parameters: StateSize,
 
 
 def exposed_seconds(sums: float, backward: float, parameters: float) -> float:
-    """What the last backward pass, of so many seconds, does not hide of sums of the gradients of so many parameters.
+    """Return what the last backward pass, of so many seconds, does not hide of sums of the gradients of so many
+    parameters.
 
     The last bucket is complete only when the pass is over.
     """

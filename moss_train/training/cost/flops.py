@@ -79,7 +79,8 @@ def fake_tensors() -> Iterator[None]:
 
 
 def count(module: nn.Module, run: Callable[[], Any], half: bool) -> Cost:
-    """Cost of `run`, a pass through `module` that returns a tensor, or several to be differentiated together.
+    """Return the cost of `run`, a pass through `module` that returns a tensor, or several to be differentiated
+    together.
 
     Args:
         half: products in bfloat16, as on a GPU with bf16-mixed.
@@ -111,7 +112,7 @@ def count(module: nn.Module, run: Callable[[], Any], half: bool) -> Cost:
 def stage_cost(
     stage: ProjectedTransformer, frames: int, half: bool, learns: bool, passes: bool, recomputes: bool = False
 ) -> Cost:
-    """Cost of a stage for one clip of so many frames, from its projections and one of its layers.
+    """Return the cost of a stage for one clip of so many frames, from its projections and one of its layers.
 
     Args:
         learns: whether its weights get gradients.
@@ -134,7 +135,7 @@ def stage_cost(
 
 
 def layers_cost(one: Cost, number: int, input_bytes: int, recomputes: bool) -> Cost:
-    """Cost of equal layers from that of one. Where nothing is kept, nothing is computed again."""
+    """Return the cost of equal layers from that of one. Where nothing is kept, nothing is computed again."""
     kept = one.activation_bytes * number
     least = min(kept, input_bytes * number + one.activation_bytes) if kept else 0.0
     recomputes = recomputes and kept > 0
@@ -155,7 +156,7 @@ def tokenizer_costs(
     learning: Sequence[str],
     checkpointed: Sequence[float] = (),
 ) -> dict[str, Cost]:
-    """Cost per audio-second of encoder, quantizer and decoder, for clips of a length.
+    """Return the cost per audio-second of encoder, quantizer and decoder, for clips of a length.
 
     Args:
         learning: which of the three learn.
@@ -190,7 +191,9 @@ def tokenizer_costs(
 
 
 def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, length: int, half: bool) -> Cost:
-    """Cost of one forward of all discriminators over a crop of so many samples, and what it keeps; no backward."""
+    """Return the cost of one forward of all discriminators over a crop of so many samples, and what it keeps; no
+    backward.
+    """
     precision = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
     with fake_tensors(), precision:
         discriminators = DiscriminatorSet([build(node, path="discriminators") for node in nodes])
@@ -204,7 +207,7 @@ def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, l
 
 
 def losses_cost(objective: Objective, weights: Mapping[str, float], config: MossAudioTokenizerConfig) -> Cost:
-    """Cost per audio-second of the losses at the decoder's output that have a weight, in float32.
+    """Return the cost per audio-second of the losses at the decoder's output that have a weight, in float32.
 
     Their transforms are not counted as operations. One second is computed: the filters that they make depend on values.
     """
@@ -221,7 +224,7 @@ def losses_cost(objective: Objective, weights: Mapping[str, float], config: Moss
 def semantic_cost(
     node: Mapping[str, Any], latent_dim: int, frames: int, tokens: int, half: bool, learns: bool = True
 ) -> Cost:
-    """Cost of the text LM for a clip of so many frames and text tokens, forward and backward.
+    """Return the cost of the text LM for a clip of so many frames and text tokens, forward and backward.
 
     Two shallow copies give the cost of a layer and of the rest. One that does not learn passes its gradient on all the
     same.
@@ -263,7 +266,7 @@ class StageCosts:
         return sum(self.codec.values(), Cost())
 
     def operations(self, content: Mapping[str, float], schedule_state: ScheduleState) -> float:
-        """Operations of an update, each once; see `forward_backward` for the passes of the discriminators.
+        """Return the operations of an update, each once; see `forward_backward` for the passes of the discriminators.
 
         Args:
             content: `audio_seconds`, and what `count_clips` counts, over all ranks.

@@ -33,7 +33,7 @@ class Gpu:
     device_names: str
 
     def peak(self, trainer: TrainerConfig) -> tuple[float, str]:
-        """Peak in FLOP/s for the precision of a run's `trainer` settings, and the name of the format."""
+        """Return the peak in FLOP/s for the precision of a run's `trainer` settings, and the name of the format."""
         if is_half(trainer):
             return self.bf16 * 1e12, "bf16"
         if trainer.matmul_precision == "highest":
@@ -56,18 +56,21 @@ GPUS = {
 
 
 def is_half(trainer: TrainerConfig) -> bool:
-    """Whether products are computed in 16 bits, as with `auto` on every GPU in the table."""
+    """Return whether products are computed in 16 bits, as with `auto` on every GPU in the table."""
     return trainer.precision in ("bf16-mixed", "auto")
 
 
 def gpu_of(device_name: str) -> Gpu | None:
-    """The GPU of a driver's name; None for an unknown one and for a slice of one (MIG), whose peak is not its own."""
+    """Return the GPU of a driver's name; None for an unknown one and for a slice of one (MIG), whose peak is not its
+    own.
+    """
     name = device_name.strip().removeprefix("NVIDIA ")
     return next((gpu for gpu in GPUS.values() if re.fullmatch(gpu.device_names, name)), None)
 
 
 def device_peak(device_name: str | None, trainer: TrainerConfig, given_tflops: float | None) -> float | None:
-    """Peak in FLOP/s of one device of a run; None when it is not known, as that of a CPU (`device_name` None).
+    """Return the peak in FLOP/s of one device of a run; None when it is not known, as that of a CPU (`device_name`
+    None).
 
     Args:
         given_tflops: `logging.peak_tflops`, which goes before what is known.

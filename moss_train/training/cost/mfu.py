@@ -82,7 +82,9 @@ def text_operations(module: CatModule, half: bool, learns: bool) -> dict[str, fl
 
 
 def measured_share(directory: str | Path) -> float:
-    """The median `hfu` of a run. Raises UserError for a folder that is not a run, or one whose peak was not known."""
+    """Return the median `hfu` of a run. Raises UserError for a folder that is not a run, or one whose peak was not
+    known.
+    """
     path = Path(directory) / "metrics.csv"
     if not path.exists():
         raise UserError(f"mfu={directory} is neither a number nor a run directory with a metrics.csv")

@@ -44,12 +44,12 @@ class ManualDDPStrategy(DDPStrategy):
 
 
 def num_ranks() -> int:
-    """Processes that train together."""
+    """Return the processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:
-    """The largest of one number per rank."""
+    """Return the largest of one number per rank."""
     if num_ranks() == 1:
         return number
     largest = torch.tensor(number, device=device)
@@ -65,7 +65,9 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_over_ranks(item: Any) -> list[Any]:
-    """One small picklable object of every rank, in the order of the ranks. For rare events: it waits for all ranks."""
+    """Return one small picklable object of every rank, in the order of the ranks. For rare events: it waits for all
+    ranks.
+    """
     if num_ranks() == 1:
         return [item]
     items: list[Any] = [None] * num_ranks()
@@ -206,7 +208,7 @@ def check_equal_start(module: nn.Module, progress: Sequence[int]) -> None:
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """A short hash of the names, shapes and bits of all parameters; integer sums do not depend on their order.
+    """Return a short hash of the names, shapes and bits of all parameters; integer sums do not depend on their order.
 
     Sharded ones, which differ from rank to rank, are left out.
     """

@@ -24,12 +24,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a rank holds a share of this tensor only."""
+    """Return whether a rank holds a share of this tensor only."""
     return isinstance(tensor, DTensor)
 
 
 def gather_to_rank0(tensor: Tensor) -> Tensor | None:
-    """A tensor as it is, or of a sharded one the whole in the memory of the first rank's host, None on the others.
+    """Return a tensor as it is, or of a sharded one the whole in the memory of the first rank's host, None on the
+    others.
 
     Tensor by tensor no rank holds all of them on its device; all ranks have to call it.
     """
@@ -40,12 +41,12 @@ def gather_to_rank0(tensor: Tensor) -> Tensor | None:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, without a copy."""
+    """Return what this rank holds of a tensor, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(full: Tensor, example: Tensor) -> Tensor:
-    """A copy of a whole tensor, placed and sharded as an example of the same shape."""
+    """Return a copy of a whole tensor, placed and sharded as an example of the same shape."""
     if not isinstance(example, DTensor):
         return full.to(example.device, example.dtype, copy=True)
     moved = full.to(example.device, example.dtype)
@@ -112,7 +113,7 @@ class FSDPUnits:
 
 
 def layers_of(network: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer: what its lists called `layers` hold."""
+    """Return the layers of a transformer: what its lists called `layers` hold."""
     lists = [part for name, part in network.named_modules() if name.rpartition(".")[2] == "layers"]
     return [layer for part in lists if isinstance(part, nn.ModuleList) for layer in part]
 
@@ -140,12 +141,12 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights on rank 0, nothing of use elsewhere; all ranks have to call it."""
+        """Return the whole weights on rank 0, nothing of use elsewhere; all ranks have to call it."""
         assert self.lightning_module is not None
         return {name: gather_to_rank0(tensor) for name, tensor in self.lightning_module.state_dict().items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Whole moments on rank 0, nothing of use elsewhere; all ranks have to call it."""
+        """Return the whole moments on rank 0, nothing of use elsewhere; all ranks have to call it."""
         state = optimizer.state_dict()
         gathered = {
             place: {name: gather_to_rank0(value) for name, value in values.items()}
@@ -176,6 +177,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def shard_moment(value: Any, parameter: nn.Parameter) -> Any:
-    """A rank's share of what an optimizer keeps for a parameter; the count of steps is no tensor of its shape."""
+    """Return a rank's share of what an optimizer keeps for a parameter; the count of steps is no tensor of its
+    shape.
+    """
     is_moment = isinstance(value, Tensor) and value.ndim > 0 and value.shape == parameter.shape
     return distribute_like(value, parameter.detach()) if is_moment else value

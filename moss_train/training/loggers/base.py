@@ -136,7 +136,7 @@ def iterate_table(path: Path) -> Iterator[dict[str, str]]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """All rows of a table, see `iterate_table`."""
+    """Return all rows of a table, see `iterate_table`."""
     return list(iterate_table(path))
 
 
@@ -192,7 +192,7 @@ class ProgressWriter(Writer):
 
 
 def clock(seconds: float) -> str:
-    """Seconds as hours and minutes, days in front where there are any."""
+    """Return the seconds as hours and minutes, days in front where there are any."""
     minutes = round(seconds / 60)
     days, hours = minutes // 1440, minutes // 60 % 24
     return f"{days} d {hours:02d}:{minutes % 60:02d} h" if days else f"{hours}:{minutes % 60:02d} h"

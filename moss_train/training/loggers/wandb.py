@@ -25,7 +25,7 @@ FINISH_SECONDS = 60.0
 
 
 def has_key(base_url: str) -> bool:
-    """Whether the environment or the netrc file, where `wandb login` puts it, has a key for a server."""
+    """Return whether the environment or the netrc file, where `wandb login` puts it, has a key for a server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     default = Path("~/.netrc").expanduser()
@@ -129,7 +129,7 @@ class WandbWriter(Writer):
 
 
 def as_media(samples: Sequence[ClipSample]) -> dict[str, Any]:
-    """Samples as wandb's own kinds of values."""
+    """Return the samples as wandb's own kinds of values."""
     import wandb
 
     values: dict[str, Any] = {"update": samples[0].update} if samples else {}
@@ -142,7 +142,7 @@ def as_media(samples: Sequence[ClipSample]) -> dict[str, Any]:
 
 
 def without_credentials(node: Any) -> Any:
-    """Plain data without the user and password of addresses, and without the parameters that sign a link."""
+    """Return the plain data without the user and password of addresses, and without the parameters that sign a link."""
     if isinstance(node, Mapping):
         return {key: without_credentials(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -153,7 +153,7 @@ def without_credentials(node: Any) -> Any:
 
 
 def run_id(directory: Path) -> str:
-    """The id of a run directory: drawn once, so that a new run of an old name does not continue the old one."""
+    """Return the id of a run directory: drawn once, so that a new run of an old name does not continue the old one."""
     path = directory / ID_FILE
     try:
         found = read_json(path)["id"]

@@ -306,7 +306,7 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration that a run directory stores. Raises UserError when it is damaged."""
+    """Return the configuration that a run directory stores. Raises UserError when it is damaged."""
     try:
         config = read_yaml(path)
     except UserError as error:
@@ -317,7 +317,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def diff_config(old: Any, new: Any, path: str = "") -> list[str]:
-    """Every leaf in which two configurations differ, as `path: old -> new`."""
+    """Return every leaf in which two configurations differ, as `path: old -> new`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
         return [

@@ -115,7 +115,7 @@ def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
 
 
 def compiled_parts(module: CatModule) -> list[nn.Module]:
-    """Transformer blocks of the tokenizer and of the text LM, and sub-discriminators."""
+    """Return the transformer blocks of the tokenizer and of the text LM, and sub-discriminators."""
     blocks = [layer for stage in stages_of(module.tokenizer) for layer in stage.transformer.layers]
     if module.semantic is not None:
         blocks += list(getattr(module.semantic.language_model.model, "layers", []))
@@ -125,7 +125,9 @@ def compiled_parts(module: CatModule) -> list[nn.Module]:
 
 
 def choose_compile(wanted: bool | str, accelerator: str) -> str | None:
-    """The backend of `trainer.compile`, None for none; `auto` is inductor on CUDA where it can build its kernels."""
+    """Return the backend of `trainer.compile`, None for none; `auto` is inductor on CUDA where it can build its
+    kernels.
+    """
     if isinstance(wanted, bool):
         return "inductor" if wanted else None
     if wanted != "auto":

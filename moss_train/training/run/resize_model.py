@@ -36,7 +36,7 @@ class WeightReport:
 
 
 def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> MossAudioTokenizerConfig:
-    """The architecture of a given model with some of CHANGES; null and missing ones stay as they are.
+    """Return the architecture of a given model with some of CHANGES; null and missing ones stay as they are.
 
     Unless `patch_sizes` (samples or frames that each stage joins, encoder order) are given, the first patch follows
     sampling rate and channels, so that the frame rate stays. The decoder's patch at the waveform is longer where it has
@@ -92,12 +92,14 @@ def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> M
 
 
 def patch_sizes(config: MossAudioTokenizerConfig) -> list[int]:
-    """Patch sizes in the encoder's order."""
+    """Return the patch sizes in the encoder's order."""
     return [entry["patch_size"] for entry in config.encoder_kwargs if "patch_size" in entry]
 
 
 def rescale_patches(entries: list[dict[str, Any]], patches: list[int], outer: str, inner: str) -> list[dict[str, Any]]:
-    """Entries from the waveform inwards with new patch sizes; `outer` is the projection's side towards the waveform."""
+    """Return the entries from the waveform inwards with new patch sizes; `outer` is the projection's side towards the
+    waveform.
+    """
     sizes = iter(patches)
     width, result = 1, []
     for entry in entries:
@@ -160,7 +162,8 @@ def waveform_end(config: MossAudioTokenizerConfig, half: str) -> WaveformEnd:
 def resampled_projections(
     old: MossAudioTokenizerConfig, new: MossAudioTokenizerConfig, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The projections at the waveform that change, made from the old ones for another rate or other channels, by name.
+    """Return the projections at the waveform that change, made from the old ones for another rate or other channels,
+    by name.
 
     Where a patch lasts as long as before, the new encoder does what the old one did to the resampled waveform with its
     channels averaged, and the new decoder gives the old one's waveform, resampled, on every channel. Nothing otherwise.

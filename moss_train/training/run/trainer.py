@@ -40,7 +40,8 @@ def choose_precision(wanted: str, accelerator: str) -> Literal["32-true", "bf16-
 
 
 def count_processes(settings: TrainerConfig, accelerator: str) -> tuple[int, int]:
-    """Processes per machine and machines: as configured; "auto" is what torchrun or srun started, else every GPU.
+    """Return the processes per machine and machines: as configured; "auto" is what torchrun or srun started, else
+    every GPU.
 
     Raises:
         UserError: the configuration wants another number than was started.
@@ -62,7 +63,9 @@ def count_processes(settings: TrainerConfig, accelerator: str) -> tuple[int, int
 
 
 def started_processes() -> tuple[int, int] | None:
-    """Processes per machine and machines that torchrun or srun started; None when this process was started alone."""
+    """Return the processes per machine and machines that torchrun or srun started; None when this process was started
+    alone.
+    """
     if TorchElasticEnvironment.detect():
         world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return local, world // local
@@ -73,7 +76,9 @@ def started_processes() -> tuple[int, int] | None:
 
 
 def is_srun_used() -> bool:
-    """Whether this process is a task of srun; a plain command in a batch script or an interactive allocation is not."""
+    """Return whether this process is a task of srun; a plain command in a batch script or an interactive allocation
+    is not.
+    """
     return (
         "SLURM_STEP_ID" in os.environ
         and "SLURM_PROCID" in os.environ
@@ -85,7 +90,9 @@ def is_srun_used() -> bool:
 def build_trainer(
     settings: TrainerConfig, accelerator: str, trainer_callbacks: list[Callback], background_checkpoints: bool = False
 ) -> Trainer:
-    """Lightning's Trainer without its own clocks, loggers, bars and checkpoints; one pass over the run's loader."""
+    """Return Lightning's Trainer without its own clocks, loggers, bars and checkpoints; one pass over the run's
+    loader.
+    """
     devices, num_nodes = count_processes(settings, accelerator)
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)

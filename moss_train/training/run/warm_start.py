@@ -104,7 +104,7 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
 def complete_arguments(
     config: FitConfig, tokenizer: Node, networks: Mapping[str, Any], new: Sequence[str]
 ) -> dict[str, Any]:
-    """Arguments of `CatModule`: the architecture, and the rest as configured.
+    """Return the arguments of `CatModule`: the architecture, and the rest as configured.
 
     A mid/side weight of null is 1 for stereo and 0 otherwise. `trainable` of the run holds for the stages that do not
     name their own parts. Networks that `init` does not bring have a warm-up of `new_module_warmup_updates`, in which
@@ -146,7 +146,9 @@ def complete_arguments(
 
 
 def without_text(init_plan: InitPlan) -> InitPlan:
-    """What a run begins with when no clip has a text that is used: no LM, or a warning for one that was asked for."""
+    """Return what a run begins with when no clip has a text that is used: no LM, or a warning for one that was asked
+    for.
+    """
     if init_plan.arguments["semantic"] is None:
         return init_plan
     if init_plan.source is None:
@@ -224,14 +226,14 @@ def print_reports(init_plan: InitPlan, reports: Mapping[str, WeightReport], warm
 
 
 def shown_names(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     if not names:
         return "none"
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if (more := len(names) - SHOWN_NAMES) > 0 else "")
 
 
 def plain(node: Any) -> Any:
-    """Containers and scalars only, as a checkpoint stores them; other values (a dtype, say) as text."""
+    """Return the containers and scalars only, as a checkpoint stores them; other values (a dtype, say) as text."""
     if isinstance(node, Mapping):
         return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list | tuple):

@@ -218,14 +218,16 @@ class Objective(nn.Module):
         return weights if self.balancer is None else self.balancer.weights(weights, ramps)
 
     def num_quantizers(self, batch: Batch, available: int) -> Tensor:
-        """How many of the `available` levels each clip uses, [B] int64; a prefix is uniform over 1 ... available."""
+        """Return how many of the `available` levels each clip uses, [B] int64; a prefix is uniform over 1 ...
+        available.
+        """
         share = self.quantizer_dropout
         units = batch.quantizer_uniform.double()
         prefix = 1 + (units / max(share, 1e-9) * available).long()
         return torch.where(units < share, prefix, available).clamp(max=available)
 
     def count(self, batches: Sequence[Batch], device: torch.device | str = "cpu") -> UpdateCounts:
-        """Counts of one rank's micro-batches, which may be none."""
+        """Return the counts of one rank's micro-batches, which may be none."""
         none = torch.zeros(0, dtype=torch.int64, device=device)
         lengths = torch.cat([none, *(batch.reference_lengths for batch in batches)])
         text = torch.cat([none, *(batch.text_lengths for batch in batches)])
@@ -268,7 +270,7 @@ class Objective(nn.Module):
         return torch.stack([loss.discriminator_loss(real, generated, counts.clips) for loss in losses]).sum()
 
     def crop(self, audio: Tensor, batch: Batch) -> Tensor:
-        """The part of each clip that the discriminators see: [B, C, T] -> [B, C, crop_length].
+        """Return the part of each clip that the discriminators see: [B, C, T] -> [B, C, crop_length].
 
         It starts where the clip's own random number says, inside its valid samples; a shorter clip is zero-padded.
         """
@@ -299,7 +301,7 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> T
 
 
 def with_weights(weights: Mapping[str, float], changes: Mapping[str, float]) -> dict[str, float]:
-    """Weights with some replaced; ValueError for a term that does not exist."""
+    """Return the weights with some replaced; ValueError for a term that does not exist."""
     if unknown := changes.keys() - weights.keys():
         raise ValueError(f"weights: unknown term {sorted(unknown)}, there are {sorted(weights)}")
     return {**weights, **changes}

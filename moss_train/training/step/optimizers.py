@@ -13,7 +13,7 @@ from moss_train.training.distributed.fsdp import distribute_like, gather_to_rank
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices decay; norms, biases, LayerScale, codebooks and embeddings do not.
+    """Return two AdamW groups: matrices decay; norms, biases, LayerScale, codebooks and embeddings do not.
 
     A parameter that modules share is there once; an output layer tied to an embedding counts as embedding.
     """
@@ -31,7 +31,7 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 
 
 def build_adamw(parts: Mapping[str, nn.Module], settings: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over named parts (arXiv 1711.05101), two groups for each (see `parameter_groups`).
+    """Return AdamW over named parts (arXiv 1711.05101), two groups for each (see `parameter_groups`).
 
     Of the generator each part has its own rate and decay, for a text LM can need far more than a tokenizer stands.
     """
@@ -56,7 +56,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What is set for each group, without its parameters; a checkpoint would bring back older values."""
+    """Return what is set for each group, without its parameters; a checkpoint would bring back older values."""
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
@@ -146,7 +146,7 @@ class EMA:
             self._averages[name].copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: whole tensors, whatever the strategy; all ranks have to call it, the first writes it."""
+        """Return whole tensors, whatever the strategy; all ranks have to call it, the first writes the checkpoint."""
         weights = {name: gather_to_rank0(average) for name, average in self._averages.items()}
         return {"decay": self.decay, "weights": weights}
 

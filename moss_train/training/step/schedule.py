@@ -25,7 +25,7 @@ class Stage(StageConfig):
         return tuple(PARTS if self.trainable is None else self.trainable)
 
     def rate_factor(self, update: int) -> float:
-        """Learning rate of an update of this stage (from 0) as a fraction of the peak.
+        """Return the learning rate of an update of this stage (from 0) as a fraction of the peak.
 
         The decay of "wsd" (warm-up, stable, decay) is 1 - sqrt(progress), as arXiv 2405.18392 found best.
         """
@@ -98,7 +98,9 @@ class Schedule:
         return any(stage.adversarial for stage in self.stages)
 
     def at(self, update: int) -> ScheduleState:
-        """The stage in which update number `update` (from 0) happens; the end of the run belongs to the last one."""
+        """Return the stage in which update number `update` (from 0) happens; the end of the run belongs to the last
+        one.
+        """
         for stage in self.stages[:-1]:
             if update < stage.updates:
                 return ScheduleState(stage, update)

@@ -409,7 +409,9 @@ def add_up(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def share_of_square(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """This rank's share of the squared norm of gradients: of its shards all, of what every rank has an equal part."""
+    """Return this rank's share of the squared norm of gradients: of its shards all, of what every rank has an equal
+    part.
+    """
     held = [p for p in parameters if is_sharded(p)]
     common = [p for p in parameters if not is_sharded(p)]
     return squared_norm(held) + squared_norm(common) / num_ranks()
