@@ -106,7 +106,7 @@ class PeriodDiscriminator(Discriminator):
         self.output = normed_conv(widths[-1], 1, (3, 1))
 
     def forward(self, waveform: Tensor) -> DiscriminatorOutput:
-        """Map waveform [B, C, T], any T -> logits [B, 1, rows, period], features [B, width, rows, period] per layer."""
+        """Map [B, C, T], any T -> logits [B, 1, rows, period], features [B, width, rows, period] per layer."""
         features = hidden_activations(self.layers, self._fold(waveform))
         return DiscriminatorOutput(self.output(features[-1]), features)
 
@@ -157,7 +157,7 @@ class ComplexSTFTDiscriminator(Discriminator):
         self.output = normed_conv(channels, 1, (3, 3))
 
     def forward(self, waveform: Tensor) -> DiscriminatorOutput:
-        """Map waveform [B, C, T] -> logits [B, 1, frames, bins], features [B, width, frames, bins] per band and
+        """Map a waveform [B, C, T] -> logits [B, 1, frames, bins], features [B, width, frames, bins] per band and
         layer.
         """
         planes = self.planes(waveform)

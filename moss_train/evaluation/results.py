@@ -71,9 +71,7 @@ class Times:
     decoded_audio: dict[int, float] = field(default_factory=dict)  # by number of levels, which may be measured later
 
     def factor(self, levels: int) -> float | None:
-        """Return the computing over audio time of encoding and of decoding so many levels; None where nothing was
-        timed.
-        """
+        """Return the computing time of encoding and of decoding some levels, per second of audio; None if untimed."""
         if not self.audio or not self.decoded_audio.get(levels):
             return None
         return self.encode / self.audio + self.decode[levels] / self.decoded_audio[levels]

@@ -46,7 +46,7 @@ class LFQ(nn.Module):
         self.out_proj = pointwise(codebook_dim, dimension)
 
     def search(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Map residual [B, T, D] -> latent [B, T, d], codes [B, T]."""
+        """Map a residual [B, T, D] -> latent [B, T, d], codes [B, T]."""
         latent = apply_pointwise(self.in_proj, residual)
         # The nearest of unit vectors has the greatest inner product; the latent's own length changes nothing.
         directions = F.normalize(self.codebook.weight, dim=-1)
