@@ -2,13 +2,16 @@
 
     python tools/scaling.py --experiment cat_small --scales 0.5 1 1.5 2 --train SHARDS --heldout SHARDS       # one GPU
     python tools/scaling.py --experiment cat_tiny --scales 0.5 0.75 1 --updates 100 --train SHARDS --heldout SHARDS
+    python tools/scaling.py ... --rates 0.5 1 --seeds 0 1        # each size at its better rate, mean of two seeds
 
 With `--test SCALE` a size that the law has not seen is trained afterwards and compared with what the law says of it.
 Every size sees the same clips in the same order with the experiment's schedule, shortened to `--updates`. The loss is
 the seven-scale mel distance of held-out clips with all levels; the compute are the FLOPs of one update, counted
-operation by operation, times the updates. Learning rates shrink with the width, as 1 / scale ** `--rate-exponent`.
-Writes `scaling.png` and `scaling.json`, which `python -m moss_train estimate experiment=cat_1b6 scaling=FILE` reads. A
-law through a few small runs tells the cost of a bigger one better than its quality.
+operation by operation, times the updates. Learning rates are those of the experiment times each of `--rates`, and
+shrink with the width, as 1 / scale ** `--rate-exponent`; the first seed chooses among the rates, by the loss.
+Writes `scaling.png` and `scaling.json`, which `python -m moss_train estimate experiment=cat_1b6 scaling=FILE` reads,
+and a line per run into `runs.jsonl`: the same command goes on after an interruption. A law through a few small runs
+tells the cost of a bigger one better than its quality.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import math
 import platform
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -69,26 +73,36 @@ class FirstUpdates(Callback):
         self.flops += self.per_audio_second[self.kind] * seconds
 
 
-def scaled(config: FitConfig, scale: float, updates: int, rate_exponent: float) -> FitConfig:
-    """The experiment with its widths times `scale`, in whole heads, and its schedule shortened to `updates`."""
+def scaled(config: FitConfig, scale: float, updates: int, rate: float) -> FitConfig:
+    """The experiment with widths times `scale`, in whole heads, rates times `rate`, and about `updates` updates."""
     stages = []
     assert config.tokenizer is not None
     for stage in config.tokenizer.stages or []:
         heads = max(1, round(stage.num_heads * scale))
         stages.append(stage.replace(num_heads=heads, d_model=heads * (stage.d_model // stage.num_heads)))
-    slower = scale**rate_exponent
     schedule = [
-        stage.replace(
-            learning_rate=stage.learning_rate / slower, final_learning_rate=stage.final_learning_rate / slower
-        )
+        stage.replace(learning_rate=stage.learning_rate * rate, final_learning_rate=stage.final_learning_rate * rate)
         for stage in shortened(config.stages, updates)
     ]
     return config.replace(tokenizer=config.tokenizer.replace(stages=stages), stages=schedule)
 
 
-def measure(config: FitConfig, scale: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one size: its parameters, compute and held-out distance."""
-    settings = scaled(config, scale, options.updates, options.rate_exponent)
+def run(config: FitConfig, scale: float, rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one size once: its parameters, compute, held-out distance. What `runs.jsonl` has is not trained again."""
+    key = {
+        "experiment": [options.experiment, *options.overrides],
+        "data": [*options.train, options.heldout, options.clips, options.longest_seconds],
+        "updates": options.updates,
+        "scale": scale,
+        "rate": rate / scale**options.rate_exponent,
+        "seed": seed,
+    }
+    log = options.out / "runs.jsonl"
+    for line in log.read_text().splitlines() if log.exists() else []:
+        done = json.loads(line)
+        if key == {name: done[name] for name in key}:
+            return done
+    settings = scaled(config, scale, options.updates, key["rate"]).replace(seed=seed)
     module = CatModule(**plan_initialization(settings).arguments)
     meter = FirstUpdates()
     train_in_memory(settings, module, [meter])
@@ -96,14 +110,33 @@ def measure(config: FitConfig, scale: float, options: argparse.Namespace) -> dic
     levels = module.tokenizer.config.num_quantizers
     module.tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")  # Lightning leaves it on the CPU
     report = depth_report(module.tokenizer.eval(), clips, [levels])
-    return {
-        "scale": scale,
+    found = {
+        **key,
         "parameters": sum(parameter.numel() for parameter in module.tokenizer.parameters()),
         "audio_seconds": meter.audio_seconds,
         "flops_per_audio_second": meter.flops / meter.audio_seconds,
         "flops": meter.flops,
         "mel_distance": report.distances[levels],
     }
+    with open(log, "a") as file:
+        file.write(json.dumps(found) + "\n")
+    named = {name: found[name] for name in ("scale", "rate", "seed", "parameters", "flops", "mel_distance")}
+    print(" ".join(f"{name}={value:.4g}" for name, value in named.items()), flush=True)
+    return found
+
+
+def measure(config: FitConfig, scale: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one size at every rate, and at the best one with the other seeds: the mean over the seeds."""
+    first, *others = options.seeds
+    best = min(
+        (run(config, scale, rate, first, options) for rate in options.rates), key=lambda found: found["mel_distance"]
+    )
+    rate = best["rate"] * scale**options.rate_exponent
+    distances = [best["mel_distance"], *(run(config, scale, rate, seed, options)["mel_distance"] for seed in others)]
+    point = {
+        name: best[name] for name in ("scale", "rate", "parameters", "audio_seconds", "flops_per_audio_second", "flops")
+    }
+    return {**point, "mel_distance": fmean(distances), "mel_distance_by_seed": distances}
 
 
 def fit_power_law(points: list[dict[str, Any]]) -> dict[str, float]:
@@ -146,11 +179,13 @@ def plot(
     plt.close(figure)
 
 
-def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", default="cat_small")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="of the widths")
     parser.add_argument("--test", type=float, help="a size to train after the fit, against the law's prediction")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="factors to choose from, for each size")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rate-exponent", type=float, default=1.0, help="0: the same learning rates for every size")
     parser.add_argument("--updates", type=int, default=2000, help="per size, over all stages")
     parser.add_argument("--train", nargs="+", required=True, help="packed folders")
@@ -158,20 +193,20 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--clips", type=int, default=48, help="held-out clips")
     parser.add_argument("--longest-seconds", type=float, default=5.0, help="of a held-out clip")
     parser.add_argument("--out", type=Path, default=Path("scaling"), help="folder of scaling.json and scaling.png")
-    return parser.parse_known_args()
+    options, options.overrides = parser.parse_known_args()
+    return options
 
 
 def main() -> None:
-    options, overrides = parse_arguments()
+    options = parse_arguments()
     if len(set(options.scales)) < 2:
         raise SystemExit(f"--scales {options.scales}: a law needs at least two sizes")
-    config = load_config(
-        "fit", [f"experiment={options.experiment}", *(f"data.train={folder}" for folder in options.train), *overrides]
-    )
+    paths = [f"data.train={folder}" for folder in options.train]
+    config = load_config("fit", [f"experiment={options.experiment}", *paths, *options.overrides])
+    options.out.mkdir(parents=True, exist_ok=True)
     points = []
     for scale in options.scales:
         points.append(measure(config, scale, options))
-        print(json.dumps(points[-1]), flush=True)
     law = fit_power_law(points)
     print(f"mel distance = {law['coefficient']:.4g} * FLOP^{law['exponent']:.4f}, R² {law['r_squared']:.3f}")
     if law["exponent"] >= 0:
@@ -180,9 +215,9 @@ def main() -> None:
     if options.test is not None:
         tested = measure(config, options.test, options)
         tested["predicted_mel_distance"] = predict(law, tested["flops"])
-        print(json.dumps(tested), flush=True)
+        seen, said = tested["mel_distance"], tested["predicted_mel_distance"]
+        print(f"scale {options.test:g}: predicted {said:.4g}, came out at {seen:.4g} ({seen / said - 1:+.1%})")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "experiment": options.experiment,
         "date": datetime.date.today().isoformat(),
