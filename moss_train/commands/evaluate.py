@@ -61,7 +61,7 @@ def choose_clips(clips: Sequence[ListedClip], per_domain: int | None, seed: int)
     return [clip for clip in clips if clip.id in kept]
 
 
-SUMMARY = "Measure a codec at every bitrate: the published table's columns, with a report."
+SUMMARY = "Measure a codec at every bitrate: the columns of the paper's table, with a report."
 EXAMPLES = (
     "python -m moss_train evaluate model=runs/x data=heldout.jsonl out=evaluation",
     "python -m moss_train evaluate model=my-tokenizer data=/shards/test num_quantizers=[8,32] out=scores num_workers=4",

@@ -4,7 +4,7 @@
     PYTHONPATH=recipes/cat_mini python -m moss_train evaluate plugins=[speaker_similarity] out=out/same \\
         'metrics=[{_target_: speaker_similarity.SpeakerSimilarity}]' model=recipes/cat_mini data=clips.jsonl
 
-Its weights come with the package, so that it needs no download; the published table uses WavLM
+Its weights come with the package, so that it needs no download; the paper's table uses WavLM
 (`metrics=[speaker] speaker_model=...`), whose values are not comparable.
 """
 

@@ -64,12 +64,19 @@ def gradients(
         discriminators = {"discriminators": list(module.discriminators.parameters())}
         groups.append(OptimizerGroup("discriminators", KeptGradients(), 0.0, math.inf, discriminators))
 
-    def contribute(batch: UpdateBatch) -> dict[str, float]:
+    def local_numbers(batch: UpdateBatch) -> dict[str, float]:
         return {"clips": float(sum(micro.num_clips for micro in batch.micro_batches))}
 
     with half or nullcontext():
         result = run_update(
-            module.networks, module.objective, groups, backward, batch, schedule_state, contribute, measure_shares=True
+            module.networks,
+            module.objective,
+            groups,
+            backward,
+            batch,
+            schedule_state,
+            local_numbers,
+            measure_shares=True,
         )
     numbers = result.metrics | result.sums | {f"output/{name}": norm for name, norm in result.output_norms.items()}
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}

@@ -149,4 +149,4 @@ _LOADERS: dict[str, Callable[..., WrappedCodec]] = {
 }
 
 CODECS = tuple(_LOADERS)
-"""Names that `load_codec` knows: all systems of the published table."""
+"""Names that `load_codec` knows: all systems of the paper's table."""

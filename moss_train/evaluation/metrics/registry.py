@@ -21,7 +21,7 @@ def build_metrics(
     recognition: str = "auto",
     recognition_model: str | None = None,
 ) -> dict[str, Metric]:
-    """Build metrics, in the order of the published table whatever that of `wanted` is, the user's own after them.
+    """Build metrics, in the order of the paper's table whatever that of `wanted` is, the user's own after them.
 
     Args:
         wanted: names, and `_target_` nodes of the user's classes. `text_model` is skipped: it is measured where the

@@ -37,7 +37,7 @@ PROFILES = {
     "dac24k": Profile("dac24k", 24_000, False),
     "full48k": Profile("full48k", 48_000, False),
 }
-"""`official`: the released evaluation code. `dac24k`: audiotools at 24 kHz, probably behind the published table.
+"""`official`: the released evaluation code. `dac24k`: audiotools at 24 kHz, probably behind the paper's table.
 `full48k`: the whole band of audio at 48 kHz."""
 
 

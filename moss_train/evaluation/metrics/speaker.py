@@ -1,4 +1,4 @@
-"""Speaker similarity as in the published table: WavLM features with an ECAPA-TDNN head, fine-tuned for verification.
+"""Speaker similarity as in the paper's table: WavLM features with an ECAPA-TDNN head, fine-tuned for verification.
 
 The weights (`wavlm_large_finetune.pth`, WavLM large with its features fixed, VoxCeleb) are not ours to hand out; they
 are given by path. WavLM is transformers' class, so the names of its weights are translated; the head is ECAPA-TDNN

@@ -34,7 +34,7 @@ PUBLISHED_COLUMNS = {
     "mel_loss": "mel_loss_audio",
     "stft_distance": "stft_distance_audio",
 }
-"""Columns of the published table (of LibriSpeech and AudioSet) by ours. SIM of another network has none."""
+"""Columns of the paper's table (of LibriSpeech and AudioSet) by ours. SIM of another network has none."""
 
 
 def bitrate_plot(

@@ -116,8 +116,8 @@ class GradientSums:
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.dtype = dtype
-        in_turn = [parameters[::-1] for parameters in parts[::-1]] if num_ranks() > 1 else []
-        self._buckets = [bucket for parameters in in_turn for bucket in make_buckets(parameters, bucket_bytes)]
+        backward_order = [parameters[::-1] for parameters in parts[::-1]] if num_ranks() > 1 else []
+        self._buckets = [bucket for parameters in backward_order for bucket in make_buckets(parameters, bucket_bytes)]
         self._place = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
         self._incomplete = [set(bucket) for bucket in self._buckets]
         self._under_way: deque[tuple[list[nn.Parameter], Tensor, Any]] = deque()

@@ -88,7 +88,7 @@ class UpdateResult:
         metrics: losses, norms and rates by the names of `metrics.csv`.
         weights: of the terms that were computed, as they were used.
         output_norms: norm of each term's gradient at the decoder's output, before its weight; empty where not measured.
-        sums: what was contributed, summed over the ranks.
+        sums: the `local_numbers` that were given, summed over the ranks.
         code_counts: how often each code of each level was chosen on this rank, [N, V] int64, on the device.
         num_clips: of all ranks.
     """
@@ -128,7 +128,7 @@ def run_update(
     backward: Backward,
     batch: UpdateBatch,
     schedule_state: ScheduleState,
-    contribute: Callable[[UpdateBatch], Mapping[str, float]] = lambda batch: {},
+    local_numbers: Callable[[UpdateBatch], Mapping[str, float]] = lambda batch: {},
     reduce_dtype: torch.dtype | None = None,
     measure_shares: bool = False,
 ) -> UpdateResult:
@@ -136,8 +136,8 @@ def run_update(
 
     Args:
         groups: the optimizers that step in this update.
-        contribute: returns numbers of this rank that are to be summed over the ranks, the same names on every rank. It
-            is called after the backward passes, so that a signal that came during them counts.
+        local_numbers: returns numbers of this rank that are to be summed over the ranks, the same names on every rank.
+            It is called after the backward passes, so that a signal that came during them counts.
         reduce_dtype: of gradients between ranks, by default float32.
         measure_shares: whether to measure the gradients at the decoder's output; a balancer measures them always.
     """
@@ -158,8 +158,8 @@ def run_update(
     accumulation = Accumulation(networks.with_layers, parameters, dtype)
     # Gradients of whole networks are summed over ranks beside the last backward passes; sharded ones sum their own.
     large = accumulation.large_leaves
-    in_turn = [list(accumulation.small_leaves), *([p for p in part if p in large] for part in parts.values())]
-    sums_of_gradients = GradientSums([[p for p in part if not is_sharded(p)] for part in in_turn], reduce_dtype)
+    parts_to_sum = [list(accumulation.small_leaves), *([p for p in part if p in large] for part in parts.values())]
+    sums_of_gradients = GradientSums([[p for p in part if not is_sharded(p)] for part in parts_to_sum], reduce_dtype)
     of_text_lm = [] if networks.text_lm is None else list(networks.text_lm.parameters())
     results = []
     with accumulation.copies_in_place():
@@ -196,7 +196,7 @@ def run_update(
         "has_square": {name: name in squares for name in objective.output_names},
         "part_squares": {name: share_of_square(part).to(device) for name, part in parts.items()},
         "missing": is_missing,
-        "contributions": contribute(batch),
+        "local_numbers": local_numbers(batch),
         "num_clips": {"": num_own_clips},
     }
     sums = sum_by_name(numbers, device)
@@ -244,7 +244,7 @@ def run_update(
         output_norms={
             name: math.sqrt(value) for name, value in totals["output_squares"].items() if totals["has_square"][name]
         },
-        sums=totals["contributions"],
+        sums=totals["local_numbers"],
         code_counts=sum((result.code_counts for result in results), no_codes(networks.tokenizer)),
         num_clips=num_clips,
     )
