@@ -28,6 +28,12 @@ RUN = [
     " final_learning_rate: 1.5e-3, warmup_updates: 50}, {name: quantized, updates: 1300, batch_seconds: 5.76,"
     " learning_rate: 1.5e-3, final_learning_rate: 1.0e-4, warmup_updates: 20}]",
 ]
+THIRD = (
+    "stages=[{{name:continuous,updates:200,quantize:false,batch_seconds:5.76,learning_rate:2e-3,"
+    "final_learning_rate:1.5e-3,warmup_updates:50}},{{name:quantized,updates:800,batch_seconds:5.76,"
+    "learning_rate:1.5e-3,final_learning_rate:7e-4,warmup_updates:20}},{{name:last,updates:500,batch_seconds:5.76,"
+    "learning_rate:7e-4,final_learning_rate:1e-4,warmup_updates:0,weights:{{relative_error:{}}}}}]"
+)
 CHANGES = {
     "base": "",
     "small_batch": "stages.0.batch_seconds=2.88 stages.1.batch_seconds=2.88 stages.0.updates=400"
@@ -43,6 +49,8 @@ CHANGES = {
     "layer_scale_1": "tokenizer.layer_scale=1.0",
     "width_192": "tokenizer.stages.0.d_model=192 tokenizer.stages.0.num_heads=6",
     "betas_0.99": "optimizers.generator.betas=[0.9,0.99]",
+    "two_thirds_30": THIRD.format(30),
+    "two_thirds_3": THIRD.format(3),
 }
 """Name -> overrides."""
 
