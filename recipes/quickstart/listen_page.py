@@ -15,8 +15,9 @@ COLUMNS = {
     "finetuned-audio/all_levels": "recipes/cat_mini, fine-tuned",
     "finetuned-audio/half_levels": "fine-tuned, half of the levels",
 }
-STYLE = """body { font-family: sans-serif; margin: 2em; } td, th { padding: .3em .4em; text-align: left; }
-audio { width: 9em; } th { font-weight: 600; } small { color: #555; }"""
+STYLE = """body { font-family: sans-serif; margin: 1em; } td, th { padding: .3em; text-align: left; }
+td:first-child { max-width: 14em; overflow-wrap: anywhere; } audio { width: 8.5em; } img { max-width: 100%; }
+th { font-weight: 600; } small { color: #555; }"""
 EXPECT = """The model trained from scratch has only seen five minutes of audio: expect a noisy envelope with the right
 rhythm, not words. The fine-tuned one had learned from 3.7 hours of three other voices before: expect speech."""
 
