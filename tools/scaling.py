@@ -74,12 +74,18 @@ class FirstUpdates(Callback):
 
 
 def scaled(config: FitConfig, scale: float, updates: int, rate: float) -> FitConfig:
-    """The experiment with widths times `scale`, in whole heads, rates times `rate`, and about `updates` updates."""
+    """The experiment with widths times `scale`, in whole heads, rates times `rate`, and about `updates` updates.
+
+    What a stage hands on grows with it: between equal sizes there is no projection, so that sizes with and without one
+    would not be one family.
+    """
     stages = []
     assert config.tokenizer is not None
     for stage in config.tokenizer.stages or []:
         heads = max(1, round(stage.num_heads * scale))
-        stages.append(stage.replace(num_heads=heads, d_model=heads * (stage.d_model // stage.num_heads)))
+        width = heads * (stage.d_model // stage.num_heads)
+        handed_on = round(stage.output_dimension * width / stage.d_model)
+        stages.append(stage.replace(num_heads=heads, d_model=width, output_dimension=handed_on))
     schedule = [
         stage.replace(learning_rate=stage.learning_rate * rate, final_learning_rate=stage.final_learning_rate * rate)
         for stage in shortened(config.stages, updates)
