@@ -1,6 +1,7 @@
 """The layers and fences of the package, read from the import statements of every file."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -248,3 +251,24 @@ def test_importing_every_module_changes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"changed": {}, "failed": {}}
     assert list(work.iterdir()) == []
+
+
+SCRIPTS = sorted(path for folder in ("recipes", "tools") for path in (PACKAGE.parent / folder).rglob("*.py"))
+
+
+def test_every_script_imports_names_that_exist():
+    missing = []
+    for path in SCRIPTS:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("moss_train", "tools"):
+                module = importlib.import_module(node.module or "")
+                missing += [
+                    f"{path}: {node.module}.{name.name}" for name in node.names if not exists(module, name.name)
+                ]
+    assert len(SCRIPTS) > 40
+    assert missing == []
+
+
+def exists(module: ModuleType, name: str) -> bool:
+    is_package = hasattr(module, "__path__")
+    return hasattr(module, name) or (is_package and find_spec(f"{module.__name__}.{name}") is not None)

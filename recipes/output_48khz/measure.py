@@ -27,7 +27,7 @@ from moss_train.evaluation.metrics.signal import Profile, spectral_distances
 from moss_train.export.load import load_tokenizer
 from moss_train.losses import multi_scale_mel_distance
 from moss_train.model import MossAudioTokenizerModel
-from moss_train.training.run.resize_model import decoder_end, resampled_output
+from moss_train.training.run.resize_model import resampled_output, waveform_end
 
 PEAK = 0.7
 
@@ -110,7 +110,7 @@ def start_errors(old: MossAudioTokenizerModel, higher: MossAudioTokenizerModel, 
 
     A projection that is linear in the old one makes of its output's patches what it makes of the old rows.
     """
-    before, after = decoder_end(old.config), decoder_end(higher.config)
+    before, after = (waveform_end(model.config, "decoder") for model in (old, higher))
     patches = decoded.reshape(-1, before.patch).T  # as columns, like the rows of a projection
     wanted = resample(decoded, before.rate, after.rate)[0, 0]
     ratio = after.rate // before.rate
