@@ -12,7 +12,7 @@ import torch
 from moss_train.audio.io import RESAMPLER
 from moss_train.batch import ListedClip
 from moss_train.config.schema import EvaluateConfig
-from moss_train.data.clips import FileClip, ShardClip, list_sources
+from moss_train.data.clips import FileClip, ScaledClip, ShardClip, list_sources
 from moss_train.evaluation.codecs.base import CatCodec, Codec, OnnxCodec, check_levels
 from moss_train.evaluation.codecs.published_table import load_codec
 from moss_train.evaluation.metrics.base import Metric, split_available
@@ -160,12 +160,16 @@ def _codec(config: EvaluateConfig) -> EvaluationTarget:
     clips = list_sources(config.data or [], config.domain)
     if config.clip_seconds is not None:
         clips = list(cut_clips(clips, config.clip_seconds))
+    if config.peak is not None:
+        clips = [replace(clip, read=ScaledClip(clip.read, config.peak)) for clip in clips]
     clips = choose_clips(clips, config.max_clips, config.seed)
     if not clips:
         raise UserError(f"no clip of data={config.data} is clip_seconds={config.clip_seconds} long")
     measure = None if text_model is None else text_model.measure
     reconstructor = CodecReconstructor(codec, levels, clips, config.anchors, measure)
     identity = {"codec": codec.name, "fingerprint": codec.fingerprint, "anchors": config.anchors}
+    if config.peak is not None:
+        identity["peak"] = config.peak
     return EvaluationTarget(
         reconstructor, clips, identity, codec, {} if text_model is None else {"text_model": text_model}
     )

@@ -5,7 +5,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from moss_train.config.fit_schema import EstimateConfig, FitConfig, Node
+from moss_train.config.fit_schema import AboveZero, EstimateConfig, FitConfig, Node
 from moss_train.config.section import (
     Count,
     Fraction,
@@ -112,6 +112,7 @@ class EvaluateConfig(Section):
     domain: str = "speech"
     max_clips: Count | None = None
     clip_seconds: Annotated[float, at_least(0.1)] | None = None
+    peak: AboveZero | None = None
     seed: NonNegative = 0
     profile: Literal["official", "dac24k", "full48k"] = "official"
     metrics: list[EvaluationMetric | Node] = field(
@@ -142,6 +143,8 @@ class EvaluateConfig(Section):
             raise ConfigError("required", "data", None, "give audio to measure on, as data=<folder>")
         if self.data is not None and self.pairs is not None:
             raise ConfigError("conflict", "data", self.data, "has no effect with pairs=")
+        if self.peak is not None and self.pairs is not None:
+            raise ConfigError("conflict", "peak", self.peak, "has no effect with pairs=")
         for key in ("weights", "code_dir"):
             if self.codec is None and getattr(self, key) is not None:
                 raise ConfigError("conflict", key, getattr(self, key), "has no effect without codec=")

@@ -1,6 +1,6 @@
 """List clips of folders, manifests and shards for evaluation and encoding; audio is read lazily."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from moss_train.batch import ListedClip
 from moss_train.data.pack.manifest import SourceClip, list_clips
 from moss_train.data.pack.preprocess import find_extent
 from moss_train.data.shards.index import INDEX_FILE, ClipLocation, ShardIndex
-from moss_train.data.stream.sample_reader import ClipReader
+from moss_train.data.stream.sample_reader import ClipReader, scale_to_peak
 from moss_train.utils.errors import InvalidSample, SampleError, UserError
 
 _LABELS = ("text", "task", "language", "speaker")
@@ -71,6 +71,19 @@ class ShardClip:
     def length(self) -> tuple[int, int]:
         """Return the samples and rate in Hz."""
         return self.location.num_samples, self.rate
+
+
+@dataclass(frozen=True)
+class ScaledClip:
+    """Reads a clip and scales it to a highest absolute sample, as training does with `data.peak`."""
+
+    read: Callable[[], tuple[Tensor, int]]
+    peak: float
+
+    def __call__(self) -> tuple[Tensor, int]:
+        """Audio [C, T] and its rate in Hz; silence stays silent. Raises what reading raises."""
+        audio, rate = self.read()
+        return scale_to_peak(audio, self.peak), rate
 
 
 def list_sources(sources: Sequence[str], domain: str, key: str = "data") -> list[ListedClip]:

@@ -17,19 +17,16 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-import soundfile
-
-from moss_train.audio.io import read_audio
+from moss_train.data.pack.list_formats import write_manifest
 
 PEAK = 0.7  # the level that cat_mini was trained at
-SAMPLING_RATE = 24000
 METRICS = ["stoi", "pesq", "spectral", "pitch", "buzz"]
 COLUMNS = ["stoi", "pesq_nb", "mel_loss", "pitch", "buzz", "speaker_similarity", "wer_errors", "cer_errors"]
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Scale the clips, evaluate voice by voice, print the rows."""
+    """Evaluate voice by voice, print the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="run, checkpoint or model folder")
     parser.add_argument("manifest", type=Path, help="JSON lines with id, path, text, language and speaker")
@@ -41,24 +38,21 @@ def main() -> None:
         + "|---" * 11
         + "|"
     )
-    for speaker, language in scale_clips(arguments.manifest, arguments.out).items():
+    for speaker, language in split_by_speaker(arguments.manifest, arguments.out).items():
         evaluate(arguments.model, arguments.out, speaker, language, arguments.levels)
         print_rows(arguments.out / f"evaluation-{speaker}" / "table.csv", f"{speaker.capitalize()} ({language})")
 
 
-def scale_clips(manifest: Path, out: Path) -> dict[str, str]:
-    """Write every clip at a peak of 0.7 and one manifest per speaker. Returns the speakers' languages."""
+def split_by_speaker(manifest: Path, out: Path) -> dict[str, str]:
+    """Write one manifest per speaker. Returns the speakers' languages."""
     rows = defaultdict(list)
-    (out / "clips").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for entry in map(json.loads, manifest.read_text("utf-8").splitlines()):
-        path = out / "clips" / f"{entry['id']}.wav"
-        audio, _ = read_audio(manifest.parent / entry["path"], sampling_rate=SAMPLING_RATE, num_channels=1)
-        soundfile.write(path, (audio * (PEAK / audio.abs().max())).T.numpy(), SAMPLING_RATE, subtype="PCM_16")
         kept = {key: entry[key] for key in ("id", "text", "language", "speaker")}
-        rows[entry["speaker"]].append(kept | {"path": f"clips/{path.name}", "domain": "speech", "task": "asr"})
+        path = str((manifest.parent / entry["path"]).resolve())
+        rows[entry["speaker"]].append(kept | {"path": path, "domain": "speech", "task": "asr"})
     for speaker, entries in rows.items():
-        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        (out / f"{speaker}.jsonl").write_text("".join(lines), "utf-8")
+        write_manifest(out / f"{speaker}.jsonl", entries)
     return {speaker: entries[0]["language"] for speaker, entries in rows.items()}
 
 
@@ -71,7 +65,7 @@ def evaluate(model: str, out: Path, speaker: str, language: str, levels: list[in
         plugins = ["plugins=[speaker_similarity]"]
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     overrides = [f"model={model}", f"data={out / speaker}.jsonl", f"out={out / f'evaluation-{speaker}'}"]
-    overrides += [f"num_quantizers=[{','.join(map(str, levels))}]", f"metrics=[{','.join(metrics)}]"]
+    overrides += [f"peak={PEAK}", f"num_quantizers=[{','.join(map(str, levels))}]", f"metrics=[{','.join(metrics)}]"]
     command = [sys.executable, "-m", "moss_train", "evaluate", *plugins, *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
 

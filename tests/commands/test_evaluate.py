@@ -94,6 +94,18 @@ def test_pieces_and_subsets(folder, monkeypatch, capsys):
     assert all("@" in json.loads(line)["clip"] for line in (folder / "pieces/per_clip.jsonl").read_text().splitlines())
 
 
+def test_clips_are_scaled_to_a_peak_like_in_training(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    arguments = ["evaluate", "model=small", "data=good.jsonl", "out=scaled", "num_quantizers=[4]", *FAST]
+    assert main([*arguments, "anchors=false", "peak=0.7"]) == 0
+    originals = list((folder / "scaled" / "audio").glob("*/original.flac"))
+    assert len(originals) == 2  # one of each domain
+    for path in originals:
+        assert read_audio(path)[0].abs().max().item() == pytest.approx(0.7, abs=2**-15)
+    assert main([*arguments, "anchors=false", "peak=0.5"]) == 2  # measures at two levels do not go into one table
+    assert "peak" in capsys.readouterr().err
+
+
 def test_shards_give_the_same_numbers_as_their_files(packed, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     arguments = ["evaluate", "model=small", f"data={packed}", "out=shards", "max_clips=1", "num_quantizers=[4]"]
@@ -132,6 +144,8 @@ def test_pairs_of_files_and_a_comparison(folder, tmp_path, monkeypatch, capsys):
         (["model=small"], "data is required: give audio to measure on"),
         (["pairs=x"], "pairs=x does not exist"),
         (["pairs=x", "data=good.jsonl"], "data=['good.jsonl'] has no effect with pairs="),
+        (["pairs=x", "peak=0.7"], "peak=0.7 has no effect with pairs="),
+        (["model=small", "data=good.jsonl", "peak=1.5"], "peak=1.5 has to be a number above 0 and at most 1"),
         (["model=small", "data=good.jsonl", "profile=44k"], "profile=44k has to be one of official, dac24k, full48k"),
         (["model=small", "data=good.jsonl", "metrics=[mos]"], "metrics.0=mos has to be one of text_model, stoi"),
         (
