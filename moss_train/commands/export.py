@@ -6,10 +6,10 @@ from typing import Any
 from moss_train.config.schema import ExportConfig
 from moss_train.export import export
 from moss_train.export.card import CardInfo, check_licence, data_licences, evaluation_rows, licence_of_data
-from moss_train.export.load import find_checkpoint
+from moss_train.export.load import find_checkpoint, moving_average
 from moss_train.export.onnx import export_onnx
 from moss_train.export.write import check_target, push
-from moss_train.utils.checkpoint import best_checkpoint
+from moss_train.utils.checkpoint import best_checkpoint, read_payload
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import printable
 
@@ -40,7 +40,9 @@ def run(config: ExportConfig) -> int:
     )
     if info.evaluation is not None:
         evaluation_rows(info.evaluation)
-    exported = f"{find_checkpoint(Path(source)) or source}{' (moving average)' if config.ema else ''}"
+    checkpoint = find_checkpoint(Path(source))
+    has_average = checkpoint is not None and bool(moving_average(read_payload(checkpoint, mmap=True)))
+    exported = f"{checkpoint or source}{' (moving average)' if has_average and config.ema is not False else ''}"
     common: dict[str, Any] = {"ema": config.ema, "part": config.part, "heldout": config.heldout}
     if config.format == "onnx":
         if config.dtype != "float32" or config.with_training_state:

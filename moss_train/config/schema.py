@@ -161,7 +161,7 @@ class ExportConfig(Section):
     select: Literal["newest", "best"] = "newest"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     with_training_state: bool = False
-    ema: bool = False
+    ema: bool | None = None
     part: Literal["encoder", "decoder"] | None = None
     licence: str | None = None
     language: list[str] = field(default_factory=list)

@@ -61,11 +61,12 @@ def open_source(path: str | Path) -> ModelSource:
     return ModelSource(str(path), config, nodes, lambda: {"tokenizer": load_tokenizer(path).state_dict(), **weights})
 
 
-def load_tokenizer(path: str | Path, *, ema: bool = False, part: str | None = None) -> MossAudioTokenizerModel:
+def load_tokenizer(path: str | Path, *, ema: bool | None = None, part: str | None = None) -> MossAudioTokenizerModel:
     """Load the tokenizer of a run, a checkpoint, an exported or released folder, or a repository name.
 
     Args:
-        ema: the moving average of the weights instead, which a run with `ema` keeps.
+        ema: True for the moving average of the weights, False for the weights themselves; None for the average, which
+            validation measures, if the run keeps one.
         part: "encoder" or "decoder" reads only that half of a folder or repository; runs are read whole.
 
     Returns:
@@ -76,22 +77,29 @@ def load_tokenizer(path: str | Path, *, ema: bool = False, part: str | None = No
     """
     if (checkpoint := find_checkpoint(Path(path))) is not None:
         content = read_payload(checkpoint, mmap=True)
-        if ema and not content.get("ema"):
+        average = moving_average(content)
+        if ema and not average:
             raise UserError(
                 f"{checkpoint} has no moving average: train with ema={{decay: 0.9999}}, or leave out ema=true"
             )
         try:
             model = MossAudioTokenizerModel(tokenizer_config(content["hyper_parameters"]["tokenizer"]))
             model.load_state_dict(weights_under("tokenizer.", content["state_dict"]))
+            if average and ema is not False:
+                model.load_state_dict(average)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"the checkpoint does not hold a tokenizer: {first_line(error)}") from error
-        if ema:
-            model.load_state_dict(content["ema"]["weights"])
         return model.eval()
     if ema:
         raise UserError(f"{path} is no run or checkpoint: only those have a moving average (ema=true)")
     options = {} if part is None else {"part": part}
     return from_folder(MossAudioTokenizerModel, path, dtype=torch.float32, **options).eval()
+
+
+def moving_average(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the averaged weights in the content of a checkpoint; none without `ema`, or before the first update."""
+    kept = content.get("ema")
+    return kept.get("weights") or {} if isinstance(kept, Mapping) else {}
 
 
 def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:

@@ -59,7 +59,7 @@ def export_onnx(
     *,
     weights: str = "float32",
     chunk_frames: int = 8,
-    ema: bool = False,
+    ema: bool | None = None,
     part: str | None = None,
     info: CardInfo | None = None,
     heldout: str | Path | None = None,

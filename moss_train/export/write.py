@@ -38,7 +38,7 @@ def export(
     dtype: str = "float32",
     *,
     with_training_state: bool = False,
-    ema: bool = False,
+    ema: bool | None = None,
     part: str | None = None,
     info: CardInfo | None = None,
     heldout: str | Path | None = None,
@@ -49,7 +49,7 @@ def export(
         out: a folder that does not exist yet.
         dtype: of the stored weights: float32, bfloat16 or float16; the quantizer stays float32.
         with_training_state: also write text LM and discriminators, so that `fit init=<out>` continues with them.
-        ema: write the moving average of the tokenizer's weights instead.
+        ema: the moving average of the weights or not, as in `load_tokenizer`.
         part: "encoder" or "decoder" writes only that half and the quantizer.
         info: what the card says besides what the model itself tells.
         heldout: audio on which the codes of 16-bit weights are compared with those of float32.

@@ -13,7 +13,7 @@ from moss_train.training import CatModule
 from moss_train.training.run.fit import fit
 from moss_train.training.run.resize_model import WeightReport
 from moss_train.training.run.warm_start import RECORD_FILE, InitPlan, initialize, plan_initialization, print_reports
-from moss_train.utils.checkpoint import read_payload
+from moss_train.utils.checkpoint import read_payload, weights_under
 from moss_train.utils.errors import ConfigError, UserError
 
 CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
@@ -75,13 +75,27 @@ def test_an_export_with_training_state_brings_them_too(small_config, source, tmp
         assert_taken(getattr(module, name), weights[name], reports[name].loaded)
 
 
-def test_the_moving_average_is_exported_on_demand(small_config, source, tmp_path, capsys):
+def test_a_run_with_a_moving_average_is_exported_with_it(small_config, source, tmp_path, capsys):
     directory = fit(small_config("ema={decay: 0.5}", "max_updates=2", "stages.0.learning_rate=1e-2")).directory
-    assert main(["export", f"checkpoint={directory}", f"out={tmp_path / 'average'}", "ema=true"]) == 0
-    average, weights = load_tokenizer(tmp_path / "average").state_dict(), load_tokenizer(directory).state_dict()
-    kept = read_payload(find_checkpoint(directory), mmap=True)["ema"]["weights"]
-    assert all(torch.equal(average[name], kept[name]) for name in kept)
+    content = read_payload(find_checkpoint(directory), mmap=True)
+    average, weights = content["ema"]["weights"], weights_under("tokenizer.", content["state_dict"])
     assert not torch.equal(average[LAST], weights[LAST])
+    for option, expected in ((None, average), ("true", average), ("false", weights)):
+        out = tmp_path / str(option)
+        arguments = ["export", f"checkpoint={directory}", f"out={out}", *([f"ema={option}"] if option else [])]
+        assert main(arguments) == 0
+        assert ("(moving average)" in capsys.readouterr().out) == (option != "false")
+        exported = load_tokenizer(out).state_dict()
+        assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    assert torch.equal(load_tokenizer(directory).state_dict()[LAST], average[LAST])  # as encode and evaluate load it
+    assert torch.equal(load_tokenizer(directory, ema=False).state_dict()[LAST], weights[LAST])
+
+
+def test_before_the_first_update_there_is_no_average_to_export(small_config, source, tmp_path, capsys):
+    first = fit(small_config("ema={decay: 0.5}", "max_updates=0")).directory
+    assert main(["export", f"checkpoint={first}", f"out={tmp_path / 'first'}"]) == 0
+    assert main(["export", f"checkpoint={first}", f"out={tmp_path / 'none'}", "ema=true"]) == 2
+    assert "has no moving average" in capsys.readouterr().err
     assert main(["export", f"checkpoint={source}", f"out={tmp_path / 'none'}", "ema=true"]) == 2
     assert "has no moving average" in capsys.readouterr().err
 
