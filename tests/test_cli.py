@@ -272,7 +272,22 @@ def test_a_run_that_has_begun_needs_its_inputs_no_more(tmp_path):
     assert (caught.value.kind, caught.value.path, caught.value.value) == ("missing", "init", "gone")
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     check_inputs(config)
-    check_inputs(load_config("evaluate", ["model=owner/name", "data=https://host/shards", "out=o"]))
+
+
+def test_only_what_can_read_from_a_server_takes_an_address(tmp_path):
+    address, model = "https://host/shards", ["model=owner/name", f"out={tmp_path / 'out'}"]
+    check_inputs(load_config("fit", ["experiment=cat_tiny", f"data.train={address}", f"run_dir={tmp_path}"]))
+    check_inputs(load_config("inspect", [f"shards={address}", f"out={tmp_path / 'out'}"]))
+    for command, key, options in (
+        ("fit", "validation.data", ["experiment=cat_tiny", f"data.train={address}", f"run_dir={tmp_path}"]),
+        ("evaluate", "data", model),
+        ("encode", "shards", model),
+        ("encode", "input", model),
+        ("pack", "input", [f"out={tmp_path / 'out'}"]),
+    ):
+        with pytest.raises(ConfigError, match=r"only data\.train and inspect read from servers") as caught:
+            check_inputs(load_config(command, [*options, f"{key}={address}"]))
+        assert caught.value.path == key
 
 
 def test_version(capsys):

@@ -331,10 +331,10 @@ def test_a_removed_key_is_left_out_with_the_reason(capsys):
 
 def test_an_old_key_in_a_file_of_ones_own_counts_more_than_the_shipped_default(tmp_path, capsys):
     (tmp_path / "experiment").mkdir()
-    text = "# @package _global_\ndefaults: [cat_tiny, _self_]\ntrain: [decoder]\ncheckpoint: {keep: 7}\n"
+    text = "# @package _global_\ndefaults: [cat_tiny, _self_]\ntrain: [quantizer, decoder]\ncheckpoint: {keep: 7}\n"
     (tmp_path / "experiment/mine.yaml").write_text(text)
     config = load_config("fit", ["experiment=mine"], tmp_path)
-    assert (config.trainable, config.checkpoint.keep_last) == (["decoder"], 7)
+    assert (config.trainable, config.checkpoint.keep_last) == (["quantizer", "decoder"], 7)
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 

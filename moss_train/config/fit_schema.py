@@ -151,14 +151,23 @@ class ObjectiveConfig(Section):
     losses: dict[str, Node | None] = field(default_factory=lambda: dict(LOSSES))
 
     def check(self) -> None:
-        object.__setattr__(self, "weights", {**WEIGHTS, **self.weights})
+        for term, weight in self.weights.items():
+            if weight is None and WEIGHTS.get(term, 0.0) is not None:
+                raise ConfigError("value", f"weights.{term}", None, "a number; 0 leaves the term out")
+        for term, node in self.losses.items():
+            if term in WEIGHTS and node is not None and "weight" in node:
+                expected = f"has no effect: set objective.weights.{term}"
+                raise ConfigError("conflict", f"losses.{term}.weight", node["weight"], expected)
+        removed = {term for term, node in self.losses.items() if node is None}
+        weights = {term: weight for term, weight in {**WEIGHTS, **self.weights}.items() if term not in removed}
+        object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "losses", {**LOSSES, **self.losses})
         self.check_terms("weights", self.weights)
         self.check_terms("balance", self.balance or {})
 
     def check_terms(self, path: str, values: Mapping[str, float | None]) -> None:
         """Raise ConfigError for the first name that is no term of the objective."""
-        known = {**WEIGHTS, **self.losses}
+        known = [term for term in {**WEIGHTS, **self.losses} if self.losses.get(term, {}) is not None]
         for term, value in values.items():
             if term not in known:
                 raise ConfigError("unknown_key", f"{path}.{term}", value, nearest(term, known))
@@ -233,9 +242,9 @@ class StageConfig(Section):
     final_learning_rate: NonNegativeFloat = 1e-5  # at the end of the stage
     discriminator_learning_rate: Positive = 1e-4  # peak; it follows the same curve
     warmup_updates: NonNegative = 2000  # linear warm-up of the rates at the start of the stage
-    discriminator_warmup_updates: NonNegative = 0  # the discriminators learn alone at first, for so many updates
+    discriminator_warmup_updates: NonNegative = 0  # at first the discriminators do not act on the generator
     adversarial_ramp_updates: NonNegative = 0  # after that the adversarial weights rise from 0 over so many updates
-    semantic_warmup_updates: NonNegative = 0  # the text LM learns at first without influence on the tokenizer
+    semantic_warmup_updates: NonNegative = 0  # at first the text LM learns without a gradient into the tokenizer
     discriminator_every: Count = 1  # the discriminators learn in every n-th update
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: cosine, or the peak with a decay at the end
     decay_fraction: AboveZero = 0.2  # of the updates, length of that decay
@@ -395,7 +404,19 @@ class FitConfig(Section):
             if stage.adversarial and not self.discriminators:
                 expected = "needs discriminators, and there are none"
                 raise ConfigError("conflict", f"stages.{number}.adversarial", True, expected)
+            if not stage.quantize and stage.updates:
+                self._check_continuous_stage(number, stage)
             self.objective.check_terms(f"stages.{number}.weights", stage.weights)
+
+    def _check_continuous_stage(self, number: int, stage: StageConfig) -> None:
+        """Raise ConfigError for a stage without quantizer after which the levels cannot or must not be fitted."""
+        expected = ""
+        if not any(later.quantize and later.updates for later in self.stages[number + 1 :]):
+            expected = "needs a later stage that quantizes, before which the levels are fitted to data"
+        elif "quantizer" not in (self.trainable if stage.trainable is None else stage.trainable):
+            expected = f"changes the codes, and trainable leaves the quantizer out: set stages.{number}.updates=0"
+        if expected:
+            raise ConfigError("conflict", f"stages.{number}.quantize", False, expected)
 
 
 GpuName = Literal["h100", "h100_pcie", "h100_nvl", "h200", "h200_nvl", "b200", "a100", "a100_40gb", "l40s", "rtx4090"]

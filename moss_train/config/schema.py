@@ -219,6 +219,8 @@ PATH_KEYS = {
     "drop": "",
 }
 """Keys that name existing files or folders, and what to give."""
+REMOTE_KEYS = ((FitConfig, "data.train"), (InspectConfig, "shards"))
+"""Those that may be addresses of servers."""
 
 
 def check_inputs(config: Section) -> None:
@@ -251,6 +253,8 @@ def check_inputs(config: Section) -> None:
         if key == "data" and isinstance(config, ExportConfig):
             continue  # a sentence for the model card
         for name in _texts(config, key):
+            if "://" in name and (type(config), key) not in REMOTE_KEYS:
+                raise ConfigError("conflict", key, name, "is an address: only data.train and inspect read from servers")
             may_be_elsewhere = "://" in name or (key.startswith("semantic.") and not is_path_like(name))
             if not may_be_elsewhere and not Path(name).expanduser().exists():
                 raise ConfigError("missing", key, name, PATH_KEYS[key])

@@ -52,7 +52,8 @@ def open_source(path: str | Path) -> ModelSource:
         nodes = {name: parameters[name] for name in NETWORKS if parameters.get(name)}
 
         def load() -> Weights:
-            return {name: weights_under(f"{name}.", content["state_dict"]) for name in ("tokenizer", *nodes)}
+            weights = {name: weights_under(f"{name}.", content["state_dict"]) for name in ("tokenizer", *nodes)}
+            return weights | {"tokenizer": weights["tokenizer"] | moving_average(content)}  # as `load_tokenizer`
 
         return ModelSource(str(checkpoint), tokenizer_config(parameters["tokenizer"]), nodes, load)
     config = from_folder(MossAudioTokenizerConfig, path)

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -29,6 +28,8 @@ from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 from moss_train.model.feature_extraction_moss_audio_tokenizer import MossAudioTokenizerFeatureExtractor
 from moss_train.utils.errors import UserError, first_line
 
+CONNECTION_ERRORS: tuple[Any, ...] = HfHubHTTPError.__bases__
+"""Connections that fail: the error of the HTTP client that the hub uses, which depends on its version, and OSError."""
 PIPELINE = "pipeline_moss_audio_tokenizer"
 
 
@@ -200,7 +201,7 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         status: Any = getattr(error.response, "status_code", "no")
         known = {401: "the token is not valid", 403: "the token may not write there", 404: "no such owner"}
         reason = f": {known.get(status, first_line(error))} (status {status}); {folder} is complete"
-    except (OSError, httpx.HTTPError) as error:  # connections that fail
+    except CONNECTION_ERRORS as error:
         reason = f": the Hub cannot be reached ({type(error).__name__}); {folder} is complete"
     raise UserError(f"push={repository}{reason}")
 

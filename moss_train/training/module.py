@@ -204,6 +204,8 @@ class CatModule(lightning.LightningModule):
     def _choose_parts(self, schedule_state: ScheduleState) -> None:
         for name, part in self.parts().items():
             part.requires_grad_(name in schedule_state.stage.parts)
+        if self.discriminators is not None:  # before the hooks that sum their gradients are registered
+            self.discriminators.requires_grad_(schedule_state.discriminators_learn)
 
     def on_fit_start(self) -> None:
         check_equal_start(self, (self.update, self.position))

@@ -293,3 +293,13 @@ def test_bad_rows_of_a_table_are_counted(tmp_path: Path, recordings: Path) -> No
     reasons = " ".join(reason for _, reason, _ in found.invalid)
     for part in ("not a line of UTF-8 CSV", "no more cells than the header", "a time has to be a number"):
         assert part in reasons
+
+
+@pytest.mark.parametrize("domain", ["all", "update"])
+def test_domains_cannot_be_called_like_columns_of_the_tables(tmp_path: Path, recordings: Path, domain: str) -> None:
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text(json.dumps({"path": str(next(recordings.glob("speech/*.flac"))), "domain": domain}) + "\n")
+    with pytest.raises(UserError, match=f"the domain cannot be called '{domain}'"):
+        list_clips(manifest, "speech")
+    with pytest.raises(UserError, match="rename it"):
+        list_clips(recordings / "speech", domain)

@@ -307,6 +307,14 @@ def test_a_refused_upload_is_one_line(hub, tmp_path, status, reason):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_hub_that_cannot_be_reached_is_one_line(hub, tmp_path, monkeypatch):
+    unreachable = functools.partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9")
+    monkeypatch.setattr(write, "HfApi", unreachable)
+    with pytest.raises(UserError, match="the Hub cannot be reached") as error:
+        write.push(tmp_path, "owner/name")
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_an_upload_needs_a_token(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):

@@ -155,3 +155,20 @@ def test_a_term_with_a_weight_and_hardly_any_gradient(health):
     run(other, range(7, 27), **{**weighted, **high})
     run(other, range(27, 47), **{**weighted, **low, "weighted/adversarial": 0.0})
     assert len(warnings(other)) == 1
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_gradients_of_discriminators_that_learn_in_every_nth_update_are_watched(health, every):
+    for update in range(1, 61):
+        norm = {"gradient_norm/discriminators": 1.0 if update <= 40 else 1e4} if update % every == 0 else {}
+        health.write("metrics", metrics(update) | norm)
+    (line,) = warnings(health)
+    assert "gradients of the discriminators explode, norm" in line
+
+
+def test_gradients_of_discriminators_that_have_just_begun_are_not_compared_yet(health):
+    for update in range(1, 41):
+        norms = {"gradient_norm/discriminators": 100.0 * (update - 24)} if update >= 25 else {}
+        health.write("metrics", metrics(update) | norms)
+        if update < 40:
+            assert warnings(health) == []

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from moss_train.discriminators import DiscriminatorOutput
 from moss_train.model.quantizer import QuantizerOutput
 from moss_train.training.step.objective import LOSSES, WEIGHTS, Objective, UpdateCounts, weighted_sum
 from moss_train.training.step.schedule import ScheduleState, Stage
-from moss_train.utils.errors import UserError
+from moss_train.utils.errors import ConfigError, UserError
 
 RATE = 24000
 
@@ -172,3 +173,26 @@ def test_crops_start_where_the_clip_says_and_stay_inside_it():
 def test_share_of_quantizer_dropout_has_to_be_a_share():
     with pytest.raises(ValueError, match=r"quantizer_dropout=1.5 has to be from 0 to 1"):
         Objective(24000, quantizer_dropout=1.5)
+
+
+def test_a_loss_that_is_taken_away_has_no_term():
+    config = load_config("fit", ["experiment=cat_1b6", "objective.losses.feature=null"])
+    objective = Objective(RATE, config.objective.weights, losses=config.objective.losses)
+    assert "feature" not in objective.weights
+    assert "feature" not in objective.losses
+    assert objective.weights["adversarial"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.weights.feature=null", "objective.weights.feature=null has to be a number; 0 leaves the term out"),
+        (
+            "+objective.losses.feature.weight=100",
+            "objective.losses.feature.weight=100 has no effect: set objective.weights.feature",
+        ),
+    ],
+)
+def test_weights_that_would_not_count_are_refused(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config("fit", ["experiment=cat_1b6", override])

@@ -1,18 +1,29 @@
 """Stages without the quantizer, and the levels that are fitted to data after them."""
 
+import functools
+import http.server
+import re
+import shutil
+
 import pytest
 import torch
 
+from moss_train import load_config
 from moss_train.cli.main import main
+from moss_train.data.shards import remote
+from moss_train.data.shards.index import ShardIndex
+from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.export.load import load_tokenizer
 from moss_train.model.quantizer import ResidualLFQ
-from moss_train.training.callbacks.quantizer import fit_updates
+from moss_train.training.callbacks.quantizer import read_clips
 from moss_train.training.loggers.base import read_table
 from moss_train.training.step.quantizer_start import fit_quantizer, pass_unquantized
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.checkpoint import list_checkpoints
+from moss_train.utils.errors import ConfigError
 
 from ..faults.harness import assert_same_run
+from ..local_server import serving
 from .runs import column
 
 
@@ -64,14 +75,19 @@ def test_without_levels_the_latent_passes_and_no_level_has_a_gradient(quantizer,
     assert all(parameter.grad is None for parameter in quantizer.quantizers.parameters())
 
 
-def test_the_fit_comes_before_the_first_update_that_quantizes():
+def test_the_fit_comes_at_the_end_of_a_stage_without_the_quantizer():
     def ends(*quantize):
         stages = [{"name": str(i), "updates": 3, "batch_seconds": 1.0, "quantize": q} for i, q in enumerate(quantize)]
-        return fit_updates(Schedule.from_config(stages))
+        return Schedule.from_config(stages).quantizer_fits
 
     assert ends(True, True) == set()
     assert ends(False, True, True) == {3}
     assert ends(False, False, True) == {6}
+    empty = [
+        {"name": "a", "updates": 0, "batch_seconds": 1.0, "quantize": False},
+        {"name": "b", "updates": 3, "batch_seconds": 1.0},
+    ]
+    assert Schedule.from_config(empty).quantizer_fits == set()
     with pytest.raises(ValueError, match="quantize"):
         ends("no")
 
@@ -95,9 +111,67 @@ def test_a_run_that_stops_at_the_fit_goes_on_exactly(small_overrides, recordings
     assert main(["fit", *overrides, f"run_dir={parts}"]) == 0
     assert_same_run(parts, whole)
     scored = column(read_table(whole / "validation.csv"), "update")
-    assert scored == [0, 3, 4]  # not between: levels that are not fitted yet say nothing
+    assert scored == [0, 2, 3, 4]  # not 1: levels that are not fitted yet say nothing
     commitment = column(read_table(whole / "metrics.csv"), "loss/commitment")
     assert commitment[:2] == [0.0, 0.0]
     assert min(commitment[2:]) > 0
-    before, after = (load_tokenizer(path).quantizer for path in list_checkpoints(whole / "checkpoints")[1:3])
+    before, after = (load_tokenizer(path).quantizer for path in list_checkpoints(whole / "checkpoints")[1:3])  # 1, 2
     assert not torch.equal(before.quantizers[0].codebook.weight, after.quantizers[0].codebook.weight)
+
+
+def test_levels_are_fitted_to_the_start_of_the_stream(packed):
+    stream = AudioStream([packed], ClipFormat(24000, 1, 1920, peak=0.7), crop_seconds=0.96)
+    clips = list(read_clips(stream, num_frames=100).values())
+    frames = [clip.shape[-1] / 1920 for clip in clips]
+    assert sum(frames) >= 100 > sum(frames[:-1])
+    assert all(count == round(count) for count in frames)  # padded
+    lengths = [stream.sample(position).num_samples for position in range(len(clips))]
+    assert [-(-length // 1920) for length in lengths] == frames
+    assert max(clip.abs().max().item() for clip in clips) == pytest.approx(0.7)
+    more = sum(clip.shape[-1] for clip in read_clips(stream, num_frames=20_000).values()) / 1920
+    assert 20_000 <= more < 20_013  # five minutes of recordings come again, so that no codebook is too large for them
+
+
+def test_clips_that_cannot_be_read_are_passed_over(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "damaged")
+    index = ShardIndex.load(folder)
+    damaged = index.locate(0)
+    with open(damaged.shard, "r+b") as file:
+        file.seek(damaged.audio_offset)
+        file.write(b"x" * 64)
+    form = ClipFormat(24000, 1, 1920)
+    whole, other = (AudioStream([source], form, crop_seconds=0.96, seed=3) for source in (packed, folder))
+    place = next(position for position in range(10**6) if other.sample(position).location == damaged)
+    expected, found = read_clips(whole, 500), read_clips(other, 500)
+    assert place in expected
+    assert place not in found
+    assert all(torch.equal(found[position], expected[position]) for position in expected if position != place)
+
+
+def test_shards_behind_a_server_give_the_same_codes(small_overrides, packed, stages, tmp_path, monkeypatch):
+    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    options = [stages, "max_updates=3", *(key for key in small_overrides if not key.startswith("data.train"))]
+    with serving(functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(packed))) as url:
+        assert main(["fit", *options, f"data.train={url}", f"run_dir={tmp_path / 'far'}"]) == 0
+    assert main(["fit", *options, f"data.train={packed}", f"run_dir={tmp_path / 'near'}"]) == 0
+    far, near = (load_tokenizer(tmp_path / name).state_dict() for name in ("far", "near"))
+    assert all(torch.equal(far[name], near[name]) for name in near)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["stages.1.updates=0"], "stages.0.quantize=false needs a later stage that quantizes"),
+        (["trainable=[decoder]"], "stages.0.quantize=false changes the codes, and trainable leaves the quantizer out"),
+        (["stages.0.trainable=[encoder]"], "stages.0.quantize=false changes the codes"),
+        (["stages.0.updates=0", "trainable=[decoder]"], None),
+    ],
+)
+def test_levels_are_fitted_only_where_they_are_used_and_may_change(small_overrides, stages, options, message):
+    overrides = [*small_overrides, stages, *options]
+    if message is None:
+        load_config("fit", overrides)
+    else:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_config("fit", overrides)

@@ -33,6 +33,7 @@ AUDIO_SUFFIXES = frozenset(
 )
 """Suffixes that are taken from a folder; manifests may name any file that libsndfile reads."""
 
+RESERVED_DOMAINS = ("all", "update")
 DOMAIN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 _LICENCE_KEYS = ("licence", "license")
@@ -142,6 +143,8 @@ def check_domain(domain: str, where: str) -> str:
     """Return the domain, or raise UserError when it cannot be part of a file name."""
     if not isinstance(domain, str) or not DOMAIN_PATTERN.fullmatch(domain):
         raise UserError(f"{where}: domain {domain!r} has to be letters, digits, '-' and '_' (it names the shards)")
+    if domain in RESERVED_DOMAINS:
+        raise UserError(f"{where}: the domain cannot be called {domain!r}, which is a column of the tables: rename it")
     return domain
 
 

@@ -37,7 +37,6 @@ KEYS = frozenset({"wandb", "tensorboard", "callbacks", "loggers", "logging", "va
 
 def build_callbacks(
     config: FitConfig,
-    train: Sequence[str],
     held_out: Sequence[str],
     last: int,
     stream: AudioStream,
@@ -48,7 +47,6 @@ def build_callbacks(
     """Return the callbacks of a run, in their order: a checkpoint never lies behind an update that was not logged.
 
     Args:
-        train: packed folders to learn from.
         held_out: those of validation without `validation.data`.
         last: update at which the run ends.
         objective: of the run, for the names of its losses.
@@ -92,7 +90,7 @@ def build_callbacks(
         StartupMessages(notices),
         RunRecords(directory),
         UpdateMetrics(run_log, clock, Utilization(config), counter, stream.domains, config.logging.window_updates),
-        QuantizerFit(train, stream.clip_format),
+        QuantizerFit(stream),
         *validation,
         *build_own(config, "callbacks", Callback),
         checkpoints,

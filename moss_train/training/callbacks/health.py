@@ -92,7 +92,7 @@ class HealthMonitor(Writer):
             margin > self.limits.max_discriminator_margin,
             f"update {update}: the discriminators tell real from generated audio almost perfectly (mean margin "
             f"{margin:.2f} over {count} updates), which teaches little: lower discriminator_learning_rate, "
-            "raise discriminator_every, or raise objective.weights.feature",
+            "raise discriminator_every, or raise the weight of `feature` (of the stage, if it sets one)",
         )
         self._check(
             "discriminators lose",
@@ -110,16 +110,22 @@ class HealthMonitor(Writer):
                 f"share of {name}",
                 len(shares) == MEASURED_SHARES and max(shares) < self.limits.min_gradient_share,
                 f"update {update}: {name} has {statistics.fmean(shares or [1.0]):.2%} of the gradient at the decoder's "
-                f"output, too little to change anything: raise objective.weights.{name}, or set objective.balance",
+                f"output, too little to change anything: raise its weight, objective.weights.{name} or "
+                "that of the stage if it sets one, or set objective.balance",
             )
 
     def _check_gradients(self, update: int) -> None:
+        quarter = self.limits.window_updates // 4
+        rows = list(self.rows)
         for side in ("generator", "discriminators"):
-            norms = [row[f"gradient_norm/{side}"] for row in self.rows if f"gradient_norm/{side}" in row]
-            recent = self.limits.window_updates // 4
-            if len(norms) < len(self.rows):
+            name = f"gradient_norm/{side}"  # of discriminators in every n-th row, and none before their stage
+            first, earlier, recent = (
+                [row[name] for row in part if name in row]
+                for part in (rows[:quarter], rows[: len(rows) - quarter], rows[len(rows) - quarter :])
+            )
+            if not first or not recent:
                 continue
-            before, now = statistics.median(norms[:-recent]), statistics.median(norms[-recent:])
+            before, now = statistics.median(earlier), statistics.median(recent)
             self._check(
                 f"gradients of {side}",
                 now > self.limits.max_gradient_growth * before,

@@ -1,58 +1,74 @@
 """Fit the quantizer to training clips after a stage without it."""
 
 import sys
-from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
-from moss_train.data.stream.stream import ClipFormat
-from moss_train.training.callbacks.validation_data import load_held_out
+from moss_train.data.stream.sample_reader import SampleReader
+from moss_train.data.stream.stream import AudioStream
+from moss_train.training.distributed.collectives import broadcast_from_rank0, gather_over_ranks
 from moss_train.training.module import cat_module
 from moss_train.training.step.quantizer_start import fit_quantizer
-from moss_train.training.step.schedule import Schedule
+from moss_train.utils.errors import SampleError, UserError
 
-FIT_CLIPS = 300
-FIT_SECONDS = 10.0
-"""How much of the training data the fit looks at."""
+FIT_SECONDS = 1200.0
+"""How much of the training data the fit looks at, or one pass over it if that is less."""
+FRAMES_PER_CODE = 4
+"""But at least so many frames for every code of a level; the stream repeats clips for that, cropped elsewhere."""
+MAX_FIT_CLIPS = 100_000
 
 
 class QuantizerFit(Callback):
-    """Fits the levels at the updates of `fit_updates`; the same clips and weights give the same codes after a resume.
+    """Fits the levels at the end of a stage without them, before it is validated and its checkpoint is written.
 
-    Every rank fits the same clips, then takes over what the first one found.
-
-    Args:
-        sources: packed folders with the training clips, which are read when they are needed.
-        clip_format: in which they are read.
+    All ranks fit the same clips, the first ones of the training stream, then take over what the first rank found.
     """
 
-    def __init__(self, sources: Sequence[str], clip_format: ClipFormat) -> None:
-        self.sources = sources
-        self.clip_format = clip_format
+    def __init__(self, stream: AudioStream) -> None:
+        self.stream = stream
 
     @torch.no_grad()
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         module = cat_module(pl_module)
-        if module.update not in fit_updates(module.schedule):
+        if module.update not in module.schedule.quantizer_fits:
             return
-        count = -(-FIT_CLIPS // len(self.sources))
-        latents = []
-        for source in self.sources:  # the same recordings may be in two of them, with and without their text
-            for clip in load_held_out([source], self.clip_format, max_clips=count, max_seconds=FIT_SECONDS):
-                latents.append(module.tokenizer.encode_latent(clip.audio[None].to(module.device))[0])
-        left = fit_quantizer(module.tokenizer.quantizer, torch.cat(latents))[-1]
-        for tensor in (*module.tokenizer.quantizer.parameters(), *module.tokenizer.quantizer.buffers()):
-            tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+        tokenizer = module.tokenizer
+        seconds = min(FIT_SECONDS, sum(self.stream.available_seconds.values()))
+        least = FRAMES_PER_CODE * tokenizer.config.quantizer_kwargs["codebook_size"]
+        clips = read_clips(self.stream, max(least, round(seconds * tokenizer.config.frame_rate)))
+        # A clip that one rank cannot read is left out on all: each forward pass of a sharded model is a collective.
+        common = sorted(set.intersection(*map(set, gather_over_ranks(list(clips)))))
+        latents = [tokenizer.encode_latent(clips[position][None].to(module.device))[0] for position in common]
+        left = fit_quantizer(tokenizer.quantizer, torch.cat(latents))[-1]
+        for tensor in (*tokenizer.quantizer.parameters(), *tokenizer.quantizer.buffers()):
+            broadcast_from_rank0(tensor.data)
         if module.average is not None:
-            module.average.start(module.tokenizer)
+            module.average.start(tokenizer)
         if trainer.is_global_zero:
             print(f"quantizer fitted, {left:.0%} of the latent's variance is left after all levels", file=sys.stderr)
 
 
-def fit_updates(schedule: Schedule) -> set[int]:
-    """Return the updates (from 0) before which the levels are fitted."""
-    stages = schedule.stages
-    pairs = zip(stages, stages[1:], schedule.ends, strict=False)
-    return {end for before, after, end in pairs if after.quantize and not before.quantize}
+def read_clips(stream: AudioStream, num_frames: int) -> dict[int, Tensor]:
+    """Read clips [C, T] by position from the start of the stream, together `num_frames` frames, padded to whole ones.
+
+    Clips that cannot be read are passed over: training counts and names them when it comes to them.
+
+    Raises:
+        UserError: hardly any clip can be read.
+    """
+    reader = SampleReader(stream.clip_format, text_encoder=None)
+    hop, frames = stream.clip_format.hop_length, 0
+    clips: dict[int, Tensor] = {}
+    for position in range(MAX_FIT_CLIPS):
+        if frames >= num_frames:
+            return clips
+        with suppress(SampleError):
+            audio = reader.read(stream.sample(position)).audio
+            clips[position] = F.pad(audio, (0, -audio.shape[-1] % hop))
+            frames += clips[position].shape[-1] // hop
+    raise UserError(f"{MAX_FIT_CLIPS} clips have {frames} frames that can be read, the codes need {num_frames}")

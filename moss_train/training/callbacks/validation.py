@@ -145,7 +145,8 @@ class Validation(Callback):
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cat_module(pl_module)
-        before_fit = module.update > 0 and not module.schedule.at(module.update - 1).stage.quantize
+        is_continuous = module.update > 0 and not module.schedule.at(module.update - 1).stage.quantize
+        before_fit = is_continuous and module.update not in module.schedule.quantizer_fits
         if module.update == self.done_update or before_fit:  # levels that are not fitted yet decode to noise
             return
         self.done_update = module.update

@@ -64,6 +64,12 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast_from_rank0(tensor: Tensor) -> None:
+    """Overwrite a tensor, on every rank, with what it is on the first one."""
+    if num_ranks() > 1:
+        dist.broadcast(tensor, 0)
+
+
 def gather_over_ranks(item: Any) -> list[Any]:
     """Return one small picklable object of every rank, in the order of the ranks. For rare events: it waits for all
     ranks.

@@ -98,6 +98,7 @@ def build_trainer(
         torch.set_num_threads(settings.num_threads)
         os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)  # Lightning chooses where there is none
     torch.set_float32_matmul_precision(settings.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = settings.matmul_precision != "highest"  # convolutions, which the line above omits
     if settings.deterministic:
         # Algorithms that give equal results for equal inputs on one machine; an operation without one raises. On a GPU
         # attention, convolutions and sums over indices otherwise add up in the order in which threads finish.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from moss_train.config.fit_schema import StageConfig
@@ -91,6 +91,12 @@ class Schedule:
     def ends(self) -> tuple[int, ...]:
         """Updates done when each stage is over."""
         return tuple(accumulate(stage.updates for stage in self.stages))
+
+    @property
+    def quantizer_fits(self) -> frozenset[int]:
+        """Updates done when a stage without the quantizer is over, and the levels are fitted to data."""
+        used = [(stage, end) for stage, end in zip(self.stages, self.ends, strict=True) if stage.updates]
+        return frozenset(end for (before, end), (after, _) in pairwise(used) if after.quantize and not before.quantize)
 
     @property
     def adversarial(self) -> bool:
