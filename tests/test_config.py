@@ -13,9 +13,10 @@ import yaml
 
 from moss_train import load_config
 from moss_train.cli.compose import compose
-from moss_train.config.fit_schema import DataConfig, FitConfig, ObjectiveConfig, StageConfig, compile_backends
+from moss_train.config.fit_schema import DataConfig, FitConfig, compile_backends
 from moss_train.config.old_names import REMOVED, RENAMED
 from moss_train.config.overrides import dotted_keys, find_hint
+from moss_train.config.recipe_schema import ObjectiveConfig, StageConfig
 from moss_train.config.schema import COMMANDS, EvaluateConfig, check_inputs
 from moss_train.config.section import Section, hints_of, known_keys
 from moss_train.utils.errors import ConfigError

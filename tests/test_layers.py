@@ -184,6 +184,22 @@ def test_the_package_has_no_circular_imports():
         pytest.fail(" -> ".join(error.args[1]))
 
 
+def test_sub_packages_depend_on_each_other_in_one_direction():
+    """A folder of a package, or a file beside the folders, is what others of the package build on, or the reverse."""
+    files = {module_name(path): path for path in FILES if len(path.relative_to(PACKAGE).parts) > 1}
+    part = {name: ".".join(name.split(".")[:3]) for name in files if not files[name].name.startswith("__init__")}
+    graph: dict[str, set[str]] = {}
+    for name, place in part.items():
+        targets = {
+            part[t] for entry in imports_of(files[name]) for t in known_modules(entry.module, files) if t in part
+        }
+        graph.setdefault(place, set()).update(targets - {place})
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
 def known_modules(imported: str, files: dict[str, Path]) -> set[str]:
     """The module that an imported name is, or else is part of."""
     return {next((name for name in (imported, imported.rpartition(".")[0]) if name in files), imported)} & files.keys()

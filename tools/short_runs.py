@@ -11,7 +11,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from moss_train.audio.io import resample
-from moss_train.config.fit_schema import FitConfig, StageConfig
+from moss_train.config.fit_schema import FitConfig
+from moss_train.config.recipe_schema import StageConfig
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.sample_reader import SampleReader
 from moss_train.losses.reconstruction import multi_scale_mel_distance
@@ -45,7 +46,7 @@ def train_in_memory(config: FitConfig, module: CatModule, callbacks: Sequence[Ca
     """
     accelerator = choose_accelerator(config.trainer.accelerator)
     stream = open_stream(config, module.tokenizer.config)
-    callbacks = [QuantizerFit(config.data.train, stream.clip_format), *callbacks]
+    callbacks = [QuantizerFit(stream), *callbacks]
     trainer = build_trainer(config.trainer.replace(devices=1, num_nodes=1), accelerator, callbacks)
     schedule = module.schedule
     loader = make_loader(

@@ -14,8 +14,9 @@ from typing import Any
 
 from moss_train.cli.help import default_groups, group_options
 from moss_train.config.build import allow_package
-from moss_train.config.fit_schema import ADVERSARIAL_TERMS, FitConfig
+from moss_train.config.fit_schema import FitConfig
 from moss_train.config.overrides import assign, is_removed, join_repeated, present_key, with_present_names
+from moss_train.config.recipe_schema import ADVERSARIAL_TERMS
 from moss_train.config.schema import COMMANDS
 from moss_train.config.section import Section, nearest
 from moss_train.utils.errors import ConfigError, UserError, first_line

@@ -5,10 +5,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from moss_train.config.fit_schema import AboveZero, EstimateConfig, FitConfig, Node
+from moss_train.config.fit_schema import EstimateConfig, FitConfig
 from moss_train.config.section import (
+    AboveZero,
     Count,
     Fraction,
+    Node,
     NonNegative,
     NonNegativeFloat,
     PathText,

@@ -56,7 +56,11 @@ NonNegative = Annotated[int, at_least(0)]
 Positive = Annotated[float, Rule("above 0", lambda value: 0 < value < math.inf)]
 NonNegativeFloat = Annotated[float, Rule("at least 0", lambda value: 0 <= value < math.inf)]
 Fraction = Annotated[float, within(0, 1)]
+BelowOne = Annotated[float, Rule("at least 0 and below 1", lambda value: 0 <= value < 1)]
+AboveZero = Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)]
 PathText = Annotated[str, HomeExpanded()]
+Node = dict[str, Any]
+"""A `_target_` with its arguments, which only the class itself can check."""
 
 
 @dataclass_transform(frozen_default=True)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from moss_train.batch import UpdateBatch
 from moss_train.config.build import build
-from moss_train.config.fit_schema import ObjectiveConfig, OptimizersConfig
 from moss_train.config.old_names import rename_keys
+from moss_train.config.recipe_schema import ObjectiveConfig, OptimizersConfig
 from moss_train.discriminators import DiscriminatorSet
 from moss_train.export.load import tokenizer_config
 from moss_train.model import MossAudioTokenizerModel

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -140,6 +141,11 @@ def printable(text: object) -> str:
     another window or hide the rest of a message; marks of direction could turn a name round.
     """
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr."""
+    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moss_train.batch import TASKS, Batch
 from moss_train.config.build import build
-from moss_train.config.fit_schema import DecayScales, FitConfig
+from moss_train.config.fit_schema import FitConfig
+from moss_train.config.recipe_schema import DecayScales
 from moss_train.config.section import known_keys
 from moss_train.data.stream.loader import make_loader
 from moss_train.export.load import tokenizer_config

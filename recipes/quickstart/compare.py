@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from baselines import MelReport, Reconstructions, mean_power_spectrum, mel_report
 from torch import Tensor
 
 from moss_train.audio.io import read_audio
-from moss_train.evaluation.baselines import MelReport, Reconstructions, mean_power_spectrum, mel_report
 from moss_train.plotting import save_spectrograms
 
 SAMPLING_RATE = 24000

@@ -97,8 +97,8 @@ def test_of_all_names_of_the_package_only_those_of_the_list_are_accepted():
     assert {
         "moss_train.model.MossAudioTokenizerModel.from_pretrained",
         "moss_train.model.MossAudioTokenizerModel",
-        "moss_train.training.distributed.preemption.requeue",
-        "moss_train.training.distributed.preemption.stop_torchrun",
+        "moss_train.training.run.preemption.requeue",
+        "moss_train.training.run.preemption.stop_torchrun",
         "moss_train.training.run.fit.fit",
         "moss_train.training.CatModule.load_from_checkpoint",
         "moss_train.semantic.make_portable",

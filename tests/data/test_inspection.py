@@ -11,7 +11,7 @@ from moss_train.audio.io import read_audio, write_audio
 from moss_train.audio.loudness import bandwidth, loudness, power_spectrum
 from moss_train.config.schema import InspectConfig
 from moss_train.data.inspect import ends_abruptly, find_clips_to_drop, inspect_folder, summarize
-from moss_train.evaluation import low_pass
+from recipes.quickstart.baselines import low_pass
 
 
 @pytest.mark.parametrize("rate", [16000, 24000, 48000])

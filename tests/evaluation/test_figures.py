@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from moss_train.evaluation import save_spectrograms
-from moss_train.plotting import NUM_MELS, _decibels, _slaney_mel
+from moss_train.plotting import NUM_MELS, _decibels, _slaney_mel, save_spectrograms
 
 RATE = 24_000
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moss_train.audio.io import read_audio
-from moss_train.evaluation import Reconstructions, low_pass, mean_power_spectrum, mel_report, shaped_noise
 from moss_train.losses import multi_scale_mel_distance
+from recipes.quickstart.baselines import Reconstructions, low_pass, mean_power_spectrum, mel_report, shaped_noise
 
 RATE = 24_000
 AUDIO = Path(__file__).parents[2] / "recipes" / "quickstart" / "audio"

@@ -77,9 +77,9 @@ def test_a_malicious_checkpoint_is_refused(tmp_path: Path, canary: Path, whole: 
         {"_target_": "subprocess.Popen", "args": ["touch", "{canary}"]},
         {"_target_": "builtins.eval", "_args_": ["open('{canary}', 'w')"]},
         {"_target_": "moss_train.cli.main.subprocess.run", "args": "touch {canary}", "shell": True},
-        {"_target_": "moss_train.training.distributed.preemption.subprocess.run", "args": ["touch", "{canary}"]},
-        {"_target_": "moss_train.training.distributed.preemption.requeue"},
-        {"_target_": "moss_train.training.distributed.preemption.stop_torchrun"},
+        {"_target_": "moss_train.training.run.preemption.subprocess.run", "args": ["touch", "{canary}"]},
+        {"_target_": "moss_train.training.run.preemption.requeue"},
+        {"_target_": "moss_train.training.run.preemption.stop_torchrun"},
         {"_target_": "moss_train.training.run.fit.fit", "config": {"run_dir": "{canary}"}},
     ],
 )

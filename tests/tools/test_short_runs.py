@@ -1,6 +1,6 @@
 """Schedules scaled to a number of updates."""
 
-from moss_train.config.fit_schema import StageConfig
+from moss_train.config.recipe_schema import StageConfig
 from tools.short_runs import shortened
 
 STAGES = (

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moss_train.config.fit_schema import GeneratorOptimizerConfig
+from moss_train.config.recipe_schema import GeneratorOptimizerConfig
 from moss_train.model.transformer import TransformerLayer
 from moss_train.training.step.optimizers import (
     build_adamw,

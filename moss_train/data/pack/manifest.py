@@ -1,7 +1,6 @@
 """List the clips to pack: a folder tree, a JSONL or CSV manifest, a Kaldi folder or a saved dataset."""
 
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from moss_train.data.pack.list_formats import (
     iterate_table,
     iterate_utterances,
 )
+from moss_train.data.shards.format import DOMAIN_PATTERN
 from moss_train.utils.errors import Fault, InvalidSample, SampleError, UserError
 from moss_train.utils.files import parse_json, pluralize, special_kind
 
@@ -34,7 +34,6 @@ AUDIO_SUFFIXES = frozenset(
 """Suffixes that are taken from a folder; manifests may name any file that libsndfile reads."""
 
 RESERVED_DOMAINS = ("all", "update")
-DOMAIN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 _LICENCE_KEYS = ("licence", "license")
 _MAX_LABEL_BYTES = 2**17  # of one clip; readers of shards take eight times as much

@@ -5,6 +5,7 @@ The index is always made by reading a finished tar, never from what the writer b
 
 import json
 import os
+import re
 import tarfile
 import zlib
 from contextlib import suppress
@@ -18,6 +19,9 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.files import add_path_to_error, parse_json, sha256_of
 
 FORMAT_VERSION = 1
+
+DOMAIN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""Of the name of a domain, which names the shards."""
 
 SAMPLE_ARRAYS = {
     "num_samples": np.dtype(np.int64),  # length of the clip, per channel

@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from moss_train.audio.io import RESAMPLER
-from moss_train.data.pack.manifest import DOMAIN_PATTERN
-from moss_train.data.shards.format import FORMAT_VERSION, LATER_ARRAYS, SAMPLE_ARRAYS, ShardContents
+from moss_train.data.shards.format import DOMAIN_PATTERN, FORMAT_VERSION, LATER_ARRAYS, SAMPLE_ARRAYS, ShardContents
 from moss_train.data.shards.remote import fetch_arrays, fetch_index, is_remote, open_shard
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json, sha256_of

@@ -5,9 +5,8 @@ from collections import defaultdict, deque
 from pathlib import Path
 
 from moss_train.config.fit_schema import HealthConfig
-from moss_train.training.callbacks.run_records import warn
 from moss_train.training.loggers.base import Row, Writer
-from moss_train.utils.files import atomic_write
+from moss_train.utils.files import atomic_write, warn
 
 SHARE = "gradient_share/"
 MEASURED_SHARES = 5  # of which all have to be too small

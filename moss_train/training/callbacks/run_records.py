@@ -20,11 +20,6 @@ from moss_train.utils.files import PACKAGE_DIRECTORY, atomic_write, package_vers
 from moss_train.utils.memory import available_memory_bytes
 
 
-def warn(message: str) -> None:
-    """Print a warning to stderr."""
-    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
-
-
 class StartupMessages(Callback):
     """Says at the start of a run what it will not do, once and not on every rank."""
 

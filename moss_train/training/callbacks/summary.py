@@ -12,12 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moss_train.data.stream.sample_reader import StreamCounter
 from moss_train.plotting import Curve, Panel, save_curves
-from moss_train.training.callbacks.run_records import ENVIRONMENT_FILE, SKIPPED_FILE, warn
+from moss_train.training.callbacks.run_records import ENVIRONMENT_FILE, SKIPPED_FILE
 from moss_train.training.loggers.base import clock, iterate_table, read_table
 from moss_train.training.module import CatModule, cat_module
 from moss_train.training.step.objective import SCORES
 from moss_train.utils.checkpoint import read_best
-from moss_train.utils.files import atomic_write, markdown_table, parse_json, read_json
+from moss_train.utils.files import atomic_write, markdown_table, parse_json, read_json, warn
 
 POINTS = 400
 NOT_SHOWN = ("loss/generator", "loss/commitment")  # the sum; the commitment term has the codebook term's value

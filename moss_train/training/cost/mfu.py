@@ -14,13 +14,13 @@ import torch
 
 from moss_train.config.fit_schema import FitConfig
 from moss_train.semantic import with_config
-from moss_train.training.callbacks.run_records import warn
 from moss_train.training.cost.flops import StageCosts, semantic_cost, stage_costs
 from moss_train.training.cost.hardware import device_peak, is_half
 from moss_train.training.loggers.base import iterate_table
 from moss_train.training.module import CatModule
 from moss_train.training.step.schedule import ScheduleState
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import warn
 
 TEXT_LENGTH = 64  # frames and tokens of the clips on which the text LM is counted, and the double of them
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from moss_train.training.callbacks.run_records import warn
 from moss_train.training.loggers.base import ClipSample, Row, Writer
 from moss_train.utils.errors import first_line
-from moss_train.utils.files import read_json
+from moss_train.utils.files import read_json, warn
 
 PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # older and newer name of the public server
 ID_FILE = "wandb.json"

@@ -23,9 +23,9 @@ from moss_train.training.callbacks.build import KEYS as CALLBACK_KEYS
 from moss_train.training.callbacks.build import build_callbacks
 from moss_train.training.callbacks.checkpoint import read_progress
 from moss_train.training.cost.hardware import StateSize, check_memory
-from moss_train.training.distributed.preemption import PreemptionHandler, exit_after_preemption
 from moss_train.training.module import CatModule
 from moss_train.training.run.optimizations import apply_optimizations
+from moss_train.training.run.preemption import PreemptionHandler, exit_after_preemption
 from moss_train.training.run.trainer import build_trainer, choose_accelerator, start_processes, started_processes
 from moss_train.training.run.warm_start import (
     InitPlan,

@@ -16,11 +16,11 @@ from moss_train.config.fit_schema import FitConfig
 from moss_train.discriminators import ComplexSTFTDiscriminator, Discriminator
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.model.transformer import TransformerLayer
-from moss_train.training.callbacks.run_records import warn
 from moss_train.training.module import CatModule, stages_of
 from moss_train.training.run.trainer import REDUCE_DTYPES, choose_accelerator, choose_precision
 from moss_train.training.step.optimizers import EMA
 from moss_train.utils.errors import UserError
+from moss_train.utils.files import warn
 
 RECOMPILE_LIMIT = 64
 """Versions of one code object that torch may compile; its own 8 are used up by the first update of `cat_1b6`."""

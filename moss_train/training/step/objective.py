@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moss_train.batch import Batch
-from moss_train.config import fit_schema
+from moss_train.config import recipe_schema
 from moss_train.config.build import build, resolve_target
 from moss_train.discriminators import DiscriminatorOutput
 from moss_train.losses import AdversarialLoss, AudioLoss, QuantizerLoss
@@ -101,8 +101,8 @@ class GradientBalancer:
 
 
 SEMANTIC = "semantic"
-WEIGHTS = {name: weight or 0.0 for name, weight in fit_schema.WEIGHTS.items()}
-LOSSES = fit_schema.LOSSES
+WEIGHTS = {name: weight or 0.0 for name, weight in recipe_schema.WEIGHTS.items()}
+LOSSES = recipe_schema.LOSSES
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moss_train.config.fit_schema import GeneratorOptimizerConfig, OptimizerConfig
+from moss_train.config.recipe_schema import GeneratorOptimizerConfig, OptimizerConfig
 from moss_train.model.transformer import LayerScale
 from moss_train.training.distributed.fsdp import distribute_like, gather_to_rank0, local_tensor
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from moss_train.config.fit_schema import StageConfig
+from moss_train.config.recipe_schema import StageConfig
 from moss_train.utils.errors import ConfigError
 
 PARTS = ("encoder", "quantizer", "decoder", "semantic")
