@@ -70,6 +70,7 @@ class EncodeConfig(Section):
     chunk_duration: Positive | None = None
     batch_invariant: bool = False
     loudness: float | None = None
+    peak: AboveZero | None = None
     batch_seconds: Positive = 120.0
     precision: Literal["fp32", "bf16"] | None = None
     device: list[str] = field(default_factory=lambda: ["auto"])
@@ -80,6 +81,8 @@ class EncodeConfig(Section):
             if self.input is None:
                 raise ConfigError("required", "input", None, expected)
             raise ConfigError("conflict", "shards", self.shards, f"excludes input: {expected}")
+        if self.peak is not None and self.loudness is not None:
+            raise ConfigError("conflict", "peak", self.peak, f"excludes loudness={self.loudness:g}")
         if self.shards is None and len(self.device) != 1:
             raise ConfigError("conflict", "device", self.device, "has several devices, which only shards= can use")
 

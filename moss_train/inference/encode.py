@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moss_train.audio.io import audio_info, read_audio
+from moss_train.data.stream.sample_reader import scale_to_peak
 from moss_train.inference.batching import group_by_length, precision_of, read_ahead
 from moss_train.inference.files import CodesInfo, Report, Work, read_codes_header, source_of, write_codes
 from moss_train.model import MossAudioTokenizerModel
@@ -27,6 +28,7 @@ class Encoder:
     chunk_duration: float | None = None  # seconds per streamed chunk, None for whole clips
     batch_invariant: bool = False  # the same codes, to the last bit, whatever a clip is batched with
     loudness: float | None = None  # RMS level in dB relative to full scale that clips are brought to, None as they are
+    peak: float | None = None  # or the highest absolute sample that they are scaled to
 
     def __post_init__(self) -> None:
         """Encode one silent frame. Raises UserError for options that the model refuses."""
@@ -47,6 +49,7 @@ class Encoder:
         precision = precision_of(self.model)
         below_float32 = "" if precision == "fp32" else f"-{precision}"
         level = "" if self.loudness is None else f"{self.loudness:+g}dB"
+        level += "" if self.peak is None else f"-peak{self.peak:g}"
         return digest.hexdigest()[:16] + below_float32 + level
 
     @property
@@ -65,7 +68,7 @@ class Encoder:
     def codes(self, clips: Sequence[Tensor]) -> list[Tensor]:
         """Encode clips [C, T] of any lengths as one batch; returns the codes [N, frames] of each."""
         output = self.model.batch_encode(
-            clips,
+            [scale_to_peak(clip, self.peak) for clip in clips],
             num_quantizers=self.num_quantizers,
             chunk_duration=self.chunk_duration,
             batch_invariant=self.batch_invariant,
@@ -103,8 +106,7 @@ def encode_files(
             raise UserError(f"{work.target} was made with precision={info.precision}; choose another out=")
         if info.fingerprint != encoder.fingerprint:
             raise UserError(
-                f"{work.target} was made with other weights or another loudness (model={info.model}); choose another "
-                "out="
+                f"{work.target} was made with other weights or another level (model={info.model}); choose another out="
             )
         if levels != encoder.num_levels:
             raise UserError(f"{work.target} has {levels} levels, not {encoder.num_levels}; choose another out=")

@@ -82,7 +82,13 @@ def make_encoder(options: EncodeConfig, device: torch.device) -> Encoder:
     """Load the model onto a device."""
     model, chunk_duration = load_model(options, device)
     return Encoder(
-        model, options.model, options.num_quantizers, chunk_duration, options.batch_invariant, options.loudness
+        model,
+        options.model,
+        num_quantizers=options.num_quantizers,
+        chunk_duration=chunk_duration,
+        batch_invariant=options.batch_invariant,
+        loudness=options.loudness,
+        peak=options.peak,
     )
 
 

@@ -69,9 +69,26 @@ def test_clips_are_brought_to_one_level(folder, monkeypatch, tmp_path, capsys):
     assert info.fingerprint.endswith("-40dB")
     capsys.readouterr()
     assert main(arguments) == 2
-    assert "was made with other weights or another loudness (model=model)" in capsys.readouterr().err
+    assert "was made with other weights or another level (model=model)" in capsys.readouterr().err
     assert main([*arguments[:-1], f"out={tmp_path / 'new'}", "loudness=3"]) == 2
     assert "loudness is a level in dB relative to full scale, from -100 to 0, got 3" in capsys.readouterr().err
+
+
+def test_clips_are_scaled_to_the_peak_of_training(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(folder)
+    arguments = ["encode", "model=model", "input=in put/two.flac", "device=cpu", f"out={tmp_path / 'peak'}"]
+    assert main([*arguments, "peak=0.7"]) == 0
+    codes, info = read_codes(tmp_path / "peak/two.safetensors")
+    audio = read_audio("in put/two.flac", sampling_rate=16000)[0][None]
+    model = MossAudioTokenizerModel.from_pretrained("model").eval()
+    assert torch.equal(codes, model.encode(audio * (0.7 / audio.abs().max())).audio_codes[:, 0])
+    assert not torch.equal(codes, model.encode(audio).audio_codes[:, 0])
+    assert info.fingerprint.endswith("-peak0.7")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "another level" in capsys.readouterr().err
+    assert main([*arguments, "peak=0.7", "loudness=-20"]) == 2
+    assert "peak=0.7 excludes loudness=-20" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["streaming=true", "chunk_duration=0.03", "batch_invariant=true"])

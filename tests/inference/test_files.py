@@ -134,7 +134,7 @@ def test_codes_of_other_weights_are_never_mixed(model, corpus, tmp_path):
     trained.decoder.apply(lambda part: [weight.data.mul_(1.01) for weight in part.parameters(recurse=False)])
     assert encode(trained, corpus / "sound", tmp_path).num_present == 4
     trained.encoder[1].input_proj.weight.data[0, 0] += 1e-4
-    with pytest.raises(UserError, match=r"made with other weights or another loudness \(model=tiny\)"):
+    with pytest.raises(UserError, match=r"made with other weights or another level \(model=tiny\)"):
         encode(trained, corpus / "sound", tmp_path)
 
 
