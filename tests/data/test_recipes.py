@@ -44,8 +44,8 @@ def place(recordings: Path) -> Callable[[Path, int], Path]:
 def prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Run a recipe's script as the command line does; return what it printed, or why it ended."""
 
-    def run(recipe: str, *arguments: object) -> str:
-        script = str(RECIPES / recipe / "prepare.py")
+    def run(recipe: str, *arguments: object, script: str = "prepare.py") -> str:
+        script = str(RECIPES / recipe / script)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
             runpy.run_path(script, run_name="__main__")
@@ -178,6 +178,40 @@ def test_debian_audio(tmp_path: Path, place: Callable, prepare: Callable, pack_c
     assert [entry["speaker"] for entry in map(json.loads, (tmp_path / "out" / "heldout.jsonl").open())] == [
         "pocketsphinx-librivox"
     ]
+
+
+def test_debian_audio_is_packed_with_and_without_texts(tmp_path: Path, prepare: Callable) -> None:
+    clips = [
+        {"id": "a", "path": "/x/a.ogg", "domain": "speech", "language": "fr", "text": "Un chat."},
+        {"id": "b", "path": "/x/b.ogg", "domain": "speech", "language": "fr"},
+        {
+            "id": "c#0",
+            "path": "/x/c.ogg",
+            "domain": "music",
+            "text": "a song",
+            "start_seconds": 0.0,
+            "end_seconds": 12.0,
+        },
+        {"id": "d", "path": "/x/d.wav", "domain": "sound", "text": "a bell"},
+    ]
+    heldout = [
+        {"id": f"{domain}{i}", "path": "/x/h", "domain": domain} for i in range(30) for domain in ("speech", "sound")
+    ]
+    for name, entries in (("train", clips), ("heldout", heldout)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    done = prepare("debian_audio", tmp_path, script="mixture.py")
+    assert "plain.jsonl: 4 clips" in done
+    plain, text, validation = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in ("plain", "text", "validation")
+    )
+    assert plain == [{key: value for key, value in clip.items() if key != "text"} for clip in clips]
+    assert [(clip["id"], clip["domain"], clip["task"]) for clip in text] == [
+        ("a", "transcribed", "asr"),
+        ("c#0", "captioned", "caption"),
+        ("d", "captioned", "caption"),
+    ]
+    assert text[0]["text"] == "Un chat."
+    assert [clip["domain"] for clip in validation] == ["speech"] * 20 + ["sound"] * 20
 
 
 VOICES = {"kathleen": ("data/{}.wav", None), "kerstin": ("verified/{}.flac", 1), "nathalie": ("verified/{}.flac", 1)}
