@@ -26,25 +26,25 @@ class FileClip:
     num_samples: int | None = None
 
     def __call__(self) -> tuple[Tensor, int]:
-        """Audio [C, T] and its rate in Hz."""
+        """Return the audio [C, T] and its rate in Hz."""
         extent = find_extent(self.clip)
         num_samples = extent.num_samples - self.start if self.num_samples is None else self.num_samples
         return read_audio(extent.source, start=extent.begin + self.start, num_samples=num_samples)
 
     def length(self) -> tuple[int, int]:
-        """Return the samples and rate in Hz."""
+        """Return the number of samples and the rate in Hz."""
         extent = find_extent(self.clip)
         return extent.num_samples, extent.rate
 
 
 @dataclass(frozen=True)
 class UnreadableClip:
-    """Stands for a line or file that is no clip: it is counted like a clip that cannot be read."""
+    """Stands for a line or file that is not a clip; it is counted like a clip that cannot be read."""
 
     invalid: InvalidSample
 
     def __call__(self) -> tuple[Tensor, int]:
-        """Raises SampleError."""
+        """Raise SampleError."""
         raise SampleError(self.invalid.fault, self.invalid.reason, self.invalid.name)
 
 
@@ -59,7 +59,7 @@ class ShardClip:
     num_samples: int | None = None
 
     def __call__(self) -> tuple[Tensor, int]:
-        """Audio [C, T] and its rate in Hz."""
+        """Return the audio [C, T] and its rate in Hz. Raises SampleError."""
         wanted = self.location.num_samples - self.start if self.num_samples is None else self.num_samples
         try:
             return self.reader.read_audio(self.location, self.start, wanted), self.rate
@@ -69,27 +69,27 @@ class ShardClip:
             ) from error
 
     def length(self) -> tuple[int, int]:
-        """Return the samples and rate in Hz."""
+        """Return the number of samples and the rate in Hz."""
         return self.location.num_samples, self.rate
 
 
 @dataclass(frozen=True)
 class ScaledClip:
-    """Reads a clip and scales it to a highest absolute sample, as training does with `data.peak`."""
+    """Reads a clip and scales it so that its highest absolute sample is `peak`, as training does with `data.peak`."""
 
     read: Callable[[], tuple[Tensor, int]]
     peak: float
 
     def __call__(self) -> tuple[Tensor, int]:
-        """Audio [C, T] and its rate in Hz; silence stays silent. Raises what reading raises."""
+        """Return the audio [C, T] and its rate in Hz; silence stays silent. Raises what `read` raises."""
         audio, rate = self.read()
         return scale_to_peak(audio, self.peak), rate
 
 
 def list_sources(sources: Sequence[str], domain: str, key: str = "data") -> list[ListedClip]:
-    """Return all clips of all sources in their order; `domain` is for clips that do not say one.
+    """Return all clips of all sources in their order; `domain` is the domain of clips that do not state one.
 
-    Raises UserError for what cannot be listed and for an id given twice.
+    Raises UserError for a source that cannot be listed and for an id that occurs twice.
     """
     clips: dict[str, ListedClip] = {}
     for source in (Path(source).expanduser() for source in sources):

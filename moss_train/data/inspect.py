@@ -1,4 +1,4 @@
-"""Measure every clip of packed folders, find those that should not be there, and write the HTML report."""
+"""Measure every clip of packed folders, find those that should be dropped, and write the HTML report."""
 
 import hashlib
 import math
@@ -26,9 +26,9 @@ FULL_SCALE = 32766 / 32768
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What was measured of one clip; zeros when it could not be read, and then `error` says why."""
+    """Measurements of one clip; if it could not be read, they have their defaults and `error` says why."""
 
-    row: int  # of its folder's index
+    row: int  # in its folder's index
     id: str
     domain: str
     seconds: float
@@ -40,24 +40,24 @@ class ClipFacts:
     peak: float = 0.0
     clipped_fraction: float = 0.0  # of samples at full scale
     bandwidth_hz: float = 0.0
-    ends_abruptly: bool = False  # clips with text only: as loud at the very end as on average
+    ends_abruptly: bool = False  # only for clips with text: about as loud at the very end as on average
     digest: str = ""  # of the samples
     error: str = ""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """One packed folder as it was found."""
+    """What was found in one packed folder."""
 
     index: ShardIndex
-    problems: tuple[str, ...]  # files whose bytes are not those of the index
+    problems: tuple[str, ...]  # a message for each file that differs from the index
     clips: tuple[ClipFacts, ...]
 
 
 def inspect_folder(
     folder: str | Path, num_workers: int, on_clips: Callable[[int], None] = lambda count: None
 ) -> Inspection:
-    """Verify and measure a packed folder. Raises UserError when its index is damaged or a shard missing or cut."""
+    """Verify and measure a packed folder. Raises UserError if its index is damaged or a shard missing or truncated."""
     index = ShardIndex.load(folder)
     problems, clips = _problems(index.verify_arrays), []
     with worker_pool(num_workers if num_workers > 1 else 0, "moss_train.data.inspect") as map_ordered:
@@ -120,13 +120,13 @@ _index = lru_cache(maxsize=4)(ShardIndex.load)
 
 
 def ends_abruptly(audio: Tensor, sampling_rate: int) -> bool:
-    """Return whether [C, T] is about as loud in its last 5 ms as on average: cut off, rather than faded to the room."""
+    """Return whether audio [C, T] is about as loud in its last 5 ms as on average: cut off, rather than faded out."""
     end = audio[:, -max(1, round(0.005 * sampling_rate)) :]
     return level_db(end) > level_db(audio) - 6.0
 
 
 def find_clips_to_drop(clips: Sequence[ClipFacts], limits: InspectConfig) -> dict[str, str]:
-    """Return id -> reason of the clips that should be dropped; of equal recordings the first stays."""
+    """Return id -> reason for the clips that should be dropped; of identical recordings the first is kept."""
     bad: dict[str, str] = {}
     seen: dict[str, str] = {}
     ids = Counter(clip.id for clip in clips)
@@ -178,7 +178,7 @@ def render_page(
     players: Sequence[tuple[str, ClipFacts, str]],
     figure: str,
 ) -> str:
-    """Return the page. `players` are (audio file, clip, text); `figure` is the name of the PNG."""
+    """Return the report as HTML. `players` are (audio file, clip, text); `figure` is the file name of the PNG."""
     clips = [clip for inspection in inspections for clip in inspection.clips]
     hours = sum(clip.seconds for clip in clips) / 3600
     folders = escape(", ".join(str(inspection.index.folder) for inspection in inspections))

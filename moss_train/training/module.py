@@ -1,10 +1,11 @@
 """The LightningModule of the joint training: tokenizer, text LM and discriminators, optimised together.
 
-One clock, `update`, counts generator updates. Lightning's `global_step` counts the steps of both optimizers and is not
-used. Everything random about a batch was drawn with it, so a step depends on weights, optimizers and batch alone.
+The only clock is `update`, which counts generator updates. Lightning's `global_step` counts the steps of both
+optimizers and is not used. The data stream draws all random numbers of a batch, so a step depends only on weights,
+optimizer states and the batch.
 
-The update itself is `step/update.py`. Callbacks get its result as `outputs` of `on_train_batch_end` (see
-`update_result`); numbers of theirs that are to be summed over the ranks with it come from functions in `counters`.
+The update itself is in `step/update.py`. Callbacks get its result as `outputs` of `on_train_batch_end` (see
+`update_result`). A callback that needs its own numbers summed over the ranks adds a function to `counters`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from moss_train.training.step.update import Networks, OptimizerGroup, UpdateResu
 from moss_train.utils.errors import UserError
 
 Node = Mapping[str, Any]
-RESULT = "result"  # of an update, in what Lightning hands to callbacks
+RESULT = "result"  # key of the UpdateResult in the outputs that Lightning passes to callbacks
 BALANCE_KEY = "gradient_balance"
 
 
@@ -52,14 +53,14 @@ class CatModule(lightning.LightningModule):
     All arguments are plain data, stored in checkpoints: `CatModule.load_from_checkpoint(file)` needs nothing else.
 
     Args:
-        tokenizer: released configuration keys, or the arguments of `MossAudioTokenizerConfig.from_stages`.
-        stages: see `Stage`.
-        semantic: node of the text LM, null for training without text.
-        discriminators: nodes of the sub-discriminators; needed when a stage is adversarial.
-        objective: arguments of `Objective` beside the sampling rate.
-        optimizers: `OptimizerConfig` of `generator` and `discriminators`.
-        seed: of the initial weights.
-        max_skipped_updates: consecutive non-finite updates before the run stops.
+        tokenizer: keys of a released configuration, or the arguments of `MossAudioTokenizerConfig.from_stages`.
+        stages: fields of each `Stage`, in order.
+        semantic: configuration node of the text LM; None trains without text.
+        discriminators: configuration nodes of the sub-discriminators; required when a stage is adversarial.
+        objective: arguments of `Objective`, without the sampling rate.
+        optimizers: fields of `OptimizerConfig`, under `generator` and `discriminators`.
+        seed: seed for the initial weights.
+        max_skipped_updates: number of consecutive non-finite updates at which the run stops.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class CatModule(lightning.LightningModule):
             self.discriminators = DiscriminatorSet(built) if built else None
         self.objective = Objective(self.tokenizer.output_sampling_rate, **rename_keys(ObjectiveConfig, objective or {}))
         for stage in self.schedule.stages:
-            self.objective.stage_weights(stage)  # refuses unknown terms
+            self.objective.stage_weights(stage)  # raises for unknown terms
         self.update = 0
         self.position = 0
         self.consecutive_skipped = 0
@@ -102,7 +103,7 @@ class CatModule(lightning.LightningModule):
         self.gather_dtype: torch.dtype | None = None
 
     def configure_model(self) -> None:
-        """Under `FSDP2Strategy`, once the weights are those of the start: divide them among the ranks."""
+        """Shard the networks over the ranks under `FSDP2Strategy`, once they have their initial weights."""
         if self.device_mesh is None or self.shards is not None:
             return
         check_equal_start(self, (self.update, self.position))
@@ -118,7 +119,7 @@ class CatModule(lightning.LightningModule):
         return optimizers
 
     def training_step(self, batch: UpdateBatch, batch_idx: int) -> dict[str, UpdateResult]:
-        """Do one update: gradients of every micro-batch for both sides, then one step of each optimizer."""
+        """Do one update: accumulate both sides' gradients over all micro-batches, then step each optimizer once."""
         schedule_state = self.schedule.at(self.update)
         self._choose_parts(schedule_state)
         try:
@@ -153,12 +154,12 @@ class CatModule(lightning.LightningModule):
 
     @property
     def networks(self) -> Networks:
-        """What an update trains."""
+        """Networks that an update trains."""
         return Networks(self.tokenizer, self.semantic, self.discriminators, is_sharded=self.shards is not None)
 
     def optimizer_groups(self, schedule_state: ScheduleState) -> list[OptimizerGroup]:
-        """Return what steps in an update: the generator's trained parts, and the discriminators when it is their
-        turn.
+        """Return the optimizers that step in an update: the generator's, with the parts that the stage trains, and the
+        discriminators' when it is their turn.
         """
         optimizers: Any = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
@@ -177,7 +178,7 @@ class CatModule(lightning.LightningModule):
         return groups
 
     def _count_skipped(self, result: UpdateResult, batch: UpdateBatch) -> None:
-        """Count consecutive updates that were skipped, name their samples, and stop after too many."""
+        """Count consecutive skipped updates, warn with their sample ids, and raise NonFiniteError after too many."""
         if not result.not_finite:
             self.consecutive_skipped = 0
             return
@@ -192,12 +193,12 @@ class CatModule(lightning.LightningModule):
         rank_zero_warn(message)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Lightning's, outside its autocast: what went forward in float32 comes back in float32."""
+        """Run Lightning's backward without autocast: operations that ran forward in float32 run backward in float32."""
         with torch.autocast(loss.device.type, enabled=False):
             super().manual_backward(loss, *args, **kwargs)
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return what a stage can train on the generator side, by name (see `PARTS`)."""
+        """Return the generator's parts that a stage can train, by name (see `PARTS`)."""
         parts = {name: getattr(self.tokenizer, name) for name in ("encoder", "quantizer", "decoder")}
         return parts if self.semantic is None else parts | {"semantic": self.semantic}
 
@@ -211,7 +212,7 @@ class CatModule(lightning.LightningModule):
         check_equal_start(self, (self.update, self.position))
 
     def on_train_start(self) -> None:
-        """With everything restored: settings that were changed since the checkpoint hold, the average continues."""
+        """Apply the configured optimizer options over those of a restored checkpoint; start or continue the EMA."""
         for optimizer, options in zip(self.trainer.optimizers, self._group_options, strict=True):
             restore_options(optimizer, options)
         if self.average is not None:
@@ -219,16 +220,19 @@ class CatModule(lightning.LightningModule):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within it the tokenizer has its averaged weights, without `ema` its own: for validation and samples.
+        """Swap the EMA weights, if any, into the tokenizer inside the `with` block, for validation and samples.
 
-        Sharded networks are whole.
+        Sharded networks are unsharded inside the block.
         """
         average = nullcontext() if self.average is None else self.average.swapped_in()
         with average, nullcontext() if self.shards is None else self.shards.unsharded():
             yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store our clock and the stream's position; Lightning's loop counters belong to one process only."""
+        """Store the update, the stream position, the EMA and the gradient balancer.
+
+        Lightning's loop counters, which are valid in one process only, are dropped.
+        """
         checkpoint.pop("loops", None)
         checkpoint["global_step"] = self.update
         checkpoint["progress"] = {"update": self.update, "position": self.position}
@@ -247,18 +251,18 @@ class CatModule(lightning.LightningModule):
 
 
 def stages_of(model: MossAudioTokenizerModel) -> list[ProjectedTransformer]:
-    """Return all transformer stages, of the encoder and the decoder."""
+    """Return all transformer stages of the encoder and the decoder."""
     return [stage for stage in (*model.encoder, *model.decoder) if isinstance(stage, ProjectedTransformer)]
 
 
 def update_result(outputs: Any) -> UpdateResult:
-    """Return the result of an update from the `outputs` that Lightning hands to `on_train_batch_end`."""
+    """Return the result of an update from the `outputs` that Lightning passes to `on_train_batch_end`."""
     result = outputs[RESULT]
     assert isinstance(result, UpdateResult)
     return result
 
 
 def cat_module(module: lightning.LightningModule) -> CatModule:
-    """Return the module that Lightning hands to callbacks, as what it is."""
+    """Return the module that Lightning passes to callbacks, typed as the `CatModule` that it is."""
     assert isinstance(module, CatModule)
     return module

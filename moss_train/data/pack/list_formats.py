@@ -18,12 +18,12 @@ KEYS = ("path", "id", "domain", "text", "task", "language", "speaker")
 TIMES = ("start_seconds", "end_seconds")
 _MAX_LINE_BYTES = 2**22
 NEMO_KEYS = ("audio_filepath", "offset", "duration")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # what stands for a byte that is not UTF-8
+_SURROGATE = re.compile("[\ud800-\udfff]")  # stands for a byte that is not UTF-8
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 MANIFEST_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 Entries = Iterator[tuple[str, dict[str, Any] | UserError]]
-"""Place and content of every line, or what is wrong with it."""
+"""Place and content of every line, or the error in it."""
 
 
 def iterate_json(manifest: Path) -> Entries:
@@ -41,7 +41,7 @@ def iterate_json(manifest: Path) -> Entries:
 
 
 def _bounded_lines(file: BinaryIO, manifest: Path) -> Iterator[bytes]:
-    """Yield lines; of one without end only so much that it is named as what it is."""
+    """Yield lines, at most _MAX_LINE_BYTES of each: an overlong line is then reported as invalid."""
     try:
         while line := file.readline(_MAX_LINE_BYTES):
             rest = line
@@ -53,7 +53,7 @@ def _bounded_lines(file: BinaryIO, manifest: Path) -> Iterator[bytes]:
 
 
 def iterate_table(manifest: Path, delimiter: str) -> Entries:
-    """Return the rows of a table with a header; empty cells are left out."""
+    """Yield the rows of a table with a header; empty cells are left out."""
     with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
         if rows.fieldnames is not None:
@@ -81,7 +81,7 @@ def iterate_table(manifest: Path, delimiter: str) -> Entries:
 
 
 def _with_our_keys(entry: dict, where: str) -> dict[str, Any]:
-    """An entry in which `audio_filepath`, `offset` and `duration`, as NeMo writes them, are `path` and times."""
+    """Return an entry in which NeMo's keys `audio_filepath`, `offset` and `duration` are replaced by path and times."""
     entry = {("path" if key == "audio_filepath" else key): value for key, value in entry.items()}
     start, seconds = entry.pop("offset", None), entry.pop("duration", None)
     if start is not None:
@@ -117,13 +117,13 @@ def _parse_line(line: bytes, where: str) -> dict:
         if key != "path" and isinstance(entry.get(key), str) and _SURROGATE.search(entry[key]):
             raise UserError(f"{where}: {key!r} is not valid Unicode ({entry[key]!r})")
     entry.pop("row", None)
-    if entry.get("end_seconds") == -1:  # as Kaldi writes the end of a recording
+    if entry.get("end_seconds") == -1:  # Kaldi's value for the end of the recording
         entry["end_seconds"] = None
     return entry | {key: _number(entry[key], where) for key in TIMES if entry.get(key) is not None}
 
 
 def write_manifest(path: Path, entries: Iterable[dict[str, Any]]) -> int:
-    """Write a JSONL manifest, values that are None left out, and return the number of its lines."""
+    """Write a JSONL manifest without values that are None, and return the number of its lines."""
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -144,9 +144,9 @@ def is_kaldi(source: Path) -> bool:
 
 
 def iterate_utterances(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and the entry of every utterance, as of a manifest line.
+    """Yield the place and the entry of every utterance, in the form of a manifest line.
 
-    Raises UserError, with file and line, for lines that are not `id value`, and for commands: those are never run.
+    Raises UserError, with file and line, for lines that are not `id value`, and for commands, which are never run.
     """
     scp = source / WAV_FILE if source.is_dir() else source
     labels = {}
@@ -177,7 +177,7 @@ def iterate_utterances(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_table(path: Path) -> dict[str, tuple[str, str]]:
-    """Lines `id value` as id -> (place, value)."""
+    """Read lines `id value` and return id -> (place, value). Raises UserError."""
     table: dict[str, tuple[str, str]] = {}
     try:
         lines = path.read_text("utf-8").split("\n")  # not splitlines: U+2028 in a text ends no line
@@ -209,7 +209,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def iterate_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and the entry of every row, as of a manifest line with `path` (the Arrow file) and `row`.
+    """Yield the place and the entry of every row, in the form of a manifest line with `path` (Arrow file) and `row`.
 
     Raises UserError when pyarrow is not installed, or a file is damaged or has no column `audio` with bytes.
     """
@@ -262,7 +262,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def _table(path: str) -> Any:
-    """An Arrow file mapped into memory: nothing is read before it is used."""
+    """Map an Arrow file into memory; nothing is read before it is used. Raises UserError."""
     try:
         import pyarrow as pa
     except ImportError as error:

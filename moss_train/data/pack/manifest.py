@@ -31,32 +31,32 @@ AUDIO_SUFFIXES = frozenset(
     f".{name}"
     for name in "aif aifc aiff au caf flac mp3 oga ogg opus rf64 snd sph w64 wav wave".split()  # noqa: SIM905
 )
-"""Suffixes that are taken from a folder; manifests may name any file that libsndfile reads."""
+"""Suffixes of the files that are used in a folder; manifests may name any file that libsndfile reads."""
 
 RESERVED_DOMAINS = ("all", "update")
 
 _LICENCE_KEYS = ("licence", "license")
-_MAX_LABEL_BYTES = 2**17  # of one clip; readers of shards take eight times as much
+_MAX_LABEL_BYTES = 2**17  # of one clip; readers of shards accept eight times as much
 
 
 @dataclass(frozen=True)
 class SourceClip:
-    """One clip to pack, as its file name or its manifest line describes it."""
+    """One clip to pack, as described by its file name or its manifest line."""
 
     path: Path
     id: str
     domain: str
     text: str | None = None
-    task: str | None = None  # one of TASKS, set exactly where there is text
+    task: str | None = None  # one of TASKS, set if and only if there is text
     language: str | None = None
     speaker: str | None = None
     licence: str | None = None  # as the manifest states it
-    start_seconds: float = 0.0  # part of the file that is the clip
+    start_seconds: float = 0.0  # where the clip starts in its file
     end_seconds: float | None = None
     row: int | None = None  # of the saved dataset that `path` belongs to
 
     def labels(self) -> dict[str, str]:
-        """Return what is stored beside the audio: the labels that are there."""
+        """Return the labels that are stored with the audio, without those that are None."""
         names = ("domain", "text", "task", "language", "speaker", "licence")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -68,21 +68,21 @@ class SourceList:
     source: Path
     clips: tuple[SourceClip, ...]
     ignored: dict[str, int] = field(default_factory=dict)  # suffixes or manifest keys without effect, with counts
-    invalid: tuple[InvalidSample, ...] = ()  # lines that are no clip, and names in a folder that are no ordinary file
-    key: str = "input"  # that the source was given by
+    invalid: tuple[InvalidSample, ...] = ()  # lines that are not clips, and folder entries that are not ordinary files
+    key: str = "input"  # configuration key that the source was given with
 
 
 def list_clips(source: Path, domain: str, key: str = "input") -> SourceList:
     """List the clips of a folder, a manifest, a Kaldi folder, a saved dataset or a single audio file.
 
-    Lines and files that are no clip are named in the result.
+    Lines and files that are not clips are listed in the result as `invalid`.
 
     Args:
-        domain: of clips that do not say one.
-        key: by which the source was given, for messages.
+        domain: domain of clips that do not state one.
+        key: configuration key that the source was given with, for messages.
 
     Raises:
-        UserError: there is no clip at all.
+        UserError: there are no clips at all.
     """
     check_domain(domain, "domain")
     if not source.exists():
@@ -111,12 +111,12 @@ def list_clips(source: Path, domain: str, key: str = "input") -> SourceList:
 
 
 def is_list(path: Path) -> bool:
-    """Return whether a file lists clips, by its name."""
+    """Return whether a file is a list of clips, judging by its name."""
     return path.name.lower().removesuffix(".gz").endswith((*MANIFEST_SUFFIXES, ".scp"))
 
 
 def how_to_convert(suffixes: Iterable[str]) -> str:
-    """Return what to do about files in formats of phones and browsers; nothing when none of the suffixes is one."""
+    """Return advice on converting files in formats of phones and browsers; empty if no suffix is one of them."""
     found = sorted(set(suffixes) & CONVERTIBLE_SUFFIXES)
     return f"; convert each {' and '.join(found)} file: ffmpeg -i clip{found[0]} clip.flac" if found else ""
 
@@ -150,9 +150,9 @@ def check_domain(domain: str, where: str) -> str:
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield every file below a folder; linked folders are followed once, hidden names are skipped.
 
-    What is neither a folder nor a file is yielded too and must not be opened: a pipe may wait for ever. Links that lead
-    out of the folder are followed, because many keep their corpora so, with a warning: whoever passes the shards on
-    passes these too.
+    Entries that are neither folders nor ordinary files are yielded, too, and must not be opened: a pipe may block
+    forever. Links that lead out of the folder are followed, because many corpora are kept that way, but with a warning:
+    whoever shares the shards also shares what the links lead to.
     """
     seen: set[str] = set()
     top = os.path.realpath(folder)
@@ -177,7 +177,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             is_link = entry.is_symlink()
             if is_link and not f"{os.path.realpath(entry.path)}{os.sep}".startswith(top + os.sep):
                 outside.append(Path(entry.path))
-            # Of a link in a circle the entry itself raises.
+            # For a link, not `entry.is_dir()`, which raises if the link is circular.
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
                 inner.append(entry.path)
             else:
@@ -220,7 +220,7 @@ def _list_folder(folder: Path, domain: str, key: str) -> SourceList:
 
 
 def _readable(path: Path) -> str:
-    """Path as text that can be stored: bytes that are not UTF-8 are written as \\xNN."""
+    """Return a path as text that can be stored: bytes that are not UTF-8 are written as \\xNN."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
@@ -272,7 +272,7 @@ def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> Sour
         raise SampleError(Fault.FILE, f"{where}: no such file: {str(path)!r} ({error})") from error
     if reason is not None:
         raise SampleError(Fault.SPECIAL_FILE, f"{where}: no such file: {path} is {reason}")
-    licences = (entry.get(key) for key in _LICENCE_KEYS)  # no text in some lists of other programs
+    licences = (entry.get(key) for key in _LICENCE_KEYS)  # not a string in some lists by other programs
     return SourceClip(
         path=path,
         id=entry.get("id") or _readable(Path(entry["path"])),

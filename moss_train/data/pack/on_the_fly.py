@@ -16,17 +16,17 @@ from moss_train.utils.files import file_lock, pluralize, printable
 from moss_train.utils.progress import progress
 
 LOCK_FILE = ".lock"
-SILENT_FILE = "all_silent"  # beside the shards, when there is nothing to hear in them
+SILENT_FILE = "all_silent"  # lies beside the shards if all clips in them are silent
 LONGEST_WAIT_SECONDS = 7 * 24 * 3600.0  # for another process that packs the same files
 NUM_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class PackedSource:
-    """Where the clips of a source lie.
+    """Where the packed clips of a source are.
 
     Attributes:
-        key: hash of everything that decides what is in the shards: names, labels, sizes and times of the files, format.
+        key: hash of everything that determines the shards: names, labels, sizes and times of the files, and the format.
         train, heldout: packed folders; `heldout` is None when nothing was held out.
     """
 
@@ -36,18 +36,18 @@ class PackedSource:
 
     @property
     def is_silent(self) -> bool:
-        """Whether every clip to learn from is digital silence."""
+        """Whether every training clip is digital silence."""
         return (self.train.parent / SILENT_FILE).exists()
 
 
 def pack_cached(options: PackConfig, heldout_fraction: float, key: str = "input") -> PackedSource:
-    """Pack `options.input` into a folder in `options.out`, or find it there; a line says which, and where.
+    """Pack `options.input` into a folder in `options.out`, or find it packed there; prints which, and where.
 
-    Packing that was interrupted continues after its last finished shard. Of several processes one packs and the others
+    Packing that was interrupted continues after its last finished shard. Of several processes, one packs and the others
     wait.
 
     Raises:
-        UserError: nothing to pack, or too many unreadable files.
+        UserError: there is nothing to pack, or too many files are unreadable.
     """
     cache = Path(options.out)
     sources = list_clips(Path(options.input), options.domain, key)
@@ -81,15 +81,15 @@ def pack_cached(options: PackConfig, heldout_fraction: float, key: str = "input"
 
 
 def listing_key(sources: SourceList, options: PackConfig, heldout_fraction: float) -> str:
-    """Hash of the files by name, size and time, of their labels, and of the format in which they are packed."""
-    # Under the names that these had at first: a run that began then has to find its folder.
+    """Return a hash of the files (name, size, time and labels) and of the format in which they are packed."""
+    # Hashed under the former names of these keys, so that older runs find their folders.
     shares = {"heldout_share": heldout_fraction, "max_bad_share": options.max_invalid_fraction}
     content = content_settings(options) | shares
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for clip in sources.clips:
         status = clip.path.stat()
         part = (clip.start_seconds, clip.end_seconds, clip.row)
-        # Without the licence, which does not change what is learned: a run that began before it was kept resumes.
+        # Without the licence, which does not affect what is learned, so that runs from before it was stored can resume.
         labels = {key: value for key, value in clip.labels().items() if key != "licence"}
         line = [clip.id, labels, part, status.st_size, status.st_mtime_ns]
         digest.update(json.dumps(line).encode())
@@ -97,9 +97,9 @@ def listing_key(sources: SourceList, options: PackConfig, heldout_fraction: floa
 
 
 def split(sources: SourceList, heldout_fraction: float) -> tuple[SourceList, SourceList]:
-    """Return a share of the files, one at least, and the others; which ones depends on their names alone.
+    """Split the clips into (held out, training); which ones are held out depends on their ids alone.
 
-    Nothing is held out of a single file.
+    The number of clips held out is rounded up; of a single clip, nothing is held out.
     """
     count = math.ceil(heldout_fraction * len(sources.clips)) if len(sources.clips) > 1 else 0
     order = sorted(sources.clips, key=lambda clip: hashlib.sha256(clip.id.encode()).digest())

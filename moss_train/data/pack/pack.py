@@ -1,7 +1,7 @@
 """Pack clips into shards: a FLAC and a JSON per clip, a domain per shard, the same bytes for the same input.
 
-Processes read and encode, this one writes, in the order of the list. A shard ends at the first clip that brings it to
-its size, so what is in it depends neither on the number of processes nor on where an earlier attempt was killed.
+Worker processes read and encode; this process writes, in the order of the list. A shard ends with the clip that brings
+it to its size, so its content depends neither on the number of processes nor on where an earlier attempt was killed.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ from moss_train.utils.errors import Fault, InvalidSample, UserError, count_fault
 from moss_train.utils.workers import num_cores, ray_pool, worker_pool
 
 CLIPS_PER_PROCESS = 200
-"""So many clips are worth starting a process for, when the number of processes is not given."""
+"""One process is started per this many clips if the number of processes is not given."""
 
 Outcome = EncodedClip | SkippedClip
 
@@ -38,10 +38,10 @@ class PackReport:
 
     index: dict  # content of index.json
     skipped: dict[str, int]  # clips by kind: too short, too long, silent, dropped
-    invalid: tuple[InvalidSample, ...]  # unreadable files and lines that are no clip
+    invalid: tuple[InvalidSample, ...]  # unreadable files and lines that are not clips
     ignored: dict[str, int]  # suffixes or manifest keys without effect
     num_resumed: int  # shards that an earlier attempt had finished
-    remarks: dict[str, int]  # clips that were packed all the same, by what is worth telling of them
+    remarks: dict[str, int]  # number of packed clips by remark about them
 
 
 def pack(
@@ -53,10 +53,10 @@ def pack(
 ) -> PackReport:
     """Pack every clip of a list into a new folder of shards with an index, `options.out`.
 
-    `on_clip` hears the seconds of every clip, 0 when it was skipped. `drop` are ids of clips, or of parts of long
-    ones, to leave out. The folder appears under its name when it is complete, and not at all otherwise; the shards that
-    were finished before an error or a kill are reused by the next call. Raises UserError, naming the file or line,
-    for input that cannot be packed.
+    `on_clip` is called with the seconds of every clip, 0 if it was skipped. `drop` has the ids of clips, or of parts of
+    long ones, to leave out. The folder appears under its name only once it is complete; shards that were finished
+    before an error or a kill are reused by the next call. Raises UserError, naming the file or line, for input that
+    cannot be packed.
     """
     target = Path(options.out)
     check_target(target, options.overwrite)
@@ -103,7 +103,7 @@ class _Packer:
         self._index = IndexBuilder(options.sampling_rate, options.num_channels)
 
     def resume(self) -> tuple[list[int], int]:
-        """Take over finished shards; return the numbers of the clips still to do and how many shards there are."""
+        """Reuse finished shards; return the numbers of the clips still to do and the number of reused shards."""
         kept = reuse_finished_shards(self._folder, self._sources.clips, self._settings, self._options.sampling_rate)
         done: dict[str, int] = {}
         for shard, contents in kept:
@@ -118,7 +118,7 @@ class _Packer:
         return [number for number, clip in clips if number > done.get(clip.domain, -1)], len(kept)
 
     def add(self, number: int, outcomes: Iterable[Outcome]) -> float:
-        """Store what becomes of a clip, or of each of its parts, and return its seconds, 0 when it is skipped."""
+        """Store the outcome of a clip, or of each of its parts, and return the seconds stored, 0 if all is skipped."""
         clip = self._sources.clips[number]
         if clip.domain not in self._inputs:
             self._inputs[clip.domain] = ShardInputs(self._settings)
@@ -163,7 +163,7 @@ class _Packer:
         return self._index.write(self._folder)
 
     def discard(self) -> None:
-        """Let go of shards that are still open after an error."""
+        """Close shards that are still open after an error, without finishing them."""
         while self._open:
             self._open.popitem()[1].discard()
 
@@ -195,14 +195,14 @@ class _Packer:
 
 
 def content_settings(options: PackConfig) -> dict[str, Any]:
-    """Return what decides, beside the clips, what is in a shard."""
+    """Return the settings that, together with the clips, determine the content of a shard."""
     others = ("input", "out", "domain", "drop", "max_invalid_fraction", "num_workers", "executor", "overwrite")
     settings = {name: value for name, value in options.to_plain().items() if name not in others}
     return settings | {"resampler": RESAMPLER, "format": FORMAT_VERSION}
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse to touch anything but an empty or missing folder or, with `overwrite`, an earlier result."""
+    """Raise UserError unless the target is missing, an empty folder or, with `overwrite`, an earlier result."""
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():

@@ -20,12 +20,12 @@ from moss_train.utils.errors import Fault, SampleError, UserError, fault_of
 SILENT = "of digital silence"
 
 RATE_LIMITS = (2000, 768_000)
-"""Sampling rates in Hz that are believed; anything else is a damaged header."""
+"""Lowest and highest plausible sampling rate in Hz; anything else is taken as a damaged header."""
 
 END_TOLERANCE = 0.01
-"""Seconds that a part of a recording may end behind it, as rounded times do: it is taken to the end then."""
+"""Seconds by which the end of a clip may exceed its recording, as happens with rounded times; it then ends there."""
 
-_RESAMPLER_REACH = 16  # samples at the lower rate that reach into a resampled sample, generously
+_RESAMPLER_REACH = 16  # samples at the lower rate, to each side, that may affect a resampled sample; a generous bound
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class SkippedClip:
 
     kind: str  # too short, too long, silent or unreadable
     reason: str = ""
-    fault: Fault = Fault.OTHER  # of the unreadable
+    fault: Fault = Fault.OTHER  # for unreadable clips
 
 
 def preprocess_clip(clip: SourceClip, options: PackConfig) -> EncodedClip | SkippedClip | tuple[range, ...]:
     """Return a clip ready to be stored, or a SkippedClip with the reason when the file cannot be used.
 
-    Of a long clip without text only the parts are returned, as samples of its file, each to be made by
-    `preprocess_segment`.
+    For a long clip without text, only its segments are returned, as ranges of samples of its file; each is then to be
+    processed by `preprocess_segment`.
     """
     try:
         source, rate, begin, num_samples, remarks = find_extent(clip)
@@ -58,7 +58,7 @@ def preprocess_clip(clip: SourceClip, options: PackConfig) -> EncodedClip | Skip
 
 
 def preprocess_segment(segment: range, clip: SourceClip, options: PackConfig) -> EncodedClip | SkippedClip:
-    """Make one part of a long clip ready to be stored, as if the whole had been resampled and then split."""
+    """Prepare one segment of a long clip for storing, as if the whole clip had been resampled and then split."""
     try:
         source, rate, begin, num_samples, remarks = find_extent(clip)
         unit, out_unit = _units(rate, options.sampling_rate)
@@ -72,7 +72,7 @@ def preprocess_segment(segment: range, clip: SourceClip, options: PackConfig) ->
         skipped = left // unit * out_unit
         audio = audio[:, skipped : skipped + math.ceil(len(segment) * out_unit / unit)]
         segment_id = f"{clip.id}#{segment.start / rate:.3f}"
-        told = remarks if segment.start == begin else ()  # once per recording
+        told = remarks if segment.start == begin else ()  # reported once per recording
         return _finish(audio, options.sampling_rate, segment_id, options, told)
     except UserError as error:
         return SkippedClip("unreadable", str(error), fault_of(error))
@@ -89,7 +89,10 @@ class Extent(NamedTuple):
 
 
 def find_extent(clip: SourceClip) -> Extent:
-    """Find the clip in its file. Raises SampleError when it ends later than the file by more than END_TOLERANCE."""
+    """Locate a clip in its file.
+
+    Raises SampleError if it exceeds the file by more than END_TOLERANCE, or if the sampling rate is not plausible.
+    """
     source: AudioSource = clip.path if clip.row is None else open_row(clip.path, clip.row)
     info = audio_info(source)
     if not isinstance(source, str | Path):
@@ -109,7 +112,9 @@ def find_extent(clip: SourceClip) -> Extent:
 
 
 def split_into_segments(begin: int, num_samples: int, rate: int, options: PackConfig) -> tuple[range, ...]:
-    """Cut samples of a file into equal parts of at most `segment_seconds`, where samples of both rates meet."""
+    """Split samples of a file into about equal segments of at most `segment_seconds`, where samples of both rates
+    coincide.
+    """
     assert options.segment_seconds is not None
     unit, _ = _units(rate, options.sampling_rate)
     count = math.ceil(num_samples / max(unit, math.floor(options.segment_seconds * rate / unit) * unit))
@@ -118,7 +123,7 @@ def split_into_segments(begin: int, num_samples: int, rate: int, options: PackCo
 
 
 def _units(rate: int, wanted_rate: int) -> tuple[int, int]:
-    """The shortest stretch that is a whole number of samples at both rates."""
+    """Return the shortest stretch that is a whole number of samples at both rates, in samples of each."""
     common = math.gcd(rate, wanted_rate)
     return rate // common, wanted_rate // common
 

@@ -22,20 +22,20 @@ JOURNAL_FILE = "journal.jsonl"
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """One line of the journal; the names of the fields are those in the file."""
+    """One line of the journal; the fields have the same names in the file."""
 
     file: str
     domain: str
-    last: int  # number of the last clip of its domain that was looked at before the shard was closed
-    inputs: str  # hash of everything that decides the content of the shard
+    last: int  # number of the last clip of its domain that was processed before the shard was closed
+    inputs: str  # hash of everything that determines the content of the shard
     sha256: str
-    left_out: dict[str, int]  # by kind, since the domain's previous shard
+    left_out: dict[str, int]  # skipped clips by kind, since the domain's previous shard
     bad: list[list[str]]  # clip id, reason and kind of fault, likewise
-    remarks: dict[str, int] = field(default_factory=dict)  # by what is worth telling of a clip, likewise
+    remarks: dict[str, int] = field(default_factory=dict)  # packed clips by remark about them, likewise
 
 
 def read_journal(folder: Path) -> list[FinishedShard]:
-    """Return the lines of an unfinished folder's journal that are whole; a kill may cut the last one."""
+    """Return the complete lines of an unfinished folder's journal; a kill may have cut the last one short."""
     path, shards = folder / JOURNAL_FILE, []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -47,7 +47,7 @@ def read_journal(folder: Path) -> list[FinishedShard]:
 
 
 def write_journal(folder: Path, shards: Iterable[FinishedShard], *, anew: bool = False) -> None:
-    """Append lines to the journal, or start it anew with them, and put them on the disk."""
+    """Append lines to the journal, or, with `anew`, replace its content with them; sync it to disk."""
     with (folder / JOURNAL_FILE).open("wb" if anew else "ab") as file:
         file.writelines(json.dumps(asdict(shard)).encode() + b"\n" for shard in shards)
         file.flush()
@@ -55,7 +55,7 @@ def write_journal(folder: Path, shards: Iterable[FinishedShard], *, anew: bool =
 
 
 class ShardInputs:
-    """What has gone into one shard so far: the clips that were looked at, stored or skipped."""
+    """The inputs of one shard so far: the clips that were processed, whether stored or skipped."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.last = -1
@@ -65,7 +65,7 @@ class ShardInputs:
         self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 
     def add(self, number: int, clip: SourceClip) -> None:
-        """Count one clip, with size and time of its file."""
+        """Add one clip to the hash, with the size and modification time of its file."""
         try:
             status = clip.path.stat()
             state = (status.st_size, status.st_mtime_ns)
@@ -78,9 +78,10 @@ class ShardInputs:
 def reuse_finished_shards(
     folder: Path, clips: Sequence[SourceClip], settings: dict[str, Any], sampling_rate: int
 ) -> list[tuple[FinishedShard, ShardContents]]:
-    """Return the shards that an earlier attempt finished and that this one would make again; delete everything else.
+    """Return the shards of an earlier attempt that this one would make just the same; delete everything else.
 
-    Each is read and compared with its recorded hash. After a shard that does not fit, the later ones of its domain go.
+    Each is read and compared with its recorded hash. After a shard that does not match, the later ones of its domain
+    are deleted, too.
     """
     kept: list[tuple[FinishedShard, ShardContents]] = []
     ends: dict[str, int] = {}
@@ -88,7 +89,7 @@ def reuse_finished_shards(
     for shard in read_journal(folder):
         if shard.domain in broken:
             continue
-        broken.add(shard.domain)  # unless it is found to be what would be made again
+        broken.add(shard.domain)  # until the checks below show that the shard can be reused
         inputs = ShardInputs(settings)
         for number in range(ends.get(shard.domain, -1) + 1, min(shard.last + 1, len(clips))):
             if clips[number].domain == shard.domain:
@@ -113,17 +114,17 @@ def reuse_finished_shards(
 
 
 def unfinished_folder(target: Path) -> Path:
-    """Return where the shards of `target` are made before it appears."""
+    """Return the folder in which the shards of `target` are made before it appears."""
     target = target.resolve()
     return target.parent / f".{target.name}.partial"
 
 
 @contextmanager
 def resumable_directory(target: Path) -> Iterator[Path]:
-    """Give the folder beside `target` in which it is made; it takes its name when the block ends without error.
+    """Yield a working folder beside `target`, and rename it to `target` if the block ends without error.
 
-    After an error or a kill it stays, unless no shard was finished, and the next call gives it again. Raises UserError
-    when another process is at work on it.
+    After an error or a kill the folder stays, and the next call yields it again; after an error without any finished
+    shard it is deleted. Raises UserError when another process is working on it.
     """
     target, folder = target.resolve(), unfinished_folder(target)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Shards of codes: tars as `pack` writes them with `<key>.npy` in place of the audio, and the same kind of index."""
+"""Shards of codes: tars like those of `pack`, with `<key>.npy` in place of the audio, and the same kind of index."""
 
 import io
 import json
@@ -37,15 +37,15 @@ CODE_ARRAYS = {
 
 @dataclass(frozen=True)
 class CodesSource:
-    """What made the codes; equal values make equal codes."""
+    """What the codes were made with; equal values give equal codes."""
 
-    model: str  # where the model came from, as it was named
+    model: str  # path or name of the model, as the user gave it
     fingerprint: str  # of the encoder and quantizer weights
     num_levels: int
     sampling_rate: int  # Hz, of the waveforms
     frame_rate: float  # Hz
     num_channels: int
-    audio_sha256: str  # of the arrays of the audio shards' index
+    audio_sha256: str  # of the arrays in the index of the audio shards
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ def is_code_folder(folder: Path) -> bool:
 
 
 class CodeShards:
-    """A folder of code shards with its index; rows are clips."""
+    """A folder of code shards with its index; each row is a clip."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Load and check the index. Raises UserError when it is damaged or does not fit the shards' sizes."""
+        """Load and check the index. Raises UserError if it is damaged or does not match the shards' sizes."""
         self.folder = Path(folder)
         try:
             index = read_json(self.folder / INDEX_FILE)
@@ -129,7 +129,7 @@ class CodeShards:
         )
         if fits and len(numbers):
             fits = numbers.min() >= 0 and numbers.max() < len(self.shards)
-        if fits:  # every clip lies inside its shard, so that sizes of files bound what is read
+        if fits:  # every clip has to lie inside its shard, so that file sizes bound what is read
             sizes = self.shards.sizes[numbers]
             places = [arrays[f"{part}_{value}"] for part in ("codes", "json") for value in ("offset", "size")]
             fits = all(bool(((place >= 0) & (place <= sizes)).all()) for place in places)
@@ -160,7 +160,7 @@ class CodeShards:
         with self._open_clip(row) as (file, path):
             file.seek(int(self.arrays["codes_offset"][row]))
             content = io.BytesIO(file.read(int(self.arrays["codes_size"][row])))
-            # Not np.load, which would also unfold a zip file.
+            # Not np.load, which would also unpack a zip file.
             codes = np.lib.format.read_array(content, allow_pickle=False)
         if codes.shape != (self.source.num_levels, self.arrays["num_frames"][row]):
             raise UserError(f"{path}, clip {row}: codes of shape {codes.shape} do not fit the index")
@@ -168,7 +168,7 @@ class CodeShards:
 
     @contextmanager
     def _open_clip(self, row: int) -> Iterator[tuple[BinaryIO, Path]]:
-        """Open the shard of a clip; errors while it is read are one UserError."""
+        """Open the shard of a clip; any error while it is read becomes a UserError."""
         path = self.folder / self.shards[int(self.arrays["shard"][row])].file
         try:
             with path.open("rb") as file:

@@ -1,6 +1,6 @@
 """The shard format: webdataset tars of `<key>.flac` and `<key>.json`, and an index entry for each.
 
-The index is always made by reading a finished tar, never from what the writer believes it wrote.
+The index is always made by reading a finished tar, never from what was meant to be written.
 """
 
 import json
@@ -21,7 +21,7 @@ from moss_train.utils.files import add_path_to_error, parse_json, sha256_of
 FORMAT_VERSION = 1
 
 DOMAIN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-"""Of the name of a domain, which names the shards."""
+"""Pattern of domain names, which are part of the file names of shards."""
 
 SAMPLE_ARRAYS = {
     "num_samples": np.dtype(np.int64),  # length of the clip, per channel
@@ -32,13 +32,13 @@ SAMPLE_ARRAYS = {
     "json_size": np.dtype(np.int64),
     "json_crc32": np.dtype(np.uint32),  # FLAC has checksums of its own
 }
-"""What the index stores per sample of a shard, in the order of the tar."""
+"""What the index stores per clip of a shard, in the order of the tar."""
 
 MAX_LABEL_BYTES = 2**20
-"""Of the JSON of one clip; pack writes none that comes near it."""
+"""Largest JSON of one clip; `pack` writes none that comes near it."""
 
 LATER_ARRAYS = frozenset({"json_crc32"})
-"""What folders of earlier versions lack."""
+"""Arrays that folders of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,21 @@ class EncodedClip:
     id: str
     flac: bytes
     num_samples: int
-    remarks: tuple[str, ...] = ()  # what is worth telling of it
+    remarks: tuple[str, ...] = ()  # what is worth reporting about it
 
 
 @dataclass(frozen=True)
 class ShardContents:
-    """What one finished shard holds."""
+    """Content of one finished shard."""
 
-    arrays: dict[str, np.ndarray]  # as SAMPLE_ARRAYS, each [samples]
-    labels: tuple[dict, ...]  # the JSON of every sample
+    arrays: dict[str, np.ndarray]  # as in SAMPLE_ARRAYS, each [clips]
+    labels: tuple[dict, ...]  # the JSON of every clip
     num_bytes: int
     sha256: str
 
 
 class ShardWriter:
-    """Writes one shard; the same samples give the same bytes."""
+    """Writes one shard; the same clips give the same bytes."""
 
     def __init__(self, path: Path, sampling_rate: int) -> None:
         self.path = path
@@ -73,7 +73,7 @@ class ShardWriter:
         self.num_clips = 0
 
     def write(self, key: str, clip: EncodedClip, labels: dict) -> None:
-        """Append one clip with the labels that go into its JSON beside id, length and rate."""
+        """Append one clip; its JSON holds the labels together with id, length and rate."""
         facts = {"id": clip.id, "num_samples": clip.num_samples, "sampling_rate": self._sampling_rate}
         text = json.dumps(labels | facts, ensure_ascii=False, sort_keys=True).encode()
         with add_path_to_error(self.path):
@@ -81,7 +81,7 @@ class ShardWriter:
         self.num_clips += 1
 
     def close(self) -> None:
-        """Finish the tar and put it on the disk for good."""
+        """Finish the tar and sync it to disk."""
         with add_path_to_error(self.path):
             self._tar.close()
             self._file.flush()
@@ -89,7 +89,7 @@ class ShardWriter:
             self._file.close()
 
     def discard(self) -> None:
-        """Let go of a shard that will not be finished; the disk that has no room for its end either is known."""
+        """Close a shard that will not be finished; errors are ignored: a full disk has no room for its end either."""
         for part in (self._tar, self._file):
             with suppress(OSError):
                 part.close()

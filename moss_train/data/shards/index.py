@@ -1,4 +1,4 @@
-"""The index of a packed folder: shards with counts, bytes and hashes, and the place of every clip."""
+"""The index of a packed folder: shards with counts, bytes and hashes, and the location of every clip."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One shard as the index describes it."""
+    """The index entry of one shard."""
 
     file: str
     domain: str
@@ -36,14 +36,14 @@ class ShardRecord:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as index.json has it, in which the number of clips is called `num_samples`."""
+        """Return the record as in index.json, where the number of clips is called `num_samples`."""
         return {"num_samples" if name == "num_clips" else name: value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], place: Path) -> "ShardRecord":
-        """Read a record of the index file `place` back.
+        """Parse a record of the index file `place`.
 
-        Raises TypeError for one that is no mapping or has other keys, UserError for values that cannot be.
+        Raises TypeError if it is not a mapping or has other keys, UserError for invalid values.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"a record of a shard is {type(values).__name__}, no mapping")
@@ -65,7 +65,7 @@ class ShardTable:
     """Records of shards, in the order of the index; S shards."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]], place: Path) -> None:
-        """Take the records of the index file `place`. Raises UserError for one that cannot be, or is there twice."""
+        """Parse the records of the index file `place`. Raises UserError for one that is invalid or listed twice."""
         rows = [ShardRecord.from_json(record, place) for record in records]
         if len({row.file for row in rows}) < len(rows):
             counts = Counter(row.file for row in rows)
@@ -78,7 +78,7 @@ class ShardTable:
         self.counts = np.array([row.num_clips for row in rows], np.int64)  # [S] clips
         self.sizes = np.array([row.bytes for row in rows], np.int64)  # [S] bytes
         self.seconds = np.array([row.seconds for row in rows], np.float64)  # [S]
-        self.first_rows = np.concatenate([[0], np.cumsum(self.counts)])  # [S + 1] first clip of every shard, and all
+        self.first_rows = np.concatenate([[0], np.cumsum(self.counts)])  # [S + 1] first row of every shard, and the end
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -101,11 +101,11 @@ class ShardTable:
         return range(int(self.first_rows[number]), int(self.first_rows[number + 1]))
 
     def shard_of(self, row: int) -> int:
-        """Return the number of the shard with the clip of one row."""
+        """Return the number of the shard that holds the clip of one row."""
         return int(np.searchsorted(self.first_rows, row, side="right")) - 1
 
     def runs_of(self, domain: str) -> Iterator[tuple[int, int]]:
-        """Rows, first and last + 1, of every run of consecutive shards of one domain."""
+        """Yield the rows (first, last + 1) of every sequence of adjacent shards of one domain."""
         if domain in self.domains:
             inside = self.domain_numbers == self.domains.index(domain)
             edges = np.flatnonzero(np.diff(np.concatenate([[False], inside, [False]])))
@@ -117,12 +117,12 @@ ARRAYS_FILE = "index.safetensors"
 FORMAT = "moss_train shards"
 
 CHECKED_AT_LOAD = 2000
-"""So many shards of a folder have their sizes compared when it is loaded, of more a sample; the others when read."""
+"""The sizes of at most this many shards, evenly spaced, are checked when a folder is loaded; the others when read."""
 
 
 @dataclass(frozen=True)
 class ClipLocation:
-    """Where one clip lies, and how long it has to be."""
+    """Where one clip lies in its shard, and what the index says about both."""
 
     shard: str  # path of the tar
     audio_offset: int
@@ -133,7 +133,7 @@ class ClipLocation:
     has_text: bool
     shard_bytes: int
     shard_sha256: str
-    json_crc32: int | None = None  # not known of folders of earlier versions
+    json_crc32: int | None = None  # None for folders of earlier versions
 
 
 def write_index(
@@ -143,8 +143,8 @@ def write_index(
     arrays: Mapping[str, np.ndarray],
     more: Mapping[str, Any],
 ) -> dict:
-    """Write the arrays and index.json of a folder of shards, and return the content of the latter."""
-    # Not save_file: the file it makes cannot be read by other users.
+    """Write the arrays and index.json of a folder of shards, and return the content of index.json."""
+    # Not save_file, which makes a file that other users cannot read.
     (folder / ARRAYS_FILE).write_bytes(save({name: torch.from_numpy(array) for name, array in arrays.items()}))
     index = {
         **header,
@@ -189,7 +189,7 @@ class IndexBuilder:
         }
         arrays = {name: np.concatenate([parts[name] for _, parts in shards]) for name in SAMPLE_ARRAYS}
         hour = 3600 * self._sampling_rate
-        totals = {  # clips without a label count as 'none'; licences are summed where one is stated
+        totals = {  # clips without a label count as 'none'; licences are left out if no clip states one
             kind: {
                 name: {"clips": group["clips"], "with_text": group["with_text"], "hours": group["samples"] / hour}
                 for name, group in sorted(groups.items())
@@ -201,11 +201,11 @@ class IndexBuilder:
 
 
 class ShardIndex:
-    """A folder of shards with its index, checked when it is loaded; rows are clips."""
+    """A folder of shards with its index, which is checked when it is loaded; each row is a clip."""
 
     def __init__(self, folder: Path, index: dict, arrays: Mapping[str, np.ndarray], url: str | None = None) -> None:
         self.folder = folder
-        self.url = url  # where the shards lie, when they are not in `folder`
+        self.url = url  # where the shards are if they are not in `folder`
         self.sampling_rate: int = index["sampling_rate"]
         self.num_channels: int = index["num_channels"]
         self.shards = ShardTable(index["shards"], folder / INDEX_FILE)
@@ -213,9 +213,9 @@ class ShardIndex:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ShardIndex":
-        """Load the index of a folder; the arrays stay on the disk until they are used.
+        """Load the index of a folder; the arrays stay on disk until they are used.
 
-        Raises UserError when the folder is not packed, the index is damaged or does not fit the shards' sizes.
+        Raises UserError if the folder is not packed, or if the index is damaged or does not match the shards' sizes.
         """
         url = str(folder) if is_remote(folder) else None
         folder = fetch_index(url, INDEX_FILE) if url else Path(folder)
@@ -254,7 +254,7 @@ class ShardIndex:
     def verify_shard(self, shard: ShardRecord) -> None:
         """Compare every byte of one shard with its hash. Raises UserError."""
         if self.url is not None:
-            os.close(open_shard(self._place(shard.file), shard.bytes, shard.sha256))  # compares when it fetches
+            os.close(open_shard(self._place(shard.file), shard.bytes, shard.sha256))  # checks the hash when it fetches
             return
         check_size(self.folder / shard.file, shard.bytes)
         if sha256_of(self.folder / shard.file) != shard.sha256:
@@ -273,7 +273,7 @@ class ShardIndex:
 
 
 def check_size(path: Path, num_bytes: int) -> None:
-    """Compare a file's size with that of its index. Raises UserError."""
+    """Compare a file's size with the one in its index. Raises UserError."""
     try:
         found = path.stat().st_size
     except OSError as error:

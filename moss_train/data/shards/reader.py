@@ -15,12 +15,12 @@ from moss_train.data.shards.remote import is_remote, open_shard
 from moss_train.utils.errors import Fault, SampleError
 
 SPAN_BYTES = 2**22
-"""A clip of at most this size in its tar is read in one go; a crop of a longer one costs no more than it needs."""
+"""A clip of at most this size in its tar is read as a whole; of a larger one, only the part that is needed is read."""
 
 GIVEN_UP_SECONDS = 600.0
-"""A remote shard that did not come is tried again after this time."""
+"""A remote shard that could not be fetched is tried again after this time."""
 
-_OPEN_REMOTE = 8  # an open file takes space after the cache has deleted it
+_OPEN_REMOTE = 8  # few, because an open file takes disk space even after the cache has deleted it
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Span:
     """One clip as it lies in its tar, with both headers."""
 
     location: ClipLocation
-    begin: int  # byte of the tar
+    begin: int  # offset in the tar in bytes
     content: bytes
 
 
@@ -39,17 +39,17 @@ class ShardFiles:
         self._capacity = capacity
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self._span: _Span | None = None
-        self._given_up: dict[str, tuple[float, tuple]] = {}  # remote shard -> until when, arguments of the error
+        self._given_up: dict[str, tuple[float, tuple]] = {}  # remote shard -> time of next try, arguments of the error
 
     def read(self, location: ClipLocation, offset: int, size: int) -> bytes:
-        """Return bytes of a clip, its headers included; fewer where the shard ends. Raises OSError or SampleError."""
+        """Return `size` bytes of a clip or its headers; fewer if the shard ends. Raises OSError or SampleError."""
         span = self._span
         if span is None or span.location is not location:
             return os.pread(self.descriptor(location), size, offset)
         return span.content[offset - span.begin : offset - span.begin + size]
 
     def open_audio(self, location: ClipLocation) -> BinaryIO:
-        """Return the audio of a clip as a file of its own. Raises OSError or SampleError."""
+        """Return the audio of a clip as a file object. Raises OSError or SampleError."""
         name = f"{location.shard} at byte {location.audio_offset}"
         if self.fetch(location) is not None:
             return NamedBytes(self.read(location, location.audio_offset, location.audio_size), name)
@@ -57,7 +57,7 @@ class ShardFiles:
         return io.BufferedReader(member, 2**18)
 
     def fetch(self, location: ClipLocation) -> "_Span | None":
-        """Read a whole clip at once, unless it is long (None); what is read of it next comes from there."""
+        """Read a whole clip into memory, where `read` then finds it; return None for a clip above SPAN_BYTES."""
         span = self._span
         if span is not None and span.location is location:
             return span
@@ -69,7 +69,7 @@ class ShardFiles:
         return span
 
     def descriptor(self, location: ClipLocation) -> int:
-        """Return an open descriptor of a clip's shard. Raises OSError, or SampleError for a shard of another size."""
+        """Return a file descriptor of a clip's shard. Raises OSError, or SampleError for a shard of the wrong size."""
         path = location.shard
         descriptor = self._descriptors.get(path)
         if descriptor is None:
@@ -81,7 +81,7 @@ class ShardFiles:
                     os.close(opened)
                     raise SampleError(Fault.INDEX, f"{path} has {found} bytes, the index says {location.shard_bytes}")
             elif time.monotonic() < self._given_up.get(path, (0.0, ()))[0]:
-                raise OSError(*self._given_up[path][1])  # not asked for again with each of its clips
+                raise OSError(*self._given_up[path][1])  # no new attempt for each of its clips
             else:
                 try:
                     opened = open_shard(path, location.shard_bytes, location.shard_sha256)
@@ -109,7 +109,7 @@ class ShardFiles:
 
 
 class _Member(PartFile):
-    """One member of a tar as a file of its own."""
+    """One member of a tar as a file object."""
 
     def __init__(self, descriptor: int, offset: int, size: int, name: str) -> None:
         self._descriptor, self._offset, self._size = descriptor, offset, size

@@ -1,7 +1,7 @@
 """Packed folders behind a URL (`https://`, `s3://`, `hf://`, whatever fsspec opens), through a bounded local cache.
 
-A shard is fetched whole when its first clip is read, checked against the index, and the one that has not been used for
-longest goes when the cache is full. Processes share the cache.
+A shard is fetched as a whole when its first clip is read, and checked against the index. When the cache is full, the
+least recently used shard is deleted. Processes share the cache.
 """
 
 import errno
@@ -19,14 +19,14 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.files import file_lock
 
 CACHE_VARIABLE = "MOSS_TRAIN_CACHE"
-"""Environment variable with the folder of the cache; `~/.cache/moss_train` without it."""
+"""Environment variable for the folder of the cache; the default is `~/.cache/moss_train`."""
 
 CACHE_GB_VARIABLE = "MOSS_TRAIN_CACHE_GB"
-"""Environment variable with the most gigabytes that fetched shards may take, 50 without it."""
+"""Environment variable for the maximum size of fetched shards in gigabytes; the default is 50."""
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 1.0  # doubled after every attempt
-SILENCE_SECONDS = 60.0  # a connection that delivers nothing for so long is given up
+SILENCE_SECONDS = 60.0  # a connection that delivers nothing for this long is given up
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
 
@@ -37,7 +37,7 @@ def is_remote(place: str | Path) -> bool:
 
 
 def fetch_index(url: str, name: str) -> Path:
-    """Fetch the index file of a remote folder anew and return the local folder with it. Raises UserError."""
+    """Fetch the index file of a remote folder, cached or not, and return the local folder with it. Raises UserError."""
     folder = _folder_of(url)
     with _locked(folder / name):
         try:
@@ -48,7 +48,7 @@ def fetch_index(url: str, name: str) -> Path:
 
 
 def fetch_arrays(url: str, name: str, sha256: str) -> Path:
-    """Return the local copy of the arrays with this hash, fetched first where there is none. Raises OSError."""
+    """Return the local copy of the arrays with this hash, fetched first if there is none. Raises OSError."""
     path = _local_path(f"{url.rstrip('/')}/{name}", sha256)
     with _locked(path):
         if not path.exists():
@@ -60,12 +60,12 @@ def fetch_arrays(url: str, name: str, sha256: str) -> Path:
 
 
 def open_shard(url: str, size: int, sha256: str) -> int:
-    """Return an open descriptor of the local copy of a shard, fetched and checked first where there is none.
+    """Return an open file descriptor of the local copy of a shard, fetched and checked first if there is none.
 
     It stays readable when the copy is deleted. Raises OSError.
     """
     path = _local_path(url, sha256)
-    with _locked(path):  # held until it is open, because nobody deletes a locked copy
+    with _locked(path):  # until the copy is open, because a locked copy is never deleted
         if not path.exists():
             _evict_until_fits(size)
             _fetch(url, path, size, sha256)
@@ -74,9 +74,9 @@ def open_shard(url: str, size: int, sha256: str) -> int:
 
 
 def _local_path(url: str, sha256: str) -> Path:
-    """Named by the content too: what another version of the folder left in the cache is never taken for this one.
+    """Return the path of a file in the cache. Its name contains the hash, so files of other versions are never used.
 
-    Both names come out of the index, which may be anybody's; neither may lead out of the cache.
+    File name and hash come from the index, which anyone may have written; neither may lead out of the cache.
     """
     if not re.fullmatch("[0-9a-f]{64}", sha256):
         raise OSError(errno.EINVAL, f"{url}: {sha256!r} is not a hash")
@@ -94,14 +94,17 @@ def _folder_of(url: str) -> Path:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Let one process at a time fetch or delete a file. Raises UserError when it is not to wait."""
+    """Let one process at a time fetch or delete a file. Without `wait`, raises UserError if another one is doing so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(path.with_name(f".{path.name}.lock"), str(path), math.inf if wait else 0.0):
         yield
 
 
 def _evict_until_fits(size: int) -> None:
-    """Delete the shards that have not been used for longest until another one fits."""
+    """Delete the least recently used shards until one of `size` bytes fits.
+
+    Raises OSError if it never fits, UserError for an invalid CACHE_GB_VARIABLE.
+    """
     text = os.environ.get(CACHE_GB_VARIABLE, "50")
     try:
         limit = int(float(text) * 1e9)
@@ -128,7 +131,7 @@ def _evict_until_fits(size: int) -> None:
 
 
 def _fetch(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
-    """Fetch a file, complete and checked or not at all, with a few attempts. Raises OSError naming the URL."""
+    """Fetch a file, complete and checked or not at all, in up to ATTEMPTS attempts. Raises OSError naming the URL."""
     temporary = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         for attempt in range(1, ATTEMPTS + 1):

@@ -15,11 +15,11 @@ from moss_train.data.shards.index import ClipLocation, ShardIndex
 from moss_train.utils.errors import UserError
 
 CHUNK_ROWS = 2**20
-"""So many clips are looked at together when all of them are measured."""
+"""Number of clips that are processed together when all clips of a domain are scanned."""
 
 
 class Corpus:
-    """Several packed folders seen as one table; a row is one clip."""
+    """Several packed folders as one table; each row is a clip."""
 
     def __init__(self, indexes: Sequence[ShardIndex]) -> None:
         self._indexes = tuple(indexes)
@@ -64,7 +64,7 @@ class Corpus:
         return self._indexes[source].locate(row - int(self._first_rows[source]))
 
     def shard_ranges(self) -> dict[str, np.ndarray]:
-        """Return the rows of every domain's shards, in alphabetical order: [shards, 2] first row and count."""
+        """Return domain -> rows of its shards, [shards, 2] first row and count; domains in alphabetical order."""
         ranges: dict[str, list[np.ndarray]] = {}
         for index, first in zip(self._indexes, self._first_rows[:-1], strict=True):
             shards = index.shards
@@ -74,7 +74,7 @@ class Corpus:
         return {domain: np.concatenate(ranges[domain]) for domain in sorted(ranges)}
 
     def iter_chunks(self, domain: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the lengths and the text flags of all clips of a domain, in pieces that fit into the memory."""
+        """Yield the lengths and the text flags of all clips of a domain, in chunks that fit into memory."""
         for index in self._indexes:
             for begin, end in index.shards.runs_of(domain):
                 for first in range(begin, end, CHUNK_ROWS):
@@ -115,7 +115,7 @@ class DomainOrder:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def _make_pass_layout(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard order of a pass, and the place in the pass at which each window of shards begins."""
+        """Return the shard order of a pass, and the place in the pass at which each window of shards begins."""
         order = permutation(self._seed, f"shards of {self.domain}", number, count=len(self._shards))
         ends = np.cumsum(self._shards[order, 1])
         starts = ends - self._shards[order, 1]
@@ -148,7 +148,8 @@ _SHARE_BITS = 40  # shares are whole numbers of 2^-40, so that counts far into t
 
 
 class DomainMixture:
-    """Positions come in blocks; every block has exact counts of each domain, in an order shuffled by (seed, block).
+    """Mixes the domains block by block: every block of positions has an exact count of each domain, in an order
+    shuffled by (seed, block).
 
     The counts follow the shares cumulatively, so the error after any number of blocks is below one sample per domain.
     """
@@ -158,7 +159,7 @@ class DomainMixture:
         total = sum(shares)
         self._numerators = [round(share / total * 2**_SHARE_BITS) for share in shares]
         self._largest = int(np.argmax(self._numerators))
-        # The largest domain takes what rounding leaves over; a block this long always has enough of it.
+        # The largest domain absorbs rounding errors; a block this long always has enough of it.
         self.block_size = 1024 * math.ceil(len(shares) / 32) ** 2
 
     def counts_before(self, block: int) -> list[int]:
@@ -179,10 +180,11 @@ class DomainMixture:
 def domain_shares(
     domains: Sequence[str], mean_seconds: Sequence[float], seconds: Sequence[float], weights: Mapping[str, float] | None
 ) -> list[float]:
-    """Share of samples per domain for the wanted share of audio seconds.
+    """Return each domain's share of samples that gives the wanted shares of audio seconds.
 
-    A share of seconds divided by the mean seconds per sample is a share of samples. Without weights the available
-    seconds are the shares. Raises UserError for weights of domains that are not there, negative or all zero.
+    A share of seconds divided by the mean seconds per sample is a share of samples. Without weights, the wanted shares
+    are those of the available seconds. Raises UserError if weights name an unknown domain or leave one out, or if they
+    are negative or all zero.
     """
     if weights is None:
         weights = dict(zip(domains, seconds, strict=True))

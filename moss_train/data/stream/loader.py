@@ -1,4 +1,4 @@
-"""The training loader: plans are made in the main process, workers only read, so their number changes nothing."""
+"""The training loader: the main process plans, workers only read, so their number does not affect the batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from moss_train.utils.errors import InvalidSample, SampleError, UserError
 from moss_train.utils.workers import init_loader_worker, num_cores
 
 LM_POSITIONS_PER_SECOND = 50
-"""Positions of the text LM in a micro-batch, for each of its seconds, at most: a long text makes every other clip with
-text as long. Audio has 12.5 and speech about 15 text tokens per second."""
+"""Maximum number of positions of the text LM in a micro-batch per second of `micro_batch_seconds`: one long text makes
+every other clip with text as long. Audio has 12.5 positions per second, speech about 15 text tokens per second."""
 
 PREFETCH_BYTES = 8 * 2**30
-"""Audio that the workers of one process may hold ready."""
+"""Maximum bytes of audio that the workers of one process may prefetch."""
 
 WORKER_TIMEOUT_SECONDS = 600
-"""A worker that delivers nothing for so long hangs, say on a dead network file system: the run stops with an error."""
+"""If a worker delivers nothing for this long, it hangs, for example on a dead network file system, and the run stops
+with an error."""
 
 PlannedUpdate = tuple[int, UpdatePlan]
 
@@ -54,7 +55,7 @@ class _PlanSampler(Sampler[PlannedUpdate]):
 
 @dataclass(eq=False)
 class _PlannedUpdates(Dataset[UpdateBatch]):
-    """Reads planned updates; what is left out is named in the result."""
+    """Reads planned updates; the result names the clips and texts that were left out."""
 
     clip_format: ClipFormat
     reader: SampleReader
@@ -92,10 +93,10 @@ def make_loader(
 ) -> DataLoader[UpdateBatch]:
     """Make the loader of one rank: one UpdateBatch for every (update, batch_seconds) of `updates`, in order.
 
-    The items are the same to the last bit for any number of workers, of which no more start than there are cores, and
-    together over the ranks the same samples for any world size. An update whose samples on this rank are all unreadable
-    has no micro-batches. Without a text encoder clips with text are used whole, without it, and so is a clip whose text
-    has more than `max_text_tokens`. Raises UserError when a clip exceeds `micro_batch_seconds`.
+    The items are the same to the last bit for any number of workers (at most one per core is started), and the ranks
+    together get the same clips for any world size. An update whose clips on this rank are all unreadable has no
+    micro-batches. Clips with text are used whole but without their text if there is no text encoder, or if the text has
+    more than `max_text_tokens` tokens. Raises UserError when a clip is longer than `micro_batch_seconds`.
     """
     check_longest(stream, micro_batch_seconds)
     longest_update = max((seconds for _, seconds in updates), default=0.0) / world_size
@@ -115,10 +116,10 @@ def make_loader(
 
 
 def prefetch_within(clip_format: ClipFormat, seconds: float, num_workers: int) -> tuple[int, int]:
-    """Return the workers, and updates that each reads ahead, so that updates of so many audio seconds stay in
-    `PREFETCH_BYTES`.
+    """Return the number of workers and of updates that each prefetches, so that updates of `seconds` audio seconds fit
+    into `PREFETCH_BYTES`.
 
-    One worker stays, and each reads one update ahead at least and two at most.
+    At least one worker remains (unless none are wanted), and each prefetches one or two updates.
     """
     rate = clip_format.sampling_rate
     rate += clip_format.stored_rate if clip_format.output_ratio > 1 else 0
@@ -128,10 +129,10 @@ def prefetch_within(clip_format: ClipFormat, seconds: float, num_workers: int) -
 
 
 def split_by_text(clips: Sequence[TrainingClip], hop_length: int, max_positions: int) -> list[list[TrainingClip]]:
-    """Split a micro-batch whose text LM would see more than `max_positions`: clips with text times the longest of them.
+    """Split a micro-batch with more than `max_positions` of the text LM: clips with text times the longest of them.
 
-    Few long texts then go apart from the short ones; clips without text stay with the shortest. Without clips there is
-    nothing.
+    The few long texts are then separated from the short ones; clips without text stay with the shortest. Without clips,
+    the result is empty.
     """
     with_text = [clip for clip in clips if clip.tokens]
     positions = {id(clip): -(-clip.audio.shape[-1] // hop_length) + len(clip.tokens) for clip in with_text}
@@ -146,7 +147,7 @@ def split_by_text(clips: Sequence[TrainingClip], hop_length: int, max_positions:
 
 
 def check_longest(stream: AudioStream, micro_batch_seconds: float) -> None:
-    """Raise UserError when a clip alone is more than a micro-batch."""
+    """Raise UserError when a single clip is longer than a micro-batch may be."""
     if stream.longest_seconds > micro_batch_seconds:
         raise UserError(
             f"data.micro_batch_seconds={micro_batch_seconds} is less than the longest clip used, "
@@ -156,7 +157,7 @@ def check_longest(stream: AudioStream, micro_batch_seconds: float) -> None:
 
 
 def collate(clips: Sequence[TrainingClip], clip_format: ClipFormat) -> Batch:
-    """Pad clips to one length, a whole number of frames, and their tokens likewise."""
+    """Pad clips to one length, a whole number of frames, and their tokens to one length."""
     audio_lengths = torch.tensor([clip.audio.shape[-1] for clip in clips])
     num_samples = -(-int(audio_lengths.max()) // clip_format.hop_length) * clip_format.hop_length
     targets = [clip.target for clip in clips if clip.target is not None]

@@ -1,6 +1,6 @@
 """Read samples out of shards by seek, check everything about them, and set their level.
 
-An invalid sample is reported, never let through.
+An invalid sample is reported, never used.
 """
 
 import math
@@ -25,11 +25,11 @@ from moss_train.utils.errors import Fault, SampleError, UserError
 from moss_train.utils.files import parse_json
 
 MAX_GAIN_DB = 30.0
-"""Most that loudness normalisation changes a clip: what is quieter is not what it should be."""
+"""Maximum gain or attenuation by loudness normalisation: a clip that needs more is probably not what it should be."""
 
 
 def adjust_level(audio: Tensor, clip_format: ClipFormat, gain_uniform: float) -> Tensor:
-    """Bring audio [C, T], as stored, to a format's level; silence stays silent, nothing exceeds full scale."""
+    """Scale audio [C, T], as stored, to the level of a format; silence stays silent, no gain goes beyond full scale."""
     audio = scale_to_peak(audio, clip_format.peak)
     gain_db = 0.0
     if clip_format.loudness_lufs is not None:
@@ -44,7 +44,7 @@ def adjust_level(audio: Tensor, clip_format: ClipFormat, gain_uniform: float) ->
 
 
 def scale_to_peak(audio: Tensor, peak: float | None) -> Tensor:
-    """Scale audio to a highest absolute sample; silence stays silent, None changes nothing."""
+    """Scale audio so that its highest absolute sample is `peak`; silence stays silent, None changes nothing."""
     if peak is None or audio.numel() == 0:
         return audio
     highest = audio.abs().max()
@@ -63,7 +63,7 @@ class TrainingClip:
     audio: Tensor  # [C, T] float32, as the encoder takes it
     tokens: tuple[int, ...]  # empty for a clip without text
     task_id: int  # -1 for a clip without text
-    is_text_too_long: bool = False  # and so not used
+    is_text_too_long: bool = False  # then the text is not used
     target: Tensor | None = None  # [C, T'] float32, where the decoder has its own sampling rate
 
 
@@ -123,7 +123,7 @@ class ClipReader:
     def read_audio(self, location: ClipLocation, start: int, num_samples: int) -> Tensor:
         """Read a part of a clip as float32 [C, T]. Raises SampleError."""
         try:
-            to_end = start + num_samples == location.num_samples  # then a file longer than its index is noticed too
+            to_end = start + num_samples == location.num_samples  # also reveals a file that is longer than indexed
             file = self._files.open_audio(location)
             audio, rate = read_audio(file, start=start, num_samples=None if to_end else num_samples, is_whole=True)
         except OSError as error:
@@ -168,22 +168,22 @@ class SampleReader:
         tokens = () if is_too_long else tokens
         task_id = TASKS.index(labels["task"]) if tokens else -1
         audio, target = adjust_level(audio, self._format, ref.gain_uniform), None
-        if self._format.output_ratio > 1:  # what `encode` makes of a file with this clip, to the bit
+        if self._format.output_ratio > 1:  # the same bits as `encode` computes from a file with this clip
             audio, target = resample(audio, self._format.stored_rate, self._format.sampling_rate), audio
         return TrainingClip(ref, sample_id, audio, tokens, task_id, is_too_long, target)
 
 
 MIN_SAMPLES = 1000
-"""The fraction of invalid samples is taken of at least so many, so that the first one does not end a run."""
+"""The invalid fraction is computed over at least this many samples, so that a first invalid one does not end a run."""
 
 RECENT_UPDATES = 20
 RECENT_INVALID_FRACTION = 0.5
-"""Of the samples of so many consecutive updates at most this fraction may be invalid, or `max_invalid_fraction` if
-that is more: late in a run its fraction of all samples would let it continue without data for days."""
+"""Maximum invalid fraction over the last RECENT_UPDATES updates, or `max_invalid_fraction` if that is larger. Late in a
+run, a limit on the fraction of all samples alone would let it continue without data for days."""
 
 
 class StreamCounter:
-    """Counts what a run has used and lost. `max_invalid_fraction` is the share of samples that may be lost."""
+    """Counts the samples that a run has used and lost; at most `max_invalid_fraction` of them may be lost."""
 
     def __init__(self, sampling_rate: int, *, max_invalid_fraction: float = 0.01) -> None:
         self._sampling_rate = sampling_rate
@@ -207,7 +207,7 @@ class StreamCounter:
         return dict(sorted(self._kinds.items()))
 
     def describe_dropped(self, batch: UpdateBatch) -> list[str]:
-        """Return a line for every invalid sample of this rank that has not been named before."""
+        """Return a line for every sample of this rank that is invalid or used without its text, unless named before."""
         lines = []
         for bad in batch.dropped:
             if bad.name not in self._named:
@@ -221,15 +221,13 @@ class StreamCounter:
         return lines
 
     def counts(self, batch: UpdateBatch, domains: Iterable[str]) -> dict[str, float]:
-        """Return the numbers of one update by name, which may be summed over ranks: the same names for the same
-        domains.
-        """
+        """Return the counts of one update by name. Names depend only on `domains`: counts can be summed over ranks."""
         counts = {f"samples/{domain}": 0.0 for domain in sorted(domains)}
         counts |= {f"bad/{fault}": 0.0 for fault in Fault} | {"used_clips": 0.0}
         counts["without_text"] = float(len(batch.without_text))
         for micro_batch in batch.micro_batches:
             counts["used_clips"] += micro_batch.num_clips
-            lengths = (micro_batch.host or micro_batch).audio_lengths.tolist()  # on a device it would wait for it
+            lengths = (micro_batch.host or micro_batch).audio_lengths.tolist()  # host: no wait for the device
             for domain, length in zip(micro_batch.domains, lengths, strict=True):
                 counts[f"samples/{domain}"] += length
         for bad in batch.dropped:
@@ -237,10 +235,9 @@ class StreamCounter:
         return counts
 
     def add_counts(self, counts: Mapping[str, float]) -> None:
-        """Add the numbers of one update, summed over ranks; other names than those of `counts` are left alone.
+        """Add the counts of one update, summed over ranks; names other than those of `counts` are ignored.
 
-        Raises UserError when too large a share of all samples or of the recent ones was lost, with the kinds and the
-        last reason.
+        Raises UserError when too large a share of all samples, or of the recent ones, was lost.
         """
         used = int(counts["used_clips"])
         self._num_clips += used
@@ -276,7 +273,7 @@ class StreamCounter:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from an earlier `state_dict`."""
+        """Continue counting from an earlier `state_dict`."""
         self._samples, self._kinds = Counter(state["samples"]), Counter(state["kinds"])
         self._num_clips = state["num_clips"]
-        self.num_without_text = state.get("num_without_text", 0)  # older runs left no text out
+        self.num_without_text = state.get("num_without_text", 0)  # missing in older checkpoints, which left no text out

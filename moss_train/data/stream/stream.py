@@ -1,7 +1,7 @@
 """The training stream: an endless sequence of clips, each a function of (seed, position).
 
-`position` is the number of clips consumed, the one integer that a resume needs. What a rank or a worker does never
-changes the sequence. A clip may come again, whole or cropped elsewhere; "samples" are samples of audio.
+`position` is the number of clips consumed, the only integer that a resume needs. Ranks and workers never change the
+sequence. A clip may come again, whole or with another crop. Lengths in "samples" are audio samples.
 """
 
 from bisect import bisect_left
@@ -18,13 +18,13 @@ from moss_train.data.stream.corpus import Corpus, DomainMixture, DomainOrder, do
 
 @dataclass(frozen=True)
 class ClipFormat:
-    """How a model wants its clips; the model's configuration and `config.DataConfig` check what it is made of."""
+    """Audio format of the clips for a model; the model's configuration and `config.DataConfig` validate the values."""
 
     sampling_rate: int  # Hz, of the encoder
     num_channels: int
     hop_length: int  # samples per frame at that rate; batches are padded to whole frames
-    peak: float | None = None  # used audio is scaled to this highest absolute sample; silence stays silent
-    loudness_lufs: float | None = None  # or to this loudness, as far as full scale allows
+    peak: float | None = None  # audio is scaled so that its highest absolute sample is this; silence stays silent
+    loudness_lufs: float | None = None  # or so that its loudness is this, as far as full scale allows
     gain_db: Sequence[float] | None = None  # then by a random gain between these, as far as full scale allows
     output_sampling_rate: int | None = None  # Hz, of the decoder, a multiple of the encoder's; None: the encoder's
 
@@ -41,7 +41,7 @@ class ClipFormat:
 
 @dataclass(frozen=True)
 class SampleRef:
-    """What one position of the stream holds: a part of a clip and its random numbers. All that a worker has to know."""
+    """One position of the stream: a part of a clip and its random numbers. A worker needs nothing else."""
 
     position: int
     domain: str
@@ -49,9 +49,9 @@ class SampleRef:
     start: int  # first sample used
     num_samples: int  # samples used, per channel
     with_text: bool
-    quantizer_uniform: float  # in [0, 1), as the others: how many quantizers are used
-    crop_uniform: float  # where the discriminators' crop starts
-    gain_uniform: float = 0.5  # which gain of `ClipFormat.gain_db`
+    quantizer_uniform: float  # in [0, 1), like the next two: selects how many quantizers are used
+    crop_uniform: float  # selects where the discriminators' crop starts
+    gain_uniform: float = 0.5  # selects the gain within `ClipFormat.gain_db`
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class UpdatePlan:
 class AudioStream:
     """Clips of packed folders, mixed by domain, in an order that depends on the seed and the position alone.
 
-    A clip whose text is used is used whole. From every other clip a crop of `crop_seconds` is used, or all of it when
-    it is shorter: from a clip without text, from one longer than `max_seconds`, and from every clip when `uses_text` is
-    false because there is no text LM. `weights` are shares of audio seconds per domain, None for what is available. A
-    micro-batch may be split when less than `min_length_ratio` of its padded length is audio (`split_by_length`).
+    A clip whose text is used is used whole. All others are cropped to `crop_seconds`, if they are longer: clips without
+    text, clips longer than `max_seconds`, and every clip when `uses_text` is false because there is no text LM.
+    `weights` are shares of audio seconds per domain; None uses the available seconds. A micro-batch may be split when
+    less than `min_length_ratio` of its padded length is audio (see `split_by_length`).
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class AudioStream:
                 longest = max(longest, int(used.max()))
             mean_seconds.append(used_samples / order.num_clips / rate)
             self.available_seconds[order.domain] = samples / rate
-        self.longest_seconds = longest / rate  # used of any clip
+        self.longest_seconds = longest / rate  # longest part that is used of any clip
         shares = domain_shares(self.domains, mean_seconds, list(self.available_seconds.values()), weights)
         self._mixture = DomainMixture(shares, seed)
         self.block_size = self._mixture.block_size
@@ -126,9 +126,10 @@ class AudioStream:
         """Plan one update of one rank: its micro-batches, and the stream's position afterwards.
 
         Consecutive clips are taken until their used audio reaches `batch_seconds`. They are assigned to the ranks by
-        length, so that all get about as many seconds, and those of a rank are split evenly into few micro-batches whose
-        count times longest stays within `micro_batch_seconds`. Which clips an update has depends neither on the number
-        of ranks nor on `micro_batch_seconds`. With fewer clips than ranks some ranks have no micro-batches.
+        length, so that all ranks get about the same number of seconds. The clips of a rank are split evenly into few
+        micro-batches, each with a padded length (count times longest) of at most `micro_batch_seconds`. Which clips an
+        update has depends neither on the number of ranks nor on `micro_batch_seconds`. With fewer clips than ranks,
+        some ranks have no micro-batches.
         """
         rate = self.clip_format.stored_rate
         parts: list[np.ndarray] = []
@@ -147,17 +148,17 @@ class AudioStream:
         return UpdatePlan(refs, next_position)
 
     def sample(self, position: int) -> SampleRef:
-        """Return what one position holds."""
+        """Return the sample at one position."""
         number, place = divmod(position, self.block_size)
         values = {name: array[place].item() for name, array in self.block(number).items()}
         domain, location = self.domains[values.pop("domain")], self._corpus.locate(values.pop("row"))
         return SampleRef(position, domain, location, **values)
 
     def _make_block(self, number: int) -> dict[str, np.ndarray]:
-        """Return what one block holds: `block_size` positions from `number * block_size`.
+        """Return the samples of one block: `block_size` positions from `number * block_size` on.
 
-        It is arrays [positions] by field of `SampleRef`; in place of names and locations `domain` holds places in
-        `domains`, and `row` the clips, as rows of the corpus.
+        The result has an array [positions] for each field of `SampleRef`. Instead of names, `domain` holds indices into
+        `domains`; instead of locations, `row` holds rows of the corpus.
         """
         domains, firsts, counts = self._mixture.block(number)
         rows = np.empty(len(domains), np.int64)
@@ -175,16 +176,16 @@ class AudioStream:
         return block | {f"{purpose}_uniform": numbers for purpose, numbers in uniform.items()}
 
     def _used(self, lengths: np.ndarray, has_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Used length of clips, and whether their text is used."""
+        """Return the used lengths of clips, and whether their texts are used."""
         with_text = has_text & (lengths <= self._max_length) & self.uses_text
         return np.where(with_text, lengths, np.minimum(lengths, self._crop_length)), with_text
 
 
 def assign_to_rank(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Return the places of one rank's clips, longest first.
+    """Return the indices of one rank's clips, longest first.
 
-    Sorted by length, they go to the ranks in snake order: from the first rank to the last, then from the last to the
-    first, and so on. So no rank always gets the longer one.
+    Clips, sorted by length, are dealt to the ranks in snake order: from the first rank to the last, then from the last
+    to the first, and so on, so that no rank always gets the longer clip.
     """
     order = np.argsort(-lengths, kind="stable")
     turns = np.arange(len(order)) // world_size
@@ -195,9 +196,9 @@ def assign_to_rank(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarra
 def split_by_length(lengths: np.ndarray, limit: int, min_ratio: float) -> list[range]:
     """Split lengths, longest first, into as few runs as possible, as even as possible.
 
-    A run costs its padded length, count times longest, which is at most `limit`; a longer clip is alone. A forward pass
-    takes time of its own, however short its run is. So when padding leaves less than `min_ratio` of what is computed to
-    audio, one run more is made only if it saves more than half of `limit`.
+    A run costs its padded length, count times longest, which is at most `limit`; a longer clip is alone. Every forward
+    pass has a fixed overhead, however short its run is. So if less than `min_ratio` of the padded length is audio, one
+    more run is made only if it saves more than half of `limit`.
     """
     if not len(lengths):
         return []
@@ -227,5 +228,5 @@ def even_runs(lengths: np.ndarray, number: int, limit: int) -> list[range]:
 
 
 def padded_length(lengths: np.ndarray, runs: Sequence[range]) -> int:
-    """Sum over runs of count times longest."""
+    """Return the padded length of all runs: the sum over runs of count times longest."""
     return sum(len(run) * int(lengths[run.start]) for run in runs)

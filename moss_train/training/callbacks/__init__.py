@@ -1,1 +1,1 @@
-"""What happens around the training step."""
+"""Callbacks around the training step: metrics, validation, checkpoints, samples, health, summary."""

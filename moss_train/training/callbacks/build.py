@@ -32,7 +32,7 @@ from moss_train.utils.errors import UserError
 
 Part = TypeVar("Part")
 KEYS = frozenset({"wandb", "tensorboard", "callbacks", "loggers", "logging", "validation", "health"})
-"""What of a run's configuration is about watching it, and changes nothing of what is learned."""
+"""Configuration keys for monitoring a run, which do not affect what is learned."""
 
 
 def build_callbacks(
@@ -44,15 +44,15 @@ def build_callbacks(
     codebook_size: int,
     objective: Objective,
 ) -> list[Callback]:
-    """Return the callbacks of a run, in their order: a checkpoint never lies behind an update that was not logged.
+    """Return the callbacks of a run in their order: an update is logged before its checkpoint is written.
 
     Args:
-        held_out: those of validation without `validation.data`.
+        held_out: packed folders to validate on if `validation.data` is not set.
         last: update at which the run ends.
-        objective: of the run, for the names of its losses.
+        objective: objective of the run, for the names of its losses.
 
     Raises:
-        UserError: a setting that cannot work.
+        UserError: a setting is invalid.
     """
     directory = Path(config.run_dir)
     plan, notices = plan_validation(config, stream, num_quantizers, held_out)
@@ -100,7 +100,7 @@ def build_callbacks(
 
 
 def build_own(config: FitConfig, key: str, kind: type[Part]) -> list[Part]:
-    """Build the user's nodes under a key. Raises UserError for one that is of another kind."""
+    """Build the user's configuration nodes under `key`. Raises UserError for an object that is not a `kind`."""
     nodes = getattr(config, key)
     parts = [build(node, path=f"{key}.{number}") for number, node in enumerate(nodes)]
     for node, part in zip(nodes, parts, strict=True):
@@ -112,7 +112,7 @@ def build_own(config: FitConfig, key: str, kind: type[Part]) -> list[Part]:
 def plan_validation(
     config: FitConfig, stream: AudioStream, num_quantizers: int, held_out: Sequence[str]
 ) -> tuple[ValidationPlan | None, list[str]]:
-    """Read the held-out clips and choose the measures; None without held-out audio. Also returns what is to be said."""
+    """Read the held-out clips and choose the metrics; None without held-out audio. Also returns notices to print."""
     settings = config.validation
     data = settings.data or list(held_out)
     if not data:

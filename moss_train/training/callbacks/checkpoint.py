@@ -28,11 +28,11 @@ from moss_train.utils.errors import UserError
 
 
 class DirectoryCheckpointIO(CheckpointIO):
-    """Lightning's plugin point: a checkpoint is a verified directory, read without unpickling objects.
+    """Lightning's plugin for checkpoints as verified directories, which are read without unpickling objects.
 
     Args:
-        background: a thread writes a copy of the state while the training goes on, one checkpoint at a time. The copy
-            is in the memory of the host. An error comes up with the next checkpoint, or in `finish`.
+        background: whether a thread writes a copy of the state, in host memory, while the training continues; one
+            checkpoint at a time. An error is raised when the next checkpoint is saved, or by `finish`.
     """
 
     def __init__(self, background: bool = False) -> None:
@@ -48,7 +48,7 @@ class DirectoryCheckpointIO(CheckpointIO):
             self._writing = self._threads.submit(write_state, snapshot(checkpoint), Path(path))
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is on the disk for good. Raises OSError when it could not be written."""
+        """Wait until the last checkpoint is safely on disk. Raises OSError when it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -59,8 +59,8 @@ class DirectoryCheckpointIO(CheckpointIO):
         map_location: Callable | None = None,
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        # Mapped, the ranks of a machine share one copy. On a CPU the optimizer would keep the mapping of a file that
-        # is deleted later.
+        # Memory-mapped, so that the ranks of a machine share one copy. Not on a CPU, where the optimizer would keep the
+        # mapping of a file that is deleted later.
         mmap = torch.cuda.is_available()
         return read_payload(Path(path), map_location=map_location or "cpu", mmap=mmap)
 
@@ -69,10 +69,10 @@ class DirectoryCheckpointIO(CheckpointIO):
 
 
 def write_state(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint directory. Raises OSError when the disk does not take it."""
+    """Write a checkpoint directory. Raises OSError when the disk cannot store it."""
 
     def write(directory: Path) -> None:
-        # Given a path, torch hides why a disk takes no more.
+        # An open file: given a path, torch hides why a write failed.
         with (directory / CHECKPOINT_FILE).open("wb") as file:
             torch.save(checkpoint, file)
 
@@ -80,9 +80,9 @@ def write_state(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 
 def snapshot(state: Any) -> Any:
-    """Copy all tensors of a state to the host, through containers.
+    """Copy all tensors of a nested state to the host.
 
-    What is there already while the training has a GPU was gathered or copied for this checkpoint, and stays.
+    With a GPU, tensors that are already on the host were gathered or copied for this checkpoint; they are not copied.
     """
     if isinstance(state, Tensor):
         return state.detach().clone() if state.device.type == "cpu" and not torch.cuda.is_available() else state.cpu()
@@ -94,13 +94,13 @@ def snapshot(state: Any) -> Any:
 
 
 class CheckpointWriter(Callback):
-    """Saves at the start, every `every_updates` updates, when a stage is over and at the end.
+    """Saves a checkpoint at the start, every `every_updates` updates, at the end of each stage and at the end.
 
-    The `keep_last` newest stay, those at the end of a stage, and those of every `keep_every_updates` updates if that
-    is given: to go back to when something goes wrong unnoticed, and to try another second stage.
+    It keeps the `keep_last` newest, those at the end of a stage (so that a different next stage can be tried) and, if
+    set, those of every `keep_every_updates` updates (to go back to when something went wrong unnoticed).
 
-    The one at the start shows that the disk takes a checkpoint before hours are spent. The training waits until a
-    checkpoint is on the disk for good, unless it is written in the background; `clock` is told for how long.
+    The checkpoint at the start shows that the disk can store one before hours are spent. The training waits until a
+    checkpoint is safely on disk, unless it is written in the background; `clock` records for how long.
     """
 
     def __init__(self, directory: Path, settings: CheckpointConfig, clock: StepTimer) -> None:
@@ -124,16 +124,16 @@ class CheckpointWriter(Callback):
         self.save_now(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        with suppress(OSError):  # what the training ends with says more
+        with suppress(OSError):  # the exception that ended the training says more
             self.finish(trainer)
 
     def save_now(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, and wait until it is on the disk."""
+        """Save a checkpoint and wait until it is on disk."""
         self.save(trainer, pl_module)
         self.finish(trainer)
 
     def finish(self, trainer: Trainer) -> None:
-        """Wait for the last checkpoint, and remove those that it replaces."""
+        """Wait until the last checkpoint is written, and remove those that are no longer kept."""
         begin = time.perf_counter()
         checkpoint_io = trainer.strategy.checkpoint_io
         if trainer.is_global_zero and isinstance(checkpoint_io, DirectoryCheckpointIO):
@@ -147,7 +147,7 @@ class CheckpointWriter(Callback):
         self.clock.checkpoint_seconds += time.perf_counter() - begin
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what has not been saved; all ranks take part, the first one writes."""
+        """Save the current update unless it is saved already; all ranks take part, rank 0 writes."""
         module = cat_module(pl_module)
         update = module.update
         if update == self.saved_update:
@@ -155,11 +155,11 @@ class CheckpointWriter(Callback):
         checkpoint_io = trainer.strategy.checkpoint_io
         is_background = isinstance(checkpoint_io, DirectoryCheckpointIO) and checkpoint_io.background
         if is_background:
-            self.finish(trainer)  # removing older ones would take what is being written for what a kill left
+            self.finish(trainer)  # pruning would mistake a checkpoint that is being written for the remains of a kill
         self.saved_update, begin = update, time.perf_counter()
         path = self.directory / checkpoint_name(update)
         if trainer.is_global_zero and path.exists():
-            shutil.rmtree(path)  # damaged, or the run would have started from it
+            shutil.rmtree(path)  # it is damaged: otherwise the run would have started from it
         trainer.save_checkpoint(path)
         self.clock.checkpoint_seconds += time.perf_counter() - begin
         if not is_background:
@@ -167,5 +167,5 @@ class CheckpointWriter(Callback):
 
 
 def read_progress(checkpoint: Path | None) -> Mapping[str, int]:
-    """Update and stream position of a checkpoint; zeros for None."""
+    """Return update and stream position of a checkpoint; zeros for None."""
     return {"update": 0, "position": 0} if checkpoint is None else read_manifest(checkpoint)

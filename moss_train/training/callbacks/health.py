@@ -9,25 +9,25 @@ from moss_train.training.loggers.base import Row, Writer
 from moss_train.utils.files import atomic_write, warn
 
 SHARE = "gradient_share/"
-MEASURED_SHARES = 5  # of which all have to be too small
+MEASURED_SHARES = 5  # consecutive measurements that all have to be too small
 CALM = 10
-"""Checks in which a condition was false before it is warned of again (hysteresis)."""
+"""Number of checks in which a condition has to be false before it can cause another warning (hysteresis)."""
 
 
 class HealthMonitor(Writer):
-    """Reads the log as it is written; prints warnings and keeps them in `warnings.txt` of the run directory."""
+    """Checks log rows as they are written; prints warnings and appends them to `warnings.txt` in the run directory."""
 
     def __init__(self, directory: Path, limits: HealthConfig, codebook_size: int) -> None:
         self.path = directory / "warnings.txt"
         self.limits = limits
         self.codebook_size = codebook_size
-        self.calm: dict[str, int] = {}  # by condition that was true: checks since then
+        self.calm: dict[str, int] = {}  # condition that was true -> checks since then
         self.rows: deque[Row] = deque(maxlen=limits.window_updates)
         self.interval: dict[str, float] = defaultdict(float)  # updates and seconds since the last checked checkpoint
         self.shares: deque[Row] = deque(maxlen=MEASURED_SHARES)
 
     def start(self, update: int) -> None:
-        """Forget what was warned of about updates that are about to be done again."""
+        """Delete the warnings about updates that are about to be repeated."""
         if self.path.exists():
             kept = []
             for line in self.path.read_text("utf-8", errors="replace").splitlines():
@@ -38,7 +38,7 @@ class HealthMonitor(Writer):
                 path.write_text("".join(kept), "utf-8")
 
     def _check(self, condition: str, is_true: bool, message: str) -> None:
-        """Warn when a condition becomes true, and again only after it was false for a while."""
+        """Warn when a condition becomes true, and again only after it was false for `CALM` checks."""
         if is_true and self.calm.get(condition, CALM) >= CALM:
             warn(message)
             with self.path.open("a", encoding="utf-8") as file:
@@ -101,7 +101,7 @@ class HealthMonitor(Writer):
         )
 
     def _check_shares(self, update: int) -> None:
-        """A term that has a weight, but hardly a part in the gradient, trains nothing."""
+        """Warn about a term that has a weight but almost no share of the gradient: it trains nothing."""
         names = [name.removeprefix(SHARE) for name in self.shares[-1] if name.startswith(SHARE)]
         for name in names:
             shares = [row.get(SHARE + name, 1.0) for row in self.shares if row.get(f"weighted/{name}")]
@@ -117,7 +117,7 @@ class HealthMonitor(Writer):
         quarter = self.limits.window_updates // 4
         rows = list(self.rows)
         for side in ("generator", "discriminators"):
-            name = f"gradient_norm/{side}"  # of discriminators in every n-th row, and none before their stage
+            name = f"gradient_norm/{side}"  # discriminators: only in every n-th row, and none before their stage
             first, earlier, recent = (
                 [row[name] for row in part if name in row]
                 for part in (rows[:quarter], rows[: len(rows) - quarter], rows[len(rows) - quarter :])

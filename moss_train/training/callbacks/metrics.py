@@ -1,4 +1,4 @@
-"""Log what the updates give: metrics of each one, use of the codebooks, hours of audio."""
+"""Log metrics of every update, use of the codebooks and hours of audio."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ from moss_train.training.step.schedule import PARTS
 from moss_train.training.step.update import UpdateResult, no_codes
 from moss_train.utils.files import printable
 
-CODE_COUNTS = "code_counts"  # in a checkpoint
+CODE_COUNTS = "code_counts"  # key in a checkpoint
 SIDES = ("generator", "discriminators")
 CLOCK_COLUMNS = (
     "audio_seconds_per_second",
@@ -32,7 +32,7 @@ CLOCK_COLUMNS = (
     "callback_seconds",
     "checkpoint_seconds",
 )
-"""What a clock measured; everything else is the same in every run of one configuration."""
+"""Columns that depend on measured time; all others are the same in every run of one configuration."""
 
 
 def metric_columns(objective: Objective) -> tuple[str, ...]:
@@ -59,11 +59,11 @@ def metric_columns(objective: Objective) -> tuple[str, ...]:
 
 
 class StepTimer(Callback):
-    """The last of the callbacks: what the others do after an update is not part of the next one's time."""
+    """Runs after all other callbacks, so that their time after an update does not count for the next update."""
 
     def __init__(self) -> None:
-        self.free = time.perf_counter()  # when the last update and all that followed it was over
-        self.checkpoint_seconds = 0.0  # of writing since the last update
+        self.free = time.perf_counter()  # when the last update and its callbacks were done
+        self.checkpoint_seconds = 0.0  # spent on writing since the last update
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.free = time.perf_counter()
@@ -73,13 +73,13 @@ class StepTimer(Callback):
 
 
 class UpdateMetrics(Callback):
-    """Hands the log a row of metrics per update, and every `every_updates` the use of the codebooks and hours of audio.
+    """Logs a row of metrics per update, and the use of the codebooks and hours of audio every `every_updates` updates.
 
-    Samples that could not be read are named, each rank its own, and too many of them stop the run. The hours of every
-    domain are those of all ranks. A checkpoint holds them, and the codes that were counted since the last row; of
-    several ranks, those of the first, which stand for all.
+    Each rank prints the samples that it could not read, and too many of them stop the run. Hours per domain are summed
+    over all ranks. A checkpoint stores them, and the code counts since the last row: only those of rank 0, with which
+    every rank resumes.
 
-    `run_log` is so called because Lightning gives every callback a `log`.
+    `run_log` is not called `log` because Lightning sets a `log` on every callback.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class UpdateMetrics(Callback):
 
     @property
     def state_key(self) -> str:
-        """Name of the hours in a checkpoint; runs began when a class was called so."""
+        """Key of the hours in a checkpoint: the name of an earlier class, so that older runs can resume."""
         return "StreamWatch"
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,15 +178,15 @@ class UpdateMetrics(Callback):
         self.run_log.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning does not come to teardown then; the terminal would stay without its cursor.
+        # Lightning does not call teardown after an exception; the terminal would stay without its cursor.
         self.run_log.close()
 
 
 def count_clips(module: CatModule, batch: UpdateBatch) -> dict[str, float]:
-    """Return what one rank's part of an update is made of.
+    """Count clips, audio samples, text frames and text tokens in one rank's part of an update.
 
-    Frames and tokens are of those clips that have a text, and `text_squares` the sum of the squares of both together.
-    Lengths are read on the host, where they came from: reading them on the device would wait for it.
+    Text frames and tokens are those of the clips that have a text, and `text_squares` is the sum of (frames + tokens)^2
+    over these clips. Lengths are read from the host's copy: reading them from the device would wait for it.
     """
     hosts = [micro.host or micro for micro in batch.micro_batches]
     none = torch.zeros(0, dtype=torch.int64)
@@ -205,8 +205,8 @@ def count_clips(module: CatModule, batch: UpdateBatch) -> dict[str, float]:
 
 
 def loss_row(result: UpdateResult) -> dict[str, float]:
-    """Return the numbers of an update, with every term also weighted and its share of the gradient where it was
-    measured.
+    """Return the metrics of an update, with the weighted loss of every term and, if measured, its share of the
+    gradient.
     """
     weighted = {
         f"weighted/{name}": weight * result.metrics[f"loss/{name}"]

@@ -17,16 +17,16 @@ from moss_train.training.step.quantizer_start import fit_quantizer
 from moss_train.utils.errors import SampleError, UserError
 
 FIT_SECONDS = 1200.0
-"""How much of the training data the fit looks at, or one pass over it if that is less."""
+"""Seconds of training audio that the fit uses, or one pass over the data if that is less."""
 FRAMES_PER_CODE = 4
-"""But at least so many frames for every code of a level; the stream repeats clips for that, cropped elsewhere."""
+"""The fit uses at least this many frames per code of a level; if need be, the stream repeats clips with other crops."""
 MAX_FIT_CLIPS = 100_000
 
 
 class QuantizerFit(Callback):
-    """Fits the levels at the end of a stage without them, before it is validated and its checkpoint is written.
+    """Fits the quantizer's levels at the end of a stage that does not quantize, before validation and checkpoint.
 
-    All ranks fit the same clips, the first ones of the training stream, then take over what the first rank found.
+    All ranks fit them to the same clips, the first ones of the training stream, and then copy the result of rank 0.
     """
 
     def __init__(self, stream: AudioStream) -> None:
@@ -54,12 +54,12 @@ class QuantizerFit(Callback):
 
 
 def read_clips(stream: AudioStream, num_frames: int) -> dict[int, Tensor]:
-    """Read clips [C, T] by position from the start of the stream, together `num_frames` frames, padded to whole ones.
+    """Read clips from the start of the stream until they have `num_frames` frames; returns position -> clip [C, T].
 
-    Clips that cannot be read are passed over: training counts and names them when it comes to them.
+    Clips are padded to whole frames. Unreadable clips are skipped: training counts and reports them when it gets there.
 
     Raises:
-        UserError: hardly any clip can be read.
+        UserError: too few of the first MAX_FIT_CLIPS clips can be read.
     """
     reader = SampleReader(stream.clip_format, text_encoder=None)
     hop, frames = stream.clip_format.hop_length, 0

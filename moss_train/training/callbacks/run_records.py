@@ -21,7 +21,7 @@ from moss_train.utils.memory import available_memory_bytes
 
 
 class StartupMessages(Callback):
-    """Says at the start of a run what it will not do, once and not on every rank."""
+    """Prints notices at the start of a run, on rank 0 only: for example, what the run goes without."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         self.lines = tuple(lines)
@@ -49,10 +49,10 @@ SKIPPED_FILE = "skipped.jsonl"
 
 
 class RunRecords(Callback):
-    """Records in `directory` every start of the run, with its environment, and every update that was skipped.
+    """Records every start of the run, with its environment, and every skipped update in `directory`.
 
-    A start has time, command, code, versions and hardware; a skipped update has a line per rank, the last one before
-    the run stops included.
+    A start is recorded with time, command, git commit, versions and hardware. A skipped update has one line per rank,
+    and so has the one at which the run stops.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -103,13 +103,13 @@ class RunRecords(Callback):
             "next_position": batch.next_position,
             "sample_ids": [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids],
         }
-        # One write at the end of the file: ranks share it.
+        # A single appending write, because all ranks write to this file.
         with (self.directory / SKIPPED_FILE).open("a") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def git_commit(directory: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that holds the code, and whether files differ from it; None outside of one."""
+    """Return the commit of the checkout with the code and whether files differ from it; None outside a checkout."""
     command = ["git", "-C", str(directory), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()

@@ -22,14 +22,14 @@ MAX_TOKENS = 256  # of a transcript
 
 
 class AudioSampleWriter:
-    """Writes reconstructions as FLAC, spectrograms as PNG and the LM's transcripts beside the truth.
+    """Writes reconstructions as FLAC, spectrograms as PNG and the text LM's transcripts beside the reference text.
 
     Args:
-        directory: `samples` of the run.
-        clips: held-out clips, the same ones all along.
+        directory: folder `samples` of the run.
+        clips: held-out clips, the same ones during the whole run.
         levels: numbers of quantizer levels to decode, ascending.
-        sampling_rate: of what the model decodes.
-        every_updates: updates between samples; they are made with the first validation from there on.
+        sampling_rate: sampling rate of the decoded audio in Hz.
+        every_updates: samples are made with validations at multiples of this update number, and with the final one.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class AudioSampleWriter:
         self.draws = find_spec("matplotlib") is not None
 
     def make(self, module: CatModule, is_main: bool) -> list[ClipSample]:
-        """Return the samples of this update; none when it is not their turn.
+        """Write and return the samples of this update; an empty list when none are due.
 
-        Every rank computes them, for networks that are sharded over ranks, and one writes.
+        Every rank computes them, because networks may be sharded over ranks; only the main one writes.
         """
         if module.update % self.every_updates and module.update != module.schedule.updates:
             return []
@@ -60,7 +60,7 @@ class AudioSampleWriter:
         for name, clip in zip(self.names, self.clips, strict=True):
             made = reconstruct(module.tokenizer, clip, self.levels)
             texts = {}
-            if module.semantic is not None and clip.text is not None:  # the LM's reading, greedily, at every depth
+            if module.semantic is not None and clip.text is not None:  # greedy transcripts of the text LM by depth
                 task = torch.tensor([TASKS.index(clip.task)], device=module.device)
                 longest = min(MAX_TOKENS, 2 * len(module.semantic.text(clip.text)))
                 texts["truth"] = clip.text
@@ -74,7 +74,7 @@ class AudioSampleWriter:
         if is_main and len(lines) > 2:
             with atomic_write(folder / "transcripts.md") as temporary:
                 temporary.write_text("\n".join(lines), "utf-8")
-        gc.collect()  # pictures are full of cycles: a dozen of them, 50 MB, would wait for a collection
+        gc.collect()  # figures hold reference cycles: a dozen figures, 50 MB, would wait for the next collection
         return samples
 
     def _write(
@@ -95,7 +95,7 @@ class AudioSampleWriter:
 
 
 def label(num_quantizers: int) -> str:
-    """Name of a depth in file names; sorts by depth."""
+    """Return the name of a depth in file names; names sort by depth."""
     return f"levels-{num_quantizers:02d}"
 
 

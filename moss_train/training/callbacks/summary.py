@@ -36,7 +36,7 @@ class TrainingHistory:
     bin_size: int = 1
 
     def curves(self, names: Iterable[str]) -> list[Curve]:
-        """Return the named columns, those without any value dropped."""
+        """Return the named columns as curves; columns without values are dropped."""
         curves = []
         for name in names:
             points = self.bins.get(name, {})
@@ -47,7 +47,7 @@ class TrainingHistory:
 
 
 def read_history(rows: Iterable[Mapping[str, str]], updates: int) -> TrainingHistory:
-    """Read the rows of `metrics.csv` of a run of so many updates, one at a time."""
+    """Read the rows of `metrics.csv`, one at a time, of a run that has done `updates` updates."""
     history = TrainingHistory(bin_size=max(1, updates // POINTS))
     for row in rows:
         losses = [name for name in row if name.startswith("loss/") and name not in NOT_SHOWN]
@@ -65,7 +65,7 @@ def read_history(rows: Iterable[Mapping[str, str]], updates: int) -> TrainingHis
 def panels(
     history: TrainingHistory, validation: Sequence[Mapping[str, str]], codebooks: Sequence[Mapping[str, str]]
 ) -> list[Panel]:
-    """Return what a person wants to see of a run first; subjects without values are dropped."""
+    """Return the panels that give a first overview of a run; those without values are dropped."""
     mel = [held_out_curve(validation, name, label) for name, label in depth_labels(validation).items()]
     text = [
         held_out_curve(validation, name, label)
@@ -87,7 +87,7 @@ def panels(
 
 
 def depth_labels(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return the columns of `validation.csv` with the mel distance of a depth, all domains together, in words."""
+    """Map the columns of `validation.csv` with the mel distance at a depth, over all domains, to labels of curves."""
     columns = [name.rpartition("/") for name in (rows[0] if rows else ())]
     counts = [count for group, _, count in columns if group == "mel_distance"]
     return {f"mel_distance/{count}": f"{count} level" if count == "1" else f"{count} levels" for count in counts}
@@ -115,12 +115,12 @@ class Summary(Callback):
             return
         try:
             write_summary(self.directory, cat_module(pl_module), self.counter.hours)
-        except Exception as error:  # the checkpoint is there, and a job may have to be put back into its queue
+        except Exception as error:  # not fatal: the checkpoint exists, and a job may still have to be requeued
             warn(f"{SUMMARY_FILE} could not be written: {type(error).__name__}: {error}")
 
 
 def write_summary(directory: Path, module: CatModule, hours: Mapping[str, float]) -> None:
-    """Write `summary.md`, and its picture where matplotlib is there."""
+    """Write `summary.md`, and its figure if matplotlib is installed."""
     updates = module.schedule.updates
     history = read_history(iterate_table(directory / "metrics.csv"), module.update)
     validation, codebooks = (read_table(directory / f"{name}.csv") for name in ("validation", "codebooks"))
@@ -142,7 +142,7 @@ def write_summary(directory: Path, module: CatModule, hours: Mapping[str, float]
 
 
 def overview_table(directory: Path, history: TrainingHistory, hours: Mapping[str, float]) -> list[str]:
-    """Return the time, audio, machine and checkpoints as a table."""
+    """Return a table of time, audio, machine and checkpoints."""
     sums = history.sums
     busy = max(sums["update_seconds"], 1e-9)
     stages = ", ".join(f"{name} from {first}" for name, first in history.stages.items())
@@ -188,8 +188,8 @@ def validation_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def codebook_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return how the codebooks were used at last."""
-    rows = [row for row in rows if row["mean_usage"]]  # without clips there is none
+    """Return a line about the use of the codebooks in the last row that has any."""
+    rows = [row for row in rows if row["mean_usage"]]  # rows without clips have none
     if not rows:
         return []
     last = rows[-1]

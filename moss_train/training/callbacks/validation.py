@@ -41,21 +41,21 @@ from moss_train.utils.checkpoint import BestCheckpoint, checkpoint_name, read_be
 
 SYSTEM = "validation"
 HIGHER_IS_BETTER = ("text_accuracy", "mean_usage", "mean_perplexity", "usage", "perplexity")
-"""Scores of which more is better, beside the further measures that say so of themselves."""
+"""Scores for which higher is better; the additional metrics declare this themselves."""
 
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """On what and how often a run is validated.
+    """What a run is validated on, and how often.
 
     Attributes:
         clips: held-out clips, the same on every rank.
-        levels: numbers of quantizer levels to decode, ascending; the last is all.
-        every_updates: generator updates between validations; there is one at the start and one at the end too.
-        metrics: further measures, by name; they take time.
-        metrics_clips: how many of the clips they are applied to.
-        monitor: column of `validation.csv`; whenever it is better than ever a checkpoint is written and recorded as the
-            best. None for no best checkpoint.
+        levels: numbers of quantizer levels to decode, ascending; the last is all of them.
+        every_updates: generator updates between validations; the start and the end of the run are validated, too.
+        metrics: additional metrics, by name; they take time.
+        metrics_clips: number of clips that the additional metrics are computed on.
+        monitor: column of `validation.csv`; whenever it reaches a new best value, a checkpoint is written and recorded
+            as the best. None for no best checkpoint.
     """
 
     clips: Sequence[HeldOutClip]
@@ -72,7 +72,7 @@ class ValidationPlan:
 
     @property
     def higher(self) -> frozenset[str]:
-        """Columns of further measures of which more is better."""
+        """Columns of additional metrics for which higher is better."""
         better = [column.key for column in columns_of(self.metrics) if column.is_higher_better]
         return frozenset(name for key in better for name in self._places(key))
 
@@ -81,7 +81,7 @@ class ValidationPlan:
 
     @property
     def mel_columns(self) -> list[str]:
-        """Columns of the mel distance of every depth, for all domains together and for each."""
+        """Columns of the mel distance at every depth, over all domains together and for each domain."""
         places = ("", *(f"{domain}/" for domain in self.domains))
         return [f"mel_distance/{place}{count}" for place in places for count in self.levels]
 
@@ -98,15 +98,15 @@ class ValidationPlan:
 
 
 class Validation(Callback):
-    """Scores the model on held-out clips, hands the log a row, keeps the best checkpoint, has samples made.
+    """Scores the model on held-out clips, logs a row, saves a new best checkpoint and writes audio samples.
 
-    With `ema` it is the averaged weights of the tokenizer that are scored and heard.
+    With `ema`, scores and samples are those of the tokenizer's averaged weights.
 
-    The clips are shared out over the ranks. Every rank makes the same number of passes through every network, so that
-    it works with networks that are sharded over ranks.
+    The clips are distributed over the ranks. Every rank runs every network equally often, as networks that are sharded
+    over ranks require.
 
     Args:
-        checkpoints: write the checkpoint of an update, unless it is there.
+        checkpoints: writes the checkpoint of an update, unless it exists.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Validation(Callback):
         update = cat_module(pl_module).update
         if (monitor := self.plan.monitor) is not None:
             best = trainer.strategy.broadcast(read_best(self.checkpoints.directory))
-            # It may belong to updates that are about to be done again.
+            # A recorded best checkpoint may belong to updates that are about to be repeated.
             self.best = best if best is not None and best.metric == monitor and best.update <= update else None
         if update == 0:
             self._validate(trainer, pl_module)
@@ -173,7 +173,10 @@ class Validation(Callback):
 
 @contextmanager
 def eval_mode(trainer: Trainer, module: CatModule) -> Iterator[None]:
-    """Evaluation mode in the run's precision, without gradients; modes and random generators are restored."""
+    """Set evaluation mode inside the `with` block, in the run's precision and without gradients.
+
+    Modes and random generators are restored afterwards.
+    """
     modes = [(part, part.training) for part in module.modules()]
     devices = [module.device] if module.device.type == "cuda" else []
     module.eval()
@@ -189,7 +192,7 @@ def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
     """Return the scores of the model on the clips of a plan, the same on every rank."""
     rank, ranks = (torch.distributed.get_rank(), num_ranks()) if num_ranks() > 1 else (0, 1)
     rate = module.tokenizer.output_sampling_rate
-    # Names of all sums, the same on every rank whatever its clips are.
+    # All names of sums are set here, so that they are the same on every rank, whatever its clips.
     names = ["clips", *(f"clips/{domain}" for domain in plan.domains), *plan.mel_columns, "text_tokens"]
     names += [f"{kind}/{name}" for kind in ("nats", "correct") for name in (*plan.levels, *NO_AUDIO)]
     sums = dict.fromkeys(names, 0.0)
@@ -201,7 +204,7 @@ def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
         made = reconstruct(module.tokenizer, clip, plan.levels)
         found = text_lm_sums(module, plan, clip, made)
         if place >= len(plan.clips):
-            continue  # this rank has kept the others company
+            continue  # this rank only kept in step with the others
         found |= {"clips": 1.0, f"clips/{clip.domain}": 1.0}
         for count, audio in made.audio.items():
             length = torch.tensor([clip.target.shape[-1]], device=audio.device)
@@ -229,17 +232,17 @@ def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
 
 
 def text_lm_sums(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, made: DecodedClip) -> dict[str, float]:
-    """Return the cross entropy of a clip's text for the states of every depth, and for states that know nothing of
-    the clip.
+    """Return the text LM's cross entropy and correct tokens on a clip's text, summed over tokens: for the states of
+    every depth, and for states without information about the clip.
 
-    There is nothing for a clip without text, which sharded networks pass all the same.
+    The result is empty for a clip without text; with several ranks the networks run all the same.
     """
     if module.semantic is None or (clip.text is None and num_ranks() == 1):
         return {}
     full = made.states[plan.levels[-1]]
     states_of = {str(count): states for count, states in made.states.items()}
     states_of |= {"other": full, "silent": torch.zeros_like(full)}
-    # The clip with text after this one, going round; None when it is the only one.
+    # The next clip with text after this one, wrapping around; None when this is the only one.
     place = next(i for i, item in enumerate(plan.clips) if item is clip)
     other = next((item for item in (*plan.clips[place + 1 :], *plan.clips[:place]) if item.text is not None), None)
     if other is not None or num_ranks() > 1:
@@ -254,5 +257,5 @@ def text_lm_sums(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, mad
         prediction = module.semantic(states, torch.tensor([states.shape[1]]), text, num_tokens, task)
         sums |= {f"nats/{name}": prediction.loss_sum.item(), f"correct/{name}": float(prediction.num_correct.item())}
     if other is None:
-        sums["nats/other"] = math.inf  # the clip's own states passed, in step with other ranks
+        sums["nats/other"] = math.inf  # came from the clip's own states, only to keep in step with other ranks
     return {} if clip.text is None else sums

@@ -1,6 +1,6 @@
 """Held-out clips in memory, in the format of the training clips, and the scores of their reconstructions.
 
-The same clips are used in every validation of a run. Scores are made of sums over clips, which add up over ranks.
+The same clips are used in every validation of a run. Scores are computed from sums over clips, which add up over ranks.
 """
 
 import hashlib
@@ -37,15 +37,17 @@ class HeldOutClip:
 def load_held_out(
     sources: Sequence[str], clip_format: ClipFormat, *, max_clips: int, max_seconds: float
 ) -> list[HeldOutClip]:
-    """Read at most `max_clips` clips of packed folders, folders or manifests, domains and clips with text in turn.
+    """Read at most `max_clips` clips of packed folders, folders or manifests, alternating between domains, with and
+    without text.
 
-    The choice depends on the ids alone. A clip beyond `max_seconds` is cut to them and loses its text, as in training.
+    The choice depends on the ids alone. A clip longer than `max_seconds` is cut to that length; its text is not used,
+    as in training.
 
     Raises:
-        UserError: there is none, or one cannot be read; before the training, not in the middle of it.
+        UserError: there are no clips, or one cannot be read; this happens before the training, not in the middle of it.
     """
     try:
-        # One of each domain with and without text after the other, in a random order that never changes.
+        # Take one clip of each domain, with and without text, in turn; the order is random, but always the same.
         groups: dict[tuple[str, bool], list[ListedClip]] = defaultdict(list)
         listed = list_sources(sources, "heldout", "validation.data")
         for clip in sorted(listed, key=lambda clip: hashlib.sha256(clip.id.encode()).digest()):
@@ -61,7 +63,7 @@ def load_held_out(
 
 
 def read_clip(clip: ListedClip, clip_format: ClipFormat, max_seconds: float) -> HeldOutClip:
-    """Read one clip in the format of training, level included."""
+    """Read one clip in the format of training, including its level."""
     audio, rate = clip.read()
     if audio.shape[-1] == 0:
         raise UserError(f"{clip.id} has no samples")
@@ -69,7 +71,7 @@ def read_clip(clip: ListedClip, clip_format: ClipFormat, max_seconds: float) -> 
     text = clip.labels.get("text") if audio.shape[-1] <= limit else None
     audio = convert_channels(audio[:, :limit], clip_format.num_channels, clip.id)
     stored = resample(audio, rate, clip_format.stored_rate)
-    stored = adjust_level(stored, clip_format, 0.5)  # in the middle of the random gain
+    stored = adjust_level(stored, clip_format, 0.5)  # the middle of the range of random gains
     audio = resample(stored, clip_format.stored_rate, clip_format.sampling_rate)
     padded = F.pad(audio, (0, -audio.shape[-1] % clip_format.hop_length))
     target = padded[:, : audio.shape[-1]] if clip_format.output_ratio == 1 else stored
@@ -77,12 +79,12 @@ def read_clip(clip: ListedClip, clip_format: ClipFormat, max_seconds: float) -> 
 
 
 NO_AUDIO = ("other", "silent")
-"""What the LM hears instead of the clip for its audio-blind value: another clip, and nothing, all states zero."""
+"""Inputs of the text LM in place of the clip, for its loss without the audio: another clip, or all states zero."""
 
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """What a tokenizer made of one clip."""
+    """Codes, states and audio that a tokenizer computes from one clip."""
 
     codes: Tensor  # [N, F]
     states: Mapping[int, Tensor]  # number of levels -> [1, F, D] after the quantizer
@@ -90,15 +92,15 @@ class DecodedClip:
 
 
 def depths(num_quantizers: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the numbers of levels to decode, by default one, a quarter, half and all; ascending, all of them always
-    there.
+    """Return the numbers of levels to decode, ascending: the wanted ones (by default one, a quarter and half of all),
+    and always all.
     """
     chosen = wanted or (1, num_quantizers // 4, num_quantizers // 2)
     return tuple(sorted({max(1, count) for count in (*chosen, num_quantizers)}))
 
 
 def reconstruct(tokenizer: MossAudioTokenizerModel, clip: HeldOutClip, levels: Sequence[int]) -> DecodedClip:
-    """Encode once, decode every prefix, through the modules that training uses (they may be sharded over ranks)."""
+    """Encode once and decode every prefix of levels, with the modules of the training (they may be sharded)."""
     latent = tokenizer.encode_latent(clip.audio[None].to(tokenizer.device))
     outputs = {count: tokenizer.quantizer(latent, torch.tensor([count], device=latent.device)) for count in levels}
     states = {count: output.quantized for count, output in outputs.items()}
@@ -112,13 +114,13 @@ def scores(sums: Mapping[str, float], counts: Tensor, levels: Sequence[int]) -> 
     """Return the row of a validation from sums over all clips of all ranks.
 
     Mel distances are means over clips. `text_lm_loss` is the LM's cross entropy per text token.
-    `text_lm_loss_no_audio` is the smaller of two values: an LM that gets states unlike those of its training may do
-    worse than the text alone allows, so the smaller one is the fairer bound.
+    `text_lm_loss_no_audio` is the smaller of two values: given states unlike those of its training, an LM may do worse
+    than it could from the text alone, so the smaller value is the fairer bound.
 
     Args:
-        sums: over clips: mel distances and the text LM's as in `validate`, and `clips` with `clips/<domain>`.
+        sums: sums over clips, named as in `validate`: mel distances, those of the text LM, `clips`, `clips/<domain>`.
         counts: how often each code was chosen [N, V].
-        levels: the depths.
+        levels: numbers of levels that were decoded, ascending.
     """
     row: dict[str, float] = {"clips": sums["clips"], "mel_distance": sums[f"mel_distance/{levels[-1]}"] / sums["clips"]}
     for name, value in sums.items():

@@ -16,22 +16,22 @@ from moss_train.training.step.schedule import Schedule, Stage
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import read_json
 
-FAR = 10.0  # times the largest measured compute; beyond, extrapolation is far
+FAR = 10.0  # an extrapolation beyond this multiple of the largest measured compute counts as far
 GB = 1e9
-UPDATE_BYTES = 50  # per parameter in the memory of a GPU: copied for the sum 8, norm 4, AdamW and clipping 32, cast 6
-BACKWARD_SHARE = 2 / 3  # of a pass: two products for each one forward
-BUCKET_BYTES = 64 * 2**20  # of gradients that are summed at once: the last one has nothing to be beside
+UPDATE_BYTES = 50  # GPU memory traffic per parameter: copy for the sum 8, norm 4, AdamW and clipping 32, cast 6
+BACKWARD_SHARE = 2 / 3  # of a forward and backward pass: two products for each one of the forward pass
+BUCKET_BYTES = 64 * 2**20  # gradients that are summed together; no pass is left to overlap with the last bucket
 
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """mel distance = coefficient * FLOP^exponent, on held-out clips with all levels.
+    """The law mel distance = coefficient * FLOP^exponent, on held-out clips decoded with all levels.
 
     Attributes:
         r_squared: how well it fits the measured runs.
-        least, most: compute of the measured runs in FLOP.
-        sizes: how many of them there are.
-        origin: experiment and device, for people.
+        least, most: smallest and largest compute of the measured runs in FLOP.
+        sizes: number of measured runs.
+        origin: experiment and device, for display.
     """
 
     coefficient: float
@@ -43,11 +43,11 @@ class ScalingLaw:
     origin: str
 
     def distance(self, flops: float) -> float:
-        """Return the predicted mel distance after so much compute."""
+        """Return the mel distance that is predicted after this much compute in FLOP."""
         return self.coefficient * flops**self.exponent
 
     def describe_range(self, flops: float) -> str:
-        """Return how far a prediction lies from what was measured."""
+        """Return how far a prediction at this compute is from the measured range, in words."""
         if self.exponent >= 0:
             return "predicts nothing: the measured distance does not fall with compute"
         if flops <= self.most:
@@ -58,7 +58,7 @@ class ScalingLaw:
 
 
 def read_scaling_law(path: str | Path) -> ScalingLaw:
-    """Read the file of tools/scaling.py. Raises UserError when it is missing or not such a file."""
+    """Read a file written by tools/scaling.py. Raises UserError when it is missing or not such a file."""
     try:
         record: Mapping[str, Any] = read_json(Path(path))
         flops = [float(point["flops"]) for point in record["points"]]
@@ -77,8 +77,8 @@ class StageEstimate:
     """One stage of a run.
 
     Attributes:
-        costs: per audio-second, by network.
-        mfu: share of the peak that the operations reach, those done a second time included.
+        costs: cost per audio-second, by network.
+        mfu: share of the GPUs' peak that the operations reach, including recomputed ones.
     """
 
     stage: Stage
@@ -99,14 +99,14 @@ class StageEstimate:
 
     @property
     def compute_seconds(self) -> float:
-        """Seconds of an update in which all GPUs work on its audio."""
+        """Seconds of an update's forward and backward passes, on all GPUs in parallel."""
         peak, _ = GPUS[self.config.gpu].peak(self.config.trainer)
         operations = self.stage.batch_seconds * (self.cost.total + self.cost.recomputed)
         return operations / (self.config.gpus * self.mfu * peak)
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of an update after that: what no pass hides of the sums over the GPUs, then the optimizers step."""
+        """Other seconds of an update: sums over the GPUs, as far as no pass hides them, and the optimizers' steps."""
         return seconds_of_step(self.stage, self.config, self.parameters, self.compute_seconds)
 
     @property
@@ -127,12 +127,12 @@ def estimate(
     parameters: StateSize,
     mfu: float,
 ) -> list[StageEstimate]:
-    """Estimate the stages of a run, given the arguments of its module and the parameters counted."""
+    """Estimate the stages of a run, given the arguments of its module and its parameter counts."""
     half, seconds = is_half(config.trainer), config.data.crop_seconds
 
     @cache
     def text_cost(learns: bool) -> Cost:
-        """Return the cost per audio-second of the text LM, as the mean over clips with text and without."""
+        """Return the cost per audio-second of the text LM, averaged over clips with and without text."""
         frames, tokens = (round(seconds * rate) for rate in (tokenizer.frame_rate, config.text_tokens_per_second))
         width = tokenizer.quantizer_kwargs["output_dim"]
         clip = semantic_cost(arguments["semantic"], width, frames, max(1, tokens), half, learns)
@@ -156,14 +156,14 @@ def estimate(
 
 
 def seconds_of_step(stage: Stage, config: EstimateConfig, parameters: StateSize, compute_seconds: float = 0.0) -> float:
-    """Return the time of an update beside its passes: sums over the GPUs that no pass hides, and the steps of all
-    optimizers.
+    """Return the seconds of an update apart from its passes: sums over the GPUs that no pass hides, and the steps of
+    all optimizers.
 
-    Whole networks are summed beside the last backward pass. Sharded ones are gathered twice in every pass and their
-    gradients summed, beside its operations; each GPU steps its share.
+    Gradients of whole networks are summed during the last backward pass. Sharded networks are gathered twice and their
+    gradients summed during every pass; each GPU steps its shard.
 
     Args:
-        compute_seconds: of all passes of an update; 0 to have nothing hidden.
+        compute_seconds: seconds of all passes of an update; with 0, nothing is hidden.
     """
     trainer, gpus = config.trainer, config.gpus
     passes = max(1, math.ceil(stage.batch_seconds / gpus / config.data.micro_batch_seconds))  # micro-batches of one GPU
@@ -184,10 +184,14 @@ def seconds_of_step(stage: Stage, config: EstimateConfig, parameters: StateSize,
 
 
 def exposed_seconds(sums: float, backward: float, parameters: float) -> float:
-    """Return what the last backward pass, of so many seconds, does not hide of sums of the gradients of so many
-    parameters.
+    """Return the seconds for which summing gradients delays an update, because the last backward pass does not hide it.
 
-    The last bucket is complete only when the pass is over.
+    The last bucket is complete only when the pass is over, so it is never hidden.
+
+    Args:
+        sums: seconds that summing takes.
+        backward: seconds of the last backward pass.
+        parameters: number of parameters whose gradients are summed.
     """
     last = sums * min(1.0, BUCKET_BYTES / (4 * parameters)) if parameters else 0.0
     return max(sums - backward, last)

@@ -1,11 +1,12 @@
-"""Count floating-point operations and memory: as operations run, and of a second of audio on tensors without values.
+"""Count floating-point operations and memory: of operations as they run, and per second of audio on fake tensors.
 
 Log, estimate and benchmarks share one convention. An addition and a multiplication are two operations. Attention counts
-the pairs of query and key that it needs: half of the square where it is causal, within its window where it has one.
-What a fused backward pass computes again is not counted, as usual for the utilisation of a model (arXiv 2204.02311).
+only the pairs of query and key that it needs: half of the square if it is causal, and only those within its attention
+window if it has one. What a fused backward pass recomputes is not counted, as is usual for model FLOPs utilisation
+(arXiv 2204.02311).
 
-For the cost of a second of audio every kind of layer runs once, forward and backward, on tensors without data; the cost
-of a stage is that of its layers.
+For the cost per second of audio, every kind of layer runs once, forward and backward, on fake tensors, which have no
+data; the cost of a stage is the sum over its layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,13 +41,13 @@ class Cost:
     """Operations and bytes of one part.
 
     Attributes:
-        forward: operations of a pass.
-        backward: operations of its gradients, those that the training takes.
+        forward: operations of the forward pass.
+        backward: operations of the backward pass, for those gradients that the training needs.
         activation_bytes: bytes that autograd keeps between forward and backward, without the weights.
-        checkpointed_bytes: the same where all layers compute their activations again: their inputs, and what the layer
-            in hand needs, one in every stage (a little too much: they are not there at the same time).
-        checkpointing_savings: what `activation_bytes` would be more without `trainer.activation_checkpointing`.
-        recomputed: operations of a pass that are done a second time for it.
+        checkpointed_bytes: the same with activation checkpointing in all layers: the layers' inputs, plus the
+            activations of one layer per stage (slightly too much, because these do not exist at the same time).
+        checkpointing_savings: by how much `activation_bytes` is smaller due to `trainer.activation_checkpointing`.
+        recomputed: operations of the forward pass that activation checkpointing does a second time.
     """
 
     forward: float = 0.0
@@ -64,13 +65,13 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """Operations of forward and backward, each once."""
+        """Operations of forward and backward pass, each counted once."""
         return self.forward + self.backward
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Tensors have shapes but no values, and nothing of them stays behind in a cache."""
+    """Create tensors with shapes but without values inside the `with` block; none of them stays in a cache."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
@@ -83,7 +84,7 @@ def count(module: nn.Module, run: Callable[[], Any], half: bool) -> Cost:
     together.
 
     Args:
-        half: products in bfloat16, as on a GPU with bf16-mixed.
+        half: whether products are in bfloat16, as on a GPU with bf16-mixed.
     """
     weights = {tensor.untyped_storage()._cdata for tensor in module.parameters()}
     shapes = {tuple(tensor.shape) for tensor in module.parameters() if tensor.ndim > 1}
@@ -112,12 +113,12 @@ def count(module: nn.Module, run: Callable[[], Any], half: bool) -> Cost:
 def stage_cost(
     stage: ProjectedTransformer, frames: int, half: bool, learns: bool, passes: bool, recomputes: bool = False
 ) -> Cost:
-    """Return the cost of a stage for one clip of so many frames, from its projections and one of its layers.
+    """Return the cost of a stage for one clip of `frames` frames, from its projections and one of its layers.
 
     Args:
         learns: whether its weights get gradients.
-        passes: whether what comes before it needs the gradient of its input.
-        recomputes: whether its layers compute their activations again.
+        passes: whether earlier parts need the gradient of its input.
+        recomputes: whether its layers recompute their activations in the backward pass.
     """
     layers = stage.transformer.layers
     layer: Any = layers[0]
@@ -135,7 +136,7 @@ def stage_cost(
 
 
 def layers_cost(one: Cost, number: int, input_bytes: int, recomputes: bool) -> Cost:
-    """Return the cost of equal layers from that of one. Where nothing is kept, nothing is computed again."""
+    """Return the cost of equal layers from that of one. If no activations are kept, none are recomputed."""
     kept = one.activation_bytes * number
     least = min(kept, input_bytes * number + one.activation_bytes) if kept else 0.0
     recomputes = recomputes and kept > 0
@@ -156,18 +157,18 @@ def tokenizer_costs(
     learning: Sequence[str],
     checkpointed: Sequence[float] = (),
 ) -> dict[str, Cost]:
-    """Return the cost per audio-second of encoder, quantizer and decoder, for clips of a length.
+    """Return the cost per audio-second of encoder, quantizer and decoder, for clips of `seconds` seconds.
 
     Args:
-        learning: which of the three learn.
-        checkpointed: frame rates of the stages that compute their activations again.
+        learning: which of the three are trained.
+        checkpointed: frame rates in Hz of the stages with activation checkpointing.
     """
     code_frames = max(1, round(seconds * config.frame_rate))
     values = config.to_dict()
     for name in ("encoder_kwargs", "decoder_kwargs"):  # a single layer in every stage: enough to count, quick to build
         values[name] = [{**e, "num_layers": 1} if "num_layers" in e else e for e in values[name]]
     costs = {"encoder": Cost(), "quantizer": Cost(), "decoder": Cost()}
-    # Gradients pass through a part when one before it learns; the audio itself needs none.
+    # Gradients pass through a part if one before it is trained; the audio itself needs none.
     passing = {"encoder": False, "decoder": bool({"encoder", "quantizer"} & set(learning))}
     with fake_tensors():
         model = MossAudioTokenizerModel(MossAudioTokenizerConfig(**values))
@@ -191,8 +192,8 @@ def tokenizer_costs(
 
 
 def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, length: int, half: bool) -> Cost:
-    """Return the cost of one forward of all discriminators over a crop of so many samples, and what it keeps; no
-    backward.
+    """Return operations and activation bytes of one forward pass of all discriminators over a crop of `length` samples,
+    without a backward pass.
     """
     precision = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
     with fake_tensors(), precision:
@@ -201,15 +202,16 @@ def discriminators_cost(nodes: Sequence[Mapping[str, Any]], num_channels: int, l
         with FlopCounter() as counter:
             outputs = discriminators(waveform)
     kept = [feature.nbytes for output in outputs for feature in (*output.features, output.logits)]
-    # A convolution keeps its input, which is the activated output of the layer before; the activation keeps its own.
+    # A convolution keeps its input, the activated output of the layer before; the activation function keeps its own.
     bytes_kept = 2 * sum(kept)
     return Cost(forward=counter.total, activation_bytes=bytes_kept, checkpointed_bytes=bytes_kept)
 
 
 def losses_cost(objective: Objective, weights: Mapping[str, float], config: MossAudioTokenizerConfig) -> Cost:
-    """Return the cost per audio-second of the losses at the decoder's output that have a weight, in float32.
+    """Return the cost per audio-second, in float32, of the losses at the decoder's output that have a weight.
 
-    Their transforms are not counted as operations. One second is computed: the filters that they make depend on values.
+    Their Fourier transforms are not counted as operations. One second of audio is actually computed, not on fake
+    tensors, because the losses build filters that depend on values.
     """
     total = Cost()
     lengths = torch.tensor([config.output_sampling_rate])
@@ -224,10 +226,10 @@ def losses_cost(objective: Objective, weights: Mapping[str, float], config: Moss
 def semantic_cost(
     node: Mapping[str, Any], latent_dim: int, frames: int, tokens: int, half: bool, learns: bool = True
 ) -> Cost:
-    """Return the cost of the text LM for a clip of so many frames and text tokens, forward and backward.
+    """Return the cost of the text LM for a clip of `frames` frames and `tokens` text tokens, forward and backward.
 
-    Two shallow copies give the cost of a layer and of the rest. One that does not learn passes its gradient on all the
-    same.
+    Copies with one and two layers give the cost of a layer and that of the rest. A text LM that is not trained still
+    passes gradients back to its input.
     """
     costs = []
     depth = node["config"]["num_hidden_layers"]
@@ -244,14 +246,15 @@ def semantic_cost(
 
 @dataclass(frozen=True)
 class StageCosts:
-    """Cost of what a stage computes.
+    """Costs of a stage of the training.
 
     Attributes:
-        codec: per audio-second, of encoder, quantizer, decoder and the losses at the decoder's output.
-        discriminators: of one forward of all of them over the crop of a clip.
-        generator_passes: backward passes through them for the generator's terms.
-        text: operations of the text LM, forward and backward, by what they grow with: `clips_with_text`, `text_frames`,
-            `text_tokens`, and, because of attention, `text_squares` (see `count_clips`); where they were counted.
+        codec: cost per audio-second of encoder, quantizer, decoder and the losses at the decoder's output.
+        discriminators: cost of one forward pass of all discriminators over the crop of a clip.
+        generator_passes: number of backward passes through the discriminators for the generator's terms.
+        text: operations of the text LM, forward and backward, per unit of what they grow with: `clips_with_text`,
+            `text_frames`, `text_tokens`, and, because of attention, `text_squares` (see `count_clips`); empty if they
+            were not counted.
     """
 
     stage: Stage
@@ -266,10 +269,10 @@ class StageCosts:
         return sum(self.codec.values(), Cost())
 
     def operations(self, content: Mapping[str, float], schedule_state: ScheduleState) -> float:
-        """Return the operations of an update, each once; see `forward_backward` for the passes of the discriminators.
+        """Return the operations of an update, each counted once; see `forward_backward` for the discriminators' passes.
 
         Args:
-            content: `audio_seconds`, and what `count_clips` counts, over all ranks.
+            content: `audio_seconds` and the counts of `count_clips`, over all ranks.
         """
         passes = (
             self.generator_passes * schedule_state.adversarial_loss_active + 4 * schedule_state.discriminators_learn
@@ -318,14 +321,14 @@ ATTENTION = {
     for suffix, factor in (("", 1), ("_backward", 2))
     if hasattr(operators, f"{name}{suffix}")
 }
-"""Operators of fused attention that this torch has, and their operations in those of the forward pass."""
+"""Operators of fused attention in this version of torch, each with its cost in units of the forward pass."""
 
 
 class FlopCounter(TorchDispatchMode):
     """Adds up the FLOPs of every matrix product, convolution and attention inside a `with` block.
 
-    Products and convolutions count by torch's formulas. `FlopCounterMode` uses the same, but its attribution to modules
-    refuses `autograd.grad`, which training needs, and it knows neither causal nor windowed attention.
+    Products and convolutions are counted with torch's formulas. `FlopCounterMode` uses the same, but its attribution to
+    modules fails with `autograd.grad`, which training needs, and it supports neither causal nor windowed attention.
     """
 
     def __init__(self) -> None:
@@ -346,15 +349,15 @@ class FlopCounter(TorchDispatchMode):
 def attention(given: Mapping[str, Any]) -> int:
     """Return the FLOPs of the two products of attention, from the arguments of its kernel by name.
 
-    Query, key and value are [B, H, T, D], [B, G, S, D] and [B, G, S, E], where H / G heads share keys; or clips in a
-    row, [B * T, H, D], which are taken to have one length. A square mask is a causal one: transformers writes it out
-    for tensors without values.
+    Query, key and value are [B, H, T, D], [B, G, S, D] and [B, G, S, E], where H / G heads share keys; or packed clips,
+    [B * T, H, D], which are assumed to have one length. A square mask is assumed to be causal: for tensors without
+    values, transformers passes causality as such a mask.
     """
     query, key, value = (given[name] for name in ("query", "key", "value"))
     is_causal, window = given.get("is_causal", False), None
     if "cu_seq_q" in given:
         queries, keys = given["max_q"], given["max_k"]
-        num_heads = query.shape[0] * query.shape[1] // queries  # of all clips
+        num_heads = query.shape[0] * query.shape[1] // queries  # heads of all clips together
         left, right = given.get("window_size") or (-1, -1)
         is_causal, window = is_causal or right == 0, left + 1 if left >= 0 else None
     else:
@@ -362,7 +365,7 @@ def attention(given: Mapping[str, Any]) -> int:
         num_heads = query.shape[0] * query.shape[1]
         mask = given.get("attn_mask") if given.get("attn_mask") is not None else given.get("attn_bias")
         is_causal = is_causal or (mask is not None and queries == keys)
-    # How many keys all queries of a clip see together, at most `window` each.
+    # Number of (query, key) pairs of a clip; each query attends to at most `window` keys.
     seen = keys if window is None else min(window, keys)
     pairs = seen * (seen + 1) // 2 + (queries - seen) * seen if is_causal and queries == keys else queries * seen
     return 2 * num_heads * pairs * (query.shape[-1] + value.shape[-1])

@@ -1,6 +1,6 @@
-"""What a run needs and what machines have: peaks of GPUs by the vendors' data sheets, and memory.
+"""Memory that a run needs, and what machines have: peaks of GPUs from the vendors' data sheets, and memory.
 
-GPUs are known by our short names and by those that drivers give. Memory is compared before anything is allocated.
+GPUs are found by our short names and by those of their drivers. Memory is checked before anything is allocated.
 """
 
 import math
@@ -20,9 +20,9 @@ class Gpu:
 
     Attributes:
         bf16, tf32, fp32: peaks of dense matrix products in TFLOP/s.
-        memory: in GB.
-        bandwidth: of the memory, in TB/s.
-        device_names: regular expression of the whole names that `torch.cuda.get_device_name` gives it.
+        memory: memory size in GB.
+        bandwidth: memory bandwidth in TB/s.
+        device_names: regular expression that matches its whole name in `torch.cuda.get_device_name`, without "NVIDIA".
     """
 
     bf16: float
@@ -61,19 +61,19 @@ def is_half(trainer: TrainerConfig) -> bool:
 
 
 def gpu_of(device_name: str) -> Gpu | None:
-    """Return the GPU of a driver's name; None for an unknown one and for a slice of one (MIG), whose peak is not its
-    own.
+    """Return the GPU with a driver's name; None for an unknown one and for a slice of a GPU (MIG), which does not have
+    the GPU's peak.
     """
     name = device_name.strip().removeprefix("NVIDIA ")
     return next((gpu for gpu in GPUS.values() if re.fullmatch(gpu.device_names, name)), None)
 
 
 def device_peak(device_name: str | None, trainer: TrainerConfig, given_tflops: float | None) -> float | None:
-    """Return the peak in FLOP/s of one device of a run; None when it is not known, as that of a CPU (`device_name`
+    """Return the peak in FLOP/s of one device of a run; None when it is not known, as for a CPU (`device_name` is
     None).
 
     Args:
-        given_tflops: `logging.peak_tflops`, which goes before what is known.
+        given_tflops: `logging.peak_tflops`, which takes precedence over the table.
     """
     if given_tflops is not None:
         return given_tflops * 1e12
@@ -86,11 +86,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class StateSize:
-    """Parameters of each network of a run; a test pins the figures of the published model.
+    """Number of parameters of each network of a run; a test pins the figures of the published model.
 
     Attributes:
         has_average: whether a moving average of the tokenizer is kept.
-        shards: ranks that share tokenizer and text LM (FSDP).
+        shards: number of ranks over which tokenizer and text LM are sharded (FSDP).
     """
 
     tokenizer: int
@@ -122,11 +122,12 @@ def check_memory(size: StateSize, device: torch.device, processes: int = 1) -> N
     """Refuse a run whose training state cannot fit, before it is allocated.
 
     Args:
-        device: of this process; no other GPU is touched, which would cost memory on it.
-        processes: on this machine. On CPUs they share its memory, each with a state of its own; each GPU holds one.
+        device: device of this process; no other GPU is used, which would take memory there.
+        processes: number of processes on this machine. On CPUs they share its memory, each with a state of its own;
+            each GPU holds one state.
 
     Raises:
-        UserError: with what is needed and what is available, in GiB.
+        UserError: the state does not fit; the message has the needed and the available memory in GiB.
     """
     if device.type == "cuda":
         available, where, copies = torch.cuda.mem_get_info(device)[0], "GPU memory", 1

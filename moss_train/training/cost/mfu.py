@@ -1,7 +1,7 @@
-"""Model FLOPs utilisation: counted operations of an update over what the devices could have done in that time.
+"""Model FLOPs utilisation: operations of an update divided by what the devices could have done in that time.
 
-MFU (model FLOPs utilisation) counts every operation once, HFU (hardware) also those that activation checkpointing does
-a second time (arXiv 2204.02311). Both count what the clips need, not their padding.
+MFU (model FLOPs utilisation) counts every operation once; HFU (hardware) also counts those that activation
+checkpointing does a second time (arXiv 2204.02311). Both count what the clips need, not their padding.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ from moss_train.training.step.schedule import ScheduleState
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import warn
 
-TEXT_LENGTH = 64  # frames and tokens of the clips on which the text LM is counted, and the double of them
+TEXT_LENGTH = 64  # the text LM is counted on clips of this many frames and tokens, and of twice as many
 
 
 class Utilization:
-    """Use of the devices, update by update; nothing where the peak of a device is not known, as on a CPU."""
+    """Computes the utilisation of the devices per update; nothing if their peak is not known, as on a CPU."""
 
     def __init__(self, config: FitConfig) -> None:
         self.config = config
@@ -34,7 +34,7 @@ class Utilization:
         self.stages: list[StageCosts] = []
 
     def start(self, module: CatModule, device: torch.device, num_devices: int) -> None:
-        """Count what the stages cost, once, when there is a peak to compare it with; takes seconds."""
+        """Count the operations of the stages once, if the peak of the devices is known; takes seconds."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         peak = device_peak(name, self.config.trainer, self.config.logging.peak_tflops)
         if peak is None:
@@ -47,7 +47,7 @@ class Utilization:
         self.peak = peak * num_devices
 
     def shares(self, content: Mapping[str, float], schedule_state: ScheduleState, seconds: float) -> dict[str, float]:
-        """`mfu` and `hfu` of an update of this content (see `StageCosts.operations`) that took so many seconds."""
+        """Return `mfu` and `hfu` of an update with this content (see `StageCosts.operations`) and duration."""
         if self.peak is None:
             return {}
         stage = next(costs for costs in self.stages if costs.stage == schedule_state.stage)  # names may repeat
@@ -58,7 +58,7 @@ class Utilization:
 
 
 def count_stages(module: CatModule, config: FitConfig) -> list[StageCosts]:
-    """Count every stage. Raises UserError for a text LM that cannot be counted."""
+    """Count the operations of every stage. Raises UserError for a text LM that cannot be counted."""
     text = cache(lambda learns: text_operations(module, is_half(config.trainer), learns))
     nodes = module.hparams["discriminators"]
     counted = stage_costs(config, module.tokenizer.config, nodes, module.objective, module.schedule)
@@ -66,7 +66,7 @@ def count_stages(module: CatModule, config: FitConfig) -> list[StageCosts]:
 
 
 def text_operations(module: CatModule, half: bool, learns: bool) -> dict[str, float]:
-    """Count the text LM, see `StageCosts.text`. Raises UserError for one that cannot be counted."""
+    """Count the operations of the text LM (see `StageCosts.text`). Raises UserError if they cannot be counted."""
     if module.semantic is None:
         return {}
     node = module.hparams["semantic"]

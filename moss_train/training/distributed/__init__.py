@@ -1,1 +1,1 @@
-"""Several processes: collectives, sharding, preemption."""
+"""Training with several processes: collectives and sharding."""

@@ -1,7 +1,7 @@
 """Collectives: sum gradients and numbers over the processes that Lightning has started.
 
 Every loss is a sum over clips divided by a count of the whole update, so gradients and terms add up: all reductions are
-sums. Without a process group every function does what is right for one process.
+sums. Without a process group every function behaves as with a single rank.
 """
 
 import hashlib
@@ -20,21 +20,21 @@ from moss_train.training.distributed.fsdp import is_sharded
 
 Key = TypeVar("Key")
 BUCKET_BYTES = 64 * 2**20
-BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers of the size of a weight in bytes
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # bytes per weight -> integer dtype of the same size
 
 
 class ManualDDPStrategy(DDPStrategy):
-    """The processes, launching and saving of DDP without its wrapper around the module.
+    """Launches processes and saves checkpoints as DDP does, without its wrapper around the module.
 
-    The wrapper would reduce the generator in every backward of the discriminators too, and refuses an update in which a
-    rank has no text; `GradientSums` reduces each network once per update instead.
+    The wrapper would also reduce the generator's gradients in every backward pass of the discriminators, and it fails
+    in an update in which a rank has no text; `GradientSums` reduces each network once per update instead.
     """
 
     def configure_ddp(self) -> None:
-        """Leave the module as it is."""
+        """Leave the module unwrapped."""
 
     def teardown(self) -> None:
-        """Leave weights and moments where they are, too: on a GPU they would be copied to the machine's memory."""
+        """Tear down without moving weights and moments, which DDP would copy from a GPU to host memory."""
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -44,12 +44,12 @@ class ManualDDPStrategy(DDPStrategy):
 
 
 def num_ranks() -> int:
-    """Return the processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:
-    """Return the largest of one number per rank."""
+    """Return the maximum of a number over all ranks."""
     if num_ranks() == 1:
         return number
     largest = torch.tensor(number, device=device)
@@ -58,22 +58,20 @@ def max_over_ranks(number: int, device: torch.device) -> int:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum of a tensor over all ranks, in place."""
+    """Sum a tensor over all ranks, in place, and return it."""
     if num_ranks() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_from_rank0(tensor: Tensor) -> None:
-    """Overwrite a tensor, on every rank, with what it is on the first one."""
+    """Overwrite a tensor on every rank with its value on rank 0."""
     if num_ranks() > 1:
         dist.broadcast(tensor, 0)
 
 
 def gather_over_ranks(item: Any) -> list[Any]:
-    """Return one small picklable object of every rank, in the order of the ranks. For rare events: it waits for all
-    ranks.
-    """
+    """Return one small picklable object per rank, in rank order. It waits for all ranks, so keep it for rare events."""
     if num_ranks() == 1:
         return [item]
     items: list[Any] = [None] * num_ranks()
@@ -82,9 +80,10 @@ def gather_over_ranks(item: Any) -> list[Any]:
 
 
 def sum_by_name(groups: Mapping[str, Mapping[str, Tensor | float]], device: torch.device) -> dict[str, Tensor]:
-    """Sum groups of named numbers over ranks in one collective: a vector for each group, float64, on the device.
+    """Sum groups of named numbers over ranks in one collective; returns a float64 vector on the device for each group.
 
-    The names must be the same on every rank. The values of a group are scalars on `device`, or numbers of the host.
+    The names must be the same on every rank. The values of a group are all scalar tensors on `device`, or all plain
+    numbers.
     """
     held = {group: [v for v in values.values() if isinstance(v, Tensor)] for group, values in groups.items()}
     numbers = [float(v) for group, values in groups.items() if not held[group] for v in values.values()]
@@ -96,7 +95,7 @@ def sum_by_name(groups: Mapping[str, Mapping[str, Tensor | float]], device: torc
 
 
 def read_by_name(vectors: Mapping[str, Tensor], names: Mapping[str, Iterable[Key]]) -> dict[str, dict[Key, float]]:
-    """Bring vectors of one device to the host in one copy, with the name of each number; the host waits for it."""
+    """Copy vectors of one device to the host at once and return their numbers by name; the host waits for the copy."""
     pieces = torch.cat(list(vectors.values())).cpu().split([len(vector) for vector in vectors.values()])
     return {
         group: dict(zip(names[group], piece.tolist(), strict=True))
@@ -105,14 +104,15 @@ def read_by_name(vectors: Mapping[str, Tensor], names: Mapping[str, Iterable[Key
 
 
 class GradientSums:
-    """Sums gradients over ranks, those of the last backward passes as soon as they are there.
+    """Sums gradients over ranks, overlapping with the last backward passes.
 
-    They go out in flat buckets, in one order on every rank, about that in which a backward pass comes to them: later
-    parts before earlier ones. A bucket that is not complete holds up those behind it until `finish`.
+    Gradients are sent in flat buckets, in the same order on every rank, which is roughly the order in which a backward
+    pass computes them: later parts before earlier ones. An incomplete bucket holds up those behind it until it is
+    complete, or until `finish`.
 
     Args:
         parts: parameters of every network, the same ones in the same order on every rank.
-        dtype: of what is sent, by default that of the gradients; bfloat16 halves the traffic and rounds partial sums.
+        dtype: dtype of the gradients as sent; None is their own. bfloat16 halves the traffic and rounds partial sums.
     """
 
     def __init__(
@@ -128,18 +128,18 @@ class GradientSums:
         self._incomplete = [set(bucket) for bucket in self._buckets]
         self._under_way: deque[tuple[list[nn.Parameter], Tensor, Any]] = deque()
         self.num_sent = 0  # buckets
-        self.missing: set[nn.Parameter] = set()  # those sent that had no gradient on this rank
+        self.missing: set[nn.Parameter] = set()  # parameters in sent buckets without a gradient on this rank
 
     @contextmanager
     def beside_backward(
         self, leaves: Mapping[nn.Parameter, nn.Parameter], unused: Iterable[nn.Parameter] = ()
     ) -> Iterator[None]:
-        """Within it gradients are summed when they are there; it is for the last one of each of this rank.
+        """Sum gradients as soon as they are complete, inside a `with` block around this rank's last backward passes.
 
         Args:
-            leaves: what collects the gradient of a parameter, by parameter, as a rule itself. Once its earlier hooks
-                have run, the parameter has its sum. Parameters without a leaf wait for `finish`.
-            unused: parameters that get none any more; what they have is the last.
+            leaves: maps a parameter to the leaf that receives its gradient, usually itself. Once the leaf's earlier
+                hooks have run, the parameter's `grad` is this rank's sum. Parameters without a leaf wait for `finish`.
+            unused: parameters that get no gradient in these passes; their current one is complete.
         """
         for parameter in unused:
             if parameter in leaves and parameter in self._place:
@@ -156,7 +156,7 @@ class GradientSums:
                 hook.remove()
 
     def finish(self) -> None:
-        """Sum what is left; then every gradient is the sum, and a missing one counts as zero."""
+        """Sum the remaining buckets; afterwards every gradient is the sum over ranks, where a missing one is zero."""
         while self.num_sent < len(self._buckets):
             self._send()
         while self._under_way:
@@ -173,7 +173,7 @@ class GradientSums:
 
     @torch.no_grad()
     def _send(self) -> None:
-        """Copy the next bucket into one tensor, in place of its gradients, and begin to sum it."""
+        """Copy the gradients of the next bucket into one tensor, free them and start the sum over ranks."""
         bucket = self._buckets[self.num_sent]
         self.missing.update(p for p in bucket if p.grad is None)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
@@ -185,7 +185,7 @@ class GradientSums:
 
 
 def make_buckets(parameters: Iterable[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
-    """Runs of parameters of one dtype with at most `size` bytes together; a larger one is alone."""
+    """Yield buckets of consecutive parameters of one dtype, of at most `size` bytes; a larger parameter is alone."""
     bucket: list[nn.Parameter] = []
     filled = 0
     for parameter in parameters:
@@ -199,10 +199,10 @@ def make_buckets(parameters: Iterable[nn.Parameter], size: int) -> Iterator[list
 
 
 def check_equal_start(module: nn.Module, progress: Sequence[int]) -> None:
-    """Make sure that all ranks start from the same weights at the same place, by comparing short fingerprints.
+    """Check that all ranks start with the same weights and progress, by comparing short fingerprints.
 
     Raises:
-        RuntimeError: they do not, with what each rank has.
+        RuntimeError: they do not; the message lists what each rank has.
     """
     if num_ranks() == 1:
         return
@@ -214,9 +214,9 @@ def check_equal_start(module: nn.Module, progress: Sequence[int]) -> None:
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """Return a short hash of the names, shapes and bits of all parameters; integer sums do not depend on their order.
+    """Return a short hash of the names, shapes and bits of all parameters, except sharded ones, which differ by rank.
 
-    Sharded ones, which differ from rank to rank, are left out.
+    Bits are summed as integers, so that the result does not depend on the order of summation.
     """
     parameters = {name: p for name, p in module.named_parameters() if not is_sharded(p)}
     sums = [p.flatten().view(BITS[p.element_size()]).sum(dtype=torch.int64) for p in parameters.values()]

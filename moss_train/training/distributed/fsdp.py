@@ -1,10 +1,10 @@
 """Shard tokenizer and text LM over the ranks (FSDP2, arXiv 2304.11277): less memory, more traffic.
 
-Every rank holds its share of their weights, gradients and moments. A layer's weights are gathered before they are used,
-in the forward and again in the backward pass, and its gradients are summed in every micro-batch, so that no rank keeps
+Every rank holds a shard of their weights, gradients and moments. A layer's weights are gathered before they are used,
+in the forward and again in the backward pass, and its gradients are reduced in every micro-batch, so that no rank keeps
 all of either. Quantizer and discriminators are small and stay whole on all ranks.
 
-All of this is collective: every rank has to pass every network equally often in an update.
+These are collective operations: in an update, every rank has to run every network equally often.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,15 +24,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a rank holds a share of this tensor only."""
+    """Return whether each rank holds only a shard of this tensor."""
     return isinstance(tensor, DTensor)
 
 
 def gather_to_rank0(tensor: Tensor) -> Tensor | None:
-    """Return a tensor as it is, or of a sharded one the whole in the memory of the first rank's host, None on the
-    others.
+    """Return an unsharded tensor as it is; of a sharded one, the whole in host memory on rank 0, and None elsewhere.
 
-    Tensor by tensor no rank holds all of them on its device; all ranks have to call it.
+    All ranks have to call it. It takes a single tensor, so that no device ever holds all whole tensors at once.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -41,12 +40,12 @@ def gather_to_rank0(tensor: Tensor) -> Tensor | None:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor, without a copy."""
+    """Return this rank's shard of a tensor (all of an unsharded one), without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(full: Tensor, example: Tensor) -> Tensor:
-    """Return a copy of a whole tensor, placed and sharded as an example of the same shape."""
+    """Return a copy of a whole tensor, placed and sharded like an example of the same shape."""
     if not isinstance(example, DTensor):
         return full.to(example.device, example.dtype, copy=True)
     moved = full.to(example.device, example.dtype)
@@ -54,14 +53,14 @@ def distribute_like(full: Tensor, example: Tensor) -> Tensor:
 
 
 class FSDPUnits:
-    """Networks that are sharded from now on: layer by layer, and what else a network has as one more unit.
+    """Shards networks in place: every layer is a unit, and the remaining weights of a network are one more unit.
 
     Args:
-        networks: called as modules, each on its own.
-        mesh: one-dimensional, the ranks that share.
-        reduce_dtype: of gradients between ranks, by default float32.
-        gather_dtype: in which the linear weights of layers are gathered, by default float32. Where autocast multiplies
-            in bfloat16 anyway, gathering that is the same to the last bit and half the traffic.
+        networks: networks that are each called as a module of their own.
+        mesh: one-dimensional mesh of the ranks to shard over.
+        reduce_dtype: dtype in which gradients are reduced between ranks; None is float32.
+        gather_dtype: dtype in which the linear weights of layers are gathered; None is float32. Where autocast computes
+            in bfloat16 anyway, gathering in bfloat16 gives the same result to the last bit with half the traffic.
     """
 
     def __init__(
@@ -85,22 +84,26 @@ class FSDPUnits:
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
                 units.append([layer, *linears[:1]])
             fully_shard(network, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-            # The next unit is gathered while one computes: the network's own weights first, then its layers, and
-            # backwards. The first linear layer stands for all of them where they are gathered in another precision.
-            # The order that FSDP2 notes by itself would be upset by passes of a validation.
+            # While one unit computes, the next one is gathered: the network's own weights first, then its layers, and
+            # in reverse order in the backward pass. Where linear layers are gathered in another precision, the first
+            # one stands for all of its unit. The order is set here because validation would upset the one that FSDP2
+            # records.
             for parts, following in pairwise(units):
                 parts[0].set_modules_to_forward_prefetch(following)
                 following[0].set_modules_to_backward_prefetch(parts)
             units[0][0].set_modules_to_backward_prefetch(units[-1])
             self.units += [part for unit in units for part in unit]
         for unit in self.units:
-            # Terms are sums over clips divided by counts of all ranks, so gradients add up.
+            # Terms are sums over clips divided by counts over all ranks, so gradients add up without an average.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Within it every rank has all weights, for work without gradients, for which ranks need not keep step."""
+        """Gather all weights on every rank inside the `with` block, where ranks may run networks independently.
+
+        It is for work without gradients.
+        """
         for unit in self.units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
@@ -113,16 +116,17 @@ class FSDPUnits:
 
 
 def layers_of(network: nn.Module) -> list[nn.Module]:
-    """Return the layers of a transformer: what its lists called `layers` hold."""
+    """Return the transformer layers of a network: the items of its module lists called `layers`."""
     lists = [part for name, part in network.named_modules() if name.rpartition(".")[2] == "layers"]
     return [layer for part in lists if isinstance(part, nn.ModuleList) for layer in part]
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's processes and device mesh for FSDP2; `CatModule.configure_model` shards.
+    """Sets up Lightning's processes and device mesh for FSDP2; `CatModule.configure_model` shards the networks.
 
-    Checkpoints hold whole tensors under the names of one process, so that a run can continue with other processes or
-    another strategy. Lightning's own collection would step an optimizer without state to give it one.
+    Checkpoints hold whole tensors under the same names as with one process, so that a run can continue with another
+    number of processes or another strategy. State is gathered here because Lightning's own method would step an
+    optimizer that has no state yet, in order to create it.
     """
 
     def __init__(self, num_processes: int, timeout: timedelta) -> None:
@@ -130,23 +134,26 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Optimizers are restored by `load_optimizer_state_dict`."""
+        """Whether Lightning restores optimizers: yes, with `load_optimizer_state_dict`."""
         return True
 
     def setup_environment(self) -> None:
-        """Connect the processes, which `start_processes` does before there is a module; then make the mesh."""
+        """Connect the processes; called again once there is a module, also create the device mesh.
+
+        `start_processes` makes the first call.
+        """
         if self.lightning_module is None:
             self._setup_distributed()
         else:
             super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the whole weights on rank 0, nothing of use elsewhere; all ranks have to call it."""
+        """Return the whole weights on rank 0 and None for sharded ones elsewhere; all ranks have to call it."""
         assert self.lightning_module is not None
         return {name: gather_to_rank0(tensor) for name, tensor in self.lightning_module.state_dict().items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the whole moments on rank 0, nothing of use elsewhere; all ranks have to call it."""
+        """Return the whole moments on rank 0 and None for sharded ones elsewhere; all ranks have to call it."""
         state = optimizer.state_dict()
         gathered = {
             place: {name: gather_to_rank0(value) for name, value in values.items()}
@@ -155,18 +162,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         return state | {"state": gathered}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read by every rank, through the run's own plugin."""
+        """Read a checkpoint on every rank, with the run's own plugin."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this rank's share of whole weights."""
+        """Load this rank's shards of whole weights."""
         assert self.lightning_module is not None
         examples = self.lightning_module.state_dict()
         weights = {name: distribute_like(value, examples[name]) for name, value in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(weights, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's share of whole moments."""
+        """Load this rank's shards of whole moments."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             moments = {
@@ -177,8 +184,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def shard_moment(value: Any, parameter: nn.Parameter) -> Any:
-    """Return a rank's share of what an optimizer keeps for a parameter; the count of steps is no tensor of its
-    shape.
+    """Return this rank's shard of an optimizer's state value; one of another shape (the step count) is returned as it
+    is.
     """
     is_moment = isinstance(value, Tensor) and value.ndim > 0 and value.shape == parameter.shape
     return distribute_like(value, parameter.detach()) if is_moment else value

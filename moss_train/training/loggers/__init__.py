@@ -1,1 +1,1 @@
-"""Where the numbers of a run go."""
+"""Loggers of a run: CSV, progress, TensorBoard, Weights & Biases."""

@@ -1,6 +1,6 @@
-"""The logger interface: rows of a few tables and audio samples, handed to every logger; and CSV files.
+"""The logger interface (rows of a few tables and audio samples), and the loggers for CSV, progress and TensorBoard.
 
-The CSV files are complete after a kill, continued by a resume, readable without this package.
+The CSV files are complete after a kill, continued by a resume, and readable without this package.
 """
 
 import csv
@@ -20,40 +20,40 @@ from moss_train.utils.files import add_path_to_error, atomic_write
 from moss_train.utils.progress import progress
 
 TABLES = ("metrics", "codebooks", "audio_hours", "validation")
-"""A row per update; use of every codebook level; hours by domain; scores on held-out audio. `update` is in each."""
+"""One row per update; use of every codebook level; hours by domain; scores on held-out audio. Each has `update`."""
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ClipSample:
-    """What the model made of one held-out clip, as files."""
+    """The model's reconstructions of one held-out clip, as files."""
 
     update: int
-    name: str  # of the clip, fit for file names
+    name: str  # of the clip, safe in file names
     audio: Mapping[str, Path]  # "original", "levels-32", ... -> FLAC
     picture: Path | None  # spectrograms; None without matplotlib
     texts: Mapping[str, str]  # "truth", "levels-32", ...; empty for a clip without text
 
 
 class Writer:
-    """Something that keeps a log; each one takes what it can show."""
+    """Base class of loggers; each one writes what it can show and ignores the rest."""
 
     def start(self, update: int) -> None:
-        """Begin, or continue after `update`: what is written about later updates is about to be written again."""
+        """Begin, or continue after `update`; entries of later updates will be written again."""
 
     def write(self, table: str, row: Row) -> None:
-        """Take a row of one of TABLES."""
+        """Log a row of one of TABLES."""
 
     def show(self, samples: Sequence[ClipSample]) -> None:
-        """Take samples, all of one update."""
+        """Log samples, all of one update."""
 
     def close(self) -> None:
-        """Finish; it may be called again."""
+        """Finish; may be called more than once."""
 
 
 class LoggerCollection:
-    """The writers of the process that writes, rank 0. On other ranks it takes everything and does nothing."""
+    """Passes rows and samples to all writers on rank 0, and does nothing on other ranks."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
         self.writers = tuple(writers)
@@ -79,11 +79,11 @@ class LoggerCollection:
 
 
 class CsvWriter(Writer):
-    """One table, floats to the last bit; a resumed run continues below its checkpoint.
+    """Writes one table, with floats in full precision; a resumed run continues after the rows up to its checkpoint.
 
     Args:
-        path: of the file; its stem names the table.
-        columns: of a new file. An existing one keeps its own and gets those that it lacks.
+        path: path of the file; its stem is the name of the table.
+        columns: columns of a new file; an existing file keeps its own and gets the missing ones.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -91,7 +91,7 @@ class CsvWriter(Writer):
         self.columns = tuple(columns)
 
     def start(self, update: int) -> None:
-        """Open the file, without rows of updates that are about to be done again."""
+        """Open the file and drop rows of updates that are about to be repeated."""
         known = next((list(row) for row in iterate_table(self.path)), [])
         columns = [*known, *(name for name in self.columns if name not in known)]
         with atomic_write(self.path) as path, path.open("w", newline="") as file:
@@ -102,7 +102,7 @@ class CsvWriter(Writer):
         self.writer = csv.DictWriter(self.file, columns, restval="")
 
     def write(self, table: str, row: Row) -> None:
-        """Append and flush: a kill loses nothing."""
+        """Append a row and flush, so that a kill loses nothing."""
         if table == self.path.stem:
             with add_path_to_error(self.path):
                 self.writer.writerow(row)
@@ -110,15 +110,17 @@ class CsvWriter(Writer):
 
     def close(self) -> None:
         if hasattr(self, "file"):
-            with add_path_to_error(self.path):  # a full disk again, when a row is left over
+            with add_path_to_error(self.path):  # a row that is still buffered can meet a full disk again
                 self.file.close()
 
 
 def iterate_table(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of a table under the present names of its columns; none without a file, and no row that a kill cut short.
+    """Yield the rows of a table under the current names of its columns; rows that a kill cut short are left out.
+
+    A missing file has no rows.
 
     Raises:
-        UserError: it is not a table of a run.
+        UserError: the file is not a table of a run.
     """
     if not path.exists():
         return
@@ -136,17 +138,17 @@ def iterate_table(path: Path) -> Iterator[dict[str, str]]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Return all rows of a table, see `iterate_table`."""
+    """Return all rows of a table (see `iterate_table`)."""
     return list(iterate_table(path))
 
 
 class ProgressWriter(Writer):
-    """Updates done, speed and time left, with the losses that matter most and the last validation.
+    """Shows updates done, speed and time left, with the most important losses and the last validation.
 
     Args:
-        updates: of the whole run.
-        line_seconds: without a terminal a line at most so often; ten times as rarely after ten times as long,
-            which keeps the log of a long run in a batch system short.
+        updates: number of updates of the whole run.
+        line_seconds: minimum seconds between two lines if there is no terminal; ten times that once ten times as long
+            has passed, which keeps the log of a long batch job short.
     """
 
     def __init__(self, updates: int, line_seconds: float = 60.0) -> None:
@@ -192,18 +194,18 @@ class ProgressWriter(Writer):
 
 
 def clock(seconds: float) -> str:
-    """Return the seconds as hours and minutes, days in front where there are any."""
+    """Return seconds formatted as hours and minutes, preceded by days if there are any."""
     minutes = round(seconds / 60)
     days, hours = minutes // 1440, minutes // 60 % 24
     return f"{days} d {hours:02d}:{minutes % 60:02d} h" if days else f"{hours}:{minutes % 60:02d} h"
 
 
 class TensorBoardWriter(Writer):
-    """Every number as a scalar, samples as audio and text; `tensorboard --logdir <run directory>` shows them.
+    """Logs every number as a scalar, samples as audio and text; `tensorboard --logdir <run directory>` shows them.
 
     Args:
-        directory: of the event files.
-        every_updates: updates per row of the metrics table; other tables are logged whole.
+        directory: folder of the event files.
+        every_updates: updates between two logged rows of the metrics table; other tables are logged completely.
 
     Raises:
         UserError: the package tensorboard is missing.
@@ -217,7 +219,7 @@ class TensorBoardWriter(Writer):
         self.events: Any = None
 
     def start(self, update: int) -> None:
-        """Open the next event file; what earlier ones say about later updates is hidden."""
+        """Open the next event file; entries of earlier files about later updates are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.events = SummaryWriter(str(self.directory), purge_step=update + 1)

@@ -20,11 +20,11 @@ ID_FILE = "wandb.json"
 INIT_SECONDS = 20.0
 """Longest wait for the server; after it the run is logged offline."""
 FINISH_SECONDS = 60.0
-"""Longest wait for what is not uploaded yet; it stays in the run directory and `wandb sync` uploads it."""
+"""Longest wait for pending uploads; after it they stay in the run directory, and `wandb sync` uploads them."""
 
 
 def has_key(base_url: str) -> bool:
-    """Return whether the environment or the netrc file, where `wandb login` puts it, has a key for a server."""
+    """Return whether a server's API key is in the environment or in the netrc file, where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     default = Path("~/.netrc").expanduser()
@@ -41,11 +41,11 @@ class WandbWriter(Writer):
     """Logs the run of a directory under an id that stays the same when it resumes.
 
     Args:
-        directory: run directory; its name and parent name the run.
+        directory: run directory; the run is named after it and its parent folder.
         mode: online, offline or auto, which is online when there is a key and the server answers, else offline; `wandb
-            sync --append <directory>/wandb/offline-run-*` uploads later.
-        every_updates: updates per row of the metrics table; other tables are logged whole.
-        config: of the run, shown beside it.
+            sync --append <directory>/wandb/offline-run-*` uploads an offline run later.
+        every_updates: updates between two logged rows of the metrics table; other tables are logged completely.
+        config: configuration of the run, shown with it.
     """
 
     def __init__(self, directory: Path, mode: str, every_updates: int, config: dict[str, Any]) -> None:
@@ -74,8 +74,8 @@ class WandbWriter(Writer):
                     return
                 except wandb.Error as error:
                     warn(f"wandb is offline: {first_line(error)}")
-                    wandb.teardown()  # or the id would still be in use
-            elif wanted == "online":  # most people without a key do not want to hear of it with every run
+                    wandb.teardown()  # otherwise the id would still be in use
+            elif wanted == "online":  # in auto mode, most people without a key do not want a warning in every run
                 warn("wandb is offline: no API key (wandb login, or WANDB_API_KEY)")
         self._start_run("offline")
 
@@ -96,12 +96,12 @@ class WandbWriter(Writer):
             config=without_credentials(self.config),
             settings=settings,
         )
-        # The axis is our clock, not the number of calls: a resumed run logs some updates a second time.
+        # The x-axis is the update, not the number of calls: a resumed run logs some updates a second time.
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")
 
     def write(self, table: str, row: Row) -> None:
-        """Log one row; tables other than the first put their name before their columns."""
+        """Log one row; columns of tables other than `metrics` are prefixed with the name of their table."""
         if self.run is None or (table == "metrics" and row["update"] % self.every_updates):
             return
         prefix = "" if table == "metrics" else f"{table}/"
@@ -128,7 +128,7 @@ class WandbWriter(Writer):
 
 
 def as_media(samples: Sequence[ClipSample]) -> dict[str, Any]:
-    """Return the samples as wandb's own kinds of values."""
+    """Return the samples as wandb media objects, by the key under which they are logged."""
     import wandb
 
     values: dict[str, Any] = {"update": samples[0].update} if samples else {}
@@ -141,7 +141,7 @@ def as_media(samples: Sequence[ClipSample]) -> dict[str, Any]:
 
 
 def without_credentials(node: Any) -> Any:
-    """Return the plain data without the user and password of addresses, and without the parameters that sign a link."""
+    """Return plain data in which URLs have no user, password or query, because a query can hold a signature."""
     if isinstance(node, Mapping):
         return {key: without_credentials(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -152,7 +152,7 @@ def without_credentials(node: Any) -> Any:
 
 
 def run_id(directory: Path) -> str:
-    """Return the id of a run directory: drawn once, so that a new run of an old name does not continue the old one."""
+    """Return the id of a run directory. It is drawn once: a new run under an old name must not continue the old one."""
     path = directory / ID_FILE
     try:
         found = read_json(path)["id"]

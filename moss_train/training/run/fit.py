@@ -44,11 +44,11 @@ from moss_train.utils.files import atomic_write, file_lock, printable, read_json
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
-PACKED_FILE = "packed.json"  # which packed folders `data.path` became
+PACKED_FILE = "packed.json"  # records the folders into which `data.path` was packed
 PACKED_FOLDER = "packed"
-LOCK_TIMEOUT_SECONDS = 10.0  # for processes of a killed run that have not noticed yet
-LAUNCHED_LOCK_TIMEOUT_SECONDS = 180.0  # a file server may hold the lock of a machine that died for minutes
-# What may differ between the parts of one run: it does not change what is learned.
+LOCK_TIMEOUT_SECONDS = 10.0  # for processes of a killed run that have not ended yet
+LAUNCHED_LOCK_TIMEOUT_SECONDS = 180.0  # a file server may hold the lock of a dead machine for minutes
+# Keys that may change when a run is resumed: they do not affect what is learned.
 MUTABLE_KEYS = CALLBACK_KEYS | {
     "run_dir",
     "name",
@@ -75,10 +75,11 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     """Train, or continue training, the run that a `fit` configuration describes.
 
     Args:
-        config: of `moss_train.load_config("fit", [...])`; plain data is checked in the same way.
+        config: result of `moss_train.load_config("fit", [...])`; plain data is checked in the same way.
 
     Raises:
-        UserError: what the user has to change; nothing has been allocated or written then.
+        UserError: something that the user has to change. Errors in the configuration, and too little memory, are found
+            before the networks are allocated and before a checkpoint is written.
     """
     config = FitConfig.of(config)
     check_inputs(config)
@@ -107,7 +108,7 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     patience = LAUNCHED_LOCK_TIMEOUT_SECONDS if started_processes() else LOCK_TIMEOUT_SECONDS
     with file_lock(directory / LOCK_FILE, str(directory), patience) if trainer.is_global_zero else nullcontext():
         checkpoint = None
-        if trainer.is_global_zero:  # looks before it starts the other ranks; all of them learn what it found
+        if trainer.is_global_zero:  # rank 0 looks before it starts the other ranks, and broadcasts what it found
             checkpoint = resume_checkpoint(directory / "checkpoints")
             if checkpoint is not None:
                 check_unchanged(config, directory)
@@ -136,7 +137,7 @@ def train(
     trainer: Trainer,
     updates: range,
 ) -> int:
-    """Do the given updates from a checkpoint, or from the start without one; returns the update reached."""
+    """Train for the given updates, from a checkpoint or from the start if there is none; returns the update reached."""
     module = CatModule(**init_plan.arguments)
     apply_optimizations(module, config)
     if checkpoint is None and init_plan.source is not None:
@@ -158,7 +159,7 @@ def train(
     try:
         trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     except SystemExit:
-        # Lightning turns Ctrl-C into an exit without a word.
+        # Lightning turns Ctrl-C into a silent exit.
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
@@ -166,7 +167,10 @@ def train(
 
 
 def count_parameters_on_meta(arguments: dict[str, Any], config: FitConfig) -> StateSize:
-    """Count a run's parameters on the meta device, where nothing is allocated, and try its other options there."""
+    """Count a run's parameters on the meta device, where nothing is allocated; checks its other options there, too.
+
+    Raises UserError for an option that does not work.
+    """
     semantic = arguments["semantic"]
     try:
         with torch.device("meta"):
@@ -186,17 +190,17 @@ def count_parameters_on_meta(arguments: dict[str, Any], config: FitConfig) -> St
 
 
 def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> tuple[list[str], list[str]]:
-    """Return the packed folders to learn from and those held out, for validation unless `validation.data` names others.
+    """Return the packed folders for training and those held out for validation (unless `validation.data` names others).
 
-    They are those of `data.train`, or those into which `data.path` is packed here in the tokenizer's format. A run that
-    has begun keeps the shards it began with, also when its files are gone by now.
+    They are those of `data.train`, or those into which `data.path` is packed here in the tokenizer's format. A resumed
+    run keeps the shards that it started with, even if `data.path` no longer exists.
 
     Args:
         tokenizer: configuration of the tokenizer, for sampling rate and channels.
-        directory: of the run.
+        directory: run directory.
 
     Raises:
-        UserError: nothing can be packed, or the files of a run changed.
+        UserError: nothing can be packed, or the files changed since the run was started.
     """
     data = config.data
     if data.path is None:
@@ -235,7 +239,7 @@ def find_data(config: FitConfig, tokenizer: Any, directory: Path) -> tuple[list[
 
 
 def warn_of_silence(directory: Path, source: str) -> None:
-    """Say that there is nothing to learn, now and in the summary of the run."""
+    """Warn that there is nothing to learn, on stderr and in `warnings.txt`, which the summary of the run shows."""
     message = f"update 0: every clip of data.path={source} is digital silence: nothing can be learned from them"
     print(printable(f"warning: {message}"), file=sys.stderr)
     path = directory / "warnings.txt"
@@ -247,7 +251,7 @@ def warn_of_silence(directory: Path, source: str) -> None:
 def open_stream(
     config: FitConfig, tokenizer: Any, uses_text: bool | None = None, train: list[str] | None = None
 ) -> AudioStream:
-    """Open the training stream in the tokenizer's format; without a text LM clips with text are cropped like others.
+    """Open the training stream in the tokenizer's format; without a text LM, clips with text are cropped like others.
 
     Args:
         uses_text: whether the module has a text LM; None: whether one is configured.
@@ -278,7 +282,7 @@ def open_stream(
     return stream
 
 
-NAMED_CHANGES = 6  # in one message
+NAMED_CHANGES = 6  # number of changed keys named in one message
 
 
 def check_unchanged(config: FitConfig, directory: Path) -> None:
@@ -291,7 +295,7 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
         raise UserError(
             f"{directory} was started with plugins=[{','.join(closed)}]: give it again, or use another name="
         )
-    deciding = []  # of both configurations, what decides what is learned
+    deciding = []  # the part of both configurations that affects what is learned
     for one in (begun, config):
         data = {key: value for key, value in one.data.to_plain().items() if key not in MUTABLE_DATA_KEYS}
         kept = {key: value for key, value in one.to_plain().items() if key not in MUTABLE_KEYS}

@@ -1,4 +1,4 @@
-"""Apply compilation and activation checkpointing to a module from outside; no weight changes its name."""
+"""Apply compilation and activation checkpointing to a module from outside; the names of weights do not change."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.files import warn
 
 RECOMPILE_LIMIT = 64
-"""Versions of one code object that torch may compile; its own 8 are used up by the first update of `cat_1b6`."""
+"""Versions of one code object that torch may compile; the first update of `cat_1b6` uses up its default of 8."""
 
 
 def apply_optimizations(module: CatModule, config: FitConfig) -> None:
@@ -43,12 +43,12 @@ def apply_optimizations(module: CatModule, config: FitConfig) -> None:
 
 
 def checkpoint_activations(model: MossAudioTokenizerModel, frame_rates: Sequence[float]) -> None:
-    """Keep only the inputs of the blocks in the stages of these frame rates (Hz), and compute the rest again backwards.
+    """Enable activation checkpointing in the stages with these frame rates (Hz): blocks keep only their inputs.
 
-    The stages of high rates hold most activations. It costs one more forward of those stages.
+    The stages with high rates hold most activations. Recomputing them costs one more forward pass of those stages.
 
     Raises:
-        UserError: no stage has such a rate.
+        UserError: no stage has one of these rates.
     """
     rates = {stage: model.config.frame_rate * stage.frames_per_code_frame for stage in stages_of(model)}
     if unknown := set(frame_rates) - set(rates.values()):
@@ -61,13 +61,13 @@ def checkpoint_activations(model: MossAudioTokenizerModel, frame_rates: Sequence
 
 
 def compile_part(part: nn.Module, backend: Callable[..., Any]) -> None:
-    """Compile the training passes of a part for changing shapes; its names and its other passes stay.
+    """Compile a part's training passes with dynamic shapes; its names and its other passes do not change.
 
-    Streams and validation run eagerly: a pass without gradients, or with a chunk of a stream, would need graphs of its
-    own. Hooks, those of FSDP among them, stay outside of the graph.
+    Streaming and validation run eagerly: a pass without gradients, or over a chunk of a stream, would need graphs of
+    its own. Hooks, including those of FSDP, stay outside the graph.
     """
     eager = part.forward
-    always = isinstance(part, Discriminator)  # also without gradients, in updates in which they do not learn
+    always = isinstance(part, Discriminator)  # also without gradients, for updates that do not train discriminators
     compiled = torch.compile(eager, backend=backend, dynamic=True)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ def compile_part(part: nn.Module, backend: Callable[..., Any]) -> None:
         try:
             return compiled(*args, **kwargs)
         except FailOnRecompileLimitHit:
-            # Said once; from now on torch runs eagerly what has no graph yet, without trying again.
+            # The warning comes once; from now on torch runs passes without a graph eagerly and does not try again.
             torch._dynamo.config.fail_on_recompile_limit_hit = False
             warn(
                 f"trainer.compile: {type(part).__name__} runs partly without compiled graphs from now on, right but "
@@ -89,11 +89,11 @@ def compile_part(part: nn.Module, backend: Callable[..., Any]) -> None:
 
 
 def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
-    """Compile block by block and discriminator by discriminator: equal blocks share one graph, and names stay.
+    """Compile every transformer block and discriminator on its own: equal blocks share one graph, and names stay.
 
     The whole step would neither compile in reasonable time nor as one graph. Shapes are symbolic from the first call,
-    because clips and batches change all the time. All blocks share one code object, so torch has to keep many versions
-    of it: one for each stage, for clips within and beyond the window, for a batch of one.
+    because the sizes of clips and batches change all the time. All blocks share one code object, so torch has to keep
+    many versions of it: for each stage, for clips within and beyond the attention window, for a batch of one.
 
     Raises:
         UserError: torch has no such backend.
@@ -102,11 +102,11 @@ def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
         raise UserError(f"trainer.compile={backend}: torch has the backends {', '.join(known)}")
     # The discriminators' graph serves two backward passes; a compiler that reuses its buffers allows only one.
     torch._functorch.config.donated_buffer = False
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # which `compile_part` reports and survives
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # raises an error, which `compile_part` catches
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.accumulated_recompile_limit = max(1024, torch._dynamo.config.accumulated_recompile_limit)
     for part in compiled_parts(module):
-        # Loops over blocks of queries and complex spectra have no place in a graph: one would be made for every length.
+        # Loops over blocks of queries, and complex spectra, stay out of the graphs: each length would need its own.
         if isinstance(part, TransformerLayer):
             part.self_attn.blockwise_attention = torch.compiler.disable(part.self_attn.blockwise_attention)
         elif isinstance(part, ComplexSTFTDiscriminator):
@@ -115,7 +115,7 @@ def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
 
 
 def compiled_parts(module: CatModule) -> list[nn.Module]:
-    """Return the transformer blocks of the tokenizer and of the text LM, and sub-discriminators."""
+    """Return the transformer blocks of the tokenizer and of the text LM, and the sub-discriminators."""
     blocks = [layer for stage in stages_of(module.tokenizer) for layer in stage.transformer.layers]
     if module.semantic is not None:
         blocks += list(getattr(module.semantic.language_model.model, "layers", []))
@@ -125,7 +125,7 @@ def compiled_parts(module: CatModule) -> list[nn.Module]:
 
 
 def choose_compile(wanted: bool | str, accelerator: str) -> str | None:
-    """Return the backend of `trainer.compile`, None for none; `auto` is inductor on CUDA where it can build its
+    """Return the backend for `trainer.compile`, None for no compilation; `auto` is inductor on CUDA if it can build its
     kernels.
     """
     if isinstance(wanted, bool):

@@ -21,11 +21,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class PreemptionHandler(Callback):
     """Stops the run after the update in which SIGTERM or SIGUSR1 reached any of its processes.
 
-    The flag travels with the update's own sums, so all ranks stop after the same update without another collective.
-    `signal` is what was received. The checkpoint is the one that every run writes at its end.
+    The flag is summed over ranks with the update's own numbers, so all ranks stop after the same update without another
+    collective. `signal` is the signal that was received. The checkpoint is the one that every run writes at its end.
 
-    Lightning's own handler runs a collective inside the handler, and its loop a broadcast with a host synchronisation
-    in every step; both are replaced.
+    Lightning's own signal handler runs a collective, and its loop runs a broadcast with a host synchronisation in every
+    step; both are replaced.
     """
 
     def __init__(self) -> None:
@@ -53,13 +53,13 @@ class PreemptionHandler(Callback):
 
 
 def exit_after_preemption(received: signal.Signals, update: int, trainer: Trainer) -> None:
-    """End as a signal demands, after the last checkpoint; on SLURM SIGUSR1 means: put the job back into the queue.
+    """Raise PreemptedError after the last checkpoint, as the signal demands; on SLURM, SIGUSR1 also requeues the job.
 
-    A process that this run itself started ends as usual: Lightning kills a run in which one of them fails.
+    A process that this run itself started returns instead: Lightning kills a run in which one of them fails.
     """
     if received == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and trainer.is_global_zero:
         requeue()
-    gather_over_ranks(None)  # srun ends the first rank with the first one that is gone
+    gather_over_ranks(None)  # a barrier until rank 0 has requeued: srun ends it as soon as another rank is gone
     if "TORCHELASTIC_RUN_ID" in os.environ:
         atexit.register(stop_torchrun)
     if trainer.local_rank == 0 or started_processes() is not None:
@@ -69,9 +69,9 @@ def exit_after_preemption(received: signal.Signals, update: int, trainer: Traine
 
 
 def stop_torchrun() -> None:
-    """Tell the torchrun that started this process to end: by itself it starts again whatever did not end with 0."""
+    """Tell the torchrun that started this process to end: it would restart a process that does not exit with 0."""
     parent = os.getppid()
-    if parent > 1:  # else it is gone, and this the first process of the machine
+    if parent > 1:  # otherwise torchrun is gone, and 1 is the init process
         os.kill(parent, signal.SIGTERM)
 
 

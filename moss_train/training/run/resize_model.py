@@ -15,18 +15,18 @@ from moss_train.utils.errors import UserError
 
 CHANGES = ("sampling_rate", "output_sampling_rate", "number_channels", "patch_sizes", "num_quantizers")
 EDGE = 16
-"""Samples by which a patch of waveform is continued on both sides for the filter of the resampler."""
+"""Samples by which a patch of waveform is extended on both sides for the filter of the resampler."""
 
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What became of the weights of one network, by name.
+    """Where the weights of one network come from, by name.
 
     Attributes:
-        loaded: as they were, bit by bit.
-        resampled: made from the old ones for the new sampling rate or channels.
-        new: newly initialised, because there is none of that name and shape.
-        unused: those of the old model that have no place.
+        loaded: copied from the old model, bit by bit.
+        resampled: computed from the old weights for the new sampling rate or channels.
+        new: newly initialised, because the old model has no weight of that name and shape.
+        unused: weights of the old model that the new one has no place for.
     """
 
     loaded: tuple[str, ...] = ()
@@ -38,12 +38,12 @@ class WeightReport:
 def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> MossAudioTokenizerConfig:
     """Return the architecture of a given model with some of CHANGES; null and missing ones stay as they are.
 
-    Unless `patch_sizes` (samples or frames that each stage joins, encoder order) are given, the first patch follows
-    sampling rate and channels, so that the frame rate stays. The decoder's patch at the waveform is longer where it has
-    its own sampling rate; one that `init` has stays.
+    Unless `patch_sizes` (samples or frames that each stage joins, in the encoder's order) are given, the first patch is
+    scaled with sampling rate and channels, so that the frame rate stays the same. If the decoder has its own, higher
+    sampling rate, its patch at the waveform is longer by the same factor; such a rate of the old model is kept.
 
     Raises:
-        UserError: a key that cannot be changed, or values that do not go together.
+        UserError: a key cannot be changed, or values do not fit together.
     """
     wanted = {key: value for key, value in changes.items() if value is not None}
     if unknown := wanted.keys() - set(CHANGES):
@@ -74,7 +74,7 @@ def adapt_config(old: MossAudioTokenizerConfig, changes: Mapping[str, Any]) -> M
         raise UserError(
             f"tokenizer.patch_sizes={patches} must be {len(present)} whole numbers, one for each stage of init"
         )
-    # Widths stay; the projections fit the patches.
+    # The widths of the transformers stay; the projections follow the patches.
     decoded = [patches[0] * (output_rate // rate), *patches[1:]]
     values["encoder_kwargs"] = rescale_patches(old.encoder_kwargs, patches, "input_dimension", "output_dimension")
     outwards = rescale_patches(old.decoder_kwargs[::-1], decoded, "output_dimension", "input_dimension")
@@ -97,8 +97,8 @@ def patch_sizes(config: MossAudioTokenizerConfig) -> list[int]:
 
 
 def rescale_patches(entries: list[dict[str, Any]], patches: list[int], outer: str, inner: str) -> list[dict[str, Any]]:
-    """Return the entries from the waveform inwards with new patch sizes; `outer` is the projection's side towards the
-    waveform.
+    """Return the entries, ordered from the waveform inwards, with new patch sizes; `outer` and `inner` are the keys of
+    a stage's width towards the waveform and away from it.
     """
     sizes = iter(patches)
     width, result = 1, []
@@ -116,9 +116,9 @@ def rescale_patches(entries: list[dict[str, Any]], patches: list[int], outer: st
 def load_matching_weights(
     module: nn.Module, weights: Mapping[str, Tensor], made: Mapping[str, Tensor] | None = None
 ) -> WeightReport:
-    """Give a module every weight of equal name and shape, and those `made` for it; the others stay as they are.
+    """Copy into a module every weight of equal name and shape, preferring those `made` for it; the others stay.
 
-    Tensors that share memory in the module count once, under their first name.
+    A tensor that the module has under several names counts once, under the first name.
     """
     made, every = made or {}, module.state_dict()
     first = {id(tensor): name for name, tensor in reversed(module.state_dict(keep_vars=True).items())}
@@ -150,7 +150,7 @@ class WaveformEnd:
 
 
 def waveform_end(config: MossAudioTokenizerConfig, half: str) -> WaveformEnd:
-    """Return the end of a configuration's "encoder" or "decoder"."""
+    """Return the waveform end of a configuration's "encoder" or "decoder"."""
     is_encoder = half == "encoder"
     inwards = config.encoder_kwargs if is_encoder else config.decoder_kwargs[::-1]
     patch = next(entry["patch_size"] for entry in inwards if "patch_size" in entry)
@@ -162,11 +162,12 @@ def waveform_end(config: MossAudioTokenizerConfig, half: str) -> WaveformEnd:
 def resampled_projections(
     old: MossAudioTokenizerConfig, new: MossAudioTokenizerConfig, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the projections at the waveform that change, made from the old ones for another rate or other channels,
-    by name.
+    """Return new weights, by name, for the projections at the waveform, computed from the old ones for another rate or
+    other channels.
 
-    Where a patch lasts as long as before, the new encoder does what the old one did to the resampled waveform with its
-    channels averaged, and the new decoder gives the old one's waveform, resampled, on every channel. Nothing otherwise.
+    If a patch lasts as long as before, the new encoder acts like the old one on the resampled waveform with its
+    channels averaged, and the new decoder outputs the old one's waveform, resampled, on every channel. Other
+    projections are left out.
     """
     inwards, outwards = new.encoder_kwargs, new.decoder_kwargs
     first = next(i for i, entry in enumerate(inwards) if "patch_size" not in entry)
@@ -186,7 +187,7 @@ def resampled_projections(
 
 
 def resampled_input(weight: Tensor, old: WaveformEnd, new: WaveformEnd) -> Tensor:
-    """[D, old patch] -> [D, new patch]: the old map after resampling a patch to the old rate."""
+    """Return the weight [D, new patch] that resamples a patch to the old rate and applies the old [D, old patch]."""
     parts = weight.unflatten(1, (-1, old.channels))  # [D, samples, C]
     if old.channels != new.channels:
         parts = parts.sum(dim=2, keepdim=True).expand(-1, -1, new.channels) / new.channels
@@ -198,17 +199,17 @@ def resampled_input(weight: Tensor, old: WaveformEnd, new: WaveformEnd) -> Tenso
 
 
 def resampled_output(weight: Tensor, old: WaveformEnd, new: WaveformEnd) -> Tensor:
-    """[old patch, D] -> [new patch, D]: the old map, its patch of waveform resampled to the new rate.
+    """Return the weight [new patch, D] that applies the old [old patch, D] and resamples its patch to the new rate.
 
-    The resampler's filter reaches beyond a patch, into neighbours that a projection does not see. There the patch is
-    continued by its point reflection at the edge sample, which on speech comes closer to the resampled waveform than
-    silence or linear interpolation.
+    The resampler's filter extends beyond a patch, into neighbouring patches that a projection has no access to. There
+    the patch is extended by point reflection at its edge sample, which on speech comes closer to the resampled waveform
+    than silence or linear interpolation.
     """
     parts = weight.unflatten(0, (-1, old.channels))  # [samples, C, D]
     if old.channels != new.channels:
         parts = parts.mean(dim=1, keepdim=True).expand(-1, new.channels, -1)
     if old.rate != new.rate:
-        # Whole units of both rates, so that the new samples lie where they would without the edges.
+        # Extend by whole units of both rates, so that the new samples lie where they would without the extension.
         unit, new_unit = (rate // math.gcd(old.rate, new.rate) for rate in (old.rate, new.rate))
         edge = min(-(-EDGE // unit), (old.samples - 1) // unit)
         count, waves = edge * unit, parts.movedim(0, 2)

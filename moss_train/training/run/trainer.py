@@ -27,24 +27,24 @@ REDUCE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def choose_accelerator(wanted: str) -> str:
-    """`auto` becomes cuda where there is one."""
+    """Return the accelerator; `auto` is cuda if there is a GPU, else cpu. Raises UserError for cuda without a GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=cuda, but torch sees no GPU; `python -m moss_train doctor` says more")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 def choose_precision(wanted: str, accelerator: str) -> Literal["32-true", "bf16-mixed"]:
-    """Return Lightning's name of a precision: `auto` is bf16-mixed on a GPU that computes in it, else 32-true."""
+    """Return Lightning's name of a precision; `auto` is bf16-mixed on a GPU with native bfloat16, else 32-true."""
     has_bf16 = accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if wanted == "bf16-mixed" or (wanted == "auto" and has_bf16) else "32-true"
 
 
 def count_processes(settings: TrainerConfig, accelerator: str) -> tuple[int, int]:
-    """Return the processes per machine and machines: as configured; "auto" is what torchrun or srun started, else
-    every GPU.
+    """Return the numbers of processes per machine and of machines; "auto" is what torchrun or srun started, else one
+    machine with a process per GPU, or a single process on a CPU.
 
     Raises:
-        UserError: the configuration wants another number than was started.
+        UserError: other numbers are configured than were started, or more processes than there are GPUs.
     """
     started = started_processes()
     alone = torch.cuda.device_count() if accelerator == "cuda" else 1
@@ -63,8 +63,8 @@ def count_processes(settings: TrainerConfig, accelerator: str) -> tuple[int, int
 
 
 def started_processes() -> tuple[int, int] | None:
-    """Return the processes per machine and machines that torchrun or srun started; None when this process was started
-    alone.
+    """Return the numbers of processes per machine and of machines that torchrun or srun started; None when this process
+    was started alone.
     """
     if TorchElasticEnvironment.detect():
         world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -90,34 +90,34 @@ def is_srun_used() -> bool:
 def build_trainer(
     settings: TrainerConfig, accelerator: str, trainer_callbacks: list[Callback], background_checkpoints: bool = False
 ) -> Trainer:
-    """Return Lightning's Trainer without its own clocks, loggers, bars and checkpoints; one pass over the run's
-    loader.
+    """Return Lightning's Trainer for one pass over the run's loader, without its own loggers, progress bars and
+    checkpoints.
     """
     devices, num_nodes = count_processes(settings, accelerator)
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
-        os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)  # Lightning chooses where there is none
+        os.environ["OMP_NUM_THREADS"] = str(settings.num_threads)  # otherwise Lightning sets it
     torch.set_float32_matmul_precision(settings.matmul_precision)
-    torch.backends.cudnn.allow_tf32 = settings.matmul_precision != "highest"  # convolutions, which the line above omits
+    torch.backends.cudnn.allow_tf32 = settings.matmul_precision != "highest"  # the line above leaves out convolutions
     if settings.deterministic:
-        # Algorithms that give equal results for equal inputs on one machine; an operation without one raises. On a GPU
-        # attention, convolutions and sums over indices otherwise add up in the order in which threads finish.
+        # Use algorithms that give equal results for equal inputs on one machine; an operation without one raises.
+        # Otherwise attention, convolutions and indexed sums on a GPU add up in the order in which threads finish.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is never read
         torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100 builds a graph for every new length
+    torch.backends.cuda.enable_cudnn_sdp(False)  # first choice on an H100, but it builds a graph for every new length
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # The second is of Lightning about itself, the third of a run that stops where it stands.
+    # The second warning is about Lightning's own code, the third about a run without any updates left to do.
     for text in ("does not have many workers", "LeafSpec", "across ranks is zero"):
         warnings.filterwarnings("ignore", message=f".*{text}.*")
     plugins: list[Any] = [DirectoryCheckpointIO(background_checkpoints)]
     if not TorchElasticEnvironment.detect():
         if is_srun_used():
-            plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's saves beside our checkpoints
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's requeue would save its own checkpoint
         elif "SLURM_NTASKS" in os.environ:
-            plugins.append(LightningEnvironment())  # for which Lightning would wait for the tasks of a job
+            plugins.append(LightningEnvironment())  # otherwise Lightning would wait for the other tasks of the job
     is_sharded, timeout = settings.strategy == "fsdp", timedelta(seconds=settings.timeout_seconds)
     strategy: Strategy | str = "auto"  # one process needs nothing special
     if (num_processes := devices * num_nodes) > 1:
@@ -145,8 +145,8 @@ def build_trainer(
 def start_processes(trainer: Trainer) -> None:
     """Start the run's other processes, unless torchrun or srun did, and connect all of them.
 
-    Lightning does so inside `fit` only, where it finds it done. We need to agree on a checkpoint before. A process that
-    this one starts ends when this one is killed.
+    Lightning would do so only inside `fit`, but the ranks have to agree on a checkpoint before; `fit` then finds it
+    done. A process that this one starts ends when this one is killed.
     """
     strategy: Any = trainer.strategy
     if trainer.local_rank > 0 and started_processes() is None:
@@ -154,9 +154,9 @@ def start_processes(trainer: Trainer) -> None:
     if strategy.launcher is not None:
         strategy.launcher.launch(lambda: None)
     if TorchElasticEnvironment.detect() and trainer.world_size > 1:
-        # Apart from what an earlier attempt of the group left in torchrun's store, which may be one for all attempts:
-        # without a prefix a process that is faster than the first one reads the address of its dead predecessor. Each
-        # machine counts its own attempts, so several need a store per attempt
+        # A prefix per attempt: torchrun may use one store for all attempts of the group, and without a prefix a process
+        # that is faster than rank 0 would read the address that the dead rank 0 of an earlier attempt left there. Each
+        # machine counts its own attempts, so several machines need a store per attempt
         # (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, as in recipes/torchrun).
         device = strategy.root_device
         rank, world_size, timeout = strategy.global_rank, strategy.world_size, strategy._timeout

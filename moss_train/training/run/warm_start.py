@@ -28,17 +28,17 @@ from moss_train.utils.files import atomic_write, printable, read_json
 
 Node = Mapping[str, Any]
 RECORD_FILE = "initialization.json"
-SHOWN_NAMES = 4  # weights that are named, of those that were not simply loaded
+SHOWN_NAMES = 4  # number of weights shown by name in a list
 
 
 @dataclass(frozen=True)
 class InitPlan:
-    """How the module of a run is built and what it is given.
+    """How the module of a run is built, and where its weights come from.
 
     Attributes:
-        arguments: of `CatModule`, plain data.
-        source: where weights come from; None from scratch, and for a run that continues from a checkpoint.
-        new_networks: those that `init` does not bring, or is not asked for.
+        arguments: arguments of `CatModule`, plain data.
+        source: model to load weights from; None when training from scratch or resuming from a checkpoint.
+        new_networks: networks that `init` does not have, or that `restore` leaves out.
     """
 
     arguments: dict[str, Any]
@@ -47,21 +47,23 @@ class InitPlan:
 
     @property
     def tokenizer_config(self) -> Any:
-        """Architecture of the tokenizer; its errors were reported before."""
+        """Architecture of the tokenizer; `plan_initialization` has reported any error in it."""
         return tokenizer_config(self.arguments["tokenizer"])
 
 
 def plan_initialization(config: FitConfig, directory: Path | None = None) -> InitPlan:
     """Decide on the architecture of a `fit` configuration; nothing is built yet.
 
-    With `init`, what is configured as null or [] stays away. The rest comes with `init` when it has it and `restore`
-    names it, and is built as configured otherwise. A text LM that trains nothing is not built, with a warning.
+    With `init`, a network configured as null or [] is left out. Any other network is that of `init` if `init` has it
+    and `restore` names it, and is built as configured otherwise. A text LM that would have no effect is left out, with
+    a warning.
 
     Args:
-        directory: a run that has begun: what it began with is read from its record, so `init` may be gone by now.
+        directory: run directory; if the run has a checkpoint, its architecture is read from its record, so that `init`
+            need not exist any more.
 
     Raises:
-        UserError: no architecture, one that cannot work, or changes that `init` does not allow.
+        UserError: the architecture is missing or invalid, or changes something that is fixed by `init`.
     """
     networks: dict[str, Any] = {"semantic": config.semantic, "discriminators": config.discriminators}
     if config.init is None:
@@ -73,7 +75,7 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
         except (TypeError, ValueError) as error:
             raise UserError(f"tokenizer: {error}") from error
         return InitPlan(complete_arguments(config, node, networks, ()))
-    # A record without a checkpoint is that of a run that was killed before it had any weights.
+    # A record without a checkpoint was left by a run that was killed before it saved any weights.
     has_begun = directory is not None and list_checkpoints(directory / "checkpoints")
     if directory is not None and has_begun and (directory / RECORD_FILE).exists():
         record = read_json(directory / RECORD_FILE)
@@ -106,17 +108,16 @@ def complete_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of `CatModule`: the architecture, and the rest as configured.
 
-    A mid/side weight of null is 1 for stereo and 0 otherwise. `trainable` of the run holds for the stages that do not
-    name their own parts. Networks that `init` does not bring have a warm-up of `new_module_warmup_updates`, in which
-    they learn without influence on the others: discriminators in the first adversarial stage, the LM in the first of
-    all.
+    A mid/side weight of null becomes 1 for stereo and 0 otherwise. The run's `trainable` applies to stages that do not
+    name their own parts. New networks get a warm-up of at least `new_module_warmup_updates`, during which they learn
+    without influence on the others: discriminators in the first adversarial stage, the text LM in the first stage.
 
     Raises:
-        UserError: a mid/side weight without two channels.
+        UserError: a mid/side weight is set, but there are not two channels.
     """
     channels = tokenizer_config(tokenizer).number_channels
     discriminators = []
-    for node in networks["discriminators"] or ():  # one for mono says nothing about channels
+    for node in networks["discriminators"] or ():  # for mono, nodes do not state the number of channels
         others = {key: value for key, value in node.items() if key != "num_channels"}
         discriminators.append(others if channels == 1 else {**others, "num_channels": channels})
     weight = config.objective.weights["mid_side"]
@@ -146,8 +147,8 @@ def complete_arguments(
 
 
 def without_text(init_plan: InitPlan) -> InitPlan:
-    """Return what a run begins with when no clip has a text that is used: no LM, or a warning for one that was asked
-    for.
+    """Return the plan for data in which no clip has a text that is used: with `init` without the text LM, otherwise
+    unchanged. Warns if there is a text LM.
     """
     if init_plan.arguments["semantic"] is None:
         return init_plan
@@ -163,10 +164,10 @@ def without_text(init_plan: InitPlan) -> InitPlan:
 
 
 def initialize(module: CatModule, init_plan: InitPlan) -> dict[str, WeightReport]:
-    """Give a new module the weights of `init`; returns what became of them, by network.
+    """Load the weights of `init` into a new module and return a report for each network.
 
     Raises:
-        UserError: the architecture is that of `init`, but its weights are not complete.
+        UserError: the architecture is that of `init`, but weights are missing or left over.
     """
     assert init_plan.source is not None
     weights = init_plan.source.load()
@@ -189,7 +190,7 @@ def initialize(module: CatModule, init_plan: InitPlan) -> dict[str, WeightReport
 
 
 def store_record(directory: Path, init_plan: InitPlan, reports: Mapping[str, WeightReport]) -> None:
-    """Write what the run begins with, for a resume without `init` and for whoever asks later."""
+    """Write a record of what the run starts from, so that it can resume without `init`."""
     names = ("tokenizer", *NETWORKS)
     record = {
         "init": None if init_plan.source is None else init_plan.source.path,
@@ -202,9 +203,9 @@ def store_record(directory: Path, init_plan: InitPlan, reports: Mapping[str, Wei
 
 
 def print_reports(init_plan: InitPlan, reports: Mapping[str, WeightReport], warmup_updates: int) -> None:
-    """Say in a table what came with `init` and what did not; a newly initialised network is a warning.
+    """Print a table of the weights that came from `init` or did not; warns about newly initialised networks.
 
-    Weights are named where some of a network were loaded and others not.
+    If only some weights of a network were loaded, the others are listed by name.
     """
     assert init_plan.source is not None
     kinds = [field.name for field in fields(WeightReport)]
@@ -226,14 +227,14 @@ def print_reports(init_plan: InitPlan, reports: Mapping[str, WeightReport], warm
 
 
 def shown_names(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names and the number of the others, as text."""
     if not names:
         return "none"
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if (more := len(names) - SHOWN_NAMES) > 0 else "")
 
 
 def plain(node: Any) -> Any:
-    """Return the containers and scalars only, as a checkpoint stores them; other values (a dtype, say) as text."""
+    """Return plain containers and scalars, as a checkpoint stores them; other values, such as a dtype, become text."""
     if isinstance(node, Mapping):
         return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list | tuple):

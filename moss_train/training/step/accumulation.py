@@ -1,7 +1,8 @@
-"""Add up the gradients of an update's micro-batches in float32, with few kernels and little traffic.
+"""Accumulate the gradients of an update's micro-batches in float32, with few kernels and little memory traffic.
 
-Under autocast a linear weight takes 24 bytes of traffic in every micro-batch: cast for the product, its gradient cast
-back, added. `Accumulation` casts it once per update and adds the gradient of the copy as it is: 10 bytes.
+Under autocast each element of a linear weight costs 24 bytes of memory traffic per micro-batch: the weight is cast for
+the product, its gradient is cast back, and the gradient is added. `Accumulation` casts the weight once per update and
+adds the 16-bit gradient of the copy directly: 10 bytes.
 """
 
 from collections import Counter
@@ -16,11 +17,12 @@ from moss_train.model.transformer import ProjectedTransformer
 from moss_train.training.distributed.fsdp import is_sharded, layers_of, local_tensor
 
 SMALL = 2**18
-"""Elements up to which gradients are added many at once: starting a kernel takes longer than adding so few."""
+"""Gradients of at most this many elements are added many at once: launching a kernel for each would take longer than
+the addition."""
 
 
 class Accumulation:
-    """Where the gradients of an update come in, micro-batch by micro-batch, and are added to `grad` of its parameters.
+    """Accumulates the gradients of an update, micro-batch by micro-batch, into `grad` of the parameters.
 
     Use:
 
@@ -32,14 +34,14 @@ class Accumulation:
         accumulation.finish()
 
     Args:
-        networks: whose transformer layers multiply in `dtype`, each called once per micro-batch.
-        parameters: all that are to get gradients; copies of other weights get none.
-        dtype: of autocast, None without it.
+        networks: networks whose transformer layers compute in `dtype`, each called once per micro-batch.
+        parameters: all parameters that need gradients; copies of other weights get none.
+        dtype: dtype of autocast; None without autocast.
 
     Attributes:
-        large_leaves: what collects gradients in a backward pass for each large parameter: a copy or itself. Once its
-            hooks run, the parameter has the sum.
-        small_leaves: the same for those that are added many at once; they have theirs after `finish`.
+        large_leaves: maps each large parameter to the leaf that receives its gradient in a backward pass, a copy or
+            itself. Once the leaf's hooks have run, the parameter's `grad` holds the sum so far.
+        small_leaves: the same for small parameters, which are added many at once; `finish` sets their `grad`.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Accumulation:
         weights = [weight for _, _, weight in self._places]
         with torch.no_grad():
             copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-            if copies:  # cast many at once; each copy is a leaf
+            if copies:  # all weights are cast in one call; each copy is a leaf
                 torch._foreach_copy_(copies, weights)
         self._copies = {
             weight: nn.Parameter(copy, requires_grad=weight.requires_grad and weight in parameters)
@@ -67,7 +69,7 @@ class Accumulation:
 
     @contextmanager
     def copies_in_place(self) -> Iterator[None]:
-        """Within it the layers have the copies in place of their weights."""
+        """Replace the layers' weights by the copies inside the `with` block."""
         try:
             for module, name, weight in self._places:
                 module._parameters[name] = self._copies[weight]
@@ -78,7 +80,7 @@ class Accumulation:
 
     @torch.no_grad()
     def add_small(self) -> None:
-        """Take what a backward pass found for small parameters, and add it to what earlier ones did."""
+        """Add the small parameters' gradients of the last backward pass to the sums of the earlier ones."""
         found: dict[nn.Parameter, Tensor] = {}
         for parameter, leaf in self.small_leaves.items():
             if leaf.grad is not None:
@@ -94,7 +96,7 @@ class Accumulation:
         self._sums |= {p: gradient for p, gradient in found.items() if p not in self._sums}
 
     def finish(self) -> None:
-        """After the last backward pass: `grad` of all parameters is the sum of all passes."""
+        """Set `grad` of all parameters to the sum over all passes; call it after the last backward pass."""
         self.add_small()
         for parameter, total in self._sums.items():
             parameter.grad = total
@@ -102,10 +104,10 @@ class Accumulation:
 
 
 def layer_weights(networks: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
-    """Find weights and biases of linear parts that autocast multiplies: module and name, each used in one place.
+    """Return (module, name) of linear layers' weights and biases that autocast would cast, if used in one place only.
 
-    They are those of transformer layers, and the projections between stages. Those that a rank has a share of are left
-    out: FSDP2 gathers them in the type of the products.
+    They belong to transformer layers and to the projections between stages. Sharded ones are left out: FSDP2 gathers
+    them in the dtype of the products.
     """
     parts = [part for network in networks for layer in layers_of(network) for part in layer.modules()]
     for stage in (part for network in networks for part in network.modules()):
@@ -124,7 +126,7 @@ def layer_weights(networks: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
 
 @torch.no_grad()
 def add_to(weight: nn.Parameter, copy: Tensor) -> None:
-    """Add the gradient of a copy to that of its weight, in the weight's type, and free it."""
+    """Add the gradient of a copy to that of its weight, in the weight's dtype, and free the copy's."""
     assert copy.grad is not None
     if weight.grad is None:
         weight.grad = copy.grad.to(weight.dtype)

@@ -1,10 +1,10 @@
 """The joint objective: tensors in, named terms out; no optimizer, no Lightning.
 
-Every term is a loss with a name and a weight. Its value is a sum over clips divided by a count of the whole update, so
-micro-batches and ranks add up. The term `semantic` comes from the text LM, all others from the losses listed here.
-Instead of weights, shares of the gradient at the decoder's output can be given (EnCodec, arXiv 2210.13438, section
-3.4): the sizes of gradients differ by orders of magnitude, so that a weight says little about how much a term moves
-the decoder.
+Every term is a loss with a name and a weight. Its value is a sum over clips divided by a count over the whole update,
+so the values of micro-batches and ranks add up. The term `semantic` comes from the text LM, all others from `losses`.
+Instead of weights, the configuration can set each term's share of the gradient at the decoder's output (EnCodec, arXiv
+2210.13438, section 3.4): gradient norms of terms differ by orders of magnitude, so a weight says little about how much
+a term moves the decoder.
 """
 
 import inspect
@@ -26,25 +26,26 @@ from moss_train.model.quantizer import QuantizerOutput
 from moss_train.training.step.schedule import ScheduleState, Stage
 
 REFERENCE = "reconstruction"
-SMALLEST_NORM = 1e-12  # below it a term has no gradient to speak of
+SMALLEST_NORM = 1e-12  # a term with a smaller gradient norm counts as having no gradient
 
 
 class GradientBalancer:
-    """Replaces the weights of some terms, so that each one's gradient has a given share of what they have together.
+    """Replaces the weights of some terms, so that each one's gradient has a given share of their total.
 
-    What they have together is the gradient that the reconstruction alone would have with its own weight, so that terms
-    without a share (commitment, codebook, semantic and others) keep their place beside it. A term's size is the running
-    mean of the norm of its gradient at the decoder's output, over all clips of an update; it is known after the update,
-    so a term takes part from the second update on in which it is computed. A term with weight 0 has no part, the shares
-    of those that are computed make up the whole, and the adversarial ramp lets theirs rise from 0.
+    The total is the gradient norm that the reconstruction alone would have with its own weight, so that terms without a
+    share (commitment, codebook, semantic and others) keep their proportion to it. A term's gradient norm is measured at
+    the decoder's output, over all clips of an update, and averaged over updates (running mean). It is known only after
+    the update, so a term is included from the second update in which it is computed. Terms with weight 0 are left out,
+    and the shares of the computed terms are scaled to sum to 1. The shares of adversarial terms rise from 0 with their
+    ramp.
 
     Args:
-        shares: by term; only their ratios count.
-        names: the terms that see the decoder's output.
-        decay: of the running mean, per update.
+        shares: share of each term, by name; only ratios count.
+        names: terms that are computed from the decoder's output.
+        decay: decay of the running mean, per update.
 
     Raises:
-        ValueError: no reconstruction, an unknown term, or a share that is not above 0.
+        ValueError: the reconstruction has no share, a term is unknown, or a share is not above 0.
     """
 
     def __init__(self, shares: Mapping[str, float], names: Sequence[str], decay: float = 0.999) -> None:
@@ -62,15 +63,15 @@ class GradientBalancer:
         self.counts: dict[str, float] = {}
 
     def norm(self, name: str) -> float:
-        """Return the running mean of a term's norm, 0 for one that was not seen yet."""
+        """Return the running mean of a term's gradient norm, 0 before its first measurement."""
         return self.sums[name] / self.counts[name] if name in self.sums else 0.0
 
     def weights(self, weights: Mapping[str, float], ramps: Mapping[str, float]) -> dict[str, float]:
         """Return the weights with those of the balanced terms replaced.
 
         Args:
-            weights: of the terms that are computed in this update.
-            ramps: factors of shares.
+            weights: weights of the terms that are computed in this update.
+            ramps: factors on the shares, by term; 1 for terms not named.
         """
         shares = {name: share * ramps.get(name, 1.0) for name, share in self.shares.items() if weights.get(name)}
         if REFERENCE not in shares:
@@ -86,7 +87,7 @@ class GradientBalancer:
         return {**weights, **balanced, REFERENCE: weights[REFERENCE] * shares[REFERENCE] / total}
 
     def add(self, norms: Mapping[str, float]) -> None:
-        """Take the norms of an update's terms, before any weight, into the running means."""
+        """Add the gradient norms of an update's terms, before weighting, to the running means."""
         for name in self.shares.keys() & norms.keys():
             self.sums[name] = self.decay * self.sums.get(name, 0.0) + norms[name]
             self.counts[name] = self.decay * self.counts.get(name, 0.0) + 1.0
@@ -107,12 +108,12 @@ LOSSES = recipe_schema.LOSSES
 
 @dataclass(frozen=True)
 class UpdateCounts:
-    """What the terms of one update are divided by.
+    """Denominators of the terms of one update.
 
     Attributes:
         clips: number of clips.
-        text_tokens: of all texts that are used.
-        audio: what each audio loss divides by, by name (see `AudioLoss.counts`).
+        text_tokens: number of tokens of all texts that are used.
+        audio: denominator of each audio loss, by name (see `AudioLoss.counts`).
     """
 
     clips: Tensor
@@ -120,7 +121,7 @@ class UpdateCounts:
     audio: Mapping[str, Tensor]
 
     def reduced(self, reduce: Callable[[Tensor], Tensor]) -> "UpdateCounts":
-        """Return the counts after one call of `reduce` on all of them as one float64 vector."""
+        """Return the counts after a single call of `reduce`, on all of them in one float64 vector."""
         parts = [self.clips, self.text_tokens, *self.audio.values()]
         vector = reduce(torch.cat([part.reshape(-1) for part in parts]).double())
         pieces = vector.split([part.numel() for part in parts])
@@ -132,20 +133,22 @@ class Objective(nn.Module):
     """Loss terms of generator and discriminators, and their weights (MOSS-TTS report, arXiv 2603.18090, section 3).
 
     Args:
-        sampling_rate: in Hz, of the decoder's output.
-        weights: of the terms that differ from WEIGHTS; they go before the `weight` of a loss's own node.
-        discriminator_crop_seconds: length of the random crop that the discriminators see, per clip.
+        sampling_rate: sampling rate of the decoder's output in Hz.
+        weights: weights by term, where they differ from WEIGHTS; they override the `weight` of a loss's node.
+        discriminator_crop_seconds: length of the random crop of each clip that the discriminators get.
         quantizer_dropout: share of clips that use a random prefix of the levels (1.0 in the paper); the others use all.
-        adversarial_reduction: of the LSGAN losses over sub-discriminators, "mean" (the paper) or "sum" (public code).
-        feature_reduction: of feature matching, "relative_mean" or "absolute_sum" (see `feature_matching_loss`).
-        balance: shares of the gradient at the decoder's output by term (see `GradientBalancer`), None to leave the
-            gradients as the weights make them.
-        losses: nodes by name, `_target_`, `weight` and arguments; without `_target_` the arguments are those of the
-            loss that has this name anyway, and None takes it away.
+        adversarial_reduction: reduction of the LSGAN losses over sub-discriminators, "mean" (the paper) or "sum"
+            (public code).
+        feature_reduction: reduction of feature matching, "relative_mean" or "absolute_sum" (see
+            `feature_matching_loss`).
+        balance: share of each term in the gradient at the decoder's output (see `GradientBalancer`); None uses the
+            weights as they are.
+        losses: configuration nodes by name, with `_target_`, `weight` and arguments. A node without `_target_` changes
+            arguments of the default loss of that name; None removes the loss.
 
     Raises:
-        ValueError: an unknown term, reduction or share, or a value that cannot work.
-        UserError: a loss that cannot be built.
+        ValueError: a term, reduction or share is unknown, or a value is out of range.
+        UserError: a loss cannot be built.
     """
 
     def __init__(
@@ -190,7 +193,7 @@ class Objective(nn.Module):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """The terms that see the decoder's output."""
+        """Terms that are computed from the decoder's output."""
         return (*self._names(AudioLoss), *self._names(AdversarialLoss))
 
     def stage_weights(self, stage: Stage) -> dict[str, float]:
@@ -198,16 +201,16 @@ class Objective(nn.Module):
         return with_weights(self.weights, stage.weights)
 
     def generator_passes(self, stage: Stage) -> int:
-        """Return how often an update passes backwards through the discriminators for the generator's terms."""
+        """Return the number of backward passes through the discriminators for the generator's terms in an update."""
         weights = self.stage_weights(stage)
         num_terms = sum(bool(weights[name]) for name in self._names(AdversarialLoss))
         return num_terms if self.balancer is not None else min(num_terms, 1)
 
     def active_weights(self, schedule_state: ScheduleState) -> dict[str, float]:
-        """Return the weights of the terms that an update computes: those that have one in its stage.
+        """Return the weights of the terms that an update computes: those with a weight other than 0 in its stage.
 
-        Adversarial terms are there once the warm-up of the discriminators is over, and their weights rise along the
-        ramp. A balancer replaces some of the weights.
+        Adversarial terms are included once the discriminators' warm-up is over, and their weights rise along the ramp.
+        A balancer replaces some of the weights.
         """
         ramps = dict.fromkeys(self._names(AdversarialLoss), schedule_state.adversarial_ramp)
         weights = {
@@ -218,16 +221,14 @@ class Objective(nn.Module):
         return weights if self.balancer is None else self.balancer.weights(weights, ramps)
 
     def num_quantizers(self, batch: Batch, available: int) -> Tensor:
-        """Return how many of the `available` levels each clip uses, [B] int64; a prefix is uniform over 1 ...
-        available.
-        """
+        """Return how many of the `available` levels each clip uses, [B] int64: all, or uniform over 1 ... available."""
         share = self.quantizer_dropout
         units = batch.quantizer_uniform.double()
         prefix = 1 + (units / max(share, 1e-9) * available).long()
         return torch.where(units < share, prefix, available).clamp(max=available)
 
     def count(self, batches: Sequence[Batch], device: torch.device | str = "cpu") -> UpdateCounts:
-        """Return the counts of one rank's micro-batches, which may be none."""
+        """Return the counts of one rank's micro-batches; the sequence may be empty."""
         none = torch.zeros(0, dtype=torch.int64, device=device)
         lengths = torch.cat([none, *(batch.reference_lengths for batch in batches)])
         text = torch.cat([none, *(batch.text_lengths for batch in batches)])
@@ -237,7 +238,7 @@ class Objective(nn.Module):
     def audio_terms(
         self, batch: Batch, reconstruction: Tensor, counts: UpdateCounts, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Compute the terms between recording and reconstruction [B, C, T], of those in `weights`."""
+        """Compute the terms in `weights` that compare the recording with the reconstruction [B, C, T]."""
         arguments = (batch.reference, reconstruction, batch.reference_lengths)
         names = [name for name in self._names(AudioLoss) if name in weights]
         return {name: self.losses[name](*arguments, counts.audio[name]) for name in names}
@@ -245,7 +246,7 @@ class Objective(nn.Module):
     def quantizer_terms(
         self, quantized: QuantizerOutput, frame_mask: Tensor, counts: UpdateCounts, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Compute the quantizer's terms, of those in `weights`; frame_mask [B, F] bool, true for valid frames."""
+        """Compute the quantizer's terms that are in `weights`; frame_mask [B, F] bool, true for valid frames."""
         arguments = (quantized.latents, quantized.codewords, frame_mask, quantized.level_mask, counts.clips)
         return {name: self.losses[name](*arguments) for name in self._names(QuantizerLoss) if name in weights}
 
@@ -256,23 +257,23 @@ class Objective(nn.Module):
         counts: UpdateCounts,
         weights: Mapping[str, float],
     ) -> dict[str, Tensor]:
-        """Compute the generator's terms on what the discriminators say, of those in `weights`."""
+        """Compute the generator's terms in `weights` from the discriminators' outputs."""
         names = [name for name in self._names(AdversarialLoss) if name in weights]
         return {name: self.losses[name](real, generated, counts.clips) for name in names}
 
     def discriminator_loss(
         self, real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], counts: UpdateCounts
     ) -> Tensor:
-        """Compute the discriminators' own loss. Its gradient is taken for their parameters only."""
+        """Compute the discriminators' own loss, to be differentiated with respect to their parameters only."""
         losses: list[Any] = [loss for loss in self.losses.values() if hasattr(loss, "discriminator_loss")]
         if not losses:
             raise ValueError("objective.losses has none that trains the discriminators, as LeastSquaresLoss does")
         return torch.stack([loss.discriminator_loss(real, generated, counts.clips) for loss in losses]).sum()
 
     def crop(self, audio: Tensor, batch: Batch) -> Tensor:
-        """Return the part of each clip that the discriminators see: [B, C, T] -> [B, C, crop_length].
+        """Crop each clip for the discriminators: [B, C, T] -> [B, C, crop_length].
 
-        It starts where the clip's own random number says, inside its valid samples; a shorter clip is zero-padded.
+        The clip's own random number selects the start, within its valid samples; a shorter clip is zero-padded.
         """
         length = self.crop_length
         room = (batch.reference_lengths - length).clamp(min=0)
@@ -284,7 +285,10 @@ class Objective(nn.Module):
 
 
 def build_loss(name: str, node: Mapping[str, Any], sampling_rate: int) -> nn.Module:
-    """Build a loss from its node; one that takes a sampling rate gets the tokenizer's. UserError for a refused one."""
+    """Build a loss from its node, with the decoder's sampling rate if it takes one.
+
+    Raises UserError when it cannot be built and ValueError when it is another kind of module.
+    """
     path = f"objective.losses.{name}"
     arguments = {key: value for key, value in node.items() if key != "weight"}
     takes_rate = "sampling_rate" in inspect.signature(resolve_target(node.get("_target_", ""), path)).parameters
@@ -296,12 +300,12 @@ def build_loss(name: str, node: Mapping[str, Any], sampling_rate: int) -> nn.Mod
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Sum of terms, each times its weight; there has to be one."""
+    """Return the sum of the terms, each times its weight; there has to be at least one."""
     return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
 def with_weights(weights: Mapping[str, float], changes: Mapping[str, float]) -> dict[str, float]:
-    """Return the weights with some replaced; ValueError for a term that does not exist."""
+    """Return the weights with `changes` applied. Raises ValueError for an unknown term."""
     if unknown := changes.keys() - weights.keys():
         raise ValueError(f"weights: unknown term {sorted(unknown)}, there are {sorted(weights)}")
     return {**weights, **changes}
@@ -313,8 +317,8 @@ SCORES = ("discriminator_score/real", "discriminator_score/generated")
 def count_codes(codes: Tensor, frame_mask: Tensor, codebook_size: int) -> Tensor:
     """Count how often each code of each level was chosen: [N, V] int64, on the device of the codes.
 
-    codes [N, B, F], frame_mask [B, F] bool, true for valid frames. Quantizer dropout makes no difference: all levels
-    are searched.
+    codes [N, B, F], frame_mask [B, F] bool, true for valid frames. Quantizer dropout makes no difference: every level
+    chooses codes, used or not.
     """
     counts = torch.zeros(len(codes), codebook_size, dtype=torch.int64, device=codes.device)
     valid = frame_mask.flatten().to(torch.int64).expand(len(codes), -1)
@@ -324,9 +328,10 @@ def count_codes(codes: Tensor, frame_mask: Tensor, codebook_size: int) -> Tensor
 def mean_scores(
     real: Sequence[DiscriminatorOutput], generated: Sequence[DiscriminatorOutput], num_clips: Tensor | int
 ) -> dict[str, Tensor]:
-    """Mean score of real and of generated audio, 1 for real and 0 for generated where the discriminators are sure.
+    """Return the mean score of real and of generated audio; perfect discriminators score 1 and 0.
 
-    A mean within a clip, then over sub-discriminators, then over the clips of the whole update, as the losses.
+    Scores are averaged within a clip, then over sub-discriminators, then over the clips of the whole update, as losses
+    are.
     """
     return {
         name: torch.stack([output.logits.detach().float().flatten(1).mean(1) for output in outputs]).mean(0).sum()
@@ -336,9 +341,9 @@ def mean_scores(
 
 
 def gradient_shares(norms: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """Return each term's share of the gradient at the decoder's output, from norms before weighting.
+    """Return each term's share of the gradient at the decoder's output, from gradient norms before weighting.
 
-    A share is that of the sum of norms; nothing where no term has a gradient.
+    A share is the term's weighted norm divided by the sum of all; the result is empty when no term has a gradient.
     """
     weighted = {name: weights[name] * norm for name, norm in norms.items()}
     total = sum(weighted.values())

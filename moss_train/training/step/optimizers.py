@@ -1,4 +1,4 @@
-"""Optimizers, what happens between gradients and an update, and the moving average of the weights after it."""
+"""AdamW and its parameter groups, the clipped step, and the moving average (EMA) of the weights."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from moss_train.training.distributed.fsdp import distribute_like, gather_to_rank
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """Return two AdamW groups: matrices decay; norms, biases, LayerScale, codebooks and embeddings do not.
 
-    A parameter that modules share is there once; an output layer tied to an embedding counts as embedding.
+    A parameter that modules share appears once; an output layer tied to an embedding counts as an embedding.
     """
     decayed: dict[nn.Parameter, None] = {}
     exempt: dict[nn.Parameter, None] = {}
@@ -33,7 +33,8 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 def build_adamw(parts: Mapping[str, nn.Module], settings: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW over named parts (arXiv 1711.05101), two groups for each (see `parameter_groups`).
 
-    Of the generator each part has its own rate and decay, for a text LM can need far more than a tokenizer stands.
+    Each part of the generator has its own factors on rate and decay: a text LM can need far higher values than a
+    tokenizer tolerates.
     """
     rates: Mapping[str, float] = {}
     decays: Mapping[str, float] = {}
@@ -50,20 +51,20 @@ def build_adamw(parts: Mapping[str, nn.Module], settings: OptimizerConfig) -> to
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Rates are a function of the update number, so there is no scheduler state to save."""
+    """Set every group's learning rate. Rates are a function of the update, so there is no scheduler state to save."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["scale"]
 
 
 def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return what is set for each group, without its parameters; a checkpoint would bring back older values."""
+    """Return each group's options without its parameters, to be set again after a checkpoint restores older ones."""
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def restore_options(optimizer: torch.optim.Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
-    """Set the options of the groups once the optimizer's state was restored, and put the states where these need it.
+    """Reapply the groups' options after the optimizer's state is restored, and move step counts to the weights' device.
 
-    Fused AdamW keeps the number of its steps beside each weight; a state comes back as it was saved, on a host.
+    Fused AdamW needs each weight's step count on the device of the weight, but a restored state has it on the host.
     """
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update(option)
@@ -74,7 +75,7 @@ def restore_options(optimizer: torch.optim.Optimizer, options: Sequence[Mapping[
 
 
 def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Sum of the squares of all gradients (scalar, float64; zero when there are none), of what this rank holds."""
+    """Return the sum of squares of all gradients that this rank holds (scalar, float64; zero when there are none)."""
     gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
@@ -82,15 +83,15 @@ def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def step_clipped(optimizer: Any, learning_rate: float, factor: Tensor, is_finite: Tensor) -> None:
-    """Do one step with all gradients times a factor, or none; the host need not know which.
+    """Step with all gradients scaled by a factor, or skip the step; decided on the device, without a wait of the host.
 
     Args:
-        optimizer: Lightning's wrapper of a fused one.
+        optimizer: Lightning's wrapper of a fused optimizer.
         factor: scalar on the device.
-        is_finite: bool on the device; without it weights, moments and the number of steps keep every bit.
+        is_finite: bool on the device; if false, weights, moments and step counts keep every bit.
     """
     set_learning_rate(optimizer.optimizer, learning_rate)
-    # What a GradScaler gives a fused optimizer: it divides by the first and passes everything over if the second is 1.
+    # As a GradScaler does: a fused optimizer divides gradients by grad_scale and skips the step if found_inf is 1.
     optimizer.optimizer.grad_scale = factor.reciprocal().float()
     optimizer.optimizer.found_inf = (~is_finite).float()
     optimizer.step()
@@ -98,23 +99,24 @@ def step_clipped(optimizer: Any, learning_rate: float, factor: Tensor, is_finite
 
 
 CHECKPOINT_KEY = "ema"
-"""Place in a checkpoint: {"decay": float, "weights": {name as in the tokenizer's state dict: tensor}}."""
+"""Key in a checkpoint of {"decay": float, "weights": {name as in the tokenizer's state dict: tensor}}."""
 
 
 class EMA:
-    """average <- d * average + (1 - d) * weights after every update, d = min(decay, (1 + update) / (10 + update)).
+    """Moving average of a model's weights, which every rank computes for what it holds, without communication.
 
-    The smaller d of the first updates forgets the initial weights. Rank by rank the same: it needs no communication.
+    After every update, average <- d * average + (1 - d) * weights with d = min(decay, (1 + update) / (10 + update)).
+    The smaller d of the first updates forgets the initial weights quickly.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        self._stored: dict[str, Tensor] = {}  # of a checkpoint, until the module is where it trains
+        self._stored: dict[str, Tensor] = {}  # averages of a checkpoint, until `start`, when the model is on its device
         self._averages: dict[str, Tensor] = {}
         self._weights: dict[str, nn.Parameter] = {}
 
     def start(self, model: nn.Module) -> None:
-        """Begin with the model's weights as they are, or continue with those that were loaded."""
+        """Start from the model's current weights, or continue from the loaded averages."""
         self._weights = dict(model.named_parameters())
         for name, weight in self._weights.items():
             value = self._stored.get(name)
@@ -124,14 +126,14 @@ class EMA:
 
     @torch.no_grad()
     def add(self, update: int) -> None:
-        """Take in the weights after update number `update` (from 0)."""
+        """Add the weights after update number `update` (from 0) to the average."""
         decay = min(self.decay, (1 + update) / (10 + update))
         averages = [local_tensor(average) for average in self._averages.values()]
         torch._foreach_lerp_(averages, [local_tensor(weight.detach()) for weight in self._weights.values()], 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within it the model has the averaged weights."""
+        """Swap the averaged weights into the model inside the `with` block."""
         self._exchange()
         try:
             yield
@@ -146,10 +148,10 @@ class EMA:
             self._averages[name].copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whole tensors, whatever the strategy; all ranks have to call it, the first writes the checkpoint."""
+        """Return whole tensors, whatever the strategy. All ranks have to call it; rank 0 writes the checkpoint."""
         weights = {name: gather_to_rank0(average) for name, average in self._averages.items()}
         return {"decay": self.decay, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on, from `start` on, with what a checkpoint holds."""
+        """Load the averages of a checkpoint, from which `start` continues."""
         self._stored = dict(state["weights"])

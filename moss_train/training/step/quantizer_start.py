@@ -1,9 +1,9 @@
 """Fit the residual quantizer to data after the tokenizer has trained without it.
 
-A residual quantizer with random projections and random codebooks hides the latent from the decoder, and for hundreds of
-updates nothing that needs detail, such as the phase of a voice, gets through. A stage with `quantize: false` trains
-encoder and decoder with the continuous latent. Before the stage after it, every level gets the principal directions of
-what the levels before it left over, and the codes of a spherical k-means in them.
+A residual quantizer with random projections and codebooks destroys most of the latent: for hundreds of updates the
+decoder gets no fine detail, such as the phase of a voice. A stage with `quantize: false` therefore trains encoder and
+decoder on the continuous latent. Before the next stage, every level is fitted: it projects onto the principal
+directions of the residual that the earlier levels leave, and its codebook comes from a spherical k-means there.
 """
 
 import torch
@@ -16,7 +16,7 @@ KMEANS_STEPS = 12
 
 
 def pass_unquantized(quantizer: ResidualLFQ, latent: Tensor) -> QuantizerOutput:
-    """Return the latent [B, T, D] as it comes out of both projections, with no level in use and zeros for the rest."""
+    """Pass the latent [B, T, D] through both projections without quantizing; codes are zero and no level is in use."""
     batch, frames = latent.shape[:2]
     levels = len(quantizer.quantizers)
     with torch.autocast(latent.device.type, enabled=False):
@@ -29,17 +29,18 @@ def pass_unquantized(quantizer: ResidualLFQ, latent: Tensor) -> QuantizerOutput:
 
 @torch.no_grad()
 def fit_quantizer(quantizer: ResidualLFQ, latents: Tensor, seed: int = 0) -> list[float]:
-    """Fit every level to latents; returns the share of their variance that is left after each level.
+    """Fit every level to latents and return the share of their variance that is left after each level.
 
-    Codes are about as long as at the usual start on the first level (a root mean square of 1 per dimension) and shorter
-    on the later ones, by the same factor as what is left, so that a later level is no more sensitive than the first.
+    On the first level, codewords are about as long as after the usual initialisation (a root mean square of 1 per
+    dimension). Later levels use the same scale, so their codewords shrink along with the residual, and a later level is
+    no more sensitive than the first.
 
     Args:
-        latents: [M, D], what the quantizer receives, at least as many as there are codes in a level.
-        seed: of the first codes.
+        latents: [M, D], inputs of the quantizer; M is at least the codebook size.
+        seed: seed for the k-means.
 
     Raises:
-        ValueError: too few latents.
+        ValueError: there are fewer latents than codes in a level.
     """
     levels = [level for level in quantizer.quantizers if isinstance(level, LFQ)]
     size = levels[0].codebook.num_embeddings
@@ -67,14 +68,14 @@ def fit_quantizer(quantizer: ResidualLFQ, latents: Tensor, seed: int = 0) -> lis
 
 
 def nearest(points: Tensor, codewords: Tensor) -> Tensor:
-    """Return the row of highest cosine for every point: [M, d] and [V, d] -> [M]."""
+    """Return, for every point, the row of the codeword with the highest cosine: [M, d] and [V, d] -> [M]."""
     return (points @ F.normalize(codewords, dim=-1).T).argmax(-1)
 
 
 def spherical_kmeans(points: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Cluster points [M, d] by direction; returns the means [size, d] of the clusters, lengths included.
+    """Cluster points [M, d] by direction and return the cluster means [size, d], which are not normalised.
 
-    A cluster without points starts again from a random one.
+    An empty cluster restarts from a random point.
     """
     codewords = points[torch.randperm(len(points), generator=generator)[:size]].clone()
     for _ in range(KMEANS_STEPS):

@@ -13,19 +13,19 @@ PARTS = ("encoder", "quantizer", "decoder", "semantic")
 
 
 class Stage(StageConfig):
-    """One stage of the training, with all of its parts named; see `StageConfig` for its fields.
+    """One stage of the training; see `StageConfig` for its fields.
 
     Raises:
-        ConfigError: a value that cannot work, by name.
+        ConfigError: a value is invalid; the error names its key.
     """
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Parts of the networks that learn."""
+        """Names of the parts that are trained."""
         return tuple(PARTS if self.trainable is None else self.trainable)
 
     def rate_factor(self, update: int) -> float:
-        """Return the learning rate of an update of this stage (from 0) as a fraction of the peak.
+        """Return the learning rate of update number `update` of this stage (from 0) as a fraction of the peak.
 
         The decay of "wsd" (warm-up, stable, decay) is 1 - sqrt(progress), as arXiv 2405.18392 found best.
         """
@@ -59,19 +59,19 @@ class ScheduleState:
 
     @property
     def adversarial_ramp(self) -> float:
-        """Share of their weights that the adversarial terms have: a line from the end of the warm-up up to 1."""
+        """Factor on the weights of the adversarial terms, which rises linearly to 1 after the warm-up."""
         done = self.update - self.stage.discriminator_warmup_updates + 1
         return min(1.0, max(done, 0) / max(self.stage.adversarial_ramp_updates, 1))
 
     @property
     def discriminators_learn(self) -> bool:
-        """Whether it is the discriminators' turn: every n-th update, the first of the stage included."""
+        """Whether this update trains the discriminators: every n-th update, starting with the stage's first."""
         return self.stage.adversarial and self.update % self.stage.discriminator_every == 0
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The stages of a run in order, addressed by the one clock: the number of generator updates done."""
+    """The stages of a run in order, addressed by the number of generator updates done."""
 
     stages: tuple[Stage, ...]
 
@@ -89,12 +89,12 @@ class Schedule:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Updates done when each stage is over."""
+        """Number of updates done at the end of each stage, counted from the start of the run."""
         return tuple(accumulate(stage.updates for stage in self.stages))
 
     @property
     def quantizer_fits(self) -> frozenset[int]:
-        """Updates done when a stage without the quantizer is over, and the levels are fitted to data."""
+        """Numbers of updates done at which a stage without the quantizer ends and the levels are fitted to data."""
         used = [(stage, end) for stage, end in zip(self.stages, self.ends, strict=True) if stage.updates]
         return frozenset(end for (before, end), (after, _) in pairwise(used) if after.quantize and not before.quantize)
 
@@ -104,9 +104,7 @@ class Schedule:
         return any(stage.adversarial for stage in self.stages)
 
     def at(self, update: int) -> ScheduleState:
-        """Return the stage in which update number `update` (from 0) happens; the end of the run belongs to the last
-        one.
-        """
+        """Return the stage of update number `update` (from 0); the end of the run belongs to the last stage."""
         for stage in self.stages[:-1]:
             if update < stage.updates:
                 return ScheduleState(stage, update)

@@ -1,8 +1,8 @@
 """One update, from a batch to the step of the optimizers, in the order of section 3 of arXiv 2603.18090 (MOSS-TTS).
 
 Encode, quantize, decode; reconstruction terms; text term; adversarial terms; backward; sum over ranks; clip; step.
-Everything is passed in, and what came of it is returned as an `UpdateResult`. From the first update on autocast keeps
-no casts.
+All inputs are arguments, and the outcome is returned as an `UpdateResult`. The only global side effect is that
+autocast's weight cache is off from the first update on.
 """
 
 import math
@@ -43,12 +43,12 @@ from moss_train.training.step.quantizer_start import pass_unquantized
 from moss_train.training.step.schedule import ScheduleState
 
 Backward = Callable[..., None]
-"""As `torch.Tensor.backward` with the loss as first argument."""
+"""Like `torch.Tensor.backward`, with the loss as first argument."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of the joint training; `is_sharded` when tokenizer and text LM are divided among the ranks."""
+    """The networks of the joint training; `is_sharded` if tokenizer and text LM are sharded over the ranks."""
 
     tokenizer: MossAudioTokenizerModel
     text_lm: TextLM | None
@@ -57,19 +57,19 @@ class Networks:
 
     @property
     def with_layers(self) -> list[nn.Module]:
-        """Those made of transformer layers."""
+        """Networks that are made of transformer layers."""
         return [self.tokenizer] if self.text_lm is None else [self.tokenizer, self.text_lm]
 
 
 @dataclass(frozen=True)
 class OptimizerGroup:
-    """One optimizer with what it moves in this update.
+    """One optimizer with the parameters that it updates.
 
     Attributes:
         name: generator or discriminators.
-        optimizer: Lightning's wrapper of it.
-        learning_rate: of this update.
-        clip_norm: largest norm of the gradient of all its parts together.
+        optimizer: Lightning's wrapper of the optimizer.
+        learning_rate: learning rate of this update.
+        clip_norm: maximum norm of the gradient of all parts together.
         parts: parameters by name of the part.
     """
 
@@ -82,15 +82,15 @@ class OptimizerGroup:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What came of an update; the same on every rank but for `code_counts`.
+    """Outcome of an update; the same on every rank, except for `code_counts`.
 
     Attributes:
-        metrics: losses, norms and rates by the names of `metrics.csv`.
-        weights: of the terms that were computed, as they were used.
-        output_norms: norm of each term's gradient at the decoder's output, before its weight; empty where not measured.
-        sums: the `local_numbers` that were given, summed over the ranks.
+        metrics: losses, norms and rates, named like the columns of `metrics.csv`.
+        weights: weights with which the computed terms were used.
+        output_norms: norm of each term's gradient at the decoder's output, before weighting; empty if not measured.
+        sums: the `local_numbers`, summed over the ranks.
         code_counts: how often each code of each level was chosen on this rank, [N, V] int64, on the device.
-        num_clips: of all ranks.
+        num_clips: number of clips on all ranks together.
     """
 
     metrics: dict[str, float]
@@ -102,17 +102,17 @@ class UpdateResult:
 
     @property
     def not_finite(self) -> list[str]:
-        """Names of the metrics that are not finite; the optimizers do not step then."""
+        """Names of the metrics that are not finite; if there are any, the optimizers did not step."""
         return [name for name, value in self.metrics.items() if not math.isfinite(value)]
 
 
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """A micro-batch's share of the update's numbers, detached, on the device.
+    """A micro-batch's contribution to the update's numbers, detached, on the device.
 
     Attributes:
-        terms: by the names of `metrics.csv`.
-        output_squares: squared norm of each term's gradient at the decoder's output, before its weight.
+        terms: losses and scores, named like the columns of `metrics.csv`.
+        output_squares: squared norm of each term's gradient at the decoder's output, before weighting.
         code_counts: see `UpdateResult`.
     """
 
@@ -132,14 +132,14 @@ def run_update(
     reduce_dtype: torch.dtype | None = None,
     measure_shares: bool = False,
 ) -> UpdateResult:
-    """Do one update: gradients of all micro-batches of all ranks, then one step of each optimizer or of none.
+    """Do one update: sum the gradients of all micro-batches and ranks, then step every optimizer once, or none.
 
     Args:
         groups: the optimizers that step in this update.
-        local_numbers: returns numbers of this rank that are to be summed over the ranks, the same names on every rank.
-            It is called after the backward passes, so that a signal that came during them counts.
-        reduce_dtype: of gradients between ranks, by default float32.
-        measure_shares: whether to measure the gradients at the decoder's output; a balancer measures them always.
+        local_numbers: returns this rank's numbers that are summed over the ranks, with the same names on every rank.
+            It is called after the backward passes, so that a signal received during them is included.
+        reduce_dtype: dtype in which gradients are reduced between ranks; None is float32.
+        measure_shares: whether to measure the gradients at the decoder's output; with a balancer they always are.
     """
     device = networks.tokenizer.device
     weights = objective.active_weights(schedule_state)
@@ -147,16 +147,17 @@ def run_update(
 
     num_own = num_turns = len(batch.micro_batches)
     if networks.is_sharded:
-        # Before the passes: a rank that is done early would wait here while the others wait for it in their passes.
+        # Before the passes: after them, a rank without more micro-batches would wait here for the others, which wait
+        # for it inside their passes.
         num_turns = max_over_ranks(num_own, device)
-    # What autocast casts is not kept: FSDP2 would add the last micro-batch's gradient of a kept copy one update late,
-    # and a copy that two passes share would sum their gradients in bfloat16. Weights of layers are cast once, below.
+    # No cache of casts in autocast: FSDP2 would add the last micro-batch's gradient of a cached copy one update late,
+    # and a copy that two passes share would sum their gradients in bfloat16. Layers' weights are cast once, below.
     torch.set_autocast_cache_enabled(False)
     parts = {name: list(part) for group in groups for name, part in group.parts.items()}
     parameters = [parameter for part in parts.values() for parameter in part]
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     accumulation = Accumulation(networks.with_layers, parameters, dtype)
-    # Gradients of whole networks are summed over ranks beside the last backward passes; sharded ones sum their own.
+    # Gradients of replicated networks are summed over ranks during the last backward passes; FSDP2 sums sharded ones.
     large = accumulation.large_leaves
     parts_to_sum = [list(accumulation.small_leaves), *([p for p in part if p in large] for part in parts.values())]
     sums_of_gradients = GradientSums([[p for p in part if not is_sharded(p)] for part in parts_to_sum], reduce_dtype)
@@ -180,8 +181,8 @@ def run_update(
     terms = add_up([result.terms for result in results])
     squares = add_up([result.output_squares for result in results])
 
-    # One collective sums all numbers. Clip factors and the check follow from them on the device, so that the step is
-    # queued behind the passes before the host waits, once, to read them.
+    # One collective sums all numbers. Clip factors and the finiteness check are computed from them on the device, so
+    # the step is queued right behind the passes; only then does the host wait, once, to read the numbers.
     sums_of_gradients.finish()
     is_missing = {
         str(i): p in sums_of_gradients.missing or p.grad is None for i, p in enumerate(parameters) if num_ranks() > 1
@@ -191,7 +192,7 @@ def run_update(
     num_own_clips = sum(micro_batch.num_clips for micro_batch in batch.micro_batches)
     numbers: dict[str, Mapping[str, Tensor | float]] = {
         "terms": {name: terms.get(name, zero) for name in names},
-        "has_term": {name: name in terms for name in names},  # one that any rank has is logged
+        "has_term": {name: name in terms for name in names},  # a term that any rank has is logged
         "output_squares": {name: squares.get(name, zero) for name in objective.output_names},
         "has_square": {name: name in squares for name in objective.output_names},
         "part_squares": {name: share_of_square(part).to(device) for name, part in parts.items()},
@@ -213,14 +214,14 @@ def run_update(
     totals = None
     lacks_text = networks.text_lm is not None and f"loss/{SEMANTIC}" not in terms
     if num_ranks() > 1 and (num_own_clips == 0 or lacks_text or any(is_missing.values())):
-        # This rank has to read what the others have before it knows what steps. A parameter without a gradient on all
-        # ranks keeps none, as in one process: a gradient of zeros would decay its moments.
+        # Which parameters step depends on the other ranks, so the numbers are read before the step here. A parameter
+        # that has no gradient on any rank gets none, as in one process: a gradient of zeros would decay its moments.
         totals = read_by_name(sums, names_of)
         for parameter, ranks_without in zip(parameters, totals["missing"].values(), strict=True):
             if ranks_without == num_ranks():
                 parameter.grad = None
         if networks.text_lm is not None and not totals["has_term"][f"loss/{SEMANTIC}"]:
-            networks.text_lm.zero_grad(set_to_none=True)  # left by dummy passes
+            networks.text_lm.zero_grad(set_to_none=True)  # gradients that dummy passes left
     if num_own_clips or (totals is not None and totals["num_clips"][""]):
         for group, factor in zip(groups, clip_factors, strict=True):
             step_clipped(group.optimizer, group.learning_rate, factor, is_finite)
@@ -260,17 +261,18 @@ def forward_backward(
     backward: Backward,
     measure_shares: bool = False,
 ) -> MicroBatchResult:
-    """Add the gradients of one micro-batch to those of both sides.
+    """Run one micro-batch forward and backward, and accumulate the gradients of generator and discriminators.
 
-    The graph is cut at the decoder's output: the gradient of each group of terms is computed down to a detached copy of
-    it, and their sum goes on through decoder, quantizer and encoder in the one backward pass of the generator.
+    The graph is cut at the decoder's output: each group of terms is differentiated down to a detached copy of the
+    output, and the sum of these gradients then goes through decoder, quantizer and encoder in the generator's only
+    backward pass.
 
-    The discriminators run once on real and once on generated audio for both sides. Cost in units of one forward of all
-    discriminators, a backward of weights or of inputs counted as one each: 2 forward, 4 for their own loss, 1 for the
-    generator's terms (one for each term when gradients are measured or balanced).
+    The discriminators run once on real and once on generated audio, for the losses of both sides. The cost in units of
+    one forward pass of all discriminators (a backward pass to the weights or to the inputs is one unit each): 2 for
+    forward, 4 for their own loss, 1 for the generator's terms (1 per term when gradients are measured or balanced).
 
     Args:
-        weights: of the terms to compute.
+        weights: weights of the terms to compute.
     """
     tokenizer, text_lm, discriminators = networks.tokenizer, networks.text_lm, networks.discriminators
 
@@ -291,7 +293,7 @@ def forward_backward(
     gradient, squares = output_gradient(output_terms, weights, output, objective, measure_shares)
     inner_terms = objective.quantizer_terms(quantized, frame_mask, counts, weights)
 
-    # Text term, of the clips that have a text. Lengths are read on the host, where they came from.
+    # Text term, for the clips that have a text. Lengths are read from the host's copy, without waiting for the device.
     host = batch.host or batch
     with_text = (host.text_lengths > 0).nonzero()[:, 0]
     states = quantized.quantized if schedule_state.text_lm_trains_tokenizer else quantized.quantized.detach()
@@ -310,7 +312,7 @@ def forward_backward(
     elif text_lm is not None and networks.is_sharded:
         through_text_lm = zero_loss_through_text_lm(text_lm, states)
 
-    # Adversarial terms, and the discriminators' own loss, which goes back to their weights only.
+    # Adversarial terms, and the discriminators' own loss, which is backpropagated to their weights only.
     if discriminators is not None and (schedule_state.adversarial_loss_active or schedule_state.discriminators_learn):
         discriminators.requires_grad_(schedule_state.discriminators_learn)
         with torch.set_grad_enabled(schedule_state.discriminators_learn):
@@ -331,7 +333,7 @@ def forward_backward(
             gradient, squares = gradient + more, squares | more_squares
             output_terms |= adversarial_terms
 
-    # Backward: the terms inside the model, and what the decoder's output is to become.
+    # Backward pass, from the gradient at the decoder's output and the terms inside the model.
     total = (reconstruction * gradient).sum()
     if inner_terms:
         total = total + weighted_sum(inner_terms, weights)
@@ -350,10 +352,10 @@ def forward_backward(
 def output_gradient(
     terms: Mapping[str, Tensor], weights: Mapping[str, float], output: Tensor, objective: Objective, measure: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the gradient of the weighted terms in the decoder's output [B, C, T], and consume their graph.
+    """Compute the gradient of the weighted terms with respect to the decoder's output [B, C, T]; frees their graph.
 
-    Also returns the squared norm of each term's gradient before its weight, where they are balanced or to be measured.
-    Clips do not share outputs, so that the squares of micro-batches and ranks add up. Measuring leaves every bit of the
+    Also returns the squared norm of each term's gradient before weighting, if terms are balanced or `measure` is set.
+    Clips do not share outputs, so the squares of micro-batches and ranks add up. Measuring leaves every bit of the
     gradient as it is.
     """
     if not terms:
@@ -373,10 +375,10 @@ def output_gradient(
 
 
 def dummy_forward_backward(networks: Networks, schedule_state: ScheduleState, backward: Backward) -> None:
-    """Run the sharded networks forward and backward without any gradient, while other ranks have one more micro-batch.
+    """Run the sharded networks forward and backward with a loss of zero, while other ranks have one more micro-batch.
 
-    Every pass of a sharded network is a collective that all ranks have to join, with the same parameters: without the
-    quantizer's levels where the stage does not quantize.
+    Every pass of a sharded network is a collective that all ranks have to join with the same parameters. So the levels
+    of the quantizer are skipped here, too, if the stage does not quantize.
     """
     tokenizer = networks.tokenizer
     silence = torch.zeros(
@@ -393,9 +395,9 @@ def dummy_forward_backward(networks: Networks, schedule_state: ScheduleState, ba
 
 
 def zero_loss_through_text_lm(text_lm: TextLM, states: Tensor) -> Tensor:
-    """Return zero by way of the text LM: in every micro-batch all ranks have to pass it or none.
+    """Return a loss of zero that depends on the text LM: in every micro-batch, either all ranks have to run it or none.
 
-    In the text LM's warm-up the states are detached on every rank, because otherwise its gradients would be reduced in
+    During the text LM's warm-up, callers pass detached states, because otherwise its gradients would be reduced in
     another order than on ranks that have text.
     """
     one = torch.ones(1, dtype=torch.int64, device=states.device)
@@ -403,14 +405,14 @@ def zero_loss_through_text_lm(text_lm: TextLM, states: Tensor) -> Tensor:
 
 
 def add_up(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Sum tensors name by name; a part may lack some."""
+    """Sum tensors name by name; a part may lack some names."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.stack([part[name] for part in parts if name in part]).sum() for name in names}
 
 
 def share_of_square(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return this rank's share of the squared norm of gradients: of its shards all, of what every rank has an equal
-    part.
+    """Return this rank's contribution to the squared norm of gradients: that of its shards in full, that of replicated
+    parameters divided by the number of ranks.
     """
     held = [p for p in parameters if is_sharded(p)]
     common = [p for p in parameters if not is_sharded(p)]
@@ -418,6 +420,6 @@ def share_of_square(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def no_codes(tokenizer: MossAudioTokenizerModel) -> Tensor:
-    """Return counts of no codes at all, [N, V] int64."""
+    """Return code counts that are all zero, [N, V] int64."""
     sizes = (tokenizer.config.num_quantizers, tokenizer.config.quantizer_kwargs["codebook_size"])
     return torch.zeros(sizes, dtype=torch.int64, device=tokenizer.device)
