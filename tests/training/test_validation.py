@@ -94,6 +94,18 @@ def test_samples_are_there_to_hear_and_to_read(watched):
     assert "| levels-04 | " in text
 
 
+def test_samples_come_with_the_first_validation_that_is_due(validated, tmp_path):
+    overrides = [
+        *validated,
+        "validation.samples_every_updates=3",
+        "validation.samples_clips=1",
+        "validation.max_clips=1",
+    ]
+    assert main(["fit", *overrides, f"run_dir={tmp_path}"]) == 0  # validated in every second update
+    folders = sorted(path.name for path in (tmp_path / "samples").glob("update-*"))
+    assert folders == ["update-00000000", "update-00000004", "update-00000006", "update-00000008"]  # 8 is the last
+
+
 def test_a_resumed_run_has_the_same_validations(validated, watched, tmp_path):
     overrides = [*validated, f"run_dir={tmp_path}"]
     assert main(["fit", *overrides, "max_updates=5"]) == 0

@@ -84,6 +84,7 @@ def build_callbacks(
                 plan.levels[1:] or plan.levels,
                 stream.clip_format.stored_rate,
                 settings.samples_every_updates,
+                settings.every_updates,
             )
         validation = [Validation(run_log, plan, checkpoints, samples_writer)]
     return [

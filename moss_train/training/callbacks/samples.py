@@ -29,7 +29,9 @@ class AudioSampleWriter:
         clips: held-out clips, the same ones during the whole run.
         levels: numbers of quantizer levels to decode, ascending.
         sampling_rate: sampling rate of the decoded audio in Hz.
-        every_updates: samples are made with validations at multiples of this update number, and with the final one.
+        every_updates: samples are made with the first validation at or after each multiple of this update number, and
+            with the final one.
+        validation_updates: updates between two validations.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class AudioSampleWriter:
         levels: Sequence[int],
         sampling_rate: int,
         every_updates: int,
+        validation_updates: int,
     ) -> None:
         self.directory = directory
         self.clips = clips
@@ -46,6 +49,7 @@ class AudioSampleWriter:
         self.levels = tuple(levels)
         self.sampling_rate = sampling_rate
         self.every_updates = every_updates
+        self.validation_updates = validation_updates
         self.draws = find_spec("matplotlib") is not None
 
     def make(self, module: CatModule, is_main: bool) -> list[ClipSample]:
@@ -53,7 +57,9 @@ class AudioSampleWriter:
 
         Every rank computes them, because networks may be sharded over ranks; only the main one writes.
         """
-        if module.update % self.every_updates and module.update != module.schedule.updates:
+        previous = module.update - self.validation_updates
+        is_due = module.update // self.every_updates > previous // self.every_updates
+        if not is_due and module.update != module.schedule.updates:
             return []
         folder = self.directory / f"update-{module.update:08d}"
         samples, lines = [], [f"# Transcripts at update {module.update}", ""]
