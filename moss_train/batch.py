@@ -1,4 +1,4 @@
-"""What one package hands to another: clips and batches of them. B clips, C channels, T samples, L text tokens."""
+"""Clips and batches, as the packages exchange them. B: clips, C: channels, T: samples, L: text tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,7 @@ from torch import Tensor
 from moss_train.utils.errors import InvalidSample
 
 TASKS = ("asr", "multi_speaker_asr", "caption")
-"""Names of the text tasks; the place of a name is its id in `Batch.task_ids`."""
+"""Names of the text tasks; the index of a name is its id in `Batch.task_ids`."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,23 @@ class ListedClip:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips of similar length, padded to one length, with everything random about them already drawn.
+    """Clips of similar length, padded to one length, with the random numbers for each clip already drawn.
 
-    The units are uniform random numbers that depend only on the seed and the sample's position in the training stream,
-    so a clip keeps its quantizer prefix and its crop whatever the number of ranks, workers or micro-batches.
+    `quantizer_uniform` and `crop_uniform` depend only on the seed and the sample's position in the training stream, so
+    a clip keeps its number of quantizer levels and its crop whatever the number of ranks, workers or micro-batches.
     """
 
     audio: Tensor  # [B, C, T] float32, zero beyond each length, T a whole number of hop_length
     audio_lengths: Tensor  # [B] int64, samples before padding
     text_tokens: Tensor  # [B, L] int64, padded with 0
     text_lengths: Tensor  # [B] int64, 0 for a clip without text
-    task_ids: Tensor  # [B] int64, place in TASKS, -1 for a clip without text
+    task_ids: Tensor  # [B] int64, index into TASKS, -1 for a clip without text
     quantizer_uniform: Tensor  # [B] float32 in [0, 1)
     crop_uniform: Tensor  # [B] float32 in [0, 1)
     sample_ids: tuple[str, ...]
     domains: tuple[str, ...]
-    host: "Batch | None" = None  # what it was copied from by `to`: asking its lengths does not wait for the device
-    # Of a decoder with its own sampling rate, the same clips at that rate; `audio` is at the encoder's.
+    host: "Batch | None" = None  # the batch that `to` copied from: reading its lengths does not wait for the device
+    # For a decoder with its own sampling rate: the same clips at that rate; `audio` is at the encoder's.
     target: Tensor | None = None  # [B, C, T'] float32, as many frames as `audio`
     target_lengths: Tensor | None = None  # [B] int64
 
@@ -62,7 +62,7 @@ class Batch:
         return self.audio_lengths if self.target_lengths is None else self.target_lengths
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch with its tensors on `device`; copies from pinned memory do not wait."""
+        """Return the batch with its tensors on `device`; copies from pinned memory are asynchronous."""
         return replace(self._map(lambda tensor: tensor.to(device, non_blocking=True)), host=self.host or self)
 
     def pin_memory(self) -> "Batch":
@@ -76,9 +76,9 @@ class Batch:
         return Batch(**values)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel between processes as arrays in the pipe.
+        """Pickle CPU tensors as numpy arrays, so that they travel between processes through the pipe.
 
-        Tensors would go through shared memory, which containers limit to 64 MB and which holds an open file for each.
+        Tensors would go through shared memory, which containers limit to 64 MB and which keeps a file open for each.
         """
         return {
             name: value.numpy() if isinstance(value, Tensor) and value.device.type == "cpu" else value
@@ -92,13 +92,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class UpdateBatch:
-    """Everything one rank needs for one generator update, and where the stream stands after it."""
+    """Everything that one rank needs for one generator update, and the position of the stream after it."""
 
     micro_batches: tuple[Batch, ...]
     update: int  # number of this update
     next_position: int  # sample position of the stream after this update; all that a resume needs
     dropped: tuple[InvalidSample, ...]  # samples that could not be read
-    without_text: tuple[str, ...] = ()  # ids of samples that are used without their text, which is too long
+    without_text: tuple[str, ...] = ()  # ids of samples used without their text, because it is too long
 
     def to(self, device: torch.device | str) -> "UpdateBatch":
         """Return the update with every micro-batch on `device`."""

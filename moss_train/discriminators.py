@@ -1,4 +1,4 @@
-"""Discriminators: networks of one waveform [B, C, T] that return logits and feature maps.
+"""Discriminators: networks that take one waveform [B, C, T] and return logits and feature maps.
 
 Multi-period (HiFi-GAN, arXiv 2010.05646) and multi-resolution complex STFT in frequency bands (DAC, arXiv 2306.06546,
 section 3.4). A configuration lists them as `_target_` nodes; to add one, write a class with the interface of
@@ -31,21 +31,21 @@ NEGATIVE_SLOPE = 0.1  # of the leaky ReLUs, as in HiFi-GAN and DAC
 
 @dataclass(frozen=True)
 class DiscriminatorOutput:
-    """What one sub-discriminator says about a batch of waveforms; the first axis of every tensor is the clip."""
+    """The output of one sub-discriminator for a batch of waveforms; the first axis of every tensor is the clip."""
 
-    logits: Tensor  # [B, ...]: one score per position that it looks at
+    logits: Tensor  # [B, ...]: one score per position
     features: tuple[Tensor, ...]  # each [B, ...]: the activations of every hidden layer, without the logits
 
 
 class Discriminator(nn.Module):
-    """A function of one waveform [B, C, T] -> DiscriminatorOutput.
+    """Base class: maps one waveform [B, C, T] -> DiscriminatorOutput.
 
-    It does not know whether the waveform is real, the losses do.
+    Whether the waveform is real or generated matters only to the losses.
     """
 
 
 class DiscriminatorSet(nn.Module):
-    """K sub-discriminators applied to the same waveform; sets inside sets are flattened, so that K counts them all."""
+    """K sub-discriminators applied to the same waveform; nested sets are flattened, so that K counts them all."""
 
     def __init__(self, discriminators: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -72,10 +72,10 @@ def normed_conv(
 
 
 def hidden_activations(layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, ...]:
-    """Pass x through convolutions, a leaky ReLU behind each; returns what every layer gives."""
+    """Pass x through convolutions, each followed by a leaky ReLU; returns the output of every layer."""
     features = []
     for layer in layers:
-        # In place: the convolution does not need its result, so half of the activations need not be kept.
+        # In place: the backward pass of a convolution does not need its output, so half of the activations are freed.
         x = F.leaky_relu(layer(x), NEGATIVE_SLOPE, inplace=True)
         features.append(x)
     return tuple(features)
@@ -84,8 +84,8 @@ def hidden_activations(layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, ...]:
 class PeriodDiscriminator(Discriminator):
     """Convolutions along time over a waveform folded into rows of `period` samples; the columns never mix.
 
-    The channels of the audio are input channels, not extra clips: what is wrong between two channels, such as opposite
-    polarity, can only be seen by a discriminator that gets both.
+    The channels of the audio are input channels, not extra clips: an error between two channels, such as opposite
+    polarity, can only be detected by a discriminator that gets both.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ BAND_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the Nyquist frequency
 
 
 class ComplexSTFTDiscriminator(Discriminator):
-    """2-d convolutions over real and imaginary parts of one STFT, with weights of their own for each frequency band.
+    """2-d convolutions over real and imaginary parts of one STFT, with separate weights for each frequency band.
 
-    Phase is seen because the spectrum stays complex. The channels of the audio are input channels (2 C planes), so a
-    wrong phase between channels is seen too. The hop is a quarter of the window.
+    The complex spectrum keeps the phase. The channels of the audio are input channels (2 C planes), so a wrong phase
+    between channels can be detected too. The hop is a quarter of the window.
     """
 
     def __init__(
@@ -157,16 +157,14 @@ class ComplexSTFTDiscriminator(Discriminator):
         self.output = normed_conv(channels, 1, (3, 3))
 
     def forward(self, waveform: Tensor) -> DiscriminatorOutput:
-        """Map a waveform [B, C, T] -> logits [B, 1, frames, bins], features [B, width, frames, bins] per band and
-        layer.
-        """
+        """Map [B, C, T] -> logits [B, 1, frames, bins], features [B, width, frames, bins] per band and layer."""
         planes = self.planes(waveform)
         bands = [band(planes[..., first:end]) for (first, end), band in zip(self.band_bins, self.bands, strict=True)]
         logits = self.output(torch.cat([features[-1] for features in bands], dim=-1))
         return DiscriminatorOutput(logits, tuple(chain.from_iterable(bands)))
 
     def planes(self, waveform: Tensor) -> Tensor:
-        """[B, C, T] -> [B, 2 C, frames, bins]: real and imaginary part of every channel, float32."""
+        """Map [B, C, T] -> [B, 2 C, frames, bins]: real and imaginary part of every channel, float32."""
         spectrum = normalized_stft(waveform, self.window_length, self.window_length // 4)
         return torch.cat([spectrum.real, spectrum.imag], dim=1).transpose(2, 3)
 
@@ -185,7 +183,7 @@ class FrequencyBand(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[B, planes, frames, bins] -> the activations of every layer, each [B, channels, frames, fewer bins]."""
+        """Map [B, planes, frames, bins] -> the activations of every layer, each [B, channels, frames, fewer bins]."""
         return hidden_activations(self.layers, x)
 
 
@@ -205,7 +203,7 @@ class MultiResolutionSTFTDiscriminator(DiscriminatorSet):
 
 
 def _band_bins(window_length: int, band_edges: Sequence[float]) -> list[tuple[int, int]]:
-    """First and end bin of every band; together they are all window_length // 2 + 1 bins, the Nyquist bin included."""
+    """Return (first, end) bin of every band; together they cover all window_length // 2 + 1 bins, Nyquist included."""
     if list(band_edges) != sorted(set(band_edges)) or band_edges[0] != 0 or band_edges[-1] != 1:
         raise ValueError(f"band_edges must rise from 0 to 1, got {list(band_edges)}")
     num_bins = window_length // 2 + 1

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NUM_MELS = 128
 RANGE_DB = 80.0
 
-_FALLBACK_FONTS = (  # for what matplotlib's own font lacks: Chinese, Japanese and Korean, where one is installed
+_FALLBACK_FONTS = (  # for characters that matplotlib's own font lacks: Chinese, Japanese, Korean; used if installed
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
     "Noto Sans SC",
@@ -63,7 +63,7 @@ def _fonts() -> Iterator[None]:
 
 
 def drawable(text: str) -> str:
-    """Return a text as a figure can show it: on one line, no formula, escaped when no font has its characters."""
+    """Return a text that a figure can show: on one line, not a formula, escaped if no font has its characters."""
     text = " ".join(text.split())
     text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
     if not all(ord(character) in _known_characters() for character in text):
@@ -82,11 +82,11 @@ def new_figure(width: float, height: float) -> "Figure":
 def save_spectrograms(
     waveforms: Mapping[str, Tensor], sampling_rate: int, path: str | Path | BinaryIO, title: str = ""
 ) -> None:
-    """Log-mel spectrograms of several versions of one clip, one below the other, as a PNG.
+    """Save log-mel spectrograms of several versions of one clip, one below the other, as a PNG.
 
     waveforms: name -> [C, T], the original first; channels are averaged. All panels share time, frequency and a colour
-    scale in decibels below the loudest point of the first. Needs matplotlib (extra `eval`). ValueError without
-    waveforms.
+    scale in decibels relative to the loudest point of the first. Needs matplotlib (extra `eval`). Raises ValueError
+    without waveforms.
     """
     if not waveforms:
         raise ValueError("a spectrogram figure needs at least one waveform, got none")
@@ -147,12 +147,12 @@ class Panel:
     title: str
     curves: Sequence[Curve]
     logarithmic: bool = False
-    dots: bool = False  # few values, each one a measurement
+    dots: bool = False  # also mark every value, for few values that are measurements
 
 
 @_fonts()
 def save_curves(panels: Sequence[Panel], path: Path, title: str, marks: Mapping[str, float] | None = None) -> None:
-    """Draw panels as a PNG; `marks` are updates to name, such as the beginnings of stages. Needs matplotlib."""
+    """Draw panels as a PNG; `marks` maps names to updates, such as the starts of stages. Needs matplotlib."""
     rows = -(-len(panels) // 2)
     figure = new_figure(2 * 5.2, 2.9 * rows + 0.4)
     axes = figure.subplots(rows, 2, squeeze=False).flatten()
@@ -202,7 +202,7 @@ class Scatter:
 
 @_fonts()
 def save_histograms(panels: Sequence[Histogram | Scatter], path: str | Path, title: str = "") -> None:
-    """Draw every panel into one PNG, groups stacked in one colour each. Needs matplotlib (extra `eval`)."""
+    """Draw all panels into one PNG, with groups stacked in one colour each. Needs matplotlib (extra `eval`)."""
     rows = -(-len(panels) // 3)
     figure = new_figure(3 * 4.2, 2.6 * rows + 0.5)
     axes = figure.subplots(rows, 3, squeeze=False).flat

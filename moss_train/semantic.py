@@ -1,8 +1,8 @@
 """Semantic supervision (arXiv 2602.10934): a causal language model reads the quantized states and predicts text.
 
 The gradient reaches the encoder through the straight-through estimator; the language model is dropped at inference.
-Text encoders turn text into token ids inside the data workers; they are small and picklable. At the end: the node of a
-text LM without references to files of the machine that it was trained on.
+Text encoders turn text into token ids inside the data workers; they are small and picklable. `make_portable` removes
+paths of the training machine from the configuration node of a text LM, `with_local_text` sets them on another machine.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ __all__ = ["ByteText", "PretrainedText", "TextLM"]
 
 
 class TextEncoder(Protocol):
-    """Text to token ids, the end token last, and back."""
+    """Converts text to token ids, the end token last, and back."""
 
     vocab_size: int
     end_id: int
@@ -40,13 +40,13 @@ class TextEncoder(Protocol):
 
 
 class ByteText:
-    """UTF-8 bytes and an end token: every language, no vocabulary file."""
+    """Encodes text as its UTF-8 bytes and an end token: for every language, without a vocabulary file."""
 
     end_id = 256
     vocab_size = 257
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of a text, the end token last."""
+        """Return the token ids of a text, the end token last."""
         return [*text.encode("utf-8"), self.end_id]
 
     def decode(self, tokens: list[int]) -> str:
@@ -73,7 +73,7 @@ class PretrainedText:
         self.vocab_size = len(self.tokenizer)
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of a text, the end token last."""
+        """Return the token ids of a text, the end token last."""
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.end_id]
 
     def decode(self, tokens: list[int]) -> str:
@@ -82,9 +82,9 @@ class PretrainedText:
 
 
 def make_portable(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
-    """Return the node with its architecture spelled out, its text encoder's files copied to `text_folder`.
+    """Return a text LM's node with its architecture spelled out, and copy its text encoder's files to `text_folder`.
 
-    An LM of another architecture than Qwen2 keeps the name it was started from.
+    An LM of another architecture than Qwen2 keeps the name of the pretrained LM that it was initialised from.
     """
     result = dict(node)
     if (pretrained := node.get("pretrained")) is not None:
@@ -127,20 +127,20 @@ def with_config(node: Mapping[str, Any], config: PretrainedConfig) -> dict[str, 
             f"semantic.pretrained={node['pretrained']} is a {config.model_type}, and only qwen2 is counted: give the "
             "sizes of a similar one in semantic.config, with semantic.pretrained=null"
         )
-    # The types of the layers follow from their number, which the counting changes.
+    # `layer_types` follows from the number of layers, which the count of operations varies.
     plain = {key: value for key, value in config.to_dict().items() if is_plain(value) and key != "layer_types"}
     return {**node, "pretrained": None, "config": plain}
 
 
 def with_local_text(node: Mapping[str, Any], text_folder: Path) -> dict[str, Any]:
-    """Return the inverse of `make_portable`: the text encoder is read from where its files lie now."""
+    """Undo `make_portable`: return the node with its text encoder's path set to `text_folder`, if that exists."""
     if not text_folder.is_dir():
         return dict(node)
     return {**node, "text": {**node["text"], "path": str(text_folder.resolve())}}
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether a value is a number, a text, nothing, or a container of these."""
+    """Return whether a value is a number, a text, None, or a container of these."""
     if isinstance(value, Mapping):
         return all(map(is_plain, value.values()))
     if isinstance(value, list | tuple):
@@ -149,9 +149,9 @@ def is_plain(value: Any) -> bool:
 
 
 class TextPrediction(NamedTuple):
-    """Summed cross entropy of the text tokens (scalar, nats), the number of tokens, and how many were right.
+    """Summed cross entropy of the text tokens (scalar, nats), the number of tokens, and how many were predicted right.
 
-    A tuple, in which FSDP2 finds the tensors that go backward; in a dataclass torch 2.11 does not.
+    A tuple, because FSDP2 has to find the tensors that need a gradient: in a dataclass, torch 2.11 does not find them.
     """
 
     loss_sum: Tensor
@@ -160,11 +160,11 @@ class TextPrediction(NamedTuple):
 
 
 class TextLM(nn.Module):
-    """A decoder-only LM that reads `[task tag][states after the quantizer][text]` and predicts the text alone.
+    """A decoder-only LM that reads `[task tag][states after the quantizer][text]` and predicts only the text.
 
     Args:
         latent_dim: width of the states.
-        text: text encoder (`ByteText` or `PretrainedText`); its vocabulary sizes a model from scratch.
+        text: text encoder (`ByteText` or `PretrainedText`); its vocabulary size is that of a model from scratch.
         config: `Qwen2Config` arguments of a model from scratch.
         pretrained: folder or repository of a causal LM to start from instead.
 
@@ -187,7 +187,7 @@ class TextLM(nn.Module):
         self.text = text
         self.language_model: Any
         if pretrained is not None:
-            # It comes in eval mode, without the dropout that its configuration may have.
+            # It is loaded in eval mode, in which the dropout of its configuration is off.
             self.language_model = from_pretrained(AutoModelForCausalLM, pretrained, dtype=torch.float32).train()
         else:
             check_no_remote_kernels(config or {}, "semantic.config")
@@ -207,7 +207,7 @@ class TextLM(nn.Module):
 
         Args:
             states: [B, F, D] after the quantizer.
-            num_frames: [B] valid frames; these and the lengths of texts are best on the CPU, where they are read.
+            num_frames: [B] valid frames; best on the CPU, as `text_lengths`, because the host reads both.
             text_tokens: [B, L] token ids, the end token last.
             text_lengths: [B], at least 1.
             task_ids: [B] index into TASKS.
@@ -216,10 +216,10 @@ class TextLM(nn.Module):
         tags = self.task_tags(task_ids)
         audio = self.projection(states.to(self.projection.weight.dtype)).to(tags.dtype)
         text = self.language_model.get_input_embeddings()(text_tokens).to(tags.dtype)
-        # The last token is predicted and not read. Sequences are padded on the right, which causality hides.
+        # The last token is a target but not an input. Padding is on the right, where causal attention ignores it.
         longest = max(frames + length for frames, length in lengths)
         nothing = tags.new_zeros(longest, tags.shape[1])
-        # One copy of all pieces; what `unbind` gives goes back as one tensor.
+        # All pieces are copied once; the backward pass of `unbind` joins their gradients into one tensor.
         pieces = [
             piece
             for tag, sound, words, (frames, length) in zip(
@@ -231,7 +231,7 @@ class TextLM(nn.Module):
         hidden = self.language_model.model(
             inputs_embeds=inputs, use_cache=False, attention_mask=self._causal_mask(inputs.shape[1])
         ).last_hidden_state
-        # The last state predicts the first token, so text starts one position early.
+        # The last audio state predicts the first token, so the predictions start one position before the text.
         spans = list(zip(hidden.unbind(), text_tokens.unbind(), lengths, strict=True))
         predicting = torch.cat([clip[frames : frames + text] for clip, _, (frames, text) in spans])
         targets = torch.cat([tokens[:text] for _, tokens, (_, text) in spans])
@@ -243,9 +243,9 @@ class TextLM(nn.Module):
         )
 
     def _causal_mask(self, length: int) -> dict[str, None] | None:
-        """Masks for every kind of layer: none, as all attention is causal. None leaves them to transformers.
+        """Return no mask for every kind of layer, as all attention is causal; None lets transformers make the masks.
 
-        It would look for packed sequences in the positions, and so wait for the GPU in every micro-batch.
+        transformers would look for packed sequences in the positions, and so wait for the GPU in every micro-batch.
         """
         config = self.language_model.config
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -257,7 +257,7 @@ class TextLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, states: Tensor, task_ids: Tensor, max_tokens: int) -> list[int]:
-        """Return the most likely text of one clip, token by token, up to the end token or `max_tokens`.
+        """Return the token ids of one clip's text by greedy decoding, up to the end token or `max_tokens`.
 
         Args:
             states: [1, F, D] after the quantizer.

@@ -1,8 +1,8 @@
-"""How much audio lies in a file, by its bytes.
+"""Find out from the bytes of a file how much audio it holds.
 
-libsndfile believes headers that are false, takes what a header does not know for nothing or for everything, reads the
-first of several joined files, and shortens Ogg files that were cut. So the bytes are looked at first: what comes out is
-a list of pieces that libsndfile reads rightly, or `DamagedError`.
+libsndfile trusts wrong headers, treats an unknown length as no audio or as all the rest of the file, reads only the
+first of several concatenated files, and silently shortens truncated Ogg files. So the bytes are scanned first: the
+result is a list of pieces that libsndfile reads correctly, or a `DamagedError`.
 """
 
 import struct
@@ -15,21 +15,21 @@ from moss_train.audio.flac import scan_flac
 from moss_train.audio.mp3 import id3_size, parse_header, scan_mp3
 from moss_train.audio.window import DamagedError, Piece, Remark, Window
 
-_UNKNOWN_SIZE = 0x7FFFF000  # at and above it: written to a pipe, the length was not known
-_MAX_HEAD = 2**24  # bytes in front of the audio that are repeated with another size in them
+_UNKNOWN_SIZE = 0x7FFFF000  # sizes from here on are placeholders of a writer that did not know the length (a pipe)
+_MAX_HEAD = 2**24  # longest header, in bytes, that is copied with a corrected size
 
 
 @dataclass(frozen=True)
 class ChunkFormat:
-    """How a format of chunks names them and writes their sizes."""
+    """How a chunk-based file format stores the names and sizes of its chunks."""
 
-    header: int  # bytes in front of the first chunk
-    name: int  # bytes of a name
-    size: str  # of struct
+    header: int  # bytes before the first chunk
+    name: int  # bytes of a chunk name
+    size: str  # a chunk size as a format of `struct`
     data: bytes  # name of the chunk with the audio
     alignment: int = 2
-    counts_itself: bool = False  # whether a size includes name and size
-    prefix: int = 0  # bytes of the audio chunk in front of the audio
+    counts_itself: bool = False  # whether a chunk size includes the bytes of its name and size
+    prefix: int = 0  # bytes between the header of the audio chunk and the audio
 
 
 _FORMATS = {
@@ -46,7 +46,7 @@ _FORMATS = {
 
 
 def scan(window: Window) -> list[Piece]:
-    """Find the pieces of an audio file. Raises DamagedError when it is cut off or nothing says where it ends."""
+    """Find the pieces of an audio file. Raises DamagedError if it is cut off or its end is unknown."""
     begin = id3_size(window.at(0, 10)) if window.at(0, 3) == b"ID3" else 0
     while window.at(begin, 3) == b"ID3":
         begin += id3_size(window.at(begin, 10))
@@ -58,13 +58,13 @@ def scan(window: Window) -> list[Piece]:
     position = begin
     while scanner := _SCANNERS.get(window.at(position, 4)):
         pieces.append(scanner(window, position))
-        position = pieces[-1].end  # where a joined file begins, behind a tag of the one before it
+        position = pieces[-1].end  # a concatenated file begins here, or after the tag of this one
         position += 128 if window.at(position, 3) == b"TAG" else 0
     return pieces or [Piece(0, window.size)]
 
 
 def _begins_mp3(window: Window, begin: int) -> bool:
-    """Whether frames begin within the first few kilobytes, two in a row."""
+    """Whether two consecutive MP3 frames begin within the first few kilobytes."""
     if window.at(0, 4) in _SCANNERS or window.at(begin, 4) in _SCANNERS:
         return False
     end = min(window.size, begin + 8192)
@@ -74,7 +74,7 @@ def _begins_mp3(window: Window, begin: int) -> bool:
         if frame is not None and following is not None and following.kind == frame.kind:
             if place == begin or begin:
                 return True
-            position = place  # a third and a fourth follow: in random bytes two headers in a row do occur
+            position = place  # require a third and a fourth: two headers in a row do occur in random bytes
             for _ in range(4):
                 frame = parse_header(window.at(position, 4))
                 if frame is None:
@@ -90,12 +90,12 @@ def _scan_chunks(window: Window, begin: int) -> Piece:
     form = _FORMATS[window.at(begin, 4)]
     overhead = form.name + struct.calcsize(form.size)
     position = begin + form.header
-    wide: tuple[int, int] | None = None  # place and value of the size of the audio in a ds64 chunk
+    wide: tuple[int, int] | None = None  # position and value of the audio size in a ds64 chunk
     while True:
         head = window.at(position, overhead)
         if len(head) < overhead:
             if window.at(begin + 8, 4) not in (b"WAVE", b"AIFF", b"AIFC") and form.header == 12:
-                return Piece(begin, window.size)  # libsndfile says what it thinks of it
+                return Piece(begin, window.size)  # an unknown kind of file: libsndfile decides
             raise DamagedError("is cut off: it has no chunk with audio")
         (size,) = struct.unpack(form.size, head[form.name :])
         if head[: form.name] == form.data:
@@ -106,19 +106,19 @@ def _scan_chunks(window: Window, begin: int) -> Piece:
     place, width = position + form.name, overhead - form.name
     if wide is not None and size == 0xFFFFFFFF:
         place, size, width = wide[0], wide[1], 8
-    start = position + (0 if form.counts_itself else overhead)  # where the size begins to count
+    start = position + (0 if form.counts_itself else overhead)  # the size counts bytes from here on
     audio, there = position + overhead + form.prefix, window.size - start
     is_nothing = size <= form.prefix + (overhead if form.counts_itself else 0)
     is_too_much = size >= (_UNKNOWN_SIZE if width == 4 else 2**62) and (size > there or size == 0xFFFFFFFF)
     if (
         (is_nothing or is_too_much)
         and window.size > audio
-        # Other chunks may follow, and not audio, which may be zeros.
+        # Not if only chunks follow up to the end: then there is no audio. Zeros count as audio, not as chunks.
         and not (window.at(audio, 4).strip(b"\0") and _next_file(window, audio, form) == window.size)
     ):
         if audio - begin > _MAX_HEAD:
             raise DamagedError("has a header that does not say how much audio there is, and is too long to be mended")
-        # From `begin` to the end of the file, with the size of the audio in the header.
+        # The audio is all the rest of the file; it follows a copy of the header with its real size.
         order: Literal["little", "big"] = "little" if form.size[0] == "<" else "big"
         header = bytearray(window.at(begin, audio - begin))
         header[place - begin : place - begin + width] = min(there, 2 ** (8 * width) - 1).to_bytes(width, order)
@@ -130,7 +130,7 @@ def _scan_chunks(window: Window, begin: int) -> Piece:
     end = min(window.size, start + _padded(size, form.alignment))
     following = _next_file(window, end, form)
     if following is None:
-        # The padding is missing now and then.
+        # Some writers leave out the padding.
         following = _next_file(window, start + size, form)
     if following is None:
         raise DamagedError(
@@ -144,7 +144,7 @@ def _padded(size: int, alignment: int) -> int:
 
 
 def _next_file(window: Window, position: int, form: ChunkFormat) -> int | None:
-    """Where the chunks from a position on end: at the end of the file or at a joined one; None when they are none."""
+    """Return where the chunks from `position` on end: at a concatenated file or the end; None if it is not chunks."""
     overhead = form.name + struct.calcsize(form.size)
     while position < window.size:
         head = window.at(position, overhead)
@@ -188,7 +188,7 @@ def _scan_sphere(window: Window, begin: int) -> Piece:
 
 
 def _sized(window: Window, begin: int, audio: int, size: int, magic: bytes) -> Piece:
-    """The piece of a file that is a header with the size, and audio."""
+    """Return the piece of a file that consists of a header, which states the size of the audio, and the audio."""
     end = audio + size
     if end > window.size:
         raise DamagedError(f"is cut off: {max(0, window.size - audio)} of {size} bytes of audio are there")
@@ -204,28 +204,28 @@ _SCANNERS: dict[bytes, Callable[[Window, int], Piece]] = {
     b".snd": _scan_au,
     b"NIST": _scan_sphere,
 }
-"""What finds the end of one file, by its first bytes; another one may be joined to it."""
+"""By the first four bytes of a file: the function that finds its end, after which another file may follow."""
 
 
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def page_checksum(page: bytes) -> int:
-    """Return the checksum of a page: CRC-32 with the bits of every byte, and of the result, the other way round."""
+    """Return the checksum of an Ogg page: CRC-32 with the bits of every byte, and those of the result, reversed."""
     blank = page[:22] + bytes(4) + page[26:]
     value = zlib.crc32(blank.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{value:032b}"[::-1], 2)
 
 
 def scan_ogg(window: Window, begin: int) -> list[Piece]:
-    """Find the links of an Ogg file: a first page of a stream behind other pages begins another one.
+    """Find the links of a chained Ogg file: the first page of a stream, after any page that is not one, starts a link.
 
     Raises DamagedError when pages are cut, altered or missing.
     """
     position, link = begin, begin
     pieces: list[Piece] = []
-    numbers: dict[int, int] = {}  # of the last page, by stream
-    is_open: dict[int, bool] = {}  # whether a stream of the link has not ended
+    numbers: dict[int, int] = {}  # sequence number of the last page, by stream
+    is_open: dict[int, bool] = {}  # by stream of the link: whether it has had no end mark yet
     in_front, last = True, begin
     while position < window.size:
         head = window.at(position, 27)
@@ -254,13 +254,13 @@ def scan_ogg(window: Window, begin: int) -> list[Piece]:
 
 
 def _ogg_link(window: Window, begin: int, last: int, end: int, is_open: dict[int, bool]) -> Piece:
-    """One link of a chain, its last page at byte `last`; the end flag is set where it is missing."""
+    """Return the link whose last page is at byte `last`; sets that page's end mark if it is the only one missing."""
     still_open = [stream for stream, still in is_open.items() if still]
     if not still_open:
         return Piece(begin, end)
     page = bytearray(window.at(last, end - last))
     if still_open != [struct.unpack("<I", page[14:18])[0]]:
         return Piece(begin, end, remark=Remark.NO_END_MARK)
-    page[5] |= 4  # libsndfile calls a file without it malformed
+    page[5] |= 4  # the end mark; without it libsndfile rejects the file as malformed
     page[22:26] = struct.pack("<I", page_checksum(bytes(page)))
     return Piece(begin, last, tail=bytes(page), remark=Remark.NO_END_MARK)

@@ -1,6 +1,7 @@
-"""The number of samples in a FLAC file, where its header does not know it or says too little.
+"""Find the number of samples in a FLAC file whose header does not state it or states too few.
 
-The last frame says how far it reaches, and its checksum whether it is whole. Joined files begin with a header again.
+The header of the last frame gives its position and length in samples, and its checksum shows whether it is complete. A
+concatenated file starts with a file header of its own.
 """
 
 import re
@@ -10,11 +11,14 @@ from collections.abc import Iterator
 from moss_train.audio.window import DamagedError, Piece, Remark, Window
 
 _FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
-_FLAC_GUESSES = 4  # other bytes may look like a frame header
+_FLAC_GUESSES = 4  # candidates for the last frame to check: other bytes may look like a frame header
 
 
 def scan_flac(window: Window, begin: int) -> Piece:
-    """Find the FLAC file at a byte, up to one that is joined to it. Raises DamagedError when it is cut off."""
+    """Find the FLAC file that starts at byte `begin` and ends before a concatenated one.
+
+    Raises DamagedError if it is cut off.
+    """
     info = window.at(begin, 42)
     if len(info) < 42 or info[4] & 0x7F != 0:
         return Piece(begin, window.size)
@@ -28,24 +32,24 @@ def scan_flac(window: Window, begin: int) -> Piece:
     for count, (place, last) in enumerate(_last_flac_frames(window, begin, end, fixed)):
         if stated and last == stated:
             return Piece(begin, end)
-        # A header that says less than there is, or nothing: the last frame is one that is whole up to the end.
+        # The header states too few samples, or none: accept a frame that ends with the file and has a valid checksum.
         if last > stated and count < _FLAC_GUESSES and not _crc(window.at(place, end - place), 16):
             break
     else:
         if stated:
-            return Piece(begin, end)  # less than stated: libsndfile finds out where it ends
+            return Piece(begin, end)  # fewer samples than stated: reading will show where they end
         raise DamagedError("is cut off in its last frame, and does not say in its header how long it is")
     head = bytearray(info)
     head[18:26] = (int.from_bytes(info[18:26], "big") & ~(2**36 - 1) | last).to_bytes(8, "big")
     if stated:
-        head[26:42] = bytes(16)  # the checksum is that of less audio
+        head[26:42] = bytes(16)  # the stored checksum covers only the stated samples
     return Piece(begin + 42, end, bytes(head), remark=Remark.LENGTH_UNKNOWN)
 
 
 def _last_flac_frames(window: Window, begin: int, end: int, fixed_size: int) -> Iterator[tuple[int, int]]:
-    """Yield place and last sample of what look like frame headers, from the last backwards."""
+    """Yield the position and the end in samples of everything that looks like a frame header, last one first."""
     done = end
-    for tail in (2**16, 2**20):  # bytes at the end in which the last frame is looked for
+    for tail in (2**16, 2**20):  # bytes at the end that are searched for the last frame
         origin = max(begin, end - tail)
         block = window.at(origin, end - origin)
         for found in reversed(list(_FLAC_SYNC.finditer(block, 0, done - origin))):
@@ -56,7 +60,7 @@ def _last_flac_frames(window: Window, begin: int, end: int, fixed_size: int) -> 
 
 
 def _flac_frame_end(header: bytes, fixed_size: int) -> int | None:
-    """The number of samples up to the end of a frame; None when the bytes are no header of one."""
+    """Return the number of samples up to the end of a frame; None if the bytes are not a frame header."""
     if len(header) < 6 or header[3] & 1 or header[3] >> 1 & 7 in (3, 7) or header[3] >> 4 > 10:
         return None
     is_variable, size_code, rate_code = header[1] & 1, header[2] >> 4, header[2] & 15
@@ -83,7 +87,7 @@ def _flac_frame_end(header: bytes, fixed_size: int) -> int | None:
 
 
 def _crc(content: bytes, width: int) -> int:
-    """The checksum of 8 or 16 bits; 0 for a whole FLAC frame, whose last two bytes are the 16 bits of the others."""
+    """Return the CRC of 8 or 16 bits; 0 for a complete FLAC frame, which ends with the CRC-16 of its other bytes."""
     table, mask, shift, value = _CRC_TABLES[width], (1 << width) - 1, width - 8, 0
     for byte in content:
         value = (value << 8 & mask) ^ table[value >> shift ^ byte]

@@ -1,4 +1,4 @@
-"""Audio files in and out through libsndfile, and resampling: the only place where files become waveforms.
+"""Read, write and resample audio, with libsndfile for files: the only place where files become waveforms.
 
 Waveforms are float32 [C, T] in [-1, 1], C channels, T samples.
 """
@@ -29,7 +29,7 @@ RESAMPLER = "torchaudio.functional.resample sinc_interp_hann width 6 rolloff 0.9
 WRITABLE_FORMATS = ("wav", "flac")
 
 PEAK_LIMIT = 8.0
-"""Highest believed absolute sample: more is not audio in [-1, 1] with overs but, say, integers in a float file."""
+"""Largest plausible absolute sample: beyond it a file holds, say, integers stored as floats, not audio with overs."""
 
 CONVERTIBLE_SUFFIXES = frozenset(f".{name}" for name in "3gp aac amr m4a m4b mka mkv mov mp4 webm wma".split())  # noqa: SIM905
 """Formats of phones and browsers, which libsndfile does not read."""
@@ -38,7 +38,7 @@ AudioSource = str | Path | BinaryIO
 
 
 class NamedBytes(io.BytesIO):
-    """An audio file in memory that says in errors where it comes from."""
+    """An audio file in memory, with a name for error messages."""
 
     def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
@@ -47,13 +47,13 @@ class NamedBytes(io.BytesIO):
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What is in an audio file."""
+    """Properties of an audio file."""
 
     sampling_rate: int  # Hz
     num_channels: int
     num_samples: int  # per channel
     format: str  # libsndfile's name, such as WAV or FLAC
-    remarks: tuple[Remark, ...] = ()  # what is worth telling about it
+    remarks: tuple[Remark, ...] = ()  # oddities to report to the user
 
     @property
     def seconds(self) -> float:
@@ -62,7 +62,7 @@ class AudioInfo:
 
 
 class _Recording:
-    """An open audio file: everything that lies in it, however many pieces that are. A context manager."""
+    """An open audio file, all its pieces together read as one recording. A context manager."""
 
     def __init__(self, source: AudioSource, is_whole: bool) -> None:
         self.name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "audio in memory")
@@ -73,7 +73,7 @@ class _Recording:
             self.remarks = tuple(dict.fromkeys(remark for remark in remarks if remark is not None))
             self._first = first = self._open(pieces[0])
             self.rate, self.channels, self.format, self.subtype = _format(first)
-            self.parts = [(pieces[0], self._length(first, pieces[0]))]  # with samples of each
+            self.parts = [(pieces[0], self._length(first, pieces[0]))]  # each piece with its number of samples
             for piece in pieces[1:]:
                 with self._open(piece) as file:
                     if _format(file) != _format(first):
@@ -100,7 +100,7 @@ class _Recording:
             self._file.close()
 
     def _find_pieces(self, source: AudioSource, is_whole: bool) -> list[Piece]:
-        """The pieces; those of a file are remembered, as many parts of it are read one by one."""
+        """Return the pieces; those of a file on disk are cached, because parts of it are often read one by one."""
         try:
             if is_whole:
                 return [Piece(0, self._file.seek(0, os.SEEK_END))]
@@ -142,7 +142,7 @@ class _Recording:
         return num_samples
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Read `count` samples from `start` on as float32 [samples, channels]. Raises SampleError when some lack."""
+        """Read `count` samples from `start` on, float32 [samples, channels]. Raises SampleError if they are damaged."""
         blocks: list[np.ndarray] = []
         begin = 0
         for piece, num_samples in self.parts:
@@ -156,7 +156,8 @@ class _Recording:
 
     def _read_part(self, piece: Piece, num_samples: int, start: int, count: int) -> list[np.ndarray]:
         skipped = start
-        # libsndfile seeks wrongly in MP3 and near the end of Vorbis; soundfile after every read.
+        # libsndfile seeks to a wrong sample in MP3 and near the end of Vorbis, and soundfile seeks after every read: so
+        # these formats are read in one call.
         at_once = self.format in ("OGG", "MP3")
         is_sought = piece.piece_at is None
         if piece.piece_at is not None:
@@ -185,13 +186,13 @@ class _Recording:
 
 @lru_cache(maxsize=64)
 def _scan_file(path: str, state: tuple[int, ...]) -> list[Piece]:
-    """The pieces of a file that has not changed since; `state` is what would tell."""
+    """Return the pieces of a file, cached until it changes: `state` is different then."""
     with open(path, "rb") as file:
         return scan(Window(file))
 
 
-_MARGIN = 2**19  # samples at the end of an Ogg file that are not sought in
-_ENDLESS = 2**62  # libsndfile's number of samples when it does not know
+_MARGIN = 2**19  # samples at the end of an Ogg file in which no seek ends
+_ENDLESS = 2**62  # libsndfile reports this many samples or more when it does not know the number
 
 
 def _format(file: soundfile.SoundFile) -> tuple[int, int, str, str]:
@@ -199,8 +200,8 @@ def _format(file: soundfile.SoundFile) -> tuple[int, int, str, str]:
 
 
 def _blocks(file: soundfile.SoundFile, count: int, name: str) -> Iterator[np.ndarray]:
-    """Yield `count` samples from where the file stands as float32 [samples, channels], all there are if endless."""
-    limit = max(1, 2**22 // file.channels)  # at once, so that no header decides about the memory
+    """Yield `count` samples from the current position on (all for `_ENDLESS`) as float32 [samples, channels]."""
+    limit = max(1, 2**22 // file.channels)  # samples per read, so that a wrong header cannot exhaust the memory
     done = 0
     while done < count:
         block = file.read(min(limit, count - done), dtype="float32", always_2d=True)
@@ -214,13 +215,13 @@ def _blocks(file: soundfile.SoundFile, count: int, name: str) -> Iterator[np.nda
 
 
 def _open_bytes(source: AudioSource, name: str) -> BinaryIO:
-    """Open a file. Raises SampleError for what is no ordinary file: opening a pipe would wait without end."""
+    """Open a file. Raises SampleError unless it is a regular file: opening a pipe could block forever."""
     if not isinstance(source, str | Path):
         return source
     try:
         kind = special_kind(Path(source))
         if kind is None:
-            # By Python: libsndfile reports every system error, a missing file included, as "System error".
+            # Opened by Python, because libsndfile reports every system error, even a missing file, as "System error".
             return Path(source).open("rb")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         fault = Fault.MISSING_FILE if isinstance(error, FileNotFoundError) else Fault.FILE
@@ -229,9 +230,9 @@ def _open_bytes(source: AudioSource, name: str) -> BinaryIO:
 
 
 def audio_info(source: AudioSource) -> AudioInfo:
-    """Return what is in an audio file: the bytes decide, not its header.
+    """Return the properties of an audio file, found by scanning its bytes: the header may be wrong.
 
-    Raises SampleError, naming the file, when it is missing, not audio, cut off, or nothing says how long it is.
+    Raises SampleError, naming the file, if it is missing, not audio, cut off, or of unknown length.
     """
     with _Recording(source, is_whole=False) as file:
         return AudioInfo(file.rate, file.channels, file.num_samples, file.format, file.remarks)
@@ -249,9 +250,9 @@ def read_audio(
     """Read audio as float32 [C, T] with its sampling rate, resampled and with channels converted when asked to.
 
     `start` and `num_samples` count samples per channel at the file's own rate; None reads to the end. `is_whole`: the
-    file was written by `pack`, so its header is right and its bytes need not be looked at first. Raises SampleError,
-    naming the file, when it cannot be read, is shorter than its header or the request says, or holds samples that are
-    NaN, infinite or far above full scale.
+    file was written by `pack`, so its header is right and the scan of its bytes is skipped. Raises SampleError, naming
+    the file, if it cannot be read, is shorter than its header states or than requested, or holds samples that are NaN,
+    infinite or far above full scale.
     """
     with _Recording(source, is_whole) as file:
         wanted = file.num_samples - start if num_samples is None else num_samples
@@ -262,7 +263,7 @@ def read_audio(
         samples = file.read(start, wanted)
         rate, name = file.rate, file.name
         if not file.subtype.startswith("PCM"):
-            peak = max(samples.max(initial=0.0), -samples.min(initial=0.0))  # NaN when there is one
+            peak = max(samples.max(initial=0.0), -samples.min(initial=0.0))  # NaN if a sample is NaN
             if not np.isfinite(peak):
                 first = start + int(np.flatnonzero(~np.isfinite(samples).all(axis=1))[0])
                 raise SampleError(Fault.VALUES, f"{name} contains NaN or infinite samples, the first is number {first}")
@@ -277,7 +278,7 @@ def read_audio(
 
 
 def convert_channels(audio: Tensor, num_channels: int, name: str = "audio") -> Tensor:
-    """Convert [C, T] to `num_channels`: any number to mono by the mean, mono to any number by repetition."""
+    """Convert [C, T] to `num_channels`: to mono by the mean, from mono by repetition. Raises UserError otherwise."""
     if audio.shape[0] == num_channels:
         return audio
     if num_channels == 1:
@@ -289,15 +290,15 @@ def convert_channels(audio: Tensor, num_channels: int, name: str = "audio") -> T
 
 def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Resample [..., T] from one rate in Hz to another; the result has ceil(T * to_rate / from_rate) samples."""
-    import torchaudio.functional  # here, because many commands start without ever resampling
+    import torchaudio.functional  # imported here, because many commands never resample
 
     return torchaudio.functional.resample(audio, from_rate, to_rate)
 
 
 def to_pcm16(audio: Tensor) -> Tensor:
-    """Quantize [C, T] float in [-1, 1] to int16, clipping overs; what libsndfile reads back is this over 32768.
+    """Quantize [C, T] float in [-1, 1] to int16, clipping overs; libsndfile divides by 32768 on reading.
 
-    libsndfile's own conversion multiplies by 32767, so that audio would get quieter with every read and write.
+    libsndfile's own conversion on writing multiplies by 32767, so audio would get quieter with every write and read.
     """
     return (audio * 32768).round().clamp(-32768, 32767).to(torch.int16)
 
@@ -311,7 +312,7 @@ def write_audio(target: str | Path | BinaryIO, audio: Tensor, sampling_rate: int
     try:
         with Path(target).open("wb") if isinstance(target, str | Path) else nullcontext(target) as file:
             samples = to_pcm16(audio.detach().cpu()).T.numpy()
-            encoded = io.BytesIO()  # libsndfile's callbacks would print what a full disk raises, and lose it
+            encoded = io.BytesIO()  # because libsndfile's callbacks would print the error of a full disk and lose it
             soundfile.write(encoded, samples, sampling_rate, subtype="PCM_16", format=format.upper())
             file.write(encoded.getbuffer())
     except (OSError, soundfile.LibsndfileError) as error:

@@ -15,7 +15,10 @@ _K_STAGES = (
 
 
 def power_spectrum(audio: Tensor) -> Tensor:
-    """Mean power of [C, T] by frequency, summed over channels: [WINDOW_LENGTH / 2 + 1], in total the mean square."""
+    """Return the mean power of [C, T] by frequency, summed over channels: [WINDOW_LENGTH / 2 + 1].
+
+    The sum over frequencies is the mean square of the audio, summed over channels.
+    """
     spectrum = torch.stft(
         torch.nn.functional.pad(audio, (0, max(0, WINDOW_LENGTH - audio.shape[-1]))),
         WINDOW_LENGTH,
@@ -42,8 +45,9 @@ def loudness(power: Tensor, sampling_rate: int) -> float:
 
 
 def bandwidth(power: Tensor, sampling_rate: int) -> float:
-    """Return the highest frequency in Hz whose band of about 100 Hz is at most 70 dB below the strongest; 0 for
-    silence.
+    """Return the upper edge in Hz of the highest band of about 100 Hz that is at most 70 dB below the strongest one.
+
+    Returns 0 for silence.
     """
     step = sampling_rate / 2 / (len(power) - 1)
     size = max(1, round(100 / step))

@@ -1,8 +1,8 @@
-"""The frames of an MP3 stream, counted by their headers.
+"""Count the frames of an MP3 stream by reading all frame headers.
 
-libsndfile takes the length from a Xing or Info header or guesses it from the size of the file, reads no further than
-that, and seeks by estimate. So frames are walked here, a header with the right count is put in front where the file has
-none, and a read from the middle begins at a frame whose number is known.
+libsndfile takes the length from a Xing or Info header or guesses it from the file size, reads no further than that, and
+seeks by estimate. So the frames are counted here, an Info header with the right count is put in front if the file has
+none, and a read from the middle starts at a frame whose number is known.
 """
 
 import struct
@@ -21,15 +21,15 @@ _BITRATES = {  # kbit/s by MPEG version 1 or 2 and layer, ISO 11172-3 and 13818-
     (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _RATES = (44100, 48000, 32000)
-_LONGEST_FRAME = 2881  # bytes, layer 2 at 384 kbit/s and 32 kHz padded, and some
-_INDEX_STEP = 32  # frames between two places that are remembered
-_PREROLL = 32  # frames in front of a place that its first frame may borrow bits from
-_DECODER_DELAY = 529  # samples that decoders skip beside the encoder's own delay
+_LONGEST_FRAME = 2881  # bytes: MPEG 2.5, layer 2 at 160 kbit/s and 8 kHz, padded
+_INDEX_STEP = 32  # frames between two indexed positions
+_PREROLL = 32  # frames read before the wanted one, which may borrow bits from them (bit reservoir)
+_DECODER_DELAY = 529  # samples that decoders skip in addition to the encoder's delay
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What a frame header says."""
+    """The content of a frame header."""
 
     size: int  # bytes
     rate: int  # Hz
@@ -40,18 +40,18 @@ class Frame:
 
     @property
     def kind(self) -> tuple[int, int, bool]:
-        """What stays the same in one stream."""
+        """Properties that are the same for all frames of a stream."""
         return self.rate, self.layer, self.is_mono
 
     @property
     def tag_offset(self) -> int:
-        """Where a Xing or Info header stands in its frame."""
+        """Offset in bytes of a Xing or Info header from the start of its frame."""
         return 4 + ((17 if self.is_mono else 32) if self.version == 1 else (9 if self.is_mono else 17))
 
 
 @lru_cache(maxsize=4096)
 def parse_header(header: bytes) -> Frame | None:
-    """Return what four bytes say as a frame header; None when they are none, or one of unknown size."""
+    """Parse four bytes as a frame header; returns None if they are not one, or the size of the frame is unknown."""
     if len(header) < 4:
         return None
     (bits,) = struct.unpack(">I", header)
@@ -69,29 +69,29 @@ def parse_header(header: bytes) -> Frame | None:
 
 @dataclass
 class Mp3Stream:
-    """Frames that belong together: those of one file, or of one of several that were joined."""
+    """The frames of one file, or of one of several concatenated files."""
 
     begin: int  # byte of the first frame, or of the Xing or Info header in front of it
     frame: Frame  # the first
     header: bytes  # of the first frame
     end: int = 0
-    count: int = 0  # frames, without the header
-    stated: int | None = None  # frames, by the header
+    count: int = 0  # audio frames, not counting one that holds a Xing or Info header
+    stated: int | None = None  # number of frames in the Xing or Info header
     stated_bytes: int | None = None
-    delay: int = 0  # samples that a decoder skips at the begin
-    places: array = field(default_factory=lambda: array("Q"))  # byte of every _INDEX_STEP-th frame
+    delay: int = 0  # samples that a decoder skips at the start
+    places: array = field(default_factory=lambda: array("Q"))  # byte position of every _INDEX_STEP-th frame
 
     def piece(self) -> Piece:
-        """Return what libsndfile reads in full: the stream, with a header that says how many frames there are."""
+        """Return the stream as a piece that libsndfile reads in full: its header states the number of frames."""
         if self.stated == self.count:
             return Piece(self.begin, self.end, piece_at=self.piece_at)
-        if self.frame.layer != 3:  # there are no such headers in the other layers
+        if self.frame.layer != 3:  # the other layers have no such headers
             return Piece(self.begin, self.end, piece_at=self.piece_at, num_samples=self.count * self.frame.num_samples)
-        self.delay = _DECODER_DELAY  # as libsndfile does behind every header
+        self.delay = _DECODER_DELAY  # libsndfile skips this many samples after such a header
         return self._piece_from(0)
 
     def piece_at(self, sample: int) -> tuple[Piece, int]:
-        """Return what to read for the audio from a sample on, and how many samples of it come before that one."""
+        """Return the piece to read for the audio from `sample` on, and how many of its samples precede `sample`."""
         wanted = (sample + self.delay) // self.frame.num_samples
         step = max(0, wanted - _PREROLL) // _INDEX_STEP
         if step == 0 or self.frame.layer != 3:
@@ -100,7 +100,7 @@ class Mp3Stream:
         return self._piece_from(step), sample + self.delay - skipped
 
     def _piece_from(self, step: int) -> Piece:
-        """The stream from a remembered place on, behind a frame in its format that says how many frames and bytes."""
+        """Return the stream from an indexed position on, preceded by an Info header with its frame and byte counts."""
         begin = self.places[step]
         (bits,) = struct.unpack(">I", self.header)
         bits = (bits | 1 << 16) & ~(1 << 9)  # without checksum and padding
@@ -132,11 +132,11 @@ def scan_mp3(file: Window, begin: int) -> list[Piece]:
                 if streams or following - position > _LONGEST_FRAME:
                     raise DamagedError(f"is damaged: {following - position} bytes at byte {position} are no MP3 frames")
                 remark = Remark.STARTS_INSIDE
-            position, stream = following, None  # a tag, or the begin of another file
+            position, stream = following, None  # a tag, or the start of another file
             continue
         if position + frame.size > end:
             raise DamagedError(f"is cut off: {end - position} of {frame.size} bytes of its last frame are there")
-        # The first bytes of a frame without audio: a Xing, Info or VBRI header.
+        # A frame that holds a Xing, Info or VBRI header has no audio.
         tag = head[frame.tag_offset : frame.tag_offset + 4]
         is_tag = frame.layer == 3 and (tag in (b"Xing", b"Info") or head[36:40] == b"VBRI")
         if stream is None or frame.kind != stream.frame.kind or is_tag:
@@ -156,7 +156,7 @@ def scan_mp3(file: Window, begin: int) -> list[Piece]:
     for item in streams:
         if item.stated is None or item.stated <= item.count:
             continue
-        # Some encoders count their header as a frame: then all bytes are there.
+        # Some encoders count the header as a frame: the stream is complete if it has all the stated bytes.
         all_there = item.stated_bytes is not None and item.stated_bytes <= item.end - item.begin
         if item.stated > item.count + 1 or not all_there:
             raise DamagedError(f"is cut off: {item.count} of {item.stated} frames are there")
@@ -165,7 +165,7 @@ def scan_mp3(file: Window, begin: int) -> list[Piece]:
 
 
 def _read_tag(file: Window, position: int, frame: Frame) -> tuple[int | None, int | None, int]:
-    """What the header says: frames and bytes where it does, and the delay of the encoder and the decoder."""
+    """Return the number of frames and of bytes that a header states, or None, and the samples that a decoder skips."""
     place = position + frame.tag_offset
     tag = file.at(place, 156)
     if tag[:4] not in (b"Xing", b"Info"):
@@ -181,7 +181,7 @@ def _read_tag(file: Window, position: int, frame: Frame) -> tuple[int | None, in
 
 
 def _end_of_frames(file: Window) -> int:
-    """Where the tags begin that stand behind the audio."""
+    """Return where the audio ends and the tags after it begin."""
     end = file.size
     while True:
         if file.at(end - 128, 3) == b"TAG":
@@ -196,7 +196,11 @@ def _end_of_frames(file: Window) -> int:
 
 
 def _skip(file: Window, position: int, end: int) -> int:
-    """Byte of the next frame that has another one, or the end, behind it; `end` when only zeros follow, else -1."""
+    """Return where to continue after bytes that are not a frame.
+
+    That is the end of an ID3 tag, or the next frame that is followed by another one or by the end; `end` if only zeros
+    remain, -1 if there is nothing to continue with.
+    """
     if file.at(position, 3) == b"ID3":
         return min(end, position + id3_size(file.at(position, 10)))
     for place in file.find_all(b"\xff", position, end):
@@ -209,14 +213,14 @@ def _skip(file: Window, position: int, end: int) -> int:
 
 
 def _is_filling(file: Window, begin: int, end: int) -> bool:
-    """Whether bytes are a tag or zeros."""
+    """Whether the bytes are an ID3 tag or zeros."""
     if file.at(begin, 3) == b"ID3":
         return True
     return end - begin < 2**20 and not file.at(begin, end - begin).strip(b"\0")
 
 
 def id3_size(header: bytes) -> int:
-    """Return the bytes of an ID3v2 tag that begins with these ten."""
+    """Return the size in bytes of an ID3v2 tag from its first ten bytes."""
     if len(header) < 10:
         return len(header)
     size = header[6] << 21 | header[7] << 14 | header[8] << 7 | header[9]

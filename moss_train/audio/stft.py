@@ -18,19 +18,18 @@ from torch.autograd.function import once_differentiable
 
 HOPS_PER_WINDOW = 4  # of `stft_magnitudes`
 PLAN_STEPS = 8
-"""Numbers of transforms that cuFFT is asked for in each octave. It makes a plan for every number, in memory of its own,
-and clips of all lengths in batches of all sizes would be thousands of them."""
+"""Number of different batch sizes, in each octave, that cuFFT is called with. It makes a plan, with memory of its own,
+for every batch size, and clips of all lengths in batches of all sizes would need thousands of plans."""
 
-SMALLEST_MAGNITUDE = 1e-20  # below it a magnitude has no gradient, as at zero
+SMALLEST_MAGNITUDE = 1e-20  # floor of the divisor in the gradient of a magnitude; at zero the gradient is zero
 
 
 @lru_cache(maxsize=64)
 def normalized_hann_window(window_length: int, device: torch.device) -> Tensor:
-    """Return the periodic Hann window divided by the root of its energy: noise then has one level at every window
-    length.
+    """Return the periodic Hann window divided by the square root of its energy, [window_length] float32.
 
-    Returns [window_length] float32. The inference-mode guard matters: a window first used in validation would
-    otherwise be an inference tensor, which autograd refuses to save in training.
+    Noise then has the same level at every window length. The window is made outside of inference mode: one that is
+    first used in validation would otherwise be an inference tensor, which autograd refuses to save in training.
     """
     with torch.inference_mode(False):
         window = torch.hann_window(window_length, dtype=torch.float64, device="cpu")
@@ -41,8 +40,8 @@ def normalized_stft(waveform: Tensor, window_length: int, hop_length: int) -> Te
     """Return the complex spectrogram of a waveform, divided by sqrt(sum of window^2), in float32 even under autocast.
 
     waveform [..., T] -> complex64 [..., window_length // 2 + 1, T // hop_length + 1]. Frame t is centred on sample
-    t * hop_length, with zeros outside the waveform: zeros appended to a clip leave its frames as they are.
-    `torch.stft(normalized=True)` is another normalisation (by sqrt(window_length)).
+    t * hop_length, with zeros outside the waveform: zeros appended to a clip do not change its frames.
+    `torch.stft(normalized=True)` normalises differently (by sqrt(window_length)).
     """
     with torch.autocast(waveform.device.type, enabled=False):
         spectrum = torch.stft(
@@ -58,11 +57,10 @@ def normalized_stft(waveform: Tensor, window_length: int, hop_length: int) -> Te
 
 
 def stft_magnitudes(waveform: Tensor, window_length: int) -> Tensor:
-    """Return the magnitudes of `normalized_stft` at a hop of a quarter of the window, for losses: half the time, less
-    memory.
+    """Return the magnitudes of `normalized_stft` at a hop of a quarter of the window, in half the time and less memory.
 
-    waveform [..., T] -> [..., T // hop + 1, window_length // 2 + 1] float32, frames before bins. ValueError for a
-    window that is no multiple of 4.
+    For losses. waveform [..., T] -> [..., T // hop + 1, window_length // 2 + 1] float32, frames before bins. Raises
+    ValueError if the window is not a multiple of 4.
     """
     if window_length % HOPS_PER_WINDOW:
         raise ValueError(f"window_length must be a multiple of {HOPS_PER_WINDOW}, got {window_length}")
@@ -73,9 +71,9 @@ def stft_magnitudes(waveform: Tensor, window_length: int) -> Tensor:
 
 
 class _Magnitudes(torch.autograd.Function):
-    """Windowed frames -> real Fourier transform -> magnitude, with its gradient by a real inverse transform.
+    """Windowed frames -> real Fourier transform -> magnitude; the gradient takes one inverse real transform.
 
-    Autograd would go back through the complex transform of all bins and keep every intermediate result.
+    Autograd would differentiate through a complex transform of all bins and keep every intermediate result.
     """
 
     @staticmethod
@@ -94,7 +92,7 @@ class _Magnitudes(torch.autograd.Function):
 
 
 def windowed_spectrum(waveform: Tensor, window: Tensor) -> Tensor:
-    """Transform frames of a waveform [..., T] at a hop of a quarter of the window: [..., frames, bins], complex."""
+    """Return the complex spectra [..., frames, bins] of a waveform [..., T], at a hop of a quarter of the window."""
     length = len(window)
     padded = F.pad(waveform, (length // 2, length // 2))
     frames = padded.unfold(-1, length, length // HOPS_PER_WINDOW)
@@ -109,8 +107,9 @@ def windowed_spectrum(waveform: Tensor, window: Tensor) -> Tensor:
 
 
 def absolute(spectrum: Tensor) -> Tensor:
-    """Return the magnitude of complex numbers: one kernel on a GPU; on a CPU that is three times slower than its
-    parts.
+    """Return the magnitudes of complex numbers.
+
+    On a GPU `abs` is a single kernel; on a CPU it is three times slower than the separate operations used there.
     """
     if spectrum.is_cuda:
         return spectrum.abs()
@@ -120,7 +119,7 @@ def absolute(spectrum: Tensor) -> Tensor:
 def gradient_in_waveform(
     gradient: Tensor, spectrum: Tensor, magnitudes: Tensor, window: Tensor, num_samples: int
 ) -> Tensor:
-    """Return the gradient [..., T] in the waveform, given that in the magnitudes of its `windowed_spectrum`."""
+    """Return the gradient of the waveform, [..., T], from the gradient of the magnitudes of its `windowed_spectrum`."""
     factor = gradient / magnitudes.clamp(min=SMALLEST_MAGNITUDE)
     factor[..., 1:-1].mul_(0.5)  # the inverse transform counts these bins twice
     inverse = partial(torch.fft.irfft, n=len(window), norm="forward")
@@ -134,7 +133,7 @@ def gradient_in_waveform(
 
 
 def transform_rows(transform: Callable[[Tensor], Tensor], rows: Tensor, round_up: bool) -> Tensor:
-    """Transform the last axis of [..., L], as `round_up_rows` of them if so wanted; the added ones are zero."""
+    """Transform the last axis of [..., L]; `round_up` adds rows of zeros, up to `round_up_rows`, for the transform."""
     if not round_up:
         return transform(rows)
     flat = rows.flatten(0, -2)
@@ -143,7 +142,7 @@ def transform_rows(transform: Callable[[Tensor], Tensor], rows: Tensor, round_up
 
 
 def round_up_rows(number: int) -> int:
-    """Return the next of `PLAN_STEPS` numbers in each octave: at most an eighth more."""
+    """Round up to the next of `PLAN_STEPS` numbers in each octave: at most an eighth more."""
     step = max(1, 2 ** (max(1, number) - 1).bit_length() // (2 * PLAN_STEPS))
     return -(-number // step) * step
 
@@ -186,7 +185,7 @@ def log_mel_distance(
     num_mels: int,
     floor: float = FLOOR,
 ) -> Tensor:
-    """Compute the mean over channels and mel bins of the distance of two `log_mel_spectrogram`s, frame by frame.
+    """Compute the L1 distance of two `log_mel_spectrogram`s, the mean over channels and mel bins of every frame.
 
     reference, degraded [B, C, T] float32 -> [B, T // hop + 1]. The gradient reaches `degraded` only.
     """

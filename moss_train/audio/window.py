@@ -1,4 +1,4 @@
-"""Parts of audio files: bytes by position in bounded memory, and stretches that look like files of their own."""
+"""Access to parts of audio files: bytes by position in bounded memory, and pieces that behave like separate files."""
 
 import io
 import os
@@ -11,11 +11,11 @@ BLOCK_BYTES = 2**18
 
 
 class DamagedError(ValueError):
-    """A file is not whole, or nothing says how much audio it has; the message says what, as in "is cut off"."""
+    """A file is incomplete, or the length of its audio is unknown; the message says which, as in "is cut off"."""
 
 
 class Remark(StrEnum):
-    """What is worth telling of a file that was read all the same."""
+    """Oddities of files that could be read nevertheless, as the user is told of them."""
 
     NO_END_MARK = "without an end mark (recorded by a program that was stopped, or cut between two pages)"
     STARTS_INSIDE = "beginning inside an MP3 frame"
@@ -26,15 +26,16 @@ class Remark(StrEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a file that libsndfile reads as one file: `head`, the bytes from `begin` to `end`, `tail`."""
+    """A part of a file that libsndfile reads as one file: `head`, the file's bytes from `begin` to `end`, `tail`."""
 
     begin: int
     end: int
     head: bytes = b""
     tail: bytes = b""
     remark: Remark | None = None
-    num_samples: int | None = None  # per channel, where it is known and libsndfile might guess
-    # Where libsndfile seeks wrongly: the piece to read in full from a sample on, and how many samples come before it.
+    num_samples: int | None = None  # per channel, if it is known and libsndfile might guess it wrong
+    # If libsndfile cannot seek exactly: maps a sample to the piece to read in full from its start, and to the number of
+    # samples of that piece before it.
     piece_at: "Callable[[int], tuple[Piece, int]] | None" = None
 
 
@@ -47,7 +48,7 @@ class Window:
         self._begin, self._block = 0, b""
 
     def at(self, position: int, count: int) -> bytes:
-        """Return `count` bytes from a position on; fewer where the file ends, none in front of its begin."""
+        """Return `count` bytes from a position on; fewer at the end of the file, none before its start."""
         offset = position - self._begin
         if offset >= 0 and offset + count <= len(self._block):
             return self._block[offset : offset + count]
@@ -58,9 +59,9 @@ class Window:
         return self._block[:count]
 
     def find_all(self, pattern: bytes, begin: int, end: int) -> Iterator[int]:
-        """Yield every position of a pattern in ascending order."""
+        """Yield every position of a pattern between `begin` and `end`, in ascending order."""
         for position in range(begin, end, BLOCK_BYTES):
-            # As far into the next block as a pattern may reach.
+            # Blocks overlap as far as a pattern may reach into the next one.
             block = self.at(position, min(BLOCK_BYTES + len(pattern) - 1, end - position))
             found = block.find(pattern)
             while found >= 0:
@@ -69,7 +70,7 @@ class Window:
 
 
 class PartFile(io.RawIOBase):
-    """The base of parts of a file, of `_size` bytes, that are files of their own; subclasses add `readinto`."""
+    """Base class of parts of a file that behave like files of `_size` bytes; subclasses add `readinto`."""
 
     _size: int
     _position = 0
@@ -87,7 +88,7 @@ class PartFile(io.RawIOBase):
 
 
 class PieceFile(PartFile):
-    """A piece as a file of its own, to be wrapped in `io.BufferedReader`."""
+    """A piece as a file object, to be wrapped in `io.BufferedReader`."""
 
     def __init__(self, file: BinaryIO, piece: Piece) -> None:
         self._file, self._piece = file, piece

@@ -1,6 +1,6 @@
-"""Compose a command's configuration: its YAML files, the chosen experiment, and what was typed on the command line.
+"""Compose a command's configuration: its YAML files, the chosen experiment, and the overrides of the command line.
 
-Hydra reads the files and their defaults lists. What is typed as `key=value` is set by `config/overrides.py`.
+Hydra reads the files and their defaults lists. The overrides, typed as `key=value`, are set by `config/overrides.py`.
 """
 
 import copy
@@ -23,7 +23,7 @@ from moss_train.utils.errors import ConfigError, UserError, first_line
 from moss_train.utils.files import config_directory, read_yaml
 
 MAX_FILES = 10_000
-"""Of a folder of configurations; links may lead in a circle."""
+"""Most files in a folder of configurations: symbolic links may form a cycle."""
 
 
 def load_config(command: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Any:
@@ -48,8 +48,9 @@ def load_config(command: str, overrides: Sequence[str] = (), config_dir: str | P
 def open_plugins(config: Section) -> None:
     """Import the packages that `plugins` names and let `_target_` name their classes, in this process.
 
-    Only for what `compose` made: it takes `plugins` from the overrides and from no file. A worker process gets objects
-    of these packages pickled and imports them by name; the processes of other ranks read the same command line.
+    Only for configurations made by `compose`, which takes `plugins` from the overrides and never from a file. Worker
+    processes get pickled objects of these packages and import the packages by name; the other ranks read the same
+    command line.
     """
     for name in getattr(config, "plugins", ()):
         allow_package(name)
@@ -74,7 +75,7 @@ def parse_config(command: str, values: dict[str, Any]) -> Any:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Return the YAML of `--cfg job`: resolved, except where a reference waits for a required value."""
+    """Return the YAML of `--cfg job`, with references resolved unless one of them needs a missing required value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
@@ -88,7 +89,7 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> dict[str, Any]:
-    """Compose plain data whose references and required values (`???`) are still open.
+    """Compose plain data; its references are not resolved yet, and required values may be missing (`???`).
 
     Raises:
         ConfigError: a group option or key that does not exist, or a value that cannot be read.
@@ -120,8 +121,8 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
     read = _read_shipped_files if config_dir is None else _read_files
     values = with_present_names(schema, copy.deepcopy(read(command, tuple(groups.items()), tuple(directories))))
     if config_dir is not None:
-        _check_references(values, config_dir)  # also of files elsewhere that its files name
-    for key in ("code_dir", "plugins"):  # a configuration file may be a stranger's
+        _check_references(values, config_dir)  # also in files elsewhere that its files include
+    for key in ("code_dir", "plugins"):  # a configuration file may be untrusted
         if values.get(key):
             raise ConfigError("conflict", key, values[key], "runs code, so it is taken from the command line only")
     assignments = [
@@ -139,7 +140,7 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
 
 
 def _print_overridden_weights(values: dict[str, Any], assignments: Sequence[tuple[str, str, Any]]) -> None:
-    """Say of a typed weight in `objective` that it has no effect when every stage that uses the loss has its own."""
+    """Print which typed weights of `objective` have no effect, because every stage that uses the loss has its own."""
     terms = [
         key.removeprefix("objective.weights.") for key, _, _ in assignments if key.startswith("objective.weights.")
     ]
@@ -158,10 +159,11 @@ def _print_overridden_weights(values: dict[str, Any], assignments: Sequence[tupl
 
 
 def _check_files(directory: Path) -> None:
-    """Raise UserError for files of a folder that would have no effect or do more than give values.
+    """Raise UserError for files of a folder that would have no effect or do more than set values.
 
-    Hydra reads the shipped file of two with one name. Aliases that unfold without end are refused before Hydra unfolds
-    them. References lead to other keys only: one to the environment would put a secret into a run's files.
+    Of two files with the same name Hydra reads the shipped one. Aliases that expand without limit are refused before
+    Hydra expands them. References may only name other keys: one to the environment would put a secret into a run's
+    files.
     """
     shipped = config_directory()
     folders = ((Path(folder), names) for folder, _, names in os.walk(directory, followlinks=True))
@@ -177,7 +179,7 @@ def _check_files(directory: Path) -> None:
 
 
 def _check_references(value: Any, path: Path) -> None:
-    """Raise UserError for a text with a reference that calls something, as `${oc.env:HOME}` does, or cannot be read."""
+    """Raise UserError for a reference that calls a resolver, as `${oc.env:HOME}` does, or that cannot be parsed."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):

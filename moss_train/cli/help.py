@@ -1,4 +1,4 @@
-"""Make the texts of `--help` from the command modules and their commented YAML, without importing either."""
+"""Make the texts of `--help` from the command modules, without importing them, and their commented YAML files."""
 
 import ast
 import textwrap
@@ -99,7 +99,7 @@ def group_options(group: str, directories: Sequence[Path]) -> dict[str, str]:
 
 
 def default_groups(config: dict[str, Any]) -> dict[str, str | None]:
-    """Return the groups in a command's defaults list with the option each stands at."""
+    """Return the groups in a command's defaults list, each with its default option."""
     chosen = [item for entry in config.get("defaults") or [] if isinstance(entry, dict) for item in entry.items()]
     return {
         key.removeprefix("optional ").removeprefix("override ").split("@")[0].lstrip("/"): name for key, name in chosen

@@ -29,10 +29,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run_program() -> NoReturn:
-    """Run one command and end with its status.
+    """Run one command and exit with its status.
 
-    When several processes train together, one that failed ends at once. Python would first run the farewells that torch
-    and Lightning have registered, and NCCL's waits for the others, who wait for this one in a collective.
+    In distributed training a process that failed exits at once. Python would first run the exit handlers of torch and
+    Lightning, and that of NCCL waits for the other ranks, which wait for this one in a collective operation.
     """
     try:
         status = main()
@@ -51,28 +51,28 @@ def run_program() -> NoReturn:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status.
 
-    0 done, 1 the command's own report of failure or numbers that diverged, 2 wrong input, 130 Ctrl-C, 143 stopped by
-    SIGTERM after a checkpoint.
+    The status is 0 for success, 1 for failures that the command reports or a training that diverged, 2 for wrong input,
+    130 after Ctrl-C, and 143 if SIGTERM stopped a run after a checkpoint.
 
-    Any other exception is a bug of ours and passes through with its traceback.
+    Any other exception is a bug in moss_train and passes through with its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # oneDNN's AMX convolutions of bfloat16 read memory that nobody wrote when channels do not fill a tile.
+    # oneDNN's AMX convolutions of bfloat16 read uninitialised memory when the channels do not fill a tile.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    # Idle OpenMP threads spin long by default: beside any other process that made updates of 0.4 s take half a minute.
-    # Not at all (OMP_WAIT_POLICY=PASSIVE) costs twice the time on small models, this little costs nothing.
+    # Idle OpenMP threads spin long by default: with any other process running, updates of 0.4 s took half a minute.
+    # No spinning at all (OMP_WAIT_POLICY=PASSIVE) doubles the time of small models; this short spinning costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Batches have many lengths: blocks of fixed size would leave gaps in the memory of a GPU.
+    # Batches have many lengths: memory segments of fixed size would fragment the memory of a GPU.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    # transformers shows two for every model, read or written.
+    # transformers shows two progress bars for every model that it loads or saves.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     def one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
-        # The place in our code that said so helps no user.
+        # The line of our code that raised the warning does not help users.
         return f"warning: {printable(' '.join(str(message).split()))}\n"
 
     warnings.formatwarning = one_line_warning
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show ends no command
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     commands = help_texts.find_commands()
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str], commands: dict[str, str]) -> int:
-    """Split the command line into command, flags and overrides, and do what it says."""
+    """Split the command line into command, flags and overrides, and run it."""
     parser = _Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")

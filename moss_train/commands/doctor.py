@@ -47,7 +47,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the report; `advice` is one sentence of what to do, `broken` means that nothing works without it."""
+    """One row of the report; `advice` is one sentence on what to do, `broken` means that nothing works without it."""
 
     subject: str
     found: str
@@ -108,10 +108,10 @@ def show(findings: list[Finding], console: Console) -> None:
 
 
 def try_import(module: str) -> ModuleType | Exception:
-    """Import a module; return what it raised, of whatever kind, when it cannot be imported.
+    """Import a module; return the exception, of whatever kind, if it cannot be imported.
 
     A binary package can fail with OSError (a missing library) or RuntimeError (built for another torch) as well as
-    with ImportError, and none of them must end the examination.
+    with ImportError, and none of them may end the check.
     """
     try:
         return importlib.import_module(module)

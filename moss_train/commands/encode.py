@@ -25,7 +25,7 @@ def run(config: EncodeConfig) -> int:
         return print_report(encode_shards(config, devices), out, "encode", "shard")
     works, failures = find_audio(config.input or [], out, f".{config.format}")
     unreadable = []
-    for work in works:  # up to the first that can be read: without one the model need not be loaded
+    for work in works:  # up to the first readable one: without any, the model need not be loaded
         if work.target.exists():
             break
         try:

@@ -22,7 +22,7 @@ EXAMPLES = (
     "python -m moss_train estimate experiment=cat_1b6 'trainer.activation_checkpointing=[100,50]' mfu=runs/cat_1b6/one",
     "python -m moss_train estimate experiment=cat_1b6 scaling=scaling/scaling.json  # of tools/scaling.py",
 )
-SHORT_UPDATE_SECONDS = 0.1  # below, starting the operations takes longer than doing them
+SHORT_UPDATE_SECONDS = 0.1  # below this, launching the operations takes longer than computing them
 MODELLED_MFU = 0.3  # the default
 CONTEXT_BYTES = GIB  # of the CUDA context and its libraries, an assumption
 
@@ -36,7 +36,7 @@ def run(config: EstimateConfig) -> int:
     arguments = {**init_plan.arguments, "semantic": None if semantic is None else resolve_lm_config(semantic)}
     size = count_parameters_on_meta(arguments, config)
     stages = estimate(config, arguments, init_plan.tokenizer_config, size, mfu)
-    # What lies on each GPU: all of the state, and its part where there are several GPUs.
+    # Memory on each GPU: with the whole state, and, if there are several GPUs, with a part of it (FSDP).
     kinds: dict[str, float] = {"CUDA context (assumed)": CONTEXT_BYTES}
     if is_half(config.trainer):
         copied = size.tokenizer + size.semantic + size.discriminators
@@ -70,7 +70,7 @@ def cost_table(stages: list[StageEstimate]) -> Table:
 
 
 def time_table(stages: list[StageEstimate]) -> Table:
-    """Return how fast the stages go and how long they last."""
+    """Return the speed and the duration of each stage."""
     columns = ("stage", "updates", "audio-s", "s/update", "optimizer", "audio-s/s", "updates/h", "audio hours", "days")
     table = Table(
         *columns,
@@ -96,7 +96,7 @@ def time_table(stages: list[StageEstimate]) -> Table:
 
 
 def in_days(days: float) -> str:
-    """Return the days with a decimal, less than one with two digits."""
+    """Return days with one decimal; less than one day with two significant digits."""
     return f"{days:,.1f}" if days >= 1 else f"{days:.2g}"
 
 
@@ -113,9 +113,7 @@ def memory_table(placed: dict[str, dict[str, float]]) -> Table:
 def memory_lines(
     config: EstimateConfig, stages: list[StageEstimate], placed: dict[str, dict[str, float]], checkpoint_bytes: float
 ) -> list[str]:
-    """Return what activations take, the longest micro-batch that fits, and what activation checkpointing saves and
-    costs.
-    """
+    """Describe the memory of activations, the longest micro-batch that fits, and gain and cost of checkpointing."""
     micro = config.data.micro_batch_seconds
     most = max((stage.cost for stage in stages), key=lambda cost: cost.activation_bytes)
     sizes = most.activation_bytes, max(stage.cost.checkpointed_bytes for stage in stages)
@@ -160,7 +158,7 @@ def scaling_lines(stages: list[StageEstimate], law: ScalingLaw) -> list[str]:
 
 
 def assumptions(config: EstimateConfig, stages: list[StageEstimate], mfu: float) -> list[str]:
-    """Return everything that was not counted."""
+    """Return the assumptions of the estimate, among them what it leaves out."""
     peak, kind = GPUS[config.gpu].peak(config.trainer)
     origin = f" (measured: {config.mfu})" if isinstance(config.mfu, str) else ""
     if config.mfu == MODELLED_MFU:

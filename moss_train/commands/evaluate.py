@@ -33,7 +33,7 @@ from moss_train.utils.files import printable
 
 
 def cut_clips(clips: Sequence[ListedClip], seconds: float) -> Iterator[ListedClip]:
-    """Pieces of equal length without overlap; what is left of a clip is dropped, and texts, which no longer fit."""
+    """Yield pieces of equal length without overlap; the rest of a clip is dropped, and its text: it no longer fits."""
     for clip in clips:
         if not isinstance(clip.read, FileClip | ShardClip):
             yield clip  # reading it will fail, and then it is counted
@@ -51,7 +51,7 @@ def cut_clips(clips: Sequence[ListedClip], seconds: float) -> Iterator[ListedCli
 
 
 def choose_clips(clips: Sequence[ListedClip], per_domain: int | None, seed: int) -> list[ListedClip]:
-    """Return at most so many clips of every domain, in their order; the choice depends on ids and seed only."""
+    """Return at most `per_domain` clips of every domain, in their order; the choice depends on ids and seed only."""
     if per_domain is None:
         return list(clips)
     kept: set[str] = set()
@@ -72,13 +72,13 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """What is measured on which clips, and what identifies it."""
+    """What is evaluated on which clips, and the values that identify it."""
 
     reconstructor: Reconstructor
     clips: Sequence[ListedClip]
     identity: dict[str, Any]
     codec: Codec | None = None
-    code_metrics: dict[str, Metric] = field(default_factory=dict)  # measured where the codes are made
+    code_metrics: dict[str, Metric] = field(default_factory=dict)  # measured on the codes, during reconstruction
 
 
 def run(config: EvaluateConfig) -> int:
@@ -131,7 +131,7 @@ def run(config: EvaluateConfig) -> int:
 
 
 def _codec(config: EvaluateConfig) -> EvaluationTarget:
-    """A tokenizer, the graphs of an export or a published codec, and with a run or checkpoint its text LM."""
+    """Load a tokenizer, the graphs of an export or a published codec, and for a run or checkpoint its text LM."""
     device = choose_device(config.device)
     codec: Codec
     text_model: TextCrossEntropy | None = None
@@ -184,7 +184,7 @@ def _pairs(config: EvaluateConfig) -> EvaluationTarget:
 
 
 def _report_clip_ids(clips: Sequence[ListedClip], wanted: int | list[str]) -> frozenset[str]:
-    """Ids of the clips that the report lets one hear: the first ones of every domain, or those that are named."""
+    """Return the ids of the clips that the report plays: the first ones of every domain, or those that are named."""
     if isinstance(wanted, list):
         if unknown := [name for name in wanted if all(clip.id != name for clip in clips)]:
             raise UserError(f"report_clips={wanted}: there is no clip {unknown[0]!r}, such as {clips[0].id!r}")

@@ -17,7 +17,7 @@ SUMMARY = "Write a trained tokenizer as a Hugging Face model folder, or as ONNX 
 
 
 def run(config: ExportConfig) -> int:
-    """Export and say where. Returns 0."""
+    """Export and print where the result is. Returns 0."""
     check_target(config.out)
     source = config.checkpoint
     if config.select == "best":

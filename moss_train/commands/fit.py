@@ -15,7 +15,7 @@ EXAMPLES = (
 
 
 def run(config: FitConfig) -> int:
-    """Run `fit` and say where the run stands. Returns 0."""
+    """Run `fit` and print whether the run finished or stopped, and at which update. Returns 0."""
     result = fit(config)
     state = "finished" if result.update >= result.updates else "stopped"
     if result.rank == 0:

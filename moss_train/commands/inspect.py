@@ -1,4 +1,4 @@
-"""`inspect`: report what is in packed folders, and what should not be."""
+"""`inspect`: report what is in packed folders, and which clips should be dropped."""
 
 import json
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def _panels(clips: Sequence[ClipFacts]) -> list[Histogram | Scatter]:
 def _write_players(
     out: Path, inspections: Sequence[Inspection], bad: dict[str, str]
 ) -> list[tuple[str, ClipFacts, str]]:
-    """Write ten clips, of 30 s at most, the domains in turn, and return (file, clip, text) of each."""
+    """Write ten clips of at most 30 s, taking the domains in turn, and return (file, clip, text) of each."""
     turns: dict[str, list[tuple[Inspection, ClipFacts]]] = {}
     for inspection in inspections:
         for clip in inspection.clips:

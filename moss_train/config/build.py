@@ -1,8 +1,8 @@
 """Build the objects that configurations and checkpoints name by `_target_`.
 
-Such a file may come from a stranger, so a name is looked up in a list and never searched for: for a name that is not
-listed nothing is imported and no attribute is read. The only other names are classes of packages that the user opened
-in this process, as `plugins=[my_package]` on the command line or with `allow_package` in Python.
+Such a file may be untrusted, so names are only looked up in a list: for a name that is not listed nothing is imported
+and no attribute is read. The only other names allowed are classes of packages that the user enabled in this process,
+with `plugins=[my_package]` on the command line or with `allow_package` in Python.
 """
 
 import functools
@@ -44,14 +44,14 @@ TARGETS = frozenset(
         "torch.optim.AdamW",
     }
 )
-"""All that a `_target_` may name. A new part of the project that configurations choose is added here by hand; its
-arguments have to be safe with any plain value, because a stranger chooses them."""
+"""Everything that a `_target_` may name. A new class of the project that configurations can choose is added here by
+hand; it has to be safe with any plain values as arguments, because these may be untrusted."""
 
 MAX_DEPTH = 64
-"""Of containers inside each other; no configuration comes near it."""
+"""Deepest nesting of containers; no real configuration comes near it."""
 
 MAX_VALUES = 100_000
-"""Of one depth; a pickle may hold one list many times over, so that a small file unfolds without end."""
+"""Most values at one depth; a pickle may refer to one list many times, so that a small file expands without limit."""
 
 _SPECIAL_KEYS = frozenset({"_target_", "_partial_"})
 _allowed_packages: set[str] = set()
@@ -60,8 +60,8 @@ _allowed_packages: set[str] = set()
 def allow_package(name: str) -> None:
     """Import a package and let `_target_` name its classes too, in this process.
 
-    For packages that the user names on the command line or in Python; never call it with a name out of a file. Only
-    modules that are imported by then are searched, and only for classes that they define.
+    For packages that the user names on the command line or in Python; never call it with a name from a file. Later,
+    only modules that are already imported are searched, and only for classes that the package itself defines.
 
     Raises:
         UserError: there is no such package, it cannot be imported, or it belongs to Python or to moss_train.
@@ -82,12 +82,12 @@ def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
     """Build a `_target_` node and every node inside it, for configurations and for what a checkpoint stores as data.
 
     Args:
-        node: plain mapping with `_target_` and the arguments; interpolations are resolved before.
+        node: plain mapping with `_target_` and the arguments; its interpolations have to be resolved.
         path: dotted place of the node in the configuration, for error messages only.
-        kwargs: live arguments (parameters, modules). They replace the node's and are passed on as they are.
+        kwargs: arguments that are objects (parameters, modules). They override those of the node and are passed as is.
 
     Returns:
-        The object, or a `functools.partial` when the node says `_partial_: true`. Containers arrive as dicts and lists.
+        The object, or a `functools.partial` if the node has `_partial_: true`. Containers become dicts and lists.
 
     Raises:
         UserError: a name outside the list, an unknown or missing argument, a value that the constructor refuses.
@@ -95,7 +95,7 @@ def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
     if not isinstance(node, Mapping) or "_target_" not in node:
         example = "_target_: moss_train.losses.MultiScaleMelLoss"
         raise UserError(f"{path or 'the node'} has no _target_: name the class to build, as in {example}")
-    for place, value in list(iterate_values(node, path)):  # all of them first: there may be too many
+    for place, value in list(iterate_values(node, path)):  # list them all first: fails if there are too many
         if isinstance(value, Mapping) and "_target_" in value:
             check_node(value, place, kwargs if value is node else None)
         elif isinstance(value, str) and "${" in value:
@@ -104,9 +104,9 @@ def build(node: Mapping[str, Any], *, path: str = "", **kwargs: Any) -> Any:
 
 
 def iterate_values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, value) of plain data and of everything inside it, depth by depth.
+    """Yield (dotted path, value) of plain data and of everything inside it, one depth after the other.
 
-    Raises UserError for containers inside each other without end, on which recursion would break.
+    Raises UserError for too many values, and for endlessly nested containers, on which a recursion would fail.
     """
     level = [(path, node)]
     for _ in range(MAX_DEPTH):
@@ -126,7 +126,7 @@ def iterate_values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def resolve_target(name: Any, path: str = "") -> Callable[..., Any]:
-    """Return what an allowed name stands for: a class, or the one class method of `TARGETS`.
+    """Return the object with an allowed name: a class, or the one class method of `TARGETS`.
 
     Raises:
         UserError: the name is not allowed, or an allowed package has no such class.
@@ -160,7 +160,7 @@ def resolve_target(name: Any, path: str = "") -> Callable[..., Any]:
 def check_node(node: Mapping[str, Any], path: str = "", given: Mapping[str, Any] | None = None) -> None:
     """Check one node's name and argument names against the signature, without building anything.
 
-    Arguments that stand in `given` count as present. Raises UserError as `build` does.
+    Arguments in `given` count as present. Raises UserError as `build` does.
     """
     strange = {str(key) for key in node if str(key).startswith("_") and str(key).endswith("_")} - _SPECIAL_KEYS
     if strange:
@@ -206,7 +206,7 @@ def _construct_value(value: Any, path: str) -> Any:
 
 
 def _may_be_own(name: str) -> bool:
-    """Whether a package can be the user's; opening one of Python's would let a file start programs."""
+    """Whether a package can be the user's own; enabling one of Python's would let a file start programs."""
     return name.partition(".")[0] not in {*sys.stdlib_module_names, "moss_train"}
 
 

@@ -1,7 +1,7 @@
 """The configuration of `fit` and `estimate`, section by section.
 
-A new key is a field here or, if it belongs to the recipe, in `recipe_schema`, and a line with a comment in
-`configs/fit.yaml`; a test compares both. Its default is what runs do that began without the key.
+To add a key, add a field here (or in `recipe_schema`, if it belongs to the recipe) and a line with a comment to
+`configs/fit.yaml`; a test compares both. Its default has to be the behaviour of runs that were started without the key.
 """
 
 from dataclasses import field
@@ -38,7 +38,7 @@ ValidationMetric = Literal["stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz"
 
 
 class LoggingConfig(Section):
-    """How often numbers are written, and what they are compared with."""
+    """How often metrics are logged, and the peak speed of the device for MFU."""
 
     every_updates: Count = 10
     window_updates: Count = 100
@@ -47,7 +47,7 @@ class LoggingConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Held-out audio, the scores taken on it, and samples to hear."""
+    """Held-out audio, the metrics computed on it, and samples to listen to."""
 
     data: list[PathText] | None = None
     every_updates: Count = 1000
@@ -60,7 +60,7 @@ class ValidationConfig(Section):
 
 
 class HealthConfig(Section):
-    """Limits beyond which a run gets a warning; all of them hold over `window_updates`."""
+    """Limits beyond which a run gives a warning, applied to the last `window_updates` updates together."""
 
     window_updates: Annotated[int, at_least(10)] = 200
     ignore_first_updates: NonNegative = 1000
@@ -74,7 +74,7 @@ class HealthConfig(Section):
 
 
 class DataConfig(Section):
-    """What is learned from, and how clips are cut, mixed and scaled."""
+    """The training data, and how clips are cropped, mixed and scaled."""
 
     train: list[PathText] = field(default_factory=list)
     path: PathText | None = None
@@ -234,7 +234,7 @@ GpuName = Literal["h100", "h100_pcie", "h100_nvl", "h200", "h200_nvl", "b200", "
 
 
 class EstimateConfig(FitConfig):
-    """A run and the machines it would have."""
+    """A run and the machines that it would use."""
 
     gpu: GpuName = "h100"
     gpus: Count = 8

@@ -36,21 +36,21 @@ REMOVED: dict[str, dict[str, str]] = {
         "speaker": "speaker similarity is the published one, with the weights of speaker_model",
     },
 }
-"""Keys without effect: what an old command line or file says under them is left out, with this explanation."""
+"""Keys that no longer have an effect: if an old command line or file has one, it is ignored with this explanation."""
 
 
 def new_name(section: type, key: str) -> str:
-    """Return the present name of a section's key."""
+    """Return the current name of a section's key."""
     return next((RENAMED[base.__name__][key] for base in section.__mro__ if key in RENAMED.get(base.__name__, ())), key)
 
 
 def removal_reason(section: type, key: str) -> str | None:
-    """Return why a key has no effect any more; None for a key that has one, or never existed."""
+    """Return why a key no longer has an effect; None for a key that has one or never existed."""
     return next((reasons[key] for base in section.__mro__ if key in (reasons := REMOVED.get(base.__name__, {}))), None)
 
 
 def rename_keys(section: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the values of a section under their present names; of two names for one key the new one counts."""
+    """Return the values of a section under their current names; if both names of a key are given, the new one wins."""
     values = {key: value for key, value in values.items() if not removal_reason(section, key)}
     names = {key: new_name(section, key) for key in values}
     if all(old == new for old, new in names.items()):
@@ -69,11 +69,11 @@ RENAMED_COLUMNS = {
     "alive": "active_fraction",
     "top_share": "max_probability",
 }
-"""Columns of tables: old name -> new name; those by number of levels, as `text_nats/8`, likewise."""
+"""Columns of tables: old name -> new name; also for columns with a number of levels, such as `text_nats/8`."""
 
 
 def present_column(name: str) -> str:
-    """Return a column under its present name."""
+    """Return the current name of a column."""
     base, slash, levels = name.rpartition("/")
     if levels.isdigit():
         return f"{RENAMED_COLUMNS.get(base, base)}{slash}{levels}"

@@ -1,7 +1,7 @@
-"""Read what is typed as `key=value`, by the types of the schema, and set it in a composed configuration.
+"""Parse `key=value` overrides by the types of the schema, and set them in a composed configuration.
 
-Where text is meant, text stays as it was typed: `name=2024_11` is that name, and a path may hold any character. Renamed
-keys are read under their present names, and a line names the new one.
+Where the schema expects text, it stays as it was typed: `name=2024_11` is that name, and a path may hold any character.
+Renamed keys are accepted under their old names; a printed line gives the new one.
 """
 
 import functools
@@ -21,7 +21,7 @@ _CLOSING = {"[": "]", "{": "}"}
 
 
 def read_value(hint: Any, text: str) -> Any:
-    """Return what a typed text means for a declared type; text that fits none stays text and is refused later.
+    """Convert the typed text of a value to a declared type; text that fits none stays text and is refused later.
 
     Raises:
         ValueError: a list or mapping without its closing bracket.
@@ -54,7 +54,7 @@ def hint_inside(hint: Any, key: str) -> Any:
             found = Any
         elif get_origin(kind) is dict:
             found = get_args(kind)[1]
-            if found is Any:  # text where the free mapping is marked so, a mapping with such keys, or anything
+            if found is Any:  # text if a `Texts` mark names the key, a mapping if one names keys inside, else anything
                 marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Texts)]
                 keys = [name for mark in marks for name in mark.keys]
                 inner = tuple(name.partition(".")[2] for name in keys if name.startswith(f"{key}."))
@@ -66,7 +66,10 @@ def hint_inside(hint: Any, key: str) -> Any:
 
 
 def split(text: str, separator: str, most: int = -1) -> list[str]:
-    """Split a text where a separator stands outside of quotes and brackets; the parts are stripped."""
+    """Split a text at separators outside of quotes and brackets; the parts are stripped.
+
+    Raises ValueError for a quote or bracket that is not closed.
+    """
     parts: list[str] = []
     closers: list[str] = []
     part = quote = ""
@@ -108,7 +111,7 @@ def _scalar(hint: Any, text: str) -> Any:
     anything = Any in kinds
     plain = _unquoted(text)
     if plain != text.strip() and (anything or str in kinds):
-        return plain  # quotes say that it is text
+        return plain  # in quotes it is text
     low = plain.lower()
     if low in _NULLS and (anything or type(None) in kinds) and not (low != "null" and str in kinds):
         return None
@@ -129,7 +132,7 @@ def _scalar(hint: Any, text: str) -> Any:
 
 
 def join_repeated(schema: type[Section], assignments: list[tuple[str, str, str]]) -> list[tuple[str, str, Any]]:
-    """Join a key that is given several times and takes a list of texts: the shell made that of `{a,b}`."""
+    """Join a key that is given several times and takes a list of texts: shells expand `key={a,b}` to that."""
     joined: dict[str, list[str]] = {}
     result: list[tuple[str, str, Any]] = []
     for key, sign, text in assignments:
@@ -151,14 +154,14 @@ def find_hint(schema: type[Section], key: str) -> Any:
 
 
 def is_removed(section: type[Section], key: str, path: str = "") -> bool:
-    """Return whether a key has no effect any more; a line says why."""
+    """Return whether a key no longer has an effect; if so, print why."""
     if reason := removal_reason(section, key):
         print(f"moss_train: {path}{key} has no effect any more: {reason}", file=sys.stderr)
     return reason is not None
 
 
 def present_key(schema: type[Section], key: str) -> str:
-    """Return a typed key under its present name; a line names the new one."""
+    """Return the current name of a typed key; if it differs, print it."""
     hint: Any = schema
     parts = []
     for part in key.split("."):
@@ -171,13 +174,13 @@ def present_key(schema: type[Section], key: str) -> str:
 
 
 def with_present_names(hint: Any, values: Any, path: str = "") -> Any:
-    """Return the data of YAML files under the present names of its keys; a line names each new one."""
+    """Return the data of YAML files under the current names of its keys; print each name that differs."""
     if isinstance(values, list):
         return [with_present_names(hint_inside(hint, "0"), item, f"{path}{i}.") for i, item in enumerate(values)]
     section = section_of(hint)
     if section is None or not isinstance(values, dict):
         return values
-    # The shipped files have the present names only, so what stands under an older one was set on top of them.
+    # The shipped files have current names only, so a value under an old name is the user's and overrides theirs.
     names = {key: new_name(section, key) for key in values}
     older = {new for key, new in names.items() if new != key}
     result = {}
@@ -241,7 +244,7 @@ def assign(
 
 
 def _escaped(value: Any) -> Any:
-    """Keep `${` of a path that exists from being read as a reference."""
+    """Escape `${` in a path that exists, so that it is not read as a reference."""
     if isinstance(value, list):
         return [_escaped(item) for item in value]
     path = os.path.expanduser(value) if isinstance(value, str) and "${" in value else ""
@@ -258,7 +261,7 @@ def _index(place: list[Any], part: str, path: str) -> int:
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Return a mapping with some keys changed; one of another class keeps none of the old arguments."""
+    """Return a mapping with some keys changed; with another class as `_target_` none of the old arguments are kept."""
     if "_target_" in new and new["_target_"] != old.get("_target_"):
         return new
     result = dict(old)
@@ -278,7 +281,7 @@ def _check_keys(schema: type[Section], path: str, value: dict[str, Any]) -> None
 
 
 def dotted_keys(hint: Any, like: str = "", prefix: str = "") -> list[str]:
-    """List every dotted key of a schema, parents first; numbers of list entries are those of the key `like`."""
+    """List every dotted key of a schema, parents first; list entries have the number found in the key `like`, or 0."""
     number = next((part for part in like.split(".") if part.isdigit()), "0")
     keys: list[str] = []
     for kind in alternatives(hint)[0]:
@@ -291,7 +294,7 @@ def dotted_keys(hint: Any, like: str = "", prefix: str = "") -> list[str]:
 
 
 def _set_keys(values: Any, prefix: str = "") -> list[str]:
-    """List every dotted key that has a value: mappings have keys that no schema names, as the weights of losses."""
+    """List every dotted key that has a value: mappings may have keys that no schema names, such as loss weights."""
     if not isinstance(values, dict):
         return []
     return [key for name, item in values.items() for key in (f"{prefix}{name}", *_set_keys(item, f"{prefix}{name}."))]
@@ -305,7 +308,7 @@ def _nearest(key: str, known: list[str]) -> str:
     known = list(dict.fromkeys(known))
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
     prefix = f"{parent}." if parent else ""
-    # Below a mapping of free names, as objective.weights, no keys are known.
+    # In a mapping with free keys, such as objective.weights, no keys are known.
     parents = get_close_matches(parent, known, n=1, cutoff=0.8) if parent and not siblings else []
     free = [name for name in parents if name != parent and not any(other.startswith(f"{name}.") for other in known)]
     candidates = [

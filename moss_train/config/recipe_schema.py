@@ -52,12 +52,12 @@ class QuantizerConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """The architecture; beside `init`, what changes of it."""
+    """The architecture; together with `init`, only the changes to it."""
 
     omits_null: ClassVar[bool] = True
 
     sampling_rate: Count | None = None  # Hz
-    output_sampling_rate: Count | None = None  # Hz, of the decoder, a multiple; null: the encoder's, or as in init
+    output_sampling_rate: Count | None = None  # decoder's Hz, a multiple of the encoder's; null: equal, or as in init
     number_channels: Count | None = None  # 1 or 2; null: 1, or as in init
     stages: list[TokenizerStageConfig] | None = None  # of the encoder, in order; null: as in init
     quantizer: QuantizerConfig | None = None
@@ -67,7 +67,7 @@ class TokenizerConfig(Section):
     num_quantizers: Count | None = None  # with init: levels, in place of those of init
 
 
-# The published weights; what is not published is off.
+# The published loss weights; terms without a published weight are off.
 WEIGHTS: dict[str, float | None] = {
     "semantic": 20.0,
     "reconstruction": 15.0,
@@ -81,7 +81,7 @@ WEIGHTS: dict[str, float | None] = {
     "relative_error": 0.0,
 }
 ADVERSARIAL_TERMS = ("adversarial", "feature")
-# The losses that always have a name; `objective.losses` changes their arguments, replaces them or adds others.
+# The built-in losses by name; `objective.losses` changes their arguments, replaces them or adds others.
 LOSSES: dict[str, dict[str, Any]] = {
     "reconstruction": {"_target_": "moss_train.losses.MultiScaleMelLoss"},
     "commitment": {"_target_": "moss_train.losses.CommitmentLoss"},
@@ -96,7 +96,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 
 class ObjectiveConfig(Section):
-    """What is minimised."""
+    """The loss that is minimised."""
 
     quantizer_dropout: Fraction = 1.0
     discriminator_crop_seconds: Positive = 1.0
@@ -122,7 +122,7 @@ class ObjectiveConfig(Section):
         self.check_terms("balance", self.balance or {})
 
     def check_terms(self, path: str, values: Mapping[str, float | None]) -> None:
-        """Raise ConfigError for the first name that is no term of the objective."""
+        """Raise ConfigError for the first name that is not a term of the objective."""
         known = [term for term in {**WEIGHTS, **self.losses} if self.losses.get(term, {}) is not None]
         for term, value in values.items():
             if term not in known:
@@ -148,7 +148,7 @@ class DecayScales(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and gradient clipping of one side; the learning rate belongs to the stages."""
+    """AdamW and gradient clipping of one side; the learning rate is set by the stages."""
 
     betas: list[BelowOne] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: NonNegativeFloat = 0.01
@@ -175,7 +175,7 @@ class DiscriminatorOptimizerConfig(OptimizerConfig):
 
 
 class OptimizersConfig(Section):
-    """One optimizer for each side."""
+    """One optimizer for the generator, one for the discriminators."""
 
     generator: GeneratorOptimizerConfig = field(default_factory=GeneratorOptimizerConfig)
     discriminators: DiscriminatorOptimizerConfig = field(default_factory=DiscriminatorOptimizerConfig)
@@ -192,21 +192,21 @@ class StageConfig(Section):
 
     name: str  # for logs and charts
     updates: NonNegative  # generator updates in this stage
-    batch_seconds: Positive  # audio per update over all GPUs together
+    batch_seconds: Positive  # seconds of audio per update, all GPUs together
     adversarial: bool = False  # discriminators are trained and take part in the loss
     learning_rate: Positive = 1e-4  # peak, of encoder, quantizer, decoder and text LM
     final_learning_rate: NonNegativeFloat = 1e-5  # at the end of the stage
     discriminator_learning_rate: Positive = 1e-4  # peak; it follows the same curve
     warmup_updates: NonNegative = 2000  # linear warm-up of the rates at the start of the stage
-    discriminator_warmup_updates: NonNegative = 0  # at first the discriminators do not act on the generator
-    adversarial_ramp_updates: NonNegative = 0  # after that the adversarial weights rise from 0 over so many updates
-    semantic_warmup_updates: NonNegative = 0  # at first the text LM learns without a gradient into the tokenizer
-    discriminator_every: Count = 1  # the discriminators learn in every n-th update
+    discriminator_warmup_updates: NonNegative = 0  # first updates in which discriminators do not act on the generator
+    adversarial_ramp_updates: NonNegative = 0  # updates after that over which the adversarial weights rise from 0
+    semantic_warmup_updates: NonNegative = 0  # first updates in which the text LM passes no gradient to the tokenizer
+    discriminator_every: Count = 1  # the discriminators are trained in every n-th update
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: cosine, or the peak with a decay at the end
-    decay_fraction: AboveZero = 0.2  # of the updates, length of that decay
-    trainable: list[Part] | None = None  # parts that learn; null: those of the run (trainable)
+    decay_fraction: AboveZero = 0.2  # length of that decay, as a fraction of the updates
+    trainable: list[Part] | None = None  # parts that are trained; null: those of the run (trainable)
     weights: dict[str, float] = field(default_factory=dict)  # loss weights that differ in this stage
-    quantize: bool = True  # false: learns with the continuous latent; then the levels are fitted to data
+    quantize: bool = True  # false: trains with the continuous latent; afterwards the levels are fitted to data
 
     def check(self) -> None:
         check_trainable(self.trainable)

@@ -1,4 +1,4 @@
-"""The configuration classes of all commands (`fit_schema`: of `fit` and `estimate`), and the check of their inputs."""
+"""The configuration classes of all commands (`fit` and `estimate`: see `fit_schema`), and the check of their inputs."""
 
 from collections.abc import Iterator
 from dataclasses import field
@@ -104,7 +104,7 @@ class DecodeConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Measures of a codec."""
+    """Evaluation of a codec."""
 
     out: PathText
     model: PathText | None = None
@@ -223,15 +223,15 @@ PATH_KEYS = {
     "pairs": "",
     "drop": "",
 }
-"""Keys that name existing files or folders, and what to give."""
+"""Keys that name existing files or folders, and the advice if they do not exist."""
 REMOTE_KEYS = ((FitConfig, "data.train"), (InspectConfig, "shards"))
-"""Those that may be addresses of servers."""
+"""Those keys whose values may also be addresses on servers."""
 
 
 def check_inputs(config: Section) -> None:
-    """Raise ConfigError for what a command will read and cannot find, or cannot do without.
+    """Raise ConfigError if an input of a command does not exist, or a required one is not given.
 
-    A run that has begun keeps copies of what it began with, so its inputs may be gone.
+    A run that has started keeps copies of what it was started from, so the originals may be gone.
     """
     if isinstance(config, FitConfig):
         if not config.stages:
@@ -246,17 +246,17 @@ def check_inputs(config: Section) -> None:
             raise ConfigError("conflict", "init", config.init, expected)
         if not isinstance(config, EstimateConfig) and Path(config.run_dir, "checkpoints").exists():
             return
-    for key in ("init", "checkpoint", "model"):  # which name a model; `checkpoint` is a section in `fit`
+    for key in ("init", "checkpoint", "model"):  # these keys name a model; `checkpoint` is a section in `fit`
         for name in _texts(config, key):
             try:
                 check_model_name(name)
             except UserError as error:
                 raise ConfigError("missing", key, name, str(error).partition(" does not exist")[2]) from error
     if isinstance(config, EstimateConfig):
-        return  # which reads no data
+        return  # it reads no data
     for key in PATH_KEYS:
         if key == "data" and isinstance(config, ExportConfig):
-            continue  # a sentence for the model card
+            continue  # there it is a sentence for the model card
         for name in _texts(config, key):
             if "://" in name and (type(config), key) not in REMOTE_KEYS:
                 raise ConfigError("conflict", key, name, "is an address: only data.train and inspect read from servers")

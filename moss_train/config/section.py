@@ -23,7 +23,7 @@ from moss_train.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on a value, beside its type, in the words of an error: "has to be <expected>"."""
+    """A condition on a value besides its type; `expected` completes the error "has to be <expected>"."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -42,12 +42,12 @@ class HomeExpanded:
 
 
 def at_least(least: float) -> Rule:
-    """Return the rule of a number with a least value."""
+    """Return the rule that a number is not below `least`."""
     return Rule(f"at least {least}", lambda value: least <= value < 2**63)
 
 
 def within(least: float, most: float) -> Rule:
-    """Return the rule of a number in a closed range."""
+    """Return the rule that a number is in a closed range."""
     return Rule(f"from {least} to {most}", lambda value: least <= value <= most)
 
 
@@ -72,7 +72,7 @@ class Section:
     """
 
     omits_null: ClassVar[bool] = False
-    """Whether plain data leaves out what is null."""
+    """Whether `to_plain` leaves out keys without a value (None)."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -84,19 +84,19 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Check what concerns several fields; types and ranges of each are right by now."""
+        """Check conditions on several fields together; the type and range of each field are checked before."""
 
     @classmethod
     def of(cls, values: "Section | Mapping[str, Any]") -> Self:
-        """Return a section as it is, and plain data as a section."""
+        """Return a section unchanged, or build one from plain data."""
         return values if isinstance(values, cls) else cls.parse(to_plain(values))
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], path: str = "") -> Self:
-        """Build the section from plain data, its sections inside too.
+        """Build the section, and the sections inside it, from plain data.
 
         Args:
-            values: by key; what is left out gets the default. Renamed keys are read.
+            values: by key; keys that are left out get their defaults. Old names of renamed keys are accepted.
             path: place of the section, for errors.
 
         Raises:
@@ -126,7 +126,7 @@ class Section:
         return {name: to_plain(value) for name, value in values.items() if value is not None or not self.omits_null}
 
     def replace(self, **changes: Any) -> Self:
-        """Return the section with other values of some keys, plain data or sections; keys and errors as in `parse`."""
+        """Return a copy with other values (plain data or sections) for some keys; keys and errors as in `parse`."""
         kept = {name: getattr(self, name) for name in hints_of(type(self))}
         return self.parse(kept | dict(rename_keys(type(self), changes)))
 
@@ -143,7 +143,7 @@ def to_plain(value: Any) -> Any:
 
 
 def known_keys(hint: Any, values: Any) -> Any:
-    """Return stored data under the present names of its keys, without the keys that the schema lacks."""
+    """Return stored data under the current names of its keys, without keys that the schema does not have."""
     if isinstance(values, list):
         items = next((get_args(kind)[0] for kind in alternatives(hint)[0] if get_origin(kind) is list), Any)
         return [known_keys(items, item) for item in values]
@@ -169,7 +169,7 @@ def is_required(field: "Field[Any]") -> bool:
 
 
 def nearest(word: str, known: Any, otherwise: str = "the keys are") -> str:
-    """Return the hint for an unknown word: the similar one, or all there are."""
+    """Return the hint for an unknown word: a similar known one, or all known ones."""
     import difflib
 
     names = [str(name) for name in known]
@@ -191,7 +191,7 @@ def alternatives(hint: Any) -> tuple[list[Any], list[Rule]]:
 def convert(hint: Any, value: Any, path: str) -> Any:
     """Return a value as its declared type; an int stays an int where a float is declared.
 
-    Raises ConfigError with the path when it is of another type, or out of range.
+    Raises ConfigError with the path if it has another type or is out of range.
     """
     origin = get_origin(hint)
     if hint is Any:
@@ -215,7 +215,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
                 return convert(part, value, path)
             except ConfigError as error:
                 errors.append(error)
-        # What is wrong inside the value says more than that the value is none of several kinds.
+        # An error inside the value says more than that the value has none of the allowed types.
         deep = next((error for error in errors if error.path != path or error.kind == "conflict"), None)
         raise deep or ConfigError(errors[0].kind if len(others) == 1 else "value", path, value, describe(hint))
     if origin is list:
@@ -242,7 +242,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return value  # 3 and 3.0 are the same number, and hashes of older runs hold what was written
+        return value  # 3 and 3.0 are equal, and the hashes of older runs were made from the number as written
     is_nan = isinstance(value, float) and math.isnan(value)
     if isinstance(value, hint) and not is_nan and not (hint is int and isinstance(value, bool)):
         return value

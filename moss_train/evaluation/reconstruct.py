@@ -23,13 +23,13 @@ from moss_train.utils.errors import UserError, first_line
 
 RESAMPLE_ONLY = "resample-only"
 ANCHORS = (RESAMPLE_ONLY, "mismatched")
-"""The ceiling: the original at the rate of the codec's output. The floor: another clip of the domain, by another
-speaker if known."""
+"""The ceiling: the original, resampled to the codec's output rate. The floor: another clip of the same domain, by
+another speaker if known."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a reconstruction went through: one row of the table."""
+    """How a reconstruction was made: one row of the table."""
 
     system: str
     num_quantizers: int | None = None
@@ -67,7 +67,7 @@ class ClipReconstructions:
 class CodecReconstructor:
     """Encodes a clip once and decodes every wanted prefix of its levels; adds the two anchors.
 
-    measure: what is computed from the codes [n, frames] and the labels of a clip instead of from audio.
+    measure: function of the codes [n, frames] and the labels of a clip; returns values measured on codes, not on audio.
     """
 
     def __init__(
@@ -85,17 +85,17 @@ class CodecReconstructor:
         self._measure = measure
 
     def depends_on(self, clip: ListedClip) -> str:
-        """Name the clip that stands for a mismatch, which is another one when the evaluation set changes."""
+        """Return the id of the mismatched clip, which may be another one when the evaluation set changes."""
         return self._others[clip.id].id if clip.id in self._others else ""
 
     def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
-        """Return the conditions that a row with those found is still to get."""
+        """Return the conditions that are missing in a row with those found."""
         return tuple(condition for condition in self.conditions if condition not in found)
 
     def reconstruct(
         self, clip: ListedClip, audio: Tensor, rate: int, wanted: Collection[Condition] | None = None
     ) -> ClipReconstructions:
-        """Render a clip [C, T] at `rate` Hz. Raises UserError for audio that is empty or not finite.
+        """Reconstruct a clip [C, T] at `rate` Hz. Raises UserError for audio that is empty or not finite.
 
         Args:
             wanted: conditions to reconstruct, all of them when None.
@@ -134,7 +134,7 @@ class CodecReconstructor:
     ) -> tuple[list[Reconstruction], dict[Condition, str]]:
         ceiling, floor = map(Condition, ANCHORS)
         output_rate = self._codec.output_sampling_rate
-        # At one rate and with one number of channels the way there and back changes nothing, as it should.
+        # If rates and numbers of channels agree, resampling there and back changes nothing, as it should.
         back = fit_length(resample(reference, output_rate, rate), audio.shape[-1])
         original = pcm16(convert_channels(audio, self._codec.num_channels))
         anchors = [Reconstruction(ceiling, original, back, rate)]
@@ -179,9 +179,7 @@ def check_audio(audio: Tensor, name: str) -> None:
 
 
 def pcm16(audio: Tensor) -> Tensor:
-    """Return the audio as a 16-bit file gives it back; NaN stays NaN, so that a broken codec is a failure and not
-    silence.
-    """
+    """Round and clip audio to 16 bits, as in a file; NaN stays NaN, so that a broken codec fails and is not silence."""
     return torch.where(audio.isnan(), audio, to_pcm16(audio.nan_to_num()).float() / 32768)
 
 
@@ -196,7 +194,7 @@ LAYOUTS = (("gt_audios", "syn_audios"), ("reference", "reconstruction"), ("origi
 
 @dataclass(frozen=True)
 class PairFolder:
-    """Two folders side by side, with the condition and the domain that their path tells."""
+    """Two folders side by side, with the condition and the domain found in their path."""
 
     reference: Path
     degraded: Path
@@ -232,7 +230,7 @@ def find_pairs(root: Path, domain: str, bits_per_level: float | None) -> list[Pa
 
 
 class PairReconstructor:
-    """Reads the reconstructions of a clip from every folder that has its domain; nothing is aligned or adjusted."""
+    """Reads the reconstructions of a clip from every folder of its domain; nothing is aligned or adjusted."""
 
     def __init__(self, folders: list[PairFolder], domain: str) -> None:
         self._folders = folders
@@ -265,7 +263,7 @@ class PairReconstructor:
         return digest.hexdigest()
 
     def lacking(self, found: Collection[Condition]) -> tuple[Condition, ...]:
-        """Return none: another file beside a reference makes another row (see `depends_on`)."""
+        """Return nothing: a changed reconstruction gives the clip a new row (see `depends_on`)."""
         return ()
 
     def reconstruct(
@@ -295,4 +293,4 @@ def _find(folder: Path, clip: ListedClip) -> Path:
 
 
 Reconstructor = CodecReconstructor | PairReconstructor
-"""What makes the pairs of a clip."""
+"""The two sources of the pairs of a clip."""

@@ -53,7 +53,7 @@ class ClipRow:
 
     @classmethod
     def from_json(cls, line: str) -> "ClipRow":
-        """Read the line back. ValueError, KeyError or TypeError when it is torn."""
+        """Read the line back. Raises ValueError, KeyError or TypeError if it is incomplete."""
         entry = parse_json(line, "a row")
         for item in entry["conditions"]:
             item["condition"] = Condition(**item["condition"])
@@ -63,12 +63,12 @@ class ClipRow:
 
 @dataclass
 class Times:
-    """Seconds of computing and of audio, of the clips that this process made."""
+    """Seconds of computing and seconds of audio, over the clips that were reconstructed, in earlier runs too."""
 
-    audio: float = 0.0  # that was encoded
+    audio: float = 0.0  # encoded audio
     encode: float = 0.0
     decode: dict[int, float] = field(default_factory=dict)  # by number of levels
-    decoded_audio: dict[int, float] = field(default_factory=dict)  # by number of levels, which may be measured later
+    decoded_audio: dict[int, float] = field(default_factory=dict)  # by number of levels; some may be added later
 
     def factor(self, levels: int) -> float | None:
         """Return the computing time of encoding and of decoding some levels, per second of audio; None if untimed."""
@@ -90,20 +90,20 @@ class Results:
     """The folder of an evaluation: settings, rows, codes, the audio of the report."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Open a new folder or one with the same settings. Raises UserError for other settings, with the difference."""
+        """Open a new folder or one with the same settings. Raises UserError with the difference for other settings."""
         self.folder = folder
         self.times = Times()
         if (path := folder / TIMES_FILE).is_file():
             entry = read_json(path)
             decode = {int(key): value for key, value in entry["decode"].items()}
-            # Older files decoded all they encoded.
+            # In older files all encoded audio was also decoded.
             decoded_audio = entry.get("decoded_audio") or dict.fromkeys(decode, entry["audio"])
             decoded_audio = {int(key): value for key, value in decoded_audio.items()}
             self.times = Times(entry["audio"], entry["encode"], decode, decoded_audio)
         wanted = json.loads(json.dumps(dict(settings)))
         if (path := folder / SETTINGS_FILE).is_file():
             found = read_json(path)
-            found.pop("num_quantizers", None)  # of folders that were refused other numbers of levels
+            found.pop("num_quantizers", None)  # in older folders, which did not allow other numbers of levels
             if keys := [key for key in wanted | found if wanted.get(key) != found.get(key)]:
                 first = f"{keys[0]} was {found.get(keys[0])} and is {wanted.get(keys[0])}"
                 raise UserError(f"out={folder} holds results of other settings ({first}): give another out")
@@ -113,11 +113,11 @@ class Results:
         path = folder / ROWS_FILE
         if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             with path.open("ab") as file:
-                file.write(b"\n")  # a row that follows the torn line of a killed run would be lost with it
+                file.write(b"\n")  # a row appended to the torn line of a killed run would be lost with it
         self.rows = {row.key: row for row in read_rows(path)}
 
     def add(self, row: ClipRow) -> None:
-        """Keep a row at once, with the conditions that only the row that is there has, by number of levels."""
+        """Store a row at once, merged with further conditions of an earlier row of the clip, by number of levels."""
         if row.key in self.rows and row.failure is None:
             measured = {entry.condition for entry in row.conditions}
             kept = [entry for entry in self.rows[row.key].conditions if entry.condition not in measured]
@@ -135,7 +135,7 @@ class Results:
             np.save(path, codes.numpy().astype(np.int32))
 
     def codes(self, row: ClipRow) -> Tensor | None:
-        """Return the codes [N, frames] of a clip, None where there are none."""
+        """Return the codes [N, frames] of a clip; None if none are stored."""
         path = self.folder / CODES_FOLDER / f"{row.key}.npy"
         return torch.from_numpy(np.load(path)).long() if path.is_file() else None
 
@@ -151,7 +151,7 @@ class Results:
                 write_audio(path, audio.nan_to_num(), item.sampling_rate)
 
     def finish(self, order: Sequence[ClipRow]) -> None:
-        """Write the rows once more, in the order of the evaluation set and nothing else, and the times."""
+        """Rewrite the rows, only those of the evaluation set and in its order, and write the times."""
         with atomic_write(self.folder / ROWS_FILE) as path:
             path.write_text("".join(row.to_json() + "\n" for row in order), encoding="utf-8")
         with atomic_write(self.folder / TIMES_FILE) as path:
@@ -170,7 +170,7 @@ def all_conditions(wanted: Sequence[Condition], rows: Sequence[ClipRow]) -> tupl
 
 
 def clip_key(clip: ListedClip, audio: Tensor | None = None, rate: int = 0, other: str = "") -> str:
-    """Hash of everything about a clip that its row depends on, for a given folder of results."""
+    """Return a hash of everything about a clip that its row depends on, for a given folder of results."""
     digest = hashlib.sha256(json.dumps([clip.id, clip.domain, clip.labels, rate, other], sort_keys=True).encode())
     if audio is not None:
         digest.update(audio.contiguous().numpy().tobytes())

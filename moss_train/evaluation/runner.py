@@ -15,8 +15,8 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.progress import progress
 from moss_train.utils.workers import worker_pool
 
-# What a worker gets: the row without its scores, the labels, reference and reconstruction with their rate for each
-# condition, and the values that are known already. Arrays, because tensors would travel through shared memory.
+# Input of a worker: the row without its scores, the labels, reference and reconstruction with their rate for each
+# condition, and the values that are known already. Audio as arrays, because tensors would go through shared memory.
 _Task = tuple[
     ClipRow,
     Mapping[str, str],
@@ -36,8 +36,9 @@ def evaluate(
 ) -> list[ClipRow]:
     """Score every clip under every condition; returns the rows in the order of the clips.
 
-    What the results hold is not computed again: a row gets the conditions that it lacks. Neither `num_workers` nor an
-    interruption changes a value. Clips that cannot be read or reconstructed are rows with a failure.
+    Values already in the results are not computed again: a row only gets the conditions that it lacks. Neither
+    `num_workers` nor an interruption changes a value. Clips that cannot be read or reconstructed get a row with the
+    failure.
 
     Args:
         keep_audio_of: ids of the clips whose audio is kept.
@@ -45,7 +46,7 @@ def evaluate(
     keys: list[str] = []
 
     def reconstructed() -> Iterator[_Task]:
-        """Reconstruct what the results lack, clip by clip."""
+        """Yield reconstructions of the conditions that the results lack, clip by clip."""
         for clip in clips:
             made = None
             try:
@@ -94,13 +95,13 @@ def score_reconstructions(
     labels: Mapping[str, str],
     values: Mapping[Condition, Mapping[str, float]] | None = None,
 ) -> tuple[ConditionRow, ...]:
-    """Score what was made of one clip.
+    """Score the reconstructions of one clip.
 
     Args:
         reconstructions: of the clip, one for each condition.
         metrics: by name.
         labels: of the clip: its domain, text and language.
-        values: by condition, what is known already.
+        values: already known values, by condition.
     """
     rows = []
     for item in reconstructions:

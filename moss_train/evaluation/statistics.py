@@ -30,9 +30,9 @@ class SummaryRow:
 
     domain: str
     condition: Condition
-    estimates: dict[str, ConfidenceInterval]  # by key of the column; a column without any value is not there
+    estimates: dict[str, ConfidenceInterval]  # by key of the column; without columns that have no value
     num_clips: int
-    num_failed: int  # clips of which at least one value that was wanted is missing
+    num_failed: int  # clips with at least one missing value
 
 
 def summarize(
@@ -42,10 +42,10 @@ def summarize(
     policy: str = "exclude",
     seed: int = 0,
 ) -> list[SummaryRow]:
-    """Return one row per domain and condition; the domains in alphabetical order, then all of them when there are
-    several.
+    """Return one row per domain and condition, domains in alphabetical order.
 
-    Each clip counts once whatever its length. The order of `rows` changes nothing.
+    If there are several domains, rows for all of them together follow. Each clip counts once, whatever its length. The
+    order of `rows` changes nothing.
     """
     ordered = sorted(rows, key=lambda row: (row.clip, row.key))
     domains = sorted({row.domain for row in ordered})
@@ -70,7 +70,7 @@ def summarize(
 def mean_scores(
     rows: Sequence[ClipRow], conditions: Sequence[Condition], columns: Sequence[Column]
 ) -> dict[str, float]:
-    """Return means by `domain/key/levels`, such as `speech/stoi/8`, and those of all domains, even of a single one."""
+    """Return means by `domain/key/levels`, such as `speech/stoi/8`; the domain `all` is always among them."""
     table = summarize(rows, conditions, columns)
     is_one_domain = len({row.domain for row in table}) == 1
     return {
@@ -113,7 +113,7 @@ def bootstrap(pairs: np.ndarray, seed: int) -> ConfidenceInterval:
 def paired_difference(
     rows: Sequence[ClipRow], others: Sequence[ClipRow], conditions: tuple[Condition, Condition], column: Column
 ) -> ConfidenceInterval | None:
-    """Mean of (first - second) over the clips that have both values, with its interval; None when there are none.
+    """Return the mean of (first - second) over clips with both values, with its interval; None if there are none.
 
     conditions: of the first and of the second rows. Quotients of sums are compared clip by clip.
     """

@@ -44,7 +44,7 @@ implementation. The code needs torch and transformers only; it was tested with t
 
 @dataclass(frozen=True)
 class CardInfo:
-    """What the model itself does not know.
+    """Facts for the model card that the model itself does not contain.
 
     Attributes:
         licence: identifier of the licence, "" when it was not stated.
@@ -77,7 +77,7 @@ def check_licence(licence: str) -> str:
 def data_licences(source: str | Path) -> dict[str, int]:
     """Return the number of training clips of a run by the licence that the manifests state, "none" without one.
 
-    Empty where that is not known: there is no run, its shards are not here, or it began with another model's weights.
+    Empty if that is not known: there is no run, its shards are not here, or it was initialised from another model.
     """
     checkpoint = find_checkpoint(Path(source))
     if checkpoint is None:
@@ -131,7 +131,7 @@ def training_facts(source: str | Path) -> dict[str, str]:
             facts["commit"] = start["git"]["commit"] + (" with changes" if start["git"]["changed"] else "")
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         pass
-    # Paths of the machine are nobody's business.
+    # Paths of the machine are private.
     return {name: re.sub(r"(?<![\w.])/[\w./-]+/", "", value) for name, value in facts.items()}
 
 
@@ -199,7 +199,7 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
 
 
 def model_facts(config: MossAudioTokenizerConfig, info: CardInfo, own: Mapping[str, str]) -> dict[str, str]:
-    """Return what every card says of a model, with the facts of its `own` between architecture and training."""
+    """Return the facts that every card states, with a card's `own` facts between architecture and training."""
     rates = f"{config.sampling_rate} Hz"
     if config.output_ratio > 1:
         rates += f" in, {config.output_sampling_rate} Hz out"
@@ -220,7 +220,7 @@ def fact_table(facts: Mapping[str, str]) -> str:
 
 
 def metadata(name: str, info: CardInfo, measured: Sequence[Mapping[str, Any]]) -> str:
-    """Return the YAML front matter; JSON values are YAML too, and quote what strangers may have typed."""
+    """Return the YAML front matter; its values are written as JSON, which is valid YAML and quotes untrusted text."""
     entries: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "feature-extraction",

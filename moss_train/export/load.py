@@ -1,4 +1,4 @@
-"""Load the tokenizer from a run, a checkpoint, an export or a released folder, and its training networks."""
+"""Load a tokenizer and its training networks from a run, a checkpoint, an export or a released folder."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ class ModelSource:
 
 
 def open_source(path: str | Path) -> ModelSource:
-    """Open what training can continue from, see `load_tokenizer` for what `path` may be; weights are not read yet.
+    """Open a model that training can continue from; `path` as in `load_tokenizer`. Its weights are not read yet.
 
     Raises:
         UserError: there is no model at `path`, or its training state is damaged.
@@ -66,8 +66,8 @@ def load_tokenizer(path: str | Path, *, ema: bool | None = None, part: str | Non
     """Load the tokenizer of a run, a checkpoint, an exported or released folder, or a repository name.
 
     Args:
-        ema: True for the moving average of the weights, False for the weights themselves; None for the average, which
-            validation measures, if the run keeps one.
+        ema: True for the moving average of the weights, False for the weights themselves; None for the average, as in
+            validation, if the run keeps one.
         part: "encoder" or "decoder" reads only that half of a folder or repository; runs are read whole.
 
     Returns:
@@ -104,7 +104,7 @@ def moving_average(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained` of a model folder or repository name, with errors of one line."""
+    """Call `kind.from_pretrained` for a model folder or repository name, with errors of one line."""
     check_model_name(str(path))
     if Path(path).exists() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path} is neither a run, a checkpoint nor a model folder: it has no config.json")
@@ -117,7 +117,7 @@ def from_folder(kind: Any, path: str | Path, **options: Any) -> Any:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """Return the checkpoint that a path means: itself, or the newest valid one of a run; None for anything else."""
+    """Return the checkpoint at a path: the path itself, or the newest valid one of a run; None for anything else."""
     if (path / CHECKPOINT_FILE).exists():
         if problem := find_damage(path):
             raise UserError(f"checkpoint {path} is damaged: {problem}")
@@ -147,12 +147,12 @@ def write_training_state(folder: Path, nodes: Mapping[str, Any], weights: Weight
         nodes: by name, the configuration (a node, or a list of nodes) that builds a network.
         weights: of these networks.
     """
-    from moss_train.semantic import make_portable  # here, because encode and decode need no language model
+    from moss_train.semantic import make_portable  # imported here, because encode and decode need no LM
 
     folder.mkdir(parents=True)
     records = {}
     for name, node in nodes.items():
-        # Every tensor once, and which further names it has: an output layer tied to its embedding, for one.
+        # Every tensor is stored once, with its further names: an output layer may be tied to an embedding.
         unique: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
         first_names: dict[tuple, str] = {}

@@ -69,7 +69,7 @@ def export_onnx(
     Args:
         out: a folder that does not exist yet.
         weights: "float32", or "int8" for products in 8 bits; quantizer and waveform projections stay float32.
-        chunk_frames: the most code frames of one call; more are faster offline and need larger rings.
+        chunk_frames: the most code frames of one call; a larger number is faster offline and needs larger KV caches.
         ema, part, info: as in `export`.
         heldout: audio on which the codes are compared with those of torch, for the card.
 
@@ -116,8 +116,8 @@ def write_graphs(
 ) -> None:
     """Write `encoder.onnx`, `decoder.onnx` (or the one that `part` names) and `codec.json`.
 
-    A graph with more than `largest_file` bytes of weights has them beside it, in `encoder.weights` or
-    `decoder.weights`: a file of protobuf ends at 2 GiB.
+    If a graph has more than `largest_file` bytes of weights, they are written beside it, to `encoder.weights` or
+    `decoder.weights`: a protobuf file cannot exceed 2 GiB.
     """
     from moss_train.export.onnx_graph import step_graph
 
@@ -146,10 +146,10 @@ def write_graphs(
 
 @torch.no_grad()
 def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None) -> float | None:
-    """Write what torch makes of known audio, and how close to it the graphs have to come elsewhere.
+    """Write torch's codes and audio for a known input, and how close the graphs have to come on other machines.
 
     Returns:
-        The fraction of equal codes here, None for a decoder alone.
+        The fraction of codes that the graphs reproduce on this machine, None for a decoder alone.
     """
     config, audio = model.config, audio_beyond_window(model.config)
     if model.part == "decoder":

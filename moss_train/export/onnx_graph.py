@@ -1,9 +1,10 @@
 """Build the ONNX graphs of a tokenizer: one streaming step of the encoder, and one of the decoder.
 
-A step takes up to `chunk_frames` code frames of a batch of streams, their positions and a ring of keys and of values
-per layer, and gives all of these anew. The operations are those of opset 17, so that old runtimes and those of browsers
-and phones take them. Weights are folded where that is exact: gains of residual branches and the scale of attention into
-the products before them, rotary pairs into two halves, weight norms and the residual search as in `FoldedQuantizer`.
+A step takes up to `chunk_frames` code frames of a batch of streams, their positions, and for each layer one ring buffer
+of keys and one of values; it returns its result and the updated positions and rings. Only operations of opset 17 are
+used, so that old runtimes and those of browsers and phones support them. Weights are folded where that is exact: gains
+of residual branches and the scale of attention into the products before them, rotary pairs reordered into two halves,
+weight norms and the residual search as in `FoldedQuantizer`.
 """
 
 import math
@@ -24,12 +25,12 @@ OPSET, IR_VERSION = 17, 8
 
 
 class GraphBuilder:
-    """Collects the nodes and constants of a graph; a value is known by its name.
+    """Collects the nodes and constants of a graph; values are referred to by name.
 
     Args:
-        int8: store the weights of `linear` in 8 bits and quantize what they are multiplied with when it is known.
-        weights: file beside the graph that large constants are written to as they come, so that no more than one of
-            them is in memory; None keeps all in the graph, which ends at 2 GiB.
+        int8: store the weights of `linear` in 8 bits and quantize its input at run time.
+        weights: file beside the graph to which large constants are written at once, so that only one of them is in
+            memory at a time; None keeps all in the graph, which cannot exceed 2 GiB.
     """
 
     def __init__(self, int8: bool, weights: BinaryIO | None = None) -> None:
@@ -41,11 +42,11 @@ class GraphBuilder:
         self.outputs: list[onnx.ValueInfoProto] = []
 
     def __call__(self, operation: str, *inputs: Any, **attributes: Any) -> str:
-        """Append a node and return its output; inputs that are no names become constants."""
+        """Append a node and return its output; inputs that are not names become constants."""
         return self.several(1, operation, *inputs, **attributes)[0]
 
     def several(self, count: int, operation: str, *inputs: Any, **attributes: Any) -> list[str]:
-        """Append a node with `count` outputs."""
+        """Append a node and return its `count` outputs."""
         names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
         outputs = [f"{operation}_{len(self.nodes)}_{number}" for number in range(count)]
         self.nodes.append(
@@ -54,7 +55,7 @@ class GraphBuilder:
         return outputs
 
     def constant(self, value: Any) -> str:
-        """Store an array, a tensor or numbers; whole numbers become int64, others float32 unless they are an array."""
+        """Store an array or tensor in its own dtype, or Python numbers: whole ones as int64, others as float32."""
         if isinstance(value, Tensor):
             value = value.detach().cpu().numpy()
         array = np.asarray(value)
@@ -65,7 +66,7 @@ class GraphBuilder:
         if self.weights is None or array.nbytes < 4096:
             self.constants.append(numpy_helper.from_array(array, name))
             return name
-        self.weights.write(bytes(-self.weights.tell() % 4096))  # runtimes map pages instead of reading them
+        self.weights.write(bytes(-self.weights.tell() % 4096))  # page-aligned, so that runtimes can map it
         place = {"location": Path(self.weights.name).name, "offset": self.weights.tell(), "length": array.nbytes}
         self.weights.write(array.data)
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -86,7 +87,7 @@ class GraphBuilder:
         self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
     def linear(self, x: str, weight: Tensor, bias: Tensor | None = None, precise: bool = False) -> str:
-        """Multiply [..., C] with a weight [D, C] and add a bias [D]; `precise` ones are never 8-bit."""
+        """Multiply [..., C] by a weight [D, C] and add a bias [D]; if `precise`, the weight is never 8-bit."""
         if self.int8 and not precise:
             # Unsigned, because products of unsigned and signed bytes saturate on x86 without VNNI.
             scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
@@ -117,9 +118,10 @@ def step_graph(
     metadata: dict[str, str],
     weights: BinaryIO | None = None,
 ) -> onnx.ModelProto:
-    """Return the step of a half, of F <= `chunk_frames` frames; `weights` as in `GraphBuilder`.
+    """Return the graph of one step of the encoder or decoder, for F <= `chunk_frames` frames.
 
-    "encoder" takes audio [B, C, F * hop] to codes [N, B, F], "decoder" codes, of which -1 stands for none, to audio.
+    "encoder" maps audio [B, C, F * hop] to codes [N, B, F], "decoder" maps codes, of which -1 stands for a level that
+    is not given, to audio. `weights` as in `GraphBuilder`.
     """
     build, config, quantizer = GraphBuilder(int8, weights), model.config, FoldedQuantizer(model.quantizer)
     codes_shape: list[int | str] = [config.num_quantizers, "batch", "frames"]
@@ -161,9 +163,9 @@ def step_graph(
 def add_stage(
     build: GraphBuilder, stage: ProjectedTransformer, x: str, position: str, longest_step: int, name: str
 ) -> str:
-    """Pass [B, T, input_dimension] through a stage whose rings keep `window - 1 + longest_step` frames.
+    """Append a stage with input [B, T, input_dimension], whose ring buffers hold `window - 1 + longest_step` frames.
 
-    Frame p lies in slot p % capacity of a ring.
+    Frame p is in slot p % capacity of a ring.
     """
     heads = stage.transformer.num_heads
     head_dim = stage.d_model // heads
@@ -179,7 +181,7 @@ def add_stage(
     cosine = build("Cast", build("Cos", angles), to=TensorProto.FLOAT)
     sine = build("Cast", build("Sin", angles), to=TensorProto.FLOAT)
     signed_sine = build("Mul", sine, np.repeat(np.array([-1, 1], dtype=np.float32), head_dim // 2))
-    # The mask [B, 1, T, capacity], zero for the slots that a query sees.
+    # The mask [B, 1, T, capacity], zero for the slots that a query attends to.
     newest = build("ReduceMax", positions, axes=[1])  # [B, 1]
     age = build("Mod", build("Sub", newest, np.arange(capacity)), capacity)  # [B, capacity] frames before the newest
     never = build("Greater", age, newest)
@@ -213,7 +215,7 @@ def add_layer(
     mask: str,
     slots: str,
 ) -> str:
-    """Pass [B, T, D] through a layer; the rings with these frames written to them become the outputs `next_...`."""
+    """Append a layer with input [B, T, D]; its rings, with these frames written to them, are the outputs `next_...`."""
     attention: Any = layer.self_attn
     scale: Any = layer.layer_scale_1.scale
     heads, width = attention.num_heads, layer.norm1.weight.shape[0]
@@ -237,16 +239,16 @@ def add_layer(
     x = build("Add", x, build.linear(attended, attention.out_projs[0].weight * scale[:, None]))
     normed = build("LayerNormalization", x, layer.norm2.weight, layer.norm2.bias, epsilon=layer.norm2.eps)
     wide = build.linear(normed, layer.linear1.weight)
-    # The exact GELU in basic operations, which runtimes join again.
+    # The exact GELU in basic operations, which runtimes fuse again.
     bell = build("Add", build("Erf", build("Div", wide, np.float32(math.sqrt(2)))), np.float32(1))
     activated = build("Mul", build("Mul", wide, bell), np.float32(0.5))
     return build("Add", x, build.linear(activated, layer.linear2.weight * layer.layer_scale_2.scale[:, None]))
 
 
 def halved_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Return a fused weight [3 * D, D] whose queries are scaled and whose rotary pairs lie half a head apart.
+    """Return a fused qkv weight [3 * D, D] with scaled queries and the two channels of a rotary pair half a head apart.
 
-    Scores are the same when queries and keys are permuted alike.
+    To permute the channels of queries and keys alike does not change the scores.
     """
     query, key, value = weight.unflatten(0, (3, heads, -1)).unbind()  # [H, head_dim, D] each
     query, key = (torch.cat((part[:, 0::2], part[:, 1::2]), dim=1) for part in (query, key))
@@ -277,7 +279,7 @@ def add_search(build: GraphBuilder, quantizer: FoldedQuantizer, latent: str) -> 
 def add_lookup(build: GraphBuilder, quantizer: FoldedQuantizer, codes: str) -> str:
     """Return the latent [B, F, D] of codes [N, B, F], float32; a code of -1 adds nothing.
 
-    Every row ends in a one, which is multiplied with the bias of its level, and the last row is zero.
+    A one is appended to every codebook row, to be multiplied with the bias of its level; -1 reads a row of zeros.
     """
     weights = quantizer.weights
     count, size, dim = weights.rows.shape

@@ -22,10 +22,10 @@ SETTINGS = ("sampling_rate", "number_channels", "downsample_rate", "num_quantize
 
 
 class Tokenizer:
-    """The graphs of a folder, each loaded when it is first used.
+    """The graphs of a folder, each loaded on its first use.
 
     Args:
-        folder: where `codec.json`, `encoder.onnx` and `decoder.onnx` lie; one of the graphs may be missing.
+        folder: contains `codec.json`, `encoder.onnx` and `decoder.onnx`; one of the graphs may be missing.
         threads, providers: of onnxruntime; by default as many threads as it chooses, on the CPU.
     """
 
@@ -41,10 +41,10 @@ class Tokenizer:
         self._sessions: dict[str, Any] = {}
 
     def encode(self, audio: Any, lengths: Any = None, num_quantizers: int | None = None) -> np.ndarray:
-        """Return the codes [levels, B, frames] of whole clips; a started frame counts, filled up with zeros.
+        """Return the codes [levels, B, frames] of whole clips; a partial last frame is filled up with zeros.
 
-        Audio is [B, C, T]; also [T] or [B, T] for one channel, [C, T] for several. `lengths` [B] are the samples of
-        each clip that are its own; codes beyond them are zero. `num_quantizers` levels are returned, or all.
+        Audio is [B, C, T]; also [T] or [B, T] for one channel, [C, T] for several. `lengths` [B] are the valid samples
+        of each clip; codes beyond them are zero. `num_quantizers` levels are returned, or all.
         """
         audio = self.check_audio(audio)
         if not audio.shape[2]:
@@ -70,7 +70,7 @@ class Tokenizer:
         return Stream(self, batch_size, levels)
 
     def check_audio(self, audio: Any) -> np.ndarray:
-        """Return float32 [B, C, T]; ValueError for other shapes, whole numbers, and samples that are not finite."""
+        """Return float32 [B, C, T]; ValueError for other shapes, integers, and samples that are not finite."""
         audio, shape, channels = np.asarray(audio), np.shape(audio), self.num_channels
         if audio.dtype.kind != "f":
             raise ValueError(f"expected floating-point audio in -1..1, got {audio.dtype} (divide 16 bits by 32768)")
@@ -98,7 +98,7 @@ class Tokenizer:
             options.intra_op_num_threads = self.threads
             try:
                 self._sessions[part] = onnxruntime.InferenceSession(str(path), options, providers=self.providers)
-            except Exception as error:  # its classes share no other base
+            except Exception as error:  # onnxruntime's classes share no other base
                 raise ValueError(
                     f"{path} is damaged, copy or export it again: {str(error).split(chr(10))[0]}"
                 ) from None
@@ -125,7 +125,7 @@ class Stream:
         return np.concatenate([empty, *codes], axis=2)[: self.levels]
 
     def flush(self) -> np.ndarray:
-        """Encode what is left of a started frame, filled up with zeros."""
+        """Encode the remaining samples of a partial frame, filled up with zeros."""
         missing = -self._pending.shape[2] % self.tokenizer.hop
         return self.encode(np.zeros((self.batch_size, self.tokenizer.num_channels, missing), np.float32))
 
@@ -143,7 +143,10 @@ class Stream:
         return np.concatenate([empty, *self._run("decoder", "codes", every, 1)], axis=2)
 
     def reset(self, items: Any = None) -> None:
-        """Start the streams anew of which `items` (bool [B]) is true, or all; unfinished frames become silent."""
+        """Restart the streams for which `items` (bool [B]) is true, or all.
+
+        Samples of partial frames are dropped if all streams restart, and become zeros otherwise.
+        """
         chosen = np.full(self.batch_size, True) if items is None else np.asarray(items, bool)
         self._pending = self._pending[:, :, :0] if chosen.all() else self._pending * ~chosen[:, None, None]
         for state in self._states.values():
@@ -154,7 +157,7 @@ class Stream:
             raise ValueError(f"this stream has {self.batch_size} items, the chunk has {found}")
 
     def _run(self, part: str, name: str, whole: np.ndarray, hop: int) -> Iterator[np.ndarray]:
-        """Run a graph step by step; what it calls `next_x` is its input `x` of the next step."""
+        """Run a graph step by step; its output `next_x` is its input `x` in the next step."""
         step = self.tokenizer.chunk_frames * hop
         for at in range(0, whole.shape[2], step):
             session = self.tokenizer.session(part)

@@ -29,7 +29,7 @@ from moss_train.model.feature_extraction_moss_audio_tokenizer import MossAudioTo
 from moss_train.utils.errors import UserError, first_line
 
 CONNECTION_ERRORS: tuple[Any, ...] = HfHubHTTPError.__bases__
-"""Connections that fail: the error of the HTTP client that the hub uses, which depends on its version, and OSError."""
+"""Errors of failed connections: that of the hub's HTTP client, which depends on the hub's version, and OSError."""
 PIPELINE = "pipeline_moss_audio_tokenizer"
 
 
@@ -50,9 +50,9 @@ def export(
         out: a folder that does not exist yet.
         dtype: of the stored weights: float32, bfloat16 or float16; the quantizer stays float32.
         with_training_state: also write text LM and discriminators, so that `fit init=<out>` continues with them.
-        ema: the moving average of the weights or not, as in `load_tokenizer`.
+        ema: whether to write the moving average of the weights, as in `load_tokenizer`.
         part: "encoder" or "decoder" writes only that half and the quantizer.
-        info: what the card says besides what the model itself tells.
+        info: facts for the card that the model itself does not contain.
         heldout: audio on which the codes of 16-bit weights are compared with those of float32.
 
     Raises:
@@ -115,7 +115,7 @@ def codes_of(model: MossAudioTokenizerModel, audio: Tensor) -> Tensor:
 
 
 def compare_codes(model: MossAudioTokenizerModel, encode: Callable[[Tensor], Tensor], clips: Sequence[Tensor]) -> str:
-    """Say which fraction of the codes of clips [C, T] differs between a model and another encoder of [1, C, T]."""
+    """Return in words the fraction of codes of clips [C, T] that differ between a model and an encoder of [1, C, T]."""
     differs = torch.cat([(codes_of(model, clip[None]) != encode(clip[None])).flatten() for clip in clips])
     seconds = sum(clip.shape[1] for clip in clips) / model.config.sampling_rate
     return f"{differs.double().mean():.2%} of the codes of {seconds:.0f} s of held-out audio differ"
@@ -137,7 +137,7 @@ def read_clips(heldout: str | Path, config: MossAudioTokenizerConfig, limit: int
 
 
 def check_target(out: str | Path) -> Path:
-    """Return where to export to. Raises UserError when something is there already."""
+    """Return the folder to export to. Raises UserError if it exists already."""
     if Path(out).exists():
         raise UserError(f"out={out} exists already: give another folder, or remove it first")
     return Path(out)
@@ -151,13 +151,13 @@ def write_folder(model: MossAudioTokenizerModel, folder: Path, name: str, info: 
     MossAudioTokenizerFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
     try:
         model.save_pretrained(folder)
-    except SafetensorError as error:  # how it wraps a full disk
+    except SafetensorError as error:  # its error for a full disk
         raise UserError(f"{folder}: the weights could not be written: {error}") from error
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)  # safetensors makes files that other users cannot read
     MossAudioTokenizerFeatureExtractor(config.number_channels, config.sampling_rate).save_pretrained(folder)
     shutil.copyfile(Path(inspect.getfile(MossAudioTokenizerModel)).parent / f"{PIPELINE}.py", folder / f"{PIPELINE}.py")
-    # One class cannot register for two. A processor is the feature extractor: there is nothing else to process.
+    # A class can register for one auto class only. AutoProcessor also gets the feature extractor: there is no text.
     pipeline = {"impl": f"{PIPELINE}.MossAudioTokenizerPipeline", "pt": ["AutoModel"]}
     for file, further, known, more in (
         ("config.json", "AutoModelForAudioTokenization", "AutoModel", {"feature-extraction": pipeline}),
@@ -172,7 +172,7 @@ def write_folder(model: MossAudioTokenizerModel, folder: Path, name: str, info: 
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
-    """Show what goes, create the repository if it is missing, and upload every file in one commit.
+    """Print the files, create the repository if it is missing, and upload all files in one commit.
 
     The token is the one that `hf auth login` or HF_TOKEN gave; it is never shown.
 
@@ -207,7 +207,7 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
 
 
 def known_audio(sampling_rate: int, num_channels: int, seconds: float) -> Tensor:
-    """Return two clips [2, C, T] that are the same everywhere: gliding harmonics in syllables, and noise in bursts."""
+    """Return two clips [2, C, T], the same on every machine: gliding harmonics in syllables, and bursts of noise."""
     time = torch.arange(round(seconds * sampling_rate), dtype=torch.float64) / sampling_rate
     pitch = 120 * torch.exp2(0.4 * torch.sin(2 * math.pi * 0.31 * time))
     phase = 2 * math.pi * torch.cumsum(pitch, 0) / sampling_rate
@@ -218,12 +218,12 @@ def known_audio(sampling_rate: int, num_channels: int, seconds: float) -> Tensor
     noise = noise * (0.5 + 0.5 * torch.sin(2 * math.pi * 1.7 * time)) ** 4
     mono = torch.stack((0.1 * voice, 0.05 * noise))
     scales = torch.tensor([1.0, 0.7, 0.5, 0.3])[:num_channels, None]
-    # 16-bit steps, so that the stored numbers are the ones that were encoded.
+    # Rounded to 16 bits, so that the stored samples are those that were encoded.
     return (mono[:, None] * scales * 32768).round().clamp(-32768, 32767) / 32768
 
 
 def audio_beyond_window(config: MossAudioTokenizerConfig) -> Tensor:
-    """Return `known_audio` of a model's rate and channels, two seconds longer than the window of its attention."""
+    """Return `known_audio` at a model's rate and channels, two seconds longer than its attention window."""
     seconds = config.causal_transformer_context_duration + 2.0
     return known_audio(config.sampling_rate, config.number_channels, seconds).float()
 
@@ -233,7 +233,7 @@ def write_test_vectors(model: MossAudioTokenizerModel, complete: MossAudioTokeni
     """Write `test_vectors/` and `verify.py` into an exported folder.
 
     Args:
-        model: as it is written, perhaps with 16-bit weights or half of them.
+        model: the model as exported, perhaps with 16-bit weights or only half of it.
         complete: the whole model in float32, whose codes are the reference.
     """
     audio = audio_beyond_window(model.config)
@@ -247,7 +247,7 @@ def write_test_vectors(model: MossAudioTokenizerModel, complete: MossAudioTokeni
     (target / "vectors.safetensors").write_bytes(save(tensors))
     files = sorted(folder.glob("*.safetensors"))
     record = {
-        # Fraction of equal codes, and largest error of the audio relative to its peak, in another installation.
+        # For another installation: least fraction of equal codes, largest error of the audio relative to its peak.
         "tolerances": {"codes": 0.99, "audio": 2e-3},
         "codes_sha256": hashlib.sha256(tensors["codes"].numpy().tobytes()).hexdigest(),
         "weights_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},

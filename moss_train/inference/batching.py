@@ -1,4 +1,4 @@
-"""How inference uses a device: which one and in what precision, clips grouped by length, the next group read ahead."""
+"""Use of a device in inference: which one, in what precision, clips grouped by length, the next group read ahead."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,14 +15,14 @@ from moss_train.utils.errors import UserError
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-SHORTEST_SHARE = 0.7  # of the longest clip of a group, so that little of the work is padding
+SHORTEST_SHARE = 0.7  # shortest clip of a group relative to its longest, so that little of the work is padding
 NUM_READERS = 4
 
 
 def group_by_length(items: Sequence[Item], lengths: Sequence[float], limit: float) -> list[list[Item]]:
     """Group items so that count x longest stays within `limit` and lengths are similar; the longest groups come first.
 
-    An item above the limit forms a group of its own. Longest first, so that too little memory shows at the start.
+    An item above the limit forms a group of its own. With the longest first, a lack of memory shows at the start.
     """
     order = sorted(range(len(items)), key=lambda index: -lengths[index])
     groups: list[list[Item]] = []
@@ -74,9 +74,9 @@ def choose_device(name: str) -> torch.device:
 def use_precision(
     model: MossAudioTokenizerModel, precision: str | None, device: torch.device
 ) -> MossAudioTokenizerModel:
-    """Return the model set to compute in "fp32" or "bf16"; None leaves what its configuration says.
+    """Return the model, set to compute in "fp32" or "bf16"; None keeps the precision of its configuration.
 
-    Weights, quantizer and spectra stay float32. Codes of the two precisions differ in a few places.
+    Weights, quantizer and waveform projections stay float32. Codes of the two precisions differ in a few places.
 
     Raises:
         UserError: bf16 on a GPU without it.
@@ -94,7 +94,7 @@ def load_model(
 ) -> tuple[MossAudioTokenizerModel, float | None]:
     """Load a command's model onto a device, in its precision, and return it with the seconds of a streamed chunk.
 
-    They are those of one frame where nothing is said, None for whole clips.
+    By default a streamed chunk is one frame; the seconds are None for whole clips.
     """
     model = use_precision(load_tokenizer(config.model).to(device), config.precision, device)  # type: ignore[arg-type]
     if config.chunk_duration is None and config.streaming:
@@ -103,5 +103,5 @@ def load_model(
 
 
 def precision_of(model: MossAudioTokenizerModel) -> str:
-    """Return the name of what a model's encoder and decoder compute in: fp32, bf16 or fp16."""
+    """Return the precision in which a model's encoder and decoder compute: fp32, bf16 or fp16."""
     return getattr(model.config, "compute_dtype", None) or "fp32"

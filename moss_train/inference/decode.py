@@ -23,7 +23,7 @@ class Decoder:
     """A model with the options of `decode`; construction checks them against the model."""
 
     model: MossAudioTokenizerModel
-    num_quantizers: int | None = None  # use only so many of the levels in a file
+    num_quantizers: int | None = None  # use only the first levels of a file; None for all
     chunk_duration: float | None = None  # seconds per streamed chunk, None for whole clips
     batch_invariant: bool = False  # the same audio, to the last bit, whatever a clip is batched with
 
@@ -71,7 +71,7 @@ class Decoder:
 
 
 def decode_files(decoder: Decoder, works: Sequence[Work], batch_seconds: float) -> Report:
-    """Decode what is not there yet, trimmed to the clips' original lengths; unusable files are reported, skipped.
+    """Decode files that have no output yet, trimmed to the clips' original lengths; unusable ones are reported.
 
     Args:
         batch_seconds: padded audio per batch; a longer clip is a batch of its own.

@@ -27,8 +27,8 @@ class Encoder:
     num_quantizers: int | None = None  # None for all levels
     chunk_duration: float | None = None  # seconds per streamed chunk, None for whole clips
     batch_invariant: bool = False  # the same codes, to the last bit, whatever a clip is batched with
-    loudness: float | None = None  # RMS level in dB relative to full scale that clips are brought to, None as they are
-    peak: float | None = None  # or the highest absolute sample that they are scaled to
+    loudness: float | None = None  # RMS level in dB relative to full scale to bring clips to, None to keep theirs
+    peak: float | None = None  # or the highest absolute sample to scale clips to
 
     def __post_init__(self) -> None:
         """Encode one silent frame. Raises UserError for options that the model refuses."""
@@ -40,7 +40,7 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of names, shapes, first values of encoder and quantizer, precision below float32, and level."""
+        """Short hash of the encoder's and quantizer's weights, with precision (below float32) and level appended."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             if not name.startswith("decoder."):
@@ -58,7 +58,7 @@ class Encoder:
         return self.num_quantizers or self.model.config.num_quantizers
 
     def read(self, work: Work) -> Tensor:
-        """Read a clip [C, T] as the model takes it. Raises UserError when it cannot be read or has no samples."""
+        """Read a clip [C, T] at the model's rate and channels. Raises UserError if it is unreadable or empty."""
         config = self.model.config
         audio, _ = read_audio(work.source, sampling_rate=config.sampling_rate, num_channels=config.number_channels)
         if audio.shape[1] == 0:
@@ -84,11 +84,11 @@ class Encoder:
 def encode_files(
     encoder: Encoder, works: Sequence[Work], batch_seconds: float, failures: Sequence[tuple[Path, str]] = ()
 ) -> Report:
-    """Encode what is not there yet, clips of similar length together; what cannot be read is reported and skipped.
+    """Encode files that have no output yet, clips of similar length together; unreadable ones are reported and skipped.
 
     Args:
         batch_seconds: padded audio per batch; a longer clip is a batch of its own.
-        failures: what was listed and is no clip, to be reported with the others.
+        failures: listed entries that are not clips, to be reported with the other failures.
 
     Raises:
         UserError: a codes file that is there already comes from another model or has another number of levels.

@@ -1,4 +1,4 @@
-"""Files of codes and of audio: names, formats, the list of what is to be encoded or decoded, and the final report."""
+"""Files of codes and of audio: names, formats, the list of files to encode or decode, and the final report."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 MAX_EXPANDED_BYTES = 2**28
-"""Of one array of a compressed .npz file: more than a day of codes with 32 levels as 64-bit numbers."""
+"""Largest array of a compressed .npz file: 23 hours of codes at 12.5 Hz with 32 levels as 64-bit numbers."""
 
 CODES_FORMATS = ("safetensors", "npz")
 
@@ -40,17 +40,17 @@ CODES_FORMATS = ("safetensors", "npz")
 class CodesInfo:
     """The metadata of a codes file."""
 
-    model: str  # where the model came from, as it was named
+    model: str  # where the model came from, as given to `encode`
     sampling_rate: int  # Hz, of the waveform that the codes stand for
     frame_rate: float  # Hz
     num_channels: int
     num_samples: int  # per channel, before padding to whole frames
     fingerprint: str  # of the encoder and quantizer weights and the precision; equal fingerprints make equal codes
-    precision: str = "fp32"  # that the encoder computed in; older files do not say, and have float32
+    precision: str = "fp32"  # of the encoder's computation; older files do not state it and have float32
 
 
 def write_codes(path: Path, codes: Tensor, info: CodesInfo) -> None:
-    """Write codes [N, frames], as int16 where they fit, with `info`, in the format of the suffix; complete or not."""
+    """Write codes [N, frames], as int16 if they fit, with `info`, in the format of the suffix: all or no file."""
     small = codes.numel() == 0 or int(codes.max()) < 2**15
     tensor = codes.detach().cpu().to(torch.int16 if small else torch.int64).contiguous()
     with atomic_write(path) as temporary:
@@ -58,7 +58,7 @@ def write_codes(path: Path, codes: Tensor, info: CodesInfo) -> None:
             np.savez(temporary, codes=tensor.numpy(), **asdict(info))
         else:
             metadata = {key: str(value) for key, value in asdict(info).items()}
-            # Not save_file: the file it makes cannot be read by other users, and a full disk is no OSError.
+            # Not save_file: other users cannot read the file it makes, and it raises no OSError for a full disk.
             temporary.write_bytes(save({"codes": tensor}, metadata))
 
 
@@ -89,7 +89,8 @@ def read_codes_header(path: Path) -> tuple[tuple[int, int], CodesInfo]:
 def _read_npz(path: Path) -> dict[str, Any]:
     """Read the arrays of a codes file and nothing else of it.
 
-    A compressed file unfolds to any size, so each array is read up to the size of the file or `MAX_EXPANDED_BYTES`.
+    A compressed file may expand to any size, so an array may not exceed the size of the file or `MAX_EXPANDED_BYTES`,
+    whichever is larger.
     """
     arrays: dict[str, Any] = {}
     try:
@@ -137,7 +138,7 @@ def _info(path: Path, shape: tuple[int, ...], metadata: Mapping[str, Any] | None
 
 @dataclass(frozen=True)
 class Work:
-    """One file and its place below the output folder."""
+    """One file to encode or decode, and the file to write below the output folder."""
 
     source: Path
     target: Path
@@ -148,7 +149,7 @@ source_of: Callable[[Work], Path] = attrgetter("source")
 
 @dataclass
 class Report:
-    """What became of a corpus: files written, files that were there already, and (file, reason) for the others."""
+    """The result for a corpus: number of files written and of files already there, and (file, reason) for failures."""
 
     num_written: int
     num_present: int
@@ -172,9 +173,9 @@ def find_audio(
 ) -> tuple[list[Work], list[tuple[Path, str]]]:
     """List the audio of files, folders and JSONL manifests; targets keep relative paths and end in `suffix`.
 
-    Returns what to encode, and (file or line, reason) of what is no clip.
+    Returns the files to encode, and (file or line, reason) for entries that are not clips.
 
-    Raises UserError when something does not exist, nothing is found, or two files would get the same target.
+    Raises UserError if an input does not exist, nothing is found, or two files would get the same target.
     """
     pairs: list[tuple[Path, str]] = []
     failures: list[tuple[Path, str]] = []
@@ -193,7 +194,10 @@ def find_audio(
 
 
 def find_codes(inputs: Sequence[str], out: Path, suffix: str) -> list[Work]:
-    """List the codes files of files and folders; targets keep relative paths and end in `suffix`. Errors as above."""
+    """List the codes files of files and folders; targets keep relative paths and end in `suffix`.
+
+    Raises UserError as `find_audio` does.
+    """
     pairs: list[tuple[Path, str]] = []
     for text in inputs:
         path = Path(text).expanduser()
@@ -212,14 +216,14 @@ def find_codes(inputs: Sequence[str], out: Path, suffix: str) -> list[Work]:
 
 
 def targets_of(names: Sequence[str], suffix: str, stripped: Collection[str] = AUDIO_SUFFIXES) -> list[PurePosixPath]:
-    """Return the places of clips below the output folder.
+    """Return the paths of clips relative to the output folder.
 
-    Suffixes of audio give way to `suffix`, but where two clips would get one name both keep theirs: `same.wav` and
-    `same.flac`. Absolute names and `..` cannot lead out of the folder.
+    Suffixes of audio are replaced by `suffix`, but if two clips would get one name, as `same.wav` and `same.flac`, both
+    keep theirs before it. Absolute names and `..` cannot lead out of the folder.
 
     Args:
         names: ids or relative paths of all the clips.
-        stripped: suffixes that give way.
+        stripped: suffixes that are replaced.
     """
     short = [_relative(name, suffix, stripped) for name in names]
     counts = Counter(short)
@@ -239,15 +243,15 @@ def _relative(name: str, suffix: str, stripped: Collection[str]) -> PurePosixPat
 
 
 def _possible(name: str, suffix: str) -> str:
-    """A name that file systems take: control characters written out, cut and numbered by its hash when too long."""
+    """Return a valid file name: control characters escaped; if too long, cut and completed with its hash."""
     with suppress(UnicodeError):
-        name = os.fsencode(name).decode("utf-8")  # the text that its bytes are, also where file names are ASCII
+        name = os.fsencode(name).decode("utf-8")  # the text in its bytes, even if the system's file names are ASCII
     content = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", name).encode("utf-8", "backslashreplace")
     room = MAX_NAME_BYTES - len(suffix)
     if len(content) > room:
         digest = hashlib.sha256(content).hexdigest()[:12]
         content = content[: room - 13].decode("utf-8", "ignore").encode() + f"-{digest}".encode()
-    return os.fsdecode(content) + suffix  # also where names are not UTF-8
+    return os.fsdecode(content) + suffix  # even if the system's names are not UTF-8
 
 
 def _with_targets(pairs: list[tuple[Path, str]], out: Path, suffix: str, stripped: Collection[str]) -> list[Work]:
@@ -266,7 +270,7 @@ _SHOWN_FAILURES = 20
 def print_report(report: Report, out: Path, command: str, unit: str = "file") -> int:
     """Print the failures to stderr and the counts to stdout. Returns the exit status: 1 when anything failed.
 
-    `unit` is what was written; what fails are clips.
+    `unit` names what was written; failures are counted in clips.
     """
     for path, reason in report.failures[:_SHOWN_FAILURES]:
         text = reason if str(path) in reason else f"{path}: {reason}"

@@ -29,9 +29,9 @@ from moss_train.utils.workers import num_cores, ray_pool, worker_pool
 def encode_shards(options: EncodeConfig, devices: Sequence[torch.device]) -> Report:
     """Encode a packed folder into a folder of codes of the same shards, one process per device, or on a Ray cluster.
 
-    The folder appears when it is complete; after a kill the next call continues after the shards that are finished.
-    Clips that cannot be read are reported and skipped. Raises UserError when `out` is something else or was begun
-    with other weights or options, or the model does not fit the audio.
+    The folder appears when it is complete; after a kill the next call continues after the finished shards. Clips that
+    cannot be read are reported and skipped. Raises UserError if `out` is something else or was started with other
+    weights or options, or the model does not fit the audio.
     """
     assert options.shards is not None
     source_folder, target = Path(options.shards), Path(options.out)
@@ -79,7 +79,7 @@ def encode_shards(options: EncodeConfig, devices: Sequence[torch.device]) -> Rep
 
 
 def make_encoder(options: EncodeConfig, device: torch.device) -> Encoder:
-    """Load the model onto a device."""
+    """Load the model onto a device, with the options of `encode`."""
     model, chunk_duration = load_model(options, device)
     return Encoder(
         model,
@@ -135,7 +135,7 @@ def encode_in_processes(
 ) -> Iterator[tuple[int, list[tuple[Path, str]]]]:
     """Encode shards in one process per device, or on a Ray cluster; yield their numbers and failures as they are done.
 
-    A task of Ray has a GPU when the first device is one.
+    A Ray task gets a GPU if the first device is one.
     """
     if is_ray := options.executor == "ray":
         pool = ray_pool(num_gpus=int(devices[0].type == "cuda"))
@@ -146,7 +146,7 @@ def encode_in_processes(
         yield from map_ordered(_encode_number, todo, options, devices[0].type if is_ray else None, folder)
 
 
-_OWN_DEVICE: list[str] = []  # of a process of `encode_in_processes`
+_OWN_DEVICE: list[str] = []  # the device of this process of `encode_in_processes`
 
 
 def _use_device(devices: Sequence[str], worker: int) -> None:
@@ -165,7 +165,7 @@ def _loaded(content: str, device: str) -> tuple[Encoder, ShardIndex]:
 
 
 def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_seconds: float) -> Report:
-    """Decode a folder of code shards into audio files named by the clips' ids; files that are there stay.
+    """Decode a folder of code shards into audio files named by the clips' ids; existing files are kept.
 
     Raises UserError when the codes do not fit the model or two ids make the same file name.
     """

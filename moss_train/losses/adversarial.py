@@ -1,10 +1,10 @@
 """Least-squares adversarial losses and feature matching.
 
 They take the logits and features of K sub-discriminators, each with the clip as first axis. A value is averaged within
-a clip first and then summed over clips and divided by `num_clips`, the number of clips of the whole update (all
-micro-batches, all ranks), so that the values of parts add up to the value of the whole.
+each clip, then summed over clips and divided by `num_clips`, the number of clips of the whole update (all
+micro-batches, all ranks), so that the values of the parts add up to the value of the whole.
 
-Papers and public code differ in how they continue. The technical report (arXiv 2602.10934) takes means over
+Papers and public code differ in how they reduce further. The technical report (arXiv 2602.10934) takes means over
 sub-discriminators and layers and divides feature distances by the size of the features. Public code of its authors and
 of others (HiFi-GAN, DAC) takes sums of plain distances, which are ten to a hundred times larger at the same weights.
 """
@@ -59,9 +59,9 @@ class FeatureMatchingLoss(AdversarialLoss):
     """L1 distance between the features of real and generated audio (see `feature_matching_loss`).
 
     Args:
-        reduction: "relative_mean" (the technical report), or "absolute_sum" (public code), which takes the logits as
+        reduction: "relative_mean" (the technical report), or "absolute_sum" (public code), which counts the logits as
             one more layer.
-        eps: least size of features that the relative mean divides by.
+        eps: lower bound of the feature size that the relative mean divides by.
     """
 
     def __init__(self, reduction: FeatureReduction = "relative_mean", eps: float = 1e-5) -> None:
@@ -117,12 +117,12 @@ def feature_matching_loss(
 ) -> Tensor:
     """Compute the L1 distance between the features of real and generated audio.
 
-    `relative_mean`: mean over K and over layers of mean|D(x) - D(x^)| / max(mean|D(x)|, eps), a ratio per clip: a ratio
-    over the batch would not be the mean of the ratios of its parts. `absolute_sum`: twice the sum over K and layers of
-    mean|D(x) - D(x^)|; whoever wants the last layer in it passes the logits as one more layer.
+    `relative_mean`: mean over K and over layers of mean|D(x) - D(x^)| / max(mean|D(x)|, eps), a ratio per clip, because
+    a ratio over the batch would not be the mean of the ratios of its micro-batches. `absolute_sum`: twice the sum over
+    K and layers of mean|D(x) - D(x^)|; to include the logits, pass them as one more layer.
 
     Both arguments: for each of K sub-discriminators its layers, each [B, ...]; D(x) gets no gradient. Distances are
-    taken in float32: bfloat16 features that agree to three digits would cancel to noise.
+    computed in float32: the difference of bfloat16 features that agree to three digits would be noise.
     """
     check_reduction(reduction, FeatureReduction)
     depths = [len(layers) for layers in real_features]
@@ -141,7 +141,7 @@ def feature_matching_loss(
 class _MeanDistances(torch.autograd.Function):
     """mean|D(x) - D(x^)| and mean|D(x)| of every layer and clip, [layers, B] float32 each.
 
-    Layer by layer it would be ten small kernels for each; operations on the whole list are a few in all.
+    Layer by layer this would take ten small kernels for each; operations on the whole list take only a few.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Base classes of losses, one for each place of the model that a loss can look at, and the losses of the quantizer.
+"""Base classes of losses, one for each part of the model that a loss can apply to, and the losses of the quantizer.
 
-A loss of your own is a subclass of one of them and an entry under `objective.losses` with a `_target_` and a `weight`.
-Every value is a sum over clips divided by a count of the whole update (all micro-batches, all ranks), so that the
-values and gradients of parts add up to those of the whole.
+To add a loss, subclass one of them and add an entry under `objective.losses` with a `_target_` and a `weight`. Every
+value is a sum over clips divided by a count of the whole update (all micro-batches, all ranks), so that the values and
+gradients of the parts add up to those of the whole.
 
 Commitment and codebook loss are squared distances between a level's latent and the codeword that was looked up for it:
 mean over the dimensions and the valid frames of a clip, zero where quantizer dropout left the level out, summed over
@@ -41,14 +41,14 @@ class AudioLoss(nn.Module):
     def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
         """Compute the loss of a batch, its sum over clips divided by `counts` (by default those of this batch).
 
-        reference, degraded [B, C, T], lengths [B] samples: what lies beyond is ignored. Returns a scalar, float32,
+        reference, degraded [B, C, T], lengths [B] samples: the padding beyond is ignored. Returns a scalar, float32,
         whose gradient reaches `degraded` only.
         """
         raise NotImplementedError
 
 
 class QuantizerLoss(nn.Module):
-    """A loss between the latents of the quantizer's levels and the codebook codewords that they chose."""
+    """A loss between the latents of the quantizer's levels and the codewords that they chose."""
 
     def forward(
         self, latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
@@ -62,9 +62,9 @@ class QuantizerLoss(nn.Module):
 
 
 class AdversarialLoss(nn.Module):
-    """A loss of the generator on what K sub-discriminators say about real and about generated audio.
+    """A loss of the generator on the outputs of K sub-discriminators for real and for generated audio.
 
-    One with a method `discriminator_loss` of the same arguments is what the discriminators themselves are trained with.
+    If it has a method `discriminator_loss` with the same arguments, the discriminators are trained with that method.
     """
 
     def forward(
@@ -78,7 +78,7 @@ class AdversarialLoss(nn.Module):
 
 
 def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
-    """Set what lies beyond each clip's length to zero, in value and in gradient, NaN included.
+    """Set everything beyond each clip's length to zero, in value and in gradient, even NaN.
 
     x [B, ..., T], lengths [B] in units of the last axis -> as x.
     """
@@ -109,7 +109,7 @@ class CodebookLoss(QuantizerLoss):
 def commitment_loss(
     latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
 ) -> Tensor:
-    """Pull the latents to their codewords, which get no gradient.
+    """Compute the loss that pulls the latents to their codewords; the codewords get no gradient.
 
     latents, codewords [N, B, T, D]; frame_mask [B, T] bool, true for valid frames; level_mask [N, B] bool, true for
     levels in use; num_clips: clips of the whole update. Returns a scalar, float32.
@@ -120,12 +120,15 @@ def commitment_loss(
 def codebook_loss(
     latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor, num_clips: Tensor | int
 ) -> Tensor:
-    """Pull the codewords to the latents that chose them, which get no gradient. Arguments as for `commitment_loss`."""
+    """Compute the loss that pulls the codewords to the latents that chose them; the latents get no gradient.
+
+    Arguments as for `commitment_loss`.
+    """
     return _squared_distance(latents.detach(), codewords, frame_mask, level_mask) / num_clips
 
 
 def _squared_distance(latents: Tensor, codewords: Tensor, frame_mask: Tensor, level_mask: Tensor) -> Tensor:
-    """Scalar: sum over levels and clips. What is masked is removed before squaring, so that it cannot leak a NaN."""
+    """Return the sum over levels and clips, a scalar. Masked values are removed before squaring: no NaN can leak."""
     in_use = frame_mask.bool() & level_mask.bool().unsqueeze(-1)
     difference = (latents.float() - codewords.float()).masked_fill(~in_use.unsqueeze(-1), 0)
     num_frames = frame_mask.sum(-1).clamp(min=1)

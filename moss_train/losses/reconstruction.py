@@ -1,8 +1,8 @@
-"""Reconstruction losses: multi-scale mel distance, and terms that see the phase or the difference of two channels.
+"""Reconstruction losses: multi-scale mel distance, and terms for the phase or the difference of two channels.
 
 The mel loss is the reconstruction term of training and the distance that evaluation reports: a sum over scales of the
 L1 distance between log10 mel spectrograms of a normalised STFT (arXiv 2602.10934; mel counts of DAC, arXiv 2306.06546).
-A quarter of the window is the hop.
+The hop is a quarter of the window.
 """
 
 import math
@@ -65,16 +65,16 @@ class MultiScaleMelLoss(AudioLoss):
 
     @torch.no_grad()
     def distances(self, reference: Tensor, degraded: Tensor, lengths: Tensor) -> Tensor:
-        """Return the same for every clip alone: [B, C, T] twice and lengths [B] -> [B] float32, without gradient."""
+        """Return the loss of each clip alone: [B, C, T] twice and lengths [B] -> [B] float32, without gradient."""
         clip_frames = torch.stack(self._clip_frames(lengths))
         return (self._frame_sums(reference, degraded, lengths) / clip_frames.clamp(min=1)).sum(0)
 
     def _clip_frames(self, lengths: Tensor) -> list[Tensor]:
-        """Valid frames per scale, each [B]: frame t is valid when its centre, t * hop, lies inside the clip."""
+        """Return the valid frames per scale, each [B]: frame t is valid if its centre, t * hop, is inside the clip."""
         return [(lengths + (length // 4 - 1)) // (length // 4) for length in self.window_lengths]
 
     def _frame_sums(self, reference: Tensor, degraded: Tensor, lengths: Tensor) -> Tensor:
-        """Sum over the valid frames of the mean over channels and mel bins, [number of scales, B]."""
+        """Return the sum over valid frames of the mean over channels and mel bins, [number of scales, B]."""
         if reference.shape != degraded.shape or reference.dim() != 3:
             raise ValueError(
                 f"expected two tensors of one shape [B, C, T], got {list(reference.shape)} and {list(degraded.shape)}"
@@ -89,10 +89,9 @@ class MultiScaleMelLoss(AudioLoss):
 
 
 def multi_scale_mel_distance(reference: Tensor, degraded: Tensor, lengths: Tensor, sampling_rate: int) -> Tensor:
-    """Return the distance of every clip at the default seven scales: [B, C, T] twice, lengths [B] samples -> [B]; 0
-    is identical.
+    """Return the mel distance of every clip at the default seven scales; 0 means identical.
 
-    It equals `MultiScaleMelLoss` of the clip alone.
+    reference, degraded [B, C, T], lengths [B] samples -> [B]. It equals `MultiScaleMelLoss` of the clip alone.
     """
     return MultiScaleMelLoss(sampling_rate).distances(reference, degraded, lengths)
 
@@ -101,7 +100,7 @@ class ComplexSTFTLoss(AudioLoss):
     """Multi-resolution STFT loss on linear scale: L1 of real parts, of imaginary parts and of magnitudes.
 
     Sum over windows of the mean over channels, bins and the clip's frames of |Re X - Re X^| + |Im X - Im X^| +
-    ||X| - |X^||, for an STFT that is divided by sqrt(sum of window^2), Hann windows, a hop of a quarter window.
+    ||X| - |X^||, for an STFT with Hann windows, divided by sqrt(sum of window^2), and a hop of a quarter of the window.
 
     Args:
         window_lengths: in samples, multiples of 4.
@@ -137,11 +136,11 @@ class WaveformLoss(AudioLoss):
 
 
 class RelativeSquaredErrorLoss(AudioLoss):
-    """Compute the energy of a clip's error over the energy of the clip: 0 is perfect, silence has 1.
+    """Energy of a clip's error relative to the energy of the clip: 0 is perfect, a silent reconstruction has 1.
 
-    Loud, low harmonics dominate it, which is what fixes the pitch. Unlike the L1 distance it does not depend on the
-    level of a clip. Clips quieter than `floor_rms` are divided by the energy of such a clip; the default, -44 dB, keeps
-    pauses, whose noise nobody can predict, from having a say.
+    It is dominated by loud, low harmonics, which determine the pitch. Unlike the L1 distance it does not depend on the
+    level of a clip. The error of a clip quieter than `floor_rms` is divided by the energy of a clip at that level; with
+    the default, -44 dB, pauses hardly count, because their noise is unpredictable.
     """
 
     def __init__(self, floor_rms: float = 6.3e-3) -> None:
@@ -166,10 +165,10 @@ SMALLEST_POWER = 1e-8  # of an STFT bin, as in auraloss
 class MidSideLoss(AudioLoss):
     """Multi-resolution STFT loss of L + R and L - R (arXiv 2010.10291), each clip at its own length.
 
-    A loss on each channel alone is blind to a channel of opposite polarity; the difference signal is not. Logarithmic
-    plus linear magnitude; spectral convergence is left out: it divides by the norm of the reference, and the
-    difference signal of a clip with two equal channels is silence. The value is that of auraloss for each clip alone;
-    here all clips are one batch.
+    A loss on each channel alone does not notice a channel of opposite polarity; the difference signal shows it. The
+    distances of logarithmic and of linear magnitudes are added; spectral convergence is left out, because it divides by
+    the norm of the reference, and the difference signal of a clip with two equal channels is silence. The value is that
+    of auraloss for each clip alone; here all clips are one batch.
 
     Args:
         window_lengths: in samples; the hop is a quarter.
@@ -180,7 +179,7 @@ class MidSideLoss(AudioLoss):
         self.window_lengths = tuple(window_lengths)
 
     def forward(self, reference: Tensor, degraded: Tensor, lengths: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Compute the loss of a batch (see `AudioLoss.forward`). ValueError for audio that has not two channels."""
+        """Compute the loss of a batch (see `AudioLoss.forward`). Raises ValueError unless the audio is stereo."""
         if reference.shape[1] != 2 or degraded.shape != reference.shape:
             raise ValueError(
                 "the mid/side loss needs two tensors of one shape [B, 2, T], "
@@ -188,7 +187,7 @@ class MidSideLoss(AudioLoss):
             )
         with torch.autocast(reference.device.type, enabled=False):
             wanted, got = (_mid_and_side(zero_beyond(x.float(), lengths)) for x in (reference.detach(), degraded))
-            # The transform reflects half a window at either end, which a shorter clip does not have.
+            # The transform reflects half a window at either end, so shorter clips are padded.
             longest = max(self.window_lengths)
             wanted, got = (nn.functional.pad(x, (0, max(0, longest - x.shape[-1]))) for x in (wanted, got))
             lengths = lengths.clamp(min=longest)

@@ -1,9 +1,9 @@
-"""Take a streaming step faster with the same numbers: captured CUDA graphs, and weights packed or cast once.
+"""Make a streaming step faster with the same results: captured CUDA graphs, and weights packed or cast once.
 
-With few rows a matrix product waits for the weights to arrive from memory, and every operation around it costs as much
+With few rows a matrix product is bound by reading the weights from memory, and every operation around it costs as much
 as a small product. On a GPU a step is captured once and replayed without launching kernel by kernel. On a CPU, weights
-that were ordered beforehand in oneDNN's way are read about twice as fast, and the activation or the gain and residual
-behind a product join it.
+reordered in advance to oneDNN's layout are read about twice as fast, and the activation, or the gain and residual,
+after a product is fused into it.
 """
 
 import warnings
@@ -34,12 +34,12 @@ class CapturedGraph:
 
 
 class GraphedStep:
-    """Runs a step; on CUDA one graph per combination of input shapes is captured when it first comes up.
+    """Runs a step; on CUDA one graph per combination of input shapes is captured on its first use.
 
     Args:
-        step: `(input, num_frames) -> output`; on CUDA `num_frames` is a tensor, elsewhere None says all. Its state lies
-            in buffers that stay where they are, it never waits for the device, and with `num_frames` = 0 it leaves the
-            state as it is: that is how it is warmed up.
+        step: `(input, num_frames) -> output`; `num_frames` is a tensor on CUDA and may be None, for all frames,
+            elsewhere. The step keeps its state in buffers that never move, never waits for the device, and does not
+            change the state if `num_frames` is 0, as in the calls that warm it up.
         enabled: False runs every step eagerly.
 
     Attributes:
@@ -76,7 +76,7 @@ class GraphedStep:
 
 
 def capture(step: Callable[[Tensor, Tensor | None], Tensor], value: Tensor, num_frames: Tensor) -> CapturedGraph:
-    """Warm up a step on copies of its inputs and capture it; the state stays as it is, see `GraphedStep`."""
+    """Warm up a step on copies of its inputs and capture it, without changing its state (see `GraphedStep`)."""
     inputs = (value.clone(), torch.zeros_like(num_frames))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -85,38 +85,38 @@ def capture(step: Callable[[Tensor, Tensor | None], Tensor], value: Tensor, num_
             step(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Of a server's other threads: what they allocate meanwhile is neither an error of theirs nor of the capture.
+    # "thread_local": other threads of a server may allocate memory meanwhile, without an error in them or the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = step(*inputs)
     return CapturedGraph(graph, inputs, output)
 
 
-FEWEST_ROWS = 2  # a single row is a matrix times a vector, which torch does as fast and with less overhead
-LARGEST_ROWS = 64  # beyond, both are equally fast
-SMALLEST_PACKED = 2**17  # elements of a weight; smaller ones stay in the cache
-LARGEST_PACKED = 2**30  # bytes of an encoder's or decoder's weights: the packed ones are a second copy
+FEWEST_ROWS = 2  # with a single row (matrix times vector) torch is as fast and has less overhead
+LARGEST_ROWS = 64  # with more rows, packed and plain weights are equally fast
+SMALLEST_PACKED = 2**17  # elements of a weight; smaller ones stay in the CPU cache anyway
+LARGEST_PACKED = 2**30  # bytes of all weights of an encoder or decoder: packing makes a second copy
 
 
 class LinearOps:
-    """Applies linear layers, each with what follows it, one operation after the other."""
+    """Applies linear layers and the operations that follow them, one after the other."""
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
-        """`linear(x)` for [B, T, C]."""
+        """Return `linear(x)` for [B, T, C]."""
         return linear(x)
 
     def gelu(self, linear: nn.Module, x: Tensor) -> Tensor:
-        """`F.gelu(linear(x))`."""
+        """Return `F.gelu(linear(x))`."""
         return F.gelu(self(linear, x))
 
     def add(self, linear: nn.Module, x: Tensor, residual: Tensor, gain: nn.Module) -> Tensor:
-        """`gain(residual, linear(x))` with a `LayerScale`."""
+        """Return `gain(residual, linear(x))` with a `LayerScale`."""
         return gain(residual, self(linear, x))
 
 
 class CastLinearOps(LinearOps):
-    """The same with weights that were cast once, as they are now.
+    """`LinearOps` with copies of the current weights, cast once.
 
-    Autocast would cast all of them again for every chunk of a stream, and keep a copy in every captured CUDA graph.
+    Autocast would cast all weights again for every chunk of a stream, and keep a copy in every captured CUDA graph.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -127,16 +127,16 @@ class CastLinearOps(LinearOps):
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
         weight = self.weights.get(linear)
-        if weight is None or not torch.is_autocast_enabled(x.device.type):  # as for projections of a waveform
+        if weight is None or not torch.is_autocast_enabled(x.device.type):  # off for projections of a waveform
             return linear(x)
         return F.linear(x.to(weight.dtype), weight)
 
 
 class PrepackedLinearOps(LinearOps):
-    """The same with weights that are packed, as they are now, where that pays: float32, CPU, few rows, no gradient.
+    """`LinearOps` with packed copies of the current weights, used if that pays: float32, CPU, few rows, no gradient.
 
     Args:
-        gains: the gain [D] of the `LayerScale` behind a layer, which is multiplied into the packed weight.
+        gains: by linear layer, the gain [D] of the `LayerScale` after it, which is multiplied into the packed weight.
     """
 
     def __init__(self, module: nn.Module, gains: Mapping[nn.Module, Tensor]) -> None:
@@ -146,7 +146,7 @@ class PrepackedLinearOps(LinearOps):
                 weight = linear.weight.detach()
                 if linear in gains:
                     weight = weight * gains[linear].detach()[:, None]
-                # In the order for products with up to 8 rows.
+                # In the layout for products with up to 8 rows.
                 self.weights[linear] = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
 
     def __call__(self, linear: nn.Module, x: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class PrepackedLinearOps(LinearOps):
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """Return whether this torch and the layer's weight allow it, and it pays."""
+    """Return whether this torch can pack the layer's weight, and packing pays."""
     weight = linear.weight
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()

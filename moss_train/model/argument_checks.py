@@ -1,7 +1,7 @@
-"""Check what users hand to the model; every refusal is a ValueError with the offending value.
+"""Check the arguments that users pass to the model; every refusal is a ValueError with the offending value.
 
-Values are looked at on the CPU only: elsewhere the host would have to wait for the device, and a compiler or an
-exporter would have to break its graph.
+The values of tensors are checked on the CPU only: elsewhere the host would have to wait for the device, and a compiler
+or an exporter would have to break its graph.
 """
 
 import math
@@ -14,17 +14,17 @@ from torch import Tensor
 from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
 from .waveforms import as_tensor, level_db, silence_beyond
 
-FAR_DB = 12.0  # from the level of the training data
-LARGEST_PEAK = 10.0  # of a waveform in -1..1 with some overshoot; 16-bit numbers are far beyond
+FAR_DB = 12.0  # largest deviation from the level of the training data without a warning
+LARGEST_PEAK = 10.0  # of a waveform in -1..1 with some overshoot; 16-bit integers go far beyond it
 
 
 def can_read(values: Tensor) -> bool:
-    """Return whether the host may look at values without waiting for a device or breaking a graph."""
+    """Return whether the host can read values without waiting for a device or breaking a graph."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_audio(config: MossAudioTokenizerConfig, values: Any) -> Tensor:
-    """Bring floating-point samples to a tensor [B, C, T].
+    """Convert floating-point samples to a tensor [B, C, T].
 
     Args:
         values: tensor, array or lists: [B, C, T]; [B, T] or [T] for one channel; [C, T] for several.
@@ -45,17 +45,17 @@ def check_audio(config: MossAudioTokenizerConfig, values: Any) -> Tensor:
 
 
 def check_samples(config: MossAudioTokenizerConfig, audio: Tensor, lengths: Tensor, warned: set[str]) -> None:
-    """Refuse samples that are not finite; warn once of audio far beyond full scale.
+    """Raise ValueError for samples that are not finite; warn once about audio far beyond full scale.
 
     Args:
         audio: [B, C, T].
-        lengths: [B] samples of each item that count.
-        warned: kinds of warnings that this model gave; extended here.
+        lengths: [B] valid samples of each item.
+        warned: kinds of warnings that this model has given; updated here.
     """
     if not can_read(audio) or not audio.numel():
         return
     audio = audio.detach()
-    # NaN passes through the maximum: one pass over the samples is enough where all is well.
+    # The maximum is NaN if any sample is NaN, so this one pass is enough for valid audio.
     if float(audio.abs().amax()) <= LARGEST_PEAK:
         return
     audio = silence_beyond(audio, lengths.cpu())
@@ -72,7 +72,7 @@ def check_samples(config: MossAudioTokenizerConfig, audio: Tensor, lengths: Tens
 
 
 def check_level(config: MossAudioTokenizerConfig, audio: Tensor, lengths: Tensor, warned: set[str]) -> None:
-    """Warn once of a clip that is far from the level that the configuration names as that of the training data."""
+    """Warn once about a clip whose level is far from `training_level_db` of the configuration."""
     expected = getattr(config, "training_level_db", None)
     if expected is None or "level" in warned or not can_read(audio):
         return
@@ -99,7 +99,7 @@ def valid_lengths(mask: Any, batch: int, longest: int, device: torch.device) -> 
 
 
 def check_codes(config: MossAudioTokenizerConfig, values: Any) -> Tensor:
-    """Return integer codes [n, B, frames] of this model as a tensor; refuse all else."""
+    """Return integer codes [n, B, frames] of this model as a tensor; raise ValueError for anything else."""
     codes = as_tensor(values, "codes")
     levels, size = config.num_quantizers, config.quantizer_kwargs["codebook_size"]
     if codes.ndim == 3 and codes.shape[0] > levels >= codes.shape[1] and not codes.is_floating_point():
@@ -115,7 +115,7 @@ def check_codes(config: MossAudioTokenizerConfig, values: Any) -> Tensor:
 
 
 def chunk_frames(config: MossAudioTokenizerConfig, chunk_duration: float | None) -> int | None:
-    """Return the frames per chunk of so many seconds; None stays None."""
+    """Convert a chunk's duration in seconds to frames; None stays None. Raises ValueError unless they are whole."""
     if chunk_duration is None:
         return None
     longest = config.causal_transformer_context_duration

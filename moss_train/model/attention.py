@@ -16,16 +16,16 @@ except ImportError:
 
 HAS_WINDOW_KERNEL = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
 
-LARGEST_BLOCK = 256  # queries per call beyond the window; all see window - 1 + 256 keys, so more would waste work
+LARGEST_BLOCK = 256  # queries per call after the first window; a larger block would score more masked keys per query
 
 
 class Rotation(NamedTuple):
     """Rotary position embedding with interleaved pairs (RoFormer, arXiv 2104.09864).
 
-    Holds the angles of frames: cosine and sine [B, T, 1, D / 2] float32 (B may be 1), and both as one complex number.
+    Holds the angles of frames: cosine and sine [B, T, 1, D / 2] float32 (B may be 1), and both as one complex `phase`.
 
-    A complex product is one pass over the data, the real form is seven; compilers take the real one, and MPS, which has
-    no `phase`.
+    A complex product takes one pass over the data, the real form seven. The real form is used by compilers, and on MPS,
+    where `phase` is None.
     """
 
     cosine: Tensor
@@ -34,11 +34,11 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions: Tensor, head_dim: int, max_period: float) -> Rotation:
-    """Return the rotation of every position [B, T] int64 (B may be 1), computed where it is used.
+    """Return the rotation of every position [B, T] int64 (B may be 1), computed anew in every call.
 
-    There is no buffer: transformers builds models on the meta device and brings non-persistent buffers back as
-    garbage. Angles are formed in float64, so a stream may run for years; in float32 they err by 0.006 rad after an
-    hour at 100 Hz. (Apple's MPS has no float64 and keeps that limit.)
+    It is not kept in a buffer, because transformers builds models on the meta device, where non-persistent buffers lose
+    their content. Angles are computed in float64, so a stream may run for years; in float32 they would be wrong by
+    0.006 rad after an hour at 100 Hz. (Apple's MPS has no float64 and keeps that limit.)
     """
     dtype = torch.float32 if positions.device.type == "mps" else torch.float64
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / -head_dim
@@ -48,7 +48,7 @@ def rotation(positions: Tensor, head_dim: int, max_period: float) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate each pair (x[2i], x[2i + 1]) of [B, T, H, D] by its angle, in float32, in the dtype of `x` again."""
+    """Rotate each pair (x[2i], x[2i + 1]) of [B, T, H, D] by its angle in float32; returns the dtype of `x`."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if rotation.phase is not None and not torch.compiler.is_compiling():
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotation.phase)
@@ -60,7 +60,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def rotate_in_place(x: Tensor, rotation: Rotation) -> None:
-    """`rotate` that overwrites `x`."""
+    """Apply `rotate` to `x` in place."""
     if rotation.phase is None or x.dtype != torch.float32 or torch.compiler.is_compiling():
         x.copy_(rotate(x, rotation))
     else:
@@ -68,12 +68,12 @@ def rotate_in_place(x: Tensor, rotation: Rotation) -> None:
 
 
 class MultiheadAttention(nn.Module):
-    """Self-attention in which query i sees keys j with `0 <= i - j < window`; fused qkv, no biases.
+    """Self-attention in which query i attends to keys j with `0 <= i - j < window`; fused qkv, no biases.
 
     Parameter names (`in_projs.0.weight`, `out_projs.0.weight`) are those of the released weights.
 
     Attributes:
-        flash: use the windowed FlashAttention kernel where device and dtype have it.
+        flash: use the windowed FlashAttention kernel where device and dtype support it.
     """
 
     def __init__(self, d_model: int, num_heads: int, window: int) -> None:
@@ -86,7 +86,7 @@ class MultiheadAttention(nn.Module):
         self.out_projs = nn.ModuleList([nn.Linear(d_model, d_model, bias=False)])
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        """[B, T, D] -> [B, T, D], whole clips from their first frame."""
+        """Map [B, T, D] -> [B, T, D] for whole clips, from their first frame on."""
         batch, frames, width = x.shape
         heads = self.num_heads
         qkv = self.in_projs[0](x).view(batch, frames, 3 * heads, width // heads)
@@ -103,9 +103,9 @@ class MultiheadAttention(nn.Module):
         return self.out_projs[0](attended.reshape(batch, frames, width))
 
     def attend(self, x: Tensor, rotation: Rotation, layer: int, chunk: StreamChunk) -> Tensor:
-        """[B, T, D] -> [B, T, D] before the output projection, over the chunk and the streams' past.
+        """Map a chunk [B, T, D] -> [B, T, D], with attention to itself and the streams' past; no output projection.
 
-        The past is in the ring of `layer`, which the chunk's keys and values are written to.
+        The past is in the KV cache of `layer`, a ring buffer to which the chunk's keys and values are written.
         """
         batch, frames, width = x.shape
         heads, ring = self.num_heads, chunk.state.rings[layer]
@@ -123,8 +123,8 @@ class MultiheadAttention(nn.Module):
 def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """Return the causal attention over the last `window` keys without a T x T mask; all tensors [B, H, T, D].
 
-    A clip that fits the window is plain causal attention, and so are the first `window` frames of a longer one. The
-    rest goes in blocks of queries that share one mask: time and memory grow linearly with T.
+    For a clip that fits the window this is plain causal attention, as it is for the first `window` frames of a longer
+    one. The rest is computed in blocks of queries that share one mask: time and memory grow linearly with T.
     """
     frames = query.shape[2]
     head = slice(0, min(frames, window))
@@ -132,7 +132,7 @@ def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -
     if frames <= window:
         return parts[0]
     block = max(1, min(LARGEST_BLOCK, window // 2))
-    # Which of the window - 1 keys before a block and of its own each of its queries sees.
+    # Which keys each query of a block attends to, among the window - 1 keys before the block and the block's own.
     distance = torch.arange(block, device=query.device)[:, None] - torch.arange(1 - window, block, device=query.device)
     mask = (distance >= 0) & (distance < window)
     for start in range(window, frames, block):
@@ -153,11 +153,11 @@ def has_window_kernel(query: Tensor) -> bool:
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """`windowed_attention` by one kernel; all tensors [B, T, H, D]."""
+    """Compute `windowed_attention` in one kernel; all tensors [B, T, H, D]."""
     batch, frames = query.shape[:2]
     starts = torch.arange(0, (batch + 1) * frames, frames, dtype=torch.int32, device=query.device)
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-    # The kernel counts the keys before the query, we count the query too.
+    # The kernel's window counts only the keys before the query; ours also counts the query itself.
     attended = varlen_attn(query, key, value, starts, starts, frames, frames, window_size=(window - 1, 0))
     assert isinstance(attended, Tensor)
     return attended.unflatten(0, (batch, frames))

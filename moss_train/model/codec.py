@@ -1,6 +1,6 @@
-"""Base class of the model: encoder, quantizer and decoder on latents, whole, as a stream, or in chunks.
+"""Base class of the model: encoder, quantizer and decoder on latents, for whole clips, streams, or clips in chunks.
 
-Chunks hand on their state and bound the memory. The results of the public model are defined first.
+Chunks bound the memory; each passes its state to the next one. The output classes of the public model come first.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class MossAudioTokenizerEncoderOutput(ModelOutput):
 
     Attributes:
         audio_codes: [N, B, frames] int64, zero beyond an item's length.
-        audio_codes_lengths: [B] int64, frames of each item; a started frame counts.
+        audio_codes_lengths: [B] int64, frames of each item; a partial last frame counts.
         encoder_hidden_states: [B, D, frames] latent before the quantizer.
     """
 
@@ -53,7 +53,7 @@ class MossAudioTokenizerOutput(ModelOutput):
 
     Attributes:
         audio: reconstruction [B, C, T * output_ratio].
-        audio_lengths: [B] samples of it that are each item's own.
+        audio_lengths: [B] valid samples of each item.
         audio_codes, audio_codes_lengths: [N, B, frames] and [B], as those of `encode`.
     """
 
@@ -68,7 +68,7 @@ Number = TypeVar("Number", int, Tensor)
 
 
 class LatentCodec(PreTrainedModel):
-    """Encoder, residual quantizer and decoder, differentiable, for audio of whole frames.
+    """Encoder, residual quantizer and decoder, differentiable, for audio that is a whole number of frames long.
 
     Chunked and streaming code use this interface; `MossAudioTokenizerModel` adds the public one.
     """
@@ -106,10 +106,10 @@ class LatentCodec(PreTrainedModel):
         return self.device if device is None else torch.device(device)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        """Check transformers' `attn_implementation`: Cat's windowed attention is its own, not one of its functions.
+        """Check transformers' `attn_implementation`, although Cat has a windowed attention of its own.
 
-        "sdpa" uses torch's general kernels only, "flash_attention_2" the windowed kernel where device and dtype have
-        it, as does "eager", the name that transformers gives to no choice.
+        "sdpa" uses torch's general kernels only, "flash_attention_2" the windowed kernel where device and dtype support
+        it, and so does "eager", which transformers passes if nothing was chosen.
         """
         if attn_implementation == "flash_attention_2" and not HAS_WINDOW_KERNEL:
             raise ValueError(
@@ -133,7 +133,7 @@ class LatentCodec(PreTrainedModel):
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """What encoder and decoder compute in by configuration; None for the weights' own dtype."""
+        """The dtype that the configuration sets for encoder and decoder; None for the weights' own dtype."""
         return COMPUTE_DTYPES.get(getattr(self.config, "compute_dtype", None) or "fp32")
 
     def _precision(self) -> AbstractContextManager:
@@ -169,7 +169,7 @@ class LatentCodec(PreTrainedModel):
         """Return empty streaming states for the stages of "encoder" or "decoder".
 
         Args:
-            chunk_frames: code frames per chunk for which the rings are sized; any other number is exact too.
+            chunk_frames: code frames per chunk that the KV caches are sized for; other numbers give the same result.
         """
         part = getattr(self, name)
         nbytes = sum(parameter.nbytes for parameter in part.parameters())
@@ -186,11 +186,11 @@ class LatentCodec(PreTrainedModel):
         return [module for module in modules if isinstance(module, ProjectedTransformer)]
 
     def num_frames(self, lengths: Number) -> Number:
-        """Return the frames of codes for a number of samples per channel; a started frame counts."""
+        """Return the number of code frames for a number of samples per channel; a partial last frame counts."""
         return -(-lengths // self.config.downsample_rate)
 
     def check_num_quantizers(self, num_quantizers: int | None) -> int:
-        """Return the number of levels to use, all by default; ValueError when there are not so many."""
+        """Return the number of levels to use, all by default. Raises ValueError if the model has fewer."""
         available = self.config.num_quantizers
         if num_quantizers is None:
             return available
@@ -219,7 +219,7 @@ def run_stages(
 
 
 def build_modules(config: MossAudioTokenizerConfig, name: str) -> nn.ModuleList:
-    """Build the modules of `encoder_kwargs` or `decoder_kwargs`; patch modules count, as in the released weights."""
+    """Build the modules of `encoder_kwargs` or `decoder_kwargs`; patches have an index, as in the released weights."""
     frames, windows = config.frames_per_code_frame(name), config.stage_windows(name)
     modules: list[nn.Module] = []
     for number, entry in enumerate(getattr(config, name)):
@@ -285,7 +285,7 @@ def encode_unbatched(
 
 
 def complete_frames(audio: Tensor, lengths: Tensor, frames: slice, hop: int) -> Tensor:
-    """Return the given frames of audio [B, C, T], silent beyond each item's length: [B, C, F * hop]."""
+    """Return the given frames of audio [B, C, T] as [B, C, F * hop], with zeros beyond each item's length."""
     part = audio[..., frames.start * hop : frames.stop * hop]
     if can_read(lengths) and int(lengths.min()) >= frames.stop * hop:
         return part

@@ -1,6 +1,6 @@
 """Configuration of the Cat audio tokenizer, in the keys of the released `config.json`, and its validation.
 
-Every combination that no model can be built from is refused with the reason.
+Combinations that no model can be built from are refused, with the reason.
 """
 
 import math
@@ -17,7 +17,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
     empty configuration (which transformers builds internally) has no stages and is refused by the model.
 
     Args:
-        sampling_rate: of the waveform, in Hz.
+        sampling_rate: of the encoder's waveform, in Hz.
         downsample_rate: samples of one channel per frame of codes; must equal the product of the patch sizes, divided
             by `number_channels` when channels are interleaved.
         causal_transformer_context_duration: attention window in seconds, for entries without `context_duration`.
@@ -25,8 +25,8 @@ class MossAudioTokenizerConfig(PretrainedConfig):
             `{"module_type": "Transformer", "input_dimension", "output_dimension", "d_model", "num_heads", ...}`.
         quantizer_kwargs: `input_dim`, `rvq_dim`, `output_dim`, `num_quantizers`, `codebook_size`, `codebook_dim`.
         number_channels: of the waveform; several are interleaved in time.
-        output_sampling_rate: of the decoder's waveform, in Hz, a multiple of `sampling_rate`, which stays that of the
-            encoder's; None for the same. The patches of the decoder multiply to so many more samples.
+        output_sampling_rate: of the decoder's waveform, in Hz, a multiple of `sampling_rate`; None for the same rate.
+            The product of the decoder's patch sizes is larger by the same factor.
         kwargs: also `attention_implementation` ("sdpa": torch's general kernels; "flash_attention_2" or not given: the
             windowed kernel where device and dtype have it) and `compute_dtype` ("bf16" or "fp16": automatic mixed
             precision in encoder and decoder; "fp32" or not given: the weights' own dtype), `part` ("encoder" or
@@ -77,14 +77,14 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         number_channels: int = 1,
         output_sampling_rate: int | None = None,
     ) -> "MossAudioTokenizerConfig":
-        """Expand five numbers per encoder stage to the released lists; the decoder mirrors the encoder.
+        """Build a configuration in the released layout from five numbers per encoder stage; the decoder mirrors them.
 
         Args:
             stages: one mapping per stage with `patch_size`, `output_dimension`, `d_model`, `num_heads`, `num_layers`;
                 `dim_feedforward` (4 x d_model) and `context_duration` (seconds) may be given.
             quantizer: `rvq_dim`, `num_quantizers`, `codebook_size`, `codebook_dim`.
             context_seconds: attention window of every stage.
-            output_sampling_rate: of the decoder; its last patch has so many more samples.
+            output_sampling_rate: of the decoder, in Hz; its last patch size is multiplied by the ratio of the rates.
 
         Raises:
             ValueError: a missing or unknown key of a stage, or an illegal combination.
@@ -109,7 +109,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
                 **{key: stage[key] for key in ("context_duration",) if key in stage},
             }
             sizes = {"input_dimension": width, "output_dimension": stage["output_dimension"]}
-            factor = 1 if decoder else ratio  # of the patch at the waveform
+            factor = 1 if decoder else ratio  # only the decoder's patch next to the waveform is larger
             mirrored = {"input_dimension": stage["output_dimension"], "output_dimension": width * factor}
             encoder += [patch, transformer | sizes]
             decoder = [transformer | mirrored, patch | {"patch_size": stage["patch_size"] * factor}, *decoder]
@@ -135,12 +135,12 @@ class MossAudioTokenizerConfig(PretrainedConfig):
 
     @property
     def output_ratio(self) -> int:
-        """Samples that the decoder makes for one of the encoder's."""
+        """Samples of the decoder's waveform for each sample of the encoder's."""
         return self.output_sampling_rate // self.sampling_rate
 
     @property
     def upsample_rate(self) -> int:
-        """Samples of one channel that the decoder makes of a frame of codes."""
+        """Samples of one channel that the decoder produces per frame of codes."""
         return self.downsample_rate * self.output_ratio
 
     @property
@@ -149,7 +149,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         return self.quantizer_kwargs["num_quantizers"]
 
     def frames_per_code_frame(self, name: str) -> dict[int, int]:
-        """Return the frames that each stage handles per frame of codes.
+        """Return the number of frames that each stage processes per frame of codes.
 
         Args:
             name: "encoder_kwargs" or "decoder_kwargs"; the keys of the result are indices into it.
@@ -165,7 +165,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         return result
 
     def stage_windows(self, name: str) -> dict[int, int]:
-        """Return each stage's attention window in its own frames, as `frames_per_code_frame` does."""
+        """Return each stage's attention window in frames of that stage; keys as in `frames_per_code_frame`."""
         windows = {}
         for number, frames in self.frames_per_code_frame(name).items():
             entry = getattr(self, name)[number]
@@ -175,9 +175,9 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         return windows
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plain data, with `auto_map` as class references and without an output rate that is the encoder's.
+        """Return plain data, with class references in `auto_map` and without an output rate equal to the encoder's.
 
-        transformers takes any class with "Tokenizer" in its name for a text tokenizer and stores a (slow, fast) pair,
+        transformers treats any class with "Tokenizer" in its name as a text tokenizer and stores a (slow, fast) pair,
         which its own loader then cannot read for a model.
         """
         output = super().to_dict()
@@ -227,7 +227,7 @@ def check_architecture(config: MossAudioTokenizerConfig) -> None:
 
 
 def output_ratio(sampling_rate: int, output_sampling_rate: int | None) -> int:
-    """Return how many samples the decoder makes for one of the encoder's.
+    """Return the number of samples of the decoder's waveform for each sample of the encoder's.
 
     Raises:
         ValueError: the output rate is not a multiple of the encoder's.
@@ -242,7 +242,7 @@ def output_ratio(sampling_rate: int, output_sampling_rate: int | None) -> int:
 
 
 def check_modules(config: MossAudioTokenizerConfig, name: str, width: int, wanted: int) -> None:
-    """Check the entries of an encoder or decoder: kinds, patch sizes, sizes that fit, windows of a frame or more."""
+    """Raise ValueError unless the entries of an encoder or decoder are known and their sizes and windows fit."""
     entries = getattr(config, name)
     for number, entry in enumerate(entries):
         where, kind = f"{name}[{number}]", entry.get("module_type")
@@ -269,7 +269,7 @@ def check_modules(config: MossAudioTokenizerConfig, name: str, width: int, wante
 
 
 def check_widths(name: str, entries: Sequence[Mapping[str, Any]], width: int, wanted: int) -> None:
-    """Raise ValueError unless each entry takes what the one before gives, from `width` to `wanted` channels."""
+    """Raise ValueError unless each entry takes the channels that the one before returns, from `width` to `wanted`."""
     for number, entry in enumerate(entries):
         patch = entry.get("patch_size")
         if patch is None and entry["input_dimension"] != width:
@@ -349,14 +349,14 @@ def check_positive(
 
 
 def as_whole(key: str, value: Any) -> int:
-    """Return a whole number, which JSON may have written as 24000.0; ValueError for anything else."""
+    """Return a whole number, which JSON may hold as 24000.0, as an int. Raises ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise ValueError(f"config: {key} must be a positive int, got {value!r}")
     return int(value)
 
 
 def as_entries(key: str, value: Any) -> list[dict[str, Any]]:
-    """Return a copied list of mappings; ValueError for anything else."""
+    """Return a copy of a list of mappings. Raises ValueError for anything else."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     if not is_list or not all(isinstance(entry, Mapping) for entry in value):
         raise ValueError(f"config: {key} must be a list of modules, got {value!r}")

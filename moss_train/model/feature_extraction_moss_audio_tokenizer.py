@@ -1,4 +1,4 @@
-"""Waveforms of different lengths to one padded batch, for `AutoFeatureExtractor` and `AutoProcessor`."""
+"""Pad waveforms of different lengths to one batch, for `AutoFeatureExtractor` and `AutoProcessor`."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ class MossAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
 
     Args:
         feature_size: channels of the waveform.
-        sampling_rate: that the model expects, in Hz.
+        sampling_rate: rate that the model expects, in Hz.
         loudness: RMS level in dB relative to full scale that every clip is brought to; None leaves them as they are.
     """
 
@@ -41,11 +41,11 @@ class MossAudioTokenizerFeatureExtractor(SequenceFeatureExtractor):
 
         Args:
             raw_audio: one clip [T] or [C, T], or a list of such clips of different lengths.
-            sampling_rate: of the clips; give it, so that another rate than the model's is refused.
-            loudness: in place of the feature extractor's own.
+            sampling_rate: of the clips, in Hz; pass it so that a rate other than the model's is refused.
+            loudness: overrides that of the feature extractor.
 
         Raises:
-            ValueError: another sampling rate, or clips of another number of channels.
+            ValueError: the clips have another sampling rate or number of channels than the model.
         """
         if sampling_rate not in (None, self.sampling_rate):
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Streaming state of a transformer stage: ring buffers of keys and values, passed in and updated in place.
+"""Streaming state of a transformer stage (KV cache): ring buffers of keys and values, passed in and updated in place.
 
 Frame p of a stream lies in slot `p % capacity`. The capacity is `window - 1` plus the longest step, so that a step
-never overwrites keys that its own first queries still need. (A ring of exactly `window` slots does, for every step of
-two or more frames.) Which slots a query sees follows from positions alone, so nothing is ever moved or cleared.
+never overwrites keys that its own first queries still need. (A ring of exactly `window` slots would, in every step
+of two or more frames.) Which slots a query attends to follows from positions alone: nothing is ever moved or cleared.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .accelerated_step import LinearOps
 
-NUM_VIEWS = 8  # lengths of the part of a ring that is looked at while it fills
+NUM_VIEWS = 8  # number of lengths that the attended part of a ring takes while it fills
 
 
 @dataclass
@@ -21,13 +21,13 @@ class StageState:
     """State of one transformer stage for a batch of streams.
 
     Attributes:
-        position: [B] int64, frames seen so far by each stream; zero makes the item's slots invisible.
-        rings: per layer [B, capacity + 1, 2 * H, D], the keys' heads and then the values'; the last slot takes frames
-            that are padding.
-        window: frames a query may look back on, itself included.
+        position: [B] int64, frames processed so far in each stream; at zero all slots of the item are masked.
+        rings: per layer [B, capacity + 1, 2 * H, D], the keys' heads and then the values'; padding frames are written
+            to the last slot.
+        window: frames that a query attends to, itself included.
         linears: applies the stage's linear layers.
-        num_written: slots that frames may have been written to, as far as the host knows.
-        slot: [1, capacity] the numbers of the slots.
+        num_written: upper bound on the number of slots in use, kept on the host.
+        slot: [1, capacity] the indices of the slots.
     """
 
     position: Tensor
@@ -41,21 +41,21 @@ class StageState:
 
     @property
     def capacity(self) -> int:
-        """Slots of the ring."""
+        """Slots of a ring, without the one for padding frames."""
         return self.rings[0].shape[1] - 1
 
     @property
     def longest_step(self) -> int:
-        """Frames that may be written before the next queries look back."""
+        """Frames that can be written at once without overwriting keys that their queries still need."""
         return self.capacity - self.window + 1
 
     def new_like(self) -> "StageState":
-        """Return the empty state of the same sizes, with the same weights."""
+        """Return an empty state of the same sizes that shares the packed or cast weights."""
         rings = [torch.zeros_like(ring) for ring in self.rings]
         return StageState(torch.zeros_like(self.position), rings, self.window, self.linears)
 
     def reset(self, items: Tensor) -> None:
-        """Start the streams of the given batch items (bool [B]) anew."""
+        """Restart the streams of the given batch items (bool [B])."""
         self.position.masked_fill_(items, 0)
         if items.device.type == "cpu" and bool(items.all()):
             self.num_written = 0
@@ -63,12 +63,14 @@ class StageState:
 
 @dataclass(frozen=True)
 class StreamStep:
-    """Frames `start ... stop` of a chunk: where they are written and what they see. Shared by the layers of a stage.
+    """Frames `start` to `stop` of a chunk: the slots that they are written to and those that they attend to.
+
+    All layers of a stage share it.
 
     Attributes:
         slots: [B * frames] index into the flattened [B * (capacity + 1)] slots.
-        mask: [B, 1, frames, slots], zero for visible keys and very negative for the others. It is finite, so that
-            padding frames that see nothing do not become NaN.
+        mask: [B, 1, frames, slots], zero for visible keys and very negative for the others. Finite, so that padding
+            frames without any visible key do not become NaN.
     """
 
     start: int
@@ -109,7 +111,7 @@ class StreamChunk:
         if state.position.device.type == "cpu":  # only slots that may be filled; a CUDA graph has fixed shapes
             part = math.ceil(capacity / NUM_VIEWS)
             num_attended = min(capacity, part * math.ceil((state.num_written + stop) / part))
-        # How long before the newest frame each slot was written; a slot that was not is older than any window.
+        # Age of each slot: by how many frames it precedes the newest one. An unwritten slot is older than any window.
         age = (newest - state.slot[:, :num_attended]) % capacity
         age = age.masked_fill(age > newest, 2 * capacity)
         distance = age[:, None] - (newest - positions)[:, :, None]
@@ -125,6 +127,6 @@ class StreamChunk:
         return StreamStep(start, stop, slots.flatten(), mask)
 
     def advance(self) -> None:
-        """Move every stream on by the frames it brought."""
+        """Advance every stream by its number of frames in the chunk."""
         self.state.position += self.frames if self.num_frames is None else self.num_frames
         self.state.num_written = min(self.state.num_written + self.frames, self.state.capacity)

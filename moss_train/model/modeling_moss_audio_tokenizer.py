@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .accelerated_step import GraphedStep, LinearOps
 
-# Several releases of transformers copy only the files that this one imports itself; so it imports all.
+# Several releases of transformers copy only the files that this one imports directly, so it imports all of them.
 from .argument_checks import check_audio, check_codes, check_level, check_samples, chunk_frames, valid_lengths
 from .attention import MultiheadAttention
 from .codec import (
@@ -63,7 +63,7 @@ OLDER_WEIGHT_NAMES = {
 class MossAudioTokenizerModel(LatentCodec):
     """Encoder, residual quantizer and decoder, with the interface of the released model.
 
-    One deliberate difference: lengths count a started frame, zero-padded (the released code drops it).
+    One deliberate difference: a partial last frame is zero-padded and counted (the released code drops it).
     `encode` and `decode` run without gradients; `forward` is differentiable.
     """
 
@@ -83,12 +83,12 @@ class MossAudioTokenizerModel(LatentCodec):
 
     @property
     def sampling_rate(self) -> int:
-        """Of the waveform that the encoder takes, in Hz."""
+        """Sampling rate in Hz of the waveform that the encoder takes."""
         return self.config.sampling_rate
 
     @property
     def output_sampling_rate(self) -> int:
-        """Of the waveform that the decoder gives, in Hz."""
+        """Sampling rate in Hz of the waveform that the decoder returns."""
         return self.config.output_sampling_rate
 
     def forward(
@@ -129,12 +129,12 @@ class MossAudioTokenizerModel(LatentCodec):
 
         Args:
             input_values: [B, C, T], [B, T] or [T] samples at `sampling_rate`, as a tensor, an array or lists.
-            padding_mask: [B, T], true for real samples; padding stands at the end.
+            padding_mask: [B, T], true for real samples; padding is at the end.
             num_quantizers: levels to compute, all by default.
-            chunk_duration: seconds per chunk, a whole number of frames; the result is that of the whole clip.
-            batch_invariant: codes do not depend, to the last bit, on what a clip is batched with or padded to: each
-                clip passes alone and unpadded, which costs the speed-up of batching.
-            loudness: bring every clip to this RMS level in dB relative to full scale first, say -20 (see `set_level`).
+            chunk_duration: seconds per chunk, a whole number of frames; the result equals that of the whole clip.
+            batch_invariant: make the codes of a clip independent, to the last bit, of its batch and padding: each clip
+                is encoded alone and unpadded, without the speed-up of batching.
+            loudness: first bring every clip to this RMS level in dB relative to full scale, say -20 (see `set_level`).
 
         Raises:
             ValueError: an illegal shape, `num_quantizers` or `chunk_duration`, or samples that are not finite.
@@ -169,7 +169,7 @@ class MossAudioTokenizerModel(LatentCodec):
         Args:
             padding_mask: [B, frames], true for real frames; gives `audio_lengths`.
             chunk_duration, batch_invariant: as in `encode`.
-            num_quantizers: use only so many of the given levels.
+            num_quantizers: use only the first `num_quantizers` of the given levels.
 
         Raises:
             ValueError: codes out of range, too many levels, or an illegal `chunk_duration`.
@@ -205,14 +205,14 @@ class MossAudioTokenizerModel(LatentCodec):
         """Call `decode` for a list of codes [n, frames] of different lengths.
 
         Args:
-            streaming: the list holds the next frames of streams that earlier calls began, in their order; further items
-                begin new ones (see `ContinuousDecoder`). A model has one such list of streams.
-            max_batch_size: most streams at a time, fixed by the first call; by default as many as it brings.
-            reset_stream: drop all streams and begin anew.
-            finalize_indices: streams that end with this call; the later ones move up.
+            streaming: the list holds the next frames of the streams that earlier calls started, in the same order;
+                further items start new streams (see `ContinuousDecoder`). A model has one such list of streams.
+            max_batch_size: most streams at a time, fixed by the first call; by default the number in that call.
+            reset_stream: drop all earlier streams first.
+            finalize_indices: indices of streams that end with this call; the later ones move up.
 
         Raises:
-            ValueError: as `decode`, or options that do not go together.
+            ValueError: as in `decode`, or options that exclude each other.
         """
         codes = [as_tensor(item, "codes") for item in codes]
         if not streaming:
@@ -269,12 +269,12 @@ class MossAudioTokenizerModel(LatentCodec):
         """Load a folder or repository in the released layout.
 
         Args:
-            part: "encoder" or "decoder" loads only that half and the quantizer; the other's calls are then refused. Of
-                a repository with several files of weights only those with that half are downloaded.
+            part: "encoder" or "decoder" loads only that half and the quantizer; methods that need the other half raise
+                ValueError. Of a repository with several weight files only those of that half are downloaded.
 
         Raises:
             ValueError: a missing or left-over weight, or a `part` that the folder does not have.
-            OSError: files of weights that are neither in the cache nor can be fetched, of which it has others.
+            OSError: weight files are not in the cache and cannot be downloaded.
         """
         kwargs.setdefault("key_mapping", OLDER_WEIGHT_NAMES)
         source, whole = pretrained_model_name_or_path, nullcontext(pretrained_model_name_or_path)
@@ -298,14 +298,14 @@ class MossAudioTokenizerModel(LatentCodec):
         if problems:
             details = "; ".join(f"{kind}: {', '.join(names[:5])} ({len(names)})" for kind, names in problems.items())
             raise ValueError(f"the weights do not fit the configuration: {details}")
-        # Renaming on load would be undone on save; the names written are always the released ones.
+        # transformers would undo the renaming on save; the names written are always the released ones.
         model._weight_conversions = None
         return (model, info) if output_loading_info else model
 
     @classmethod
     def _config_of_part(cls, source: Any, part: str, options: dict[str, Any]) -> MossAudioTokenizerConfig:
         config = options.get("config")
-        # Not isinstance of this configuration: AutoConfig of transformers 5.24 has imported a copy of its file.
+        # No isinstance check: AutoConfig of transformers 5.24 imports a second copy of the configuration's file.
         if config is None or isinstance(config, str | PathLike):
             config = cls.config_class.from_pretrained(source if config is None else config, **location_of(options))
         available = getattr(config, "part", None)
@@ -324,7 +324,7 @@ def location_of(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def absent_weights(source: Any, location: dict[str, Any]) -> list[str]:
-    """Return the files of weights of a repository that are not in the cache, [] unless its index and others are."""
+    """Return a repository's weight files that are not in the cache; [] unless its index and some of them are."""
     offline = {**location, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     found = None if os.path.isdir(source) else cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **offline)
     if found is None:
@@ -336,13 +336,13 @@ def absent_weights(source: Any, location: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def shards_of_part(source: Any, part: str, options: dict[str, Any]) -> Iterator[Any]:
-    """Yield what "encoder" or "decoder" is loaded from, so that nothing else of a repository is downloaded.
+    """Yield where to load the half `part` from, so that nothing else of a repository is downloaded.
 
-    That is a folder with the files that hold weights of that half and an index of these weights, where `source` is a
-    repository with several files of weights; `source` itself in all other cases.
+    For a repository with several weight files this is a temporary folder with the files that hold weights of that half
+    and an index of these weights; in all other cases it is `source` itself.
 
     Raises:
-        ValueError: the index names files elsewhere.
+        ValueError: the index names files outside of its folder.
     """
     location = location_of(options)
     found = None

@@ -23,7 +23,7 @@ class MossAudioTokenizerPipeline(Pipeline):
         return {name: options[name] for name in ("loudness",) if name in options}, forward, {}
 
     def preprocess(self, clip: Any, loudness: float | None = None) -> Any:  # type: ignore[override]
-        """Return the model's inputs of one clip."""
+        """Return the model's inputs for one clip."""
         rate = None
         if isinstance(clip, dict):
             rate = clip.get("sampling_rate")

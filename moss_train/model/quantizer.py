@@ -1,4 +1,4 @@
-"""Residual quantizer with factorised codes: cosine search in a few dimensions, codewords that learn by gradient.
+"""Residual quantizer with factorised codes: cosine search in a few dimensions, codewords trained by gradient.
 
 The scheme is that of the improved RVQGAN (arXiv 2306.06546) with weight-normalised projections around every level.
 """
@@ -16,14 +16,14 @@ from torch.nn.utils.parametrizations import weight_norm
 
 @dataclass(frozen=True)
 class QuantizerOutput:
-    """What the quantizer knows about a batch.
+    """Output of the quantizer for a batch.
 
     Attributes:
-        quantized: [B, T, D] float32, sum of the used levels, projected back; gradients pass straight through.
+        quantized: [B, T, D] float32, sum of the used levels, projected back, with straight-through gradients.
         codes: [N, B, T] int64.
-        latents: [N, B, T, d] what each level searched with.
-        codewords: [N, B, T, d] codebook vectors it found.
-        level_mask: [N, B] bool, levels that contribute.
+        latents: [N, B, T, d] the projected residual for which each level searched a codeword.
+        codewords: [N, B, T, d] the codebook row that each level chose.
+        level_mask: [N, B] bool, true for levels that contribute.
     """
 
     quantized: Tensor
@@ -34,7 +34,7 @@ class QuantizerOutput:
 
 
 class LFQ(nn.Module):
-    """One level: project down, find the row with the highest cosine, pass on the raw row, project up.
+    """One level: project down, find the codebook row with the highest cosine, take it unnormalised, project up.
 
     It holds the weights; `ResidualLFQ` computes all levels together.
     """
@@ -48,7 +48,7 @@ class LFQ(nn.Module):
     def search(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Map a residual [B, T, D] -> latent [B, T, d], codes [B, T]."""
         latent = apply_pointwise(self.in_proj, residual)
-        # The nearest of unit vectors has the greatest inner product; the latent's own length changes nothing.
+        # The nearest of several unit vectors has the largest inner product; the length of the latent does not matter.
         directions = F.normalize(self.codebook.weight, dim=-1)
         return latent, (latent.detach() @ directions.detach().T).argmax(dim=-1)
 
@@ -58,7 +58,7 @@ class LFQ(nn.Module):
 
 
 class ResidualLFQ(nn.Module):
-    """Levels that quantize one after the other what the previous ones left over; float32 throughout.
+    """Levels, each of which quantizes the residual of the previous ones; float32 throughout.
 
     Quantizer dropout is a mask over all levels, so that the graph is static and every parameter takes part in every
     step.
@@ -100,11 +100,11 @@ class ResidualLFQ(nn.Module):
             weights = LevelWeights.of(self)
             count, size, dim = weights.rows.shape
             hidden = apply_pointwise(self.input_proj, latent.float()).flatten(0, 1)
-            first = F.linear(hidden, weights.in_weight, weights.in_bias)  # [B * T, N * d], without earlier rows
+            first = F.linear(hidden, weights.in_weight, weights.in_bias)  # [B * T, N * d], earlier rows not subtracted
             codes, searched = weights.search(first, count)
             rows = F.embedding(codes.T + levels.T * size, weights.rows.flatten(0, 1)).flatten(1)  # [B * T, N * d]
-            # A level passes on its row with the gradient of its latent: z + c, c constant. With what the earlier levels
-            # take from it z = first - (z + c) @ earlier: one solution stands for the chain of levels.
+            # Straight-through estimator: a level's output is z + c, its row with the gradient of its latent z (c is a
+            # constant). As earlier outputs are subtracted, z = first - (z + c) @ earlier: one solve for all levels.
             earlier = weights.coupling * weights.is_later
             constant = (rows - searched).detach()
             latents = torch.linalg.solve_triangular(
@@ -128,18 +128,19 @@ class ResidualLFQ(nn.Module):
 
 
 class LevelWeights(NamedTuple):
-    """The weights of all levels together, weight norms multiplied out.
+    """The weights of all levels together, with their weight normalisation applied.
 
-    Level l searches with `in_l(r - sum of out_j(row_j) over j < l)`. These maps are linear: the latents of all levels
-    come from one product with the residual r, and each chosen row changes the later ones by a small matrix.
+    The latent of level l is `in_l(r - sum of out_j(row_j) over j < l)`. These maps are linear: the latents of all
+    levels come from one product with the residual r, and each chosen row changes the later latents by a small matrix.
 
     Attributes:
         rows: [N, V, d] of the codebooks.
         in_weight: [N * d, D].
-        in_bias: [N * d], less the biases of the earlier levels.
+        in_bias: [N * d], with the output biases of the earlier levels already subtracted from the residual.
         out_weight: [N * d, D].
         out_bias: [N, D].
-        coupling: [N * d, N * d], what a row of one level adds to the latents of all levels; see `is_later`.
+        coupling: [N * d, N * d], what a row of one level takes from the latents of all levels; only those of later
+            levels count, see `is_later`.
     """
 
     rows: Tensor
@@ -151,7 +152,7 @@ class LevelWeights(NamedTuple):
 
     @classmethod
     def of(cls, quantizer: ResidualLFQ) -> "LevelWeights":
-        """Return those of a quantizer, as they are now, with gradients."""
+        """Return the current weights of a quantizer, with gradients."""
         levels = cast(list[LFQ], list(quantizer.quantizers))
         in_weight, in_bias = stack_pointwise([level.in_proj for level in levels])
         out_weight, out_bias = stack_pointwise([level.out_proj for level in levels])
@@ -164,7 +165,7 @@ class LevelWeights(NamedTuple):
 
     @property
     def is_later(self) -> Tensor:
-        """[N * d, N * d] bool: whether the level of the column comes after that of the row."""
+        """Mask [N * d, N * d] bool: whether the level of the column comes after that of the row."""
         level = torch.arange(len(self.coupling), device=self.coupling.device) // self.rows.shape[2]
         return level[:, None] < level
 
@@ -173,9 +174,9 @@ class LevelWeights(NamedTuple):
         """Choose a row of every level, one after the other.
 
         Args:
-            first: [M, n * d], latents of the first n levels without what earlier rows take from them.
+            first: [M, n * d], latents of the first n levels before the rows of earlier levels are subtracted.
             num_quantizers: n.
-            directions: [d, V] of each level, `self.directions()` by default.
+            directions: normalised rows [d, V] of each level, `self.directions()` by default.
 
         Returns:
             Codes [n, M], latents [M, n * d].
@@ -185,7 +186,7 @@ class LevelWeights(NamedTuple):
         rows, coupling = self.rows.unbind(), self.coupling.split(dim)
         width = num_quantizers * dim
         for level, end in enumerate(range(dim, width + 1, dim)):
-            # The nearest of unit vectors has the greatest inner product; the latent's own length changes nothing.
+            # The nearest of several unit vectors has the largest inner product; the latent's length does not matter.
             codes.append((latents[:, end - dim : end] @ directions[level]).argmax(dim=1))
             if end < width:
                 row = rows[level].index_select(0, codes[-1])
@@ -194,15 +195,15 @@ class LevelWeights(NamedTuple):
 
     @torch.no_grad()
     def directions(self) -> tuple[Tensor, ...]:
-        """Return the rows of length one, [d, V] per level."""
+        """Return the rows normalised to length one, [d, V] per level."""
         return F.normalize(self.rows, dim=-1).transpose(1, 2).contiguous().unbind()
 
 
 class FoldedQuantizer:
-    """The quantizer with its weights as they are now (see `LevelWeights`), for many calls without gradients."""
+    """A copy of the quantizer's current weights (see `LevelWeights`), for many calls without gradients."""
 
     def __init__(self, quantizer: ResidualLFQ) -> None:
-        rows = cast(LFQ, quantizer.quantizers[0]).codebook  # its device is known once its weight is there
+        rows = cast(LFQ, quantizer.quantizers[0]).codebook  # its device is read after `fetched` has loaded its weight
         with torch.no_grad(), fetched(quantizer), torch.autocast(rows.weight.device.type, enabled=False):
             self.project_in, self.project_out = folded(quantizer.input_proj), folded(quantizer.output_proj)
             self.weights = LevelWeights.of(quantizer)
@@ -233,7 +234,7 @@ class FoldedQuantizer:
 
 @contextmanager
 def fetched(module: nn.Module) -> Iterator[None]:
-    """Bring in the weights that accelerate keeps elsewhere (`device_map` with offload), which it does per forward."""
+    """Load weights that accelerate has offloaded (`device_map`), which it does by itself only for `forward`."""
     hooked = [(part, hook) for part in module.modules() if (hook := getattr(part, "_hf_hook", None)) is not None]
     for part, hook in hooked:
         hook.pre_forward(part)
@@ -245,7 +246,7 @@ def fetched(module: nn.Module) -> Iterator[None]:
 
 
 def folded(module: Any) -> "FoldedProjection":
-    """Return a 1x1 convolution (or identity) with its weight norm multiplied out."""
+    """Return a 1x1 convolution (or identity) as a linear map, with its weight normalisation applied."""
     if isinstance(module, nn.Identity):
         return FoldedProjection(None, None)
     return FoldedProjection(module.weight[..., 0], module.bias)
@@ -268,20 +269,21 @@ class PointwiseConv1d(nn.Conv1d):
         super().__init__(input_dim, output_dim, kernel_size=1)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Describe a copy: torch gives a parametrized module a class of its own, which pickle cannot name."""
-        # The hooks of weight_norm are local functions; the copy makes its own.
+        """Pickle a call of `pointwise`: torch gives a parametrized module its own class, which pickle cannot find."""
+        # The hooks of weight_norm are local functions, which cannot be pickled; the copy gets its own.
         state = {name: value for name, value in self.__dict__.items() if name != "_load_state_dict_pre_hooks"}
         return pointwise, (self.in_channels, self.out_channels), state
 
 
 def pointwise(input_dim: int, output_dim: int) -> nn.Conv1d:
-    """Build a weight-normalised 1x1 convolution, kept as such for its parameter names."""
+    """Build a weight-normalised 1x1 convolution; it is not an nn.Linear, to keep the released parameter names."""
     return weight_norm(PointwiseConv1d(input_dim, output_dim))
 
 
 def stack_pointwise(modules: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Return the weights [N, out, in] and biases [N, out] of equal 1x1 convolutions, their weight norms multiplied
-    out at once.
+    """Return the weights [N, out, in] and biases [N, out] of 1x1 convolutions of one size.
+
+    Their weight normalisation is applied to all of them at once.
     """
     parts = [module.parametrizations.weight for module in modules]
     directions, gains = (torch.stack([getattr(part, name) for part in parts]) for name in ("original1", "original0"))

@@ -14,7 +14,7 @@ from .quantizer import FoldedQuantizer
 
 
 class StreamGroup:
-    """Items of a stream that pass through the model together, and their state.
+    """Items of a stream that the model processes as one batch, and their state.
 
     Args:
         quantizer: shared by the groups of a stream.
@@ -54,31 +54,31 @@ class StreamGroup:
         return self._states[part]
 
     def encode(self, audio: Tensor, counts: list[int]) -> Tensor:
-        """Encode audio [B, C, F * hop], of which each item's first `counts` frames are its own, to codes [N, B, F]."""
+        """Encode audio [B, C, F * hop] to codes [N, B, F]; the first `counts` frames of each item are valid."""
         empty = torch.zeros(self.num_quantizers, self.batch_size, 0, dtype=torch.int64, device=audio.device)
         return self._in_blocks(self.encode_step, audio, counts, self.model.config.downsample_rate, empty)
 
     def decode(self, codes: Tensor, counts: list[int]) -> Tensor:
-        """Decode codes [n, B, F], of which each item's first `counts` frames are its own, to audio [B, C, T]."""
+        """Decode codes [n, B, F] to audio [B, C, T]; the first `counts` frames of each item are valid."""
         channels = self.model.config.number_channels
         empty = torch.zeros(self.batch_size, channels, 0, dtype=self.model.dtype, device=codes.device)
         return self._in_blocks(self.decode_step, codes, counts, 1, empty)
 
     def reset(self, items: Tensor) -> None:
-        """Start the given items' streams (bool [B] on the CPU) anew."""
+        """Restart the streams of the given items (bool [B] on the CPU)."""
         for states in self._states.values():
             for state in states:
                 state.reset(items.to(self.model.execution_device))
 
     def _in_blocks(self, step: GraphedStep, x: Tensor, counts: list[int], hop: int, empty: Tensor) -> Tensor:
-        """Apply a step to x [.., F * hop] in parts of bounded length; `empty` is the result of no frames."""
+        """Apply a step to x [.., F * hop] in parts of bounded length; `empty` is the result for zero frames."""
         frames, device = x.shape[2] // hop, self.model.execution_device
         block = block_frames(self.model, None, frames)
         parts = []
         for start in range(0, frames, block):
             length = min(block, frames - start)
             own = [min(max(count - start, 0), length) for count in counts]
-            # None says all; that spares a CPU some operations, while a CUDA graph is for any numbers of frames.
+            # None (all frames are valid) saves a CPU some operations; a CUDA graph takes any number of valid frames.
             all_own = device.type == "cpu" and min(own) == length
             part = x[..., start * hop : (start + length) * hop]
             parts.append(step(part, None if all_own else torch.tensor(own, device=device)))
@@ -98,15 +98,15 @@ class StreamGroup:
 class MossAudioTokenizerStream:
     """State of `batch_size` independent streams through one model; make it with `model.stream(batch_size)`.
 
-    Items may bring different numbers of samples or frames per call, join after `reset` and leave at any time; none
-    touches the others. A stream belongs to the weights that the model had when it was made.
+    Items may pass different numbers of samples or frames per call, join after `reset` and leave at any time, without
+    affecting each other. A stream may copy weights when it is made: after a change of the weights, make a new one.
 
     Args:
         num_quantizers: levels to encode, all by default.
-        chunk_frames: code frames per call that the buffers are sized for; others are exact too, only slower.
+        chunk_frames: code frames per call that the buffers are sized for; others give the same result, only slower.
         cuda_graphs: on CUDA, replay captured graphs, one per shape of the input (see `GraphedStep`).
-        batch_invariant: an item's results do not depend, to the last bit, on the other items or their number: each
-            passes alone and unpadded, which costs the speed-up of batching. (They still depend on the chunks' sizes.)
+        batch_invariant: make an item's results independent, to the last bit, of the other items and their number: each
+            is computed alone and unpadded, without the speed-up of batching. (They still depend on the chunk sizes.)
     """
 
     def __init__(
@@ -139,10 +139,10 @@ class MossAudioTokenizerStream:
 
         Args:
             chunk: [B, C, T] or [B, T] samples.
-            lengths: [B] how many of the T samples each item brings, None for all.
+            lengths: [B] valid samples of each item, None for all T.
 
         Returns:
-            codes [N, B, frames], zero beyond each item's own, and, as [B] int64, how many of the frames are its own.
+            Codes [N, B, frames], zero beyond each item's valid frames, and the number of those, [B] int64.
         """
         self.model.check_part("encoder")
         chunk = check_audio(self.model.config, chunk)
@@ -157,14 +157,17 @@ class MossAudioTokenizerStream:
             for pending, samples, count in zip(self._pending, chunk, counts, strict=True)
         ]
         frames = [samples.shape[1] // hop for samples in arrived]
-        # Copies, so that the caller may use the memory of the chunk again.
+        # Copies, so that the caller may reuse the memory of the chunk.
         self._pending = [samples[:, n * hop :].clone() for samples, n in zip(arrived, frames, strict=True)]
         ready = [samples[:, : n * hop] for samples, n in zip(arrived, frames, strict=True)]
         return self._encode_frames(pad_rows(ready), frames)
 
     @torch.no_grad()
     def flush(self) -> tuple[Tensor, Tensor]:
-        """Encode what is left of a started frame, zero-padded, as `encode` does. The streams can then be reset."""
+        """Encode the remaining samples of a partial frame, zero-padded; returns the same as `encode`.
+
+        Call it at the end of the streams, before `reset`.
+        """
         hop = self.model.config.downsample_rate
         ready = [F.pad(x, (0, -x.shape[1] % hop)) for x in self._pending]
         self._pending = [self._no_samples() for _ in ready]
@@ -176,10 +179,10 @@ class MossAudioTokenizerStream:
 
         Args:
             codes: [n, B, F] of the first n levels.
-            lengths: [B] how many of the F frames each item brings, None for all.
+            lengths: [B] valid frames of each item, None for all F.
 
         Returns:
-            audio [B, C, F * upsample_rate] and, as [B] int64, how many samples of it are each item's own.
+            Audio [B, C, F * upsample_rate] and the number of valid samples of each item, [B] int64.
         """
         self.model.check_part("decoder")
         codes = check_codes(self.model.config, codes).to(self.model.execution_device, torch.int64)
@@ -192,7 +195,7 @@ class MossAudioTokenizerStream:
         return join(parts, dim=0), torch.tensor(counts, device=codes.device) * hop
 
     def reset(self, items: Tensor | None = None) -> None:
-        """Start the given items' streams (bool [B], None for all) anew; their unfinished frames are dropped."""
+        """Restart the streams of the given items (bool [B], None for all); samples of partial frames are dropped."""
         chosen = torch.ones(self.batch_size, dtype=torch.bool) if items is None else items.cpu().bool()
         if chosen.shape != (self.batch_size,):
             raise ValueError(f"reset takes one bool for each of the {self.batch_size} items, got {tuple(chosen.shape)}")
@@ -205,7 +208,7 @@ class MossAudioTokenizerStream:
         return torch.zeros(self.model.config.number_channels, 0, device=self.model.execution_device)
 
     def _counts(self, batch: int, longest: int, lengths: Tensor | None) -> list[int]:
-        """Samples or frames that each item brings, checked."""
+        """Return the checked number of samples or frames of each item in a call."""
         if batch != self.batch_size:
             raise ValueError(f"this stream has {self.batch_size} items, the chunk has {batch}")
         counts = [longest] * batch if lengths is None else lengths.tolist()
@@ -214,14 +217,14 @@ class MossAudioTokenizerStream:
         return counts
 
     def _groups(self, counts: list[int]) -> Iterator[tuple[StreamGroup, slice, int]]:
-        """Yield each group, its items, and the most frames that one of them brings."""
+        """Yield each group, its items, and the largest of their counts."""
         size = self.groups[0].batch_size
         for number, group in enumerate(self.groups):
             items = slice(number * size, (number + 1) * size)
             yield group, items, max(counts[items])
 
     def _encode_frames(self, audio: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Codes of audio [B, C, F * hop], of which each item's first `counts` frames are its own."""
+        """Encode audio [B, C, F * hop]; the first `counts` frames of each item are valid."""
         hop = self.model.config.downsample_rate
         parts = []
         for group, items, longest in self._groups(counts):
@@ -231,9 +234,9 @@ class MossAudioTokenizerStream:
 
 
 class ContinuousDecoder:
-    """Decode a changing list of streams, its rows, in `max_batch_size` fixed slots: continuous batching.
+    """Decodes a changing list of streams (rows) in `max_batch_size` fixed slots: continuous batching.
 
-    Rows are named by their place in the list. A row keeps its slot, so that leaving rows cost nothing.
+    A row is identified by its index in the list. It keeps its slot, so that the end of another row costs nothing.
     """
 
     def __init__(self, model: LatentCodec, max_batch_size: int) -> None:
@@ -245,11 +248,11 @@ class ContinuousDecoder:
         """Return the audio of the next frames of every row.
 
         Args:
-            codes: [n, frames] for each row in order; more of them than before are new rows at the end.
+            codes: [n, frames] for each row in order; those after the active rows start new rows.
             finalize_indices: rows that end with this call; the rows after them move up.
 
         Returns:
-            Audio [rows, C, T] and each row's own number of samples, in the order of `codes`.
+            Audio [rows, C, T] and the number of valid samples of each row, in the order of `codes`.
 
         Raises:
             ValueError: fewer rows than are active, more than `max_batch_size`, or no such row to finalize.
@@ -288,7 +291,7 @@ def pad_time(x: Tensor, longest: int) -> Tensor:
 
 
 def pad_rows(rows: list[Tensor]) -> Tensor:
-    """Return the audio [C, T] of different T as one batch [B, C, T], silent behind."""
+    """Stack audio [C, T] of different T into one batch [B, C, T], zero-padded at the end."""
     longest = max(row.shape[1] for row in rows)
     return torch.stack([pad_time(row, longest) for row in rows])
 

@@ -23,10 +23,10 @@ class LayerScale(nn.Module):
         self.scale = nn.Parameter(torch.full((channels,), float(init)))
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
-        """Add a branch [B, T, D] with this gain to the residual stream [B, T, D]."""
+        """Add a branch [B, T, D], multiplied by the gain, to the residual stream [B, T, D]."""
         if not residual.is_cuda:
             return torch.addcmul(residual, branch, self.scale)
-        with torch.autocast("cuda", enabled=False):  # it would make a float32 copy of the branch and keep it
+        with torch.autocast("cuda", enabled=False):  # autocast would make and keep a float32 copy
             return torch.addcmul(residual, branch, self.scale)
 
 
@@ -44,7 +44,7 @@ class TransformerLayer(nn.Module):
         self.layer_scale_2 = LayerScale(d_model, layer_scale)
 
     def forward(self, x: Tensor, rotation: Rotation, layer: int = 0, chunk: StreamChunk | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `layer` is its place in the stage, whose streams a `chunk` continues."""
+        """Map [B, T, D] -> [B, T, D]; `layer` is its index in the stage, `chunk` the state of streams to continue."""
         if chunk is None:
             x = self.layer_scale_1(x, self.self_attn(self.norm1(x), rotation))
             return self.layer_scale_2(x, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `state` continues streams, `num_frames` [B] are the valid frames of its chunk."""
+        """Map [B, T, D] -> [B, T, D]; `state` continues streams, with `num_frames` [B] valid frames in this chunk."""
         frames = x.shape[1]
         chunk = None if state is None else StreamChunk(state, frames, num_frames)
         positions = torch.arange(frames, device=x.device)[None] if chunk is None else chunk.positions
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
             elif self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, angles, use_reentrant=False)
             else:
-                x = layer(x, angles)  # without the number equal layers are one graph to a compiler
+                x = layer(x, angles)  # without the number, so that a compiler makes one graph for all layers
         if chunk is not None:
             chunk.advance()
         return x
@@ -86,12 +86,12 @@ class ProjectedTransformer(nn.Module):
     """One stage: bias-free linear in, N layers, bias-free linear out; a projection between equal sizes is left out.
 
     Args:
-        window: frames each query may look back on, itself included.
+        window: frames that each query attends to, itself included.
         layer_scale: initial gain of the residual branches.
         max_period: of the rotary embedding.
-        frames_per_code_frame: frames that the stage handles per frame of codes.
+        frames_per_code_frame: frames that the stage processes per frame of codes.
         takes_audio, makes_audio: whether the linear in reads, or the linear out writes, samples of a waveform. That one
-            computes in float32 under autocast too: bfloat16 keeps a waveform to 55 dB only.
+            computes in float32 even under autocast: bfloat16 limits a waveform to a signal-to-noise ratio of 55 dB.
     """
 
     def __init__(
@@ -123,12 +123,12 @@ class ProjectedTransformer(nn.Module):
         self.output_proj = projection(d_model, output_dimension)
 
     def forward(self, x: Tensor, state: StageState | None = None, num_frames: Tensor | None = None) -> Tensor:
-        """[B, T, input_dimension] -> [B, T, output_dimension]."""
+        """Map [B, T, input_dimension] -> [B, T, output_dimension]."""
         linear = LinearOps() if state is None else state.linears
         with float32_math(self.input_proj, x, self.takes_audio) as precise:
             x = linear(self.input_proj, x.float() if precise else x)
         if state is None and torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # as behind every layer, so that all layers are the same graph to a compiler
+            x = x.float()  # as after every layer, so that all layers compile to one graph
         x = self.transformer(x, state, num_frames)
         with float32_math(self.output_proj, x, self.makes_audio) as precise:
             return linear(self.output_proj, x.float() if precise else x)
@@ -141,7 +141,7 @@ class ProjectedTransformer(nn.Module):
         Args:
             longest_step: frames that one attention call takes; longer chunks take several calls.
             dtype: of keys and values, by default that of the weights.
-            pack: reorder the linear weights, as they are now, for many short chunks (see `PrepackedLinearOps`).
+            pack: make reordered copies of the linear weights, for many short chunks (see `PrepackedLinearOps`).
         """
         layers = cast(list[TransformerLayer], list(self.transformer.layers))
         heads, weight = self.transformer.num_heads, next(self.transformer.parameters())
@@ -161,7 +161,7 @@ class ProjectedTransformer(nn.Module):
 
 @contextmanager
 def float32_math(module: nn.Module, x: Tensor, wanted: bool) -> Iterator[bool]:
-    """Switch autocast off for a module with float32 weights and its input if that is wanted; yields whether it did."""
+    """Switch autocast off, if wanted, for a module with float32 weights and its input; yields whether it did so."""
     weight = next(module.parameters(), None)
     if not wanted or weight is None or weight.dtype != torch.float32:
         yield False
@@ -171,7 +171,7 @@ def float32_math(module: nn.Module, x: Tensor, wanted: bool) -> Iterator[bool]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where a module computes: accelerate keeps offloaded weights on "meta" between calls."""
+    """Return the device on which a module computes: accelerate keeps offloaded weights on "meta" between calls."""
     device = next(module.parameters()).device
     if device.type != "meta":
         return device
@@ -199,7 +199,7 @@ class PatchedPretransform(nn.Module):
         self.is_downsample = is_downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T * p, C] -> [B, T, C * p] when downsampling, the inverse otherwise."""
+        """Map [B, T * p, C] -> [B, T, C * p] when downsampling, the inverse otherwise."""
         batch, frames, channels = x.shape
         patch = self.patch_size
         if self.is_downsample:
@@ -216,8 +216,8 @@ class PatchedPretransform(nn.Module):
 def initialize_weights(module: nn.Module) -> None:
     """Set a module's own parameters: Xavier linears, N(0, 1) codebooks, weight-norm gains equal to their norms.
 
-    The default of transformers (normal, 0.02) makes the whole model silent: every mel value lies under the log floor of
-    the reconstruction loss, its gradient is exactly zero, and nothing ever moves.
+    With the default of transformers (normal, 0.02) the model would be silent: every mel value would be below the log
+    floor of the reconstruction loss, the gradient exactly zero, and no weight would ever change.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_normal_(module.weight)
@@ -234,7 +234,8 @@ def initialize_weights(module: nn.Module) -> None:
         conv: Any = module
         weight = conv.parametrizations.weight
         nn.init.xavier_normal_(weight.original1)
-        # transformers 5.0 calls this after loading and guards only functions of torch.nn.init: a loaded gain is kept.
+        # transformers 5.0 also calls this after loading and protects loaded weights only in functions of torch.nn.init,
+        # so a loaded gain is protected here.
         if not getattr(weight.original0, "_is_hf_initialized", False):
             weight.original0.copy_(weight.original1.flatten(1).norm(dim=1)[:, None, None])
         nn.init.zeros_(conv.bias)

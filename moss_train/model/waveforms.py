@@ -1,4 +1,4 @@
-"""Bring waveforms of any container to tensors, pad them, and measure and set their level."""
+"""Convert waveforms in any container to tensors, pad them, and measure and set their level."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ LARGEST_GAIN_DB = 40.0  # more would only raise the noise of a nearly silent cli
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
-    """Return a tensor of a tensor, an array, or nested sequences of numbers, arrays or tensors of equal shape.
+    """Convert a tensor, an array, or nested sequences of numbers, arrays or tensors of equal shape to a tensor.
 
     Raises:
-        ValueError: anything else, or parts of different shapes; `name` is what the message calls them.
+        ValueError: anything else, or parts of different shapes; the message calls them `name`.
     """
     if isinstance(values, Tensor):
         return values
@@ -27,7 +27,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
             )
         return torch.stack(parts)
     try:
-        return torch.tensor(values)  # a copy: arrays that are read-only would be shared otherwise
+        return torch.tensor(values)  # copies: the memory of an array that may be read-only is not shared
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name} must be a tensor, an array or lists of numbers, got {type(values).__name__}"
@@ -35,7 +35,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
 
 
 def pad_together(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack tensors [X, T] of different T to one [B, X, T], zeros behind, with a mask [B, T] of what is real."""
+    """Stack tensors [X, T] of different T into [B, X, T], zero-padded at the end, and a mask [B, T] of valid steps."""
     if not clips or any(clip.ndim != 2 or clip.shape[0] != clips[0].shape[0] for clip in clips):
         raise ValueError(f"expected tensors [X, T] that differ in T only, got {[tuple(clip.shape) for clip in clips]}")
     longest = max(clip.shape[1] for clip in clips)
@@ -55,7 +55,7 @@ def level_db(audio: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Return the RMS level [B] of audio [B, C, T] in dB relative to full scale; -inf for silence.
 
     Args:
-        lengths: [B] samples of each item that count, None for all.
+        lengths: [B] valid samples of each item, None for all.
     """
     count = torch.full(audio.shape[:1], audio.shape[2], device=audio.device) if lengths is None else lengths
     energy = silence_beyond(audio.float(), lengths).square().sum(dim=(1, 2))
@@ -65,10 +65,10 @@ def level_db(audio: Tensor, lengths: Tensor | None = None) -> Tensor:
 def set_level(audio: Tensor, level: float, lengths: Tensor | None = None) -> Tensor:
     """Scale every item of audio [B, C, T] to an RMS level in dB relative to full scale.
 
-    The gain is at most 40 dB and, unless the input is louder already, leaves peaks below full scale; silence stays.
+    The gain is at most 40 dB and never lifts a peak above full scale; silence stays silent.
 
     Raises:
-        ValueError: a level that is not a number below 0.
+        ValueError: a level outside of -100 to 0 dB.
     """
     if not -100 <= level <= 0:
         raise ValueError(f"loudness is a level in dB relative to full scale, from -100 to 0, got {level}")

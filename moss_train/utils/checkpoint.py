@@ -1,8 +1,8 @@
-"""Checkpoint directories: written atomically, verified by hash; find the newest valid one.
+"""Write checkpoint directories atomically, verify them by hash, and find the newest valid one.
 
 A checkpoint is a directory `update-00001000` with the payload files and a `manifest.json` of their sizes and SHA-256.
 It is written under another name on the same file system, synced, read back, and renamed last. (Lightning's own writer
-goes through $TMPDIR and destroyed the previous file in a measured kill.)
+goes through $TMPDIR, and when killed in a test it destroyed the previous file.)
 """
 
 import json
@@ -34,7 +34,7 @@ def checkpoint_name(update: int) -> str:
 
 
 def write_checkpoint(directory: Path, write: Callable[[Path], None], info: Mapping[str, Any]) -> Path:
-    """Write a checkpoint directory so that it is there whole or not at all.
+    """Write a checkpoint directory so that it is either complete or not there at all.
 
     Args:
         directory: final path; must not exist.
@@ -43,7 +43,7 @@ def write_checkpoint(directory: Path, write: Callable[[Path], None], info: Mappi
 
     Raises:
         OSError: the disk is full, read-only or returned other bytes than were written; nothing is left behind. It names
-            the checkpoint, also where a library wrapped it into an error of its own.
+            the checkpoint, even if a library has wrapped the original error.
     """
     directory = Path(directory)
     partial = directory.parent / f"{PARTIAL}{directory.name}"
@@ -92,7 +92,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
-    """Return the content of a checkpoint, tensors and plain data only: a stranger's file can name no code to run.
+    """Return the content of a checkpoint, tensors and plain data only: an untrusted file cannot run code.
 
     Args:
         options: of `torch.load`; `map_location` is the CPU unless given.
@@ -111,7 +111,7 @@ def read_payload(directory: Path, **options: Any) -> dict[str, Any]:
 
 
 def weights_under(prefix: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights whose names begin with `prefix`, without it."""
+    """Return the weights whose names begin with `prefix`, with the prefix removed from the names."""
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
@@ -133,8 +133,7 @@ def find_damage(directory: Path) -> str | None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Return the checkpoint directories in a run's checkpoint folder, oldest first, valid or not; none without a
-    folder.
+    """Return the checkpoint directories in a run's checkpoint folder, oldest first, valid or not; [] without a folder.
 
     Raises:
         OSError: the folder cannot be read, which does not mean that it is empty.
@@ -165,7 +164,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def resume_checkpoint(directory: Path) -> Path | None:
-    """`newest_checkpoint` to continue from: damaged newer ones are renamed, so that retention does not count them.
+    """Return `newest_checkpoint`, and rename damaged newer ones, so that `prune_checkpoints` does not count them.
 
     Raises:
         UserError: as `newest_checkpoint`; nothing is renamed then.
@@ -181,7 +180,7 @@ def resume_checkpoint(directory: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class BestCheckpoint:
-    """The checkpoint of the best validation so far, as `best.json` beside the checkpoints records it."""
+    """The checkpoint with the best validation so far, as recorded in `best.json` beside the checkpoints."""
 
     name: str  # of its directory
     update: int
@@ -196,7 +195,7 @@ def record_best(directory: Path, best: BestCheckpoint) -> None:
 
 
 def read_best(directory: Path) -> BestCheckpoint | None:
-    """Return the record in a checkpoint folder; None when there is none, or none whose checkpoint is still there."""
+    """Return the record in a checkpoint folder; None if there is none or its checkpoint no longer exists."""
     try:
         best = BestCheckpoint(**read_json(Path(directory) / BEST_FILE))
         best = replace(best, metric=present_column(best.metric))
@@ -207,7 +206,7 @@ def read_best(directory: Path) -> BestCheckpoint | None:
 
 
 def best_checkpoint(directory: Path) -> Path | None:
-    """Return the valid checkpoint of the best validation of a checkpoint folder; None when no validation chose one.
+    """Return the checkpoint with the best validation in a checkpoint folder; None if no validation has chosen one.
 
     Raises:
         UserError: it is damaged.
@@ -222,10 +221,10 @@ def best_checkpoint(directory: Path) -> Path | None:
 
 
 def prune_checkpoints(directory: Path, keep: int, is_kept: Callable[[int], bool] = lambda update: False) -> None:
-    """Delete what interrupted writes left, and all checkpoints but the best and the `keep` newest.
+    """Delete the remains of interrupted writes, and all checkpoints but the best and the `keep` newest.
 
     Args:
-        is_kept: whether the checkpoint after so many updates stays for good; so does one with another name than ours.
+        is_kept: whether the checkpoint after a number of updates stays for good. Folders with other names always stay.
     """
     best = read_best(directory)
     own = [path for path in list_checkpoints(directory) if path.name.removeprefix(PREFIX).isdigit()]

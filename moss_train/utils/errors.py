@@ -1,4 +1,4 @@
-"""Exceptions that are no bugs: a mistake in input or configuration, data that cannot be used, or preemption."""
+"""Exceptions that are not bugs: mistakes in input or configuration, data that cannot be used, and preemption."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class PreemptedError(Exception):
-    """The run was told by a signal to make room and has written a checkpoint; the exit status is 128 + the signal."""
+    """The run was stopped by a signal and has written a checkpoint; the exit status is 128 + the signal's number."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -23,15 +23,15 @@ class PreemptedError(Exception):
 
 
 class ConfigError(UserError):
-    """Report one value of a configuration: what kind of mistake it is, at which key, and the value found there.
+    """Report a mistake in one value of a configuration: its kind, the key, and the value found there.
 
-    Code and tests read the fields; the sentence is made here and nowhere else.
+    Code and tests read the attributes; the sentence of the message is made only here.
 
     Attributes:
         kind: "unknown_key", "required", "type" (wrong type), "value" (out of range, not one of the choices),
             "conflict" (with another key), "missing" (a path that does not exist), or "syntax".
         path: dotted place in the configuration, as `stages.0.batch_seconds`.
-        value: what stands there; None where nothing does.
+        value: the value found there; None if there is none.
         expected: the rest of the sentence: what is wanted, or what to do.
     """
 
@@ -43,7 +43,7 @@ class ConfigError(UserError):
         self.expected = expected
 
     def within(self, parent: str) -> "ConfigError":
-        """Return the same error with its path below another one."""
+        """Return the same error with `parent` in front of its path."""
         return ConfigError(self.kind, f"{parent}.{self.path}" if self.path else parent, self.value, self.expected)
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Fault(StrEnum):
     """Kinds of bad samples, as they are counted in logs, summaries and checkpoints."""
 
     MISSING_FILE = "missing file"
-    SPECIAL_FILE = "special file"  # a pipe, a device, a link into nowhere
+    SPECIAL_FILE = "special file"  # a pipe, a device, a broken link
     REPEATED_ID = "repeated id"
     LINE = "line"  # of a manifest
     TAR_HEADER = "tar header"
@@ -73,9 +73,9 @@ class Fault(StrEnum):
     JSON = "JSON"
     TEXT = "text"
     VALUES = "values"  # NaN, infinity, far above full scale
-    INDEX = "index"  # not what the index says
+    INDEX = "index"  # differs from what the index states
     AUDIO = "audio"  # not audio, cut off, damaged
-    LENGTH = "length"  # its headers do not tell how much audio there is
+    LENGTH = "length"  # its headers do not state how much audio there is
     OTHER = "other"
 
 
@@ -83,7 +83,7 @@ class SampleError(UserError):
     """One file, clip or line cannot be used; the others can."""
 
     def __init__(self, fault: Fault, reason: str, clip_id: str = "") -> None:
-        super().__init__(fault, reason, clip_id)  # all of them, so that a worker process can send the error
+        super().__init__(fault, reason, clip_id)  # all arguments, so that a worker process can pickle it
         self.fault = fault
         self.reason = reason
         self.clip_id = clip_id
@@ -108,7 +108,7 @@ def fault_of(error: Exception) -> Fault:
 
 
 def count_faults(bad: Iterable[InvalidSample]) -> str:
-    """Return how many there are of every kind as text, the most frequent first: "3 audio, 1 line"."""
+    """Return the number of faults of each kind as text, the most frequent first: "3 audio, 1 line"."""
     return ", ".join(f"{count} {fault}" for fault, count in Counter(item.fault for item in bad).most_common())
 
 

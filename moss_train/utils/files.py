@@ -22,18 +22,18 @@ import yaml
 
 from moss_train.utils.errors import UserError, first_line
 
-MAX_NAME_BYTES = 255  # of one name, in the file systems of Linux
+MAX_NAME_BYTES = 255  # longest file name in the file systems of Linux
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; it takes the place of `path` when the block ends without error.
+    """Yield a temporary path beside `path` to write to; it replaces `path` when the block ends without error.
 
-    The temporary name keeps the suffix, because writers choose the format by it. Missing folders are made. An OSError
-    names `path`, as that of a full disk does not by itself.
+    The temporary name keeps the suffix, because writers choose the format by it. Missing folders are created. An
+    OSError names `path`, even one that by itself names no file, as for a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes in containers on several machines may have the same number.
+    # Processes in containers on several machines may have the same process id.
     begin = f".{os.getpid()}.{secrets.token_hex(4)}."
     suffix = path.suffix if len(os.fsencode(path.suffix)) < 50 else ""
     room = MAX_NAME_BYTES - len(begin) - len(os.fsencode(suffix))
@@ -48,7 +48,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def add_path_to_error(path: Path) -> Iterator[None]:
-    """Put a path into an OSError of the block that says nothing about where: a full disk, say, while writing."""
+    """Add a path to an OSError of the block that names no file, such as that of a full disk while writing."""
     try:
         yield
     except OSError as error:
@@ -67,7 +67,7 @@ _SPECIAL = {
 
 
 def special_kind(path: Path) -> str | None:
-    """Return what a path is when it is no ordinary file: "a named pipe", "a link into nowhere"; None for a file.
+    """Return what a path is if it is not a regular file, such as "a named pipe"; None for a regular file.
 
     Raises FileNotFoundError when nothing is there.
     """
@@ -84,8 +84,8 @@ def special_kind(path: Path) -> str | None:
 def file_lock(path: Path, what: str, timeout_seconds: float = 10.0) -> Iterator[None]:
     """Hold a lock file; the system releases it when the process ends, however it ends.
 
-    It waits a little, because workers of a killed process hold it until they notice. On a file system without locks it
-    warns and continues.
+    It waits up to `timeout_seconds`, because workers of a killed process hold the lock until they notice the kill. On a
+    file system without locks it warns and continues.
 
     Args:
         path: lock file, or a folder that is locked itself; the folder must exist.
@@ -108,7 +108,7 @@ def file_lock(path: Path, what: str, timeout_seconds: float = 10.0) -> Iterator[
                     ) from None
                 time.sleep(0.1)
             except OSError as error:
-                # Lustre and NFS, as they may be mounted.
+                # Lustre and NFS may be mounted without locks.
                 if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise
                 warnings.warn(
@@ -121,7 +121,7 @@ def file_lock(path: Path, what: str, timeout_seconds: float = 10.0) -> Iterator[
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -135,10 +135,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: object) -> str:
-    """Return a text for a terminal: what would steer it is written out, lines and tabs stay.
+    """Return a text that is safe to print on a terminal: control characters are escaped, except newlines and tabs.
 
-    Names of files, ids and labels come from anybody. An escape sequence in one could clear the screen, write into
-    another window or hide the rest of a message; marks of direction could turn a name round.
+    File names, ids and labels are untrusted. An escape sequence in one could clear the screen, write into another
+    window or hide the rest of a message; marks of writing direction could reverse a name.
     """
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
@@ -157,11 +157,11 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -
 
 
 MAX_JSON_BYTES = 2**31
-"""Of a file that is read whole; the index of a million shards has a tenth of it."""
+"""Largest file that is read whole; the index of a million shards has a tenth of that."""
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that may come from anybody: any content but JSON is one UserError, also a bottomless one.
+    """Read an untrusted JSON file: any other content than JSON, even endlessly nested, becomes one UserError.
 
     Raises:
         UserError: not a regular file, too large, or not JSON.
@@ -175,14 +175,14 @@ def read_json(path: Path) -> Any:
 
 MAX_YAML_BYTES = 2**22
 MAX_YAML_VALUES = 100_000
-"""Of a configuration, with every alias written out."""
+"""Most values of a configuration, with every alias expanded."""
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file that may come from anybody: plain data, of which aliases make no more than a person would write.
+    """Read an untrusted YAML file: plain data, with a limit on its size and on the number of values after expansion.
 
     Raises:
-        UserError: not plain YAML, too large, or values inside themselves.
+        UserError: not plain YAML, too large, or a value that contains itself.
         OSError: it cannot be read.
     """
     content = path.read_bytes()
@@ -195,18 +195,18 @@ def read_yaml(path: Path) -> Any:
 
 
 def _num_values(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Values of a node with aliases written out, without bound for one that contains itself."""
+    """Return the number of values of a node with aliases expanded; infinite for a node that contains itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = math.inf  # while it is counted: whoever meets it again is inside it
+        known[id(node)] = math.inf  # until it is counted: to meet it again means that it contains itself
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
     return known[id(node)]
 
 
 def parse_json(content: str | bytes, place: str) -> Any:
-    """Parse JSON that may come from anybody. Raises UserError, naming the place, for whatever is wrong with it."""
+    """Parse untrusted JSON. Raises UserError, naming `place`, for anything that cannot be parsed."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError, MemoryError) as error:
@@ -214,7 +214,7 @@ def parse_json(content: str | bytes, place: str) -> Any:
 
 
 def package_version(name: str) -> str | None:
-    """Return the version of an installed package; None for one that is not installed, or used from its folder."""
+    """Return the version of an installed package; None if it is not installed, or used from its source folder."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -15,7 +15,7 @@ from moss_train.utils.errors import UserError, first_line
 
 
 def connection_problem(url: str, seconds: float) -> str | None:
-    """Return why a server does not answer, None when it does, whatever it says; known after so many seconds at most."""
+    """Return why a server cannot be reached, None if it answers, even with an error; takes at most `seconds`."""
     answers: list[str | None] = []
 
     def ask() -> None:
@@ -26,7 +26,7 @@ def connection_problem(url: str, seconds: float) -> str | None:
             pass
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", None) or error
-            if not isinstance(reason, ssl.SSLError):  # it is there; whoever asks in earnest may know its certificate
+            if not isinstance(reason, ssl.SSLError):  # it is there; the actual client may know its certificate
                 problem = f"{url} cannot be reached ({reason or type(error).__name__})"
         answers.append(problem)
 
@@ -37,9 +37,9 @@ def connection_problem(url: str, seconds: float) -> str | None:
 
 
 def check_model_name(name: str) -> None:
-    """Raise UserError for a tokenizer that is not here and cannot be a repository, which is called owner/name.
+    """Raise UserError for a model name that is no existing path and cannot be a repository (owner/name).
 
-    One that is nearly the name of a folder here is refused as mistyped, at once and without a network.
+    A name that is similar to that of an existing folder is refused as mistyped, without asking the network.
     """
     path = Path(name)
     if path.exists():
@@ -64,12 +64,12 @@ def is_path_like(name: str) -> bool:
 
 
 def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained` of a folder or a repository; without a network, of what was downloaded earlier.
+    """Call `kind.from_pretrained` for a folder or repository; without a network, with what was downloaded earlier.
 
-    Code that lies beside the weights is never run: left open, transformers would ask at a terminal whether it may.
+    Code beside the weights is never run: if that were left open, transformers would ask for permission at a terminal.
 
     Raises:
-        UserError: there is no such folder, or a repository that is neither at hand nor can be fetched.
+        UserError: there is no such folder, or the repository is neither in the cache nor can be downloaded.
     """
     options = {**options, "trust_remote_code": False}
     if is_path_like(name) and not Path(name).exists():
@@ -86,7 +86,7 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
     except OSError as error:
         if "local_files_only" not in options or Path(name).exists():
             raise
-        from huggingface_hub import try_to_load_from_cache  # here, as in the whole package: many commands ask no hub
+        from huggingface_hub import try_to_load_from_cache  # imported here, as everywhere: many commands use no hub
 
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             raise UserError(f"{first_line(error)} ({hub_problem()})") from error
@@ -96,10 +96,10 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
 
 
 def check_no_remote_kernels(config: Mapping[str, Any], place: str) -> None:
-    """Refuse a model's configuration that has transformers fetch and run compiled code, or another package's loader.
+    """Refuse a model's configuration that makes transformers download and run compiled code, or use another loader.
 
     Raises:
-        UserError: an attention or expert implementation that is a repository's, or a quantization.
+        UserError: an attention or expert implementation from a repository, or a quantization.
     """
     for key, value in config.items():
         texts = value.values() if isinstance(value, Mapping) else [value]
@@ -115,7 +115,7 @@ def check_no_remote_kernels(config: Mapping[str, Any], place: str) -> None:
 
 @cache
 def hub_problem() -> str | None:
-    """Return why the hub is not asked, None when it answers."""
+    """Return why the hub cannot be used, None if it answers."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{variable} is set"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in bytes: what can still be used and what there is in all, within the limits of the process."""
+    """Memory in bytes, within the limits of the process: what can still be used, and the total."""
 
     available: int
     total: int

@@ -70,7 +70,7 @@ def progress(
         description: what is being done, as in "encoding".
         total: number of units, None when it is not known.
         unit: plural noun of what is counted.
-        completed: units that were done earlier; they do not count for rate and remaining time.
+        completed: units that were done earlier; rate and remaining time ignore them.
     """
     console = Console(stderr=True)
     columns = (
@@ -80,7 +80,7 @@ def progress(
         _RateColumn(),
         TimeRemainingColumn(),
     )
-    # Rate and remaining time are those of the last minutes: a unit may take longer than rich's usual half minute.
+    # Rate and remaining time are estimated over the last minutes: a unit may take longer than rich's default of 30 s.
     bar = _ProgressWithNotes(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=300.0)
     task = ProgressTask(bar, bar.add_task(description, total=total, completed=completed, unit=unit, note=""))
     try:

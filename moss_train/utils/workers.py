@@ -1,4 +1,4 @@
-"""Worker processes on this machine (pools that end with their parent) or on a Ray cluster, and work in order.
+"""Worker processes on this machine (pools that end with their parent) or on a Ray cluster; results come in order.
 
 On a Ray cluster (extra `cluster`) every machine needs the input under the same path.
 """
@@ -25,7 +25,7 @@ from moss_train.utils.errors import UserError
 OrderedMap = Callable[..., Iterator[tuple[Any, Any]]]
 """Called as `(function, tasks, *args)`, yields every task with `function(task, *args)` in the order of the tasks."""
 
-TASKS_PER_PROCESS = 3  # begun ahead for each process, so that none waits for a long neighbour
+TASKS_PER_PROCESS = 3  # submitted ahead for each process, so that none idles while another has a long task
 
 
 def num_cores() -> int:
@@ -34,12 +34,12 @@ def num_cores() -> int:
 
 
 def init_loader_worker(worker: int) -> None:
-    """One thread per forked worker (more only get in each other's way), and none that outlives a killed parent.
+    """Limit a forked worker to one thread (more would compete), and end it with its parent, even a killed one.
 
-    torch's own watchdog waits until a worker's results are read, which nobody does after a kill.
+    torch's own watchdog waits until a worker's results are read, which never happens after the parent was killed.
 
-    A cluster that takes the machine away signals every process. The parent finishes what it does and needs its workers
-    for that, so they end when the parent says so, not when anybody else does.
+    A cluster that preempts a machine signals every process. The parent then needs its workers to finish its work, so a
+    worker ends on SIGTERM from its parent only.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -56,7 +56,7 @@ def init_loader_worker(worker: int) -> None:
 
 
 def exit_with_parent(parent: int) -> None:
-    """Wait, in a thread, until the process `parent` is gone, and end this one at once."""
+    """Wait until the process `parent` is gone, and end this one at once; to be run in a thread."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
@@ -69,15 +69,15 @@ def worker_pool(
     setup: Callable[[int], None] | None = None,
     num_threads: int | None = 1,
 ) -> Iterator[OrderedMap]:
-    """Yield a map by so many processes; with 0 the work is done in this one, one task at a time.
+    """Yield a map over `num_workers` processes; with 0, tasks run in this process, one at a time.
 
-    The processes are forked from a clean one that has imported `preload`, never from this one with its threads. Ctrl-C
-    ends this process, which ends them; they also end when this one is killed. Raises OSError when a process ends
+    The processes are forked from a clean one that has imported `preload`, never from this one, which has threads.
+    Ctrl-C ends this process, which ends them; they also end if this one is killed. Raises OSError if a process ends
     abruptly, as it does when the system runs out of memory.
 
     Args:
         setup: called first in every process, with its number from 0.
-        num_threads: of each process; None for as many as there are cores.
+        num_threads: torch's threads in each process; None for torch's default.
     """
     if num_workers == 0:
         if setup is not None:
@@ -97,7 +97,7 @@ def worker_pool(
 
 
 def _start_pool_worker(counter: Any, setup: Callable[[int], None] | None, num_threads: int | None) -> None:
-    # The parent of a worker is a fork server, so what counts is the process that wanted it.
+    # The direct parent of a worker is the fork server; the worker has to end with the process that started the pool.
     starter = multiprocessing.parent_process()
     assert starter is not None
 
@@ -119,7 +119,7 @@ def _start_pool_worker(counter: Any, setup: Callable[[int], None] | None, num_th
 def _map_ordered(
     submit: Callable[..., Any], max_in_flight: int, function: Callable[..., Any], tasks: Iterable[Any], *args: Any
 ) -> Iterator[tuple[Any, Any]]:
-    waiting: deque[tuple[Any, Any]] = deque()  # at most so many are begun
+    waiting: deque[tuple[Any, Any]] = deque()  # at most `max_in_flight`
     for task in tasks:
         waiting.append((task, submit(function, task, *args)))
         if len(waiting) >= max_in_flight:
@@ -132,10 +132,10 @@ def _map_ordered(
 
 @contextmanager
 def ray_pool(num_workers: int | None = None, num_gpus: int = 0) -> Iterator[OrderedMap]:
-    """Yield a map by the cluster of RAY_ADDRESS, or one on this machine; a task takes one core, or `num_gpus` GPUs.
+    """Yield a map over the Ray cluster at RAY_ADDRESS, or on this machine; a task takes one core, or `num_gpus` GPUs.
 
-    A task sees its GPU as its first. `num_workers` is how many tasks are taken to run at once, None for as many as the
-    cluster can. Raises UserError when Ray is not installed or the cluster does not answer.
+    A task's GPU is device 0 in its process. `num_workers` is the number of tasks expected to run at once, None for as
+    many as the cluster can run. Raises UserError if Ray is not installed or the cluster does not answer.
     """
     try:
         import ray
@@ -157,7 +157,7 @@ def ray_pool(num_workers: int | None = None, num_gpus: int = 0) -> Iterator[Orde
         return function(*arguments)
 
     def submit(function: Callable[..., Any], *arguments: Any) -> Any:
-        # As much of a Future as `_map_ordered` uses.
+        # The part of a Future's interface that `_map_ordered` uses.
         return SimpleNamespace(result=partial(ray.get, call.remote(function, *arguments)))
 
     try:

@@ -1,4 +1,4 @@
-"""Codecs as the evaluation sees them: the protocol, our model, and codecs of other projects behind it."""
+"""Codecs for the evaluation: the protocol, our model, and adapters for codecs of other projects."""
 
 import hashlib
 import math
@@ -18,15 +18,15 @@ from moss_train.utils.errors import UserError
 
 
 class Codec(Protocol):
-    """An audio codec with levels of which any prefix decodes."""
+    """An audio codec with quantizer levels, any prefix of which can be decoded."""
 
     name: str
-    sampling_rate: int  # Hz, of what it takes
-    output_sampling_rate: int  # Hz, of what it gives
+    sampling_rate: int  # Hz, of its input
+    output_sampling_rate: int  # Hz, of its output
     num_channels: int
     frame_rate: float  # Hz
     codebook_sizes: tuple[int, ...]  # one per level
-    fingerprint: str  # equal fingerprints make equal audio
+    fingerprint: str  # codecs with equal fingerprints produce equal audio
 
     def encode(self, audio: Tensor) -> Tensor:
         """Return the codes [N, frames] int64 of a clip [C, T], both on the CPU."""
@@ -36,9 +36,7 @@ class Codec(Protocol):
 
 
 def bitrate(codec: Codec, num_quantizers: int) -> float:
-    """Return the bits per second of the first `num_quantizers` levels, every code counted with log2 of its codebook's
-    size.
-    """
+    """Return the bits per second of the first `num_quantizers` levels: log2 of the codebook's size for every code."""
     return codec.frame_rate * sum(math.log2(size) for size in codec.codebook_sizes[:num_quantizers])
 
 
@@ -126,9 +124,9 @@ class OnnxCodec:
 
 
 class WrappedCodec:
-    """What the adapters share: the facts of a codec, its model and its device. Subclasses turn batches around."""
+    """Base class of the adapters: a codec's properties, model and device. Subclasses rearrange its tensors."""
 
-    hop_length = 1  # audio is padded to a multiple of it, where a model asks for that
+    hop_length = 1  # audio is padded to a multiple of it, for models that need that
 
     def __init__(self, model: Any, name: str, sampling_rate: int, frame_rate: float, codebook_sizes: list[int]) -> None:
         self.name = name
@@ -141,7 +139,7 @@ class WrappedCodec:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device) -> "WrappedCodec":
@@ -259,7 +257,7 @@ class BigCodec(WrappedCodec):
 
 
 class Qwen3TtsCodec(WrappedCodec):
-    """Qwen3 TTS tokenizer, the one of 12.5 Hz (the one of 25 Hz also needs the speaker's embedding to decode)."""
+    """Qwen3 TTS tokenizer with 12.5 frames per second (the one with 25 also needs a speaker embedding to decode)."""
 
     def __init__(self, model: Any) -> None:
         if not hasattr(model, "encoder_valid_num_quantizers"):
@@ -291,7 +289,7 @@ class MimoCodec(WrappedCodec):
         self._mel = MelSpectrogram(rate, *frames, config.fmin, config.fmax, n_mels=config.n_mels, power=1.0)
 
     def to(self, device: torch.device) -> "MimoCodec":
-        """Move the model; on a GPU in 16 bits, as its attention is FlashAttention there, which knows nothing else."""
+        """Move the model; on a GPU to bfloat16, because its attention there is FlashAttention, which needs 16 bits."""
         if device.type != "cpu":
             self.model.bfloat16()
         self._mel.to(device)
@@ -325,14 +323,14 @@ class XYTokenizerCodec(WrappedCodec):
         return self.model.encode(self._features(waveform, sampling_rate=self._input_rate, **options)).audio_codes[:, 0]
 
     def _decode(self, codes: Tensor) -> Tensor:
-        # Left at its number of levels it would repeat a single level into all of them.
+        # With `nq` left at the number of all levels, the model would use a single level's codes for all of them.
         with _set_to(self.model, "nq", len(codes)):
             return self.model.decode(codes[:, None]).audio_values[0]
 
 
 @contextmanager
 def _set_to(holder: Any, name: str, value: int) -> Iterator[None]:
-    """An attribute for a while: where a decoder takes exactly as many levels as one of its numbers says."""
+    """Set an attribute temporarily, for a decoder that takes exactly as many levels as the attribute says."""
     before = getattr(holder, name)
     setattr(holder, name, value)
     try:

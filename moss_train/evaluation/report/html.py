@@ -34,13 +34,13 @@ PUBLISHED_COLUMNS = {
     "mel_loss": "mel_loss_audio",
     "stft_distance": "stft_distance_audio",
 }
-"""Columns of the paper's table (of LibriSpeech and AudioSet) by ours. SIM of another network has none."""
+"""By our column: the column of the paper's table (on LibriSpeech and AudioSet) with the same measure."""
 
 
 def bitrate_plot(
     column: Column, rows: Sequence[SummaryRow], others: Sequence[tuple[str, Sequence[SummaryRow]]] = ()
 ) -> str | None:
-    """Return one column against the bitrate, a line per domain with its intervals; None when no row has a bitrate.
+    """Plot a column over the bitrate as SVG, a line per domain with its intervals; None if no row has a bitrate.
 
     others: (name, rows) of other evaluations, dashed. The published values of the same measure are grey: they come from
     other recordings. Needs matplotlib.
@@ -61,7 +61,7 @@ def bitrate_plot(
         axes.plot(bitrates, [value.mean for value in values], style, color=color, label=label, markersize=4)
         low, high = [value.low for value in values], [value.high for value in values]
         axes.fill_between(bitrates, low, high, color=color, alpha=0.15)
-    for row in rows if key != "si_sdr" else ():  # of which only the last bit keeps the ceiling from being infinite
+    for row in rows if key != "si_sdr" else ():  # its ceiling would be infinite but for rounding to 16 bits
         if row.condition.system == RESAMPLE_ONLY and row.domain in own and key in row.estimates:
             axes.axhline(row.estimates[key].mean, color=colors[row.domain], linestyle=":", linewidth=1)
     if published := PUBLISHED_COLUMNS.get(key):
@@ -81,9 +81,7 @@ def bitrate_plot(
 
 
 def usage_plot(levels: Sequence[CodebookUsage]) -> str:
-    """Return the bars per level: share of codes in use, entropy over its maximum, and the usage that chance would
-    give.
-    """
+    """Plot bars per level as SVG: share of codes in use, entropy over its maximum, and the usage expected by chance."""
     figure = new_figure(*PANEL_INCHES)
     axes = figure.subplots()
     places = [level.level for level in levels]
@@ -99,7 +97,7 @@ def usage_plot(levels: Sequence[CodebookUsage]) -> str:
 
 
 def _lines(column: Column, rows: Sequence[SummaryRow]) -> dict[str, list[SummaryRow]]:
-    """Rows with a bitrate and a value, by domain, the mean of all domains left out."""
+    """Return the rows with a bitrate and a value, by domain, without those of all domains together."""
     lines: dict[str, list[SummaryRow]] = {}
     for row in rows:
         if row.condition.bitrate is not None and column.key in row.estimates and row.domain != ALL_DOMAINS:
@@ -110,7 +108,7 @@ def _lines(column: Column, rows: Sequence[SummaryRow]) -> dict[str, list[Summary
 def _svg(figure: "Figure") -> str:
     import matplotlib
 
-    for axes in figure.axes:  # a codec or a folder may be called anything, also half a formula
+    for axes in figure.axes:  # the name of a codec or folder may contain anything, even half a formula
         legend = axes.get_legend()
         for text in (axes.title, *(legend.get_texts() if legend else ())):
             text.set_parse_math(False)
@@ -155,7 +153,7 @@ def write_report(
 
 
 def _tables(table: Table) -> Iterator[str]:
-    """A table per domain, without the columns that have no values there; a value's interval is seen on pointing."""
+    """Yield a table per domain, without columns that have no values there; a tooltip shows a value's interval."""
     for domain in dict.fromkeys(row.domain for row in table.rows):
         rows = tuple(row for row in table.rows if row.domain == domain)
         columns = tuple(column for column in table.columns if any(column.key in row.estimates for row in rows))
@@ -185,7 +183,7 @@ def _wide(header: Sequence[str], body: Sequence[str]) -> str:
 
 
 def _comparison(comparison: Comparison) -> str:
-    """A line per pair of depths, a column per measure; what is sure to be better or worse is coloured."""
+    """Return a table: a line per pair of conditions, a column per measure, significant differences coloured."""
     titles = list(dict.fromkeys(item.column for item in comparison.differences))
     lines: dict[str, dict[str, Difference]] = {}
     for item in comparison.differences:
@@ -209,7 +207,7 @@ def _comparison(comparison: Comparison) -> str:
 
 
 def _clips(folder: Path, rows: Sequence[ClipRow], draw: bool) -> Iterator[str]:
-    """Players of every clip whose audio was kept, and spectrograms of the original, the fewest and the most levels."""
+    """Yield players of every clip whose audio was kept, and spectrograms of original, fewest and most levels."""
     for row in rows:
         depths = [entry.condition for entry in row.conditions if entry.condition.system not in ANCHORS]
         depths.sort(key=lambda condition: (condition.system, condition.num_quantizers or 0))

@@ -18,7 +18,7 @@ from moss_train.utils.files import markdown_table, read_json
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and columns with what a reader has to know about them."""
+    """Rows and columns, with the notes that a reader needs."""
 
     title: str
     columns: tuple[Column, ...]
@@ -29,14 +29,14 @@ class Table:
 
 
 def markdown(table: Table) -> str:
-    """Return the table for reading: an arrow says which way is better, intervals are in the CSV."""
+    """Return the table as Markdown: arrows show which direction is better; the intervals are only in the CSV."""
     header, *rows = table_cells(table)
     notes = [f"- {note}" for note in table.footnotes]
     return "\n".join([f"# {table.title}", "", *markdown_table(header, rows), "", *notes, ""])
 
 
 def comma_separated(table: Table) -> str:
-    """Return every value of every domain with its interval and number of clips, unrounded."""
+    """Return the table as CSV: every value of every domain with its interval and number of clips, unrounded."""
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     parts = ("", "_low", "_high", "_clips")
@@ -55,7 +55,7 @@ def comma_separated(table: Table) -> str:
 
 
 def codebook_csv(levels: Sequence[CodebookUsage]) -> str:
-    """Return one line per level, of which there is at least one."""
+    """Return CSV with one line per level; there has to be at least one."""
     entries = [asdict(level) | {"relative_entropy": level.relative_entropy} for level in levels]
     output = io.StringIO()
     writer = csv.DictWriter(output, entries[0], lineterminator="\n")
@@ -135,7 +135,7 @@ class Comparison:
 
 
 def load_evaluation(folder: Path) -> OtherEvaluation:
-    """Read an evaluation back. Raises UserError when the folder holds none that is finished."""
+    """Read an evaluation back. Raises UserError if the folder does not hold a finished one."""
     path = folder / "results.json"
     try:
         stored = read_json(path)
@@ -156,8 +156,9 @@ def load_evaluation(folder: Path) -> OtherEvaluation:
 def compare(
     rows: Sequence[ClipRow], conditions: Sequence[Condition], metrics: Mapping[str, Metric], other: OtherEvaluation
 ) -> Comparison:
-    """Return the differences of every depth to the other's depth of the nearest bitrate, for metrics of the same
-    definition.
+    """Compare every number of levels with that of the other evaluation at the nearest bitrate.
+
+    Only metrics with the same description in both are compared.
     """
     skipped = {
         name: f"{metric.description} here, {other.descriptions.get(name, 'not measured')} there"

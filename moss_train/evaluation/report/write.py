@@ -106,7 +106,7 @@ def make_table(evaluation: Evaluation, levels: Sequence[CodebookUsage], policy: 
 
 
 def footnotes(evaluation: Evaluation, levels: Sequence[CodebookUsage], policy: str) -> list[str]:
-    """Return what has to be known beside the numbers: definitions, missing metrics, failures, too little data."""
+    """Return what a reader has to know about the numbers: definitions, missing metrics, failures, too little data."""
     notes = [
         "Means over clips, every clip counted once; 95 % bootstrap intervals are in table.csv. "
         "References and reconstructions are 16-bit audio.",
