@@ -1,6 +1,6 @@
-# Sourced by the recipes of sets on openslr.org. Before it: `name` (of the recipe), `number` (on openslr.org), `corpus` (the
-# archive's folder) and the associative array `sha256` of the archives. Then `make_subsets subset ...` downloads with
-# checksums, unpacks, prepares and packs. Steps that are done are passed over.
+# Sourced by the recipes for corpora on openslr.org. They first set `name` (of the recipe), `number` (on openslr.org), `corpus`
+# (the archive's folder) and the associative array `sha256` of the archives. Then `make_subsets subset ...` downloads with
+# checksums, unpacks, prepares and packs. Finished steps are skipped.
 
 folder=${DATA:-data}
 python=${PYTHON:-.venv/bin/python}

@@ -1,4 +1,4 @@
-"""What all tests share: real recordings, packed once, and one prepared process from which command lines are forked."""
+"""Shared fixtures: real recordings, packed once, and a process with all imports done from which commands are forked."""
 
 import os
 import shutil
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
-# oneDNN's AMX convolutions of bfloat16 read memory that nobody wrote when channels do not fill a tile.
+os.environ["HF_HUB_OFFLINE"] = "1"  # has to be set before huggingface_hub is imported: no test waits for a network
+# oneDNN's bfloat16 AMX convolutions read uninitialized memory if channels do not fill a tile.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 from moss_train.cli.main import main
@@ -33,31 +33,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Measure processor time if that is wanted, in every process of pytest-xdist."""
+    """Measure processor time if requested, in every process of pytest-xdist."""
     if config.getoption("--cpu-seconds"):
         config.pluginmanager.register(CpuSeconds())
 
 
 class CpuSeconds:
-    """Processor time of every test, with the programs it started and waited for; other work on the machine adds little.
+    """Reports the processor time of every test, including its finished child processes; robust to other load.
 
-    What the launcher forked is added to the last test of the process, when the launcher ends.
+    The time of commands forked by the launcher is added to the last test of the process, when the launcher ends.
     """
 
     def pytest_collection_finish(self) -> None:
-        """Begin after the imports."""
+        """Start measuring after the imports."""
         self.last = sum(os.times()[:4])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Iterator:
-        """Note what was used since the last report."""
+        """Record the time since the last report."""
         report = yield
         before, self.last = self.last, sum(os.times()[:4])
         report.user_properties.append(("cpu_seconds", self.last - before))
         return report
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Print the files, the longest first."""
+        """Print the files, slowest first."""
         files: dict[str, float] = {}
         for report in (report for kind in terminalreporter.stats.values() for report in kind):
             seconds = dict(getattr(report, "user_properties", ())).get("cpu_seconds", 0.0)
@@ -69,9 +69,9 @@ class CpuSeconds:
                 terminalreporter.write_line(f"{seconds:7.1f} s  {file}")
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+@pytest.hookimpl(tryfirst=True)  # runs before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave nightly tests out unless `-m` names them; mark tests whose fixtures start command lines."""
+    """Skip nightly tests unless `-m` names them, and mark tests whose fixtures start commands."""
     left_out = []
     for item in items:
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
@@ -90,13 +90,13 @@ def _config(**changes: Any) -> PackConfig:
 
 @pytest.fixture(scope="session")
 def pack_config() -> Callable[..., PackConfig]:
-    """The shipped configuration of `pack`, with the changes it is called with."""
+    """Return a function that builds the shipped configuration of `pack` with overrides."""
     return _config
 
 
 @pytest.fixture
 def error_line(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Run a command in this process that ends with an error; return the one line that it prints on stderr."""
+    """Run a command in this process that must fail, and return the single line that it prints on stderr."""
 
     def run(arguments: Sequence[str], status: int = 2) -> str:
         assert main(list(arguments)) == status
@@ -116,7 +116,7 @@ def recordings() -> Path:
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quick start's training manifest as shards, small ones so that there are several per domain."""
+    """Pack the quickstart's training manifest into small shards, so that every domain has several."""
     out = tmp_path_factory.mktemp("packed") / "train"
     config = _config(input=RECORDINGS / "train.jsonl", out=out, shard_bytes=300_000)
     assert pack_command.run(config) == 0
@@ -125,7 +125,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def open_browser() -> Iterator[Callable[..., Any]]:
-    """Opens a headless Chromium, that of the system, with further arguments: Playwright's own would be a download."""
+    """Open a headless Chromium, with extra arguments. It is the system's; Playwright's would have to be downloaded."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         assert "CI" not in os.environ, "continuous integration has to look at pages in a browser"
@@ -134,7 +134,7 @@ def open_browser() -> Iterator[Callable[..., Any]]:
     with playwright.sync_playwright() as started, ExitStack() as stack:
 
         def launch(*arguments: str) -> Any:
-            # The sandbox refuses to run as root; /dev/shm of a container is too small.
+            # The sandbox does not work for root, and /dev/shm is too small in containers.
             usual = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
             opened = started.chromium.launch(executable_path=program, args=[*usual, *arguments])
             stack.callback(opened.close)
@@ -151,7 +151,7 @@ def browser(open_browser: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    """Starts command lines without the seconds that a fresh interpreter takes to import them."""
+    """Start commands without waiting seconds for a fresh interpreter and its imports."""
     launcher = Launcher(tmp_path_factory.mktemp("logs"))
     yield launcher
     launcher.close()

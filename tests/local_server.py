@@ -1,4 +1,4 @@
-"""A web server on this machine, for the length of a test."""
+"""A local web server for the duration of a test."""
 
 import http.server
 import threading

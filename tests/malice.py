@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class Malice:
-    """Unpickled, it makes a file."""
+    """When unpickled, it creates a file."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary

@@ -1,4 +1,4 @@
-"""The trained model that comes with the code: it loads, does what its card says, and streams what it gives offline."""
+"""The committed trained model: it loads, matches its card, and streaming equals offline."""
 
 import json
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from tools.short_runs import depth_report
 RECIPES = Path(__file__).parents[1] / "recipes"
 FOLDER = RECIPES / "cat_mini"
 AUDIO = RECIPES / "quickstart" / "audio"
-PEAK = 0.7  # the level that it was trained at
+PEAK = 0.7  # the peak level that it was trained at
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def speech():
-    """The held-out sentences [1, T]."""
+    """Return the held-out sentences [1, T]."""
     entries = [json.loads(line) for line in (AUDIO / "heldout.jsonl").read_text().splitlines()]
     paths = [AUDIO / entry["path"] for entry in entries if entry["path"].startswith("speech")]
     clips = [read_audio(path, sampling_rate=24000, num_channels=1)[0] for path in paths]

@@ -1,4 +1,4 @@
-"""Typed configuration: what is taken, what is refused, and with which kind, path and value."""
+"""Typed configuration: which values are accepted or refused, and the kind, path and value in the error."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ REQUIRED = {
 
 
 def refusal(command, *overrides):
-    """Kind, path and value of the error that a configuration ends in."""
+    """Return kind, path and value of the error that a configuration raises."""
     with pytest.raises(ConfigError) as caught:
         check_inputs(load_config(command, [*REQUIRED[command], *overrides]))
     return caught.value.kind, caught.value.path, caught.value.value
@@ -264,7 +264,7 @@ def test_a_refusal_takes_two_seconds_of_processor_time_and_leaves_nothing(tmp_pa
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     statuses, seconds, heavy = json.loads(done.stdout)
     assert (statuses, heavy) == ([2] * 4, [])
-    assert seconds < 4.0  # of four, the first of which imports
+    assert seconds < 4.0  # for four commands; the first one includes the imports
     assert list(tmp_path.iterdir()) == []
 
 
@@ -358,7 +358,7 @@ def test_composing_leaves_required_values_open():
     [
         ("cat_tiny", ["objective.weights.adversarial=5"], "stages.2.weights.adversarial"),  # the others have none
         ("cat_tiny", ["objective.weights={feature: 5}"], "stages.2.weights.feature"),
-        ("cat_tiny", ["objective.weights.codebook=2", "stages.0.weights.codebook=1"], None),  # it holds in the others
+        ("cat_tiny", ["objective.weights.codebook=2", "stages.0.weights.codebook=1"], None),  # the other stages use it
         ("cat_tiny", ["stages.2.weights.adversarial=1"], None),
         (
             "cat_1b6",
@@ -366,7 +366,7 @@ def test_composing_leaves_required_values_open():
             "stages.0.weights.codebook, stages.1.weights.codebook",
         ),
         ("cat_1b6", ["objective.weights.adversarial=5"], None),
-        ("cat_tiny", ["objective.weights.codebook=2", "stages.0.weights=3"], None),  # refused later
+        ("cat_tiny", ["objective.weights.codebook=2", "stages.0.weights=3"], None),  # refused by a later check
     ],
 )
 def test_a_typed_weight_that_every_stage_overrides_is_said_to_have_no_effect(experiment, overrides, keys, capsys):

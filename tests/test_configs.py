@@ -1,4 +1,4 @@
-"""Every YAML file is composed, and every class it names is looked up with its arguments."""
+"""Every YAML file is composed, and every class that it names is checked against its arguments."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ CONFIGS = config_directory()
 ALL = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 COMMANDS = [name for name in ALL if "/" not in name]
 OPTIONS = [name for name in ALL if "/" in name]
-# What training hands to the parts that configurations name, by the part's place.
+# Arguments that training passes to the parts in the configuration, by place of the part.
 GIVEN_AT_RUN_TIME = {"semantic": {"latent_dim": None}, "objective.losses.reconstruction": {"sampling_rate": None}}
 
 
@@ -25,7 +25,7 @@ def check_targets(config):
 
 
 def command_of(group):
-    """The command whose defaults list names the group."""
+    """Return the command whose defaults list includes the group."""
     return next((command for command in COMMANDS if group in groups_of(command)), None)
 
 
@@ -34,7 +34,7 @@ def groups_of(command):
 
 
 def mandatory_groups(command):
-    """The first option of every group without a default."""
+    """Return the first option of every group without a default."""
     open_groups = [group for group, default in groups_of(command).items() if default == "???"]
     return {group: sorted((CONFIGS / group).glob("*.yaml"))[0].stem for group in open_groups}
 

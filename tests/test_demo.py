@@ -1,4 +1,4 @@
-"""The page of recipes/demo in a browser: sound comes back, what is no audio is refused, nothing needs a network."""
+"""The page of recipes/demo in a browser: audio is reconstructed, other files are refused, no network is needed."""
 
 import importlib.util
 import io
@@ -29,7 +29,7 @@ def load_file(name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # gradio and dataclasses look there
+    sys.modules[spec.name] = module  # gradio and dataclasses look it up there
     spec.loader.exec_module(module)
     return module
 
@@ -43,7 +43,7 @@ def app() -> Any:
 
 @pytest.fixture(scope="module")
 def models(app) -> dict[str, MossAudioTokenizerModel]:
-    """The committed model, and one with half of its levels and random weights."""
+    """Return the committed model, and one with half as many levels and random weights."""
     trained = MossAudioTokenizerModel.from_pretrained(app.DEFAULT_MODEL).eval()
     settings = trained.config.to_dict()
     settings["quantizer_kwargs"] = settings["quantizer_kwargs"] | {"num_quantizers": 8}
@@ -53,13 +53,13 @@ def models(app) -> dict[str, MossAudioTokenizerModel]:
 
 @pytest.fixture(scope="module")
 def outside() -> list[Any]:
-    """Addresses beyond this machine that something in this process wanted to reach."""
+    """Record addresses outside this machine that this process tries to reach."""
     return []
 
 
 @pytest.fixture(scope="module")
 def url(app, models, outside) -> Any:
-    """Where the page is served, from this process."""
+    """Serve the page from this process and return its URL."""
     resolve = socket.getaddrinfo
 
     def watch(host: Any, *arguments: Any, **options: Any) -> Any:
@@ -86,13 +86,13 @@ def open_page(browser: Any, url: str, outside: list[Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def page(browser, url, outside) -> Any:
-    """The page, opened in a browser."""
+    """Open the page in a browser."""
     return open_page(browser, url, outside)
 
 
 @pytest.fixture(scope="module")
 def page_with_microphone(open_browser, url, outside, clip) -> Any:
-    """The same in a browser whose microphone hears the clip again and again."""
+    """Open the page in a browser whose microphone plays the clip in a loop."""
     device = ("--use-fake-device-for-media-stream", f"--use-file-for-fake-audio-capture={clip}")
     return open_page(open_browser(*device, "--use-fake-ui-for-media-stream"), url, outside)
 
@@ -103,7 +103,7 @@ def is_outside(url: str) -> bool:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """Two seconds of speech."""
+    """Write two seconds of speech."""
     samples, rate = soundfile.read(SPEECH, dtype="float32")
     path = tmp_path_factory.mktemp("clip") / "speech.wav"
     soundfile.write(path, samples[rate : (1 + SECONDS) * rate], rate)
@@ -111,7 +111,7 @@ def clip(tmp_path_factory) -> Path:
 
 
 def upload(page: Any, element: str, path: Path) -> None:
-    """Put a file into an input, in place of the one that is there."""
+    """Upload a file to an input, replacing the current one."""
     if page.locator(f"#{element} button[aria-label='Clear']").count():
         page.click(f"#{element} button[aria-label='Clear']")
     with page.expect_response(lambda response: "/upload" in response.url and response.request.method == "POST"):
@@ -124,19 +124,19 @@ def download(page: Any, element: str) -> bytes:
 
 
 def heard(page: Any, element: str) -> tuple[np.ndarray, int]:
-    """Samples and rate of the file that a player would play."""
+    """Return samples and rate of the file that a player would play."""
     return soundfile.read(io.BytesIO(download(page, element)))
 
 
 def reconstruction(app: Any, model: MossAudioTokenizerModel, path: Path) -> np.ndarray:
-    """Return the samples that the page should give for a file, with all levels."""
+    """Return the expected samples for a file, with all levels."""
     audio = app.read_clip(str(path), model, True).audio
     codes = model.encode(audio[None], return_dict=True).audio_codes
     return model.decode(codes, return_dict=True).audio[0, 0, : audio.shape[1]].numpy().clip(-1, 1)
 
 
 def likeness(recording: Path, original: Path) -> float:
-    """Return the mean, over parts of 0.5 s of a recording, of the best correlation with a place of the original."""
+    """Return the mean over parts of 0.5 s of a recording of the best correlation with any place in the original."""
     parts, whole = (read_audio(path, sampling_rate=24000, num_channels=1)[0][0] for path in (recording, original))
     values = []
     for part in parts.unfold(0, 12000, 12000):
@@ -191,7 +191,7 @@ def test_a_recording_of_the_microphone_comes_back(page_with_microphone, app, mod
     assert samples.shape == expected.shape
     assert len(samples) > 24000
     np.testing.assert_allclose(samples, expected, atol=1e-3)
-    # The browser changes level and noise, and the fake microphone has gaps when the machine is busy.
+    # The browser changes level and noise, and the fake microphone has gaps on a busy machine.
     assert likeness(recording, clip) > 1.5 * likeness(recording, OTHER_SPEECH)
 
 
@@ -212,7 +212,7 @@ def test_two_models_are_compared(page, clip, outside):
     upload(page, "other_source", clip)
     page.click("#compare")
     page.wait_for_selector("#numbers_A:has-text('1,600 bit/s')")
-    page.wait_for_selector("#numbers_B:has-text('200 bit/s')")  # a quarter of the 8 levels of the other model
+    page.wait_for_selector("#numbers_B:has-text('200 bit/s')")  # a quarter of the other model's 8 levels
     first, second = heard(page, "restored_A")[0], heard(page, "restored_B")[0]
     assert first.shape == second.shape == (SECONDS * 24000,)
     assert not np.array_equal(first, second)

@@ -1,4 +1,4 @@
-"""Every command that the READMEs show composes, and every recipe says how it is called."""
+"""Every command in the READMEs composes, and every recipe prints its usage."""
 
 import re
 import subprocess
@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     *sorted(ROOT.glob("recipes/*/README.md")),
-    # extend.md needs the user's own package: tests/training/test_extend.py runs it.
+    # extend.md needs the user's own package; tests/training/test_extend.py runs its commands.
     *sorted(page for page in ROOT.glob("recipes/guides/*.md") if page.stem != "extend"),
     ROOT / "recipes/BENCHMARKS.md",
 ]
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Page and command line of every call of the program in a block of shell."""
+    """Yield page and command line of every call of the program in a shell block."""
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
@@ -29,7 +29,7 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 def words(line: str) -> list[str]:
-    """What the shell makes of the words of a line: quotes, braces and comments are its own."""
+    """Return the words of a line as the shell would split them, with its quotes, braces and comments."""
     done = subprocess.run(["bash", "-fc", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
     return done.stdout.split("\0")[:-1]
 

@@ -1,4 +1,4 @@
-"""The layers and fences of the package, read from the import statements of every file."""
+"""The layers of the package and their allowed dependencies, read from the import statements of every file."""
 
 import ast
 import importlib
@@ -32,8 +32,8 @@ FENCES = {
     "lightning": {"training"},
     "pytorch_lightning": {"training"},
     "wandb": {"training"},
-    # In evaluation, only when used: other people's codecs and the networks behind two measures are its classes.
-    # In utils only to read a configuration before its model is loaded.
+    # In evaluation, only imported when used: classes of other codecs and of the networks behind two metrics.
+    # In utils, only to read a configuration before its model is loaded.
     "transformers": {
         "model",
         "semantic",
@@ -50,19 +50,19 @@ FENCES = {
     "matplotlib": {"evaluation", "plotting"},
     "faster_whisper": {"evaluation"},
     "speechmos": {"evaluation"},
-    # Both are extras: onnx_graph is imported when a graph is written, and the runtime imports onnxruntime when it runs.
+    # Both are extras: onnx_graph is imported when a graph is written, and the runtime imports onnxruntime on use.
     "onnx": {"export/onnx_graph.py", "export/onnx.py"},
     "onnxruntime": {"export/onnx_runtime.py"},
 }
 EXTRAS = {"matplotlib", "pystoi", "pesq", "faster_whisper", "speechmos"}
-# Asks only whether, and in which version, a package can be imported.
+# Only checks whether a package can be imported, and its version.
 ENVIRONMENT_CHECK = "commands/doctor.py"
 MODEL_IMPORTS = {"torch", "transformers"} | set(sys.stdlib_module_names)
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, and whether it is imported as the file is."""
+    """An imported module, and whether it is imported together with the file."""
 
     module: str
     line: int
@@ -113,7 +113,7 @@ def found(path: Path, entry: Import) -> str:
 
 
 def goes_up(package: str, module: str) -> bool:
-    """Whether a module stands in a higher layer than a package, or in another package of the same layer."""
+    """Tell whether a module is in a higher layer than a package, or in another package of the same layer."""
     parts = module.split(".")
     if parts[0] != "moss_train" or len(parts) < 2 or parts[1] == package or parts[1] not in LAYER_OF:
         return False
@@ -122,7 +122,7 @@ def goes_up(package: str, module: str) -> bool:
 
 
 def test_imports_go_down_or_stay_in_the_room():
-    files = [path for path in FILES if package_of(path) != "__init__"]  # the package's own face
+    files = [path for path in FILES if package_of(path) != "__init__"]  # without the public interface
     assert {package_of(path) for path in files} == LAYER_OF.keys()
     assert [found(path, e) for path in files for e in imports_of(path) if goes_up(package_of(path), e.module)] == []
 
@@ -148,12 +148,12 @@ def test_the_model_runs_where_the_package_is_not_installed(path):
 
 
 def siblings(path: Path) -> set[str]:
-    """Files of the model folder that one of them imports, behind TYPE_CHECKING too."""
+    """Return the files of the model folder that one of them imports, including under TYPE_CHECKING."""
     return {entry.module.split(".")[2] for entry in imports_of(path) if entry.relative}
 
 
 def test_the_modelling_file_imports_every_file_that_ships():
-    """Several releases of transformers copy only what a file of the model imports itself."""
+    """Several releases of transformers copy only the files that the model file itself imports."""
     for path in (PACKAGE / "model").glob("*_moss_audio_tokenizer.py"):
         reached = {path.stem}
         while more := {s for stem in reached for s in siblings(PACKAGE / "model" / f"{stem}.py")} - reached:
@@ -172,7 +172,7 @@ def test_extras_are_imported_only_when_used():
 
 
 def test_the_package_has_no_circular_imports():
-    """Wherever an import stands: at the top, in a function or behind TYPE_CHECKING."""
+    """Wherever the import is: at the top, in a function or under TYPE_CHECKING."""
     files = {module_name(path): path for path in FILES}
     graph = {
         name: {target for entry in imports_of(path) for target in known_modules(entry.module, files)} - {name}
@@ -185,7 +185,7 @@ def test_the_package_has_no_circular_imports():
 
 
 def test_sub_packages_depend_on_each_other_in_one_direction():
-    """A folder of a package, or a file beside the folders, is what others of the package build on, or the reverse."""
+    """A folder of a package, or a file beside the folders, may depend on another one, but never in both directions."""
     files = {module_name(path): path for path in FILES if len(path.relative_to(PACKAGE).parts) > 1}
     part = {name: ".".join(name.split(".")[:3]) for name in files if not files[name].name.startswith("__init__")}
     graph: dict[str, set[str]] = {}
@@ -201,7 +201,7 @@ def test_sub_packages_depend_on_each_other_in_one_direction():
 
 
 def known_modules(imported: str, files: dict[str, Path]) -> set[str]:
-    """The module that an imported name is, or else is part of."""
+    """Return the module that an imported name is, or belongs to."""
     return {next((name for name in (imported, imported.rpartition(".")[0]) if name in files), imported)} & files.keys()
 
 

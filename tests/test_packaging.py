@@ -1,4 +1,4 @@
-"""The wheel and the checkout: what a user gets, whichever way moss_train is installed."""
+"""The wheel and the checkout: what is installed in either way."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Figures whose titles are names that people give: no warning, no formula, no empty boxes."""
+"""Figures with arbitrary names as titles: no warnings, no parsing as formulas, no missing glyphs."""
 
 import io
 import warnings

@@ -1,4 +1,4 @@
-"""What users may rely on changes on purpose only: the difference to the committed list is the failure."""
+"""The public API changes only on purpose: any difference from the committed list fails the test."""
 
 import difflib
 import runpy

@@ -1,4 +1,4 @@
-"""The recordings of the quickstart: complete, readable, and without a family on both sides of the split."""
+"""The recordings of the quickstart: complete, readable, and no family on both sides of the split."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page at the end of the quickstart: players, texts and distances, and nothing from a network."""
+"""The final page of the quickstart: players, texts and distances, without any network resource."""
 
 import json
 import re

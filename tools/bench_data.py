@@ -1,12 +1,13 @@
-"""How many seconds of audio one core reads per second of CPU time: plain decoding by format, and the whole pipeline.
+"""Measure how many seconds of audio one core reads per second of CPU time: plain decoding and the whole pipeline.
 
-    python tools/bench_data.py recipes/quickstart/audio               # --seconds 1800, of audio to make
+    python tools/bench_data.py recipes/quickstart/audio               # --seconds: how much audio to make, 1800
     python tools/bench_data.py recipes/quickstart/audio --output-sampling-rate 48000    # batches with a target
 
-Joins the recordings of a folder to clips of 10 s, writes them as FLAC, Ogg Opus and WAV, packs them, and reads them as
-files, as training batches from local shards, and from shards behind a local HTTP server, first and cached. Each number
-is the median of five, but for what is done once; CPU time, so that other work on the machine matters less. With an
-output rate, everything is stored at it, and training batches hold the clips at both rates, as for such a decoder.
+Joins the recordings of a folder into clips of 10 s, writes them as FLAC, Ogg Opus and WAV, packs them, and reads them
+as files, as training batches from local shards, and as training batches through a local HTTP server, first with an
+empty cache and then with a full one. Each number is the median of five runs, except for steps that are done once. CPU
+time is measured because other work on the machine affects it less. With an output rate, all audio is stored at that
+rate, and training batches hold the clips at both rates, as for a decoder with another rate than the encoder.
 """
 
 import argparse
@@ -31,17 +32,17 @@ from moss_train.data.shards.remote import CACHE_VARIABLE
 from moss_train.data.stream.loader import make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 
-RATE = 24000  # of the encoder
+RATE = 24000  # of the encoder, in Hz
 CLIP_SECONDS = 10
 TIMES = 5
 FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS"), "wav": ("WAV", "PCM_16")}
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """A file server that does not write a line per request."""
+    """A file server that does not log requests."""
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def make_clips(folder: Path, seconds: int, rate: int) -> Iterator[torch.Tensor]:
@@ -54,7 +55,7 @@ def make_clips(folder: Path, seconds: int, rate: int) -> Iterator[torch.Tensor]:
 
 
 def measure(name: str, seconds: float, action: Callable[[], object], times: int = TIMES) -> None:
-    """Print one line of the result: the median over some repetitions."""
+    """Print one line of results: the median over `times` repetitions."""
     speeds = []
     for _ in range(times):
         begin = time.process_time()
@@ -64,7 +65,7 @@ def measure(name: str, seconds: float, action: Callable[[], object], times: int 
 
 
 def read_stream(source: str, seconds: float, rate: int) -> None:
-    """Read so many seconds of training batches in this process, of shards at the decoder's rate."""
+    """Read at least `seconds` of training batches in this process, from shards at the decoder's rate."""
     clip_format = ClipFormat(RATE, 1, 1920, output_sampling_rate=rate)
     stream = AudioStream([source], clip_format, crop_seconds=CLIP_SECONDS)
     updates = [(number, 60.0) for number in range(int(seconds) // 60)]
@@ -74,7 +75,7 @@ def read_stream(source: str, seconds: float, rate: int) -> None:
 
 
 def bench_files(folder: Path, clips: list[torch.Tensor], rate: int) -> None:
-    """Decode single files of every format."""
+    """Decode single files of every format and print the speeds."""
     for suffix, (container, subtype) in FORMATS.items():
         place = folder / suffix
         place.mkdir()

@@ -1,12 +1,12 @@
-"""Time and memory of encode and decode, offline and streaming, beside another implementation with the same weights.
+"""Measure time and memory of encode and decode, offline and streaming, also against another implementation.
 
     python tools/bench_inference.py --model FOLDER                    # a released or exported folder
     python tools/bench_inference.py --experiment cat_nano             # random weights of a configuration
-    python tools/bench_inference.py --reference FOLDER                # also its own remote code, ours over it
+    python tools/bench_inference.py --reference FOLDER                # also time the folder's own remote code
 
-The two take turns, and the median of `--repeats` runs and of their quotients counts, so that other load on the machine
-hits both alike; on a machine that others use, `--clock cpu --threads 1` measures processor time instead. Memory on a
-CPU is the growth of the process, which does not show what the allocator had kept from an earlier case.
+The two models alternate. The results are the median of `--repeats` runs and the median of their ratios, so that other
+load on the machine affects both alike; on a shared machine, `--clock cpu --threads 1` measures processor time instead.
+Memory on a CPU is the growth of the process; memory that the allocator kept from an earlier case is not included.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Case = tuple[str, int, float, int]  # task, batch size, seconds, frames per chunk (0 offline)
+Case = tuple[str, int, float, int]  # task, batch size, seconds, frames per chunk (0: offline)
 
 
 def arguments() -> argparse.Namespace:
@@ -54,12 +54,12 @@ def arguments() -> argparse.Namespace:
 
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
-    """The models to compare, by name; ours first."""
+    """Return the models to compare by name, ours first."""
     dtype = DTYPES[options.dtype]
     if options.experiment:
         settings = load_config("fit", [f"experiment={options.experiment}"]).tokenizer.to_plain()
         torch.manual_seed(0)
-        with torch.device(options.device):  # a CPU takes long to draw the weights of a large model
+        with torch.device(options.device):  # initializing a large model on a CPU is slow
             models: dict[str, Any] = {"ours": MossAudioTokenizerModel(MossAudioTokenizerConfig.from_stages(**settings))}
     else:
         models = {"ours": MossAudioTokenizerModel.from_pretrained(options.model or options.reference, dtype=dtype)}
@@ -79,7 +79,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def prepare(model: Any, config: MossAudioTokenizerConfig, case: Case, is_alone: bool) -> Callable[[], Any]:
-    """The call that a case measures; chunks go through `stream`, or beside another model through what both have."""
+    """Return the call to measure. Chunks use `stream`, or beside another model `chunk_duration`, which both have."""
     task, batch, seconds, chunk = case
     generator = torch.Generator().manual_seed(0)
     frames = max(1, round(seconds * config.frame_rate))
@@ -99,7 +99,7 @@ def prepare(model: Any, config: MossAudioTokenizerConfig, case: Case, is_alone: 
 
 
 def streamed(stream: Any, call: Callable[[torch.Tensor], Any], chunks: Sequence[torch.Tensor]) -> None:
-    """From the start of a stream to its end, each result read before the next chunk comes."""
+    """Run a stream over all chunks; each result is read before the next chunk is sent."""
     stream.reset()
     for chunk in chunks:
         result, _ = call(chunk)
@@ -107,7 +107,7 @@ def streamed(stream: Any, call: Callable[[torch.Tensor], Any], chunks: Sequence[
 
 
 def measure(call: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds that a call takes, and MiB of memory that it adds at its peak (NaN where that is unknown)."""
+    """Return the seconds that a call takes and the MiB of memory that it adds at its peak (NaN if unknown)."""
     gc.collect()
     before = reset_peak(device)
     start = clock()
@@ -143,12 +143,12 @@ def process_status(name: str) -> float:
 
 
 def run(models: dict[str, Any], case: Case, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """One row: the median time and the memory of every model; a refused case has the reason instead."""
+    """Return one row: median time and memory of every model; for a case that a model refuses, the reason instead."""
     config = models["ours"].config
     row: dict[str, Any] = dict(zip(("task", "batch", "seconds", "chunk_frames"), case, strict=True))
     calls = {name: prepare(model, config, case, len(models) == 1) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):  # the first one warms up
+    for repeat in range(repeats + 1):  # the first repeat is the warm-up
         for name, call in list(calls.items()):
             try:
                 seconds, memory = measure(call, models[name].device, clock)

@@ -1,10 +1,10 @@
-"""Processor time of the ONNX graphs beside torch on one thread by chunk size, and what 8-bit weights cost in quality.
+"""Compare the ONNX graphs with torch on one thread: processor time by chunk size, and the quality cost of int8 weights.
 
     OMP_NUM_THREADS=1 python tools/bench_onnx.py --model recipes/cat_mini
     OMP_NUM_THREADS=1 python tools/bench_onnx.py --experiment cat_nano         # random weights: speed only
 
-Torch and the graphs take turns, and the median of `--repeats` runs counts. Chunks are measured behind `--warm-seconds`
-of a stream, where the rings are full. The real-time factor is processor time over the duration of the audio.
+Torch and the graphs alternate, and the median of `--repeats` runs counts. Chunks are measured after `--warm-seconds` of
+a stream, when the ring buffers are full. The real-time factor is processor time divided by the duration of the audio.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SPEECH = Path(__file__).parents[1] / "recipes" / "quickstart" / "audio" / "speec
 
 
 def load(options: argparse.Namespace) -> MossAudioTokenizerModel:
-    """Return the model of a folder, or a random one of an experiment."""
+    """Return the model of a folder, or a randomly initialized one of an experiment."""
     if options.model:
         return MossAudioTokenizerModel.from_pretrained(options.model).eval()
     settings = load_config("fit", [f"experiment={options.experiment}"]).tokenizer.to_plain()
@@ -74,7 +74,7 @@ def speed(model: MossAudioTokenizerModel, graphs: dict[str, Tokenizer], options:
 
 @torch.no_grad()
 def quality(model: MossAudioTokenizerModel, graphs: dict[str, Tokenizer], options: argparse.Namespace) -> None:
-    """Print for every kind of weights the codes that differ from torch and the mel distance to held-out speech."""
+    """Print for each type of weights the codes that differ from torch and the mel distance to held-out speech."""
     clips = read_clips(options.heldout, model.config, options.clips)
     print("| weights | codes that differ, first level | all levels | mel distance | decoder alone |")
     for name, tokenizer in graphs.items():

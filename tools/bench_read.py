@@ -1,4 +1,4 @@
-"""Measure what reading audio costs: processor time per hour of audio, ours and libsndfile's alone, in one run.
+"""Measure the cost of reading audio: processor time per minute of audio, ours and libsndfile's alone, in one run.
 
 python tools/bench_read.py [minutes]
 """
@@ -29,7 +29,7 @@ FORMATS = {
 
 
 def processor_seconds(work: Callable[[], object]) -> float:
-    """Return the processor time of the quickest of three runs, every file as if never seen before."""
+    """Return the processor time of the fastest of three runs, each without cached file scans."""
     times = []
     for _ in range(3):
         io._scan_file.cache_clear()
@@ -40,7 +40,7 @@ def processor_seconds(work: Callable[[], object]) -> float:
 
 
 def write(path: Path, samples: np.ndarray, options: dict[str, str]) -> None:
-    """Write a file in blocks: libsndfile's Vorbis encoder overflows its stack when it gets minutes at once."""
+    """Write a file in blocks: libsndfile's Vorbis encoder overflows its stack if it gets minutes of audio at once."""
     with soundfile.SoundFile(path, "w", RATE, 1, **options) as file:
         for start in range(0, len(samples), RATE):
             file.write(samples[start : start + RATE])
@@ -54,7 +54,7 @@ def segments(path: Path) -> None:
 
 
 def measure(paths: list[Path], minutes: float) -> list[float]:
-    """Return the seconds of processor per minute of audio of libsndfile alone, and ours."""
+    """Return processor seconds per minute of audio: of libsndfile alone, and ours."""
     alone = processor_seconds(lambda: [soundfile.read(path, dtype="float32") for path in paths])
     return [alone / minutes, processor_seconds(lambda: [read_audio(path) for path in paths]) / minutes]
 

@@ -1,14 +1,14 @@
-"""Speed, use of the hardware and memory of training: the real update of `fit`, on synthetic clips or on packed audio.
+"""Measure speed, utilization and memory of training: the real update of `fit`, on synthetic clips or packed audio.
 
     python tools/bench_training.py --experiment cat_1b6                        # a GPU: one table, about ten minutes
     python tools/bench_training.py --experiment cat_tiny --micro-batch-seconds 12 --updates 3 --clips 1 1-2   # a CPU
     python tools/bench_training.py --experiment cat_1b6 --shards /shards/speech --stages adversarial
     python tools/bench_training.py --experiment cat_1b6 --profile profile --clips 10 --stages reconstruction
 
-A case is a stage of the experiment, with or without the text LM, on clips of one length or of lengths between two.
-The FLOPs of its first update are counted operation by operation, later updates are timed. MFU is the counted FLOPs per
-second over `--peak-tflops` (dense bf16 of an H100), counted as for `mfu` of a run's metrics.csv; where activation
-checkpointing is on, its second forward counts too, as in `hfu`. Other keys of `fit` can follow as overrides, among them
+A case is a stage of the experiment, with or without the text LM, on clips of one length or of a range of lengths.
+The FLOPs of its first update are counted operation by operation; later updates are timed. MFU is the counted FLOPs per
+second divided by `--peak-tflops` (dense bf16 of an H100), counted as for `mfu` in a run's metrics.csv. With activation
+checkpointing, the recomputed forward counts too, as in `hfu`. Other keys of `fit` can follow as overrides, for example
 tokenizer.output_sampling_rate=48000: clips then have a target at that rate, and shards have to be packed at it.
 """
 
@@ -46,7 +46,7 @@ from moss_train.training.run.trainer import build_trainer, choose_accelerator
 from moss_train.training.run.warm_start import plan_initialization
 from moss_train.utils.errors import UserError
 
-TEXT_TOKENS_PER_SECOND = 14  # bytes of read English
+TEXT_TOKENS_PER_SECOND = 14  # bytes of English read aloud
 H100_PEAK_TFLOPS = 989.0
 
 
@@ -61,14 +61,14 @@ class Case:
 
     @property
     def label(self) -> str:
-        """For the table."""
+        """Return the name of the case in the table."""
         clips = f"{self.shortest:g}" if self.shortest == self.longest else f"{self.shortest:g}-{self.longest:g}"
         return f"{self.stage} | {'yes' if self.with_lm else 'no'} | {clips} s"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A case's numbers; `failure` says why there are none."""
+    """The results of a case; `failure` says why there are none."""
 
     case: Case
     audio_seconds_per_second: float = float("nan")
@@ -76,7 +76,7 @@ class Result:
     flops_per_audio_second: float = float("nan")
     mfu: float = float("nan")
     peak_gib: float = float("nan")
-    data_wait: float = float("nan")  # share of the time
+    data_wait: float = float("nan")  # share of the time spent waiting for data
     failure: str = ""
 
 
@@ -98,7 +98,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def cases(options: argparse.Namespace, config: FitConfig) -> Iterator[Case]:
-    """Every wanted combination; on shards the clips are those of the data."""
+    """Yield every requested combination; with shards, the clip lengths are those of the data."""
     languages = {"both": (False, True), "with": (True,), "without": (False,)}[options.lm]
     for stage in options.stages or [stage.name for stage in config.stages]:
         for with_lm in languages if config.semantic is not None else (False,):
@@ -108,7 +108,7 @@ def cases(options: argparse.Namespace, config: FitConfig) -> Iterator[Case]:
 
 
 def case_config(config: FitConfig, case: Case, options: argparse.Namespace) -> FitConfig:
-    """The run's configuration with one stage alone, in its full swing from the first update."""
+    """Return the run's configuration with this stage only, with all losses at full weight from the first update."""
     by_name = {stage.name: stage for stage in config.stages}
     if case.stage not in by_name:
         raise SystemExit(f"--stages {case.stage}: {options.experiment} has {', '.join(by_name)}")
@@ -127,7 +127,7 @@ def case_config(config: FitConfig, case: Case, options: argparse.Namespace) -> F
 
 
 def synthetic_updates(config: FitConfig, case: Case, module: CatModule) -> list[UpdateBatch]:
-    """One update, as often as needed: noise, random texts of read speech's length, everything drawn with one seed."""
+    """Return one update of noise and random text of the length of read speech, repeated; everything from one seed."""
     stage = config.stages[0]
     rate = module.tokenizer.sampling_rate
     draw = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def synthetic_updates(config: FitConfig, case: Case, module: CatModule) -> list[
 
 
 def synthetic_batch(lengths: np.ndarray, config: MossAudioTokenizerConfig, vocabulary: int) -> Batch:
-    """Clips [B, C, T] of these lengths in samples, with text when there is a vocabulary, and a target for two rates."""
+    """Return clips [B, C, T] of given lengths in samples; text if there is a vocabulary; a target if rates differ."""
     generator = torch.Generator().manual_seed(len(lengths))
     count, frames, ratio = len(lengths), -(-int(lengths[0]) // config.downsample_rate), config.output_ratio
     audio_lengths = torch.from_numpy(lengths.copy())
@@ -173,7 +173,7 @@ def synthetic_batch(lengths: np.ndarray, config: MossAudioTokenizerConfig, vocab
 
 
 class Meter(Callback):
-    """Counts the first update's FLOPs, leaves out the second, times the others, and profiles the last if asked to."""
+    """Counts the FLOPs of the first update, skips the second, times the others, and profiles the last on request."""
 
     def __init__(self, updates: int, profile_path: Path | None) -> None:
         self.updates = updates
@@ -223,7 +223,7 @@ class Meter(Callback):
         forget(trainer, pl_module)
 
     def result(self, case: Case, peak_tflops: float) -> Result:
-        """The numbers, once the run is over."""
+        """Return the results after the run."""
         elapsed = self.end - self.begin
         flops = self.counter.total / self.counted_audio
         speed = self.timed_audio / elapsed
@@ -239,7 +239,7 @@ class Meter(Callback):
 
 
 def forget(trainer: Trainer, module: LightningModule) -> None:
-    """Drop weights and moments, which Lightning would copy from the device, 26 GB for the largest model."""
+    """Drop weights and moments, up to 26 GB; Lightning would otherwise copy them to the CPU when the run ends."""
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
     for parameter in module.parameters():
@@ -262,21 +262,21 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> float:
-    """Of the GPU since the last reset; on a CPU of the whole process so far, in bytes."""
+    """Return the peak memory in bytes: of the GPU since the last reset; on a CPU, of the process since it started."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(config: FitConfig, case: Case, options: argparse.Namespace) -> Result:
-    """Run one case; what it cannot do (out of memory, say) becomes its failure."""
+    """Run one case; an error, such as running out of memory, becomes the failure of its result."""
     profile_path = None if options.profile is None else options.profile / f"{case.label.replace(' | ', '-')}.txt"
     meter = Meter(options.updates, profile_path)
     try:
         settings = case_config(config, case, options)
         accelerator = choose_accelerator(settings.trainer.accelerator)
         trainer = build_trainer(settings.trainer.replace(devices=1), accelerator, [meter])
-        with torch.device(accelerator):  # a CPU takes half a minute to draw the weights of cat_1b6 (estimate)
+        with torch.device(accelerator):  # initializing cat_1b6 on a CPU takes half a minute (estimate)
             module = CatModule(**plan_initialization(settings).arguments)
         apply_optimizations(module, settings)
         trainer.fit(module, updates_of(settings, case, module, options))
@@ -294,7 +294,7 @@ def measure(config: FitConfig, case: Case, options: argparse.Namespace) -> Resul
 
 
 def updates_of(config: FitConfig, case: Case, module: CatModule, options: argparse.Namespace) -> Iterable[UpdateBatch]:
-    """Synthetic updates, or those of the packed folders, read by the experiment's number of workers."""
+    """Return synthetic updates, or updates from the packed folders, read by the experiment's number of workers."""
     if not options.shards:
         updates = synthetic_updates(config, case, module)
         return DataLoader(updates, batch_size=None, collate_fn=unchanged, pin_memory=torch.cuda.is_available())
@@ -315,7 +315,7 @@ def unchanged(item: Any) -> Any:
 
 
 def write_profile(profiler: Any, path: Path) -> None:
-    """The heaviest kernels or operators, and on a GPU the share of the time in which it had nothing to do."""
+    """Write the most expensive kernels or operators, and on a GPU the share of the time in which it was idle."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     events = profiler.key_averages()
     table = events.table(sort_by=f"self_{device}_time_total", row_limit=30, max_name_column_width=60)
@@ -333,7 +333,7 @@ def write_profile(profiler: Any, path: Path) -> None:
 
 
 def table(results: list[Result]) -> str:
-    """Markdown, one line per case."""
+    """Return the results as a Markdown table, one line per case."""
     head = "stage | LM | clips | audio-s/s | s/update | TFLOP per audio-s | MFU | peak GiB | waiting for data"
     lines = [f"| {head} |", "|---" * 9 + "|"]
     for result in results:

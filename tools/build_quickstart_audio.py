@@ -34,7 +34,7 @@ HELDOUT_CLIPS = {
     *("ambi_piano", "bass_woodsy_c", "loop_compus", "loop_garzul", "loop_safari", "loop_weirdo"),
 }
 
-# Families whose file names are words that describe the sound, and how a caption of the family begins.
+# Families with descriptive file names, and the words with which captions of the family begin.
 CAPTION_PREFIXES = {
     "ambi": "ambient sound",
     "drum": "acoustic drum kit",
@@ -44,13 +44,13 @@ CAPTION_PREFIXES = {
     "vinyl": "vinyl record",
 }
 CAPTION_WORDS = {"hi": "high", "lo": "low", "mid": "middle", "filt": "filtered", "bass": "bass drum"}
-# A captioned clip is never cropped in training, so long ones would make the quickstart's batches long.
+# Clips with a caption are never cropped in training, so long ones would make the quickstart's batches long.
 MAX_CAPTION_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One recording: where it comes from and what the manifest says about it; absent facts are None."""
+    """One recording: its source and what the manifest says about it; fields without a value are None."""
 
     name: str
     source: Path
@@ -61,18 +61,18 @@ class Clip:
     speaker: str | None = None
 
     def manifest_entry(self) -> dict[str, str]:
-        """Return the manifest line as a mapping without the absent facts; `path` is relative to the manifest."""
+        """Return the manifest line as a mapping, without empty fields; `path` is relative to the manifest."""
         facts = {"text": self.text, "task": self.task, "domain": self.domain}
         facts |= {"language": self.language, "speaker": self.speaker}
         return {"path": f"{self.domain}/{self.name}.flac"} | {key: value for key, value in facts.items() if value}
 
     def is_heldout(self) -> bool:
-        """Tell whether the clip is for evaluation only; near-duplicates share a family and so a side of the split."""
+        """Tell whether the clip is held out; near-duplicates share a family and therefore are on the same side."""
         return self.name in HELDOUT_CLIPS or self.name.split("_")[0] in HELDOUT_FAMILIES
 
 
 def caption(name: str, seconds: float) -> str | None:
-    """Return a caption made of a sound's file name, or None where the name is a number or a proper name or it is long.
+    """Return a caption from a sound's file name, or None if the name is a number or a proper name or the sound is long.
 
     Example: `drum_cymbal_soft` -> `acoustic drum kit, cymbal soft`.
     """
@@ -116,7 +116,7 @@ def speech_clips(root: Path) -> list[Clip]:
 
 
 def convert(source: Path, target: Path) -> tuple[float, bool]:
-    """Write a recording as 24 kHz mono FLAC at its own level; return its seconds and whether a peak was clipped."""
+    """Write a recording as 24 kHz mono FLAC, level unchanged; return its seconds and whether a peak was clipped."""
     audio, rate = soundfile.read(source, dtype="float32", always_2d=True)
     mono = torch.from_numpy(audio.mean(axis=1))
     values = torch.round(resample(mono, rate, SAMPLING_RATE) * 32768).numpy()
@@ -143,7 +143,7 @@ def paragraphs(copyright_file: Path) -> list[dict[str, str]]:
 
 
 def licence_text(parts: list[dict[str, str]], name: str) -> str:
-    """Return the longest text that the copyright file gives for a licence, that is, its full text."""
+    """Return the longest text that the copyright file gives for a licence, which is its full text."""
     texts = [part["License"] for part in parts if part.get("License", "").split("\n")[0] == name]
     return max(texts, key=len).partition("\n")[2].strip("\n")
 
@@ -209,7 +209,7 @@ def build(root: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line and build."""
+    """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("unpacked", type=Path, help="folder into which both packages were unpacked")
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default: {OUTPUT}")

@@ -1,16 +1,17 @@
-"""Generators of other codecs under our training: equal data, equal minutes, one table.
+"""Train the generators of other codecs with our training on equal data for equal minutes, and print one table.
 
     python tools/compare_peers.py --train /shards/train --heldout /shards/heldout --minutes 30            # one GPU
     python tools/compare_peers.py --size tiny --train /shards/train --heldout /shards/heldout --minutes 1
 
-Cat's encoder and decoder, and those of DAC (arXiv 2306.06546) and Mimi (arXiv 2410.00037) from transformers, all from
-random weights, around the same residual quantizer, at the same frame rate, with the same losses, discriminators, text
-LM, optimizers and order of the data. So what is compared are the generators; DAC's own quantizer is of the same kind as
-ours, Mimi's learns by moving averages, which transformers does not have. Peers start from torch's default weights: the
-normal(0, 0.02) of their classes would be silent, and a silent model does not learn from a log mel loss.
+Compares Cat's encoder and decoder with those of DAC (arXiv 2306.06546) and Mimi (arXiv 2410.00037) from transformers.
+All start from random weights, use the same residual quantizer at the same frame rate, and are trained with the same
+losses, discriminators, text LM, optimizers and order of the data, so only the generators differ. DAC's own quantizer is
+of the same kind as ours; Mimi's is trained with moving averages, which transformers does not implement. The peers start
+from torch's default weights: with the normal(0, 0.02) of their classes the output would be silent, and a silent model
+does not learn from a log mel loss.
 
-A few updates measure each system's pace, from which follows how many updates, with the whole schedule, fit its minutes:
-of wall-clock on a GPU, of CPU time of the process on a CPU, where other load must not decide.
+A few updates measure each system's speed. The number of updates, with the whole schedule, is chosen to fit its minutes:
+wall-clock time on a GPU, CPU time of the process on a CPU, so that other load does not decide.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from moss_train.training.module import CatModule
 from moss_train.training.run.warm_start import plan_initialization
 from tools.short_runs import DepthReport, depth_report, packed_clips, quarter_depths, shortened, train_in_memory
 
-PACE_UPDATES = 16  # more than data workers read ahead
+PACE_UPDATES = 16  # more than the data workers prefetch
 EXPERIMENTS = {"tiny": "cat_tiny", "small": "cat_small"}
 # About as many parameters as the experiment's encoder and decoder.
 DAC_SIZES = {
@@ -53,7 +54,7 @@ MIMI_SIZES = {
 
 
 class PeerTokenizer(nn.Module):
-    """Another codec's encoder and decoder around Cat's quantizer, with the pieces that training and evaluation use."""
+    """Another codec's encoder and decoder around Cat's quantizer, with the methods that training and evaluation use."""
 
     def __init__(self, cat: MossAudioTokenizerModel, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
@@ -63,16 +64,16 @@ class PeerTokenizer(nn.Module):
         self.encoder, self.quantizer, self.decoder = encoder, cat.quantizer, decoder
 
     def encode_latent(self, audio: Tensor) -> Tensor:
-        """Audio [B, C, F * hop] -> latent [B, F, D]."""
+        """Encode audio [B, C, F * hop] to a latent [B, F, D]."""
         return self.encoder(audio).transpose(1, 2)
 
     def decode_latent(self, latent: Tensor) -> Tensor:
-        """Latent [B, F, D] -> audio [B, C, F * hop]."""
+        """Decode a latent [B, F, D] to audio [B, C, F * hop]."""
         return self.decoder(latent.transpose(1, 2))
 
 
 class MimiHalf(nn.Module):
-    """SEANet and transformer at 25 frames per second, and the step to or from 12.5, in Mimi's order."""
+    """SEANet and the transformer at 25 frames per second, and the resampling to or from 12.5, in Mimi's order."""
 
     def __init__(self, config: MimiConfig, is_encoder: bool) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class MimiHalf(nn.Module):
             self.step = MimiConvTranspose1d(config, width, width, groups=width, **step)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T] -> [B, C', T'], downwards in the encoder."""
+        """Map [B, C, T] to [B, C', T'], at a lower rate in the encoder and a higher one in the decoder."""
         if self.is_encoder:
             return self.step(self._attend(self.convolutions(x)))
         return self.convolutions(self._attend(self.step(x)))
@@ -97,14 +98,14 @@ class MimiHalf(nn.Module):
 
 
 def dac_halves(cat: MossAudioTokenizerModel, size: str) -> tuple[nn.Module, nn.Module]:
-    """DAC's convolutions, with strides of product 1920."""
+    """Return DAC's convolutional encoder and decoder, with strides whose product is 1920."""
     config = DacConfig(sampling_rate=cat.sampling_rate, downsampling_ratios=[4, 6, 8, 10], **DAC_SIZES[size])
     config.upsampling_ratios = [10, 8, 6, 4]
     return DacEncoder(config), DacDecoder(config)
 
 
 def mimi_halves(cat: MossAudioTokenizerModel, size: str) -> tuple[nn.Module, nn.Module]:
-    """Mimi's convolutions and transformers."""
+    """Return Mimi's encoder and decoder with convolutions and transformers."""
     sizes: dict[str, Any] = dict(MIMI_SIZES[size])
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     config = MimiConfig(
@@ -123,7 +124,7 @@ PEERS = {"cat": None, "dac": dac_halves, "mimi": mimi_halves}
 
 
 def build_module(config: FitConfig, system: str, size: str) -> CatModule:
-    """The training module of a system, from the same random weights on every call."""
+    """Return the training module of a system, with the same random weights on every call."""
     module = CatModule(**plan_initialization(config).arguments)
     halves = PEERS[system]
     if halves is not None:
@@ -138,7 +139,7 @@ def shorten(config: FitConfig, updates: int) -> FitConfig:
 
 
 def clock() -> float:
-    """Seconds that count: of the wall on a GPU, of this process's CPU time otherwise."""
+    """Return the time that is budgeted: wall-clock time on a GPU, CPU time of this process otherwise."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
@@ -149,7 +150,7 @@ def seconds_of(config: FitConfig, module: CatModule) -> float:
 
 
 class Pace(Callback):
-    """Notes when updates end; the first ones pay for what is made once."""
+    """Records when updates end; the first ones include one-time costs."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -161,13 +162,13 @@ class Pace(Callback):
 
     @property
     def seconds_per_update(self) -> float:
-        """Mean of the last six."""
+        """Return the mean duration of the last six updates."""
         later = self.ends[-7:]
         return (later[-1] - later[0]) / (len(later) - 1)
 
 
 def affordable_updates(config: FitConfig, system: str, options: argparse.Namespace) -> int:
-    """How many updates fit the minutes, from the times of a few in each stage."""
+    """Return the number of updates that fit the minutes, estimated from a few timed updates of each stage."""
     per_update, total = 0.0, sum(stage.updates for stage in config.stages)
     for stage in config.stages:
         alone = config.replace(stages=[stage.replace(updates=PACE_UPDATES, discriminator_warmup_updates=0)])
@@ -178,12 +179,12 @@ def affordable_updates(config: FitConfig, system: str, options: argparse.Namespa
 
 
 def compare(config: FitConfig, system: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one system for its minutes and measure it on held-out clips: one row."""
+    """Train one system for its minutes, measure it on held-out clips, and return one row."""
     whole = shorten(config, affordable_updates(config, system, options))
     module = build_module(whole, system, options.size)
     seconds = seconds_of(whole, module)
     clips = packed_clips(whole, options.heldout, module, options.clips, options.longest_seconds)
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # Lightning leaves it on the CPU
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # Lightning moves the model to the CPU after training
     tokenizer = module.tokenizer.to(device).eval()
     report = depth_report(tokenizer, clips, quarter_depths(tokenizer.config.num_quantizers))
     audio = sum(stage.updates * stage.batch_seconds for stage in whole.stages)
@@ -199,7 +200,7 @@ def compare(config: FitConfig, system: str, options: argparse.Namespace) -> dict
 
 
 def summary(report: DepthReport) -> dict[str, Any]:
-    """Distances by number of levels and the mean share of codebook entries in use."""
+    """Return the distances by number of levels and the mean share of codebook entries in use."""
     used = sum(report.used_shares) / len(report.used_shares)
     return {"distances": {str(levels): value for levels, value in report.distances.items()}, "used_share": used}
 

@@ -1,11 +1,11 @@
-"""Processor time of a training update in this tree and in another one, in turns, with the losses of both.
+"""Compare the processor time and the losses of a training update in this tree and in another one.
 
     git worktree add /tmp/old 964e7b3
     python tools/compare_training.py /tmp/old --experiment cat_tiny --stages reconstruction adversarial
 
-Both trees train on the same updates of noise in processes of their own, one round each while the other waits, so that
-other work on the machine hits both alike. Where their experiments differ, `--experiment-file` gives both the same one.
-The minimum is the least disturbed round. A tree from before the typed configuration is understood too.
+Each tree trains in its own process on the same updates of noise. They alternate, one round each while the other waits,
+so that other work on the machine affects both alike. `--experiment-file` gives both the same experiment where theirs
+differ. The reported minimum is the least disturbed round. Trees from before the typed configuration work too.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HERE = Path(__file__).parents[1]
 
 
 def train(folder: Path, experiment: str, configs: Path, stage: str) -> None:
-    """Train one stage; for every line of standard input do as many updates and print their time and losses."""
+    """Train one stage: each line of standard input requests a number of updates; print their time and losses."""
     sys.path[:0] = [str(folder), str(folder / "tools")]
     import bench_training as bench
     import torch
@@ -64,7 +64,7 @@ def train(folder: Path, experiment: str, configs: Path, stage: str) -> None:
 
 
 def compare(options: argparse.Namespace, configs: Path, stage: str) -> None:
-    """Print a line of the table."""
+    """Compare one stage and print a line of the table."""
     trees = {}
     for name, folder in (("other", options.other.resolve()), ("here", HERE)):
         command = [sys.executable, __file__, str(folder), "--worker", stage, "--experiment", options.experiment]
@@ -76,7 +76,7 @@ def compare(options: argparse.Namespace, configs: Path, stage: str) -> None:
     losses: dict[str, dict[str, float]] = {}
     for turn in range(options.rounds + 1):
         for name, process in trees.items():
-            count = 1 if turn == 0 else options.updates  # the first one makes windows, filters and moments
+            count = 1 if turn == 0 else options.updates  # the first update creates windows, filters and moments
             process.stdin.write(f"{count}\n")
             process.stdin.flush()
             seconds, metrics = json.loads(next(line for line in process.stdout if line.startswith("[")))
@@ -95,7 +95,7 @@ def compare(options: argparse.Namespace, configs: Path, stage: str) -> None:
 
 
 def main() -> None:
-    """Compare, or be one of the two processes."""
+    """Compare both trees, or run as one of the two processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="checkout of the commit to compare with")
     parser.add_argument("--experiment", default="cat_tiny")

@@ -1,4 +1,4 @@
-"""A whole micro-batch on tensors that have shapes, types and a device but no data: no GPU is needed to look at it."""
+"""Run a whole micro-batch on tensors that have shapes, types and a device but no data, so that no GPU is needed."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from moss_train.training.step.update import forward_backward
 
 
 class HostTensor(Tensor):
-    """A tensor with data among tensors without: what the host knows. Copied to a device it has none either."""
+    """A tensor with data among tensors without: a value known on the host. Its copy on a device has no data either."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -36,7 +36,7 @@ class HostTensor(Tensor):
 
 
 def on_host(values: list[int]) -> HostTensor:
-    """Whole numbers [B] int64 with data."""
+    """Return whole numbers [B] int64 with data."""
     with _disable_current_modes():
         return torch.tensor(values).as_subclass(HostTensor)
 
@@ -44,7 +44,7 @@ def on_host(values: list[int]) -> HostTensor:
 def micro_batch(
     module: CatModule, clips: int, seconds: float, texts: int, tokens: int, device: torch.device | str
 ) -> Batch:
-    """Clips of equal length, the first of them with texts of so many tokens; call it within `dataless`."""
+    """Return clips of equal length, the first `texts` with `tokens` tokens of text each; call it within `dataless`."""
     config = module.tokenizer.config
     frames = math.ceil(seconds * config.sampling_rate / config.downsample_rate)
     length, has_target = frames * config.downsample_rate, config.output_sampling_rate != config.sampling_rate
@@ -69,7 +69,7 @@ def micro_batch(
 
 
 def run_micro_batch(module: CatModule, batch: Batch, stage: Stage, backward: Callable[..., None]) -> None:
-    """Forward and backward of a micro-batch in the full swing of a stage."""
+    """Run forward and backward of a micro-batch at the end of a stage, with all losses at full weight."""
     schedule_state = full_swing(module, stage)
     weights = module.objective.active_weights(schedule_state)
     counts = module.objective.count((batch,), batch.audio.device)
@@ -77,14 +77,14 @@ def run_micro_batch(module: CatModule, batch: Batch, stage: Stage, backward: Cal
 
 
 def full_swing(module: CatModule, stage: Stage) -> ScheduleState:
-    """The last update of a stage: every warm-up is over."""
+    """Return the schedule state of a stage's last update, when every warm-up is over."""
     stages = module.schedule.stages
     return module.schedule.at(sum(one.updates for one in stages[: list(stages).index(stage) + 1]) - 1)
 
 
 @contextmanager
 def dataless() -> Iterator[None]:
-    """Within it tensors have no data; windows and mel filters, which are made from values, are constant, and kept."""
+    """Create tensors without data inside this context; windows and mel filters are replaced by cached constants."""
     window, bank = stft.normalized_hann_window, stft.mel_bank
     stft.normalized_hann_window = lru_cache(lambda length, device: torch.ones(length, device=device))
     stft.mel_bank = lru_cache(lambda rate, length, mels, device: torch.zeros(length // 2 + 1, mels, device=device))

@@ -1,9 +1,9 @@
-"""Draw the figures of the pages: the architecture of an experiment, and the way of a batch from shard to checkpoint.
+"""Draw the figures of the guides: the architecture of an experiment, and a batch's path from shard to checkpoint.
 
     python tools/draw_figures.py [--experiment cat_1b6] [--out recipes/guides]
 
-`architecture.svg` takes widths, layers, rates and loss weights from the experiment's configuration; `batch.svg` takes
-every name from the code: a name that does not exist any more ends the script, so the figure cannot grow stale.
+`architecture.svg` takes widths, layers, rates and loss weights from the experiment's configuration. `batch.svg` takes
+every name from the code: the script fails if a name no longer exists, so the figure cannot become outdated.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Box:
 
 
 def arrow(start: tuple[float, float], end: tuple[float, float], dashed: bool = False) -> str:
-    """Return a line with a head from one point to another."""
+    """Return a line with an arrowhead from one point to another."""
     style = " stroke-dasharray='5 4'" if dashed else ""
     (x1, y1), (x2, y2) = start, end
     ends = f"x1='{x1}' y1='{y1}' x2='{x2}' y2='{y2}'"
@@ -85,7 +85,7 @@ def label(x: float, y: float, text: str, size: int = 11, anchor: str = "middle",
 
 
 def page(width: float, height: float, parts: list[str]) -> str:
-    """Return a whole SVG file on white paper, readable in a dark theme too."""
+    """Return a complete SVG file with a white background, readable in a dark theme too."""
     head = (
         "<defs><marker id='head' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'>"
         f"<path d='M0,0 L8,4 L0,8 z' fill='{LINE}'/></marker></defs>"
@@ -96,7 +96,7 @@ def page(width: float, height: float, parts: list[str]) -> str:
 
 
 def draw_architecture(experiment: str) -> str:
-    """Return the figure of the networks and losses of an experiment."""
+    """Return the figure of an experiment's networks and losses."""
     config = yaml.safe_load((ROOT / "configs" / "experiment" / f"{experiment}.yaml").read_text("utf-8"))
     defaults = yaml.safe_load((ROOT / "configs" / "fit.yaml").read_text("utf-8"))
     weights = {**defaults["objective"]["weights"], **config.get("objective", {}).get("weights", {})}
@@ -157,7 +157,7 @@ def draw_architecture(experiment: str) -> str:
     return page(rvq.right[0] + 130, 404, [*parts, *(box.svg() for box in boxes)])
 
 
-# The way of a batch: package, what happens, and the names in the code that do it.
+# The path of a batch: package, what happens, and the names in the code that do it.
 WALK = (
     ("data.shards", "shards on disk", ("data.shards.index.ShardIndex", "data.shards.reader.ShardFiles")),
     ("data.stream", "which clips, in which order", ("data.stream.corpus.Corpus", "data.stream.stream.AudioStream")),
@@ -171,7 +171,7 @@ WALK = (
 
 
 def check_name(name: str) -> None:
-    """Import `module.Class.method` below moss_train; raises AttributeError or ImportError when it is gone."""
+    """Import `module.Class.method` below moss_train; raises AttributeError or ImportError if it no longer exists."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:
@@ -185,7 +185,7 @@ def check_name(name: str) -> None:
 
 
 def draw_batch() -> str:
-    """Return the figure of one batch on its way from shard to checkpoint."""
+    """Return the figure of one batch on its path from shard to checkpoint."""
     fills = {"data": ENCODER, "model": DECODER, "training": QUANTIZER, "utils": TEXT}
     parts, boxes = [], []
     for number, (package, what, names) in enumerate(WALK):

@@ -1,9 +1,9 @@
 """Write recipes/guides/configuration.md: every key of every command with its type, default and meaning.
 
-    python tools/list_configuration.py            # a test compares the file with what this prints
+    python tools/list_configuration.py            # a test compares the file with this script's output
 
-Keys and types come from the schema, meanings from the comments of configs/*.yaml, and of keys of list entries, which
-those files do not show, from the comments of the schema.
+Keys and types come from the schema, and meanings from the comments in configs/*.yaml. The keys of list entries, which
+those files do not show, take their meanings from the comments in the schema.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the tree that this file lies in, whatever is installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # use this tree, even if another is installed
 
 from moss_train.config.old_names import REMOVED, RENAMED, RENAMED_COLUMNS
 from moss_train.config.schema import COMMANDS, FitConfig
@@ -36,7 +36,7 @@ A key is given on the command line as `key=value`; `0` in a key stands for the n
 
 
 def read_comments(text: str) -> dict[str, str]:
-    """Return the comments of a YAML file by dotted key: those above a key and beside it, in one line."""
+    """Return the comments of a YAML file by dotted key: the comments above and beside a key, joined into one line."""
     comments: dict[str, str] = {}
     above: list[str] = []
     parents: list[tuple[int, str]] = []
@@ -63,13 +63,13 @@ def read_comments(text: str) -> dict[str, str]:
 
 
 def field_comments(section: type[Section]) -> dict[str, str]:
-    """Return the comments beside the fields of a section's class by name."""
+    """Return the comments beside the fields of a section's class, by field name."""
     found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section), re.MULTILINE)
     return dict(found)
 
 
 def rows(schema: type[Section], comments: dict[str, str], shown: Any, prefix: str = "") -> Iterator[tuple[str, ...]]:
-    """Yield (key, type, default, meaning) of every key of a section and of the sections inside."""
+    """Yield (key, type, default, meaning) for every key of a section and of its nested sections."""
     own = field_comments(schema)
     defaults = {field.name: field for field in fields(schema)}  # type: ignore[arg-type]
     for name, hint in hints_of(schema).items():
@@ -100,14 +100,14 @@ def rows(schema: type[Section], comments: dict[str, str], shown: Any, prefix: st
 
 
 def default_of(field: Any) -> Any:
-    """Return a field's default as plain data; `???` when it has none."""
+    """Return a field's default as plain data, or `???` if it has none."""
     if is_required(field):
         return "???"
     return to_plain(field.default_factory() if callable(field.default_factory) else field.default)
 
 
 def text_of(value: Any) -> str:
-    """Return a value as YAML in one line."""
+    """Return a value as YAML on one line."""
     if value == "???":
         return "required"
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).strip()
@@ -115,7 +115,7 @@ def text_of(value: Any) -> str:
 
 
 def kind_of(hint: Any) -> str:
-    """Return in words which values a key takes; of a list also its items."""
+    """Describe the values that a key accepts, for a list also its items."""
     words = describe(hint).replace(" (a number as text needs quotes in YAML)", "")
     entry = next(
         (kind.__args__[0] for kind in alternatives(hint)[0] if getattr(kind, "__origin__", None) is list), None
@@ -124,12 +124,12 @@ def kind_of(hint: Any) -> str:
 
 
 def cell(text: str) -> str:
-    """Return a text that does not end a cell of a table."""
+    """Return a text with the characters escaped that would end a table cell."""
     return text.replace("|", "\\|")
 
 
 def page() -> str:
-    """Return the whole page."""
+    """Return the whole page as Markdown."""
     parts = [HEAD]
     for command, schema in COMMANDS.items():
         text = (config_directory() / f"{command}.yaml").read_text("utf-8")
@@ -151,7 +151,7 @@ def page() -> str:
 
 
 def renamed_keys() -> str:
-    """Return the table of old and new names."""
+    """Return the table of old and new key names."""
     lines = [
         "## Renamed keys\n",
         "The old name is still read, from the command line, from files and from runs that began with it; a line names",
@@ -182,7 +182,7 @@ def renamed_keys() -> str:
 
 
 def walk(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the name of every section class with the prefix of its keys."""
+    """Yield the name of every section class and the prefix of its keys."""
     yield schema.__name__, prefix
     for name, hint in hints_of(schema).items():
         for kind in alternatives(hint)[0]:

@@ -1,10 +1,10 @@
 """Write tests/public_api.txt: every name that users of the package may rely on.
 
-    python tools/list_public_api.py            # a test compares the file with what this finds
+    python tools/list_public_api.py            # a test compares the file with this script's output
 
-Public names of Python with their parameters, the commands and their configuration keys, the columns of the tables that
-`fit` and `evaluate` write. `<domain>`, `<level>` and `<levels>` stand for names and numbers of the run. A line that
-disappears or changes breaks someone's program: it belongs into .github/CHANGELOG.md.
+The list holds public Python names with their parameters, the commands and their configuration keys, and the columns of
+the tables that `fit` and `evaluate` write. `<domain>`, `<level>` and `<levels>` stand for names and numbers of the run.
+If a line disappears or changes, programs that use it break: record it in .github/CHANGELOG.md.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the tree that this file lies in, whatever is installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # use this tree, even if another is installed
 
 import moss_train
 from moss_train.cli.help import find_commands
@@ -63,7 +63,7 @@ def public_api() -> str:
 
 
 def exported_names() -> Iterator[str]:
-    """Yield the public names of the package, its modules and its sub-packages, with parameters."""
+    """Yield the public names of the package, its modules and its sub-packages, with their parameters."""
     packages = [item.name for item in pkgutil.walk_packages(moss_train.__path__, "moss_train.") if item.ispkg]
     modules = [f"moss_train.{item.name}" for item in pkgutil.iter_modules(moss_train.__path__) if not item.ispkg]
     for name in ["moss_train", *sorted([*packages, *modules])]:
@@ -87,7 +87,7 @@ def own_names(module: ModuleType) -> list[str]:
 
 
 def names_of_the_guides() -> Iterator[str]:
-    """Yield what the pages import from modules that export nothing by themselves."""
+    """Yield the names that the documentation imports from modules without exports of their own."""
     found = set()
     for page in [ROOT / "README.md", *ROOT.glob("recipes/**/*.md")]:
         for module, names in re.findall(r"^from (moss_train\.[\w.]+) import ([\w, ]+)$", page.read_text("utf-8"), re.M):
@@ -99,7 +99,7 @@ def names_of_the_guides() -> Iterator[str]:
 
 
 def parameters(value: Any) -> str:
-    """Return the parameters of a function or class with their defaults, nothing for other values."""
+    """Return the parameters of a function or class with their defaults, or nothing for other values."""
     if not callable(value):
         return ""
     signature = inspect.signature(value)
@@ -109,7 +109,7 @@ def parameters(value: Any) -> str:
 
 
 def methods(kind: type) -> Iterator[str]:
-    """Yield public methods and properties that a class and its bases inside the package define."""
+    """Yield the public methods and properties defined by a class and its bases inside the package."""
     own = [base for base in kind.__mro__ if base.__module__.startswith("moss_train.")]
     for name in sorted({name for base in own for name in vars(base) if not name.startswith("_")}):
         value = inspect.getattr_static(kind, name)
@@ -120,7 +120,7 @@ def methods(kind: type) -> Iterator[str]:
 
 
 def configuration_keys() -> Iterator[str]:
-    """Yield every key of every command; those of `fit` are keys of `estimate` too and not repeated."""
+    """Yield every key of every command; keys of `fit` are also keys of `estimate` and are not repeated there."""
     inherited = set(dotted_keys(FitConfig))
     for command, schema in COMMANDS.items():
         keys = [key for key in dotted_keys(schema) if not key.endswith(".0")]
@@ -128,20 +128,20 @@ def configuration_keys() -> Iterator[str]:
 
 
 def validation_columns() -> tuple[str, ...]:
-    """Return the columns of a validation of one domain at one number of levels, with text and a further metric."""
+    """Return the columns of a validation on one domain and one number of levels, with text and a custom metric."""
     clip = HeldOutClip("clip", "<domain>", torch.zeros(1, 1), 1, "text", "asr")
     metric = SimpleNamespace(columns=[SimpleNamespace(key="<metric>", is_higher_better=True)])
     return ValidationPlan([clip], (1,), 1, {"metric": metric}, 1).columns  # type: ignore[dict-item]
 
 
 def placeholders(column: str) -> str:
-    """Return a column name with a placeholder for its number: levels are counted, or numbered for codebooks."""
+    """Return a column name with a placeholder for its number: of levels, or of a single codebook."""
     name = "<level>" if column.startswith(("usage/", "perplexity/")) else "<levels>"
     return re.sub(r"/1$", f"/{name}", column)
 
 
 def evaluation_columns() -> list[str]:
-    """Return the columns of an evaluation with every metric that `evaluate` knows."""
+    """Return the columns of an evaluation with every metric of `evaluate`."""
     columns = columns_of(build_metrics(METRICS))
     header = comma_separated(Table("", columns, ())).splitlines()[0].split(",")
     return [name for name in header if not name.endswith(("_low", "_high", "_clips"))] + [

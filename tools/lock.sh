@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Refresh requirements.lock: the newest allowed versions of everything, with hashes, for all platforms, Python >= 3.11.
-# Further arguments go to `uv pip compile`, for example `--upgrade-package torch` to move one package only.
+# Refresh requirements.lock: the newest allowed version of every package, with hashes, for all platforms, Python >= 3.11.
+# Arguments are passed to `uv pip compile`, for example `--upgrade-package torch` to upgrade one package only.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

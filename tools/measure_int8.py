@@ -1,10 +1,10 @@
-"""What 8-bit weights cost in quality: ONNX graphs with float32 and int8 weights on the same held-out clips.
+"""Measure the quality cost of int8 weights: ONNX graphs with float32 and int8 weights on the same held-out clips.
 
     OMP_NUM_THREADS=1 python tools/measure_int8.py recipes/cat_mini data/cc0_voices/heldout.jsonl
 
 Exports both kinds of graphs, evaluates both with `evaluate`, and prints the table of recipes/BENCHMARKS.md: the values
-of float32, the differences with 95 % intervals of the paired clips, and the fraction of codes that differ. What
-`--out` has already is not made again.
+of float32, the differences with 95 % intervals over paired clips, and the fraction of codes that differ. Results that
+are already in `--out` are reused.
 """
 
 import argparse
@@ -20,7 +20,7 @@ METRICS = "metrics=[stoi,pesq,spectral,pitch]"
 
 
 def evaluate(options: argparse.Namespace, weights: str, *arguments: str) -> dict[str, Any]:
-    """Export and evaluate one kind of weights, and return the content of results.json."""
+    """Export and evaluate one type of weights, and return the content of results.json."""
     graphs, out = options.out / f"graphs-{weights}", options.out / weights
     if not graphs.exists():
         arguments_of_export = [f"checkpoint={options.model}", f"out={graphs}", "format=onnx", f"weights={weights}"]
@@ -46,7 +46,7 @@ def table(exact: dict[str, Any], rounded: dict[str, Any]) -> str:
             for item in comparison["differences"]
             if item["first"]["num_quantizers"] == item["second"]["num_quantizers"] == levels
         }
-        values = (f"{value['mean']:.3f}" for value in row["estimates"].values())  # in the order of the columns
+        values = (f"{value['mean']:.3f}" for value in row["estimates"].values())  # in column order
         changes = (f"{e['mean']:+.3f} ± {(e['high'] - e['low']) / 2:.3f}" for e in (found[name] for name in columns))
         lines += [f"| {levels} | float32 | {' | '.join(values)} |"]
         lines += [f"| | int8 less float32 | {' | '.join(changes)} |"]
@@ -54,7 +54,7 @@ def table(exact: dict[str, Any], rounded: dict[str, Any]) -> str:
 
 
 def changed_codes(first: Path, second: Path) -> str:
-    """Return how many of the codes that two evaluations kept differ."""
+    """Describe how many of the codes saved by two evaluations differ."""
     pairs = [(np.load(path), np.load(second / "codes" / path.name)) for path in sorted((first / "codes").glob("*.npy"))]
     differs = np.concatenate([one != other for one, other in pairs], axis=1)
     return f"{differs.mean():.1%} of {differs.size:,} codes differ, {differs[0].mean():.1%} of the first level"

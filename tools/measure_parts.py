@@ -1,4 +1,4 @@
-"""Load time and weights in memory of a whole model, its encoder and its decoder.
+"""Measure load time and memory of the weights of a whole model, its encoder and its decoder.
 
 python tools/measure_parts.py [folder]    # by default a random model of about 60 million parameters
 """
@@ -12,7 +12,7 @@ from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
 
 
 def random_model(folder: Path) -> None:
-    """Write a random model, sharded, to `folder`."""
+    """Write a random model in several shards to `folder`."""
     sizes = {"output_dimension": 512, "d_model": 512, "num_heads": 8}
     stages = [{"patch_size": 240, "num_layers": 4, **sizes}, {"patch_size": 8, "num_layers": 4, **sizes}]
     quantizer = {"rvq_dim": 512 // 2, "num_quantizers": 16, "codebook_size": 1024, "codebook_dim": 8}
@@ -21,12 +21,12 @@ def random_model(folder: Path) -> None:
 
 
 def main() -> None:
-    """Print one line for each part."""
+    """Print one line per part."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary)
         if len(sys.argv) == 1:
             random_model(folder)
-        MossAudioTokenizerModel.from_pretrained(folder)  # the first load imports what the others find
+        MossAudioTokenizerModel.from_pretrained(folder)  # imports are done before the first timed load
         for part in (None, "encoder", "decoder"):
             began, used = time.perf_counter(), time.process_time()
             model = MossAudioTokenizerModel.from_pretrained(folder, part=part)

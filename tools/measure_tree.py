@@ -1,11 +1,11 @@
-"""Print what the layout promises about the package: files and lines, files in a folder, import circles, raw look-ups.
+"""Print numbers about the package layout: files and lines, files per folder, import cycles, untyped config look-ups.
 
     python tools/measure_tree.py [checkout]
 
-Modules are counted without `__init__.py`. An import counts wherever it stands: at the top, in a function or behind
-TYPE_CHECKING; a circle is a set of modules that reach one another. A raw look-up is `config["key"]` outside `config/`
-and `cli/`, where sections are still plain mappings, and outside `model/` and `export/`, whose `config` is the plain
-config.json of a model.
+Modules are counted without `__init__.py`. An import counts wherever it stands: at the top, in a function or under
+TYPE_CHECKING. A circle is a set of modules that import one another, directly or indirectly. A raw look-up is
+`config["key"]` on an untyped mapping. Not counted are `config/` and `cli/`, where sections are still plain mappings,
+and `model/` and `export/`, whose `config` is the plain config.json of a model.
 """
 
 import ast
@@ -19,7 +19,7 @@ MAY_LOOK_UP = ("config/", "cli/", "model/", "export/")
 
 
 def module_names(package: Path) -> dict[str, Path]:
-    """Return every module of the package by its dotted name."""
+    """Return the paths of all modules of the package by dotted name."""
     names = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -28,7 +28,7 @@ def module_names(package: Path) -> dict[str, Path]:
 
 
 def imports_of(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
-    """Return the modules of the package that one module names in import statements, wherever they stand."""
+    """Return the modules of the package that one module imports, wherever the import statements stand."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -43,7 +43,7 @@ def imports_of(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
 
 
 def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return the strongly connected sets of more than one module (Tarjan 1972)."""
+    """Return the strongly connected components with more than one module (Tarjan 1972)."""
     order: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
@@ -71,7 +71,7 @@ def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def raw_lookups(package: Path) -> list[str]:
-    """Return `file:line` of every look-up in an untyped configuration where none belongs."""
+    """Return `file:line` of every look-up in an untyped configuration outside the folders where this is allowed."""
     found = []
     for path in sorted(package.rglob("*.py")):
         place = path.relative_to(package).as_posix()

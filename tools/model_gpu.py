@@ -1,12 +1,12 @@
-"""Model one micro-batch of an experiment on a named GPU, operator by operator, without a GPU. No measurement.
+"""Predict the time of one micro-batch on a named GPU, operator by operator, without a GPU. This is a model only.
 
-Every operator of forward and backward runs on tensors without data. It takes as long as the longest of three: its
-operations at the share of the peak that products reach, its bytes at the share of the bandwidth that kernels reach, and
-starting it (a roofline). Compiled, the operators of a compiled part between two products are one kernel, and
-what only they use never reaches the memory.
+Every operator of the forward and backward pass runs on tensors without data. Its time follows a roofline: it is the
+longest of its operations at the share of the peak that matrix products reach, its bytes at the share of the bandwidth
+that kernels reach, and the launch time. In the compiled variant, the operators of a compiled part between two matrix
+products are one kernel, and tensors that only this kernel uses are never written to memory.
 
     python tools/model_gpu.py cat_1b6 --gpu h100 --stage 1 --clips 10 --seconds 12 --texts 3
-    --gpus 64 adds the pace of so many GPUs: passes of this size, then gradients are summed and optimizers step
+    --gpus 64 adds the speed of that many GPUs: passes of this size, then gradient reduction and optimizer steps
 """
 
 import argparse
@@ -38,11 +38,11 @@ from tools.dataless import dataless, micro_batch, run_micro_batch
 
 SMS = {"a100": 108, "a100_40gb": 108, "h100_pcie": 114, "l40s": 142, "rtx4090": 128, "b200": 148}  # others: 132
 TEXT_TOKENS_PER_SECOND = 15
-LAUNCH_SECONDS = 2.5e-6  # a kernel takes at least so long
-BANDWIDTH_SHARE, HALF_SHARE, FLOAT_SHARE = 0.85, 0.78, 0.75  # of the data sheet, that good kernels reach
-ATTENTION_SHARE, CONVOLUTION_SHARE, TRIANGULAR_SHARE = 0.5, 0.35, 0.05  # of what products reach
-TENSORS_PER_LAUNCH = 64  # of two lists, in torch's kernels for many tensors
-SMALL_SHARE = 1 / 16  # of what its user writes: a compiler computes such a thing where it is used
+LAUNCH_SECONDS = 2.5e-6  # shortest duration of a kernel
+BANDWIDTH_SHARE, HALF_SHARE, FLOAT_SHARE = 0.85, 0.78, 0.75  # of the data sheet's peak, as reached by good kernels
+ATTENTION_SHARE, CONVOLUTION_SHARE, TRIANGULAR_SHARE = 0.5, 0.35, 0.05  # of what matrix products reach
+TENSORS_PER_LAUNCH = 64  # for operations on two lists of tensors, in torch's multi-tensor kernels
+SMALL_SHARE = 1 / 16  # of what its users write: a compiler recomputes so small a tensor where it is used
 BUS_BYTES_PER_SECOND = 300e9
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 EXTERN = PRODUCTS | {
@@ -65,7 +65,7 @@ FREE = {"detach", "_unsafe_view", "empty", "empty_like", "lift_fresh", "alias"}
 
 @torch.library.custom_op("moss_model::window", mutates_args=())
 def window_forward(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Stand for the windowed attention kernel of CUDA; [B, T, H, D]."""
+    """Stand in for the windowed attention kernel of CUDA; [B, T, H, D]."""
     return torch.empty_like(query)
 
 
@@ -73,7 +73,7 @@ def window_forward(query: Tensor, key: Tensor, value: Tensor, window: int) -> Te
 def window_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stand for its backward kernel."""
+    """Stand in for its backward kernel."""
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
@@ -120,11 +120,11 @@ FLOPS: dict[Any, Callable[..., Any]] = {
 
 @dataclass
 class Kernel:
-    """One operator, or several that are fused."""
+    """One operator, or several fused ones."""
 
     name: str
     component: str
-    call: int  # of a compiled part, 0 outside
+    call: int  # number of the call of a compiled part, 0 outside compiled parts
     is_backward: bool
     reads: dict[int, int]  # bytes by storage
     writes: dict[int, int]
@@ -135,17 +135,17 @@ class Kernel:
 
     @property
     def is_extern(self) -> bool:
-        """Whether a compiler leaves it to a library."""
+        """Whether a compiler leaves the operator to a library."""
         return self.name in EXTERN
 
 
 @dataclass
 class Recorder(TorchDispatchMode):
-    """Notes every operator that moves data, forward and backward, with the part of the module that it belongs to.
+    """Records every operator that moves data, forward and backward, with the part of the module that it belongs to.
 
     Attributes:
-        kernels: what was noted.
-        compiles: whether compiled parts take the way that compilers take.
+        kernels: the recorded operators.
+        compiles: whether compiled parts run the code path that `torch.compile` takes.
     """
 
     kernels: list[Kernel] = field(default_factory=list)
@@ -167,11 +167,11 @@ class Recorder(TorchDispatchMode):
         if name.startswith("_foreach_") and name.endswith("_"):
             for first in range(0, len(args[0]), TENSORS_PER_LAUNCH):
                 chosen = slice(first, first + TENSORS_PER_LAUNCH)
-                read = args[1:] if name == "_foreach_copy_" else args  # the others it overwrites
+                read = args[1:] if name == "_foreach_copy_" else args  # the first argument is only overwritten
                 self._note(func, args[0][chosen], [value[chosen] for value in read], 0.0)
             return result
         inputs, outputs = tensors((args, kwargs)), tensors(result)
-        inputs = inputs[1:] if name == "copy_" else inputs  # which it overwrites
+        inputs = inputs[1:] if name == "copy_" else inputs  # the first argument is only overwritten
         if func.is_view or not outputs or name in FREE:
             return result
         formula = {**flop_registry, **FLOPS}.get(func._overloadpacket)
@@ -203,7 +203,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def scope(self, component: str, is_part: bool) -> Iterator[None]:
-        """Within it operators belong to a component, and to one call of a compiled part."""
+        """Assign the operators inside this context to a component, and to one call of a compiled part."""
         self._calls += is_part
         self.stack.append((component, self._calls if is_part else self.stack[-1][1]))
         self._mark()
@@ -222,7 +222,7 @@ class Recorder(TorchDispatchMode):
         self.scopes.append(self.stack[-1])
 
     def watch(self, owner: Any, method: str, component: str | None, is_part: bool = False) -> None:
-        """Give a method of an object a scope; without a component that of its caller."""
+        """Run a method of an object in a scope of its own; if `component` is None, it keeps that of its caller."""
         inner = getattr(owner, method)
         self.watched.append((owner, method))
 
@@ -234,12 +234,12 @@ class Recorder(TorchDispatchMode):
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """Every tensor in a structure."""
+    """Return every tensor in a nested structure."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def sizes(found: Sequence[Tensor]) -> dict[int, int]:
-    """Bytes of tensors by storage, repeated elements once."""
+    """Return the bytes of tensors by storage; expanded dimensions count once."""
     result: dict[int, int] = {}
     for tensor in found:
         elements = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
@@ -249,7 +249,7 @@ def sizes(found: Sequence[Tensor]) -> dict[int, int]:
 
 
 def fuse(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """Make one kernel of all operators of a compiled part between two products that share a tensor."""
+    """Fuse operators of a compiled part that share a tensor and lie between the same two matrix products."""
     set_levels(kernels)
     parent = list(range(len(kernels)))
     seen: dict[tuple[int, bool, int, int], int] = {}
@@ -275,7 +275,7 @@ def fuse(kernels: Sequence[Kernel]) -> list[Kernel]:
 
 
 def set_levels(kernels: Sequence[Kernel]) -> None:
-    """Count the products of its part before each operator; what is small and needs none comes where it is used."""
+    """Set each kernel's level: the number of library kernels before it. Small inputs move to the level of their use."""
     producer: dict[int, int] = {}
     users: dict[int, list[Kernel]] = defaultdict(list)
     depends: set[int] = set()
@@ -299,7 +299,7 @@ def set_levels(kernels: Sequence[Kernel]) -> None:
 
 
 def merge(members: Sequence[Kernel], users: dict[int, set[int]], number: int) -> Kernel:
-    """One kernel that reads what others made and writes what others use, or nobody, as results."""
+    """Return one kernel that reads tensors made by others and writes those that others use, and unused results."""
     first = members[0]
     if len(members) == 1:
         return first
@@ -315,7 +315,7 @@ def merge(members: Sequence[Kernel], users: dict[int, set[int]], number: int) ->
 
 
 def seconds_of(kernel: Kernel, gpu: str) -> float:
-    """How long a kernel takes by the roofline."""
+    """Return the duration of a kernel according to the roofline."""
     spec = GPUS[gpu]
     moved = sum(kernel.reads.values()) + sum(kernel.writes.values())
     peak = spec.bf16 * HALF_SHARE if kernel.is_half else spec.fp32 * FLOAT_SHARE
@@ -333,9 +333,9 @@ def seconds_of(kernel: Kernel, gpu: str) -> float:
 
 
 def tile_share(shape: Sequence[int], depth: float, num_sms: int) -> float:
-    """Share of a product's peak that whole tiles in whole waves leave, for the best of three sizes of tile.
+    """Return the share of a product's peak that whole tiles in whole waves allow, for the best of three tile sizes.
 
-    Few tiles of a deep product, as of the gradient of a weight, are split along its depth, down to 1024.
+    If a deep product has few tiles, as for the gradient of a weight, its depth is split into parts of at least 1024.
     """
     rows, columns, number = shape[-2], shape[-1], math.prod(shape[:-2])
     best = 0.0
@@ -350,7 +350,7 @@ def tile_share(shape: Sequence[int], depth: float, num_sms: int) -> float:
 
 
 def record(module: CatModule, stage: Stage, options: argparse.Namespace, compiles: bool) -> list[Kernel]:
-    """Forward and backward of one micro-batch of a stage in its full swing, which is not the first of its update."""
+    """Record one micro-batch at the end of a stage, all losses at full weight, but not the first of its update."""
     tokens = round(TEXT_TOKENS_PER_SECOND * options.seconds)
     batch = micro_batch(module, options.clips, options.seconds, options.texts, tokens, "cpu")
     recorder = Recorder(compiles=compiles)
@@ -375,7 +375,7 @@ def record(module: CatModule, stage: Stage, options: argparse.Namespace, compile
 
 @contextmanager
 def scopes(module: CatModule, recorder: Recorder) -> Iterator[None]:
-    """Within it the components of a module are named for the recorder, and its compiled parts."""
+    """Label the components and compiled parts of a module for the recorder inside this context."""
     for stage in stages_of(module.tokenizer):
         rate = module.tokenizer.config.frame_rate * stage.frames_per_code_frame
         recorder.watch(stage, "forward", f"stages of {rate:g} Hz")
@@ -398,7 +398,7 @@ def scopes(module: CatModule, recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Attention takes the windowed kernel in bfloat16, magnitudes one kernel."""
+    """Use the windowed attention kernel in bfloat16 and one kernel for magnitudes, as on CUDA."""
     places: list[tuple[Any, str, Any]] = [
         (attention, "has_window_kernel", lambda query: query.dtype == torch.bfloat16),
         (attention, "flash_attention", window_forward),
@@ -415,7 +415,7 @@ def as_on_cuda() -> Iterator[None]:
 
 
 def report(kernels: Sequence[Kernel], gpu: str) -> None:
-    """Print the table."""
+    """Print the table of one variant."""
     rows: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0, 0, 0])
     for kernel in kernels:
         row = rows[kernel.component, kernel.is_backward]
@@ -432,7 +432,7 @@ def report(kernels: Sequence[Kernel], gpu: str) -> None:
 
 
 def main() -> None:
-    """Print the model of one micro-batch."""
+    """Print the predicted time of one micro-batch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment")
     parser.add_argument("overrides", nargs="*")
@@ -462,7 +462,7 @@ def main() -> None:
 
 
 def pace(module: CatModule, kernels: Sequence[Kernel], options: argparse.Namespace) -> None:
-    """Print how fast one GPU passes its audio, and so many GPUs an update."""
+    """Print the audio throughput of one GPU, and the time of an update and the throughput of `--gpus` GPUs."""
     audio = options.clips * options.seconds
     taken = sum(seconds_of(kernel, options.gpu) for kernel in kernels)
     flops = sum(kernel.flops for kernel in kernels)
@@ -481,7 +481,7 @@ def pace(module: CatModule, kernels: Sequence[Kernel], options: argparse.Namespa
 
 
 def update_seconds(taken: float, passes: int, learning: int, options: argparse.Namespace) -> float:
-    """Time of an update of so many passes: gradients are summed beside the last backward pass, then weights step."""
+    """Return the time of an update of `passes` passes: gradients are reduced during the last backward pass."""
     sums = 4 * (options.gpus - 1) / options.gpus * learning / BUS_BYTES_PER_SECOND
     stepping = UPDATE_BYTES * learning / (GPUS[options.gpu].bandwidth * 1e12)
     return passes * taken + exposed_seconds(sums, BACKWARD_SHARE * taken, learning) + stepping

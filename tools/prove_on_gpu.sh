@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that has to be measured on one GPU, each step with its own time limit, the short tables last:
-# speed of training (both stages of the published model, compiled and eager, and of the smaller ones), of inference, with
-# packed audio given also the real data path, the generators of other codecs at equal minutes, a scaling law, and a model
-# that every call trains on for one more step, with its evaluation.
+# All measurements that need one GPU, each step with its own time limit; the short tables are printed at the end:
+# speed of training (both stages of the published model, compiled and eager, and of the smaller ones) and of inference. With
+# packed audio also: the real data path, the generators of other codecs at equal minutes, a scaling law, and a model that
+# every call trains further, with its evaluation.
 #   bash tools/prove_on_gpu.sh OUT [TRAIN_SHARDS HELDOUT_SHARDS]
-# STEPS="training inference" runs a part; LIMIT is the seconds that each step may take, 570 by default; EXPERIMENT is what
-# the first two measure, cat_1b6 by default; MODEL is what is trained, "cat_small" by default, with overrides if there are
-# any. PYTHON is the interpreter, that of the checkout's .venv by default. To try the script on a CPU: SIZE=tiny (small) for
+# STEPS="training inference" runs only these; LIMIT is the limit of each step in seconds, 570 by default; EXPERIMENT is
+# measured for speed, cat_1b6 by default; MODEL is what is trained, "cat_small" by default, optionally with overrides.
+# PYTHON is the interpreter, by default that of the checkout's .venv. To try the script on a CPU: SIZE=tiny (small) for
 # peers and scaling, MINUTES (2) per peer, UPDATES (300) per size.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +24,7 @@ size=${SIZE:-small}
 steps=${STEPS:-training eager profile inference ladder shards peers scaling model evaluate}
 export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
-# Runs one step with its output in $out/<name>.log; a step that fails or runs out of time does not stop the others.
+# Runs one step with its output in $out/<name>.log; a step that fails or times out does not stop the others.
 step() {
     local name=$1
     shift
@@ -54,7 +54,7 @@ if [ -n "$train" ]; then
     step scaling "$python" tools/scaling.py --experiment cat_$size --train "$train" --heldout "$heldout" \
         --updates "${UPDATES:-300}" --out "$out/scaling" \
         data.num_workers=$workers
-    # Told to terminate, it writes a checkpoint; status 124 says that there is more to do.
+    # On SIGTERM it writes a checkpoint; status 124 means that the limit was reached and the next call continues.
     # shellcheck disable=SC2086
     signal=TERM step model "$python" -m moss_train fit experiment=$model data.train="$train" validation.data="$heldout" \
         validation.every_updates=200 checkpoint.every_updates=200 wandb=null run_dir="$out/model" data.num_workers=$workers

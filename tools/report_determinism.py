@@ -1,11 +1,11 @@
-"""Share of codes that change with precision, batching, padding and streaming, for a model and clips of audio.
+"""Report the share of codes that change with precision, batching, padding and streaming, for a model and audio clips.
 
     python tools/report_determinism.py MODEL CLIP [CLIP ...]
 
 Each line compares with the codes of the clip alone, offline, in the same precision; the precisions are compared with
-float32. Behind the first level of a frame that differs, the others search in another residual: `codes` counts all that
-differ, `first` only the first of each frame, `frames` the frames. Streams of several clips are compared with streams of
-one, in chunks of one frame. `batch_invariant=True` is shown with what it costs.
+float32. After the first differing level of a frame, the later levels quantize another residual: `codes` counts all
+differing codes, `first` only the first in each frame, `frames` the frames with any. Streams of several clips are
+compared with single streams, in chunks of one frame. The lines with `batch_invariant=True` also show its cost.
 """
 
 import argparse
@@ -32,18 +32,18 @@ def arguments() -> argparse.Namespace:
 
 
 def separate(model: MossAudioTokenizerModel, clips: list[Tensor], **options: object) -> list[Tensor]:
-    """Codes [N, frames] of every clip on its own."""
+    """Return the codes [N, frames] of every clip encoded on its own."""
     return [model.encode(clip[None], **options).audio_codes[:, 0].cpu() for clip in clips]
 
 
 def together(model: MossAudioTokenizerModel, clips: list[Tensor], **options: object) -> list[Tensor]:
-    """Codes [N, frames] of every clip in one batch."""
+    """Return the codes [N, frames] of the clips encoded in one batch."""
     output = model.batch_encode(clips, **options)
     return [output.audio_codes[:, item, :n].cpu() for item, n in enumerate(output.audio_codes_lengths)]
 
 
 def padded(model: MossAudioTokenizerModel, clips: list[Tensor], seconds: float, **options: object) -> list[Tensor]:
-    """Codes [N, frames] of every clip on its own, with masked silence behind."""
+    """Return the codes [N, frames] of every clip encoded on its own, followed by masked silence."""
     codes = []
     for clip in clips:
         longer = torch.nn.functional.pad(clip, (0, round(seconds * model.sampling_rate)))
@@ -54,7 +54,7 @@ def padded(model: MossAudioTokenizerModel, clips: list[Tensor], seconds: float, 
 
 
 def streamed(model: MossAudioTokenizerModel, clips: list[Tensor], invariant: bool = False) -> list[Tensor]:
-    """Codes [N, frames] of the clips' whole frames, streamed together in chunks of one frame."""
+    """Return the codes [N, frames] of the clips' whole frames, streamed together in chunks of one frame."""
     hop = model.config.downsample_rate
     frames = [clip.shape[1] // hop for clip in clips]
     together = torch.stack(
@@ -87,7 +87,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def report(model: MossAudioTokenizerModel, clips: list[Tensor], name: str, seconds: float) -> list[Tensor]:
-    """Print the lines of one precision; returns the codes that the others are compared with."""
+    """Print the lines of one precision; returns its reference codes, those of each clip alone."""
     alone = separate(model, clips)
     frame = 1 / model.config.frame_rate
     print(line(f"{name}: batched", together(model, clips), alone))

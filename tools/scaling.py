@@ -1,17 +1,18 @@
-"""Loss against compute: one experiment in several widths, trained on equal data, with a power law through the results.
+"""Measure loss against compute: one experiment in several widths, trained on equal data, and a fitted power law.
 
     python tools/scaling.py --experiment cat_small --scales 0.5 1 1.5 2 --train SHARDS --heldout SHARDS       # one GPU
     python tools/scaling.py --experiment cat_tiny --scales 0.5 0.75 1 --updates 100 --train SHARDS --heldout SHARDS
     python tools/scaling.py ... --rates 0.5 1 --seeds 0 1        # each size at its better rate, mean of two seeds
 
-With `--test SCALE` a size that the law has not seen is trained afterwards and compared with what the law says of it.
-Every size sees the same clips in the same order with the experiment's schedule, shortened to `--updates`. The loss is
-the seven-scale mel distance of held-out clips with all levels; the compute are the FLOPs of one update, counted
-operation by operation, times the updates. Learning rates are those of the experiment times each of `--rates`, and
-shrink with the width, as 1 / scale ** `--rate-exponent`; the first seed chooses among the rates, by the loss.
+With `--test SCALE`, a size outside the fit is trained afterwards and compared with the power law's prediction.
+Every size is trained on the same clips in the same order with the experiment's schedule, shortened to `--updates`. The
+loss is the seven-scale mel distance of held-out clips with all levels. The compute is the FLOPs per second of audio,
+counted operation by operation in the first update of every stage (and in the first with the adversarial loss), times
+the seconds of audio. Learning rates are those of the experiment times each of `--rates`, and decrease with the width as
+1 / scale ** `--rate-exponent`; the rate with the lowest loss is chosen with the first seed.
 Writes `scaling.png` and `scaling.json`, which `python -m moss_train estimate experiment=cat_1b6 scaling=FILE` reads,
-and a line per run into `runs.jsonl`: the same command goes on after an interruption. A law through a few small runs
-tells the cost of a bigger one better than its quality.
+and a line per run to `runs.jsonl`: the same command continues after an interruption. A power law through a few small
+runs predicts the cost of a larger one better than its quality.
 """
 
 import argparse
@@ -42,7 +43,7 @@ import matplotlib.pyplot as plt
 
 
 class FirstUpdates(Callback):
-    """Counts the FLOPs of every stage's first update with all its terms, and the audio of all updates."""
+    """Counts the FLOPs of each stage's first update, with and without adversarial loss; scales to all audio."""
 
     def __init__(self) -> None:
         self.counter = FlopCounter()
@@ -74,10 +75,10 @@ class FirstUpdates(Callback):
 
 
 def scaled(config: FitConfig, scale: float, updates: int, rate: float) -> FitConfig:
-    """The experiment with widths times `scale`, in whole heads, rates times `rate`, and about `updates` updates.
+    """Return the experiment with widths times `scale` in whole heads, rates times `rate`, and about `updates` updates.
 
-    What a stage hands on grows with it: between equal sizes there is no projection, so that sizes with and without one
-    would not be one family.
+    A stage's output width scales with it: equal widths need no projection between stages, so otherwise only some sizes
+    would have one, and they would not form one model family.
     """
     stages = []
     assert config.tokenizer is not None
@@ -94,7 +95,7 @@ def scaled(config: FitConfig, scale: float, updates: int, rate: float) -> FitCon
 
 
 def run(config: FitConfig, scale: float, rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one size once: its parameters, compute, held-out distance. What `runs.jsonl` has is not trained again."""
+    """Train one size once and return its parameters, compute and held-out distance; reuses results in `runs.jsonl`."""
     key = {
         "experiment": [options.experiment, *options.overrides],
         "data": [*options.train, options.heldout, options.clips, options.longest_seconds],
@@ -132,7 +133,7 @@ def run(config: FitConfig, scale: float, rate: float, seed: int, options: argpar
 
 
 def measure(config: FitConfig, scale: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one size at every rate, and at the best one with the other seeds: the mean over the seeds."""
+    """Train one size at every rate, and at the best rate with the other seeds; return the mean over the seeds."""
     first, *others = options.seeds
     best = min(
         (run(config, scale, rate, first, options) for rate in options.rates), key=lambda found: found["mel_distance"]
@@ -146,7 +147,7 @@ def measure(config: FitConfig, scale: float, options: argparse.Namespace) -> dic
 
 
 def fit_power_law(points: list[dict[str, Any]]) -> dict[str, float]:
-    """mel distance = coefficient * flops^exponent by least squares on logarithms; needs two sizes or more."""
+    """Fit mel distance = coefficient * flops^exponent by least squares on logarithms; needs two sizes or more."""
     x, y = (np.log([point[key] for point in points]) for key in ("flops", "mel_distance"))
     exponent, intercept = np.polyfit(x, y, 1)
     residual = y - (intercept + exponent * x)
@@ -159,7 +160,7 @@ def fit_power_law(points: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def predict(law: dict[str, float], flops: Any) -> Any:
-    """The mel distance that the law gives for that much compute."""
+    """Return the mel distance that the power law predicts for an amount of compute."""
     return law["coefficient"] * flops ** law["exponent"]
 
 

@@ -1,13 +1,13 @@
-"""Random search for codes and audio that differ between offline and streaming, over models, windows and chunk sizes.
+"""Search at random for codes and audio that differ between offline and streaming, over models and chunk sizes.
 
     python tools/search_streaming.py --seconds 120
 
-Every round makes a small random model whose norms, gains and biases are random too, streams clips many windows long in
-random chunks, and compares with the whole clips. Sums in another order leave differences of about 1e-7; where the two
-best scores of a level lie closer together, another code can win, and then all later levels of the frame search in
-another residual. So only the first differing code of a frame counts: as a tie when its scores lie within 1e-5 (cosine),
-else as an error. The exit status is 1 when there is an error, when ties are more than 1 in 100,000 codes, or when audio
-differs by more than 1e-5 of its maximum.
+Every round makes a small random model, with random norms, gains and biases, streams clips that are many windows long in
+random chunks, and compares the result with that of the whole clips. Another order of summation leaves differences of
+about 1e-7. If the two best scores of a level are closer than that, another code can win, and all later levels of the
+frame then quantize another residual. So only the first differing code of a frame counts: as a tie if its scores differ
+by at most 1e-5 (cosine), otherwise as an error. The exit status is 1 if there is an error, if more than 1 in 100,000
+codes are ties, or if audio differs by 1e-5 of its maximum or more.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BATCH_SIZE = 4
 
 @dataclass
 class Counts:
-    """What a search has seen."""
+    """Counts over all rounds of a search."""
 
     models: int = 0
     codes: int = 0
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
 
 
 def random_model(rng: random.Random) -> MossAudioTokenizerModel:
-    """A model of one to three stages, its every branch audible."""
+    """Return a model of one to three stages in which every branch affects the output audibly."""
     torch.manual_seed(rng.randrange(2**31))
     heads = [rng.choice((1, 2, 4)) for _ in range(rng.randint(1, 3))]
     stages = [
@@ -78,7 +78,7 @@ def random_model(rng: random.Random) -> MossAudioTokenizerModel:
 
 @torch.no_grad()
 def randomize(model: MossAudioTokenizerModel) -> MossAudioTokenizerModel:
-    """Give norms, gains and biases random values too, so that no branch is nearly silent."""
+    """Set norms, gains and biases to random values, so that no branch is nearly silent."""
     for name, parameter in model.named_parameters():
         if "norm" in name or "layer_scale" in name:
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -88,7 +88,7 @@ def randomize(model: MossAudioTokenizerModel) -> MossAudioTokenizerModel:
 
 
 def random_sizes(rng: random.Random, frames: int) -> list[int]:
-    """Chunk sizes that add up: all alike, or mixed."""
+    """Return chunk sizes with the given sum: all equal, or mixed."""
     alike = rng.choice((1, 2, 3, 7, 25, None))
     sizes: list[int] = []
     while (left := frames - sum(sizes)) > 0:
@@ -98,7 +98,7 @@ def random_sizes(rng: random.Random, frames: int) -> list[int]:
 
 @torch.no_grad()
 def compare_codes(model: MossAudioTokenizerModel, hidden: Tensor, actual: Tensor, expected: Tensor) -> tuple[int, int]:
-    """Ties and errors among the first differing codes [n, B, F] of each frame, for a latent [B, D, F]."""
+    """Count ties and errors among the first differing codes [n, B, F] of each frame, for a latent [B, D, F]."""
     first = ((actual != expected).cumsum(dim=0) == 1) & (actual != expected)
     ties = errors = 0
     residual = apply_pointwise(model.quantizer.input_proj, hidden.transpose(1, 2))
@@ -114,7 +114,7 @@ def compare_codes(model: MossAudioTokenizerModel, hidden: Tensor, actual: Tensor
 
 @torch.no_grad()
 def search_one(rng: random.Random, counts: Counts) -> None:
-    """Stream through one random model and add what differs to `counts`."""
+    """Stream through one random model and add the differences to `counts`."""
     model = random_model(rng)
     hop, frames = model.config.downsample_rate, rng.randint(150, 400)
     audio = torch.randn(BATCH_SIZE, 1, frames * hop)
@@ -129,7 +129,7 @@ def search_one(rng: random.Random, counts: Counts) -> None:
     counts.ties += ties
     counts.errors += errors
     differs = (codes != whole.audio_codes).int()
-    counts.codes += int((differs.cumsum(dim=0) - differs == 0).sum())  # those behind search in another residual
+    counts.codes += int((differs.cumsum(dim=0) - differs == 0).sum())  # not those behind a difference
     counts.audio_error = max(counts.audio_error, float((decoded - expected).abs().max() / expected.abs().max()))
 
 

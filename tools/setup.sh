@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make or complete .venv at the repository root: the packages of requirements.lock, hash-checked, and moss_train itself,
-# editable. Needs Python >= 3.11 with venv, and a network the first time; takes no time when everything is there.
-# PYTHON=... chooses the interpreter. After an interrupted set-up the next call starts again, with the downloads so far.
+# Create or complete .venv at the repository root: the packages of requirements.lock, hash-checked, and moss_train itself,
+# editable. Needs Python >= 3.11 with venv, and a network the first time; returns at once when everything is there.
+# PYTHON=... chooses the interpreter. After an interruption the next call starts again but reuses finished downloads.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -11,7 +11,7 @@ stamp="$venv/.moss_train_setup"
 home="$venv/.moss_train_root"
 unfinished="$venv/.moss_train_unfinished"
 
-# What the environment was made from: the lock, the declared packages and the place (an environment cannot be moved).
+# The inputs of the environment: the lock, the declared packages and the location (an environment cannot be moved).
 fingerprint() {
     cat "$root/requirements.lock" "$root/pyproject.toml" - <<<"$root" | sha256sum | cut -d ' ' -f 1
 }
@@ -38,8 +38,8 @@ find_python() {
         "Install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.11"
 }
 
-# An environment is made again when an installation in it was cut off (packages may be half there), when it was moved or
-# copied here (its scripts name their place), or when its Python is gone.
+# An environment is recreated if an installation in it was interrupted (packages may be incomplete), if it was moved or
+# copied here (its scripts contain absolute paths), or if its Python is gone.
 is_usable() {
     [ ! -e "$unfinished" ] && "$python" -m pip --version >/dev/null 2>&1 &&
         [ "$(cat "$home" 2>/dev/null || echo "$root")" = "$root" ]
@@ -57,7 +57,7 @@ make_venv() {
     "$base" -m venv "$venv"
 }
 
-# uv reads other settings than pip: take over the package index that the user chose for pip, if any.
+# uv does not read pip's settings: take over the package index that the user configured for pip, if any.
 use_index_of_pip() {
     local index="${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}"
     if [ -n "$index" ] && [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
@@ -85,7 +85,7 @@ if is_complete; then
 fi
 if command -v flock >/dev/null; then
     exec 9<"${BASH_SOURCE[0]}"
-    flock 9 # a second set-up of the same checkout waits here for the first
+    flock 9 # a second setup of the same checkout waits here for the first
     if is_complete; then
         exit 0
     fi

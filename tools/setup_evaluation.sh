@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Adds to .venv what `evaluate` can use beyond requirements.lock: PESQ, a recogniser, packages of other
-# codecs; 0.4 GB, hash-checked, each without dependencies of its own, because some of these do not build any more.
-# What cannot be had here is named and left out: `evaluate` then says so in a footnote. Takes no time when all is there.
+# Add the optional packages of `evaluate` that are not in requirements.lock to .venv: PESQ, a recogniser, packages of other
+# codecs; 0.4 GB, hash-checked, each without its own dependencies, because some of these no longer build.
+# Packages that cannot be installed are named and left out: `evaluate` then says so in a footnote. Repeated calls take no time.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="$root/.venv/bin/python"

@@ -1,4 +1,4 @@
-"""Train without a run directory, and measure every number of levels: what comparisons at equal data share."""
+"""Train without a run directory, and evaluate at several numbers of levels: shared by comparisons at equal data."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from moss_train.training.run.trainer import build_trainer, choose_accelerator
 
 
 def shortened(stages: Sequence[StageConfig], updates: int) -> list[StageConfig]:
-    """The stages with all their lengths, warm-ups included, scaled so that they have about `updates` updates in all."""
+    """Return the stages with all lengths, including warm-ups, scaled to about `updates` updates in total."""
     factor = updates / sum(stage.updates for stage in stages)
 
     def scaled(length: int) -> int:
@@ -40,9 +40,9 @@ def shortened(stages: Sequence[StageConfig], updates: int) -> list[StageConfig]:
 
 
 def train_in_memory(config: FitConfig, module: CatModule, callbacks: Sequence[Callback] = ()) -> None:
-    """Do all updates of the module's schedule on `data.train` of a `fit` configuration, on one device.
+    """Run all updates of the module's schedule on `data.train` of a `fit` configuration, on one device.
 
-    As in `fit`, the levels are fitted to the latents where a stage without a quantizer ends.
+    As in `fit`, the levels are fitted to the latents at the end of a stage without quantizer.
     """
     accelerator = choose_accelerator(config.trainer.accelerator)
     stream = open_stream(config, module.tokenizer.config)
@@ -62,7 +62,7 @@ def train_in_memory(config: FitConfig, module: CatModule, callbacks: Sequence[Ca
 
 
 def packed_clips(config: FitConfig, folder: str, module: CatModule, count: int, longest_seconds: float) -> list[Tensor]:
-    """The first `count` clips [C, T] of a packed folder in the stream's order, cropped, at the level of training."""
+    """Return the first `count` clips [C, T] of a packed folder in stream order, cropped, at the training level."""
     data = config.data.replace(
         crop_seconds=longest_seconds,
         max_seconds=longest_seconds,
@@ -80,25 +80,25 @@ def packed_clips(config: FitConfig, folder: str, module: CatModule, count: int, 
 
 @dataclass(frozen=True)
 class DepthReport:
-    """Mean over clips of the seven-scale mel distance by number of levels, and the codebooks' use level by level."""
+    """Mean seven-scale mel distance over clips by number of levels, and the codebook usage of every level."""
 
     distances: Mapping[int, float]
-    used_shares: tuple[float, ...]  # entries of the level's codebook that occur
+    used_shares: tuple[float, ...]  # share of the entries of the level's codebook that occur
     perplexities: tuple[float, ...]  # exp of the entropy of the level's codes, in entries
 
 
 def quarter_depths(num_quantizers: int) -> tuple[int, ...]:
-    """The depths of a short table: 1, a quarter, half and all of the levels."""
+    """Return the numbers of levels of a short table: 1, a quarter, half and all of them."""
     return tuple(sorted({1, max(1, num_quantizers // 4), max(1, num_quantizers // 2), num_quantizers}))
 
 
 @torch.no_grad()
 def depth_report(tokenizer: Any, clips: Iterable[Tensor], depths: Sequence[int]) -> DepthReport:
-    """Encode every clip [C, T], at the decoder's rate, once and decode it at every depth.
+    """Encode every clip [C, T], given at the decoder's rate, once, and decode it at every depth.
 
     Args:
-        tokenizer: has the pieces of `MossAudioTokenizerModel` that training uses: `encode_latent`, `quantizer`,
-            `decode_latent`, `config`. It stays in the mode it is in.
+        tokenizer: has the members of `MossAudioTokenizerModel` that training uses: `encode_latent`, `quantizer`,
+            `decode_latent`, `config`. Its train or eval mode is not changed.
 
     Raises:
         ValueError: there is no clip.

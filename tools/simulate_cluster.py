@@ -1,10 +1,10 @@
-"""Run the real data-order code for a whole cluster on one CPU, and check what a run of months relies on.
+"""Run the real data-order code for a whole cluster on one CPU, and check the properties that long runs rely on.
 
     python tools/simulate_cluster.py                        # 256 ranks x 8 workers, a million shards, 10^9 clips
     python tools/simulate_cluster.py --num-shards 2000 --num-ranks 32 --num-updates 20
 
-The corpus is synthetic (`synthetic_corpus.py`), the code that orders it is the one that `fit` runs. Prints a table; the
-exit status is 1 when a check fails.
+The corpus is synthetic (`synthetic_corpus.py`); the code that orders it is the code that `fit` runs. Prints a table.
+The exit status is 1 if a check fails.
 """
 
 import argparse
@@ -29,13 +29,13 @@ RANKS_PER_NODE = 8
 
 
 def make_stream(corpus: Corpus, seed: int) -> AudioStream:
-    """Measure the clips and mix the domains."""
+    """Return the stream of a corpus, with clip durations measured and domains mixed."""
     weights = {domain.name: domain.weight for domain in DOMAINS}
     return AudioStream(corpus, ClipFormat(RATE, 1, 1920), crop_seconds=11.7, weights=weights, seed=seed)
 
 
 def measure_start(folders: Sequence[tuple[Path, Domain]], options: argparse.Namespace, answers: Queue) -> None:
-    """Do what every rank does before its first batch, in a process of its own; answer with times and memory."""
+    """Do in a separate process what every rank does before its first batch, and put times and memory into `answers`."""
     before, begin = resident_megabytes(), time.process_time()
     stream = make_stream(load_corpus(folders), options.seed)
     started = time.process_time()
@@ -52,31 +52,31 @@ def measure_start(folders: Sequence[tuple[Path, Domain]], options: argparse.Name
 
 
 def resident_megabytes() -> float:
-    """Memory of this process that is in RAM now."""
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 @dataclass(frozen=True)
 class StartReport:
-    """What one rank needs to begin."""
+    """Time and memory that one rank needs to start."""
 
-    start_seconds: float  # CPU time until the stream can be asked
-    resume_seconds: float  # CPU time of the first plan after that, at a position of 10^9
-    megabytes: float  # memory that stays taken
-    peak_megabytes: float  # and the most that was taken meanwhile
+    start_seconds: float  # CPU time until the stream is ready
+    resume_seconds: float  # CPU time of the first plan after that, at position 10^9
+    megabytes: float  # memory still in use at the end
+    peak_megabytes: float  # largest memory in use meanwhile
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Least and most of something over ranks and updates."""
+    """Minimum and maximum of a quantity over ranks and updates."""
 
     least: float
     most: float
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Least and most of some values."""
+        """Return the minimum and maximum of some values."""
         values = list(values)
         return cls(min(values), max(values))
 
@@ -86,7 +86,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What the ranks got in the simulated updates."""
+    """What the ranks received in the simulated updates."""
 
     batches: Spread  # per rank
     clips: Spread  # per rank and update
@@ -94,12 +94,12 @@ class RankReport:
     micro_batches: Spread  # per rank and update
     shards_per_worker: Spread  # different shards that one worker of one rank reads from in all its updates
     shards_per_node: Spread  # different shards that the ranks of one node read from in one update
-    complete: bool  # together the ranks read every position once
+    complete: bool  # together the ranks read every position exactly once
     plan_milliseconds: float  # median CPU time of planning one update of one rank
 
 
 def plan_everything(stream: AudioStream, options: argparse.Namespace) -> list[list[UpdatePlan]]:
-    """Plans of some updates, [update][rank]."""
+    """Return the plans of `--num-updates` updates, [update][rank]."""
     updates, position = [], options.position
     for _ in range(options.num_updates):
         updates.append([plan_of(stream, position, rank, options) for rank in range(options.num_ranks)])
@@ -108,7 +108,7 @@ def plan_everything(stream: AudioStream, options: argparse.Namespace) -> list[li
 
 
 def report_ranks(updates: Sequence[Sequence[UpdatePlan]], options: argparse.Namespace, seconds: float) -> RankReport:
-    """Sum up the plans, which took so many seconds to make."""
+    """Summarize the plans; computing them took `seconds`."""
     plans = [plan for ranks in updates for plan in ranks]
     opened: dict[tuple[int, int], set[str]] = {}
     for update, ranks in enumerate(updates):
@@ -129,36 +129,36 @@ def report_ranks(updates: Sequence[Sequence[UpdatePlan]], options: argparse.Name
 
 
 def plan_of(stream: AudioStream, position: int, rank: int, options: argparse.Namespace) -> UpdatePlan:
-    """One rank's plan of the update that begins at a position."""
+    """Return one rank's plan of the update that starts at a position."""
     return stream.plan_update(position, options.batch_seconds, options.micro_batch_seconds, rank, options.num_ranks)
 
 
 def refs_of(plan: UpdatePlan) -> list[SampleRef]:
-    """All samples of a plan."""
+    """Return all samples of a plan."""
     return [ref for group in plan.micro_batches for ref in group]
 
 
 def shards_of(plans: Iterable[UpdatePlan]) -> set[str]:
-    """All shards that some plans read from."""
+    """Return all shards that the plans read from."""
     return {ref.location.shard for plan in plans for ref in refs_of(plan)}
 
 
 def is_complete(plans: Sequence[UpdatePlan], position: int) -> bool:
-    """Whether the ranks together read every position of the update once, and agree on where it ends."""
+    """Tell whether the ranks together read every position of the update once and agree on where it ends."""
     positions = sorted(ref.position for plan in plans for ref in refs_of(plan))
     return positions == list(range(position, plans[0].next_position)) and len({p.next_position for p in plans}) == 1
 
 
 @dataclass(frozen=True)
 class MixtureReport:
-    """What a long stretch of the stream holds."""
+    """Composition of a long section of the stream."""
 
-    shares: dict[str, float]  # of the audio seconds, by domain
-    distinct: bool  # no clip came twice, in less than one pass of each source
+    shares: dict[str, float]  # share of the audio seconds by domain
+    distinct: bool  # no clip occurred twice, in less than one pass over each source
 
 
 def report_mixture(stream: AudioStream, num_positions: int) -> MixtureReport:
-    """Sum up the positions from 0 on."""
+    """Summarize the first `num_positions` positions."""
     blocks = [stream.block(number) for number in range(-(-num_positions // stream.block_size))]
     domains, rows = (np.concatenate([block[name] for block in blocks]) for name in ("domain", "row"))
     seconds = np.bincount(domains, np.concatenate([block["num_samples"] for block in blocks]), len(stream.domains))
@@ -171,7 +171,7 @@ def report_mixture(stream: AudioStream, num_positions: int) -> MixtureReport:
 
 
 def reads_each_once(corpus: Corpus, domain: str, seed: int) -> bool:
-    """Whether the second pass of one source reads every one of its clips once."""
+    """Tell whether the second pass over one source reads every one of its clips once."""
     shards = corpus.shard_ranges()[domain]
     order = DomainOrder(domain, shards, seed=seed, window_shards=8)
     seen = np.zeros(order.num_clips, np.int64)
@@ -182,7 +182,7 @@ def reads_each_once(corpus: Corpus, domain: str, seed: int) -> bool:
 
 
 def digest(stream: AudioStream, position: int, num_ranks: int, options: argparse.Namespace) -> str:
-    """Hash of what all ranks of a world together read in two updates from a position, in the order of the stream."""
+    """Return a hash of all samples of two updates from a position, read by a number of ranks, in the stream's order."""
     state = hashlib.sha256()
     for _ in range(2):
         one = argparse.Namespace(**vars(options) | {"num_ranks": num_ranks})
@@ -195,7 +195,7 @@ def digest(stream: AudioStream, position: int, num_ranks: int, options: argparse
 
 @dataclass(frozen=True)
 class ClusterReport:
-    """Everything that was simulated."""
+    """All results of the simulation."""
 
     num_clips: int
     hours: float
@@ -208,11 +208,11 @@ class ClusterReport:
 
     @property
     def largest_error(self) -> float:
-        """Largest difference of a share of the audio seconds from its weight, relative to the weight."""
+        """Largest relative difference between a domain's share of the audio seconds and its weight."""
         return max(abs(self.mixture.shares[domain.name] / domain.weight - 1) for domain in DOMAINS)
 
     def checks(self) -> dict[str, bool]:
-        """What has to be so."""
+        """Return the checks by name, and whether each one passes."""
         return {
             "equal numbers of batches on every rank": self.ranks.batches.least == self.ranks.batches.most,
             "the ranks together read every position once": self.ranks.complete,
@@ -225,7 +225,7 @@ class ClusterReport:
 
 
 def simulate(options: argparse.Namespace) -> ClusterReport:
-    """Write a synthetic corpus and run everything on it."""
+    """Write the indexes of a synthetic corpus and run the whole simulation on it."""
     with tempfile.TemporaryDirectory() as name:
         folders = write_indexes(Path(name), options.num_shards)
         start = in_own_process(measure_start, folders, options)
@@ -249,7 +249,7 @@ def simulate(options: argparse.Namespace) -> ClusterReport:
 
 
 def in_own_process(function: Callable[..., None], *arguments: object) -> StartReport:
-    """What a function, in a fresh process, answers."""
+    """Run a function in a fresh process and return its answer."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     process = context.Process(target=function, args=(*arguments, answers))
@@ -302,7 +302,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Simulate, print the table, and say whether everything is as it has to be."""
+    """Simulate, print the table, and return 0 if all checks pass and 1 otherwise."""
     options = arguments()
     report = simulate(options)
     print_report(report, options)

@@ -1,7 +1,7 @@
-"""A corpus of any size without audio: shard records are written and read like real ones, clips are computed.
+"""Make a corpus of any size without audio: shard records are written and read like real ones, clips are computed.
 
-`simulate_cluster.py` uses it. The length and the text flag of a clip are functions of its row, computed when they are
-asked for, so that a billion of them take no memory.
+Used by `simulate_cluster.py`. The length and the text flag of a clip are functions of its row, computed on demand, so
+that a billion of them take no memory.
 """
 
 import hashlib
@@ -60,12 +60,12 @@ class Computed:
 
 
 def _scrambled(rows: np.ndarray) -> np.ndarray:
-    """32 bits for every row, by multiplication with the fraction of the golden ratio."""
+    """Return 32 pseudorandom bits for every row, by multiplication with the fractional part of the golden ratio."""
     return (np.atleast_1d(rows).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
 
 
 def columns_of(domain: Domain, num_rows: int, first: int) -> dict[str, Computed]:
-    """Columns of a folder whose first clip is number `first` of all clips."""
+    """Return the columns of a folder; `first` is the number of its first clip in the whole corpus."""
     shortest, longest = (round(seconds * RATE) for seconds in domain.seconds)
 
     def lengths(bits: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ def write_indexes(folder: Path, num_shards: int) -> list[tuple[Path, Domain]]:
 
 
 def record_of(domain: Domain, number: int) -> dict:
-    """The record of one shard; its number of clips depends on its number."""
+    """Return the record of one shard; its number of clips depends on the shard's number."""
     least, most = CLIPS_PER_SHARD
     count = least + int(_scrambled(np.int64(number))[0]) % (most - least + 1)
     seconds = count * sum(domain.seconds) / 2
@@ -107,7 +107,7 @@ def record_of(domain: Domain, number: int) -> dict:
 
 
 def load_corpus(folders: Sequence[tuple[Path, Domain]]) -> Corpus:
-    """Read the indexes."""
+    """Read the indexes and return the corpus."""
     indexes, first = [], 0
     for path, domain in folders:
         index = read_index(path)

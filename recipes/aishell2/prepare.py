@@ -1,4 +1,4 @@
-"""Manifest of one part of AISHELL-2 (aishelltech.com/aishell_2, on application, for research only).
+"""Write the manifest of one part of AISHELL-2 (aishelltech.com/aishell_2, on application, for research only).
 
     python recipes/aishell2/prepare.py data/AISHELL-2/iOS/data data/manifests/aishell2/train.jsonl
     python recipes/aishell2/prepare.py data/AISHELL-DEV-TEST-SET/iOS/test data/manifests/aishell2/test.jsonl
@@ -15,7 +15,7 @@ from moss_train.data.pack.manifest import list_clips
 
 
 def clips(folder: Path) -> Iterator[dict]:
-    """Yield every utterance; the folder of a recording names its speaker."""
+    """Yield every utterance. A recording's folder names its speaker."""
     for clip in list_clips(folder, "speech").clips:
         labels = {"domain": "speech", "language": "zh", "speaker": f"aishell2-{clip.path.parent.name}"}
         yield {"path": str(clip.path.resolve()), "id": clip.id, "text": clip.text} | labels

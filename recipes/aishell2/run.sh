@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# AISHELL-2, which you have to apply for: prepare and pack one part, `iOS/data` or a part of the test set.
+# AISHELL-2, which is available on application: prepare and pack one part, `iOS/data` or a part of the test set.
 #   bash recipes/aishell2/run.sh /data/AISHELL-2/iOS/data train
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac

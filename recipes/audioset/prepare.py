@@ -1,10 +1,10 @@
-"""Manifest of one part of AudioSet (research.google.com/audioset, lists CC BY 4.0; the audio is YouTube's).
+"""Write the manifest of one part of AudioSet (research.google.com/audioset, lists CC BY 4.0; audio from YouTube).
 
     python recipes/audioset/prepare.py eval_segments.csv class_labels_indices.csv data/audioset/eval eval.jsonl
 
-The lists are the published ones. The audio has to be there already: a file per segment, named by the YouTube id, with
-or without a `Y` in front or the start in seconds behind (`Y--4gqARaEJE.wav`, `--4gqARaEJE_0.000.flac`). Segments
-without a file are counted. The text is a caption made of the class names.
+The lists are the published ones. The audio must already be there: one file per segment, named after the YouTube id,
+with or without a leading `Y` and a trailing start time in seconds (`Y--4gqARaEJE.wav`, `--4gqARaEJE_0.000.flac`).
+Segments without a file are counted. The text of a clip is a caption made from its class names.
 """
 
 import csv
@@ -17,7 +17,7 @@ from moss_train.data.pack.manifest import AUDIO_SUFFIXES
 
 
 def main(segments: Path, labels: Path, audio: Path, manifest: Path) -> None:
-    """Write the manifest and say how many segments have no file."""
+    """Write the manifest and print how many segments have no file."""
     files = {path.stem: path.resolve() for path in sorted(audio.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES}
     found = list(clips(read_segments(segments), read_names(labels), files))
     count = write_manifest(manifest, (clip for clip in found if clip))
@@ -25,7 +25,7 @@ def main(segments: Path, labels: Path, audio: Path, manifest: Path) -> None:
 
 
 def read_segments(path: Path) -> Iterator[tuple[str, float, list[str]]]:
-    """Yield YouTube id, start in seconds and class ids of every line that is no comment."""
+    """Yield the YouTube id, the start in seconds and the class ids of every line that is not a comment."""
     with path.open(encoding="utf-8", newline="") as file:
         lines = (line for line in file if not line.startswith("#"))
         for name, start, _, classes in csv.reader(lines, skipinitialspace=True):
@@ -33,13 +33,13 @@ def read_segments(path: Path) -> Iterator[tuple[str, float, list[str]]]:
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Class id -> name."""
+    """Return the class names by class id."""
     with path.open(encoding="utf-8", newline="") as file:
         return {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
 
 
 def clips(segments: Iterator, names: dict[str, str], files: dict[str, Path]) -> Iterator[dict | None]:
-    """Yield an entry for every segment, None for one without a file."""
+    """Yield an entry for every segment, or None for a segment without a file."""
     for name, start, classes in segments:
         stems = (name, f"Y{name}", f"{name}_{start:.3f}", f"{name}_{int(start)}", f"{name}_{int(start * 1000)}")
         path = next((files[stem] for stem in stems if stem in files), None)

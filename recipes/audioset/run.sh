@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# AudioSet, whose audio you need to have: prepare and pack one part from the published lists.
+# AudioSet, whose audio you need to have already: prepare and pack one part from the published lists.
 #   bash recipes/audioset/run.sh eval_segments.csv class_labels_indices.csv /data/audioset/eval eval
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac

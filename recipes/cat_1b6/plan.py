@@ -1,4 +1,4 @@
-"""The plan of `cat_1b6` on three million hours, computed: prints README.md beside it.
+"""Compute the plan for training `cat_1b6` on three million hours and print it as the README.md of this folder.
 
 python recipes/cat_1b6/plan.py > recipes/cat_1b6/README.md
 """
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def row(stages: list[StageEstimate], gpus: int, byte_rate: float, writing_days: float) -> str:
-    """The plan for a number of GPUs, from its estimate and what all checkpoints take."""
+    """Return the table row for a number of GPUs, from its estimate and the time spent writing checkpoints."""
     rates = [stage.stage.batch_seconds / stage.update_seconds for stage in stages]
     stepping = " / ".join(f"{stage.step_seconds / stage.update_seconds:.0%}" for stage in stages)
     training_days = sum(stage.days for stage in stages)

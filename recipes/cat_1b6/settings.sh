@@ -1,4 +1,4 @@
-# Sourced by torchrun.sh and slurm.sh: what every start of the published run has in common. SHARDS is the folder of the packed sets.
+# Sourced by torchrun.sh and slurm.sh: settings shared by every start of the published run. SHARDS is the folder of the packed sets.
 : "${SHARDS:?the folder that holds the packed sets speech, music and sound, on a file system that all machines share}"
 settings=(
     experiment=cat_1b6

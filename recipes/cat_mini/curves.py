@@ -1,4 +1,4 @@
-"""Draw how a run's held-out measures changed over its updates.
+"""Plot a run's validation metrics against its updates.
 
 python recipes/cat_mini/curves.py out/voices recipes/cat_mini/curves.png
 """
@@ -19,13 +19,13 @@ TEXT = {"text_lm_loss": "given the audio", "text_lm_loss_no_audio": "without"}
 
 
 def main() -> None:
-    """Read validation.csv and metrics.csv of the run, write the picture."""
+    """Read the run's validation.csv and metrics.csv and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--levels", nargs="+", type=int, default=[1, 4, 8, 16])
     arguments = parser.parse_args()
-    rows = read_rows(arguments.run / "validation.csv")[1:]  # without that of the untrained model
+    rows = read_rows(arguments.run / "validation.csv")[1:]  # without the row of the untrained model
     panels = [
         Panel(title, [curve(rows, f"{name}/{levels}", f"{levels}") for levels in arguments.levels], dots=True)
         for name, title in MEASURES.items()
@@ -39,13 +39,13 @@ def main() -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """All rows of a table."""
+    """Return all rows of a table."""
     with path.open(newline="", encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
 
 
 def curve(rows: list[dict[str, str]], column: str, name: str) -> Curve:
-    """The values of a column where it has one."""
+    """Return the values of a column in the rows that have one."""
     points = [(float(row["update"]), float(row[column])) for row in rows if row.get(column)]
     return Curve(name, [update for update, _ in points], [value for _, value in points])
 

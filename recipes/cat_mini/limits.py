@@ -1,10 +1,10 @@
-"""What the levels of a model lose of its latent: distances by levels, and with the latent passed on unquantized.
+"""Measure how much of a model's latent is lost in quantization: distances by number of levels, and without quantizer.
 
     python recipes/cat_mini/limits.py recipes/cat_mini data/cc0_voices/heldout.jsonl
 
-"none" is the continuous latent through the same decoder. Where it is hardly better than all levels, they carry nearly
-all of this latent; a model trained with more bits may still use them. Relative error: energy of the difference of the
-waveforms over that of the original.
+"none" decodes the continuous latent with the same decoder. If it is hardly better than all levels, the levels already
+carry nearly all of this latent; a model trained with more bits may still use them. The relative error is the energy of
+the difference of the waveforms divided by the energy of the original.
 """
 
 import json
@@ -19,13 +19,13 @@ from moss_train.losses.reconstruction import multi_scale_mel_distance
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.training.step.quantizer_start import pass_unquantized
 
-PEAK = 0.7  # the level that cat_mini was trained at
-EVERY = 5  # clips of the manifest
+PEAK = 0.7  # the peak level that cat_mini was trained at
+EVERY = 5  # every fifth clip of the manifest is measured
 
 
 @torch.inference_mode()
 def main(folder: str, manifest: Path) -> None:
-    """Print the mel distance and the relative error of 1, 4, 8, 16 and no levels, means over clips."""
+    """Print the mel distance and the relative error for 1, 4, 8, 16 and no levels, as means over clips."""
     torch.set_num_threads(1)
     model = MossAudioTokenizerModel.from_pretrained(folder).eval()
     lines = manifest.read_text("utf-8").splitlines()[::EVERY]

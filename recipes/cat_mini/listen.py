@@ -1,8 +1,8 @@
-"""Reconstruct clips with a model at several numbers of levels: small Opus files, spectrograms and a table.
+"""Reconstruct clips with a model at several numbers of levels: writes small Opus files, spectrograms and a table.
 
     python recipes/cat_mini/listen.py recipes/cat_mini heldout.jsonl OUT --clips ID ID --levels 1 4 16
 
-The originals are not written: the table names them.
+The originals are not copied: the table names their files.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from moss_train.audio.io import read_audio
 from moss_train.export import load_tokenizer
 from moss_train.plotting import save_spectrograms
 
-PEAK = 0.7  # the level that the model was trained at
+PEAK = 0.7  # the peak level that the model was trained at
 
 
 def main() -> None:
@@ -59,14 +59,14 @@ def main() -> None:
 
 
 def shrink(picture: Path) -> None:
-    """Store a picture in fewer pixels and 64 colours, a tenth of the bytes."""
+    """Store a picture with fewer pixels and 64 colours, in a tenth of the bytes."""
     with Image.open(picture) as image:
         small = image.convert("RGB").resize((image.width * 3 // 5, image.height * 3 // 5))
     small.quantize(64).save(picture, optimize=True)
 
 
 def count(levels: int) -> str:
-    """Say how many levels in words."""
+    """Return the number of levels in words."""
     return f"{levels} level{'s' * (levels > 1)}"
 
 

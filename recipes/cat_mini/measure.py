@@ -1,10 +1,10 @@
-"""Measure a model on the held-out clips of every voice, scaled as in training, and print the card's table.
+"""Evaluate a model on the held-out clips of each voice, scaled as in training, and print the table of its model card.
 
     python recipes/cat_mini/measure.py recipes/cat_mini out/cc0_voices/heldout.jsonl out/cat_mini_measures
 
-A second call goes on where the first stopped. The folders of the evaluations hold reports with sounds. Whisper
-measures the English voice, where faster-whisper and a model of it are installed; speaker similarity is measured where
-Resemblyzer is (speaker_similarity.py says how).
+A second call continues where the first one stopped. The output folders hold reports with audio. The English voice is
+also transcribed with Whisper if faster-whisper and a Whisper model are installed; speaker similarity is measured if
+Resemblyzer is installed (see speaker_similarity.py).
 """
 
 import argparse
@@ -19,14 +19,14 @@ from pathlib import Path
 
 from moss_train.data.pack.list_formats import write_manifest
 
-PEAK = 0.7  # the level that cat_mini was trained at
+PEAK = 0.7  # the peak level that cat_mini was trained at
 METRICS = ["stoi", "pesq", "spectral", "pitch", "buzz"]
 COLUMNS = ["stoi", "pesq_nb", "mel_loss", "pitch", "buzz", "speaker_similarity", "wer_errors", "cer_errors"]
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Evaluate voice by voice, print the rows."""
+    """Evaluate voice by voice and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="run, checkpoint or model folder")
     parser.add_argument("manifest", type=Path, help="JSON lines with id, path, text, language and speaker")
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def split_by_speaker(manifest: Path, out: Path) -> dict[str, str]:
-    """Write one manifest per speaker. Returns the speakers' languages."""
+    """Write one manifest per speaker and return the speakers' languages."""
     rows = defaultdict(list)
     out.mkdir(parents=True, exist_ok=True)
     for entry in map(json.loads, manifest.read_text("utf-8").splitlines()):
@@ -57,7 +57,7 @@ def split_by_speaker(manifest: Path, out: Path) -> dict[str, str]:
 
 
 def evaluate(model: str, out: Path, speaker: str, language: str, levels: list[int]) -> None:
-    """Run the command that a reader would run."""
+    """Run the `evaluate` command, as a user would."""
     metrics = [*METRICS, "recognition"] if language == "en" else METRICS
     environment, plugins = os.environ.copy(), []
     if find_spec("resemblyzer") is not None:

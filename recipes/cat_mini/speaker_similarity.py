@@ -1,11 +1,11 @@
-"""A metric of your own, in use: does a reconstruction sound like the same speaker? By the GE2E encoder of Resemblyzer.
+"""Example of a custom metric: speaker similarity of original and reconstruction, with Resemblyzer's GE2E encoder.
 
-    pip install resemblyzer 'setuptools<81'     # webrtcvad, which it needs, asks for pkg_resources
+    pip install resemblyzer 'setuptools<81'     # its dependency webrtcvad imports pkg_resources
     PYTHONPATH=recipes/cat_mini python -m moss_train evaluate plugins=[speaker_similarity] out=out/same \\
         'metrics=[{_target_: speaker_similarity.SpeakerSimilarity}]' model=recipes/cat_mini data=clips.jsonl
 
-Its weights come with the package, so that it needs no download; the paper's table uses WavLM
-(`metrics=[speaker] speaker_model=...`), whose values are not comparable.
+The encoder's weights are part of the package, so nothing else is downloaded. The table of the paper uses WavLM
+(`metrics=[speaker] speaker_model=...`); its values are not comparable with these.
 """
 
 from dataclasses import dataclass
@@ -23,27 +23,27 @@ SAMPLING_RATE = 16000
 
 @dataclass(frozen=True)
 class SpeakerSimilarity:
-    """Cosine of the angle between the speaker embeddings of a recording and of its reconstruction (Wan et al. 2018)."""
+    """Cosine similarity of the speaker embeddings of a recording and of its reconstruction (Wan et al. 2018)."""
 
     columns = (Column("speaker_similarity", "Speaker sim. (GE2E)", is_higher_better=True),)
 
     @property
     def description(self) -> str:
-        """Name the encoder: only values of equal descriptions are compared."""
+        """Return the name of the encoder: only values with equal descriptions are compared."""
         return f"GE2E of Resemblyzer {package_version('resemblyzer')}"
 
     def missing(self) -> str | None:
-        """Return what has to be installed first, if anything."""
+        """Return what has to be installed first, or None."""
         return missing_package("resemblyzer", "pip install resemblyzer 'setuptools<81'")
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """Embed both clips [T] at 16 kHz and compare."""
+        """Embed both clips [T] at 16 kHz and return their similarity."""
         reference, degraded = (embed(clip) for clip in pair.at(SAMPLING_RATE))
         return {"speaker_similarity": float(reference @ degraded)}
 
 
 def embed(clip: Tensor) -> np.ndarray:
-    """Return the unit vector [256] of a clip [T] at 16 kHz."""
+    """Return the embedding [256] of a clip [T] at 16 kHz, of unit length."""
     vector: np.ndarray = load_encoder().embed_utterance(clip.numpy())
     return vector
 

@@ -1,9 +1,9 @@
-"""Train one voice in many ways and print what came of each, a row per change and seed.
+"""Train a model of one voice with many variants of the settings and print one row of results per variant and seed.
 
     python recipes/cc0_voices/ablate.py SHARDS HELDOUT out/ablations --seeds 0 1 [--only base small_batch]
 
-1,500 updates of 5.76 s, about five minutes of one core each; README.md has the commands that pack one voice. Runs that
-are done are not run again, interrupted ones continue.
+Each run does 1,500 updates of 5.76 s in about five minutes on one core; README.md has the commands that pack one voice.
+Finished runs are not repeated, and interrupted ones continue.
 """
 
 import argparse
@@ -56,7 +56,7 @@ CHANGES = {
 
 
 def main() -> int:
-    """Run what is asked for and print the table. Returns 0."""
+    """Run the requested variants and print the table. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", type=Path)
     parser.add_argument("heldout", type=Path)
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def row(run_dir: Path, name: str, seed: int) -> list[str]:
-    """Return the cells of one run: its last validation, and the sum of the seconds of its updates."""
+    """Return the table cells of one run: its last validation and the total seconds of its updates."""
     with open(run_dir / "validation.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
     with open(run_dir / "metrics.csv", newline="") as file:

@@ -1,9 +1,9 @@
-"""Manifests of three voices in the public domain (CC0): train.jsonl and heldout.jsonl, with texts.
+"""Write the manifests of three public-domain (CC0) voices: train.jsonl and heldout.jsonl, with texts.
 
     python recipes/cc0_voices/prepare.py CLONES OUT
 
-CLONES holds `dataset-voice-kathleen`, `dataset-voice-kerstin` and `dataset-voice-nathalie` as they are on GitHub. The
-clips that heldout.txt names are held out, and so is every other recording of their texts.
+CLONES holds clones of `dataset-voice-kathleen`, `dataset-voice-kerstin` and `dataset-voice-nathalie` from GitHub. The
+clips listed in heldout.txt are held out, and so is every other recording of the same texts.
 """
 
 import sys
@@ -18,10 +18,10 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Voice:
-    """Where a repository keeps its recordings.
+    """Layout of the repository of one voice.
 
     Attributes:
-        num_clips: recordings that the manifests must have at least, or the clone is incomplete.
+        num_clips: smallest number of recordings that a complete clone has in the manifests.
     """
 
     name: str
@@ -38,7 +38,7 @@ VOICES = (
 
 
 def texts_of(checkout: Path, voice: Voice) -> dict[str, str]:
-    """Read the texts by file name without suffix: from metadata.csv (`name|text`), or from .txt beside the audio."""
+    """Return the texts by file name without suffix, from metadata.csv (`name|text`) or .txt files beside the audio."""
     table = checkout / "metadata.csv"
     if table.exists():
         rows = (line.split("|") for line in table.read_text("utf-8").splitlines() if "|" in line)
@@ -58,7 +58,7 @@ def clips(checkout: Path, voice: Voice) -> Iterator[dict]:
 
 
 def main(clones: Path, out: Path) -> None:
-    """Write both manifests, or end with a reason."""
+    """Write both manifests, or exit with an error message."""
     heldout_ids = set((HERE / "heldout.txt").read_text("utf-8").split())
     found: list[dict] = []
     for voice in VOICES:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Three voices in the public domain (CC0): Kathleen (English), Kerstin (German), Nathalie (Dutch), 3.7 hours with texts.
+# Three public-domain (CC0) voices: Kathleen (English), Kerstin (German), Nathalie (Dutch), 3.7 hours with texts.
 #   bash recipes/cc0_voices/run.sh [folder, data/cc0_voices by default]
-# Clones what is needed from GitHub (git, shallow and sparse), checks it, writes manifests, packs. What is done is passed
-# over, so it can be repeated after an interruption. CC0_VOICES names a folder that is there already, with train.jsonl,
-# heldout.jsonl and the audio they name: nothing is cloned then. CC0_MIRROR names another place than GitHub.
+# Clones what is needed from GitHub (git, shallow and sparse), checks it, writes manifests, packs. Finished steps are
+# skipped, so it can be repeated after an interruption. CC0_VOICES names an existing folder with train.jsonl,
+# heldout.jsonl and the audio files in them; then nothing is cloned. CC0_MIRROR replaces GitHub with another place.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -13,7 +13,7 @@ python=${PYTHON:-.venv/bin/python}
 mirror=${CC0_MIRROR:-https://github.com/rhasspy}
 source=${CC0_VOICES:-$folder}
 
-# The folder of the audio and the pattern of what is wanted from each repository.
+# The audio folder and the file pattern to check out from each repository.
 declare -A audio=([kathleen]=data [kerstin]=verified [nathalie]=verified)
 
 clone_voice() {
@@ -25,8 +25,8 @@ clone_voice() {
         git -C "$checkout.part" sparse-checkout set --no-cone "/${audio[$1]}/" /metadata.csv /LICENSE /README.md
         mv "$checkout.part" "$checkout"
     fi
-    git -C "$checkout" checkout --quiet --force # a second time fetches only what is missing
-    git -C "$checkout" fsck --no-dangling --no-progress >/dev/null # every file against the hash that git has for it
+    git -C "$checkout" checkout --quiet --force # a repeated call fetches only what is missing
+    git -C "$checkout" fsck --no-dangling --no-progress >/dev/null # checks every file against its hash in git
     touch "$checkout/.complete"
 }
 

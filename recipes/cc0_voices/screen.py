@@ -1,10 +1,10 @@
-"""Screen what makes a small model learn: a bare training loop of the tokenizer on one voice, scored on held-out clips.
+"""Compare settings of a small model quickly: a bare training loop on one voice, scored on held-out clips.
 
     python recipes/cc0_voices/screen.py VOICES [key=value ...]
 
-VOICES is a folder with train.jsonl and heldout.jsonl. The keys and their defaults are those of `Options`. It prints mel
-distance, STOI, pitch accuracy and buzz for 1, 4 and 16 levels, and the processor time. `fit` does the same with
-`quantize: false` in its first stage; this loop has no text, no discriminators and starts in seconds.
+VOICES is a folder with train.jsonl and heldout.jsonl. The keys and their defaults are the fields of `Options`. Prints
+mel distance, STOI, pitch accuracy and buzz for 1, 4 and 16 levels, and the processor time. `fit` with `quantize: false`
+in its first stage trains in the same way; this loop has no text and no discriminators, and it starts within seconds.
 """
 
 import json
@@ -40,27 +40,27 @@ HOP = 1920
 
 @dataclass
 class Options:
-    """What can be varied; rates are constant after a warm-up of 50 updates, and of 20 after the fit."""
+    """What can be varied. Rates are constant after a warm-up of 50 updates, and of 20 updates after the fit."""
 
     voice: str = "kerstin"
-    minutes: float = 24.0  # of training clips, held in memory
+    minutes: float = 24.0  # training audio held in memory
     updates: int = 300
-    continuous: int = 0  # updates without the quantizer, before it is fitted
-    relative_error: float = 0.0  # weight of the waveform's relative squared error, beside 15 of the mel distance
-    mel_from: int = 0  # update from which the mel distance counts
+    continuous: int = 0  # updates without the quantizer, before it is fitted to the latents
+    relative_error: float = 0.0  # weight of the relative squared error of the waveform; the mel distance has weight 15
+    mel_from: int = 0  # first update in which the mel distance counts
     commitment: float = 0.25
     rate: float = 2e-3
-    rate_after: float = 2e-3  # after the fit
-    decoder_only: bool = False  # after the fit
+    rate_after: float = 2e-3  # learning rate after the fit
+    decoder_only: bool = False  # train only the decoder after the fit
     dropout: float = 0.5  # share of clips that use a random number of levels
-    clips: int = 6  # of 0.96 s per update
+    clips: int = 6  # clips per update, of 0.96 s each
     every: int = 100  # updates between scores
     held_out: int = 12
     seed: int = 0
 
 
 def main(voices: Path, options: Options) -> None:
-    """Train, and print scores on the way."""
+    """Train and print scores at regular intervals."""
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
@@ -111,7 +111,7 @@ def main(voices: Path, options: Options) -> None:
 
 
 def read_voice(manifest: Path, voice: str, seconds: float) -> list[Tensor]:
-    """Read clips [T] of a voice in a random order, scaled to a peak of 0.7, until they last so long."""
+    """Read clips [T] of a voice in random order, scaled to a peak of 0.7, until they last at least `seconds`."""
     rows = [row for row in map(json.loads, manifest.read_text("utf-8").splitlines()) if row["speaker"] == voice]
     random.Random(0).shuffle(rows)
     clips: list[Tensor] = []
@@ -144,7 +144,7 @@ def print_scores(
     started: float,
     is_quantized: bool = True,
 ) -> None:
-    """Print mean scores by number of levels; without the quantizer there is one row."""
+    """Print mean scores by number of levels; without the quantizer there is only one row."""
     print(f"update {update}, {time.process_time() - started:.0f} s of processor time")
     for levels in (1, 4, 16) if is_quantized else (None,):
         rows = []

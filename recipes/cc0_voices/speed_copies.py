@@ -1,9 +1,9 @@
-"""Copies of a manifest's clips, played faster or slower: other pitches and tempos against learning voices by heart.
+"""Copy a manifest's clips at another speed: more pitches and tempos, so that a model overfits less to a few voices.
 
     python recipes/cc0_voices/speed_copies.py data/cc0_voices/train.jsonl data/cc0_voices/speed90 0.9
 
-Writes FLAC at 24 kHz with a peak of 0.7, and a manifest beside the folder (data/cc0_voices/speed90.jsonl) whose clips
-have the folder's name as domain and no text.
+Writes FLAC at 24 kHz with a peak of 0.7, and a manifest beside the folder (data/cc0_voices/speed90.jsonl). Its clips
+have the folder's name as their domain, and no text.
 """
 
 import json
@@ -22,7 +22,7 @@ PEAK = 0.7
 
 
 def copy_clip(entry: dict, source: Path, out: Path, speed: float) -> dict:
-    """Write one clip at another speed; returns its line of the manifest."""
+    """Write one clip at another speed and return its manifest line."""
     torch.set_num_threads(1)
     audio, rate = read_audio(source / entry["path"], num_channels=1)
     audio = resample(audio, round(rate * speed), SAMPLING_RATE)

@@ -1,9 +1,9 @@
-"""Manifests of the speech, music and sounds in unpacked Debian packages, for `moss_train pack`.
+"""Write manifests of the speech, music and sounds in unpacked Debian packages, for `moss_train pack`.
 
     python recipes/debian_audio/prepare.py UNPACKED OUT
 
-UNPACKED is the folder into which run.sh unpacks the packages; OUT receives train.jsonl and heldout.jsonl. A package
-that is not there is passed over, so a part of the list works too.
+UNPACKED is the folder into which run.sh unpacks the packages; train.jsonl and heldout.jsonl are written to OUT. Missing
+packages are skipped, so part of the list is enough.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from moss_train.audio.io import audio_info
 from moss_train.utils.errors import UserError
 
-MAX_CHARACTERS_PER_SECOND = 25.0  # above it the recording is of a shorter wording
+MAX_CHARACTERS_PER_SECOND = 25.0  # with more, the text is longer than what is spoken
 TRACK_PARTS, PART_SECONDS = 8, 12.0
 HELDOUT_SPEAKERS = {"fillets-cs-big", "pocketsphinx-librivox", "klettres-it", "klettres-en_GB", "ktuberling-fr"}
 HELDOUT_PERCENT = 5
@@ -47,7 +47,7 @@ SOUNDS = {
     "usr/share/hyperrogue/sounds": "game sound",
 }
 AUDIO = (".ogg", ".oga", ".wav", ".flac", ".mp3")
-TRACK_SECONDS = 20.0  # in folders that hold both, longer files are music
+TRACK_SECONDS = 20.0  # in folders that hold both, longer files are music, shorter ones sounds
 
 Clip = dict[str, object]
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def write(path: Path, clips: list[Clip]) -> None:
-    """Write a manifest; what only this script needs is left out."""
+    """Write a manifest, without the fields that only this script needs."""
     with path.open("w", encoding="utf-8") as file:
         for clip in clips:
             values = {
@@ -85,7 +85,7 @@ def write(path: Path, clips: list[Clip]) -> None:
 
 
 def is_heldout(clip: Clip) -> bool:
-    """Whole speakers; and of the others a share of texts, tracks and families of sounds, chosen by a hash."""
+    """Tell whether a clip is held out: whole speakers, and of the rest a share of texts, tracks and families."""
     if clip.get("speaker") in HELDOUT_SPEAKERS:
         return True
     group = str(clip.get("group") or clip.get("text") or clip["id"])
@@ -93,7 +93,7 @@ def is_heldout(clip: Clip) -> bool:
 
 
 def measure(clip: Clip) -> bool:
-    """Add the seconds; take the text away when it is too long for them. False for files that cannot be read."""
+    """Add the duration, and remove a text that is too long for it. Returns False for files that cannot be read."""
     try:
         seconds = audio_info(str(clip["path"])).seconds
     except UserError:
@@ -108,13 +108,13 @@ def measure(clip: Clip) -> bool:
 
 
 def speech(path: Path, root: Path, language: str, speaker: str, text: str | None) -> Clip:
-    """A clip of speech."""
+    """Return a clip of speech."""
     labels = {"domain": "speech", "language": language, "speaker": speaker, "text": (text or "").strip() or None}
     return {"path": str(path), "id": path.relative_to(root).as_posix()} | labels
 
 
 def fillets(root: Path) -> Iterator[Clip]:
-    """Fish Fillets: whole sentences in Czech and Dutch, in the scripts of the levels."""
+    """Yield the clips of Fish Fillets: whole sentences in Czech and Dutch, with texts from the levels' scripts."""
     dialog = re.compile(r'dialogId\("([^"]+)", "([^"]+)", "[^"]*"\)\s*dialogStr\("([^"]*)"\)')
     for language in ("cs", "nl"):
         for script in sorted(root.glob(f"usr/share/games/fillets-ng/script/*/dialogs_{language}.lua")):
@@ -126,7 +126,7 @@ def fillets(root: Path) -> Iterator[Clip]:
 
 
 def tuxpaint(root: Path) -> Iterator[Clip]:
-    """Tux Paint: descriptions of pictures in many languages, and the sounds of what they show."""
+    """Yield the clips of Tux Paint: spoken descriptions of pictures in many languages, and sounds of what they show."""
     stamps = root / "usr/share/tuxpaint/stamps"
     for path in sorted(stamps.rglob("*.ogg")):
         name, _, language = path.stem.partition("_desc")
@@ -140,7 +140,7 @@ def tuxpaint(root: Path) -> Iterator[Clip]:
 
 
 def read_stamp(path: Path) -> dict[str, str]:
-    """The description of a stamp by language; its first line is English."""
+    """Return the descriptions of a Tux Paint stamp by language; the first line of the file is English."""
     if not path.is_file():
         return {}
     first, *rest = path.read_text("utf-8", errors="replace").splitlines() or [""]
@@ -149,7 +149,7 @@ def read_stamp(path: Path) -> dict[str, str]:
 
 
 def klettres(root: Path) -> Iterator[Clip]:
-    """KLettres: letters and syllables in twenty languages."""
+    """Yield the clips of KLettres: letters and syllables in twenty languages."""
     folder = root / "usr/share/klettres"
     for listing in sorted(folder.glob("*/sounds.xml")):
         for sound in ElementTree.parse(listing).iter("sound"):
@@ -159,14 +159,14 @@ def klettres(root: Path) -> Iterator[Clip]:
 
 
 def ktuberling(root: Path) -> Iterator[Clip]:
-    """KTuberling: names of things in twenty languages, without their texts."""
+    """Yield the clips of KTuberling: names of things in twenty languages, without their texts."""
     for path in sorted((root / "usr/share/ktuberling/sounds").glob("*/*")):
         if path.suffix in AUDIO:
             yield speech(path, root, path.parent.name, f"ktuberling-{path.parent.name}", None)
 
 
 def pocketsphinx(root: Path) -> Iterator[Clip]:
-    """Ten sentences and names of cards in English."""
+    """Yield the clips of pocketsphinx: ten sentences and names of cards in English."""
     folder = root / "usr/share/pocketsphinx/test/data"
     line = re.compile(r"<s>(.*)</s>\s*\((.+)\)")
     for listing in (folder / "librivox/transcription", folder / "cards/cards.transcription"):
@@ -177,20 +177,20 @@ def pocketsphinx(root: Path) -> Iterator[Clip]:
 
 
 def voices(root: Path) -> Iterator[Clip]:
-    """Hedgewars: exclamations of acted voices, without their texts."""
+    """Yield the clips of Hedgewars: exclamations by voice actors, without their texts."""
     for path in sorted((root / "usr/share/games/hedgewars/Data/Sounds/voices").glob("*/*.ogg")):
         language = path.parent.name.partition("_")[2] or "en"
         yield speech(path, root, language, f"hedgewars-{path.parent.name}", None)
 
 
 def files_of(root: Path, pattern: str) -> list[Path]:
-    """Audio below the folders that a pattern names; voices are speech."""
+    """Return the audio files below the folders that match a pattern, without folders of voices, which are speech."""
     found = (path for folder in root.glob(pattern) for path in folder.rglob("*"))
     return sorted(path for path in found if path.suffix in AUDIO and "/voices/" not in path.as_posix())
 
 
 def music(root: Path) -> Iterator[Clip]:
-    """Parts of every track, spread over its length."""
+    """Yield excerpts of every music track, spread over its length."""
     for pattern, style in MUSIC.items():
         for path in files_of(root, pattern):
             seconds = audio_info(path).seconds
@@ -206,7 +206,7 @@ def music(root: Path) -> Iterator[Clip]:
 
 
 def sounds(root: Path) -> Iterator[Clip]:
-    """Effects, described by their folder and file name."""
+    """Yield sound effects, with captions from their folder and file names."""
     for pattern, kind in SOUNDS.items():
         for path in files_of(root, pattern):
             if audio_info(path).seconds < TRACK_SECONDS:
@@ -217,7 +217,7 @@ def sounds(root: Path) -> Iterator[Clip]:
 
 
 def words(path: Path) -> str:
-    """A file name as words: camel case, digits and signs become spaces."""
+    """Return a file name as words: camel case is split; digits and punctuation become spaces."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", path.stem)
     return re.sub(r"[\W_\d]+", " ", spaced).strip().lower()
 

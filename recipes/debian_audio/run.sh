@@ -2,7 +2,7 @@
 # Hours of speech with text, music and sounds in many languages, from Debian packages: download, unpack, prepare, pack.
 #   bash recipes/debian_audio/run.sh [folder, data/debian_audio by default]
 # Needs apt-get and dpkg-deb (any Debian or Ubuntu, no root) and a checkout with an environment (tools/setup.sh).
-# Packages that this release does not have are named and passed over; PACKAGES="..." chooses others.
+# Packages missing from this release are named and skipped; PACKAGES="..." chooses others.
 # Nearly all of it is under GPL or CC-BY-SA (see usr/share/doc in the unpacked folder): keep it on your machine.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
@@ -28,7 +28,7 @@ for deb in "$folder"/debs/*.deb; do
     [ -e "$mark" ] || { dpkg-deb -x "$deb" "$folder/unpacked" && touch "$mark"; }
 done
 
-for archive in "$folder"/unpacked/usr/share/games/ufoai/base/*.pk3; do # a zip file
+for archive in "$folder"/unpacked/usr/share/games/ufoai/base/*.pk3; do # zip files
     [ ! -e "$archive" ] || { "$python" -m zipfile -e "$archive" "$folder/unpacked/usr/share/games/ufoai/base" && rm "$archive"; }
 done
 

@@ -1,9 +1,9 @@
-"""Play with a tokenizer in the browser: record or upload, choose the levels, hear and see what comes back.
+"""Try a tokenizer in the browser: record or upload audio, choose the number of levels, listen to the reconstruction.
 
     python recipes/demo/app.py                                      # the committed model, at http://127.0.0.1:7860
     python recipes/demo/app.py my-tokenizer recipes/cat_mini        # several, to compare
 
-Nothing is fetched from the network and nothing is sent there. `recipes/demo/README.md` tells how it becomes a Space.
+Nothing is downloaded and no audio leaves the machine. `recipes/demo/README.md` explains how to publish it as a Space.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # has to be set before gradio is imported
 
 import gradio as gr
 import matplotlib
@@ -32,19 +32,19 @@ from moss_train.plotting import save_spectrograms
 from moss_train.utils.errors import UserError
 
 HERE = Path(__file__).parent
-BESIDE = HERE / "model"  # where a Space has its model
+BESIDE = HERE / "model"  # the folder of the model in a Space
 DEFAULT_MODEL = BESIDE if BESIDE.is_dir() else HERE.parent / "cat_mini"
 EXAMPLES = sorted((HERE.parent / "quickstart" / "audio" / "speech").glob("*.flac"), key=os.path.getsize)[-3:]
 MAX_SECONDS = 30.0
 MAX_BYTES = 20 * 2**20
 PEAK = 0.7
-# Fonts of the browser's machine: the default theme asks a server for its own.
+# Fonts installed on the browser's machine: the default theme would fetch its own from a server.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Audio [C, T] as the model takes it, and what was changed."""
+    """Audio [C, T] as the model receives it, and notes about what was changed."""
 
     audio: Tensor
     remark: str
@@ -52,7 +52,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a model made of a clip: codes [levels, frames], audio [C, T], seconds of encoding and decoding."""
+    """A reconstructed clip: codes [levels, frames], audio [C, T], seconds taken by encoding and decoding."""
 
     codes: Tensor
     audio: Tensor
@@ -66,7 +66,7 @@ def read_clip(path: str | None, model: MossAudioTokenizerModel, is_scaled: bool)
     """Read the first `MAX_SECONDS` of a file at the model's rate.
 
     Raises:
-        gr.Error: there is no file, it is too large, or it is no audio; one line that the page shows.
+        gr.Error: there is no file, it is too large, or it is not audio; the page shows the one-line message.
     """
     if path is None:
         raise gr.Error("Record or upload something first.", print_exception=False)
@@ -85,7 +85,7 @@ def read_clip(path: str | None, model: MossAudioTokenizerModel, is_scaled: bool)
             num_channels=model.config.number_channels,
             num_samples=wanted,
         )
-    except ValueError as error:  # UserError is one
+    except ValueError as error:  # includes UserError
         raise gr.Error(f"{error}", print_exception=False) from None
     remark = f"the first {MAX_SECONDS:g} of {info.seconds:.1f} s" if wanted < info.num_samples else ""
     if is_scaled and (peak := float(audio.abs().max())) > 0:
@@ -99,7 +99,7 @@ def output_rate(model: MossAudioTokenizerModel) -> int:
 
 
 def reconstruct(model: MossAudioTokenizerModel, audio: Tensor, levels: int) -> Reconstruction:
-    """Encode audio [C, T] with so many levels, and decode it."""
+    """Encode audio [C, T] with the given number of levels, and decode it."""
     config = model.config
     start = time.perf_counter()
     codes: Any = model.encode(audio[None], num_quantizers=levels, return_dict=True).audio_codes
@@ -130,7 +130,7 @@ def describe(name: str, clip: Clip, result: Reconstruction, model: MossAudioToke
 
 
 def playable(audio: Tensor, sampling_rate: int) -> tuple[int, np.ndarray]:
-    """Return audio [C, T] as gradio plays it: the rate and int16 [T, C]."""
+    """Return audio [C, T] in gradio's format: the rate and int16 [T, C]."""
     return sampling_rate, (audio * 32768).round().clamp(-32768, 32767).to(torch.int16).T.numpy()
 
 
@@ -142,7 +142,7 @@ def spectrograms(waveforms: dict[str, Tensor], sampling_rate: int) -> Image.Imag
 
 
 def draw_codes(codes: Tensor, codebook_size: int, frame_rate: float) -> Image.Image:
-    """Draw codes [levels, frames]: time to the right, the first level at the top, a colour for every entry."""
+    """Draw codes [levels, frames]: time runs to the right, the first level is at the top, each entry has a colour."""
     levels, frames = codes.shape
     figure = Figure(figsize=(9, 1.1 + 0.1 * levels), layout="constrained")
     axes = figure.subplots()
@@ -165,7 +165,7 @@ def draw_codes(codes: Tensor, codebook_size: int, frame_rate: float) -> Image.Im
 
 
 def build(models: dict[str, MossAudioTokenizerModel]) -> gr.Blocks:
-    """Build the page for models by name."""
+    """Build the page for models, given by name."""
     names = list(models)
 
     def show(path: str | None, name: str, levels: int, is_scaled: bool) -> tuple[Any, ...]:
@@ -239,19 +239,19 @@ def build(models: dict[str, MossAudioTokenizerModel]) -> gr.Blocks:
 
 
 def audio_input(elem_id: str) -> gr.Audio:
-    """Return an input for a recording or a file."""
+    """Return an input component for a recording or a file."""
     return gr.Audio(sources=["upload", "microphone"], type="filepath", label="Audio", elem_id=elem_id)
 
 
 def scaling() -> gr.Checkbox:
-    """Return the choice of the level at which audio is encoded."""
+    """Return a checkbox for scaling audio to the training level before encoding."""
     return gr.Checkbox(True, label=f"Scale to a peak of {PEAK}, the level that the committed model was trained at")
 
 
 def model_choice(
     models: dict[str, MossAudioTokenizerModel], chosen: str, label: str, share: float = 1.0
 ) -> tuple[gr.Dropdown, gr.Slider]:
-    """Return a menu of models and a slider that goes up to the levels of the chosen one."""
+    """Return a menu of models and a slider whose maximum is the number of levels of the chosen model."""
     most = models[chosen].config.num_quantizers
     slug = label.lower().replace(" ", "_")
     menu = gr.Dropdown(list(models), value=chosen, label=label, elem_id=slug)
@@ -266,7 +266,7 @@ def model_choice(
 
 
 def load(names: list[str]) -> dict[str, MossAudioTokenizerModel]:
-    """Load models; each gets the last part of its folder or hub name as a name, with a number where that is taken."""
+    """Load models, each named after the last part of its path or hub name, with a number added where names clash."""
     models: dict[str, MossAudioTokenizerModel] = {}
     for name in names:
         title = short = Path(name).resolve().name
@@ -279,7 +279,7 @@ def load(names: list[str]) -> dict[str, MossAudioTokenizerModel]:
 
 
 def start(page: gr.Blocks, **options: Any) -> Any:
-    """Serve the page, with nothing from other servers in it; `options` are those of `launch`."""
+    """Serve the page without anything from other servers; `options` are passed to `launch`."""
     return page.launch(theme=THEME, max_file_size=MAX_BYTES, ssr_mode=False, **options)
 
 

@@ -1,4 +1,4 @@
-"""Write the page, moss_train and a model as one folder, ready to be pushed as a Space of the hub.
+"""Write the page, moss_train and a model into one folder that can be pushed as a Space on the Hugging Face hub.
 
 python recipes/demo/make_space.py my-tokenizer out/space
 """

@@ -1,4 +1,4 @@
-"""Manifests of LibriSpeech (openslr.org/12, CC BY 4.0): one per subset, text in lower case.
+"""Write the manifests of LibriSpeech (openslr.org/12, CC BY 4.0): one per subset, text in lower case.
 
     python recipes/librispeech/prepare.py data/LibriSpeech data/manifests/librispeech
 
@@ -23,7 +23,7 @@ def clips(subset: Path) -> Iterator[dict]:
 
 
 def main(root: Path, out: Path) -> None:
-    """Write one manifest per subset that is there."""
+    """Write one manifest for every subset found."""
     subsets = [folder for folder in sorted(root.iterdir()) if any(folder.glob("*/*/*.trans.txt"))]
     if not subsets:
         sys.exit(f"{root} has no subset of LibriSpeech; give the folder that holds test-clean and the others")

@@ -1,4 +1,4 @@
-"""Manifests of LibriTTS (openslr.org/60, CC BY 4.0): one per subset, with the normalized texts.
+"""Write the manifests of LibriTTS (openslr.org/60, CC BY 4.0): one per subset, with the normalized texts.
 
     python recipes/libritts/prepare.py data/LibriTTS data/manifests/libritts
 
@@ -22,7 +22,7 @@ def clips(subset: Path) -> Iterator[dict]:
 
 
 def main(root: Path, out: Path) -> None:
-    """Write one manifest per subset that is there."""
+    """Write one manifest for every subset found."""
     subsets = [folder for folder in sorted(root.iterdir()) if next(folder.glob("*/*/*.wav"), None)]
     if not subsets:
         sys.exit(f"{root} has no subset of LibriTTS; give the folder that holds dev-clean and the others")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LibriTTS, CC BY 4.0: download with checksums, unpack, prepare, pack.
 #   bash recipes/libritts/run.sh [subset ...]     dev-clean and test-clean by default; data/ below the checkout
-# Every step that is done is passed over, so it can be repeated after an interruption. OPENSLR names a mirror.
+# Finished steps are skipped, so it can be repeated after an interruption. OPENSLR names a mirror.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

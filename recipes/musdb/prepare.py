@@ -1,9 +1,10 @@
-"""Manifests of MUSDB18-HQ (zenodo.org/records/3338373, for research only): mixtures, whole and in parts of 5 s.
+"""Write the manifests of MUSDB18-HQ (zenodo.org/records/3338373, for research only): mixtures, whole and in chunks.
 
     python recipes/musdb/prepare.py data/musdb18hq data/manifests/musdb
 
-The first argument holds `train/<track>/mixture.wav` and `test/<track>/mixture.wav`. Training gets whole tracks, which
-`pack` cuts; the evaluation set is the test part in chunks of 5 s, the rest at the end of a track left out.
+The first argument is a folder with `train/<track>/mixture.wav` and `test/<track>/mixture.wav`. The training manifest
+lists whole tracks, which `pack` cuts. The evaluation manifest lists the test part in chunks of 5 s, without the
+incomplete chunk at the end of each track.
 """
 
 import sys
@@ -17,7 +18,7 @@ CHUNK_SECONDS = 5
 
 
 def tracks(folder: Path) -> list[Path]:
-    """Every mixture of a part, in order. Ends the program when there is none."""
+    """Return the mixtures of a part in order, or exit with a message if there are none."""
     found = sorted(folder.glob("*/mixture.wav"))
     if not found:
         sys.exit(f"{folder} has no <track>/mixture.wav; give the folder of MUSDB18-HQ that holds train and test")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MUSDB18-HQ, whose licence you have to accept on Zenodo: prepare and pack, the test part in chunks of 5 s.
+# MUSDB18-HQ, whose licence you have to accept on Zenodo: prepare and pack, with the test part in chunks of 5 s.
 #   bash recipes/musdb/run.sh /data/musdb18hq
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac

@@ -2,14 +2,14 @@
 
     python recipes/output_48khz/measure.py out/output_48khz/run data/cc0_voices/heldout.jsonl
 
-Both decode the same codes, which is checked. Every clip is scaled to a peak of 0.7 at the higher rate, as in training.
-Printed as Markdown tables and written to `measured.json` beside the run's checkpoints:
+Both decode the same codes, and the script checks this. Every clip is scaled to a peak of 0.7 at the higher rate, as in
+training. The results are printed as Markdown tables and written to `measured.json` beside the run's checkpoints:
 
-- distances to the original at the higher rate: the seven-scale mel distance of the training log, and Mel-Loss and
-  STFT-Dist. of `evaluate profile=full48k` (here at the rate of the decoder); and the seven-scale distance at the
-  encoder's rate, for what becomes of the lower band;
+- distances to the original at the higher rate: the seven-scale mel distance of the training log, and the Mel-Loss and
+  STFT-Dist. of `evaluate profile=full48k` (here at the decoder's rate); also the seven-scale distance at the
+  encoder's rate, which shows how the lower band changes;
 - energy above half of the encoder's rate, in dB relative to the energy of the whole clip: the mean over clips;
-- the start: how close the untrained decoder is to the resampled output, and the alternatives to what `init` does.
+- the start: how close the untrained decoder is to the resampled output, compared with alternatives to `init`'s method.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
 def measure_clip(
     higher: MossAudioTokenizerModel, old: MossAudioTokenizerModel, original: Tensor
 ) -> dict[str, dict[str, float]]:
-    """Return the distances and energies of one clip [1, T] by system, and the start's relative errors (powers)."""
+    """Return distances and energies of one clip [1, T] by system, and the start's relative errors (energy ratios)."""
     rate, low_rate = higher.output_sampling_rate, higher.sampling_rate
     audio = resample(original, rate, low_rate)[None]
     codes = old.encode(audio).audio_codes
@@ -99,19 +99,19 @@ def seven_scales(wanted: Tensor, got: Tensor, rate: int) -> float:
 
 
 def energy_above(audio: Tensor, hertz: float, rate: int) -> float:
-    """Return the energy of [1, T] above a frequency in dB relative to all of it, -120 at least."""
+    """Return the energy of [1, T] above a frequency in dB relative to the whole energy, at least -120."""
     power = torch.fft.rfft(audio[0].double()).abs().square()
     frequencies = torch.fft.rfftfreq(audio.shape[1], 1 / rate)
     return 10 * math.log10(max(1e-12, float(power[frequencies > hertz].sum() / power.sum())))
 
 
 def start_errors(old: MossAudioTokenizerModel, higher: MossAudioTokenizerModel, decoded: Tensor) -> dict[str, float]:
-    """Return the relative error, against resampling the whole waveform, of what is made patch by patch.
+    """Return the relative errors of patch-wise upsampling, against resampling the whole waveform.
 
-    A projection that is linear in the old one makes of its output's patches what it makes of the old rows.
+    A new projection that is a linear function of the old one applies the same function to the patches of its output.
     """
     before, after = (waveform_end(model.config, "decoder") for model in (old, higher))
-    patches = decoded.reshape(-1, before.patch).T  # as columns, like the rows of a projection
+    patches = decoded.reshape(-1, before.patch).T  # one patch per column, like the rows of a projection
     wanted = resample(decoded, before.rate, after.rate)[0, 0]
     ratio = after.rate // before.rate
     following = torch.cat((patches[1:], patches[-1:]))
@@ -125,7 +125,7 @@ def start_errors(old: MossAudioTokenizerModel, higher: MossAudioTokenizerModel, 
 
 
 def tables(means: dict[str, dict[str, float]], higher: MossAudioTokenizerModel) -> str:
-    """Return the means as Markdown."""
+    """Return the means as Markdown tables."""
     names = [name for name in means["original"] if name != "energy above"]
     half = higher.sampling_rate / 2000
     labels = {

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Give a 24 kHz model a decoder at 48 kHz for the same codes, and measure what it adds.
+# Train a 48 kHz decoder for the codes of a 24 kHz model, and measure what it adds.
 #   bash recipes/output_48khz/run.sh [voices [out [override ...]]]
-# voices: a folder with train.jsonl, heldout.jsonl and audio at 48 kHz, as recipes/cc0_voices/run.sh makes (data/cc0_voices).
-# INIT names another model than recipes/cat_mini, EVERY=4 takes every fourth training clip only, MEASURE_EVERY=4 measures
-# every fourth held-out clip only. A second call goes on where the first one stopped.
+# voices: a folder with train.jsonl, heldout.jsonl and audio at 48 kHz, as made by recipes/cc0_voices/run.sh (data/cc0_voices).
+# INIT names another model than recipes/cat_mini, EVERY=4 takes only every fourth training clip, MEASURE_EVERY=4 measures
+# only every fourth held-out clip. A second call continues where the first one stopped.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

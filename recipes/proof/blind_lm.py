@@ -1,7 +1,8 @@
-"""Train a text LM that gets no audio on the texts that a run read, update by update: what the run's LM has to beat.
+"""Train a text LM without audio on the same texts as a run, update by update: the baseline for the run's own LM.
 
-Class, size, texts, batches, optimizer and schedule are those of the run, read from its folder. In place of a clip's
-frames there is one state of zeros. The scores, in nats per token of the run's held-out texts, go to `blind.csv` there.
+Class, size, texts, batches, optimizer and schedule are those of the run, read from its folder. A single zero vector
+replaces the audio frames of each clip. The scores, in nats per token of the run's held-out texts, are written to
+`blind.csv` in the same folder.
 """
 
 import argparse
@@ -34,7 +35,7 @@ COLUMNS = ("rate_factor", "weight_decay", "update", "texts", "text_lm_loss")
 
 
 def main() -> None:
-    """Train an LM for each setting and print the best of all their checkpoints."""
+    """Train an LM for each setting and print the best score over all checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run with a text LM and validation.data")
     parser.add_argument("--rate-factors", type=float, nargs="+", default=[1.0], help="times the run's learning rate")
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def blind_course(config: FitConfig, rate_factor: float, weight_decay: float, every: int) -> Iterator[dict[str, float]]:
-    """Scores of an LM every so many updates of a run's configuration, from its seed, and after the last one."""
+    """Train an LM with a run's configuration and seed; yield scores every `every` updates and after the last one."""
     schedule = Schedule.from_config([stage.to_plain() for stage in config.stages])
     stream = open_stream(config, tokenizer_config(config.tokenizer.to_plain()))
     clips = held_out_texts(config, stream.clip_format)
@@ -87,7 +88,7 @@ def blind_course(config: FitConfig, rate_factor: float, weight_decay: float, eve
 
 
 def held_out_texts(config: FitConfig, clip_format: Any) -> list[HeldOutClip]:
-    """The clips with text of the run's validation."""
+    """Return the validation clips of the run that have text."""
     clips = load_held_out(
         config.validation.data or [],
         clip_format,
@@ -98,7 +99,7 @@ def held_out_texts(config: FitConfig, clip_format: Any) -> list[HeldOutClip]:
 
 
 def learn(text_lm: TextLM, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], clip_norm: float) -> int:
-    """One update on the texts of one update of the run; returns their number."""
+    """Train on the texts of one update of the run and return their number."""
     total = sum(int(batch.text_lengths.sum()) for batch in batches)
     texts = 0
     for batch in batches:
@@ -115,14 +116,14 @@ def learn(text_lm: TextLM, optimizer: torch.optim.Optimizer, batches: Sequence[B
 
 
 def unheard(text_lm: TextLM, tokens: Tensor, lengths: Tensor, tasks: Tensor) -> Tensor:
-    """Summed cross entropy of texts [B, L] in nats, with one state of zeros for each clip."""
+    """Return the summed cross entropy of texts [B, L] in nats, with one zero vector as the audio of each clip."""
     states, num_frames = torch.zeros(len(tokens), 1, text_lm.projection.in_features), torch.ones_like(lengths)
     return text_lm(states, num_frames, tokens, lengths, tasks).loss_sum
 
 
 @torch.no_grad()
 def held_out_nats(text_lm: TextLM, clips: Sequence[HeldOutClip], batch_clips: int = 16) -> float:
-    """Cross entropy per token of the texts of clips."""
+    """Return the cross entropy of the clips' texts in nats per token."""
     text_lm.eval()
     nats, count = 0.0, 0
     for start in range(0, len(clips), batch_clips):

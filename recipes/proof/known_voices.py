@@ -1,6 +1,7 @@
-"""Keep the texts of held-out clips only where training has the voice: from a few hours no LM learns to read a new one.
+"""Keep the text of a held-out clip only if its voice is in the training set.
 
-`heldout_known.jsonl` is written beside both manifests; clips of new voices, music and sounds are in it without text.
+Trained on a few hours, no LM learns to transcribe a new voice. Writes `heldout_known.jsonl` beside both manifests, in
+which clips of new voices, music and sounds have no text.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Write the manifest and say how many texts are left."""
+    """Write the manifest and print how many texts are left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with train.jsonl and heldout.jsonl")
     folder = parser.parse_args().folder
@@ -23,14 +24,14 @@ def main() -> None:
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
-    """Entries of a manifest."""
+    """Return the entries of a manifest."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def with_known_voices(
     train: Sequence[Mapping[str, Any]], heldout: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    """The held-out clips, without the text and task of those whose speaker has no text in training."""
+    """Return the held-out clips, without text and task where the speaker has no text in training."""
     known = {clip["speaker"] for clip in train if clip.get("text") and clip.get("speaker")}
     unread = {"text": None, "task": None}
     return [clip if clip.get("speaker") in known else {**clip, **unread} for clip in heldout]

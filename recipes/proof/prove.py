@@ -1,4 +1,4 @@
-"""Say whether a finished run shows what the joint objective is for, from its tables; exit with 1 where it does not."""
+"""Check from a run's tables whether it shows the effects of the joint objective; exit with status 1 if it does not."""
 
 import argparse
 import csv
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-USED = 0.8  # share of a codebook's entries from which it counts as used
+USED = 0.8  # a codebook counts as used when more than this share of its entries occurs
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that a run shows or does not, with the numbers it rests on."""
+    """A statement that a run's results confirm or refute, with the numbers behind it."""
 
     text: str
     numbers: str
@@ -35,18 +35,18 @@ def main() -> None:
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
-    """Rows of a CSV file of numbers; empty cells are left out."""
+    """Return the rows of a CSV file of numbers, without empty cells."""
     with path.open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def claims(row: Mapping[str, float], blind_nats: float | None) -> list[Claim]:
-    """Judge a row of `validation.csv`; without the nats of a blind LM nothing is said about text."""
+    """Evaluate all claims on a row of `validation.csv`; without the blind LM's nats, those about text are left out."""
     return ([] if blind_nats is None else text_claims(row, blind_nats)) + [depth_claim(row), use_claim(row)]
 
 
 def text_claims(row: Mapping[str, float], blind_nats: float) -> list[Claim]:
-    """The LM listens: it beats an LM that never heard anything, and itself when it hears something else."""
+    """Check that the LM uses audio: it beats the best LM trained without audio, and itself without this audio."""
     heard, unheard = row["text_lm_loss"], row["text_lm_loss_no_audio"]
     return [
         Claim("text given its audio is below the best blind LM", f"{heard:.3f}, {blind_nats:.3f}", heard < blind_nats),
@@ -55,7 +55,7 @@ def text_claims(row: Mapping[str, float], blind_nats: float) -> list[Claim]:
 
 
 def depth_claim(row: Mapping[str, float]) -> Claim:
-    """Every further depth pays."""
+    """Check that every further tested depth lowers the mel distance."""
     names = [name.split("/") for name in row if name.startswith("mel_distance/")]
     depths = sorted(int(name[1]) for name in names if len(name) == 2)
     mel = [row[f"mel_distance/{depth}"] for depth in depths]
@@ -64,7 +64,7 @@ def depth_claim(row: Mapping[str, float]) -> Claim:
 
 
 def use_claim(row: Mapping[str, float]) -> Claim:
-    """Codebooks do not collapse."""
+    """Check that the codebooks do not collapse: most levels use most of their entries."""
     usage = [value for name, value in row.items() if name.startswith("usage/")]
     used = sum(value > USED for value in usage)
     text = f"over {100 * USED:.0f} % of the entries are used on most levels"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train a small model with the joint objective and an LM without audio on the same texts, and compare them.
+# Train a small model with the joint objective, and an LM without audio on the same texts, and compare them.
 #   bash recipes/proof/run.sh [folder [variant [override ...]]]
-# folder: what recipes/debian_audio/run.sh made (data/debian_audio): train, train.jsonl and heldout.jsonl.
-# variant: all (default), without_text, without_adversarial or without_dropout leave one part of the objective out.
-# Fifty-six minutes of one core of an AMD EPYC. A second call goes on where the first stopped; `rm -r out/proof/<variant>` starts anew.
+# folder: the output of recipes/debian_audio/run.sh (data/debian_audio): train, train.jsonl and heldout.jsonl.
+# variant: all (default); without_text, without_adversarial and without_dropout each leave out one part of the objective.
+# Takes 56 minutes on one core of an AMD EPYC. A second call continues the run; `rm -r out/proof/<variant>` starts anew.
 case "${1:-}" in -h | --help) sed -n '2,/^set/p' "$0" | grep '^#'; exit ;; esac
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -13,7 +13,7 @@ variant=${2:-all}
 python=${PYTHON:-.venv/bin/python}
 out=out/proof/$variant
 lm=(+semantic.config.initializer_range=0.1 objective.weights.semantic=100
-    # It meets the same texts more than ten times.
+    # More regularization: the LM is trained on each text more than ten times.
     +semantic.config.attention_dropout=0.2 optimizers.generator.weight_decay_scale.semantic=50)
 changes=()
 case $variant in

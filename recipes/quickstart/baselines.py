@@ -1,7 +1,7 @@
 """Compare the mel distance of reconstructions with three baselines: silence, noise and a low-pass filter.
 
-A distance alone says little. Silence is what an untrained or collapsed model gives, noise with the spectrum of the
-training set knows nothing of the clip but its level, and the low-pass keeps everything below 2 kHz.
+A distance alone means little. An untrained or collapsed model outputs silence. The noise has the average spectrum of
+the training set and only the level of the clip. The low-pass filter keeps everything below 2 kHz.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ BASELINES = ("silence", "noise", "low_pass")
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """A clip and what systems made of it, for example one per number of quantizer levels."""
+    """A clip and its reconstructions by several systems, for example one per number of quantizer levels."""
 
     clip_id: str
     original: Tensor  # [C, T]
@@ -29,30 +29,30 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class ClipDistances:
-    """Mel distances of one clip to its original."""
+    """Mel distances between one clip and its reconstructions."""
 
     clip_id: str
-    distances: Mapping[str, float]  # name of a system or baseline -> distance, 0 is identical
+    distances: Mapping[str, float]  # name of a system or baseline -> distance; 0 means identical
 
 
 @dataclass(frozen=True)
 class MelReport:
-    """Mel distances of a set of clips, every clip with the same columns."""
+    """Mel distances of a set of clips. Every clip has the same columns."""
 
     clips: tuple[ClipDistances, ...]
 
     def means(self) -> dict[str, float]:
-        """Mean over clips of every system and baseline, each clip counted once whatever its length."""
+        """Return the mean of every system and baseline over clips; each clip counts once, whatever its length."""
         return {name: fmean(clip.distances[name] for clip in self.clips) for name in self.clips[0].distances}
 
 
 def mel_report(
     clips: Iterable[Reconstructions], *, noise_spectrum: Tensor, sampling_rate: int, seed: int = 0
 ) -> MelReport:
-    """Return the mel distance of every output and of the three baselines to the original, clip by clip.
+    """Return the mel distance of every output and of the three baselines from the original, clip by clip.
 
-    noise_spectrum [bins]: `mean_power_spectrum` of the training clips. The noise of a clip is a function of the seed
-    and of the clip's place in the sequence. ValueError when there is no clip or when the clips' columns differ.
+    noise_spectrum [bins]: `mean_power_spectrum` of the training clips. The noise of a clip depends only on the seed
+    and on the clip's place in the sequence. Raises ValueError if there is no clip or if the clips' columns differ.
     """
     results: list[ClipDistances] = []
     for index, clip in enumerate(clips):
@@ -77,9 +77,9 @@ def mel_report(
 
 
 def mean_power_spectrum(clips: Iterable[Tensor], window_length: int = 2048) -> Tensor:
-    """Mean power per frequency over all frames and channels of all clips [C, T].
+    """Return the mean power per frequency over all frames and channels of all clips [C, T].
 
-    Returns [window_length // 2 + 1] float64. ValueError when there is no clip.
+    Returns [window_length // 2 + 1] float64. Raises ValueError if there is no clip.
     """
     total, num_frames = torch.zeros(window_length // 2 + 1, dtype=torch.float64), 0
     for clip in clips:
@@ -92,9 +92,7 @@ def mean_power_spectrum(clips: Iterable[Tensor], window_length: int = 2048) -> T
 
 
 def shaped_noise(clip: Tensor, power_spectrum: Tensor, generator: torch.Generator) -> Tensor:
-    """Return Gaussian noise with the shape of a power spectrum and the RMS level of a clip [C, T], channel by
-    channel.
-    """
+    """Return Gaussian noise, shaped by a power spectrum, with the RMS level of every channel of a clip [C, T]."""
     num_samples = clip.shape[-1]
     white = torch.fft.rfft(torch.randn(clip.shape, generator=generator))
     gain = F.interpolate(
@@ -108,7 +106,7 @@ def shaped_noise(clip: Tensor, power_spectrum: Tensor, generator: torch.Generato
 def low_pass(clip: Tensor, sampling_rate: int, cutoff_hz: float = 2000.0) -> Tensor:
     """Remove everything above `cutoff_hz` exactly: a brick wall on the Fourier transform of the whole clip [C, T].
 
-    The transform sees the clip as periodic, so a jump between its two ends rings at both.
+    The Fourier transform treats the clip as periodic, so a jump between its two ends causes ringing at both.
     """
     spectrum = torch.fft.rfft(clip.float())
     frequencies = torch.fft.rfftfreq(clip.shape[-1], 1 / sampling_rate, device=clip.device)

@@ -1,4 +1,4 @@
-"""Mel distance of held-out clips before and after training, beside signals that need no model; a picture; a gate."""
+"""Compare the mel distance of held-out clips before and after training with baselines, and apply the gate."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ ROWS = {
 
 
 def main() -> None:
-    """Print the table, write `report.md` and `spectrogram.png`, and exit with 1 when the gate is missed."""
+    """Print the table, write `report.md` and `spectrogram.png`, and exit with status 1 if the gate is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--train", type=Path, required=True, help="manifest of the training clips")
@@ -48,14 +48,14 @@ def main() -> None:
 
 
 def training_clips(manifest: Path) -> Iterator[Tensor]:
-    """Training clips [1, T] at the level of training."""
+    """Yield training clips [1, T] at the training level."""
     for line in manifest.read_text().splitlines():
         audio, _ = read_audio(manifest.parent / json.loads(line)["path"], sampling_rate=SAMPLING_RATE, num_channels=1)
         yield audio * (PEAK / audio.abs().max())
 
 
 def reconstructions(out: Path) -> Iterator[Reconstructions]:
-    """What the exports made of every held-out clip."""
+    """Yield the outputs of the exported models for every held-out clip."""
     folders = {
         "trained": "trained-audio/all_levels",
         "trained_half": "trained-audio/half_levels",
@@ -69,7 +69,7 @@ def reconstructions(out: Path) -> Iterator[Reconstructions]:
 
 
 def markdown(report: MelReport, gate: float) -> str:
-    """The means over all held-out clips and per domain, and what the gate says."""
+    """Return the means over all held-out clips and per domain, and the result of the gate, as Markdown."""
     domains = sorted({clip.clip_id.split("_")[0] for clip in report.clips})
     lines = [
         f"| mel distance on {len(report.clips)} held-out clips | all | " + " | ".join(domains) + " |",
@@ -87,7 +87,7 @@ def markdown(report: MelReport, gate: float) -> str:
 
 
 def save_picture(clips: list[Reconstructions], path: Path) -> None:
-    """Spectrograms of the longest speech clip: original, trained from scratch, and fine-tuned."""
+    """Draw spectrograms of the longest speech clip: original, trained from scratch, and fine-tuned."""
     speech = [clip for clip in clips if clip.clip_id.startswith("speech")]
     clip = max(speech, key=lambda candidate: candidate.original.shape[-1])
     panels = {ROWS[name]: clip.outputs[name] for name in ("trained", "trained_half", "finetuned")}

@@ -1,4 +1,4 @@
-"""Write `listen.html`: held-out clips, original and reconstructed, side by side, playable without a network."""
+"""Write `listen.html`: held-out clips, original and reconstructed, side by side, playable offline."""
 
 import argparse
 import json
@@ -41,9 +41,9 @@ def html(out: Path, texts: Mapping[str, str], report: str) -> str:
     """Return the page.
 
     Args:
-        out: folder of the quickstart; a column without a folder is left out, a clip without a file has an empty cell.
-        texts: what is said or heard, by name of the clip; "" for a clip without text. Speech is shown first.
-        report: Markdown of `compare.py`, "" for a page without distances.
+        out: folder of the quickstart; a missing folder leaves out its column, a missing file leaves its cell empty.
+        texts: transcript or description by clip name, "" for a clip without text. Speech is shown first.
+        report: Markdown from `compare.py`, "" for a page without distances.
     """
     columns = {folder: title for folder, title in COLUMNS.items() if (out / folder).is_dir()}
     rows = ["<tr><th>clip</th>" + "".join(f"<th>{escape(title)}</th>" for title in columns.values()) + "</tr>"]
@@ -64,7 +64,7 @@ def html(out: Path, texts: Mapping[str, str], report: str) -> str:
 
 
 def tables(markdown: str) -> str:
-    """Return HTML of Markdown that holds tables, each with a head and a rule below it, and lines of text."""
+    """Convert Markdown with tables (each with a header row and a rule) and lines of text to HTML."""
     parts = []
     for is_table, lines in groupby(markdown.splitlines(), key=lambda line: line.startswith("|")):
         if not is_table:

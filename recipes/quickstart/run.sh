@@ -27,7 +27,7 @@ else
     finetune_updates=150
 fi
 mkdir -p "$out"
-# Everything stays below $out, nothing is asked of a network, and idle threads spin only shortly.
+# Everything stays below $out, no network is used, and idle threads spin only briefly.
 export HF_HOME="$PWD/$out/huggingface" HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=10000
 
 say() { printf '\n== %s\n' "$*"; }
@@ -65,7 +65,7 @@ moss_train fit experiment=finetune init=recipes/cat_mini data.train="$out/shards
     validation.data="$here/audio/heldout.jsonl" validation.max_clips=12 wandb=null
 
 say "5. Export"
-# The licence for the model card: of the recordings (CC0 and BSD-2, audio/NOTICE), of recipes/cat_mini its own.
+# The licences for the model card: that of the recordings (CC0 and BSD-2, audio/NOTICE), and recipes/cat_mini's own.
 export_model() { [ -e "$out/$1-export" ] || moss_train export checkpoint="$2" out="$out/$1-export" licence="$3"; }
 export_model trained "$out/trained" bsd-2-clause
 export_model untrained "$out/untrained" bsd-2-clause

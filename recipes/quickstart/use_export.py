@@ -1,12 +1,12 @@
-"""Encode and decode clips with an exported tokenizer, as someone who has transformers but not moss_train.
+"""Encode and decode clips with an exported tokenizer in an environment that has transformers but not moss_train.
 
-Writes the originals and the reconstructions as WAV files and checks that streaming gives the offline result.
+Writes originals and reconstructions as WAV files and checks that streaming gives the same result as offline.
 """
 
 # ruff: noqa: E402 - moss_train is blocked before anything else is imported
 import sys
 
-sys.modules["moss_train"] = None  # from here on, importing it raises ImportError
+sys.modules["moss_train"] = None  # from here on, any import of moss_train raises ImportError
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ import soundfile
 import torch
 from transformers import AutoModel
 
-PEAK = 0.7  # the level that cat_tiny is trained at
+PEAK = 0.7  # the peak level that cat_tiny is trained at
 CHUNK_SECONDS = 0.08
 
 
 def main(export: str, manifest: str, out: str, mode: str = "offline") -> None:
-    """Process every clip of a JSONL manifest; in mode "streaming" also in chunks of one frame, which must agree."""
+    """Process every clip of a JSONL manifest; in mode "streaming" also compare one-frame chunks with it."""
     model = AutoModel.from_pretrained(export, trust_remote_code=True).eval()
     half = model.config.quantizer_kwargs["num_quantizers"] // 2
     entries = [json.loads(line) for line in Path(manifest).read_text().splitlines()]
@@ -43,7 +43,7 @@ def main(export: str, manifest: str, out: str, mode: str = "offline") -> None:
 
 
 def read_clip(path: Path, sampling_rate: int) -> torch.Tensor:
-    """[1, T], at the level of training."""
+    """Return a clip [1, T] at the training level."""
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     assert rate == sampling_rate, f"{path} has {rate} Hz, the model {sampling_rate} Hz"
     audio = torch.from_numpy(samples.T.copy())
@@ -51,7 +51,7 @@ def read_clip(path: Path, sampling_rate: int) -> torch.Tensor:
 
 
 def check_streaming(model: torch.nn.Module, audio: torch.Tensor, codes: torch.Tensor, outputs: dict) -> None:
-    """Exit with an error unless chunks of one frame give the codes and the audio of the whole clip."""
+    """Exit with an error unless chunks of one frame reproduce the codes and the audio of the whole clip."""
     streamed = model.encode(audio[None], return_dict=True, chunk_duration=CHUNK_SECONDS).audio_codes
     if not torch.equal(streamed, codes):
         sys.exit(f"{int((streamed != codes).sum())} of {codes.numel()} streamed codes differ from the offline codes")
@@ -61,7 +61,7 @@ def check_streaming(model: torch.nn.Module, audio: torch.Tensor, codes: torch.Te
 
 
 def write_clip(path: Path, audio: torch.Tensor, sampling_rate: int) -> None:
-    """16-bit WAV of [1, T]."""
+    """Write [1, T] as a 16-bit WAV file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, audio.clamp(-1, 1).T.numpy(), sampling_rate, subtype="PCM_16")
 

@@ -1,4 +1,4 @@
-"""Files of every format cut, joined and robbed of their lengths: all of the audio, or a refusal that names the file."""
+"""Files of every format, cut, joined or without their lengths: all audio is read, or an error names the file."""
 
 import io
 import struct
@@ -56,7 +56,7 @@ def plain(content: bytes) -> torch.Tensor:
 
 
 def close(audio: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Equal but for how far a decoder's arithmetic depends on where it began."""
+    """Compare audio with a tolerance for decoders whose rounding depends on where decoding starts."""
     return audio.shape == wanted.shape and bool((audio - wanted).abs().max() < 2e-5)
 
 
@@ -122,7 +122,7 @@ def test_joined_files_of_two_rates_are_refused() -> None:
 
 
 def unknown_lengths() -> dict[str, tuple[bytes, bytes]]:
-    """Files as a program writes them that cannot go back to the header, with the same as they should be."""
+    """Return files written by programs that cannot seek back to the header, each with its correct version."""
     wav, rf64, w64, aiff, caf, au = (encoded(kind) for kind in ("wav", "rf64", "w64", "aiff", "caf", "au"))
     flac, data, ds64 = encoded("flac"), wav.index(b"data") + 4, rf64.index(b"ds64") + 16
     caf_data, ssnd, wide_data = caf.index(b"data") + 4, aiff.index(b"SSND") + 4, w64.index(b"data") + 16
@@ -138,7 +138,7 @@ def unknown_lengths() -> dict[str, tuple[bytes, bytes]]:
 
 
 def _ended(caf: bytes) -> bytes:
-    """A CAF file that ends with its audio."""
+    """Return the CAF file cut off after its audio."""
     place = caf.index(b"data") + 4
     return caf[: place + 8 + struct.unpack(">Q", caf[place : place + 8])[0]]
 
@@ -205,7 +205,7 @@ def without_header(mp3: bytes) -> bytes:
 def test_an_mp3_file_without_a_header_is_read_to_its_end(kind: str) -> None:
     content = encoded(kind, LONG)
     whole, bare = plain(content), read(without_header(content))
-    delay = 1105  # of the encoder, which only the header tells
+    delay = 1105  # encoder delay, which is only in the header
     assert bare.shape[1] >= whole.shape[1] + delay - 529
     assert close(bare[:, 576 : 576 + whole.shape[1]], whole)
     part = read(without_header(content), start=100_000, num_samples=3000)

@@ -1,4 +1,4 @@
-"""Files in and out: exact round trips, conversions, and every kind of damage reported with the file's name."""
+"""Reading and writing files: exact round trips, conversions, and errors for every kind of damage that name the file."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Numbers of transforms that a GPU is asked for."""
+"""The number of transforms in one call on a GPU."""
 
 import pytest
 import torch

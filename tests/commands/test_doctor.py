@@ -19,7 +19,7 @@ sys.exit(doctor.run(DoctorConfig(run_dir=sys.argv[1], min_free_disk_gb=float(sys
 
 
 def run_doctor(run_directory, min_free_disk_gb=0.0, path=()):
-    """Run the real command in a process of its own, with further folders in front of the installed packages."""
+    """Run the command in its own process, with extra folders before the installed packages on the path."""
     program = f"import sys; sys.path[:0] = {[str(p) for p in path]!r}\n{PROGRAM}"
     command = [sys.executable, "-c", program, str(run_directory), str(min_free_disk_gb)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

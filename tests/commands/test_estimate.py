@@ -29,16 +29,16 @@ def test_operations_of_the_published_model_are_those_of_the_arithmetic(published
     costs = tokenizer_costs(config, 10.0, half=True, learning=("encoder", "quantizer", "decoder"))
     assert sum(cost.forward for cost in costs.values()) / 1e9 == pytest.approx(96.4, rel=0.002)
     assert sum(cost.total for cost in costs.values()) / 1e9 == pytest.approx(290.0, rel=0.005)
-    # 34 d bytes per token and layer are the usual estimate, 144 MB here; a float32 residual stream takes more.
+    # The usual estimate is 34 d bytes per token and layer, 144 MB here; a float32 residual stream takes more.
     assert 144 < sum(cost.activation_bytes for cost in costs.values()) / 1e6 < 220
-    # A frozen encoder costs its forward; the decoder does not pass gradients on to it.
+    # A frozen encoder costs only its forward pass; the decoder passes no gradients to it.
     frozen = tokenizer_costs(config, 10.0, half=True, learning=("decoder",))
     assert frozen["encoder"].backward == 0
     assert frozen["decoder"].total == pytest.approx(costs["decoder"].total, rel=0.001)
 
 
 def test_checkpointed_layers_keep_their_inputs_and_are_computed_again():
-    """Twelve layers that keep 100 bytes each of an input of 8: twelve inputs and the layer in hand stay."""
+    """Twelve layers, each storing 100 bytes for an input of 8: twelve inputs and one recomputed layer are kept."""
     one = Cost(forward=10, backward=20, activation_bytes=100)
     assert layers_cost(one, 12, 8, recomputes=False) == Cost(120, 240, activation_bytes=1200, checkpointed_bytes=196)
     again = Cost(120, 240, activation_bytes=196, checkpointed_bytes=196, checkpointing_savings=1004, recomputed=120)
@@ -66,7 +66,7 @@ def test_the_text_lm_keeps_its_activations_where_all_layers_of_the_tokenizer_are
 
 
 def test_recomputing_the_stages_of_high_rates_costs_their_forward_pass(published):
-    """Blocks of 12 layers, width 768, at 100 and 50 Hz, on both sides: 24 d^2 per frame and the causal pairs."""
+    """Blocks of 12 layers of width 768 at 100 and 50 Hz, on both sides: 24 d^2 per frame, plus causal attention."""
     config = plan_initialization(published).tokenizer_config
     parts = ("encoder", "quantizer", "decoder")
     costs = [sum(tokenizer_costs(config, 0.96, True, parts, rates).values(), Cost()) for rates in ([], [100, 50])]
@@ -82,13 +82,13 @@ def test_recomputing_the_stages_of_high_rates_costs_their_forward_pass(published
         == costs[0].checkpointed_bytes
         < costs[1].activation_bytes
     )
-    assert everything.recomputed == pytest.approx(costs[0].forward, rel=0.01)  # all but the projections
+    assert everything.recomputed == pytest.approx(costs[0].forward, rel=0.01)  # everything except the projections
 
 
 def test_activation_checkpointing_takes_longer_and_less_memory(capsys):
     texts = []
     for overrides in ([], ["trainer.activation_checkpointing=[100,50]"]):
-        assert main([*TINY, "stages.1.batch_seconds=1e5", *overrides]) == 0  # next to which a step takes no time
+        assert main([*TINY, "stages.1.batch_seconds=1e5", *overrides]) == 0  # where steps take no time
         texts.append(capsys.readouterr().out)
     assert "activation_checkpointing" not in texts[0]
     saved = float(re.search(r"saves ([\d.]+) MB per second", texts[1])[1])
@@ -113,7 +113,7 @@ def test_sharded_memory_is_shown_where_there_is_something_to_divide(capsys):
 
 
 def write_scaling(path: Path, exponent: float = -0.1, most: float = 1e16) -> Path:
-    """What tools/scaling.py writes."""
+    """Write a file as tools/scaling.py does."""
     law = {"coefficient": 100.0, "exponent": exponent, "r_squared": 0.98}
     points = [{"scale": 0.5, "flops": 1e15, "mel_distance": 3.2}, {"scale": 1.0, "flops": most, "mel_distance": 2.5}]
     record = {"experiment": "cat_small", "device": "NVIDIA H100 80GB HBM3", "points": points, "law": law}
@@ -139,7 +139,7 @@ def test_a_measured_scaling_law_predicts_the_distance_and_says_how_far_it_reache
     assert [line[0] for line in lines] == ["1", "10", "100"]
     for _, flops, distance in lines:
         assert float(distance) == pytest.approx(100 * float(flops) ** -0.1, rel=0.002)
-    # All audio of both stages times what a second of it costs there.
+    # All audio of both stages, times the operations per second of audio in each.
     config = load_config("fit", ["experiment=cat_tiny"])
     whole = sum(s.updates * s.batch_seconds * 1e9 * operations(text, s.name) for s in config.stages)
     assert float(lines[-1][1]) == pytest.approx(whole, rel=0.005)
@@ -163,13 +163,13 @@ def test_a_measured_share_replaces_the_assumed_one(tmp_path, capsys):
 
 
 def rate_of(text: str, stage: str) -> float:
-    """Audio-seconds per second of a stage, as printed."""
+    """Return the printed audio-seconds per second of a stage."""
     line = next(line for line in text.splitlines() if re.match(rf"│ {stage} +│ [\d,]+ ", line))
     return float(line.split("│")[6].replace(",", ""))
 
 
 def expected_rate(text: str, mfu: float) -> float:
-    """Audio-seconds per second of the first stage of `cat_tiny` on one H100, from the operations as printed."""
+    """Return the audio-seconds per second of the first stage of `cat_tiny` on one H100, from the printed operations."""
     sizes = re.findall(r"│ (?:tokenizer|text LM)\s+│ ([\d,]+)", text)
     stepping = 50 * sum(int(size.replace(",", "")) for size in sizes) / 3.35e12
     computing = 5.76 * operations(text, "quantized") * 1e9 / (mfu * 989.4e12)
@@ -177,7 +177,7 @@ def expected_rate(text: str, mfu: float) -> float:
 
 
 def eight_gpus(trainer: TrainerConfig, micro_batch_seconds: float = 160.0) -> EstimateConfig:
-    """Eight H100 that sum at 300 GB/s."""
+    """Return an estimate for eight H100 that sum gradients at 300 GB/s."""
     data = DataConfig(crop_seconds=1.0, micro_batch_seconds=micro_batch_seconds)
     machines = {"gpu": "h100", "gpus": 8, "allreduce_gb_per_second": 300.0}
     return EstimateConfig(experiment_name="e", run_dir="r", trainer=trainer, data=data, **machines)
@@ -220,7 +220,7 @@ def test_sharded_networks_are_gathered_and_summed_in_every_pass():
 
 
 def test_operations_of_the_discriminators(published):
-    """26.8 for the five periods and 7.9 for the three resolutions, forward, at 24 kHz."""
+    """In the forward pass at 24 kHz: 26.8 for the five periods and 7.9 for the three resolutions."""
     cost = discriminators_cost(published.discriminators, 1, 24000, half=True)
     assert cost.forward / 1e9 == pytest.approx(34.7, rel=0.01)
 
@@ -242,7 +242,7 @@ def test_days_keep_two_digits():
 
 
 def operations(text: str, stage: str) -> float:
-    """GFLOP per audio-second of a whole stage, as printed."""
+    """Return the printed GFLOP per audio-second of a whole stage."""
     line = next(line for line in text.splitlines() if f"{stage}: all" in line)
     return float(line.split("│")[4].replace(",", ""))
 

@@ -17,7 +17,7 @@ FAST = ["metrics=[stoi,spectral,si_sdr]", "report_clips=1", "device=cpu"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, recordings) -> Path:
-    """A small model, and a manifest of real clips with one that is damaged."""
+    """Return a folder with a small model and a manifest of real clips, one of them damaged."""
     folder = tmp_path_factory.mktemp("evaluate")
     save_one_stage_model(folder / "small", num_quantizers=4)
     speech = sorted(recordings.glob("speech/*.flac"))[:2]
@@ -38,7 +38,7 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 def test_a_model_is_measured_at_every_depth_and_domain(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     arguments = ["evaluate", "model=small", "data=all.jsonl", "num_quantizers=[1,4]", "out=out", *FAST]
-    assert main(arguments) == 1  # as every command that had to leave something out
+    assert main(arguments) == 1  # as for every command that had to skip something
     captured = capsys.readouterr()
     assert "3 of 4 clips" in captured.out
     assert "skipped: " in captured.err
@@ -99,10 +99,10 @@ def test_clips_are_scaled_to_a_peak_like_in_training(folder, monkeypatch, capsys
     arguments = ["evaluate", "model=small", "data=good.jsonl", "out=scaled", "num_quantizers=[4]", *FAST]
     assert main([*arguments, "anchors=false", "peak=0.7"]) == 0
     originals = list((folder / "scaled" / "audio").glob("*/original.flac"))
-    assert len(originals) == 2  # one of each domain
+    assert len(originals) == 2  # one per domain
     for path in originals:
         assert read_audio(path)[0].abs().max().item() == pytest.approx(0.7, abs=2**-15)
-    assert main([*arguments, "anchors=false", "peak=0.5"]) == 2  # measures at two levels do not go into one table
+    assert main([*arguments, "anchors=false", "peak=0.5"]) == 2  # results at two peak levels cannot share a table
     assert "peak" in capsys.readouterr().err
 
 

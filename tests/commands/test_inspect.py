@@ -1,4 +1,4 @@
-"""`inspect` through the command line: the report's files, damage in the exit status, and the way back into `pack`."""
+"""`inspect` from the command line: its report files, the exit status for damage, and its drop list in `pack`."""
 
 import json
 import shutil

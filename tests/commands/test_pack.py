@@ -1,4 +1,4 @@
-"""`pack` through the command line: what it says about interruptions and drop lists."""
+"""`pack` from the command line: its messages about interruptions and drop lists."""
 
 import json
 import shutil

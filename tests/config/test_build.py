@@ -70,7 +70,7 @@ def test_partial_waits_for_its_last_arguments():
 
 
 def public_names():
-    """Every public name of every module of the package, and every public attribute of every class among them."""
+    """Return every public name of every module of the package, and every public attribute of their classes."""
     modules = ["moss_train", *(found.name for found in pkgutil.walk_packages(moss_train.__path__, "moss_train."))]
     for module_name in modules:
         if module_name.endswith("__main__"):
@@ -93,7 +93,7 @@ def test_of_all_names_of_the_package_only_those_of_the_list_are_accepted():
         except UserError:
             refused.add(name)
     assert accepted == {name for name in TARGETS if name.startswith("moss_train.")}
-    assert len(refused) > 3000  # the walk went everywhere
+    assert len(refused) > 3000  # enough names were tried
     assert {
         "moss_train.model.MossAudioTokenizerModel.from_pretrained",
         "moss_train.model.MossAudioTokenizerModel",
@@ -138,7 +138,7 @@ def test_refuses_every_other_name(name):
 
 @pytest.fixture
 def friend(tmp_path, monkeypatch):
-    """A package of the user's, whose module `side` leaves a file when it is imported."""
+    """Create a user's package whose module `side` writes a file when it is imported."""
     (tmp_path / "friend").mkdir()
     (tmp_path / "friend" / "__init__.py").write_text(
         "from subprocess import Popen\nfrom moss_train.model import MossAudioTokenizerModel\nfrom . import parts\n"

@@ -1,4 +1,4 @@
-"""Values typed on the command line, read for the type of their key."""
+"""Values from the command line are parsed according to the type of their key."""
 
 from typing import Any
 

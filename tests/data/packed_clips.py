@@ -16,7 +16,7 @@ def iterate_clips(
 ) -> Iterator[tuple[str, Tensor, dict]]:
     """Yield the id, the whole audio [C, T] and the JSON of every clip, in the order of the index.
 
-    Raises UserError, naming shard and clip, for a clip that cannot be read.
+    Raises UserError with the shard and the clip if a clip cannot be read.
     """
     corpus = Corpus.load(sources, sampling_rate=sampling_rate, num_channels=num_channels)
     reader = ClipReader(sampling_rate, num_channels)
@@ -32,7 +32,7 @@ def iterate_clips(
 
 
 def count_update(counter: StreamCounter, batch: UpdateBatch) -> list[str]:
-    """Count one update of the only rank; return the lines for what was dropped."""
+    """Count one update of a single rank, and return the lines about dropped samples."""
     lines = counter.describe_dropped(batch)
     counter.add_counts(counter.counts(batch, {name for micro in batch.micro_batches for name in micro.domains}))
     return lines

@@ -45,7 +45,7 @@ def test_other_files_or_another_format_are_other_shards(folder, tmp_path):
     keys.add(prepare(folder, tmp_path / "cache").key)
     assert len(keys) == 4
     shutil.copytree(folder, moved := tmp_path / "moved", copy_function=shutil.copy2)
-    assert prepare(moved, tmp_path / "cache").key in keys  # names below the folder count, not where it lies
+    assert prepare(moved, tmp_path / "cache").key in keys  # names below the folder count, not the folder's location
 
 
 def test_what_is_held_out_depends_on_the_names_alone(recordings):

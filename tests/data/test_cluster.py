@@ -1,4 +1,4 @@
-"""Packing on a local Ray makes the same bytes, and what is missing is one clear line."""
+"""Packing on a local Ray writes the same bytes, and a missing requirement is reported in one clear line."""
 
 import importlib.util
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Bad samples of every kind, made in real shards and read by the loader: named once, counted, with a ceiling."""
+"""Bad samples of every kind, made in real shards and read by the loader: named once, counted, limited in number."""
 
 import os
 import shutil
@@ -92,7 +92,7 @@ def test_a_share_above_the_ceiling_stops(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_data_out_of_reach_late_in_a_run_stops_it_within_twenty_updates() -> None:
-    """A share of all samples alone would let it continue for a thousand updates."""
+    """A limit on the share of all samples alone would let the run continue for a thousand updates."""
     counter = StreamCounter(24000, max_invalid_fraction=0.01)
     counter.load_state_dict({"samples": {"speech": 10**9}, "kinds": {}, "num_clips": 10**6})
     good, gone = ({"used_clips": used, "bad/file": bad} for used, bad in ((10.0, 0.0), (0.0, 10.0)))

@@ -1,4 +1,4 @@
-"""The index finds every kind of damage that a tar reader would pass over, and never leaves its folder."""
+"""The index detects every kind of damage that a tar reader would ignore, and never refers outside its folder."""
 
 import json
 import shutil
@@ -119,7 +119,7 @@ def test_other_folders_and_formats_are_refused(copy: Path, tmp_path: Path) -> No
 
 
 def test_an_altered_letter_of_a_text_is_found_when_it_is_read(copy: Path) -> None:
-    """Folders that were packed before there were checksums are read without."""
+    """Folders that were packed before checksums existed are read without checking."""
     index = ShardIndex.load(copy)
     location = next(index.locate(row) for row in range(len(index)) if index.arrays["has_text"][row])
     labels = ClipReader(24000, 1).read_labels(location)

@@ -1,4 +1,4 @@
-"""What `inspect` measures and finds, against clips made for it and torchaudio's own loudness."""
+"""Measurements and findings of `inspect`, tested on clips made for this and against torchaudio's loudness."""
 
 import math
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_loudness_is_that_of_the_standard(rate: int, frequency: int) -> None:
 def test_loudness_of_speech_and_of_silence(recordings: Path) -> None:
     audio = torch.cat([read_audio(path)[0] for path in sorted((recordings / "speech").glob("librivox*"))], dim=1)
     ours = loudness(power_spectrum(audio), 24000)
-    assert ours == pytest.approx(torchaudio.functional.loudness(audio, 24000).item(), abs=1.5)  # without the gate
+    assert ours == pytest.approx(torchaudio.functional.loudness(audio, 24000).item(), abs=1.5)  # ours has no gate
     assert loudness(power_spectrum(audio * 0.5), 24000) == pytest.approx(ours - 6.02, abs=0.01)
     assert loudness(power_spectrum(torch.zeros(1, 100)), 24000) == -math.inf
 
@@ -42,7 +42,7 @@ def test_bandwidth_finds_the_edge(recordings: Path, cutoff: int) -> None:
 
 
 def make_bad_corpus(folder: Path, recordings: Path) -> dict[str, str]:
-    """Write a manifest of clips, one of each bad kind, and return its path and what has to be found."""
+    """Write a manifest with one clip of each bad kind, and return its path and the expected findings."""
     speech = sorted((recordings / "speech").glob("*.flac"))
     audio, rate = read_audio(speech[0])
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""The loader: the same bits for any number of workers and after any resume, and bad samples reported by name."""
+"""The loader: identical bits for any number of workers and after any resume; bad samples are reported by name."""
 
 import resource
 import shutil
@@ -106,7 +106,7 @@ def test_ranks_share_the_samples_of_one_process(packed: Path, uninterrupted: lis
 def test_a_resume_in_another_world_continues_with_the_same_samples(
     packed: Path, uninterrupted: list[UpdateBatch]
 ) -> None:
-    position = uninterrupted[2].next_position  # 1 rank until here, then 2 ranks with a worker each
+    position = uninterrupted[2].next_position  # so far with 1 rank, from here with 2 ranks of one worker each
     ranks = [load(packed, position, UPDATES[3:], rank=rank, world_size=2, num_workers=1) for rank in range(2)]
     for alone, together in zip(uninterrupted[3:], zip(*ranks, strict=True), strict=True):
         ids = [name for part in together for batch in part.micro_batches for name in batch.sample_ids]
@@ -127,7 +127,7 @@ def test_a_clip_longer_than_a_micro_batch_is_refused(packed: Path) -> None:
 
 
 def damaged_copy(packed: Path, folder: Path) -> Path:
-    """A copy whose shards have a few wrong bytes in the middle of every tenth clip."""
+    """Copy shards and overwrite a few bytes in the middle of every tenth clip."""
     copy = Path(shutil.copytree(packed, folder / "copy"))
     index = ShardIndex.load(copy)
     for row in range(0, len(index), 10):
@@ -189,7 +189,7 @@ def test_clips_are_scaled_to_the_peak_and_silence_stays(packed: Path) -> None:
 
 
 def test_moving_keeps_everything(uninterrupted: list[UpdateBatch]) -> None:
-    """And what it was moved from answers for its lengths, also after a second move."""
+    """The original batch still returns its lengths, also after a second move."""
     update = uninterrupted[0]
     moved = update.to("cpu").to("cpu")
     assert all(there.host is here for there, here in zip(moved.micro_batches, update.micro_batches, strict=True))
@@ -200,7 +200,7 @@ def test_moving_keeps_everything(uninterrupted: list[UpdateBatch]) -> None:
 
 
 def test_large_updates_need_few_open_files(packed: Path) -> None:
-    """Tensors that travel through shared memory hold a file each; one update would exceed the usual limit of 1024."""
+    """Each tensor in shared memory keeps a file open; one update would exceed the usual limit of 1024."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
     try:
@@ -212,7 +212,7 @@ def test_large_updates_need_few_open_files(packed: Path) -> None:
 
 
 def test_workers_end_when_the_training_process_is_killed(launcher, packed, tmp_path):
-    """Their results are larger than a pipe holds, so a worker that waited for a reader would wait for ever."""
+    """Their results do not fit into a pipe, so a worker waiting for a reader would wait for ever."""
     script = f"""
 import time
 from moss_train.data.stream.loader import make_loader

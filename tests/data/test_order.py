@@ -1,4 +1,4 @@
-"""The order of clips and domains: shares, passes and seeking, over tables far longer than any recording here."""
+"""The order of clips and domains: shares, passes and seeking, with tables much longer than any test corpus."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_units_are_below_one_in_float32_and_depend_on_everything() -> None:
 
 
 def test_random_numbers_never_change() -> None:
-    """A run resumed with another NumPy has to find the same stream."""
+    """A run that is resumed with another NumPy version has to continue the same stream."""
     assert permutation(3, "clips", 1, count=8).tolist() == [7, 6, 2, 3, 5, 1, 4, 0]
     assert (uniforms(3, "crop", 1, count=3) * 2**24).tolist() == [9770868, 2591362, 9085583]
 
@@ -101,13 +101,13 @@ def test_micro_batches_are_few_and_even_and_bound_size_and_padding() -> None:
     assert split([30, 10, 10, 9, 8, 6, 6, 2]) == [[30], [10, 10], [9, 8], [6, 6, 2]]
     assert split([12] * 12, limit=120) == [[12] * 6, [12] * 6]  # not ten and two
     assert split([12] * 25, limit=120) == [[12] * 9, [12] * 9, [12] * 7]
-    assert split([30, *[2] * 8], limit=300) == [[30], [2] * 8]  # padding of 224 is worth a pass of its own
-    assert split([30, 20, 12], limit=300) == [[30, 20, 12]]  # here it is not
+    assert split([30, *[2] * 8], limit=300) == [[30], [2] * 8]  # padding of 224 costs more than an additional pass
+    assert split([30, 20, 12], limit=300) == [[30, 20, 12]]  # here it does not
     assert split([]) == []
 
 
 def test_ranks_of_a_cluster_need_no_more_passes_than_their_audio_fills() -> None:
-    """64 ranks, 18,000 s: crops of 12 s and, a third, clips with text of 1 to 30 s. Cut greedily there were 5.9."""
+    """64 ranks, 18,000 s: crops of 12 s and, for a third, clips with text of 1 to 30 s. Greedy cutting needed 5.9."""
     random = np.random.default_rng(0)
     texts = np.clip(random.lognormal(1.9, 0.6, 2000), 1, 30)
     lengths = (np.where(random.random(2000) < 0.3, texts, 12.0) * 24000).astype(np.int64)

@@ -1,4 +1,4 @@
-"""`pack`: what ends up in the shards, the same bytes every time, and one clear line for every kind of bad input."""
+"""`pack`: the content of the shards, identical bytes every time, and one clear line for every kind of bad input."""
 
 import json
 import shutil
@@ -142,7 +142,7 @@ def check_refused(folder: Path, config: PackConfig, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         pack_command.run(config)
     assert "\n" not in str(caught.value)
-    assert sorted(folder.rglob("*")) == before  # nothing half-written is left
+    assert sorted(folder.rglob("*")) == before  # no half-written files remain
 
 
 def test_bad_folders_are_refused(tmp_path: Path, pack_config: Callable) -> None:
@@ -163,7 +163,7 @@ def test_bad_folders_are_refused(tmp_path: Path, pack_config: Callable) -> None:
 
 
 def make_bad_file(folder: Path, kind: str) -> str:
-    """Put a bad file into a folder and return what the error has to say."""
+    """Put a bad file into a folder and return the expected part of the error message."""
     path = folder / "zz.wav"
     if kind == "text":
         path.write_text("this is text")

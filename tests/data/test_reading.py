@@ -1,4 +1,4 @@
-"""Reading single samples: crops by seek, and labels that do not fit the index."""
+"""Reading single samples: crops by seeking, and labels that contradict the index."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_another_format_than_expected_is_an_error(location: ClipLocation) -> Non
 
 
 def location_of(path: Path) -> ClipLocation:
-    """A whole file as the JSON of a clip."""
+    """Return a clip's JSON that refers to a whole file."""
     size = path.stat().st_size
     return ClipLocation(str(path), 0, 0, 0, size, num_samples=100, has_text=True, shard_bytes=size, shard_sha256="")
 
@@ -105,8 +105,8 @@ def times_open(path: Path) -> int:
 def test_threads_that_share_a_reader_open_a_shard_once(
     location: ClipLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`encode shards=` reads with several; on a network file system they all used to open it, and one was closed."""
-    shard = tmp_path / "one.tar"  # of its own: readers of other tests may still have the shared one open
+    """`encode shards=` uses several threads. On a network file system each opened the shard, and one was closed."""
+    shard = tmp_path / "one.tar"  # a separate shard: readers of other tests may still have the shared one open
     shutil.copyfile(location.shard, shard)
     location = replace(location, shard=str(shard))
     opened, begin = os.open, threading.Barrier(4)

@@ -28,7 +28,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 @pytest.fixture
 def place(recordings: Path) -> Callable[[Path, int], Path]:
-    """Put a real sentence where a layout wants one, in the format of the suffix."""
+    """Return a function that puts a real sentence at a path, in the format of its suffix."""
     speech = sorted((recordings / "speech").glob("librivox*"))
 
     def put(path: Path, number: int = 0) -> Path:
@@ -42,7 +42,7 @@ def place(recordings: Path) -> Callable[[Path, int], Path]:
 
 @pytest.fixture
 def prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Run a recipe's script as the command line does; return what it printed, or why it ended."""
+    """Run a recipe's script as from the command line; return its output, or its error message."""
 
     def run(recipe: str, *arguments: object, script: str = "prepare.py") -> str:
         script = str(RECIPES / recipe / script)
@@ -103,7 +103,7 @@ def test_archives_are_fetched_checked_and_packed(tmp_path: Path, place: Callable
         (tmp_path / "data" / "downloads" / "librispeech-test-clean.tar.gz").unlink()
         done = run("test-clean", sha256_of(archive), server)
         assert done.returncode == 0, done.stderr
-    assert run("test-clean", "0" * 64).returncode == 0  # everything is there
+    assert run("test-clean", "0" * 64).returncode == 0  # nothing is left to download
     assert run("dev-clean", "0" * 64).returncode == 2
     clips = iterate_clips([tmp_path / "data/shards/librispeech-test-clean"], sampling_rate=24000, num_channels=1)
     assert [(name, labels["text"]) for name, _, labels in clips] == [("test-clean/1089-134686-0000", "he hoped")]
@@ -161,7 +161,7 @@ def test_musdb(tmp_path: Path, place: Callable, prepare: Callable, pack_config: 
 def test_debian_audio(tmp_path: Path, place: Callable, prepare: Callable, pack_config: Callable) -> None:
     share = tmp_path / "unpacked" / "usr" / "share"
     stamp = place(share / "tuxpaint" / "stamps" / "cat_desc_fr.ogg.wav")
-    stamp.rename(stamp.with_suffix(""))  # libsndfile goes by the content
+    stamp.rename(stamp.with_suffix(""))  # libsndfile detects the format from the content
     (stamp.parent / "cat.txt").write_text("A cat.\nfr.utf8=Un chat.\n", encoding="utf-8")
     place(share / "klettres" / "lt" / "alpha" / "a.wav", 1)
     (share / "klettres" / "lt" / "sounds.xml").write_text(
@@ -219,7 +219,7 @@ VOICES = {"kathleen": ("data/{}.wav", None), "kerstin": ("verified/{}.flac", 1),
 
 @pytest.fixture
 def voice_repositories(tmp_path: Path, place: Callable) -> Path:
-    """Small repositories of the three voices: one held-out recording each, one for training, one repeated text."""
+    """Create small repositories of the three voices, each with a held-out, a training and a repeated text."""
     heldout = (RECIPES / "cc0_voices" / "heldout.txt").read_text().split()
     for voice, (pattern, has_table) in VOICES.items():
         root = tmp_path / "served" / f"dataset-voice-{voice}"
@@ -246,7 +246,7 @@ def voice_repositories(tmp_path: Path, place: Callable) -> Path:
 @pytest.mark.processes
 @pytest.mark.nightly
 def test_cc0_voices_are_cloned_checked_split_and_packed(tmp_path: Path, voice_repositories: Path) -> None:
-    """The script is that of the recipe; only the counts and the list of held-out clips are those of the small tree."""
+    """The recipe's own script, with counts and held-out list changed for the small repositories."""
     recipe = tmp_path / "checkout" / "recipes" / "cc0_voices"
     shutil.copytree(RECIPES / "cc0_voices", recipe)
     data = tmp_path / "data"
@@ -263,7 +263,7 @@ def test_cc0_voices_are_cloned_checked_split_and_packed(tmp_path: Path, voice_re
     few = run()
     assert few.returncode == 1
     assert "has 3 recordings with a text instead of 1593" in few.stderr
-    assert not list(data.glob("clones/*/audio"))  # sparse
+    assert not list(data.glob("clones/*/audio"))  # sparse checkout
 
     shutil.rmtree(data / "clones" / "dataset-voice-kerstin" / "verified")  # as if interrupted
     (data / "clones" / "dataset-voice-kerstin" / ".complete").unlink()

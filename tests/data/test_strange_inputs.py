@@ -1,4 +1,4 @@
-"""What people really keep in folders and manifests: read, or named and counted, and the rest of it is read."""
+"""Unusual files in folders and manifests: each is read, or it is named and counted while the rest is read."""
 
 import gzip
 import io
@@ -57,7 +57,7 @@ def special(tmp_path: Path) -> Path:
     os.mkfifo(folder / "pipe.wav")
     with socket.socket(socket.AF_UNIX) as listener:
         place = os.getcwd()
-        os.chdir(folder)  # the name of a socket has at most 107 bytes
+        os.chdir(folder)  # the path of a socket may have at most 107 bytes
         listener.bind("socket.wav")
         os.chdir(place)
     return folder
@@ -144,7 +144,7 @@ def test_nemo_manifests_mean_what_they_mean_there(tmp_path: Path) -> None:
     (clip,) = found.clips
     assert (clip.start_seconds, clip.end_seconds, clip.text, found.ignored) == (0.25, 0.75, "ab", {})
     (listed,) = list_sources([str(tmp_path / "train.json")], "speech")
-    assert listed.read()[0].shape == (1, 12000)  # the part, as its text is that of the part
+    assert listed.read()[0].shape == (1, 12000)  # only this part, because the text belongs to it
 
 
 def test_manifests_come_compressed_and_as_lists(tmp_path: Path) -> None:
@@ -264,6 +264,6 @@ def test_silence_is_a_warning_of_the_run(tmp_path: Path) -> None:
     wav(tmp_path / "audio/a.wav", TONE * 0)
     packed = pack_cached(PackConfig(tmp_path / "audio", tmp_path / "cache"), heldout_fraction=0.0, key="data.path")
     assert packed.is_silent
-    for _ in range(2):  # every rank, and after a resume
+    for _ in range(2):  # on every rank and after a resume
         warn_of_silence(tmp_path, "audio")
     assert (tmp_path / "warnings.txt").read_text().count("digital silence") == 1

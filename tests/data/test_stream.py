@@ -1,4 +1,4 @@
-"""The training stream over real shards: crops, whole clips with text, mixing, and the same sequence for every world."""
+"""The training stream over real shards: crops, whole clips with text, mixing, and equal order for every world size."""
 
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def test_an_update_takes_what_its_batch_seconds_need(packed: Path) -> None:
 
 
 def positions_of(stream: AudioStream, world_size: int, batch_seconds: float) -> list[list[int]]:
-    """Positions that three updates use, over all ranks."""
+    """Return the positions that three updates use, over all ranks."""
     updates, position = [], 1000
     for _ in range(3):
         plans = [stream.plan_update(position, batch_seconds, 6.0, rank, world_size) for rank in range(world_size)]

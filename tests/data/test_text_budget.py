@@ -1,4 +1,4 @@
-"""Long texts: not used beyond a limit, apart from the short ones below it."""
+"""Long texts: dropped above a limit, and batched separately from short ones below it."""
 
 from pathlib import Path
 

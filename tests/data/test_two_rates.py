@@ -1,4 +1,4 @@
-"""Clips at the decoder's rate: the encoder gets what `encode` makes of the same clip, to the bit."""
+"""Clips at the decoder's rate: the encoder's input is bit-identical to what `encode` computes from the same clip."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
 
 @pytest.fixture(scope="module")
 def high(tmp_path_factory, recordings, pack_config) -> Path:
-    """Speech with noise up to 24 kHz at 48 kHz, of even and odd lengths, packed."""
+    """Pack speech with noise up to 24 kHz at 48 kHz, of even and odd lengths."""
     folder = tmp_path_factory.mktemp("high")
     (folder / "audio").mkdir()
     for number, path in enumerate(sorted((recordings / "speech").rglob("*.flac"))[:4]):
@@ -101,7 +101,7 @@ def test_workers_keep_both_rates_within_their_memory():
 
 
 def test_a_packed_corpus_at_the_higher_rate_has_the_codes_of_its_files(high, tmp_path):
-    """From a model with such a decoder, whose codes also decode to the files' lengths."""
+    """With a model that has such a decoder; its codes also decode to the lengths of the files."""
     save_one_stage_model(tmp_path / "model", output_sampling_rate=48000)
     common = [f"model={tmp_path / 'model'}", "device=cpu", "batch_invariant=true"]
     assert main(["encode", *common, f"input={high / 'audio'}", f"out={tmp_path / 'files'}"]) == 0

@@ -49,7 +49,7 @@ def test_the_first_axis_of_everything_is_the_clip(num_channels, length):
 
 
 def test_clips_do_not_see_each_other():
-    """Normalisation over the batch would leak between clips and make micro-batches disagree with whole batches."""
+    """Normalization over the batch would leak between clips, and results would depend on the micro-batches."""
     discriminators, x = small_set(), waveform(3)
     together = discriminators(x)
     for index in range(3):
@@ -59,7 +59,7 @@ def test_clips_do_not_see_each_other():
 
 
 def test_level_of_the_input_matters():
-    """No peak normalisation: a clip that is too quiet can be told from one that is not."""
+    """Peak normalization would hide that a clip is too quiet; it must not be applied."""
     discriminators, x = small_set(), waveform()
     for loud, quiet in zip(discriminators(x), discriminators(0.1 * x), strict=True):
         assert (loud.features[0] - quiet.features[0]).abs().max() > 1e-3

@@ -27,7 +27,7 @@ def test_five_layers_per_band_are_features_and_logits_are_not():
 
 
 def test_planes_are_real_and_imaginary_parts():
-    """A cosine at the centre of bin 8 is real in frames that start at a whole period, its sine imaginary."""
+    """A cosine at the centre of bin 8 is real in frames that start at a whole period; its sine is imaginary."""
     time = torch.arange(2048) * 2 * math.pi * 8 / 256
     planes = ComplexSTFTDiscriminator(256, 2, num_channels=2).planes(torch.stack([time.cos(), time.sin()]).unsqueeze(0))
     assert planes.shape == (1, 4, 33, 129)  # real parts of both channels, then imaginary parts

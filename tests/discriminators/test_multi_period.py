@@ -14,7 +14,7 @@ def test_default_size_is_that_of_hifi_gan():
 def test_rows_are_started_periods(length, rows):
     discriminator = PeriodDiscriminator(5, (4, 8))
     output = discriminator(torch.randn(2, 1, length))
-    strided = -(-rows // 3)  # the first layer keeps every third row, the second all
+    strided = -(-rows // 3)  # the first layer has a stride of three, the second of one
     assert [tuple(f.shape) for f in output.features] == [(2, 4, strided, 5), (2, 8, strided, 5)]
     assert output.logits.shape == (2, 1, strided, 5)
 
@@ -44,7 +44,7 @@ def test_impossible_settings_are_refused(period, channels):
 
 @pytest.mark.parametrize("length", [23, 24, 29])
 def test_completion_is_that_of_torch_in_value_and_gradient(length):
-    """Of which the gradient on a GPU is not deterministic, so that `trainer.deterministic` would refuse it."""
+    """torch's own operation has a nondeterministic gradient on a GPU, which `trainer.deterministic` would refuse."""
     waveform = torch.randn(2, 1, length, generator=torch.Generator().manual_seed(0))
     ours, theirs = waveform.clone().requires_grad_(), waveform.clone().requires_grad_()
     folded = PeriodDiscriminator(5, [2])._fold(ours)

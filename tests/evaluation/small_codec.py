@@ -1,4 +1,4 @@
-"""A codec of a few lines, so that tests of the evaluation do not wait for a model."""
+"""A trivial codec, so that tests of the evaluation do not need a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,12 +41,12 @@ class BitCodec:
 
 
 def clip_of(audio: Tensor, name: str, domain: str = "speech", **labels: str) -> ListedClip:
-    """A clip [C, T] at 24 kHz that is in memory."""
+    """Return a clip [C, T] at 24 kHz that is held in memory."""
     return ListedClip(name, domain, lambda: (audio, RATE), labels)
 
 
 def unreadable(name: str) -> ListedClip:
-    """A clip that cannot be read."""
+    """Return a clip that raises an error when it is read."""
 
     def read() -> tuple[Tensor, int]:
         raise UserError(f"{name} is damaged")
@@ -55,7 +55,7 @@ def unreadable(name: str) -> ListedClip:
 
 
 def tones(count: int) -> Sequence[ListedClip]:
-    """Clips of one second, each of other tones."""
+    """Return clips of one second, each with different tones."""
     time = torch.arange(RATE) / RATE
     waves = [
         0.4 * torch.sin(2 * torch.pi * (200 + 70 * i) * time) * torch.sin(2 * torch.pi * time) for i in range(count)
@@ -68,7 +68,7 @@ SETTINGS = {"codec": "bits"}
 
 
 def run(folder: Path, clips: Sequence[ListedClip], levels: Sequence[int] = (1, 4, 8), **options):
-    """An evaluation of the codec in a folder, and the codec."""
+    """Evaluate the codec in a folder; return the evaluation and the codec."""
     codec = BitCodec()
     reconstructor = CodecReconstructor(codec, levels, clips)
     results = Results(folder, SETTINGS)

@@ -1,4 +1,4 @@
-"""Speaker similarity, recognition and DNSMOS; what needs a package is skipped without it."""
+"""Speaker similarity, speech recognition and DNSMOS; tests of uninstalled packages are skipped."""
 
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def test_released_names_become_ours():
 
 
 def released_names(model: SpeakerVerifier) -> dict[str, torch.Tensor]:
-    """The model's weights under the names of the released file."""
+    """Return the model's weights under the parameter names of the released file."""
     backwards = [
         ("wavlm.feature_projection.layer_norm", "layer_norm"),
         ("wavlm.feature_projection.projection", "post_extract_proj"),
@@ -154,7 +154,7 @@ def test_texts_are_compared_as_whisper_normalises_them(text, language, expected)
 
 
 def test_the_table_of_spellings_is_that_of_the_model(tmp_path):
-    """And the description, which decides whether results may be compared, says whether there is one."""
+    """The description, which decides whether results are comparable, includes whether the table is used."""
     for name, content in (("with", '{"colour": "color"}'), ("without", None), ("wrong", "[1]")):
         (tmp_path / name).mkdir()
         if content is not None:
@@ -192,7 +192,7 @@ def test_missing_recognisers_say_what_to_do(tmp_path):
 
 
 def test_whisper_through_transformers(tmp_path, pair):
-    """A tiny random model of the real class says something, and the same twice."""
+    """A tiny random model of the real class returns some text, the same on a second call."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     tokenizer = pytest.importorskip("transformers").WhisperTokenizer
@@ -255,7 +255,7 @@ def test_the_text_lm_sees_the_levels_it_is_given(tokenizer_and_lm):
     codes = CatCodec(tokenizer, "x").encode(recording("gt_audios")[:, :RATE])
     labels = {"text": "hello", "task": "caption"}
     values = metric.measure(codes[:2], labels)
-    assert values["text_tokens"] == 6  # five bytes and the end
+    assert values["text_tokens"] == 6  # five bytes and the end-of-text token
     states = tokenizer.quantizer.decode(codes[:2, None])
     with torch.no_grad():
         tokens = torch.tensor([text_lm.text("hello")])

@@ -1,4 +1,4 @@
-"""Metrics against the released evaluation code, at their limits and under rising noise."""
+"""Metrics against the released evaluation code, in limiting cases and with increasing noise."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_measures_order_damages_as_they_are_known_to():
         if values:
             assert sorted(values, key=values.__getitem__, reverse=is_higher_better) == ORDERS[key], key
     for damage, decibels in (("30 dB", 32.1), ("20 dB", 22.1), ("10 dB", 12.1), ("0 dB", 2.1)):
-        assert means["si_sdr"][damage] == pytest.approx(decibels, abs=0.1)  # the band of 16 kHz holds less of the noise
+        assert means["si_sdr"][damage] == pytest.approx(decibels, abs=0.1)  # less of the noise is in the band of 16 kHz
 
 
 def test_a_profile_is_its_rate_and_window(sentence):
@@ -128,7 +128,7 @@ def test_only_the_profile_at_48_khz_hears_the_upper_octave():
 
 
 def test_half_the_level_is_a_constant_distance_by_hand():
-    """Of white noise and half of it: log10(4) per scale, and half the mean magnitude."""
+    """White noise against half of it: log10(4) per scale, and half of the mean magnitude."""
     clip = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(0))
     distance = SpectralDistances(OFFICIAL).score(Pair(clip, clip / 2, 16_000))["stft_distance"]
     magnitudes = 0.0

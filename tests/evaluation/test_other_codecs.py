@@ -1,6 +1,6 @@
-"""Every adapter with a small random model of the real class; what is not installed is skipped and says what it needs.
+"""Every adapter with a small random model of the real class; if a package is missing, it is skipped and named.
 
-XY-Tokenizer is not among them: its code lies beside its weights only.
+XY-Tokenizer is not tested: its code is distributed only with its weights.
 """
 
 import contextlib
@@ -205,7 +205,7 @@ def test_adapter_encodes_once_and_decodes_prefixes(build, rate, levels, bits):
 
 
 def fill_codebooks(model: torch.nn.Module) -> None:
-    """Codebooks that are buffers start as zeros, with which every level decodes to the same."""
+    """Fill codebooks stored as buffers: they start as zeros, so that all levels would decode to the same audio."""
     for name, buffer in model.named_buffers():
         if name.rsplit(".", 1)[-1] in ("embed", "embed_sum"):
             buffer.normal_(generator=torch.Generator().manual_seed(1))
@@ -247,7 +247,7 @@ def test_code_of_a_repository_is_asked_for_by_the_codec_that_needs_it(tmp_path):
 
 
 def folder_with_code(folder: Path, canary: Path, prefix: str = "") -> Path:
-    """Weights with code beside them that makes a file when it is imported."""
+    """Write weights with a module beside them that creates a file when it is imported."""
     (folder / "evil.py").write_text(f"from pathlib import Path\n\nPath({str(canary)!r}).touch()\n")
     auto_map = {"AutoConfig": f"{prefix}evil.Config", "AutoModel": f"{prefix}evil.Model"}
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
@@ -266,7 +266,7 @@ def test_the_code_beside_weights_runs_only_when_it_is_named(tmp_path, prefix, co
 
 
 def test_code_beside_weights_is_run_by_whoever_names_it(tmp_path):
-    """The folder above is malicious indeed."""
+    """Shows that importing the code of the folder above does create the canary."""
     canary = tmp_path / "canary"
     with contextlib.suppress(Exception):
         load_codec("xy_tokenizer", str(folder_with_code(tmp_path, canary)), CPU, str(tmp_path))

@@ -14,7 +14,7 @@ PAIRS = Path(__file__).parents[1] / "data" / "metrics"
 
 
 def tone(hertz: torch.Tensor | float, seconds: float = 1.0, harmonics: int = 8) -> torch.Tensor:
-    """A buzzing tone [T] whose harmonics fall by 6 dB per octave."""
+    """Return a tone [T] with harmonics that decrease by 6 dB per octave."""
     steps = torch.as_tensor(hertz, dtype=torch.float64).expand(round(seconds * RATE)) / RATE
     phase = 2 * math.pi * steps.cumsum(0)
     return sum(torch.sin(k * phase) / k for k in range(1, harmonics + 1)).float() * 0.1

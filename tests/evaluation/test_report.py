@@ -1,4 +1,4 @@
-"""Comparison of evaluations, and the report as a page and in a browser."""
+"""Comparison of evaluations, and the HTML report, also in a browser."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from .small_codec import METRICS, run
 
 @pytest.fixture(scope="module")
 def two_evaluations(tmp_path_factory) -> Path:
-    """Folders `first` and `second`, the second with fewer levels, and a report of the first against it."""
+    """Create folders `first` and `second`, the second with fewer levels, and a report that compares them."""
     folder = tmp_path_factory.mktemp("evaluations")
     clips = small.tones(3)
     second, _ = run(folder / "second", clips, levels=(1, 4))
@@ -61,7 +61,7 @@ def test_the_report_is_one_page_with_everything_inside(two_evaluations):
     pytest.importorskip("matplotlib")
     page = (two_evaluations / "first" / "report.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
-    assert page.count("<audio") == 3  # the original and two depths
+    assert page.count("<audio") == 3  # the original and two numbers of levels
     assert page.count("<svg") == 4
     assert page.count('class="spectrogram"') == 1
     assert "Against second" in page
@@ -84,7 +84,7 @@ PLOTS = """[...document.querySelectorAll("figure svg")].map(plot => {
 
 
 def open_report(browser: Any, folder: Path, **options: Any) -> tuple[Any, list[str]]:
-    """The report in a page of its own, and everything that its console shows."""
+    """Open the report; return the page and all messages of the browser console."""
     pytest.importorskip("matplotlib")
     page = browser.new_page(**options)
     page.set_default_timeout(120_000)
@@ -124,7 +124,7 @@ def test_one_player_at_a_time(browser, two_evaluations):
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "is_phone"), [(1280, False), (390, True)])
 def test_nothing_is_wider_than_the_page(browser, two_evaluations, width, is_phone):
-    """A phone scrolls the tables, in which the first column stays, and nothing else; text has its full size."""
+    """On a phone only the tables scroll sideways, with a fixed first column; text keeps its full size."""
     size = {"width": width, "height": 844}
     page, console = open_report(
         browser, two_evaluations, viewport=size, is_mobile=is_phone, device_scale_factor=2 if is_phone else 1

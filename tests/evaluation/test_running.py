@@ -59,7 +59,7 @@ def test_a_clip_is_encoded_once_and_every_prefix_is_that_of_a_direct_decode():
 
 
 class DoublingCodec(small.BitCodec):
-    """Takes 24 kHz and gives 48 kHz, every sample twice."""
+    """Encodes 24 kHz and decodes to 48 kHz, with every sample twice."""
 
     output_sampling_rate = 48_000
 
@@ -148,7 +148,7 @@ def test_failures_are_counted_and_never_a_crash(tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the times."""
+    """Return the contents of all files, without times."""
     names = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TIMES_FILE]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in names}
 
@@ -172,7 +172,7 @@ def test_two_runs_and_workers_give_the_same_bytes(tmp_path):
 
 @contextlib.contextmanager
 def signalled_workers(rows: Path, number: signal.Signals) -> Iterator[None]:
-    """One worker gets a signal as soon as there is a first row; before that it may still be starting."""
+    """Send a signal to one worker after the first row; before that it may still be starting."""
     reached = []
 
     def reach_workers() -> None:
@@ -191,7 +191,7 @@ def signalled_workers(rows: Path, number: signal.Signals) -> Iterator[None]:
 
 @pytest.mark.processes
 def test_an_interrupt_is_for_the_parent_not_for_its_workers(tmp_path):
-    """Ctrl-C reaches all processes of a terminal; a worker that dies of it breaks the pool, or leaves it hanging."""
+    """Ctrl-C is sent to all processes of a terminal; a worker that dies of it would break the pool or make it hang."""
     with signalled_workers(tmp_path / ROWS_FILE, signal.SIGINT):
         evaluation, _ = run(tmp_path, small.tones(8), num_workers=1)
     assert [row.failure for row in evaluation.rows] == [None] * 8
@@ -199,7 +199,7 @@ def test_an_interrupt_is_for_the_parent_not_for_its_workers(tmp_path):
 
 @pytest.mark.processes
 def test_a_worker_that_is_killed_is_one_line(tmp_path):
-    """As the system does for lack of memory."""
+    """As when the system is out of memory."""
     clips = small.tones(40)
     with (
         signalled_workers(tmp_path / ROWS_FILE, signal.SIGKILL),
@@ -246,7 +246,7 @@ def test_further_levels_are_added_to_the_rows_and_give_those_of_one_run(tmp_path
     _, codec = run(tmp_path / "parts", clips, (1, 4))
     assert codec.num_encoded == 0
     evaluation, codec = run(tmp_path / "parts", [*clips, small.clip_of(0.1 * clips[0].read()[0], "new")], (4,))
-    shown = all_conditions(evaluation.conditions, evaluation.rows)  # not those that the new clip has not
+    shown = all_conditions(evaluation.conditions, evaluation.rows)  # without those that the new clip does not have yet
     assert [entry.num_quantizers for entry in shown] == [4, None, None]
     assert set(both) < set(all_conditions(both, evaluation.rows[:1]))
 

@@ -1,12 +1,12 @@
 """Use an exported folder with torch and transformers alone; started by test_transformers_versions.py.
 
-Arguments: the folder, the same as a repository in the hub's cache, a file with what to expect, a folder to save to.
-Prints the version of transformers.
+Arguments: the folder, the same files as a repository in the hub's cache, a file with the expected results, a folder for
+saving. Prints the version of transformers.
 """
 
 import sys
 
-sys.modules["moss_train"] = None  # type: ignore[assignment]  # any import of it fails
+sys.modules["moss_train"] = None  # importing it fails from here on
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -23,10 +23,10 @@ def load(source: str, **options: object) -> torch.nn.Module:
 
 
 def check_codes(found: object, wanted: torch.Tensor, equal: float = 1.0) -> None:
-    """Compare codes. Weights and torch are those that made the expected ones, so a whole clip gives the same bits.
+    """Compare codes. Weights and torch version are those of the expected codes, so a whole clip must be bit-identical.
 
-    Other shapes of the same computation (chunks, padded batches) may round differently; a tie then falls the other
-    way, and with it the later levels of its frame. 0.99 is what test vectors allow another installation, too.
+    Other shapes of the same computation (chunks, padded batches) may be rounded differently. A tie can then be decided
+    otherwise, which changes the later levels of the frame. Test vectors also require 0.99 on other installations.
     """
     found = torch.as_tensor(found)
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
@@ -39,7 +39,7 @@ def check_audio(found: torch.Tensor) -> None:
 
 
 def check_other_classes(source: str, model: torch.nn.Module) -> None:
-    """Load everything besides AutoModel that the folder names, and compare the codes it leads to."""
+    """Load everything besides AutoModel that the folder refers to, and compare the resulting codes."""
     clips = [audio[0, 0].numpy(), audio[0, 0, : audio.shape[2] // 2].numpy()]
     for kind in (AutoFeatureExtractor, AutoProcessor):
         prepare = kind.from_pretrained(source, trust_remote_code=True)

@@ -82,7 +82,7 @@ def test_the_model_card_states_the_bitrate(model_folder, tmp_path):
     assert "350 bit/s per level, 1400 bit/s in all" in card
     assert "Hz, 1 channel |" in card
     modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert len(modes) == 1  # whoever may read the code may read the weights
+    assert len(modes) == 1  # who may read the code may also read the weights
 
 
 def test_half_precision_weights_keep_the_quantizer(model_folder, tmp_path):
@@ -185,7 +185,7 @@ def test_the_licence_of_a_run_is_that_of_all_its_clips(stated, licence, tmp_path
     found = data_licences(run)
     assert found == {text or "none": stated.count(text) for text in stated}
     assert licence_of_data(found) == licence
-    # Weights that a run began with have seen other data.
+    # The data of the initial weights is part of the training data.
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"init": "owner/name"}))
     assert data_licences(run) == {}
 
@@ -216,7 +216,7 @@ def test_vectors_tell_this_model_from_another(model_folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["export", f"checkpoint={model_folder}", f"out={out}"]) == 0
     vectors = load_file(out / "test_vectors" / "vectors.safetensors")
-    assert vectors["audio"].shape[2] > 0.5 * 16000  # beyond the attention window
+    assert vectors["audio"].shape[2] > 0.5 * 16000  # longer than the attention window
     assert all(passed for _, passed in compare(out, None))
     save_file({"codes": vectors["codes"]}, tmp_path / "port.safetensors")
     assert all(passed for _, passed in compare(out, tmp_path / "port.safetensors"))
@@ -229,7 +229,7 @@ def test_vectors_tell_this_model_from_another(model_folder, tmp_path, capsys):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The parts of the Hub's API that an upload of small files uses."""
+    """The parts of the Hub API that are needed to upload small files."""
 
     requests: ClassVar[list[tuple[str, str, bytes]]] = []
     status = 200
@@ -269,7 +269,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for the Hub on this machine."""
+    """Return a local stand-in for the Hub."""
     Hub.requests.clear()
     Hub.status = 200
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

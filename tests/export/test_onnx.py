@@ -1,4 +1,4 @@
-"""ONNX graphs and their runtime against the torch model, beyond every attention window."""
+"""ONNX graphs and their runtime against the torch model, on clips longer than every attention window."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ FAMILIES = {
 
 
 def compare(model: MossAudioTokenizerModel, tokenizer: Tokenizer, audio: torch.Tensor) -> None:
-    """Assert equal codes but for ties, and audio equal to 1e-4 of its maximum, of all levels and of the first."""
+    """Assert that codes are equal except for ties, and audio to 1e-4 of its maximum, with all levels and with one."""
     encoded = model.encode(audio)
     codes = torch.from_numpy(tokenizer.encode(audio.numpy()))
     assert num_real_differences(model, encoded.encoder_hidden_states, codes, encoded.audio_codes) == 0
@@ -57,7 +57,7 @@ def family(request, tmp_path_factory) -> tuple[MossAudioTokenizerModel, Tokenize
 
 def some_audio(model: MossAudioTokenizerModel, batch: int = 2, frames: int = 40) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    samples = frames * model.config.downsample_rate - 3  # the last frame is started only
+    samples = frames * model.config.downsample_rate - 3  # the last frame is incomplete
     return torch.randn(batch, model.config.number_channels, samples, generator=generator) * 0.3
 
 
@@ -142,7 +142,7 @@ def test_weights_of_large_models_lie_beside_the_graphs(tmp_path):
         "codec.json",
         *(f"{part}.{kind}" for part in ("encoder", "decoder") for kind in ("onnx", "weights")),
     }
-    for part in ("encoder", "decoder"):  # beside are the weights, not the little that a graph needs at hand
+    for part in ("encoder", "decoder"):  # large weights are in separate files
         numbers = sum(value.numel() for value in getattr(model, part).parameters())
         assert (moved / f"{part}.weights").stat().st_size > 0.8 * 4 * numbers
     inside, outside = Tokenizer(tmp_path / "inside"), Tokenizer(moved)
@@ -158,7 +158,7 @@ def test_weights_of_large_models_lie_beside_the_graphs(tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_halves_of_the_published_size_are_exported_and_equal_torch(part, tmp_path):
-    """Each half of cat_1b6 has 3.3 GiB of weights, and a file of protobuf ends at 2."""
+    """Each half of cat_1b6 has 3.3 GiB of weights; a protobuf file is limited to 2 GiB."""
     folder, out = tmp_path / "half", tmp_path / "graphs"
     config = MossAudioTokenizerConfig.from_stages(**load_config("fit", ["experiment=cat_1b6"]).tokenizer.to_plain())
     config.part = part
@@ -176,7 +176,7 @@ def test_halves_of_the_published_size_are_exported_and_equal_torch(part, tmp_pat
         assert status == 0
         size = (out / f"{part}.weights").stat().st_size
         assert size > 2**31
-        assert usage.ru_maxrss * 1024 < 2 * size + 2 * 2**30  # torch's weights and those of the runtime
+        assert usage.ru_maxrss * 1024 < 2 * size + 2 * 2**30  # the weights of torch and of the runtime
         tokenizer, generator = Tokenizer(out, threads=1), torch.Generator().manual_seed(1)
         if part == "encoder":
             audio = torch.randn(1, 1, 3 * config.downsample_rate, generator=generator) * 0.3
@@ -185,13 +185,13 @@ def test_halves_of_the_published_size_are_exported_and_equal_torch(part, tmp_pat
             codes = torch.randint(1024, (32, 1, 3), generator=generator)
             decoded = torch.from_numpy(tokenizer.decode(codes.numpy()))
             assert relative_error(decoded, model.decode(codes).audio) < 1e-4
-    finally:  # 7 GB that pytest would keep
+    finally:  # pytest would keep these 7 GB
         for path in (folder, out):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def test_graphs_are_evaluated_like_a_model(exported, tmp_path):
-    """Rates and levels are those of the model, and so is, but for rounding, what is measured."""
+    """Rates and levels equal the model's, and so do the metrics, except for rounding."""
     (tmp_path / "audio").mkdir()
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
     soundfile.write(tmp_path / "audio" / "tone.wav", tone, 8000)
@@ -229,7 +229,7 @@ assert tokenizer.decode(codes[:2]).shape == (1, 1, 1008)
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    """What the command writes of a small model."""
+    """Export a small model with the command."""
     root = tmp_path_factory.mktemp("exported")
     small_model().save_pretrained(root / "model")
     arguments = [f"checkpoint={root / 'model'}", f"out={root / 'graphs'}", "format=onnx", "licence=cc0-1.0"]
@@ -240,7 +240,7 @@ def exported(tmp_path_factory) -> Path:
 @pytest.mark.processes
 def test_the_folder_works_without_torch_and_checks_itself(exported):
     card = (exported / "README.md").read_text()
-    example = card.split("```python\n")[1].split("```")[0]  # in the folder above, as the card says
+    example = card.split("```python\n")[1].split("```")[0]  # run in the parent folder, as the card says
     soundfile.write(exported.parent / "speech.wav", np.sin(np.arange(1500)) / 2, small_model().sampling_rate)
     for command in (["-c", STRANGER, str(exported)], ["-c", example], [str(exported / "runtime.py")]):
         done = subprocess.run([sys.executable, *command], cwd=exported.parent, capture_output=True, text=True)

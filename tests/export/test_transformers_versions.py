@@ -1,4 +1,4 @@
-"""An export in the versions of transformers that its users pin, each in an environment of its own."""
+"""Exports in the versions of transformers that dependent projects pin, each in its own environment."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ from moss_train.model import MossAudioTokenizerModel
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
-PINNED = ("4.57.1", "5.0.0")  # of MOSS-TTS-Nano and MOSS-TTS
+PINNED = ("4.57.1", "5.0.0")  # required by MOSS-TTS-Nano and MOSS-TTS
 REVISION = "0" * 40
 
 
@@ -31,7 +31,7 @@ def lower_bound() -> str:
 
 
 def environment(name: str, *packages: str) -> Path:
-    """Make an environment with some packages and return its Python; everything else comes from this one."""
+    """Create an environment with some packages and return its Python; all other packages come from the current one."""
     folder = Path(sys.prefix) / "transformers" / name
     python = folder / "bin" / "python"
     if (folder / "complete").exists():
@@ -60,7 +60,7 @@ def with_transformers(version: str) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    """An export of a small model, what to expect of it, and the same in the layout of the hub's cache."""
+    """Export a small model, with expected results, and also in the layout of the hub's cache."""
     home = tmp_path_factory.mktemp("export")
     folder = home / "my-tokenizer"
     assert main(["export", f"checkpoint={ROOT / 'recipes' / 'cat_mini'}", f"out={folder}", "licence=cc0-1.0"]) == 0
@@ -84,13 +84,13 @@ def exported(tmp_path_factory) -> Path:
 
 
 def use(python: Path, script: str, exported: Path, tmp_path: Path, *arguments: str | Path) -> str:
-    """Run a script of this folder in an environment and return the last word that it prints."""
+    """Run a script of this folder in an environment and return the last word of its output."""
     variables = {
         "HF_HUB_CACHE": str(exported / "hub"),
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as here: other partial sums round differently
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the same as here: other partial sums are rounded differently
         "PATH": "",
     }
     command = [python, Path(__file__).with_name(script), exported / "my-tokenizer", *arguments]
@@ -121,7 +121,7 @@ def test_an_export_works_in_later_versions(version, exported, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_weights_of_an_export_may_stay_on_disk(exported, tmp_path):
-    """Install without dependencies, as those of accelerate name torch, which comes from this environment."""
+    """Install without dependencies: accelerate depends on torch, which comes from the current environment."""
     python = environment("accelerate", "--no-deps", "accelerate", "psutil")
     places = use(python, "offloaded.py", exported, tmp_path, exported / "expected.safetensors", tmp_path / "offload")
     assert places == "cpu,disk"

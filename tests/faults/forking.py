@@ -1,7 +1,7 @@
-"""Runs command lines as forks of one process that has already imported the program.
+"""Run commands as forks of one process that has already imported the program.
 
-A start costs milliseconds where a fresh interpreter takes seconds, so a test can afford many real processes to kill.
-Started by `harness.py`; one JSON line in for every order, one out for every answer.
+A fork starts in milliseconds, a fresh interpreter takes seconds, so tests can start and kill many real processes.
+Started by `harness.py`. It reads one JSON line per request and writes one JSON line per answer.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ CAPABILITY_VERSION = 0x20080522
 
 
 def serve() -> int:
-    """Answer orders until standard input ends: `start` forks a command line, `poll` asks for its exit status."""
+    """Answer requests until standard input ends: `start` forks a command, `poll` asks for its exit status."""
     warm_up()
     for line in sys.stdin:
         order = json.loads(line)
@@ -38,7 +38,7 @@ def serve() -> int:
 
 
 def warm_up() -> None:
-    """Do once what every run would do first: import everything, read the shipped files, draw a picture with fonts."""
+    """Do once what every run would do first: import everything, read the shipped files, draw a figure with fonts."""
     import torch
 
     import moss_train.commands.fit
@@ -54,13 +54,13 @@ def warm_up() -> None:
 
 
 def run(job: dict[str, Any]) -> int:
-    """Become the process of one command line: own session, environment, log, limits and fault."""
+    """Turn this process into that of one command: own session, environment, log, limits and fault."""
     os.setsid()
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1), os.dup2(log, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job["environment"])
     tempfile.tempdir = None
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
     inject(job["fault"])
     if "script" in job:
         sys.argv = [job["script"], *job["arguments"]]
@@ -72,19 +72,19 @@ def run(job: dict[str, Any]) -> int:
 
 
 def inject(fault: dict[str, Any]) -> None:
-    """Prepare what is going to happen to this process.
+    """Set up the fault of this process.
 
     Args:
         fault: any of
-            calls: [function, n, further]: a signal `further` Python calls after the n-th call of a function;
-            event: [audit event, text, n]: a signal before the n-th event of a name with the text in its arguments;
+            calls: [function, n, further]: send a signal `further` Python calls after the n-th call of a function;
+            event: [audit event, text, n]: send a signal before the n-th audit event with the text in its arguments;
             signal: which one, SIGKILL by default;
-            worker: [n, "kill" or "hang"]: what a data worker does instead of reading its n-th update;
-            file_bytes: no file can get longer, as on a full disk (Errno 27, File too large);
-            file_bytes_kill: as above, but the write that gets there ends the process;
-            slow_sync: seconds that the disk takes for every fsync;
-            no_override: root keeps to the permissions of files, as everybody else has to;
-            constants: values for module constants, by dotted name: time limits that a test cannot wait for.
+            worker: [n, "kill" or "hang"]: kill or block a data worker instead of reading its n-th update;
+            file_bytes: limit the size of files, as on a full disk (Errno 27, File too large);
+            file_bytes_kill: as above, but the process is killed by the write that reaches the limit;
+            slow_sync: duration of every fsync in seconds;
+            no_override: file permissions apply to root too, as to other users;
+            constants: new values for module constants by dotted name, such as time limits too long for a test.
     """
     number = fault.get("signal", signal.SIGKILL)
     if "calls" in fault:
@@ -110,16 +110,16 @@ def inject(fault: dict[str, Any]) -> None:
 
 
 def signal_after_calls(number: int, function: str, count: int, further: int) -> None:
-    """Signal at a place that depends on the program alone, not on how busy the machine is.
+    """Send a signal at a point that depends only on the program, not on the load of the machine.
 
-    Calls are counted from the start of the training on: that costs time.
+    Calls are counted only from the start of training, because counting is slow.
     """
     process, seen, rest = os.getpid(), 0, -1
 
     def profile(frame: Any, event: str, argument: Any) -> None:
         nonlocal seen, rest
         if os.getpid() != process:
-            sys.setprofile(None)  # a data worker, forked from here
+            sys.setprofile(None)  # a data worker forked from this process
         elif event == "call":
             if rest > 0:
                 rest -= 1
@@ -152,7 +152,7 @@ def signal_at_event(number: int, event: str, text: str, count: int) -> None:
 
 
 def spoil_worker(count: int, how: str) -> None:
-    """In a data worker: die as by the out-of-memory killer, or never answer again, at its n-th update."""
+    """Make a data worker die, as from the out-of-memory killer, or never answer again, at its n-th update."""
     seen = 0
 
     def profile(frame: Any, event: str, argument: Any) -> None:
@@ -168,7 +168,7 @@ def spoil_worker(count: int, how: str) -> None:
 
 
 def drop_override() -> None:
-    """Give up root's right to ignore file permissions; nothing to do for other users."""
+    """Drop root's privilege to ignore file permissions; does nothing for other users."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = ctypes.create_string_buffer(struct.pack("Ii", CAPABILITY_VERSION, 0))
     data = ctypes.create_string_buffer(24)

@@ -1,4 +1,4 @@
-"""Real command lines to damage: started, watched with a time limit, compared to the last bit."""
+"""Real commands for fault tests: started, watched with a time limit, and compared bit by bit."""
 
 import json
 import os
@@ -31,7 +31,7 @@ CALLS_PER_UPDATE = 30_000
 """Python calls of about one update with its metrics and a checkpoint: how far into an update a kill may come."""
 
 FIRST = ["update-00000003", "update-00000004"]  # of a run that stopped after four updates
-FINISHED = ["update-00000006", "update-00000009", "update-00000012"]  # the end of the first stage and the newest two
+FINISHED = ["update-00000006", "update-00000009", "update-00000012"]  # the end of the first stage and the two newest
 
 _PATCH = "{patch_size: %d, output_dimension: %d, d_model: 8, num_heads: 1, num_layers: 1}"
 TINY = (
@@ -74,7 +74,7 @@ update stay. Twelve updates, a checkpoint at 0, 3, 6, 9 and 12.
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """The result of a command."""
 
     status: int  # exit status, or minus the number of the signal
     log: str  # standard output and standard error
@@ -90,13 +90,13 @@ class Job:
         self.status: int | None = None
 
     def poll(self) -> int | None:
-        """Exit status, None while it runs."""
+        """Return the exit status, or None while the command runs."""
         if self.status is None:
             self.status = self.launcher.ask({"poll": self.pid})
         return self.status
 
     def wait(self, limit_seconds: float = LIMIT_SECONDS) -> Outcome:
-        """Wait for the end; whatever is left of it then is killed, and a hang is a failure."""
+        """Wait for the end, then kill any remaining processes of its group; a timeout is a failure."""
         deadline = time.monotonic() + limit_seconds
         while self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.03)
@@ -107,17 +107,17 @@ class Job:
         return Outcome(self.status, log)
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to the process alone."""
+        """Send a signal to this process only."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill_group(self) -> None:
-        """End the process and its workers."""
+        """Kill the process and its workers."""
         os.killpg(self.pid, signal.SIGKILL)
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Tell whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -125,7 +125,7 @@ def is_alive(process: int) -> bool:
 
 
 def wait_for_numbers(job: Job) -> list[int]:
-    """Wait for a program to print a line of numbers."""
+    """Wait for a line of numbers in the program's output and return them."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while (line := re.search(r"^[\d ]+\n", log := job.log.read_text(errors="replace"), re.MULTILINE)) is None:
         assert job.poll() is None, log
@@ -151,7 +151,7 @@ class Launcher:
         )
 
     def start_ranks(self, *arguments: str, environment: Mapping[str, str] | None = None) -> "list[Job]":
-        """Start two processes of one run, as torchrun does; `environment` is for both."""
+        """Start two processes of one run, as torchrun does, with the same `environment`."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -163,7 +163,7 @@ class Launcher:
         ]
 
     def start_script(self, script: str | Path, *arguments: str) -> Job:
-        """Start a file of Python with these arguments."""
+        """Start a Python file with these arguments."""
         return self._start({"script": str(script), "arguments": arguments, "environment": {}, "fault": {}})
 
     def _start(self, order: Mapping[str, Any]) -> Job:
@@ -173,7 +173,7 @@ class Launcher:
         return self.jobs[-1]
 
     def ask(self, order: Mapping[str, Any]) -> Any:
-        """Send one order and return the answer."""
+        """Send one request and return the answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(order) + "\n")
@@ -187,11 +187,11 @@ class Launcher:
         return self._start({"arguments": arguments, "environment": environment or {}, "fault": fault or {}})
 
     def run(self, *arguments: str, limit_seconds: float = LIMIT_SECONDS, **options: Any) -> Outcome:
-        """Start and wait."""
+        """Start a command and wait for its end."""
         return self.start(*arguments, **options).wait(limit_seconds)
 
     def close(self) -> None:
-        """End the prepared process and what failed tests left running."""
+        """End the prepared process and all processes that failed tests left running."""
         for job in self.jobs:
             if job.poll() is None:
                 job.kill_group()
@@ -202,62 +202,62 @@ class Launcher:
 
 @dataclass(frozen=True)
 class Fit:
-    """One tiny training run in its own directory, that may be started any number of times."""
+    """A tiny training run in its own directory; it can be started any number of times."""
 
     launcher: Launcher
     directory: Path
     overrides: tuple[str, ...]
 
     def arguments(self, *overrides: str) -> tuple[str, ...]:
-        """The command line."""
+        """Return the command line."""
         return ("fit", *TINY, *self.overrides, f"run_dir={self.directory}", *overrides)
 
     def start(self, *overrides: str, **options: Any) -> Job:
-        """Start it."""
+        """Start the run."""
         return self.launcher.start(*self.arguments(*overrides), **options)
 
     def run(self, *overrides: str, **options: Any) -> Outcome:
-        """Start it and wait."""
+        """Start the run and wait for its end."""
         return self.launcher.run(*self.arguments(*overrides), **options)
 
     def start_ranks(self, *overrides: str) -> list[Job]:
-        """Start it as two processes."""
+        """Start the run as two processes."""
         return self.launcher.start_ranks(*self.arguments(*overrides))
 
     def finish(self, *overrides: str, **options: Any) -> Outcome:
-        """Start it and wait; it has to succeed."""
+        """Start the run and wait; it has to succeed."""
         outcome = self.run(*overrides, **options)
         assert outcome.status == 0, outcome.log[-3000:]
         return outcome
 
     @property
     def checkpoints(self) -> list[str]:
-        """Names of the checkpoints, oldest first."""
+        """Return the names of the checkpoints, oldest first."""
         return [path.name for path in list_checkpoints(self.directory / "checkpoints")]
 
     def newest(self) -> Path:
-        """The newest checkpoint, sound or not."""
+        """Return the newest checkpoint, valid or not."""
         return list_checkpoints(self.directory / "checkpoints")[-1]
 
     def rows(self) -> list[dict[str, str]]:
-        """Rows of metrics.csv as they were written, without what a clock measured."""
+        """Return the rows of metrics.csv as text, without measured times."""
         return values(self.directory)
 
     def state(self) -> dict[str, Any]:
-        """Content of the newest checkpoint."""
+        """Return the content of the newest checkpoint."""
         return state(self.directory)
 
     def begin(self) -> "Fit":
-        """Stop after four updates, with two checkpoints."""
+        """Run until update 4, which leaves two checkpoints."""
         self.finish("max_updates=4")
         assert self.checkpoints == FIRST
         return self
 
     def finish_after_kills(self, seed: int, **fault: Any) -> int:
-        """Kill it at seeded places, fewer when it ends before one of them, then let it finish. Returns the kills."""
+        """Kill the run at seeded points (fewer if it ends earlier), then let it finish. Returns the number of kills."""
         generator, kills = random.Random(seed), 0
         places = [(generator.randint(1, 4), generator.randrange(CALLS_PER_UPDATE)) for _ in range(KILLS_PER_RUN)]
-        for update, further in places:  # of the process: a resume continues from update 0, 3, 6 or 9
+        for update, further in places:  # counted within the process: a resume continues from update 0, 3, 6 or 9
             outcome = self.run(fault={"calls": ["CatModule.training_step", update, further], **fault})
             self.assert_sound()
             if outcome.status == 0:
@@ -268,39 +268,39 @@ class Fit:
         return kills
 
     def assert_sound(self, names: Sequence[str] | None = None) -> None:
-        """No half checkpoint has the name of one, whatever came to the process; `names` are all there are."""
+        """Assert that no incomplete checkpoint has a checkpoint's name; `names`, if given, are all that exist."""
         assert names is None or self.checkpoints == names
         damage = {name: find_damage(self.directory / "checkpoints" / name) for name in self.checkpoints}
         assert set(damage.values()) <= {None}, damage
 
     def leftovers(self) -> list[Path]:
-        """Half-written checkpoints."""
+        """Return the incomplete checkpoints."""
         return [path for path in (self.directory / "checkpoints").iterdir() if path.name.startswith(".")]
 
     def kills_in_a_write(self) -> list[dict[str, Any]]:
-        """Faults that kill the write of the checkpoint at update 6: in the file, before the manifest and the rename."""
+        """Return faults that kill the write of the checkpoint at update 6: in the file, before manifest and rename."""
         size = (self.newest() / CHECKPOINT_FILE).stat().st_size
         percents = (50, 99) if SCALE == 1 else (5, 50, 90, 99)
         return [
             *({"file_bytes_kill": size * percent // 100} for percent in percents),
-            {"event": ["open", MANIFEST, 3]},  # two were read at the start
+            {"event": ["open", MANIFEST, 3]},  # two were opened for reading at the start
             {"event": ["os.rename", ".partial-update-00000006", 1]},
         ]
 
 
 def values(directory: Path) -> list[dict[str, str]]:
-    """Metrics of a run to the last bit, without what a clock measured."""
+    """Return the metrics of a run as text, without measured times."""
     rows = read_table(directory / "metrics.csv")
     return [{name: value for name, value in row.items() if name not in CLOCK_COLUMNS} for row in rows]
 
 
 def state(directory: Path) -> dict[str, Any]:
-    """Content of the newest checkpoint of a run."""
+    """Return the content of a run's newest checkpoint."""
     return torch.load(list_checkpoints(directory / "checkpoints")[-1] / CHECKPOINT_FILE, weights_only=True)
 
 
 def assert_same_run(ours: Fit | Path, theirs: Fit | Path) -> None:
-    """Every logged number and every tensor of the last checkpoint are equal to the last bit."""
+    """Assert that all logged numbers and all tensors of the last checkpoint are bit-identical."""
     one, two = (run.directory if isinstance(run, Fit) else run for run in (ours, theirs))
     assert [row["update"] for row in values(one)] == [row["update"] for row in values(two)]
     for rows in zip(values(one), values(two), strict=True):
@@ -309,7 +309,7 @@ def assert_same_run(ours: Fit | Path, theirs: Fit | Path) -> None:
 
 
 def assert_equal(one: object, two: object, where: str = "") -> None:
-    """Equal to the last bit, through containers and dataclasses."""
+    """Assert bit-identical content, through containers and dataclasses."""
     if is_dataclass(one) and is_dataclass(two):
         one, two = vars(one), vars(two)
     if isinstance(one, torch.Tensor):

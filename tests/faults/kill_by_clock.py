@@ -1,7 +1,7 @@
-"""Kill a training run of the command line at random times until enough kills have hit; it must end like a whole one.
+"""Kill a training command at random times until the required number of kills; the result must equal a whole run.
 
-Every start is a fresh `python -m moss_train fit`, killed with SIGKILL by another process after a random time: nothing
-about the moment depends on the program. Slower than the tests, which kill at places that the program reaches.
+Every start is a fresh `python -m moss_train fit`, killed with SIGKILL by another process after a random time that does
+not depend on the program. This is slower than the tests, which kill at given points of the program.
 """
 
 import argparse
@@ -25,7 +25,7 @@ LONG = ("stages.0.updates=150", "stages.1.updates=150", "checkpoint.every_update
 
 
 def main() -> int:
-    """Run, kill, compare. Returns 0 when both runs are equal to the last bit."""
+    """Run, kill, compare. Returns 0 if both runs are bit-identical."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=None, help="of the times; random without it")
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def kill_until_finished(fit: Fit, kills: int, generator: random.Random, seconds: float) -> int:
-    """Start a run again and again, killing it after a random time, until it was killed so often; then let it finish."""
+    """Restart a run and kill it after a random time until it was killed `kills` times; then let it finish."""
     command = [sys.executable, "-m", "moss_train", "fit", *TINY, *fit.overrides, f"run_dir={fit.directory}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = 0

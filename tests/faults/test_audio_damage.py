@@ -1,4 +1,4 @@
-"""Audio files damaged in every way: packed as they are or skipped with the reason, never let through altered."""
+"""Audio files damaged in every way: packed unchanged, or skipped with the reason, never silently altered."""
 
 import io
 import json
@@ -130,7 +130,7 @@ def test_odd_but_sound_audio_keeps_its_length_and_stays_finite(tmp_path: Path, k
 
 
 def test_a_compressed_file_damaged_anywhere_is_never_silently_shortened(tmp_path: Path) -> None:
-    """FLAC with a byte altered, or cut, anywhere: the audio is that of the whole file, or the file is skipped."""
+    """FLAC with one byte altered, or cut, anywhere: the audio is that of the whole file, or the file is skipped."""
     content = encoded(format="FLAC")
     whole = prepared(tmp_path, content)
     assert isinstance(whole, EncodedClip)
@@ -149,7 +149,7 @@ def test_a_compressed_file_damaged_anywhere_is_never_silently_shortened(tmp_path
 
 
 def test_one_bad_file_among_good_ones_loses_nothing_else(tmp_path: Path) -> None:
-    """All kinds in one folder: exactly the sound ones are packed, and read back."""
+    """All kinds in one folder: exactly the valid files are packed and can be read back."""
     folder = tmp_path / "audio"
     folder.mkdir()
     everything = {**UNREADABLE, **TOO_SHORT, **USABLE}

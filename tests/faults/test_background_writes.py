@@ -1,6 +1,6 @@
-"""Checkpoints that a thread writes beside the training (`checkpoint.background=true`): kills, full disks, signals.
+"""Checkpoints written by a thread during training (`checkpoint.background=true`): kills, full disks, signals.
 
-The disk is made slow, so that a write lasts over several updates and is under way when something happens.
+The disk is slowed down, so that a write takes several updates and is still running when the fault happens.
 """
 
 import signal
@@ -26,7 +26,7 @@ def begun(make_fit: Callable[..., Fit]) -> Fit:
 
 @pytest.mark.parametrize("seed", range(2 * SCALE))
 def test_killed_runs_end_like_the_whole_one(whole: Fit, make_fit: Callable[..., Fit], seed: int) -> None:
-    """Three kills each; the writer of the first seed is fast, so that a kill comes after a write, too."""
+    """Three kills each. Writes of the first seed are fast, so that one kill comes after a write."""
     fit = make_fit("killed", BACKGROUND)
     assert fit.finish_after_kills(seed, **(SLOW if seed % 2 else {})) >= KILLS_PER_RUN - 1
     assert_same_run(fit, whole)
@@ -42,7 +42,7 @@ def test_a_full_disk_is_one_line_at_the_next_checkpoint_or_the_end(whole: Fit, b
     assert said[0].startswith("moss_train fit: ")
     assert "update-00000006: File too large, the checkpoint could not be written" in said[0]
     assert "Traceback" not in outcome.log
-    assert int(begun.rows()[-1]["update"]) <= 9  # where the next checkpoint would have been
+    assert int(begun.rows()[-1]["update"]) <= 9  # the update of the next checkpoint
     begun.assert_sound(FIRST)
     assert begun.leftovers() == []
     begun.finish()
@@ -61,7 +61,7 @@ def test_the_end_waits_for_the_last_write(whole: Fit, make_fit: Callable[..., Fi
 def test_a_signal_during_a_write_waits_for_it_and_a_resume_goes_on(
     whole: Fit, make_fit: Callable[..., Fit], number: signal.Signals, status: int
 ) -> None:
-    """Right after the checkpoint of update 3 began to be written; after SIGTERM the run writes one more."""
+    """SIGTERM arrives right after the write of checkpoint 3 has started; the run then writes one more checkpoint."""
     fit = make_fit("stopped", BACKGROUND)
     fault = {"calls": ["CatModule.training_step", 4, 100], "signal": number, "slow_sync": 0.4}
     outcome = fit.run(fault=fault)

@@ -1,4 +1,4 @@
-"""Parsers of files that others write, under random input: a result or the documented error, and nothing else."""
+"""Parsers of foreign files under random input: they return a result or raise the documented error, nothing else."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ values = st.recursive(
 
 @st.composite
 def edits(draw: Any, content: bytes) -> bytes:
-    """The content with a few bytes replaced, inserted or removed."""
+    """Return the content with a few bytes replaced, inserted or removed."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(0, len(data) - 1)))
@@ -54,7 +54,7 @@ def edits(draw: Any, content: bytes) -> bytes:
 
 @st.composite
 def changes(draw: Any, tree: Any) -> Any:
-    """Plain data with one value somewhere replaced by any other, removed or added."""
+    """Return plain data with one value replaced by any other, removed or added."""
     if isinstance(tree, dict) and tree and draw(st.integers(0, 3)):
         key = draw(st.sampled_from(sorted(tree)))
         what = draw(st.sampled_from(["change", "change", "change", "remove", "add"]))
@@ -70,7 +70,7 @@ def changes(draw: Any, tree: Any) -> Any:
 
 
 def survives(action: Callable[[], Any]) -> None:
-    """The action works or raises the one error that the command line shows as one clear line."""
+    """Run the action; it may only raise the one error that the command line prints as one clear line."""
     with suppress(UserError):
         action()
 

@@ -1,4 +1,4 @@
-"""A long run takes no more than a short one: memory, threads and open files of every process stay where they are."""
+"""Long runs need no more resources than short ones: memory, threads and open files of every process stay constant."""
 
 import os
 import time
@@ -20,7 +20,7 @@ LATE_KB, GROWTH_KB = 3072, 1024
 
 @dataclass(frozen=True)
 class Holdings:
-    """What one process holds."""
+    """The resources of one process."""
 
     resident_kb: int
     threads: int
@@ -28,20 +28,20 @@ class Holdings:
 
 
 def holdings(pid: int) -> Holdings:
-    """Read them from the kernel."""
+    """Return a process's resources, as reported by the kernel."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     files = len(os.listdir(f"/proc/{pid}/fd"))
     return Holdings(int(status["VmRSS"].split()[0]), int(status["Threads"]), files)
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process started, such as its data workers."""
+    """Return the processes that a process started, such as its data workers."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def holdings_at(fit: Fit, job: Job, update: int) -> dict[int, Holdings]:
-    """Wait for an update and look at the process and its workers."""
+    """Wait for an update and return the resources of the process and its workers."""
     metrics = fit.directory / "metrics.csv"
     while not metrics.exists() or metrics.read_bytes().count(b"\n") <= update:
         assert job.poll() is None, job.wait().log[-3000:]
@@ -52,7 +52,7 @@ def holdings_at(fit: Fit, job: Job, update: int) -> dict[int, Holdings]:
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_nothing_grows_with_the_updates(make_fit, packed: Path) -> None:
-    """Both stages, data workers, checkpoints, validation and samples much oftener than usual; 2,000 updates nightly."""
+    """Both stages, workers, frequent checkpoints, validation and samples; nightly with 2,000 updates."""
     often = "every_updates: 20, max_clips: 1, samples_every_updates: 20, samples_clips: 1"
     fit = make_fit(
         "long",
@@ -71,4 +71,4 @@ def test_nothing_grows_with_the_updates(make_fit, packed: Path) -> None:
         print(f"updates {WARM} to {LAST}: {growth} kB more; {first}, {after[pid]}")
         assert growth <= LATE_KB + GROWTH_KB * (LAST - WARM) / 100
         assert after[pid].threads == first.threads
-        assert after[pid].files < first.files + len(list(packed.glob("**/*.tar")))  # a worker keeps them open
+        assert after[pid].files < first.files + len(list(packed.glob("**/*.tar")))  # a worker keeps the shards open

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, silent, empty or far too large: no weight is poisoned, and training continues."""
+"""Numbers that are not finite, silent, empty or far too large: weights stay finite, and training continues."""
 
 import copy
 import math
@@ -43,13 +43,13 @@ Damage = Callable[[CatModule, UpdateBatch], UpdateBatch]
 
 @pytest.fixture(scope="module")
 def config(packed: Path) -> FitConfig:
-    """The tiny recipe with both optimizers and longer texts from the first update on."""
+    """Return the tiny recipe with both optimizers and longer texts from the first update on."""
     return load_config("fit", [*TINY, *EVERYTHING, f"data.train={packed}"])
 
 
 @pytest.fixture(scope="module")
 def updates(config: FitConfig) -> list[UpdateBatch]:
-    """Six real updates; the one that gets damaged has a text."""
+    """Return six real updates; the one that is damaged later has a text."""
     stream = open_stream(config, tokenizer_config(config.tokenizer.to_plain()))
     module = CatModule(**plan_initialization(config).arguments)
     assert module.semantic is not None
@@ -67,7 +67,7 @@ def updates(config: FitConfig) -> list[UpdateBatch]:
 
 
 class Watch(Callback):
-    """Applies the damage before the bad update; keeps the state before it and the numbers of every update."""
+    """Applies the damage before the bad update; stores the state before it and the metrics of every update."""
 
     def __init__(self, damage: Damage | None) -> None:
         self.damage = damage
@@ -87,7 +87,7 @@ class Watch(Callback):
 
 
 def state_of(trainer: Trainer) -> Any:
-    """Weights and moments of both sides."""
+    """Return the weights and optimizer moments of generator and discriminators."""
     optimizers = [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers]
     return {"weights": copy.deepcopy(trainer.lightning_module.state_dict()), "optimizers": optimizers}
 
@@ -104,7 +104,7 @@ def train(config: FitConfig, updates: Sequence[UpdateBatch], damage: Damage | No
 
 
 def with_audio(change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
-    """Change the audio of all clips of an update."""
+    """Return a damage that changes the audio of all clips of an update."""
 
     def damage(module: CatModule, update: UpdateBatch) -> UpdateBatch:
         batches = [replace(batch, audio=change(batch.audio.clone())) for batch in update.micro_batches]
@@ -122,7 +122,7 @@ def one_sample(value: float) -> Damage:
 
 
 def in_gradient(part: str, value: float) -> Damage:
-    """Make one gradient of a part wrong, in the bad update only."""
+    """Return a damage that sets one gradient of a part to a value, in the bad update only."""
 
     def damage(module: CatModule, update: UpdateBatch) -> UpdateBatch:
         parameter = next(getattr(module, part).parameters())
@@ -146,11 +146,11 @@ NOT_FINITE = {
 
 @pytest.mark.parametrize("kind", NOT_FINITE)
 def test_an_update_that_is_not_finite_moves_nothing(config, updates, kind: str) -> None:
-    """Neither optimizer steps, weights and moments keep every bit, the samples are named, and training continues."""
+    """No optimizer step: weights and moments keep every bit, the samples are named, and training continues."""
     with pytest.warns(UserWarning, match=rf"update {BAD} skipped: .* not finite; samples .*\.flac"):
         watch = train(config, updates, NOT_FINITE[kind])
     for before, after in zip(watch.before["optimizers"], watch.after["optimizers"], strict=True):
-        for place in after.keys() - before.keys():  # of the LM, whose first text comes in this update
+        for place in after.keys() - before.keys():  # state of the LM, whose first text is in this update
             assert not any(value.any() for value in after.pop(place).values())
     assert_equal(watch.after, watch.before)
     assert not all(map(math.isfinite, watch.metrics[BAD].values()))
@@ -160,7 +160,7 @@ def test_an_update_that_is_not_finite_moves_nothing(config, updates, kind: str) 
 
 
 def shorten(module: CatModule, update: UpdateBatch) -> UpdateBatch:
-    """Clips of one sample each: a started frame."""
+    """Cut all clips to one sample, an incomplete frame."""
     batches = []
     for batch in update.micro_batches:
         audio = torch.zeros_like(batch.audio[..., :1920])
@@ -198,7 +198,7 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_audio_is_an_ordinary_update(config, updates, kind: str) -> None:
-    """Every number stays finite, and no step is longer than clipping and rate allow."""
+    """Every number stays finite, and no step exceeds what gradient clipping and learning rate allow."""
     watch = train(config, updates, ODD[kind])
     values = [value for row in watch.metrics for value in row.values()]
     assert all(map(math.isfinite, values))
@@ -218,7 +218,7 @@ def test_an_update_without_a_single_clip_passes(config, updates) -> None:
 
 
 def test_what_diverges_stops_with_one_line_and_sound_checkpoints(make_fit) -> None:
-    """Steps a million million times too long: the weights blow up, and three skipped updates in a row are the end."""
+    """With a learning rate 10^12 times too large the weights diverge; three skipped updates in a row end the run."""
     fit = make_fit("diverging", "stages.0.learning_rate=1e12", "stages.0.final_learning_rate=1e12")
     outcome = fit.run()
     assert outcome.status == 1, outcome.log[-3000:]
@@ -228,7 +228,7 @@ def test_what_diverges_stops_with_one_line_and_sound_checkpoints(make_fit) -> No
 
 
 def test_losses_are_those_of_the_golden_file(make_fit) -> None:
-    """Twenty-four updates through both stages; two threads or no vector instructions move the seventh digit."""
+    """24 updates through both stages; two threads or missing vector instructions change the seventh digit."""
     fit = make_fit("golden", "stages.0.updates=12", "stages.1.updates=12", *EVERYTHING[-2:])
     fit.finish()
     path = Path(__file__).with_name("golden_losses.csv")

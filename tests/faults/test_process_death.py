@@ -1,4 +1,4 @@
-"""SIGKILL anywhere: after a resume every logged number, weight and moment is that of the run nothing happened to."""
+"""SIGKILL anywhere: after a resume all numbers, weights and moments are those of the undisturbed run."""
 
 import os
 import signal
@@ -74,7 +74,7 @@ def test_sigterm_during_a_validation_waits_for_it_and_a_resume_goes_on(make_fit,
     ("how", "message"), [("kill", "killed by signal"), ("hang", "DataLoader timed out after 5 seconds")]
 )
 def test_a_lost_data_worker_ends_the_run_and_nothing_else_is_lost(whole: Fit, make_fit, how: str, message: str) -> None:
-    """As the out-of-memory killer or a dead network disk does it: nobody waits for ever for a batch."""
+    """As with the out-of-memory killer or a dead network disk: no process waits for a batch for ever."""
     fit = make_fit("worker", "data.num_workers=2")
     limit = {"moss_train.data.stream.loader.WORKER_TIMEOUT_SECONDS": 5}
     outcome = fit.run(fault={"worker": [4, how], "constants": limit if how == "hang" else {}})
@@ -85,7 +85,7 @@ def test_a_lost_data_worker_ends_the_run_and_nothing_else_is_lost(whole: Fit, ma
 
 
 def test_ctrl_c_twice_in_a_terminal_loses_nothing(whole: Fit, make_fit) -> None:
-    """A terminal sends it to the data workers too, and an impatient person twice."""
+    """A terminal also sends it to the data workers, and an impatient user sends it twice."""
     fit = make_fit("interrupted", "data.num_workers=2")
     job = fit.start()
     while not (fit.directory / "metrics.csv").exists() or len(fit.rows()) < 2:

@@ -1,4 +1,4 @@
-"""Servers that are down, slow or lie, and ranks that are: the run continues, or ends within a stated time."""
+"""Servers that are down, slow or wrong, and such ranks: the run continues or ends within a stated time."""
 
 import functools
 import http.server
@@ -30,7 +30,7 @@ NO_SERVER = "http://127.0.0.1:9"
 
 @pytest.mark.parametrize("where", ["down", pytest.param("silent", marks=pytest.mark.nightly)])
 def test_training_does_not_need_wandb(whole: Fit, make_fit, where: str) -> None:
-    """A server that is down, and one that takes the connection and never answers: a warning, and the same run."""
+    """A server that is down, and one that accepts the connection but never answers: a warning, and the same run."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         server = NO_SERVER if where == "down" else f"http://127.0.0.1:{silent.getsockname()[1]}"
         fit = make_fit(where)
@@ -44,7 +44,7 @@ def test_training_does_not_need_wandb(whole: Fit, make_fit, where: str) -> None:
 
 
 class BadServer(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; of one file it gives half and then nothing, closes the connection, or an error."""
+    """Serves a folder, except for one file: half of it and then nothing, a closed connection, or an error."""
 
     bad = ""
     how = ""
@@ -87,7 +87,7 @@ def served(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.mark.parametrize("how", ["stall", "half", "error"])
 def test_a_shard_that_does_not_come_is_given_up_and_named(packed: Path, served, how: str) -> None:
-    """After a few attempts its clips are lost by name, without new attempts for each of them; all others are read."""
+    """After a few attempts its clips are dropped by name, without new attempts for each; all others are read."""
     url, handler = served
     index = ShardIndex.load(packed)
     number = max(range(len(index.shards)), key=lambda number: index.shards[number].num_clips)
@@ -101,12 +101,12 @@ def test_a_shard_that_does_not_come_is_given_up_and_named(packed: Path, served, 
     assert len(update.dropped) == index.shards[number].num_clips
     assert found + len(update.dropped) == len(index)
     assert all(f"{handler.bad} after {remote.ATTEMPTS} attempts" in reason for _, reason, _ in update.dropped)
-    assert 1 < len(handler.requests) <= remote.ATTEMPTS  # one may end on a connection that the server has closed
+    assert 1 < len(handler.requests) <= remote.ATTEMPTS  # one may use a connection already closed
     assert time.monotonic() - start < 60
 
 
 def test_a_slow_rank_is_waited_for_and_changes_nothing(make_fit) -> None:
-    """One of two processes stands still for some seconds; both end with what they would have learned anyway."""
+    """One of two processes is stopped for some seconds; the results do not change."""
     usual, slow = make_fit("usual"), make_fit("slow")
     for job in usual.start_ranks():
         assert job.wait().status == 0
@@ -123,7 +123,7 @@ def test_a_slow_rank_is_waited_for_and_changes_nothing(make_fit) -> None:
 
 
 def test_a_rank_that_never_answers_ends_the_run_within_the_limit(make_fit) -> None:
-    """It stands still for ever; after trainer.timeout_seconds the other one gives up with an error."""
+    """One process is stopped for ever; after trainer.timeout_seconds the other one fails with an error."""
     fit = make_fit("stuck", "trainer.timeout_seconds=8", "stages.0.updates=10000")
     jobs = fit.start_ranks()
     while not fit.checkpoints and jobs[0].poll() is None:
@@ -141,7 +141,7 @@ def test_a_rank_that_never_answers_ends_the_run_within_the_limit(make_fit) -> No
 def test_ranks_with_fewer_samples_than_others_do_as_many_updates(
     launcher: Launcher, packed: Path, tmp_path: Path
 ) -> None:
-    """A corpus of one shard for two ranks, and updates so small that one clip fills them."""
+    """A corpus of one shard for two ranks, with updates so small that one clip fills them."""
     fit = Fit(
         launcher, tmp_path / "few", (f"data.train={one_shard(packed, tmp_path / 'one')}", "stages.0.batch_seconds=0.1")
     )
@@ -153,7 +153,7 @@ def test_ranks_with_fewer_samples_than_others_do_as_many_updates(
 
 
 def one_shard(packed: Path, folder: Path) -> Path:
-    """A packed folder of three clips."""
+    """Create a packed folder of three clips."""
     import json
 
     import yaml

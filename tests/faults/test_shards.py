@@ -1,4 +1,4 @@
-"""Shards cut, altered, exchanged or made by a stranger: noticed and named, nothing silently lost or doubled."""
+"""Shards that are cut, altered, exchanged or foreign: detected and named, with no clip silently lost or repeated."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def open_stream(folder: Path) -> AudioStream:
 
 
 def one_pass(stream: AudioStream) -> UpdateBatch:
-    """Every clip once, whole, through the training loader."""
+    """Return an update with every clip once, whole, from the training loader."""
     seconds = sum(stream.available_seconds.values())
     loader = make_loader(
         stream,
@@ -71,7 +71,7 @@ def one_pass(stream: AudioStream) -> UpdateBatch:
 
 
 def contents(update: UpdateBatch) -> dict[str, tuple[torch.Tensor, str]]:
-    """Audio and text of every clip by its id; an id that comes twice is an error."""
+    """Return audio and text of every clip by id; a repeated id is an error."""
     found: dict[str, tuple[torch.Tensor, str]] = {}
     for batch in update.micro_batches:
         for i, name in enumerate(batch.sample_ids):
@@ -82,7 +82,7 @@ def contents(update: UpdateBatch) -> dict[str, tuple[torch.Tensor, str]]:
 
 
 def places(size: int, step: int) -> Iterator[int]:
-    """Every block's first and last byte and places in between: headers, bodies, padding and the end of the tar."""
+    """Yield offsets of each block's first and last byte and between: headers, bodies, padding, end of the tar."""
     for block in range(0, size, 512):
         yield from range(block, min(block + 512, size), step)
         yield min(block + 511, size - 1)
@@ -118,7 +118,7 @@ def test_a_shard_cut_anywhere_during_training_loses_what_is_gone_by_name(copy: P
 
 
 def check_against(intact: dict[str, tuple[torch.Tensor, str]], update: UpdateBatch) -> int:
-    """What came through is what was packed, the rest is named, and together they are all. Returns how many are lost."""
+    """Check that clips that were read are unchanged and all others are named. Returns how many are missing."""
     found = contents(update)
     assert len(found) + len(update.dropped) == len(intact)
     assert len({name for name, *_ in update.dropped} | found.keys()) == len(intact)
@@ -129,7 +129,7 @@ def check_against(intact: dict[str, tuple[torch.Tensor, str]], update: UpdateBat
 
 
 def test_a_byte_altered_anywhere_is_found_by_hash_and_never_becomes_audio_or_text(copy: Path, small: Path) -> None:
-    """`inspect` finds all of them; training all that would change audio, text or an id."""
+    """`inspect` finds every altered byte; training finds all that would change audio, text or an id."""
     intact = contents(one_pass(open_stream(small)))
     index = ShardIndex.load(copy)
     shard = copy / index.shards[0].file
@@ -169,7 +169,7 @@ def test_something_else_in_the_place_of_a_shard(copy: Path, small: Path, kind: s
 
 
 def test_shards_that_change_places_between_two_passes(copy: Path, small: Path) -> None:
-    """Each clip is checked against its tar header, so none is taken for another one."""
+    """Each clip is checked against its tar header, so that it cannot be confused with another one."""
     intact = contents(one_pass(open_stream(small)))
     stream = open_stream(copy)
     check_against(intact, one_pass(stream))
@@ -181,7 +181,7 @@ def test_shards_that_change_places_between_two_passes(copy: Path, small: Path) -
 
 
 def open_stream_or(stream: AudioStream, folder: Path) -> AudioStream:
-    """The stream that was opened before; a fresh one would be refused."""
+    """Return the stream that was opened before; a newly opened one would be refused."""
     with pytest.raises(UserError, match="bytes, its index says"):
         open_stream(folder)
     return stream
@@ -268,7 +268,7 @@ def location(small: Path) -> ClipLocation:
 
 @pytest.mark.parametrize("kind", ["symbolic link", "hard link", "device", "pipe", "folder"])
 def test_members_that_are_no_files_are_not_read(tmp_path: Path, small: Path, location: ClipLocation, kind: str) -> None:
-    """A stranger's shard with an index that fits it."""
+    """A foreign shard with a matching index."""
     path = tmp_path / "x.tar"
     content = bytearray(Path(location.shard).read_bytes())
     header = tarfile.TarInfo("/dev/sda.flac")

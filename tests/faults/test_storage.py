@@ -1,4 +1,4 @@
-"""Checkpoints on storage that fails: killed writes, full disks, no permission, damaged and missing files."""
+"""Checkpoints on failing storage: killed writes, full disks, missing permissions, damaged and missing files."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def begun(make_fit) -> Fit:
 
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_a_kill_anywhere_in_a_checkpoint_write_leaves_the_earlier_ones(whole: Fit, make_fit, background: str) -> None:
-    """At byte positions of the file, before the manifest, before the rename, and before and in the retention."""
+    """At byte offsets in the file, before the manifest, before the rename, and before and during retention."""
     begun = make_fit("begun", f"checkpoint.background={background}").begin()
     for fault in begun.kills_in_a_write():
         outcome = begun.run(fault=fault)
@@ -46,7 +46,7 @@ def test_a_kill_anywhere_in_a_checkpoint_write_leaves_the_earlier_ones(whole: Fi
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
 def test_temporary_files_on_another_file_system_change_nothing(whole: Fit, begun: Fit) -> None:
-    """Lightning's own writer goes through TMPDIR and then destroys the previous file when it is killed."""
+    """Lightning's own writer uses TMPDIR; if it is killed, the previous file is destroyed."""
     temporary = {"TMPDIR": "/dev/shm"}
     size = (begun.newest() / CHECKPOINT_FILE).stat().st_size
     before = set(os.listdir("/dev/shm"))
@@ -101,7 +101,7 @@ def test_a_file_system_that_fills_up(whole: Fit, begun: Fit, small_disk: Path) -
 
 
 def test_no_permission_is_one_line_and_the_earlier_checkpoints_stay(whole: Fit, begun: Fit) -> None:
-    """A run directory that is read-only, one whose checkpoints are, and one whose checkpoints cannot even be seen."""
+    """A read-only run directory, read-only checkpoints, and checkpoints that cannot even be listed."""
     checkpoints = begun.directory / "checkpoints"
     for folder, mode in ((begun.directory, 0o500), (checkpoints, 0o500), (checkpoints, 0o300)):
         folder.chmod(mode)
@@ -119,7 +119,7 @@ def test_no_permission_is_one_line_and_the_earlier_checkpoints_stay(whole: Fit, 
 
 
 def test_a_slow_disk_costs_time_and_says_so(whole: Fit, make_fit) -> None:
-    """Every flush takes 0.2 s, four of them a checkpoint; SIGTERM, twice, arrives while one is written."""
+    """Every flush takes 0.2 s, with four per checkpoint; SIGTERM arrives twice while one is written."""
     fit = make_fit("slow", "checkpoint.every_updates=2")
     job = fit.start(fault={"slow_sync": 0.2})
     while not (fit.directory / "checkpoints" / ".partial-update-00000002").exists() and job.poll() is None:
@@ -150,7 +150,7 @@ def test_a_damaged_or_lost_newest_checkpoint_makes_way_for_the_one_before(whole:
     outcome = begun.finish("max_updates=4")
     assert "update-00000004 is damaged" in outcome.log
     begun.assert_sound(FIRST)
-    shutil.rmtree(begun.newest())  # gone altogether
+    shutil.rmtree(begun.newest())  # removed completely
     begun.finish()
     begun.assert_sound(FINISHED)
     assert_same_run(begun, whole)
@@ -182,7 +182,7 @@ def test_a_kill_between_two_writes_of_the_metrics_loses_no_row(whole: Fit, begun
 
 
 def test_a_damaged_record_of_the_run_is_one_line_or_does_not_matter(whole: Fit, begun: Fit) -> None:
-    """A table that cannot be continued is named and nothing is touched; warnings and skipped updates are for people."""
+    """A broken table is named and nothing is changed; warnings and skipped updates are only for people."""
     metrics = begun.directory / "metrics.csv"
     content, checkpoints = metrics.read_bytes(), begun.checkpoints
     for damage, message in ((b"\xff\xfe\n1,2\n", "is damaged ('utf-8' codec"), (b"a,b\n1,2\n", "has no column update")):
@@ -193,7 +193,7 @@ def test_a_damaged_record_of_the_run_is_one_line_or_does_not_matter(whole: Fit, 
         assert "Traceback" not in outcome.log
         assert metrics.read_bytes() == damage
         assert begun.checkpoints == checkpoints
-    metrics.write_bytes(content + bytes(300))  # as after a loss of power
+    metrics.write_bytes(content + bytes(300))  # as after a power failure
     (begun.directory / "warnings.txt").write_bytes(b"update 3: \xff\n\xfe\0")
     (begun.directory / "skipped.jsonl").write_text('{"update": 2}\n{"upd')
     begun.finish()
@@ -204,7 +204,7 @@ def test_a_damaged_record_of_the_run_is_one_line_or_does_not_matter(whole: Fit, 
 
 
 def test_a_full_disk_is_one_line_for_every_command_that_writes(begun: Fit, tmp_path: Path) -> None:
-    """What is half written is not taken for whole: the same command succeeds once there is room."""
+    """Half-written output is not mistaken for complete: the same command succeeds once there is space."""
     model = tmp_path / "model"
     recordings = Path(__file__).parents[2] / "recipes" / "quickstart" / "audio" / "sound"
     commands = (

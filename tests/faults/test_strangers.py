@@ -1,4 +1,4 @@
-"""Files from a stranger can execute nothing: a malicious example of each kind, and a canary that must not appear."""
+"""Files from a stranger cannot execute code: a malicious example of each kind, and a canary that must not appear."""
 
 import json
 import os
@@ -34,14 +34,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def canary(tmp_path: Path):
-    """A file that malicious code would make; nothing may have made it at the end of the test."""
+    """Path of a file that malicious code would create; it must not exist at the end of the test."""
     path = tmp_path / "canary"
     yield path
     assert not path.exists()
 
 
 def checkpoint_with(folder: Path, write: Any) -> Path:
-    """A checkpoint directory whose manifest fits whatever `write` puts into it."""
+    """Create a checkpoint directory with the content that `write` produces and a manifest that fits it."""
     folder.mkdir(parents=True)
     with (folder / CHECKPOINT_FILE).open("wb") as file:
         write(file)
@@ -57,7 +57,7 @@ def test_the_example_is_malicious(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["zip", "pickle"])
 def test_a_malicious_checkpoint_is_refused(tmp_path: Path, canary: Path, whole: Fit, kind: str) -> None:
-    """By `export`, and by `fit` that finds it as the newest of its run."""
+    """By `export`, and by `fit` if it is the newest checkpoint of its run."""
     content = {"state_dict": {"x": torch.zeros(1)}, "progress": Malice(canary)}
     write = (lambda file: torch.save(content, file)) if kind == "zip" else (lambda file: pickle.dump(content, file))
     folder = checkpoint_with(tmp_path / "run" / "checkpoints" / "update-00000001", write)
@@ -94,7 +94,7 @@ def test_hyperparameters_name_no_code_but_ours(tmp_path: Path, canary: Path, who
 
 
 def test_lightnings_instantiator_is_refused(tmp_path: Path, canary: Path, whole: Fit, monkeypatch) -> None:
-    """A name of Lightning's own in the hyperparameters would import a module and call a function of it."""
+    """One of Lightning's own names in the hyperparameters would import a module and call a function from it."""
     (tmp_path / "stranger.py").write_text(f"open({str(canary)!r}, 'w')\ndef build(*_): open({str(canary)!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     state = whole.state()
@@ -113,7 +113,7 @@ def exported(whole: Fit, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(exported: Path, tmp_path: Path) -> Path:
-    """A copy of an export to tamper with."""
+    """Return a copy of an export, for manipulation."""
     target = tmp_path / "model"
     target.mkdir()
     for path in exported.iterdir():
@@ -175,7 +175,7 @@ def test_a_safetensors_header_that_lies_is_refused_at_once(model: Path, kind: st
 
 
 def poison_state(model: Path, canary: Path, name: str) -> None:
-    """Add a training state whose node would unpickle a second model folder."""
+    """Add a training state with a node that would unpickle a second model folder."""
     second = model.parent / "second"
     second.mkdir()
     (second / "config.json").write_text((model / "config.json").read_text())
@@ -200,7 +200,7 @@ def poison_state(model: Path, canary: Path, name: str) -> None:
 def test_the_training_state_of_a_model_folder_builds_only_listed_classes(
     model: Path, packed: Path, tmp_path: Path, canary: Path, name: str, capsys
 ) -> None:
-    """The whole command: it once unpickled the other folder's weights."""
+    """Run the whole command: an earlier version unpickled the weights of the other folder."""
     poison_state(model, canary, name)
     overrides = [f"init={model}", f"data.train={packed}", f"run_dir={tmp_path / 'run'}", "wandb=null"]
     assert main(["fit", "experiment=finetune", *overrides, "trainer.accelerator=cpu"]) == 2
@@ -226,7 +226,7 @@ EVIL_YAML = "!!python/object/apply:os.system ['touch {canary}']"
 
 
 def test_yaml_builds_no_objects(tmp_path: Path, canary: Path, make_fit) -> None:
-    """Neither the configuration that a run directory stores nor one of a folder of the user's own."""
+    """Neither the configuration stored in a run directory nor one in the user's own folder."""
     fit = make_fit("begun")
     fit.finish("max_updates=1")
     (fit.directory / "config.yaml").write_text(f"seed: {EVIL_YAML.format(canary=canary)}\n")
@@ -269,7 +269,7 @@ def test_known_bad_versions_are_excluded_and_all_others_locked_by_hash() -> None
 
 
 def test_stored_configurations_are_plain_data(whole: Fit) -> None:
-    """Nothing in a checkpoint or a run's configuration is anything but containers, numbers, text and tensors."""
+    """Checkpoints and stored configurations contain only containers, numbers, text and tensors."""
     plain = (dict, list, tuple, str, int, float, bool, type(None), torch.Tensor)
 
     def check(value: Any, where: str) -> None:

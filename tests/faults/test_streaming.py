@@ -30,7 +30,7 @@ def model_with(channels: int) -> MossAudioTokenizerModel:
 
 
 class Item:
-    """What one stream was given since it began, and what came back."""
+    """The input of one stream since it began, and its output."""
 
     def __init__(self, model: MossAudioTokenizerModel) -> None:
         self.model = model
@@ -39,7 +39,7 @@ class Item:
         self.audio = [torch.zeros(model.config.number_channels, 0)]
 
     def check(self, flushed: bool) -> None:
-        """Compare with the whole clip at once."""
+        """Compare with the result for the whole clip."""
         samples, codes, audio = (torch.cat(x, dim=1) for x in (self.samples, self.codes, self.audio))
         hop = self.model.config.downsample_rate
         frames = -(-samples.shape[1] // hop) if flushed else samples.shape[1] // hop
@@ -53,7 +53,7 @@ class Item:
 
 
 class Streams(RuleBasedStateMachine):
-    """One stream object whose items are fed, reset and flushed in any order."""
+    """One stream object whose items receive data, are reset and are flushed in any order."""
 
     @initialize(channels=st.sampled_from((1, 2)), seed=st.integers(0, 2**31))
     def begin(self, channels: int, seed: int) -> None:
@@ -64,7 +64,7 @@ class Streams(RuleBasedStateMachine):
 
     @rule(counts=frame_counts, odd=st.integers(0, 15))
     def feed(self, counts: list[int], odd: int) -> None:
-        """Any numbers of samples, whole frames or not."""
+        """Send any numbers of samples, whole frames or not."""
         hop = self.model.config.downsample_rate
         lengths = [max(0, count * hop - odd * (index % 2)) for index, count in enumerate(counts)]
         chunk = torch.randn(BATCH_SIZE, self.model.config.number_channels, max(lengths), generator=self.generator)
@@ -74,7 +74,7 @@ class Streams(RuleBasedStateMachine):
 
     @rule(frames=st.integers(1, LONGEST_CHUNK))
     def feed_all(self, frames: int) -> None:
-        """The same number of whole frames for every item."""
+        """Send the same number of whole frames to every item."""
         samples = frames * self.model.config.downsample_rate
         chunk = torch.randn(BATCH_SIZE, self.model.config.number_channels, samples, generator=self.generator)
         for item, own in zip(self.items, chunk, strict=True):
@@ -90,7 +90,7 @@ class Streams(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
-        """All streams end with what they have of a frame."""
+        """End all streams, with their incomplete frames."""
         self._take(*self.stream.flush())
         self.stream.reset()
         for item in self.items:
@@ -109,7 +109,7 @@ class Streams(RuleBasedStateMachine):
 
 
 class Rows(RuleBasedStateMachine):
-    """`batch_decode(..., streaming=True)` with rows that join at the end and leave anywhere."""
+    """`batch_decode(..., streaming=True)` with rows that are added at the end and removed anywhere."""
 
     @initialize(channels=st.sampled_from((1, 2)), seed=st.integers(0, 2**31))
     def begin(self, channels: int, seed: int) -> None:
@@ -121,7 +121,7 @@ class Rows(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule()
     def drop_all(self) -> None:
-        """The next call begins anew with `reset_stream`."""
+        """Let the next call start again with `reset_stream`."""
         for row in self.rows:
             self._check(row)
         self.rows, self.begins = [], True
@@ -164,7 +164,7 @@ many = settings(
     deadline=None,
     derandomize=SCALE == 1,
     phases=[Phase.generate],
-)  # a failing sequence is long enough to read without an hour of shrinking
+)  # a failing sequence is readable without an hour of shrinking
 TestStreams = Streams.TestCase
 TestStreams.settings = many
 TestRows = Rows.TestCase

@@ -45,7 +45,7 @@ def test_encode_and_decode_a_folder(folder, capsys, monkeypatch):
 
 def test_no_model_is_loaded_when_no_input_is_audio(folder, capsys, monkeypatch, tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_bytes((folder / "model/config.json").read_bytes())  # and no weights
+    (tmp_path / "model/config.json").write_bytes((folder / "model/config.json").read_bytes())  # without the weights
     monkeypatch.chdir(folder)
     arguments = ["encode", f"model={tmp_path / 'model'}", f"out={tmp_path / 'codes'}", "device=cpu"]
     assert main([*arguments, "input=in put/bad.wav"]) == 1

@@ -168,7 +168,7 @@ def test_codes_of_another_model_are_reported(model, tmp_path):
 
 
 def test_an_archive_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
-    """By what is read of it, whatever its headers say; other arrays in it are not read at all."""
+    """The limit applies to the bytes that are read, whatever the headers say; other arrays are not read."""
     monkeypatch.setattr("moss_train.inference.files.MAX_EXPANDED_BYTES", 2**20)
     zeros = np.zeros((2, 2**20), np.int16)
     np.savez_compressed(tmp_path / "bomb.npz", codes=zeros, **asdict(INFO))
@@ -178,7 +178,7 @@ def test_an_archive_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unfolds to more than 1048576 bytes"):
         read_codes(tmp_path / "bomb.npz")
     assert read_codes(tmp_path / "beside.npz")[0].shape == (2, 9)
-    assert read_codes(tmp_path / "stored.npz")[0].shape == (2, 2**20)  # as large as its file, and no larger
+    assert read_codes(tmp_path / "stored.npz")[0].shape == (2, 2**20)  # its size is that of the file
 
 
 @pytest.mark.parametrize("shape", ["(2, 1000000000000000)", "(2, -1)", "(99999999999999999999,)"])

@@ -1,4 +1,4 @@
-"""Corpora to codes and back: the codes of a single clip, kills, damage, several processes."""
+"""Encoding and decoding corpora: the codes of a single clip, kills, damage, several processes."""
 
 import importlib.util
 import os
@@ -179,7 +179,7 @@ if __name__ == "__main__":
 
 
 def test_no_process_outlives_a_killed_parent(launcher: Launcher, packed: Path, model: Path, tmp_path: Path) -> None:
-    """Each holds a GPU, and nobody would be left to end it."""
+    """Each process holds a GPU, and nobody would be left to end it."""
     (tmp_path / "waits.py").write_text(WAITS)
     (tmp_path / "out").mkdir()
     parent = launcher.start_script(tmp_path / "waits.py", str(model), str(packed), str(tmp_path / "out"))

@@ -53,7 +53,7 @@ def test_an_unknown_reduction_is_refused(loss):
 
 
 def test_feature_matching_of_many_layers_is_that_of_the_formula():
-    """Value and gradient of the operations on whole lists, against autograd through the formula layer by layer."""
+    """Value and gradient of the batched operations against autograd through the formula, layer by layer."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 2, 5, 7), (3, 4, 11), (3, 1)]
     real, generated = (

@@ -172,7 +172,7 @@ def test_autocast_and_half_precision_inputs_do_not_change_the_precision():
 
 
 def test_first_use_in_inference_mode_or_on_meta_does_not_spoil_training():
-    rate = 22_050  # used in no other test: its filters are made here
+    rate = 22_050  # a rate that no other test uses, so that its filters are created here
     with torch.device("meta"):
         loss = MultiScaleMelLoss(rate)
     with torch.inference_mode():
@@ -218,7 +218,7 @@ def test_shapes_that_differ_are_refused():
 
 @pytest.mark.parametrize(("window_length", "num_mels", "floor"), [(64, 10, 1e-5), (512, 80, 1.5e-3)])
 def test_the_distance_in_one_step_and_its_gradient_are_those_of_two_spectrograms(window_length, num_mels, floor):
-    """At the higher floor many values are at it, where there is no gradient."""
+    """With the higher floor many values are at the floor, where there is no gradient."""
     random = torch.Generator().manual_seed(0)
     reference, degraded = (0.1 * torch.randn(3, 2, 3000, generator=random) for _ in range(2))
     degraded[0, 0, :1500] = 0

@@ -37,7 +37,7 @@ def test_gradients_reach_one_side_each():
 
 @pytest.mark.parametrize("loss", [commitment_loss, codebook_loss])
 def test_every_level_counts(loss):
-    """The loss is summed over levels: a loss of the first level alone is a known mistake of peers."""
+    """The loss is the sum over levels; counting only the first level is a known mistake of other implementations."""
     latents, rows = torch.ones(5, 1, 2, 8), torch.zeros(5, 1, 2, 8)
     frame_mask = torch.ones(1, 2, dtype=torch.bool)
     for num_levels in range(6):

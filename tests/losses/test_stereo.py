@@ -1,4 +1,4 @@
-"""The mid/side loss sees what losses of single channels cannot."""
+"""The mid/side loss detects differences that losses on single channels cannot."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_opposite_polarity_is_seen_here_and_not_by_the_mel_loss():
 
 
 def test_the_value_is_that_of_auraloss_clip_by_clip():
-    """Value and gradient, at lengths that end anywhere in a frame and one that is shorter than the windows."""
+    """Value and gradient, at lengths that are not whole frames and at one that is shorter than the windows."""
     windows = (512, 1024, 2048)
     theirs = SumAndDifferenceSTFTLoss(
         fft_sizes=windows,
@@ -44,13 +44,13 @@ def test_the_value_is_that_of_auraloss_clip_by_clip():
     )
     found = MidSideLoss()(reference, degraded, lengths)
     torch.testing.assert_close(found, expected / 4)
-    # Where two magnitudes all but agree, rounding decides the sign of the gradient.
+    # Where two magnitudes are almost equal, rounding decides the sign of the gradient.
     ours, wanted = (torch.autograd.grad(value, degraded)[0] for value in (found, expected / 4))
     assert (ours - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_equal_channels_do_not_explode():
-    """The difference signal of the reference is silence; a ratio to its norm would be in the thousands."""
+    """The difference signal of the reference is silent; an error relative to its norm would be in the thousands."""
     reference = stereo()[:, :1].expand(1, 2, 6000)
     degraded = stereo(seed=1).requires_grad_()
     loss = MidSideLoss()(reference, degraded, torch.tensor([6000]))
@@ -60,7 +60,7 @@ def test_equal_channels_do_not_explode():
 
 
 def test_first_use_in_inference_mode_does_not_spoil_training():
-    loss = MidSideLoss(window_lengths=(128, 600))  # used in no other test: its windows are made here
+    loss = MidSideLoss(window_lengths=(128, 600))  # used in no other test: its windows are created here
     with torch.inference_mode():
         loss(stereo(), stereo(seed=1), torch.tensor([6000]))
     degraded = stereo(seed=1).requires_grad_()

@@ -1,4 +1,4 @@
-"""The losses that keep the phase, against values computed by hand."""
+"""The phase-sensitive losses, against values computed by hand."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Small random models whose every branch matters, and comparisons for them."""
+"""Small random models in which every branch matters, and functions to compare their results."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def small_config(context_seconds: float = 0.8, number_channels: int = 1, **optio
 
 
 def small_model(seed: int = 0, **options) -> MossAudioTokenizerModel:
-    """A model whose norms, gains and biases are random too, so that no branch is nearly silent."""
+    """Return a model with random norms, gains and biases, so that no branch is nearly silent."""
     torch.manual_seed(seed)
     return randomize(MossAudioTokenizerModel(small_config(**options)).eval())
 
@@ -40,7 +40,7 @@ def one_stage_config(sampling_rate: int = 24000, num_quantizers: int = 3, **opti
 
 
 def save_one_stage_model(folder: Path, **options) -> None:
-    """Save a model of such a configuration, the same one every time."""
+    """Save a model with such a configuration and always the same weights."""
     torch.manual_seed(0)
     MossAudioTokenizerModel(one_stage_config(**options)).save_pretrained(folder)
 
@@ -51,15 +51,15 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Greatest difference over greatest magnitude."""
+    """Return the largest difference divided by the largest magnitude."""
     assert actual.shape == expected.shape
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def num_real_differences(model: MossAudioTokenizerModel, hidden: Tensor, codes: Tensor, expected: Tensor) -> int:
-    """Frames whose first differing level is no tie: the scores of the two choices differ by more than 1e-5.
+    """Count frames whose first differing level is not a tie: the scores of the two choices differ by more than 1e-5.
 
-    Levels after a differing one search in another residual and are not compared.
+    Levels after a differing one quantize another residual and are not compared.
 
     Args:
         hidden: [B, D, frames] that `expected` was computed from.

@@ -1,4 +1,4 @@
-"""Long audio in bounded memory, and results that do not depend on the company of a clip."""
+"""Long audio in bounded memory, and results that do not depend on the other clips of a batch."""
 
 import subprocess
 import sys
@@ -63,7 +63,7 @@ print(status("VmHWM") - before - sum(result.nbytes for result in results))
 
 
 def peak_memory(task, seconds):
-    """Bytes that encoding or decoding needs at its peak beyond input and results, in a process of its own."""
+    """Return the peak memory of encoding or decoding beyond inputs and results, in bytes, in a fresh process."""
     command = [sys.executable, "-c", PEAK_MEMORY, task, str(seconds)]
     root = Path(__file__).parents[2]
     environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -77,7 +77,7 @@ def peak_memory(task, seconds):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure peak memory")
 @pytest.mark.parametrize("task", ["encode", "decode"])
 def test_an_hour_needs_the_memory_of_ten_minutes(task):
-    """On a busy machine the measure is off by a quarter; what grew with the length would be six times as much."""
+    """On a busy machine it varies by a quarter; memory that grows with length would be six times as much."""
     assert peak_memory(task, 3600) < 2 * peak_memory(task, 600)
 
 

@@ -1,4 +1,4 @@
-"""Whatever is changed in a configuration, it is refused with the reason or it makes a model that works."""
+"""Any change to a configuration is either refused with a reason or results in a working model."""
 
 import copy
 import math
@@ -77,7 +77,7 @@ def changed(place: tuple, value: object) -> dict:
 
 
 def outcome(data: dict) -> str:
-    """The reason of a refusal, or an empty text for a model that encodes and decodes."""
+    """Return the reason of a refusal, or an empty string if the model encodes and decodes."""
     try:
         config = MossAudioTokenizerConfig(**data)
         model = MossAudioTokenizerModel(config).eval()

@@ -18,7 +18,7 @@ def random_codes(frames, seed):
 def test_rows_join_at_the_end_and_leave_when_finalized(model):
     streams = {name: random_codes(60, seed) for seed, name in enumerate("abcd")}
     position, received = dict.fromkeys(streams, 0), {name: [] for name in streams}
-    calls = [  # rows with their frames, and the rows that end
+    calls = [  # rows with their numbers of frames, and the rows that end
         ([("a", 20), ("b", 3)], []),
         ([("a", 20), ("b", 12), ("c", 1)], []),
         ([("a", 5), ("b", 20), ("c", 20)], [0]),

@@ -1,4 +1,4 @@
-"""What capturing a streaming step in a CUDA graph relies on, checked without one."""
+"""Requirements for capturing a streaming step in a CUDA graph, checked without a GPU."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from moss_train.model.accelerated_step import GraphedStep
 
 from .small_models import HOP, small_model
 
-# A host that reads a value of the device, or a shape that depends on values, cannot be captured.
+# A step cannot be captured if the host reads a device value or if a shape depends on values.
 FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "is_pinned")
 
 
@@ -42,7 +42,7 @@ def test_a_step_never_reads_from_the_device(stream, frames):
 
 
 def test_warming_up_leaves_the_state_as_it_is(stream):
-    """Steps without valid frames, as capture runs them, between others change no result."""
+    """Steps without valid frames, as run during capture, change no later result."""
     undisturbed = stream.model.stream(2)
     with torch.no_grad():
         for seed in range(20):
@@ -52,7 +52,7 @@ def test_warming_up_leaves_the_state_as_it_is(stream):
             codes = stream.groups[0].encode_step(audio, num_frames)
             assert torch.equal(codes, undisturbed.groups[0].encode_step(audio, num_frames))
             decoded = [s.groups[0].decode_step(codes, num_frames)[0] for s in (stream, undisturbed)]
-            torch.testing.assert_close(*decoded, rtol=1e-5, atol=1e-5)  # a CPU looks at slots that may be filled
+            torch.testing.assert_close(*decoded, rtol=1e-5, atol=1e-5)  # a CPU reads only slots that may be filled
 
 
 def test_steps_without_a_graph_are_counted():

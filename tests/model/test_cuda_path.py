@@ -1,6 +1,6 @@
-"""What runs on CUDA only, with tensors that have shapes, types and a device but no data: any machine can check it.
+"""CUDA-only code, run on tensors that have shapes, types and a device but no data, so that no GPU is needed.
 
-Such a tensor refuses to tell the host a value, so a step that passes never waits for the device.
+The host cannot read a value of such a tensor, so a step that passes never waits for the device.
 """
 
 import pytest
@@ -22,7 +22,7 @@ def fake():
 
 
 def model_on_cuda(dtype: torch.dtype) -> MossAudioTokenizerModel:
-    """Heads of 8, the narrowest that the kernel takes. It is made there: fake tensors cannot be moved."""
+    """Create a model whose heads of 8 are the narrowest that the kernel supports; fake tensors cannot be moved."""
     config = small_config()
     with torch.device("cuda"):
         torch.set_default_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Streams in bfloat16: weights are cast once and give what autocast gives."""
+"""Streams in bfloat16: weights are cast once, and results equal those under autocast."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""An untrained model is audible, and its first layer learns."""
+"""The output of an untrained model is audible, and its first layer learns."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the model takes, and what it refuses: containers, axes, values, levels, halves, copies, compilers."""
+"""Inputs that the model accepts or refuses: containers, axes, values, levels, halves, copies, compilers."""
 
 import multiprocessing
 import pickle
@@ -109,7 +109,7 @@ def test_level_is_set_over_the_samples_that_count():
     assert not scaled[1].any()
     impulse = torch.zeros(1, 1, 1000)
     impulse[0, 0, 0] = 0.5
-    assert set_level(impulse, -10.0).max() == 1.0  # a peak at full scale bounds the gain
+    assert set_level(impulse, -10.0).max() == 1.0  # the gain is limited by a peak at full scale
     with pytest.raises(ValueError, match="got 20"):
         set_level(audio, 20)
 

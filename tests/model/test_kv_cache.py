@@ -1,4 +1,4 @@
-"""Rings of streaming state: what a query sees, and that nothing else is ever written or moved."""
+"""Ring buffers of the streaming state: which frames a query attends to, and that nothing else is written or moved."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def new_state(batch=3, longest_step=4, seed=0):
 
 
 def visible_frames(state, frames, num_frames=None):
-    """For every item and query the numbers of the frames it sees; keys are the frames' own numbers."""
+    """Return for every item and query the numbers of the visible frames; keys are the frames' own numbers."""
     chunk = StreamChunk(state, frames, num_frames)
     seen = [[] for _ in state.position]
     for step in chunk.steps:

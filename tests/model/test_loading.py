@@ -24,7 +24,7 @@ TINY = Path(__file__).parents[1] / "data" / "parity" / "tiny24k"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of a released-layout folder that a test may change."""
+    """Copy a folder in the released layout, so that a test may change it."""
     return Path(shutil.copytree(TINY, tmp_path / "model"))
 
 
@@ -39,7 +39,7 @@ def older_name(name):
 
 
 def test_names_and_shapes_are_the_released_ones():
-    """The folder is given by the name that transformers has for it."""
+    """The folder is passed by the argument name that transformers uses."""
     released = load_file(TINY / "model.safetensors")
     ours = MossAudioTokenizerModel.from_pretrained(pretrained_model_name_or_path=TINY).state_dict()
     assert {name: value.shape for name, value in ours.items()} == {name: v.shape for name, v in released.items()}
@@ -118,7 +118,7 @@ def test_bfloat16_model_runs_and_stays_near_float32():
 
 
 def cached_repository(cache):
-    """The folder of the only revision of owner/name in a cache of the hub."""
+    """Return the folder of the only revision of owner/name in a hub cache."""
     snapshot = cache / "models--owner--name" / "snapshots" / ("0" * 40)
     (snapshot.parents[1] / "refs").mkdir(parents=True)
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
@@ -128,7 +128,7 @@ def cached_repository(cache):
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("subfolder", ["", "inner"])
 def test_half_of_a_repository_needs_only_the_files_of_that_half(tmp_path, part, subfolder):
-    """The cache of the hub lacks the others, and nothing can be downloaded."""
+    """The hub cache lacks the other files, and nothing can be downloaded."""
     model = small_model()
     snapshot = cached_repository(tmp_path)
     model.save_pretrained(snapshot / subfolder, max_shard_size="8KB")
@@ -151,7 +151,7 @@ def test_half_of_a_repository_needs_only_the_files_of_that_half(tmp_path, part, 
 
 
 class Repository(http.server.BaseHTTPRequestHandler):
-    """A stand-in for the hub's downloads: every repository has the files of `folder`."""
+    """A stand-in for hub downloads: every repository contains the files of `folder`."""
 
     folder = Path()
     fetched: ClassVar[list[str]] = []
@@ -161,7 +161,7 @@ class Repository(http.server.BaseHTTPRequestHandler):
         file = self.folder / path
         found = bool(path) and file.is_file()
         content = file.read_bytes() if found else b""
-        if self.path.startswith("/api/models/owner/name"):  # without it, several files at once are not looked for
+        if self.path.startswith("/api/models/owner/name"):  # needed to find weights in several files
             found, content = True, self.description().encode()
         self.send_response(200 if found else 404)
         self.send_header("X-Repo-Commit", "1" * 40)
@@ -218,7 +218,7 @@ print(sum(value.numel() for value in load_tokenizer("owner/name").parameters()))
 
 @pytest.mark.processes
 def test_a_repository_of_which_half_was_downloaded_is_completed(tmp_path):
-    """Online the other files are fetched; offline the line says that they are not there."""
+    """Online, the missing files are downloaded; offline, the error says that they are missing."""
     model = small_model()
     model.save_pretrained(tmp_path / "repository", max_shard_size="8KB")
     weights = {path.name for path in (tmp_path / "repository").glob("*.safetensors")}

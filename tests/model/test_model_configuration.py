@@ -14,7 +14,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiment"
 
 
 def tokenizer_settings(name):
-    """The tokenizer of an experiment, with what it takes from the experiments it names as defaults."""
+    """Return the tokenizer settings of an experiment, including those inherited from its defaults."""
     content = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text("utf-8"))
     settings, own = {}, content.get("tokenizer", {})
     for base in content.get("defaults", []):
@@ -68,7 +68,7 @@ def test_window_of_one_stage_can_differ():
 
 
 def test_second_version_of_the_published_model():
-    """48 kHz stereo, six stages with windows of their own."""
+    """48 kHz stereo and six stages, each with its own window."""
     sizes = {"d_model": 768, "num_heads": 12, "num_layers": 12, "output_dimension": 384}
     last = {"d_model": 1280, "num_heads": 20, "num_layers": 32, "output_dimension": 768}
     patches, seconds = (240, 2, 2, 2, 2, 2), (1.0, 2.0, 4.0, 8.0, 10.0, 10.0)

@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module", params=[(0, 1), (1, 1), (2, 2)], ids=["mono0", "mono1", "stereo"])
 def case(request):
-    """A model, two long clips, and their offline encoding and decoding."""
+    """Return a model, two long clips, and their offline encoding and decoding."""
     seed, channels = request.param
     model = small_model(seed, number_channels=channels)
     audio = noise(2, channels, FRAMES * model.config.downsample_rate, seed=seed)
@@ -110,7 +110,7 @@ def tensors_alive():
 
 
 def test_a_thousand_streams_left_in_the_middle_of_a_frame_leave_nothing_behind():
-    """New streams, and one slot of a stream that clients take one after the other."""
+    """With new streams, and with one slot of a stream that clients use one after the other."""
     model = small_model(6)
     audio = noise(2, 1, HOP + HOP // 2)
     shared = model.stream(batch_size=2)
@@ -127,7 +127,7 @@ def test_a_thousand_streams_left_in_the_middle_of_a_frame_leave_nothing_behind()
 
 
 def stream_pieces(stream, pieces, rows, batch_size):
-    """Stream pieces of each row, which it brings whole while others bring none, and return its codes and audio."""
+    """Stream the pieces of each row, each as a whole, while other rows send none; return codes and audio."""
     codes, audio = {row: [] for row in rows}, {row: [] for row in rows}
     for turn in range(len(pieces[0])):
         counts = [0] * batch_size
@@ -188,7 +188,7 @@ def test_illegal_calls_are_refused():
 
 @pytest.mark.parametrize("frames", [1, 4, 9])
 def test_buffers_never_move(frames):
-    """A captured CUDA graph reads and writes them where they were."""
+    """A captured CUDA graph keeps using the same addresses."""
     model = small_model(7)
     stream = model.stream(2)
     states = [*stream.groups[0].states("encoder"), *stream.groups[0].states("decoder")]

@@ -73,7 +73,7 @@ def test_no_input_reaches_an_earlier_frame(model):
 
 
 def test_window_is_as_long_as_configured():
-    """One layer per stage: the look-back is the sum of the windows, counted from the start of the frame."""
+    """With one layer per stage, the look-back is the sum of the windows, counted from the start of the frame."""
     stage = {"output_dimension": 8, "d_model": 8, "num_heads": 2, "num_layers": 1}
     model = small_model(stages=[{"patch_size": 4, **stage}, {"patch_size": 4, **stage}], context_seconds=0.5)
     windows = [stage.window for stage in model.stages(model.encoder)]
@@ -174,7 +174,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(model):
 
 
 def test_waveforms_stay_float32_under_bf16_autocast():
-    """The projections next to the waveform compute in float32, those inside the model in bfloat16."""
+    """Projections next to the waveform are computed in float32, those inside the model in bfloat16."""
     model = small_model()
     stages = [*model.stages(model.encoder), *model.stages(model.decoder)]
     seen = []

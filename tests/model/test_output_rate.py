@@ -9,7 +9,7 @@ from .small_models import RATE, relative_error, small_config, small_model
 
 
 def with_output_rate(model: MossAudioTokenizerModel, ratio: int, **options) -> MossAudioTokenizerModel:
-    """The same model with a decoder whose last projection makes `ratio` times the samples, of random weights."""
+    """Copy a model, with a decoder whose randomly initialized last projection makes `ratio` times the samples."""
     other = small_model(output_sampling_rate=ratio * model.sampling_rate, **options)
     own = other.state_dict()
     fits = {name: value for name, value in model.state_dict().items() if own[name].shape == value.shape}
@@ -20,7 +20,7 @@ def with_output_rate(model: MossAudioTokenizerModel, ratio: int, **options) -> M
 
 @pytest.fixture(params=[{}, {"number_channels": 2}], ids=["mono", "stereo"])
 def pair(request) -> tuple[MossAudioTokenizerModel, MossAudioTokenizerModel]:
-    """A model and the same one with three times the output rate."""
+    """Return a model and a copy with three times the output rate."""
     model = small_model(**request.param)
     return model, with_output_rate(model, 3, **request.param)
 

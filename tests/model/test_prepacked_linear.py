@@ -1,4 +1,4 @@
-"""Packed weights of streaming steps: the same products, only where they pay."""
+"""Packed weights for streaming steps: the same products, used only where they are faster."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ def latent():
 
 
 def level_by_level(quantizer: ResidualLFQ, latent: torch.Tensor, used: torch.Tensor) -> QuantizerOutput:
-    """The definition: each level quantizes what the earlier ones left over."""
+    """Quantize by definition: each level quantizes the residual of the earlier ones."""
     residual = apply_pointwise(quantizer.input_proj, latent)
     total, codes, latents, rows = torch.zeros_like(residual), [], [], []
     for number, level in enumerate(quantizer.quantizers):
@@ -93,7 +93,7 @@ def test_every_parameter_takes_part_whatever_is_dropped(quantizer, latent):
 
 
 def test_gradient_passes_straight_through_to_the_latent(quantizer, latent):
-    """The gradient is that of the projections alone, as if each level passed its latent on."""
+    """The gradient is that of the projections alone, as if each level passed its latent through unchanged."""
     latent.requires_grad_()
     quantizer(latent, torch.ones(3, dtype=torch.int64)).quantized.sum().backward()
     down = quantizer.input_proj.weight[..., 0]

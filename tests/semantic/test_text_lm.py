@@ -105,7 +105,7 @@ def test_it_starts_from_pretrained_weights_with_their_tokenizer(tmp_path):
 
 
 def test_greedy_text_is_what_the_model_itself_finds_most_likely(lm):
-    """Read back with teacher forcing, every generated token is the most likely one: cache and whole pass agree."""
+    """With teacher forcing, every generated token is the most likely one: cached and full forward passes agree."""
     states = torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(3))
     tokens = lm.generate(states, torch.tensor([1]), max_tokens=12)
     assert len(tokens) == 12 or tokens[-1] == ByteText.end_id

@@ -1,4 +1,4 @@
-"""Synthetic clips of the training benchmark are like those of the stream."""
+"""The training benchmark's synthetic clips have the same form as those of the stream."""
 
 import numpy as np
 import torch

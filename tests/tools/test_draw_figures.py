@@ -1,4 +1,4 @@
-"""The figures of the pages are those that the code draws today."""
+"""The committed figures equal those that the code draws."""
 
 import importlib.util
 from pathlib import Path

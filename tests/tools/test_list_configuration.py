@@ -1,4 +1,4 @@
-"""The page of all keys is what the schema and the comments say."""
+"""The page of all keys matches the schema and the comments."""
 
 import runpy
 from pathlib import Path

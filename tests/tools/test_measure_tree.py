@@ -1,4 +1,4 @@
-"""The layout keeps what it promises; `tools/measure_tree.py` prints the figures."""
+"""The package layout stays within its limits; `tools/measure_tree.py` prints the numbers."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The scaling law: sizes of one family, the fit, and runs that are not done twice."""
+"""The scaling law: sizes of one family, the fit, and finished runs that are not repeated."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The random search for codes that streaming changes, run for a few models, and that it would notice one."""
+"""The random search for codes that streaming changes: it passes on a few models and detects an injected error."""
 
 import random
 import re

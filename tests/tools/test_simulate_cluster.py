@@ -1,4 +1,4 @@
-"""The simulated cluster, small: what holds for 256 ranks and a million shards holds here, and a fault is noticed."""
+"""The simulated cluster at a small size: the checks pass, and an injected fault is detected."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture(scope="module")
 def tool():
-    """The script as a module; its sibling lies beside it."""
+    """Import the script as a module; a module that it imports is in the same folder."""
     sys.path.insert(0, str(TOOLS))
     yield importlib.import_module("simulate_cluster")
     sys.path.remove(str(TOOLS))

@@ -1,4 +1,4 @@
-"""Compile the parts of a module with a backend that counts its graphs, and calls of parts in which none of them ran."""
+"""Compile the parts of a module with a backend that counts graphs, and calls of parts in which no graph ran."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ from moss_train.training.run.optimizations import compile_blocks, compiled_parts
 
 
 class CompiledCalls:
-    """What came of the compilation.
+    """Counts of graphs and calls.
 
     Attributes:
-        graphs: compiled so far.
-        calls: of all parts.
-        eager_calls: those of them in which no graph ran.
+        graphs: number of compiled graphs so far.
+        calls: number of calls of all parts.
+        eager_calls: number of these calls in which no graph ran.
     """
 
     def __init__(self, module: CatModule, backend: str) -> None:

@@ -64,7 +64,7 @@ def small_overrides(packed: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def whole(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of the shrunk published recipe through both stages, from the command line."""
+    """Run the small version of the published recipe through both stages without interruption, from the command line."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
     assert main(["fit", *small_overrides, f"run_dir={directory}"]) == 0
     return directory
@@ -72,7 +72,7 @@ def whole(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def validated(small_overrides: list[str], recordings: Path) -> list[str]:
-    """Overrides of a run with validation in every second update."""
+    """Return overrides of a run with validation after every second update."""
     return [
         *small_overrides,
         f"validation.data={recordings / 'heldout.jsonl'}",
@@ -87,7 +87,7 @@ def validated(small_overrides: list[str], recordings: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def watched(validated: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with validation and samples."""
+    """Do a run with validation and samples."""
     directory = tmp_path_factory.mktemp("runs") / "watched"
     assert main(["fit", *validated, f"run_dir={directory}"]) == 0
     return directory
@@ -100,7 +100,7 @@ def module(small_config: Callable[..., FitConfig]) -> CatModule:
 
 @pytest.fixture
 def update(small_config: Callable[..., FitConfig], module: CatModule) -> UpdateBatch:
-    """A real update with more than one micro-batch, with and without text."""
+    """Return a real update of several micro-batches, with and without text."""
     config = small_config()
     stream = open_stream(config, tokenizer_config(config.tokenizer.to_plain()))
     loader = make_loader(
@@ -113,7 +113,7 @@ def update(small_config: Callable[..., FitConfig], module: CatModule) -> UpdateB
 
 @pytest.fixture
 def small_config(small_overrides: list[str], tmp_path: Path) -> Callable[..., FitConfig]:
-    """Resolved `fit` configuration of the shrunk recipe, with further overrides."""
+    """Return a function for the resolved `fit` configuration of the small recipe, with further overrides."""
 
     def make(*overrides: str) -> FitConfig:
         return load_config("fit", [*small_overrides, f"run_dir={tmp_path / 'run'}", *overrides])
@@ -123,7 +123,7 @@ def small_config(small_overrides: list[str], tmp_path: Path) -> Callable[..., Fi
 
 @pytest.fixture
 def finetune_config(tmp_path: Path) -> Callable[..., FitConfig]:
-    """Resolved `fit` configuration of the experiment `finetune`, with further overrides."""
+    """Return a function for the resolved `fit` configuration of the experiment `finetune`, with further overrides."""
 
     def make(*overrides: str) -> FitConfig:
         given = ["experiment=finetune", "trainer.num_threads=1", f"run_dir={tmp_path / 'run'}", *overrides]
@@ -134,7 +134,7 @@ def finetune_config(tmp_path: Path) -> Callable[..., FitConfig]:
 
 @pytest.fixture
 def start(small_overrides) -> Iterator:
-    """Start `fit` in a process of its own; what a test leaves running is killed."""
+    """Start `fit` in its own process; processes that a test leaves running are killed."""
     processes = []
 
     def run(

@@ -1,4 +1,4 @@
-"""What tests of gradients share."""
+"""Helpers for tests of gradients."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,13 +11,13 @@ from moss_train.training.step.update import forward_backward
 
 
 def backward(loss: torch.Tensor, **options: Any) -> None:
-    """As `CatModule.manual_backward`, which works in a Trainer only."""
+    """Run backward as `CatModule.manual_backward` does, which works only inside a Trainer."""
     with torch.autocast("cpu", enabled=False):
         loss.backward(**options)
 
 
 def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> dict[str, torch.Tensor]:
-    """Gradients of update `number` over the given micro-batches, by parameter name."""
+    """Return the gradients of update `number` over the given micro-batches, by parameter name."""
     schedule_state = module.schedule.at(number)
     weights = module.objective.active_weights(schedule_state)
 
@@ -32,7 +32,7 @@ def accumulate(module: CatModule, batches: tuple[Batch, ...], number: int) -> di
 
 
 def network_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Norm of the difference of two sets of gradients as a share of their norm, network by network."""
+    """Return the relative error (norm of the difference / norm) of a set of gradients for each network."""
     errors = {}
     for part in sorted({name.split(".")[0] for name in expected}):
         names = [name for name in expected if name.startswith(part)]
@@ -43,13 +43,13 @@ def network_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 
 def pick(batch: Batch, chosen: list[int]) -> Batch:
-    """Some clips of a batch, in a micro-batch of their own."""
+    """Return some clips of a batch as a separate micro-batch."""
     tensors = {name: value[chosen] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     names = {name: tuple(getattr(batch, name)[i] for i in chosen) for name in ("sample_ids", "domains")}
     return replace(batch, **tensors, **names)
 
 
 def without_text(update: UpdateBatch) -> UpdateBatch:
-    """The same update with clips that have no text."""
+    """Return the update without texts."""
     batches = [replace(batch, text_lengths=torch.zeros_like(batch.text_lengths)) for batch in update.micro_batches]
     return replace(update, micro_batches=tuple(batches))

@@ -1,4 +1,4 @@
-"""One of several processes that compute the gradients of one update together; `test_distributed` starts them."""
+"""One of several processes that jointly compute the gradients of one update; started by `test_distributed`."""
 
 import math
 import sys
@@ -24,11 +24,11 @@ from tests.training.gradients import backward
 
 
 class KeptGradients:
-    """In place of an optimizer: it neither steps nor forgets, so that the gradients of an update can be read."""
+    """Replaces an optimizer: it neither steps nor clears gradients, so that those of an update can be read."""
 
     @property
     def optimizer(self) -> Any:
-        """Lightning wraps optimizers; there is none inside this one."""
+        """Return a stand-in for the optimizer that Lightning would wrap."""
         return SimpleNamespace(param_groups=[])
 
     def step(self) -> None:
@@ -46,9 +46,9 @@ def gradients(
     half: torch.autocast | None = None,
     prepare: Callable[[CatModule], Any] = lambda module: None,
 ) -> tuple[dict, dict[str, float]]:
-    """Gradients of update `number` by parameter name, and its numbers; summed over the ranks when there are some.
+    """Return gradients by parameter name and metrics of update `number`, summed over the ranks if there are several.
 
-    Given a mesh the large networks are sharded over it. Given an autocast the update runs inside it, and sharded linear
+    With a mesh, the large networks are sharded over it. With an autocast, the update runs inside it and sharded linear
     weights are gathered in bfloat16, as in a run with `bf16-mixed`.
     """
     module = CatModule(**arguments)
@@ -85,9 +85,10 @@ def gradients(
 
 
 def sums_beside_backward(rank: int, names_unused: bool) -> dict[str, Any]:
-    """Sum gradients of three small networks over two ranks: two passes and one, text in the first pass of one rank.
+    """Sum the gradients of three small networks over two ranks, which do two passes and one, only one with text.
 
-    Returns buckets sent before the end and in all, the sums, what they should be, and what this rank had none of.
+    Returns the numbers of buckets sent before the end and in total, the sums, the expected sums, and which parameters
+    had no gradient on this rank.
     """
     torch.manual_seed(0)
     encoder, decoder, text = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 1)
@@ -125,7 +126,7 @@ def sums_beside_backward(rank: int, names_unused: bool) -> dict[str, Any]:
 
 
 def bfloat16(keeps_casts: bool) -> torch.autocast:
-    """Mixed precision that keeps the weights it cast until it ends, or casts them at each use, as Lightning's does."""
+    """Return an autocast that caches casts of weights until it ends, or casts them at each use like Lightning's."""
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps_casts)
 
 
@@ -149,5 +150,5 @@ def main(folder: Path, rank: int, world_size: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    accumulation.SMALL = 500  # so that the small model has parameters of both kinds
+    accumulation.SMALL = 500  # so that the small model has both kinds of parameters
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

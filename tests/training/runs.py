@@ -1,4 +1,4 @@
-"""What tests of whole runs share."""
+"""Helpers for tests of whole runs."""
 
 import subprocess
 import time
@@ -18,19 +18,19 @@ CLIPS = ("clips", "clips_with_text", "dropped_clips", "audio_seconds", "stage")
 
 
 def silent_sample(directory: Path, update: int) -> ClipSample:
-    """What a validation hands to the loggers of one clip."""
+    """Return the validation output for one clip, as it is passed to the loggers."""
     path = directory / "levels-04.flac"
     write_audio(path, torch.zeros(1, 2400), 24000)
     return ClipSample(update, "1-clip", {"levels-04": path}, None, {"truth": "seven", "levels-04": "sieben"})
 
 
 def column(rows: Iterable[dict[str, str]], name: str) -> list[float]:
-    """One column of a table as numbers, without rows in which it does not apply."""
+    """Return one column of a table as numbers, without rows in which it is empty."""
     return [float(row[name]) for row in rows if row[name]]
 
 
 def wait_for_end(jobs: Sequence[Job]) -> None:
-    """Wait until all have succeeded."""
+    """Wait for all jobs; each has to succeed."""
     for job in jobs:
         outcome = job.wait()
         assert outcome.status == 0, outcome.log[-3000:]
@@ -45,7 +45,7 @@ def wait_for_rows(directory: Path, count: int, process: subprocess.Popen | Job) 
 
 
 def assert_same_course(directory: Path, whole: Path) -> None:
-    """The same clips in every update to the last one, and losses within what another order of sums explains."""
+    """Assert equal clips in every update up to the last, and losses equal up to the effects of summation order."""
     ours, theirs = read_table(directory / "metrics.csv"), read_table(whole / "metrics.csv")
     assert [[row[name] for name in CLIPS] for row in ours] == [[row[name] for name in CLIPS] for row in theirs]
     for name in ("loss/generator", "loss/semantic", "loss/discriminators", "loss/feature", "text_accuracy"):

@@ -49,7 +49,7 @@ def test_the_average_is_that_of_hand_and_can_be_swapped_in():
 
 
 def test_a_run_with_every_option_resumes_to_the_last_bit(small_overrides, tmp_path):
-    """Averages included; without `ema` there are none, and the averaged weights are those of training."""
+    """Averages are included; without `ema` there are none, and `averaged_weights` are the trained weights."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["fit", *small_overrides, *ALL_OPTIONS, f"run_dir={whole}"]) == 0
     for stop in (3, 6, 8):
@@ -98,9 +98,9 @@ def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(module,
         checkpoint_activations(module.tokenizer, [99])
 
 
-@pytest.mark.nightly  # the ordinary run compiles one block, and traces all parts in test_compile_graphs
+@pytest.mark.nightly  # ordinary runs compile one block and trace all parts in test_compile_graphs
 def test_compiled_parts_give_the_same_gradients_under_the_same_names(module, update):
-    """Traced and differentiated by the compiler; what it makes of one block is in the next test."""
+    """All parts are traced and differentiated by the compiler; the next test compiles one block completely."""
     batches = update.micro_batches[:1]
     eager, names = accumulate(module, batches, 6), list(module.state_dict())
     checkpoint_activations(module.tokenizer, [100])
@@ -130,7 +130,7 @@ def test_a_compiled_block_is_the_block(module):
 
 
 def test_in_bfloat16_the_quantizer_and_all_spectra_stay_float32(module, update):
-    """Gradients under autocast point where those of float32 point, and weights and gradients are float32."""
+    """Gradients under autocast have nearly the direction of those in float32, and weights and gradients are float32."""
     kinds: dict[str, set[torch.dtype]] = {}
 
     def note(name: str) -> Callable:

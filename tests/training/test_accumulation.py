@@ -1,4 +1,4 @@
-"""Gradients that are added up with few kernels are those of plain backward passes, to the last bit."""
+"""Gradients accumulated with few kernels are bit-identical to those of plain backward passes."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from moss_train.training.step.accumulation import layer_weights
 from . import ranks
 from .gradients import accumulate, network_errors, pick, without_text
 
-ADVERSARIAL = 5  # an update in which every network learns
+ADVERSARIAL = 5  # an update in which every network is trained
 
 
 @pytest.fixture
@@ -28,12 +28,12 @@ def arguments(small_config) -> dict[str, Any]:
 
 @pytest.fixture
 def few_small(monkeypatch):
-    """So that the small model has parameters of both kinds."""
+    """Lower the size limit, so that the small model has both kinds of parameters."""
     monkeypatch.setattr(accumulation, "SMALL", 500)
 
 
 def micro_batches(batch: UpdateBatch, count: int) -> UpdateBatch:
-    """Micro-batches of one clip, with and without text in turn."""
+    """Return micro-batches of one clip, alternately with and without text."""
     clips = [pick(micro, [i]) for micro in batch.micro_batches for i in range(micro.num_clips)]
     clips.sort(key=lambda clip: clip.audio.shape[-1])
     spoken = [clip for clip in clips if clip.text_lengths[0]]
@@ -42,7 +42,7 @@ def micro_batches(batch: UpdateBatch, count: int) -> UpdateBatch:
 
 
 def without_cache(dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast as Lightning's, or none."""
+    """Return an autocast like Lightning's, or one that is disabled."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
 
 
@@ -78,7 +78,7 @@ def test_gradients_of_compiled_blocks_are_those_of_plain_passes(few_small, argum
     torch._dynamo.reset()
     assert found.keys() == expected.keys()
     errors = network_errors(found, expected)
-    assert max(errors.values()) < 2e-2, errors  # products in bfloat16
+    assert max(errors.values()) < 2e-2, errors  # matrix products in bfloat16
 
 
 def test_all_linear_weights_of_layers_are_copied_and_shared_ones_are_not(module):

@@ -1,4 +1,4 @@
-"""Checkpoints that a thread writes while the training goes on."""
+"""Checkpoints that a thread writes while training continues."""
 
 import threading
 
@@ -23,7 +23,7 @@ def test_what_is_written_is_the_state_when_it_was_saved(tmp_path):
     content["state_dict"]["w"].fill_(2.0)
     assert not (tmp_path / "update-00000001").exists()
     gate.set()
-    writer.save_checkpoint(content, tmp_path / "update-00000002")  # waits for the one before
+    writer.save_checkpoint(content, tmp_path / "update-00000002")  # waits for the previous write
     assert_equal(read_payload(tmp_path / "update-00000001"), checkpoint(1.0))
     writer.finish()
     assert_equal(read_payload(tmp_path / "update-00000002"), checkpoint(2.0))

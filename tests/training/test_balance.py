@@ -1,4 +1,4 @@
-"""Shares of the gradient at the decoder's output instead of weights."""
+"""Loss terms balanced by their share of the gradient at the decoder's output instead of by weights."""
 
 import math
 
@@ -26,7 +26,7 @@ def balancer(decay: float = 0.5) -> GradientBalancer:
 
 
 def test_weights_give_each_term_its_share_of_what_the_reconstruction_has():
-    """The reconstruction alone would have 15 * 2 = 30: a quarter, a half and a quarter of it are 7.5, 15 and 7.5."""
+    """The reconstruction alone has 15 * 2 = 30: a quarter, a half and a quarter of it are 7.5, 15 and 7.5."""
     balance = balancer()
     balance.add({"reconstruction": 2.0, "adversarial": 0.5, "feature": 0.1, "waveform": 7.0})
     weights = balance.weights(WEIGHTS, {})
@@ -39,7 +39,7 @@ def test_weights_give_each_term_its_share_of_what_the_reconstruction_has():
 
 
 def test_the_running_mean_forgets():
-    """With decay 0.5 the norms 1, 2, 4 count 1/4, 1/2 and 1: (0.25 + 1 + 4) / 1.75 = 3."""
+    """With decay 0.5 the norms 1, 2, 4 have weights 1/4, 1/2 and 1: (0.25 + 1 + 4) / 1.75 = 3."""
     balance = balancer()
     for norm in (1.0, 2.0, 4.0):
         balance.add({"feature": norm})
@@ -54,7 +54,7 @@ def test_a_term_takes_part_from_its_second_update_on():
     second = balance.weights(WEIGHTS, {})
     assert second["reconstruction"] == pytest.approx(5.0)
     assert second["adversarial"] == pytest.approx(10.0)
-    assert second["feature"] == 0.0  # it had no gradient
+    assert second["feature"] == 0.0  # there was no gradient for it
 
 
 def test_terms_that_are_not_computed_leave_their_share_to_the_others():
@@ -89,7 +89,7 @@ def balanced(small_config) -> CatModule:
 
 
 def norms_of(module: CatModule, batches: tuple, number: int) -> dict[str, float]:
-    """Norms at the decoder's output over the micro-batches of update `number`; gradients stay in the module."""
+    """Return norms at the decoder's output over the micro-batches of update `number`; keeps the module's gradients."""
     module.zero_grad()
     schedule_state, counts = module.schedule.at(number), module.objective.count(batches)
     weights = module.objective.active_weights(schedule_state)

@@ -1,4 +1,4 @@
-"""What torch.compile makes of four unlike stages, clips of many lengths, an LM and all discriminators."""
+"""The graphs that torch.compile makes of four unlike stages, many clip lengths, an LM and all discriminators."""
 
 from collections.abc import Iterator
 
@@ -99,7 +99,7 @@ def test_compiled_gradients_are_those_of_an_eager_pass_for_every_length(unlike):
     compile_blocks(unlike, "aot_eager")
     for lengths, expected in zip(LENGTHS, eager, strict=True):
         errors = network_errors(gradients(unlike, lengths, FIRST_OF_ADVERSARIAL), expected)
-        assert max(errors.values()) < 2e-2, (lengths, errors)  # products in bfloat16
+        assert max(errors.values()) < 2e-2, (lengths, errors)  # matrix products in bfloat16
 
 
 def test_a_limit_that_is_hit_is_said_aloud_once_and_the_run_goes_on(unlike, capsys):

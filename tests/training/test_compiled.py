@@ -7,7 +7,7 @@ from moss_train.cli.main import main
 
 from ..faults.harness import assert_same_run
 
-# Few parts to compile, each of them once for fixed and once for changing lengths.
+# Few parts to compile, each once for static and once for dynamic lengths.
 FEW_PARTS = [
     "tokenizer.stages=[{patch_size: 240, output_dimension: 16, d_model: 32, num_heads: 2, num_layers: 1}, "
     "{patch_size: 8, output_dimension: 24, d_model: 32, num_heads: 2, num_layers: 1}]",
@@ -27,7 +27,7 @@ def fit(overrides: list[str], *more: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_compiled_run_resumes_to_the_last_bit(small_overrides, tmp_path):
-    """Stopped after the discriminators' warm-up, in which their graphs serve one backward pass; later it is two."""
+    """Stopped after the discriminators' warm-up, when their graphs run one backward pass; later they run two."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fit(small_overrides, "trainer.compile=aot_eager", f"run_dir={whole}")
     for stop in (3, 5):

@@ -19,14 +19,14 @@ def rows_until(path, updates, columns=("update", "loss/generator", "seconds")):
 def test_rows_after_the_checkpoint_are_done_again(tmp_path):
     path = tmp_path / "metrics.csv"
     rows_until(path, 3)
-    path.write_text(path.read_text() + "4,0.1")  # a row that a kill cut short
+    path.write_text(path.read_text() + "4,0.1")  # a row truncated by a kill
     assert len(read_table(path)) == 3
     writer = CsvWriter(path, ("update", "loss/generator", "seconds"))
     writer.start(2)
     writer.write("metrics", {"update": 3, "loss/generator": 7.0})
     writer.close()
     assert column(read_table(path), "loss/generator") == [1 / 3, 2 / 3, 7.0]
-    assert column(read_table(path), "seconds") == [0.1, 0.1]  # where it applies
+    assert column(read_table(path), "seconds") == [0.1, 0.1]  # only rows where it applies
 
 
 def test_a_file_with_other_columns_keeps_them_and_gets_the_new_ones(tmp_path):

@@ -1,4 +1,4 @@
-"""`trainer.deterministic`: torch is told, and every operation of both stages has an algorithm for it on a CPU."""
+"""`trainer.deterministic` sets torch's option, and every operation of both stages is deterministic on a CPU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_torch_is_told_and_the_recipe_runs(small_config, monkeypatch: pytest.Mon
     try:
         train_in_memory(config, module)
         assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention heeds errors only
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention ignores the warn-only mode
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True

@@ -24,7 +24,7 @@ from .runs import wait_for_end
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As the ranks have: a second thread sums in another order, which bfloat16 rounds to another gradient."""
+    """Use one thread like the ranks: a second thread sums in another order, which changes gradients in bfloat16."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,7 +62,7 @@ def test_a_fingerprint_sees_one_bit():
 
 
 def split(batch: UpdateBatch, on_first: list[bool]) -> tuple[UpdateBatch, UpdateBatch]:
-    """Deal the clips, in their order, to two ranks, each micro-batch apart."""
+    """Distribute the clips in order to two ranks, each micro-batch separately."""
     wanted, parts = iter(on_first), ([], [])
     for micro in batch.micro_batches:
         first = [next(wanted) for _ in range(micro.num_clips)]
@@ -74,9 +74,9 @@ def split(batch: UpdateBatch, on_first: list[bool]) -> tuple[UpdateBatch, Update
 
 @pytest.fixture(scope="module")
 def update(small_overrides) -> tuple[dict, UpdateBatch]:
-    """Module arguments of the small recipe and a real update of several micro-batches, some clips with text.
+    """Return module arguments of the small recipe and a real update of several micro-batches, some clips with text.
 
-    Update 0 is a stage without the quantizer of its own.
+    Update 0 belongs to a stage without quantizer.
     """
     config = load_config("fit", [*small_overrides, "run_dir=unused"])
     reconstruction, adversarial = config.stages
@@ -91,7 +91,7 @@ def update(small_overrides) -> tuple[dict, UpdateBatch]:
 
 @pytest.fixture(scope="module")
 def cases(update) -> list[tuple[UpdateBatch, list[bool], int]]:
-    """Whole update, which of its clips the first of two ranks has, update number: all stages' terms, unequal ranks.
+    """Return cases: whole update, clips of the first of two ranks, update number. Ranks are unequal.
 
     In update 1 the text LM does not train the tokenizer yet.
     """
@@ -114,9 +114,9 @@ def cases(update) -> list[tuple[UpdateBatch, list[bool], int]]:
 
 @pytest.fixture(scope="module")
 def half_cases(update) -> list[tuple[tuple[UpdateBatch, UpdateBatch], int]]:
-    """What each of two ranks has, micro-batches of one clip, and the number of the update.
+    """Return for each case the micro-batches (of one clip) of each of two ranks, and the number of the update.
 
-    One and two micro-batches, with text on one rank; at last three on one rank and one on the other.
+    One and two micro-batches with text on one rank, and finally three on one rank and one on the other.
     """
     _, batch = update
     clips = [pick(micro, [i]) for micro in batch.micro_batches for i in range(micro.num_clips)]
@@ -132,7 +132,7 @@ def half_cases(update) -> list[tuple[tuple[UpdateBatch, UpdateBatch], int]]:
 
 @pytest.fixture(scope="module")
 def folder(launcher: Launcher, update, cases, half_cases, tmp_path_factory) -> Path:
-    """What two processes found, both with copies of everything and sharded."""
+    """Store the results of two processes, both with full copies and with sharding."""
     folder = tmp_path_factory.mktemp("ranks")
     work = {
         "arguments": update[0],
@@ -147,14 +147,14 @@ def folder(launcher: Launcher, update, cases, half_cases, tmp_path_factory) -> P
 def test_gradients_are_summed_beside_the_last_pass(folder):
     for rank in range(2):
         for named, result in zip((True, False), torch.load(folder / f"sums{rank}.pt"), strict=True):
-            assert result["sent"] == ((6, 6) if named else (0, 6)), rank  # the text network's are the first in turn
+            assert result["sent"] == ((6, 6) if named else (0, 6)), rank  # the text network is first in order
             assert result["missing"] == [False] * 4 + [rank == 1] * 2
             assert_equal(result["found"], result["expected"])
 
 
 @pytest.fixture(scope="module")
 def alone(update, cases) -> list[tuple[dict, dict[str, float]]]:
-    """What one process finds in every case."""
+    """Return the results of a single process for every case."""
     return [ranks.gradients(update[0], whole, number) for whole, _, number in cases]
 
 
@@ -176,10 +176,10 @@ def test_two_processes_give_the_gradients_of_one(cases, alone, folder, strategy)
 
 @pytest.mark.parametrize(("strategy", "keeps_casts"), [("replicated", True), ("sharded", False), ("sharded", True)])
 def test_two_processes_give_the_gradients_of_one_in_bfloat16(update, half_cases, folder, strategy, keeps_casts):
-    """One process here casts at each use. The difference is that of float32 sums in another order.
+    """The single process casts at each use. The tolerance covers float32 sums in another order.
 
-    Where autocast keeps the weights it cast, FSDP2 by itself adds the last micro-batch's gradients one update late: the
-    difference was 77 % of the norm.
+    If autocast caches cast weights, plain FSDP2 adds the last micro-batch's gradients one update late: the difference
+    was 77 % of the norm.
     """
     results = [torch.load(folder / f"{strategy}_half_{keeps_casts}{rank}.pt") for rank in range(2)]
     for (parts, number), *both in zip(half_cases, *results, strict=True):

@@ -30,7 +30,7 @@ def blocks(language):
 
 
 def overrides(command):
-    """What the page's calls of a command say, once each, without the places of experiment, data and model."""
+    """Return the overrides in the page's calls of a command, once each, without those of experiment, data and model."""
     calls = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     words = [word for call in map(shlex.split, calls) if call[3] == command for word in call[4:]]
     return list(dict.fromkeys(word for word in words if not word.startswith(PLACES)))
@@ -38,7 +38,7 @@ def overrides(command):
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """Folder of `my_package`, as the page has it; nothing is imported or opened yet."""
+    """Write `my_package` to a folder as on the page; nothing is imported or opened yet."""
     folder = tmp_path_factory.mktemp("outside")
     (folder / "my_package").mkdir()
     (folder / "my_package" / "__init__.py").write_text("\n\n".join(blocks("python")))
@@ -50,13 +50,13 @@ def package(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def closed(monkeypatch):
-    """Every test begins without open packages."""
+    """Start every test without open packages."""
     monkeypatch.setattr(build_module, "_allowed_packages", set())
 
 
 @pytest.fixture(scope="module")
 def extended(package, small_overrides, recordings, tmp_path_factory):
-    """Command line of a run with everything on the page, and its directory."""
+    """Do a run with everything on the page; return its command line and directory."""
     directory = tmp_path_factory.mktemp("extended") / "run"
     words = [
         *small_overrides,

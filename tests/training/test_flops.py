@@ -1,4 +1,4 @@
-"""FLOPs of products whose number is known."""
+"""FLOPs of products with known counts."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_gradients_taken_by_name_are_counted_and_elementwise_work_is_not():
 
 
 def half(*shape: int) -> torch.Tensor:
-    """Without values: the kernels need a GPU, their operators do not."""
+    """Return a tensor without values: the kernels need a GPU, but counting their operators does not."""
     return torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
 
 

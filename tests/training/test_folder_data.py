@@ -26,7 +26,7 @@ NO_NETWORKS = ["stages.0.adversarial=false", "discriminators=[]", "semantic=null
 
 @pytest.fixture(scope="module")
 def init(small_overrides, tmp_path_factory) -> Path:
-    """An exported model of the shrunk recipe, hardly trained."""
+    """Export a model of the small recipe after almost no training."""
     directory = tmp_path_factory.mktemp("init")
     updates = ["stages.0.updates=3", "stages.1.updates=0", "stages.0.learning_rate=1e-3"]
     assert main(["fit", *small_overrides, *updates, f"run_dir={directory / 'run'}"]) == 0
@@ -36,7 +36,7 @@ def init(small_overrides, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def audio(recordings, tmp_path) -> Path:
-    """A few real recordings as a user has them: plain files in a folder."""
+    """Return a few real recordings as plain files in a folder."""
     folder = tmp_path / "audio"
     folder.mkdir()
     for file in sorted((recordings / "speech").glob("*.flac"))[:6]:

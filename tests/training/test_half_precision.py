@@ -1,4 +1,4 @@
-"""bfloat16: when it is chosen, and that gathering in it changes nothing."""
+"""bfloat16: when it is chosen, and that gathering weights in it changes no result."""
 
 import copy
 
@@ -36,7 +36,7 @@ def alone(tmp_path):
 
 
 def gradients(stage: nn.Module, num_micro_batches: int) -> list[torch.Tensor]:
-    """Gradients of so many micro-batches under bf16 autocast that does not cache its casts, as Lightning's."""
+    """Return gradients of some micro-batches under bf16 autocast that, like Lightning's, does not cache casts."""
     random = torch.Generator().manual_seed(1)
     for _ in range(num_micro_batches):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):

@@ -43,7 +43,7 @@ def test_a_healthy_run_is_silent(health, capsys):
 
 
 def test_a_collapsed_codebook_is_named_with_its_level_once(health, capsys):
-    for update in (100, 200, 300):  # the first is within the grace
+    for update in (100, 200, 300):  # the first is within the grace period
         health.write("codebooks", {"update": update, "frames": 9000, "perplexity/1": 400.0, "perplexity/2": 19.9})
     (line,) = warnings(health)
     assert line.startswith("update 200: the codebooks of 1 of 2 levels have collapsed")
@@ -96,7 +96,7 @@ def test_a_margin_around_its_limit_is_one_warning(health):
 
 def test_exploding_gradients_name_their_side_and_size(health):
     run(health, range(1, 41))
-    run(health, [41], gradient_norm__generator=1000.0)  # one spike is clipped and forgotten
+    run(health, [41], gradient_norm__generator=1000.0)  # one spike is clipped and then forgotten
     run(health, range(42, 61))
     assert warnings(health) == []
     run(health, range(61, 70), gradient_norm__generator=12.0)
@@ -111,7 +111,7 @@ def test_falling_behind_on_data(health):
 
 
 def test_checkpoints_that_take_long(health):
-    """Two, then five seconds after each twentieth update; the one at the start counts for nothing."""
+    """Two, then five seconds after every twentieth update; the checkpoint at the start is not counted."""
     for update in range(1, 82):
         seconds = 50.0 if update == 1 else 2.0 if update % 20 == 1 else 0.0
         run(health, [update], checkpoint_seconds=seconds)
@@ -142,7 +142,7 @@ def test_impossible_limits_are_named(change):
 
 
 def test_a_term_with_a_weight_and_hardly_any_gradient(health):
-    """Five measurements in a row below one per cent, once per occurrence; without a weight it may have none."""
+    """Five measurements in a row below 1 % give one warning per occurrence; terms with weight 0 are ignored."""
     weighted = {"weighted/adversarial": 1.0, "weighted/reconstruction": 30.0}
     low = {"gradient_share/adversarial": 0.003, "gradient_share/reconstruction": 0.997}
     run(health, range(1, 5), **weighted, **low)

@@ -19,13 +19,13 @@ from moss_train.utils.errors import ConfigError, UserError
 CAT_MINI = Path(__file__).parents[2] / "recipes" / "cat_mini"
 FIRST, LAST = "encoder.1.input_proj.weight", "decoder.6.output_proj.weight"
 NEXT = "encoder.3.input_proj.weight"
-# Discriminators of another size than the source's.
+# Discriminators with sizes other than in the source run.
 OTHER = ["discriminators.0.channels=[3, 5]", "semantic.config.hidden_size=16"]
 
 
 @pytest.fixture(scope="module")
 def source(small_overrides, tmp_path_factory) -> Path:
-    """A run of the shrunk recipe that has learned with all its networks."""
+    """Train a run of the small recipe, with all networks."""
     directory = tmp_path_factory.mktemp("source") / "run"
     updates = ["stages.0.updates=1", "stages.1.updates=2"]
     assert main(["fit", *small_overrides, *updates, f"run_dir={directory}"]) == 0
@@ -34,14 +34,14 @@ def source(small_overrides, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(source) -> Path:
-    """Its tokenizer alone."""
+    """Export the tokenizer of that run."""
     out = source.parent / "exported"
     assert main(["export", f"checkpoint={source}", f"out={out}"]) == 0
     return out
 
 
 def begin(config: dict) -> tuple[CatModule, dict]:
-    """A module as a run would begin with it, and what became of the weights."""
+    """Return a module as at the start of a run, and the report about its initial weights."""
     init_plan = plan_initialization(config)
     module = CatModule(**init_plan.arguments)
     return module, initialize(module, init_plan)
@@ -127,7 +127,7 @@ def test_weights_are_named_where_only_some_of_a_network_were_kept(capsys):
     assert "tokenizer, resampled: encoder.1.input_proj.weight\n" in text
     assert "discriminators, new: layer.1, layer.2, layer.3, layer.4 and 319 more\n" in text
     assert "semantic," not in text
-    assert "discriminators, unused" not in text  # those that did not fit
+    assert "discriminators, unused" not in text  # those that did not fit the new networks
     assert "│ semantic       │ 0      │ 0         │ 0   │ 324    │" in text
 
 
@@ -198,7 +198,7 @@ def test_layers_that_fit_are_kept_bit_by_bit(finetune_config, source, changes, r
     report, weights = reports["tokenizer"], open_source(source).load()
     assert set(report.resampled) == resampled
     assert set(report.new) == new
-    assert set(report.unused) == new & weights["tokenizer"].keys()  # other shapes, or the identity before
+    assert set(report.unused) == new & weights["tokenizer"].keys()  # different shapes, or replacing an identity
     assert len(report.loaded) == sum(1 for _ in module.tokenizer.parameters()) - len(resampled | new)
     assert_taken(module.tokenizer, weights["tokenizer"], report.loaded)
 
@@ -235,15 +235,15 @@ def test_a_lower_rate_begins_as_the_old_model_on_resampled_audio(finetune_config
         wanted, latent = old.encode_latent(high), lower.encode_latent(low[..., : 25 * 1280])
         wave_high, wave_low = old.decode_latent(wanted), lower.decode_latent(wanted)
     assert latent.shape == wanted.shape
-    assert ((latent - wanted).norm() / wanted.norm()).item() < 0.15  # patches are resampled one by one
-    # Away from the patches' edges it is the old waveform, resampled.
+    assert ((latent - wanted).norm() / wanted.norm()).item() < 0.15  # each patch is resampled separately
+    # Away from patch boundaries it equals the resampled old waveform.
     a, b = (wave.reshape(-1, 160)[:, 20:140] for wave in (resample(wave_high, 24000, 16000), wave_low))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_decoder_at_a_higher_rate_begins_as_the_resampled_output(finetune_config, source, channels, recordings):
-    """In decibels relative to the waveform; a fresh projection would be near 0."""
+    """Errors in decibels relative to the waveform; a randomly initialized projection would be near 0."""
     start = [f"init={CAT_MINI}", "semantic=null", "discriminators=[]", "stages.0.adversarial=false"]
     if channels == 2:
         start.append("tokenizer.number_channels=2")

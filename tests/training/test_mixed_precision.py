@@ -1,4 +1,4 @@
-"""Training with bf16-mixed: what is half, and what is not."""
+"""Training with bf16-mixed: which tensors are in bfloat16 and which are not."""
 
 import math
 
@@ -17,7 +17,7 @@ WATCHED = ("tokenizer.quantizer.input_proj", "tokenizer.encoder.1.input_proj", "
 
 
 class Gradients(Callback):
-    """Notes of watched parameters the type of their gradients and whether autocast was on; the loss of every update."""
+    """Records the gradient dtype of watched parameters, whether autocast was on, and the loss of every update."""
 
     def __init__(self) -> None:
         self.seen: dict[str, set[tuple[torch.dtype, bool]]] = {}
@@ -37,7 +37,7 @@ class Gradients(Callback):
 
 
 class WeightCasts(TorchDispatchMode):
-    """Counts how often each of some weights is cast to bfloat16, by itself or with others."""
+    """Counts how often each of some weights is cast to bfloat16, alone or together with others."""
 
     def __init__(self, weights: list[torch.Tensor]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class WeightCasts(TorchDispatchMode):
 
 
 class CountCasts(Callback):
-    """Casts of the encoder's first layer in every update, and the number of its micro-batches."""
+    """Counts casts of the encoder's first layer in every update, and the number of its micro-batches."""
 
     def __init__(self) -> None:
         self.found: list[tuple[int, set[int]]] = []

@@ -15,7 +15,7 @@ FIRST_LAYER = "encoder.1.transformer.layers.0.self_attn.in_projs.0.weight"
 
 
 def with_text(batch: UpdateBatch) -> Batch:
-    """One clip that has text, alone."""
+    """Return a batch with a single clip that has text."""
     micro = next(micro for micro in batch.micro_batches if (micro.text_lengths > 0).any())
     return pick(micro, [int((micro.text_lengths > 0).nonzero()[0])])
 
@@ -34,12 +34,12 @@ def test_the_language_model_teaches_the_first_encoder_layer(module, update):
 def test_every_part_learns_from_a_batch_with_text(module, update):
     gradients = accumulate(module, update.micro_batches, 6)
     silent = [name for name, p in module.named_parameters() if name not in gradients or not gradients[name].any()]
-    # Codebook rows that nothing chose stay, whole tensors do not; the one unused task tag is a row as well.
+    # Unused codebook rows and the unused task tag have no gradient, but every tensor as a whole has one.
     assert silent == []
 
 
 def test_micro_batches_add_up_to_one_batch(module, update):
-    """Gradients of the update and of the same clips one by one agree to 1e-5 of their norm, on both sides."""
+    """Gradients of the update and of the same clips one by one agree to 1e-5 of their norm, for both networks."""
     singles = tuple(pick(batch, [i]) for batch in update.micro_batches for i in range(batch.num_clips))
     together, apart = accumulate(module, update.micro_batches, 6), accumulate(module, singles, 6)
     assert together.keys() == apart.keys()
@@ -49,7 +49,7 @@ def test_micro_batches_add_up_to_one_batch(module, update):
 
 
 def test_discriminators_that_do_not_learn_judge_all_the_same(module, update):
-    """The generator's gradient is that of an update in which they learn; they get none."""
+    """The generator's gradient equals that of an update in which they are trained; they get none."""
     batch = update.micro_batches[:1]
     both = accumulate(module, batch, 6)
     stage = replace(module.schedule.stages[1], discriminator_every=2)
@@ -61,7 +61,7 @@ def test_discriminators_that_do_not_learn_judge_all_the_same(module, update):
 
 
 def test_adversarial_terms_grow_along_the_ramp(module, update):
-    """Half-way up the ramp, the adversarial part of the generator's gradient is half of what it becomes."""
+    """Half-way up the ramp, the adversarial part of the generator's gradient is half of its final value."""
     batch = update.micro_batches[:1]
     without, full = accumulate(module, batch, 4), accumulate(module, batch, 6)
     stage = replace(module.schedule.stages[1], adversarial_ramp_updates=4)
@@ -73,7 +73,7 @@ def test_adversarial_terms_grow_along_the_ramp(module, update):
 
 
 def test_neither_side_leaks_into_the_other(module, update):
-    """The discriminators' gradient is that of their own loss; the generator's has no share of it."""
+    """The discriminators' gradient comes from their own loss only; the generator's has no part of it."""
     batch = update.micro_batches[0]
     joint = accumulate(module, (batch,), 6)
     module.objective.weights = module.objective.weights | {"adversarial": 0.0, "feature": 0.0}

@@ -1,7 +1,7 @@
-"""A whole micro-batch of every experiment and stage on CUDA, on tensors without data.
+"""Run a whole micro-batch of every experiment and stage on CUDA, on tensors without data.
 
-Such a tensor cannot tell the host a value, and operators refuse tensors of two devices: what passes never waits for the
-GPU. Backward is left out: autograd's engine wants a driver.
+The host cannot read a value of such a tensor, and operators refuse tensors on two devices, so code that passes never
+waits for the GPU. Backward is not run, because autograd's engine needs a driver.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from moss_train.training.run.warm_start import plan_initialization
 from moss_train.utils.files import config_directory
 from tools.dataless import dataless, micro_batch, run_micro_batch
 
-ALWAYS = {"cat_1b6", "cat_nano", "finetune"}  # the others differ from these in sizes
+ALWAYS = {"cat_1b6", "cat_nano", "finetune"}  # the others differ from these only in sizes
 EXPERIMENTS = [
     name if name in ALWAYS else pytest.param(name, marks=pytest.mark.nightly)
     for name in sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
@@ -31,7 +31,7 @@ EXPERIMENTS = [
 
 @contextmanager
 def cuda_autocast(device_type: str, dtype: Any = None, enabled: bool = True, **_: Any) -> Iterator[None]:
-    """`torch.autocast`, which would switch itself off where there is no GPU."""
+    """Stand in for `torch.autocast`, which would disable itself without a GPU."""
     assert device_type == "cuda"
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", enabled)
@@ -46,9 +46,9 @@ def cuda_autocast(device_type: str, dtype: Any = None, enabled: bool = True, **_
 
 
 def shallow_module(name: str) -> CatModule:
-    """The module of an experiment in its own widths, with one layer per stage and LM."""
+    """Return the module of an experiment in its full widths, with one layer per stage and in the LM."""
     config = load_config("fit", [f"experiment={name}"]).to_plain()
-    if config["tokenizer"].get("stages") is None:  # as in the model that it continues from
+    if config["tokenizer"].get("stages") is None:  # set by the model to continue from
         config["tokenizer"] = load_config("fit", ["experiment=cat_tiny"]).to_plain()["tokenizer"]
     for stage in config["tokenizer"]["stages"]:
         stage["num_layers"] = 1
@@ -60,7 +60,7 @@ def shallow_module(name: str) -> CatModule:
 
 
 def watch(module: CatModule) -> dict[str, set[torch.dtype]]:
-    """Types that go into and come out of the parts, filled in by hooks."""
+    """Record the dtypes of the inputs and outputs of the parts, with hooks."""
     seen: dict[str, set[torch.dtype]] = {}
 
     def note(name: str, value: Any) -> None:

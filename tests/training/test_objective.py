@@ -71,7 +71,7 @@ def test_reconstruction_and_quantizer_terms_of_known_values():
     quantized = QuantizerOutput(
         torch.zeros(()), torch.zeros(()), latents, rows, level_mask=torch.tensor([[True], [False]])
     )
-    # Ten times louder: log10 differs by one on each of seven scales, no value lies below the floor.
+    # Ten times louder: log10 differs by one on each of seven scales, and no value is below the floor.
     terms = objective.audio_terms(batch, 10 * batch.audio, counts, weights)
     assert {name: term.item() for name, term in terms.items()} == {"reconstruction": pytest.approx(7.0, abs=1e-3)}
     # The second level is dropped; the first differs by one in every dimension of every valid frame.
@@ -93,7 +93,7 @@ def test_adversarial_terms_of_known_values():
 
 
 def test_sums_instead_of_means_have_known_values():
-    """Two discriminators: LSGAN added up, features by twice their absolute distance, logits included."""
+    """Two discriminators: LSGAN summed, features by twice their absolute distance, logits included."""
     objective = Objective(RATE, adversarial_reduction="sum", feature_reduction="absolute_sum")
     real, generated = (
         discriminator_outputs((0.5, 1.0), 2.0, layers=3),

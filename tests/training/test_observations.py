@@ -41,7 +41,7 @@ def test_mean_scores_are_means_over_discriminators_and_clips():
 
 
 def terms_of(output: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of 1 and of x."""
+    """Return two terms whose gradients are 1 and x."""
     return {"reconstruction": output.sum(), "feature": output.square().sum() / 2}
 
 
@@ -75,7 +75,7 @@ def test_weights_are_those_of_the_stage_and_the_ramp():
 
 
 def test_clips_are_counted_on_the_host(module, update):
-    """What is on a device is not read: the meta device has no values that could be."""
+    """Values on a device are not read: a tensor on the meta device has none."""
     on_device = update.to("meta")
     counts = count_clips(module, on_device)
     assert counts == count_clips(module, update)

@@ -1,6 +1,6 @@
-"""A run that an older version began goes on: its keys, tensors, optimizer states and position are read as they are.
+"""A run from an older version continues: its keys, tensors, optimizer states and position are read unchanged.
 
-`older_run/` holds such a run after nine of its twelve updates, and the twelve rows that the older version itself wrote.
+`older_run/` holds such a run after nine of its twelve updates, and the twelve rows written by the older version itself.
 """
 
 import lzma
@@ -24,7 +24,7 @@ OLDER = Path(__file__).with_name("older_run")
 
 @pytest.fixture
 def run(packed: Path, tmp_path: Path) -> Path:
-    """The run directory, as if it had been begun on the shards of these tests."""
+    """Copy the run directory, and let it refer to the shards of these tests."""
     run = tmp_path / "run"
     checkpoint = run / "checkpoints" / "update-00000009"
     checkpoint.mkdir(parents=True)

@@ -66,7 +66,7 @@ def test_a_shared_parameter_is_optimised_once():
 
 
 def trained(steps, fused, state=None, options=None):
-    """A network after some steps of AdamW, scaled gradients; goes on from a state if there is one."""
+    """Return a network after some AdamW steps with scaled gradients, continued from a state if one is given."""
     torch.manual_seed(0)
     part = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3))
     optimizer = build_adamw({"encoder": part}, GeneratorOptimizerConfig(weight_decay=0.1))
@@ -132,7 +132,7 @@ def test_a_step_that_is_not_finite_leaves_every_bit(bad):
 
 
 def test_a_step_on_a_gpu_does_not_wait_for_it():
-    """Tensors without data cannot tell the host a value: factor and check stay on the device."""
+    """The host cannot read values of tensors without data: factor and check stay on the device."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         part = nn.Module()
         part.weight = nn.Parameter(torch.empty(3, 3, device="cuda"))
@@ -168,7 +168,7 @@ def test_parts_decay_by_their_own_factors():
 
 @pytest.mark.parametrize("moved", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
 def test_a_run_goes_on_where_it_did_not_begin(moved):
-    """AdamW wants its numbers of steps on the device of the weights; a checkpoint brings them back on the host."""
+    """AdamW needs its step counts on the device of the weights, but a checkpoint restores them on the host."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         optimizers = []
         for device in moved:

@@ -53,7 +53,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, recordings, pack_config) -> Path:
-    """Speech with noise up to 24 kHz at 48 kHz: audio, packed for training, a run through both stages."""
+    """Prepare audio at 48 kHz (speech with noise up to 24 kHz), pack it, and do a run through both stages."""
     folder = tmp_path_factory.mktemp("output_rate")
     for number, path in enumerate(sorted((recordings / "speech").rglob("*.flac"))[:6]):
         audio = read_audio(path, sampling_rate=48000, num_channels=1)[0][:, : 70_000 + 333 * number]
@@ -118,7 +118,7 @@ def test_the_first_validation_is_no_worse_than_the_resampled_old_model(folder):
         wanted, heard = clip.target[None], heard[..., : int(length)]
         distances.append(multi_scale_mel_distance(wanted, heard, length, 48000).item())
     first = column(read_table(folder / "run" / "validation.csv"), "mel_distance")[0]
-    # Where patches meet, the filter lacks neighbours: the start is close to the resampled output, not equal to it.
+    # At patch boundaries the filter lacks neighbours: the start is close to the resampled output, but not equal.
     assert 0.9 < first / (sum(distances) / 2) < 1.02
 
 

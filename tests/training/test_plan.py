@@ -17,7 +17,7 @@ def test_the_plan_is_what_its_script_computes(monkeypatch, capsys):
     assert capsys.readouterr().out == (RECIPE / "README.md").read_text()
 
 
-# As SLURM's own, but on this machine and at once: one task.
+# Like a SLURM command, but on this machine and at once, with one task.
 SBATCH = """#!/usr/bin/env bash
 [ "$1" = --nodes=2 ] || exit 98
 shift

@@ -1,4 +1,4 @@
-"""A text LM that starts from released weights: trained, exported with the training state, and gone on from."""
+"""A text LM initialized from released weights: trained, exported with the training state, and continued."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embedding
 
 
 def release(folder: Path) -> Qwen2ForCausalLM:
-    """Save a small Qwen2 with the tokenizer of its own: letters, and one pair that byte by byte would be two tokens."""
+    """Save a small Qwen2 with its own tokenizer: letters, and a pair that would be two tokens byte by byte."""
     letters = sorted(ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*letters, "th", "<|endoftext|>"])}
     Qwen2Tokenizer(vocab=vocabulary, merges=[("t", "h")]).save_pretrained(folder)
@@ -46,9 +46,9 @@ def test_an_export_of_a_run_with_a_pretrained_lm_goes_on_without_its_folder(
     embedding = trained["language_model.model.embed_tokens.weight"]
     assert embedding.shape == (272, 16)
     moved = embedding - released.get_input_embeddings().weight
-    assert 0 < moved.abs().max() < 0.01  # began with the released weights, and learned
+    assert 0 < moved.abs().max() < 0.01  # initialized from the released weights, then trained
     encoded = CatModule(**plan_initialization(config).arguments).semantic.text("this")
-    assert len(encoded) == 4  # th, i, s and the end
+    assert len(encoded) == 4  # th, i, s and the end-of-text token
     shutil.rmtree(folder)
     shutil.rmtree(run)
 

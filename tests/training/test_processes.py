@@ -1,7 +1,7 @@
-"""Runs of two processes, killed and told to stop.
+"""Runs of two processes that are killed or asked to stop.
 
-Most are forked from one prepared process with the variables that torchrun or srun sets; the programs that set them, and
-Lightning's own start of further processes, are each run once, the longer ones nightly.
+Most are forked from one prepared process with the variables that torchrun or srun sets. The launchers themselves and
+Lightning's own start of further processes are each run once, the longer ones nightly.
 """
 
 import os
@@ -38,7 +38,7 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def pair(launcher: Launcher, small_overrides, tmp_path_factory) -> Path:
-    """The small recipe by two processes."""
+    """Run the small recipe with two processes."""
     directory = tmp_path_factory.mktemp("runs") / "pair"
     ranks = launcher.start_ranks("fit", *small_overrides, f"run_dir={directory}")
     wait_for_end(ranks)
@@ -51,7 +51,7 @@ def test_two_processes_train_like_one(pair, whole):
 
 
 def test_a_killed_run_goes_on_with_another_number_of_processes(launcher, small_overrides, whole, tmp_path):
-    """SIGKILL of the first of two processes ends the other; one process continues, and then two again."""
+    """SIGKILL of the first of two processes ends the other; one process continues the run, and then two again."""
     directory = tmp_path / "run"
     arguments = ("fit", *small_overrides, f"run_dir={directory}")
     first, second = launcher.start_ranks(*arguments)
@@ -84,7 +84,7 @@ def test_the_torchrun_recipe_starts_a_group_again_when_one_process_dies(start, p
 
 @pytest.mark.nightly
 def test_several_machines_connect_again_when_a_process_of_one_dies(start, pair, tmp_path):
-    """Two torchruns that know of each other by address only, each with one process."""
+    """Two torchruns that are connected only by an address, each with one process."""
     directory = tmp_path / "run"
     address = f"127.0.0.1:{31500 + os.getpid() % 2000}"
     settings = {"PYTHON": sys.executable, "PROCESSES_PER_NODE": "1", "NODES": "2", "RENDEZVOUS": address}
@@ -147,9 +147,9 @@ def start_tasks(launcher: Launcher, variables: dict[str, str], *arguments: str) 
 
 
 def cluster(folder: Path) -> dict[str, str]:
-    """The variables of a SLURM job of two tasks; on its PATH an srun, and an scontrol that writes down its calls."""
+    """Return the variables of a SLURM job with two tasks; PATH has an srun and an scontrol that records its calls."""
     (folder / "bin").mkdir()
-    # Slow, so that a task that does not wait for the first one ends it before the job is requeued.
+    # Slow, so that a task that does not wait for the first one would end it before the job is requeued.
     scripts = {"srun": SRUN, "scontrol": f'#!/bin/sh\nsleep 2\necho "$@" >> {folder / "calls"}\n'}
     for name, text in scripts.items():
         (folder / "bin" / name).write_text(text)
@@ -170,7 +170,7 @@ def cluster(folder: Path) -> dict[str, str]:
 
 
 def test_a_slurm_job_is_requeued_once_and_goes_on(launcher, small_overrides, tmp_path):
-    """The signal that comes before the time limit, to one task and to the data workers of the other; the job again."""
+    """One task and the other's data workers get the signal before the time limit; then the job runs again."""
     directory, job = tmp_path / "run", cluster(tmp_path)
     arguments = ("fit", *small_overrides, f"run_dir={directory}", "data.num_workers=1", *ENDLESS)
     first, second = start_tasks(launcher, job, *arguments)
@@ -209,7 +209,7 @@ def test_every_recipe_is_a_script_that_bash_reads(script):
         ({}, {"devices": 3, "num_nodes": 2}, (3, 2)),
         ({**STEP, "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "j"}, {}, (4, 2)),
         ({**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "bash"}, {}, (1, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "j"}, {}, (1, 1)),  # in the batch script itself
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "j"}, {}, (1, 1)),  # in the batch script
     ],
 )
 def test_processes_are_those_that_were_started_or_asked_for(monkeypatch, environment, settings, expected):

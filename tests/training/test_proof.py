@@ -1,4 +1,4 @@
-"""The recipe that compares a run's text LM with one that gets no audio."""
+"""The recipe that compares a run's text LM with one trained without audio."""
 
 import csv
 import math

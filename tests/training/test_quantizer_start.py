@@ -1,4 +1,4 @@
-"""Stages without the quantizer, and the levels that are fitted to data after them."""
+"""Stages without quantizer, and the levels that are fitted to data at their end."""
 
 import functools
 import http.server
@@ -35,7 +35,7 @@ def quantizer():
 
 @pytest.fixture
 def latents():
-    """[2000, 24], most of the variance in a few directions, with a mean."""
+    """Return latents [2000, 24] with a mean and with most of the variance in a few directions."""
     generator = torch.Generator().manual_seed(1)
     scales = 3 * 0.7 ** torch.arange(24)
     return torch.randn(2000, 24, generator=generator) * scales + torch.linspace(-2, 2, 24)
@@ -111,7 +111,7 @@ def test_a_run_that_stops_at_the_fit_goes_on_exactly(small_overrides, recordings
     assert main(["fit", *overrides, f"run_dir={parts}"]) == 0
     assert_same_run(parts, whole)
     scored = column(read_table(whole / "validation.csv"), "update")
-    assert scored == [0, 2, 3, 4]  # not 1: levels that are not fitted yet say nothing
+    assert scored == [0, 2, 3, 4]  # not 1: scores of levels that are not fitted yet mean nothing
     commitment = column(read_table(whole / "metrics.csv"), "loss/commitment")
     assert commitment[:2] == [0.0, 0.0]
     assert min(commitment[2:]) > 0
@@ -129,7 +129,7 @@ def test_levels_are_fitted_to_the_start_of_the_stream(packed):
     assert [-(-length // 1920) for length in lengths] == frames
     assert max(clip.abs().max().item() for clip in clips) == pytest.approx(0.7)
     more = sum(clip.shape[-1] for clip in read_clips(stream, num_frames=20_000).values()) / 1920
-    assert 20_000 <= more < 20_013  # five minutes of recordings come again, so that no codebook is too large for them
+    assert 20_000 <= more < 20_013  # five minutes of recordings are repeated, so that no codebook is too large for them
 
 
 def test_clips_that_cannot_be_read_are_passed_over(packed, tmp_path):

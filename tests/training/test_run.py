@@ -30,12 +30,12 @@ def test_the_published_recipe_runs_through_both_stages(whole):
     assert column(rows, "loss/semantic")
     expected = [0.5e-4, 1e-4, 1e-4]
     assert column(rows, "learning_rate/generator")[:3] == pytest.approx(expected)
-    kept = ["update-00000004", "update-00000006", "update-00000008"]  # the end of the first stage and two
+    kept = ["update-00000004", "update-00000006", "update-00000008"]  # the end of the first stage and the newest two
     assert [path.name for path in list_checkpoints(whole / "checkpoints")] == kept
 
 
 def test_a_killed_run_resumes_to_the_last_bit(launcher, whole, small_overrides, tmp_path):
-    """SIGKILL in either stage, then once more with a data worker: losses, weights and optimizers are the same."""
+    """SIGKILL in either stage, then again with a data worker: losses, weights and optimizers are bit-identical."""
     directory = tmp_path / "killed"
     for rows_before_kill in (3, 6):
         job = launcher.start("fit", *small_overrides, f"run_dir={directory}")

@@ -1,4 +1,4 @@
-"""The page about the run directory names every file and column that a run writes, and no others."""
+"""The page about the run directory lists exactly the files and columns that a run writes."""
 
 import re
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ FILES, *TABLES = PAGE.split("\n## ")
 
 
 def first_cells(text: str) -> list[str]:
-    """Names in the first column of the tables of a text."""
+    """Return the names in the first column of all tables in a text."""
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
 
 
 def pattern(name: str) -> re.Pattern:
-    """A name of the page, in which `<...>` stands for one word and a folder for all that is in it."""
+    """Return a pattern for a name on the page: `<...>` stands for one word, a folder for all its contents."""
     parts = re.split(r"<\w+>", name)
     return re.compile("[^/]+".join(map(re.escape, parts)) + (".+" if name.endswith("/") else ""))
 
 
 def check(found: Sequence[str], named: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """Every found name is on the page, and every name of the page is found."""
+    """Assert that every found name is on the page, and that every name on the page is found."""
     assert [name for name in found if not any(pattern(known).fullmatch(name) for known in named)] == []
     needed = [name for name in named if name not in optional]
     assert [name for name in needed if not any(map(pattern(name).fullmatch, found))] == []

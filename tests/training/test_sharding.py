@@ -1,4 +1,4 @@
-"""Runs of two processes that share tokenizer and text LM (FSDP2), from the command line."""
+"""Runs of two processes with sharded tokenizer and text LM (FSDP2), from the command line."""
 
 import shutil
 import signal
@@ -19,7 +19,7 @@ SHARDED = "trainer.strategy=fsdp"
 
 @pytest.fixture(scope="module")
 def sharded(launcher: Launcher, small_overrides, packed, tmp_path_factory) -> Path:
-    """The small recipe by two processes that share tokenizer and text LM, with averaged weights and validation."""
+    """Run the small recipe with two processes, sharded tokenizer and text LM, averaged weights and validation."""
     directory = tmp_path_factory.mktemp("runs") / "sharded"
     arguments = ("fit", *small_overrides, f"run_dir={directory}", SHARDED, *watched(packed))
     wait_for_end(launcher.start_ranks(*arguments))
@@ -32,7 +32,7 @@ def watched(packed: Path) -> list[str]:
 
 
 def newest_removed(source: Path, directory: Path) -> Path:
-    """A copy of a finished run that has to do its last updates again."""
+    """Copy a finished run without its newest checkpoint, so that the last updates have to be repeated."""
     shutil.copytree(source, directory)
     shutil.rmtree(list_checkpoints(directory / "checkpoints")[-1])
     return directory
@@ -44,7 +44,7 @@ def test_sharded_processes_train_like_one(sharded, whole):
 
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_a_killed_sharded_run_goes_on_to_the_last_bit(launcher, small_overrides, sharded, packed, tmp_path, background):
-    """With checkpoints that a thread writes beside the training, too; neither way changes a value of the run."""
+    """Also with checkpoints that a thread writes during training; neither way changes a value of the run."""
     directory = tmp_path / "run"
     options = (SHARDED, f"checkpoint.background={background}", *watched(packed))
     arguments = ("fit", *small_overrides, f"run_dir={directory}", *options)
@@ -59,7 +59,7 @@ def test_a_killed_sharded_run_goes_on_to_the_last_bit(launcher, small_overrides,
 
 
 def test_a_run_goes_on_with_another_strategy(small_overrides, launcher, sharded, whole, packed, tmp_path):
-    """A checkpoint of sharded processes for one process, with its averaged weights, and the other way round."""
+    """A checkpoint of sharded processes is continued by one process, with averaged weights, and vice versa."""
     alone = newest_removed(sharded, tmp_path / "alone")
     assert main(["fit", *small_overrides, f"run_dir={alone}", *watched(packed)]) == 0
     together = newest_removed(whole, tmp_path / "together")

@@ -1,4 +1,4 @@
-"""The joint training of a stereo tokenizer, watched by TensorBoard."""
+"""The joint training of a stereo tokenizer, logged to TensorBoard."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from .runs import column
 
 @pytest.fixture
 def stereo(recordings, pack_config, tmp_path) -> Path:
-    """Packed clips with one recording on the left and another one on the right."""
+    """Pack clips with one recording on the left channel and another one on the right."""
     files = sorted((recordings / "speech").glob("*.flac"))[:6]
     (tmp_path / "audio").mkdir()
     for number, (left, right) in enumerate(pairwise(files)):

@@ -23,7 +23,7 @@ def test_a_run_ends_with_a_summary(whole):
     assert text.endswith("## Warnings\n\nNone.\n")
     assert "![Curves of the run](summary.png)" in text
     width, height = struct.unpack(">II", (whole / "summary.png").read_bytes()[16:24])
-    assert width > 500 < height  # as the header of a PNG says
+    assert width > 500 < height  # from the header of the PNG
 
 
 def test_curves_are_means_over_stretches_of_the_run():
@@ -65,11 +65,11 @@ def test_times_are_readable(seconds, text):
 
 
 def test_samples_of_skipped_updates_are_written_down(small_overrides, tmp_path, capsys):
-    """A learning rate that breaks the weights: the updates after it are not finite, and the run stops."""
+    """With a learning rate that breaks the weights, the next updates are not finite and the run stops."""
     overrides = [*small_overrides, f"run_dir={tmp_path}", "stages.0.learning_rate=1e30", "stages.0.warmup_updates=0"]
     with pytest.raises(FloatingPointError, match="3 in a row"):
         fit(load_config("fit", overrides))
-    assert capsys.readouterr().err.count("training: 3/8 updates in ") == 1  # the bar has been closed
+    assert capsys.readouterr().err.count("training: 3/8 updates in ") == 1  # the progress bar was closed
     entries = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [entry["update"] for entry in entries] == [2, 3, 4]
     assert all("loss/reconstruction" in entry["not_finite"] for entry in entries)

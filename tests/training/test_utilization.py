@@ -1,4 +1,4 @@
-"""Counted operations against hand-computed values and against those of a real update."""
+"""Counted operations, compared with values computed by hand and with those of a real update."""
 
 import re
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_the_peak_is_that_of_the_precision_and_a_given_one_goes_before():
 
 @pytest.mark.parametrize(
     ("adversarial", "update", "passes"),
-    # 2 forward; the discriminators' own gradients 4, in every second update; the generator's 1, after the warm-up.
+    # Forward 2; 4 for the discriminators' own gradients in every second update; 1 for the generator's after warm-up.
     [(False, 0, 0), (True, 0, 2 + 4), (True, 1, 0), (True, 3, 2 + 1), (True, 4, 2 + 4 + 1)],
 )
 def test_operations_over_what_was_possible(adversarial, update, passes):
@@ -103,7 +103,7 @@ def test_without_a_known_peak_there_is_no_share():
 
 @pytest.fixture
 def equal_clips() -> Batch:
-    """Clips without padding, as long as the counting takes them to be, three of four with a text."""
+    """Return clips without padding, of the length that the counting assumes, three of four with a text."""
     draw = torch.Generator().manual_seed(0)
     lengths = torch.tensor([60, 60, 60, 0])
     return Batch(
@@ -135,7 +135,7 @@ def test_the_count_of_the_log_is_that_of_a_real_update_by_the_counter_of_the_ben
     stage = count_stages(module, config)[module.schedule.stages.index(schedule_state.stage)]
     text = {"clips_with_text": 3, "text_frames": 15, "text_tokens": 180, "text_squares": 3 * 65**2}
     content = {"audio_seconds": 1.6, "clips": 4, **text}
-    # No gradient is taken for the discriminators' input in their own loss: the count has a little too much of them.
+    # No gradient is computed for the discriminators' input in their own loss, so the count is slightly too high.
     margin = 0.02 if schedule_state.stage.adversarial else 0.01
     assert stage.operations(content, schedule_state) + 1.6 * stage.codec_cost.recomputed == pytest.approx(
         counter.total, rel=margin
@@ -178,7 +178,7 @@ def test_without_a_terminal_a_line_comes_every_minute_and_after_ten_every_ten(ca
     monkeypatch.setattr("time.monotonic", lambda: now)
     writer = ProgressWriter(7200)
     writer.start(0)
-    for update in range(1, 2401):  # one in 2 s
+    for update in range(1, 2401):  # one every 2 s
         now = 2.0 * update
         writer.write("metrics", {"stage": "s", "audio_seconds_per_second": 1.0, "update": update})
     writer.close()

@@ -20,7 +20,7 @@ FORMAT = ClipFormat(24000, 1, 1920, peak=0.7)
 
 
 def scores_of(directory):
-    """Rows of validation.csv without what a clock measured."""
+    """Return the rows of validation.csv without measured times."""
     rows = read_table(directory / "validation.csv")
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
@@ -46,7 +46,7 @@ DOMAINS = {"music": 1, "sound": 2, "speech": 1}
 
 
 def test_scores_are_those_of_the_published_interface(watched, recordings):
-    """The last row, computed again from the last checkpoint through encode and decode."""
+    """The last row equals a computation from the last checkpoint through the public encode and decode."""
     model = load_tokenizer(list_checkpoints(watched / "checkpoints")[-1])
     clips = load_held_out([str(recordings / "heldout.jsonl")], FORMAT_OF_RUN, max_clips=4, max_seconds=6)
     distances = []
@@ -101,7 +101,7 @@ def test_samples_come_with_the_first_validation_that_is_due(validated, tmp_path)
         "validation.samples_clips=1",
         "validation.max_clips=1",
     ]
-    assert main(["fit", *overrides, f"run_dir={tmp_path}"]) == 0  # validated in every second update
+    assert main(["fit", *overrides, f"run_dir={tmp_path}"]) == 0  # validation after every second update
     folders = sorted(path.name for path in (tmp_path / "samples").glob("update-*"))
     assert folders == ["update-00000000", "update-00000004", "update-00000006", "update-00000008"]  # 8 is the last
 

@@ -1,4 +1,4 @@
-"""With wandb itself; no test needs a network beyond this machine."""
+"""Logging with the real wandb package; no test needs a network beyond this machine."""
 
 import json
 import os
@@ -16,7 +16,7 @@ KEY = "a" * 40
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch, tmp_path):
-    """Nobody's environment: no key, no mode."""
+    """Use an environment without an API key or mode."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -46,7 +46,7 @@ def test_no_key_is_quietly_offline_and_a_resume_keeps_the_id(tmp_path, capfd):
     media = list((directory / "wandb").rglob("*levels-04*.flac"))
     assert len(media) == 2
     runs = list((directory / "wandb").glob("offline-run-*"))
-    # Named by the second, the id, and a number when there is one of this second.
+    # Names consist of the second, the id, and a number if the second already has one.
     assert {path.name.split("-")[3] for path in runs} == {run_id(directory)}
     assert capfd.readouterr() == ("", "")
 
@@ -55,7 +55,7 @@ def test_a_server_that_cannot_be_reached_is_one_warning(tmp_path, capfd, monkeyp
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(wandb_access, "INIT_SECONDS", 1.0)
-    wandb.teardown()  # which reads the environment once
+    wandb.teardown()  # wandb reads the environment only once
     writer = WandbWriter(tmp_path, "auto", 1, {})
     writer.start(0)
     assert writer.run.offline

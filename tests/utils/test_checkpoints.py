@@ -97,7 +97,7 @@ def test_the_best_checkpoint_survives_pruning_until_a_better_one(tmp_path):
     prune_checkpoints(tmp_path, keep=2)
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "3", "4"]
     assert best_checkpoint(tmp_path) == tmp_path / "update-00000001"
-    record_best(tmp_path, BestCheckpoint(checkpoint_name(1), 1, "text_nats/32", 2.5))  # of an older run
+    record_best(tmp_path, BestCheckpoint(checkpoint_name(1), 1, "text_nats/32", 2.5))  # from an older run
     assert read_best(tmp_path).metric == "text_lm_loss/32"
     record_best(tmp_path, BestCheckpoint(checkpoint_name(4), 4, "mel_distance/32", 2.0))
     prune_checkpoints(tmp_path, keep=2)

@@ -1,4 +1,4 @@
-"""Models that are named: a folder, or a repository of a hub that may not answer."""
+"""Models given by name: a folder, or a repository on a hub that may not answer."""
 
 import http.server
 import json
@@ -17,7 +17,7 @@ from tests.local_server import serving
 
 
 class Refuses(http.server.BaseHTTPRequestHandler):
-    """Knows nothing, but answers."""
+    """Answers every request with an error."""
 
     def do_HEAD(self) -> None:
         self.send_error(404)
@@ -34,7 +34,7 @@ def answering() -> Iterator[str]:
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process that may ask the hub; the client itself was told at its import that it may not."""
+    """Allow this process to use the hub; the client was set to offline when it was imported."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     hub.hub_problem.cache_clear()
@@ -95,7 +95,7 @@ def test_a_mistyped_folder_is_refused_before_the_hub_is_asked(tmp_path, monkeypa
         UserError, match=f"models/cat_min does not exist in {tmp_path}: did you mean models/cat_mini\\?"
     ):
         hub.check_model_name("models/cat_min")
-    hub.check_model_name("models/other")  # nothing like it here: a repository
+    hub.check_model_name("models/other")  # no such folder exists, so it is a repository name
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_configuration_cannot_ask_for_code_of_others(tmp_path, change: dict) -
 
 
 def test_code_beside_a_language_model_is_refused_without_a_question(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers asks at a terminal whether such code may run unless it is told; the canary must not appear."""
+    """Without an explicit setting transformers would ask at a terminal whether to run it; the canary must not exist."""
     canary = tmp_path / "canary"
     for name in ("config", "model", "tokenizer"):
         (tmp_path / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')\n")

@@ -7,7 +7,7 @@ MEMINFO = "MemTotal:  8192 kB\nMemFree:  100 kB\nMemAvailable:  4096 kB\n"
 
 @pytest.fixture
 def machine(tmp_path):
-    """A proc and a control group file system in which the process is in the group /job/step."""
+    """Create a proc and a control-group file system in which the process is in the group /job/step."""
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     (groups / "job/step").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Files that somebody else made: sizes, depths, names and links that would cost memory, time or other files."""
+"""Foreign files: sizes, depths, names and links that would cost memory, time or other files."""
 
 import contextlib
 import io
@@ -66,7 +66,7 @@ def test_json_without_bottom_or_sense_is_one_error(tmp_path: Path, content: str 
 def test_json_is_read_from_files_only(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(UserError, match="not a file"):
-        read_json(tmp_path / "pipe.json")  # to open it would wait for ever
+        read_json(tmp_path / "pipe.json")  # opening a pipe would block for ever
     with (tmp_path / "huge.json").open("wb") as file:
         file.truncate(2**32)
     with pytest.raises(UserError, match="not a file of at most"):
@@ -101,7 +101,7 @@ def test_aliases_as_a_person_writes_them_are_read(tmp_path: Path) -> None:
 
 
 def test_a_configuration_of_others_makes_hydra_run_nothing(tmp_path: Path) -> None:
-    """Neither its callbacks nor its launcher or sweeper, nor a search path or package of its own."""
+    """Neither its callbacks, launcher or sweeper nor its own search path or package are used."""
     canary = tmp_path / "canary"
     touch = f"{{_target_: os.system, command: touch {canary}}}"
     (tmp_path / "own" / "experiment").mkdir(parents=True)
@@ -130,7 +130,7 @@ def test_a_hash_of_an_index_names_no_file_outside_the_cache(tmp_path: Path, monk
 
 
 def tar_with(path: Path, members: list[tuple[str, int, bytes]]) -> Path:
-    """A tar whose headers say what they like: (name, size, type)."""
+    """Write a tar with arbitrary headers: (name, size, type)."""
     with path.open("wb") as file:
         for name, size, kind in members:
             info = tarfile.TarInfo(name)
@@ -173,7 +173,7 @@ def test_codes_lie_inside_their_shards(tmp_path: Path, change: dict) -> None:
 
 
 def test_a_folder_to_pack_has_links_loops_pipes_and_devices(tmp_path: Path) -> None:
-    """All ends; only files are listed, what is none is named; what lies outside is named in a warning."""
+    """Packing ends; only files are listed, other entries are named, and targets outside are named in a warning."""
     folder, other = tmp_path / "folder", tmp_path / "other"
     (folder / "a").mkdir(parents=True)
     other.mkdir()
@@ -388,7 +388,7 @@ def test_a_configuration_of_others_names_no_code_to_run(tmp_path: Path) -> None:
 
 
 def test_a_label_is_no_markup_of_the_terminal() -> None:
-    """rich takes brackets for markup, and a closing one without an opening one for an error, after hours of packing."""
+    """rich interprets brackets as markup, and an unmatched closing one would be an error after hours of packing."""
     console = Console(record=True, width=200, file=io.StringIO())
     group = {"clips": 1, "with_text": 1, "hours": 0.5}
     console.print(_totals_table({"domain": {"speech": group}, "language": {"[/red]": group, "[bold]x": group}}))
