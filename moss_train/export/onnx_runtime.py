@@ -143,10 +143,7 @@ class Stream:
         return np.concatenate([empty, *self._run("decoder", "codes", every, 1)], axis=2)
 
     def reset(self, items: Any = None) -> None:
-        """Restart the streams for which `items` (bool [B]) is true, or all.
-
-        Samples of partial frames are dropped if all streams restart, and become zeros otherwise.
-        """
+        """Restart the streams in `items` (bool [B]), or all; samples of their partial frames do not count."""
         chosen = np.full(self.batch_size, True) if items is None else np.asarray(items, bool)
         self._pending = self._pending[:, :, :0] if chosen.all() else self._pending * ~chosen[:, None, None]
         for state in self._states.values():
