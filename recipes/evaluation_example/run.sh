@@ -15,20 +15,23 @@ folder=usr/share/pocketsphinx/test/data/librivox/sense_and_sensibility_01_austen
 heard="[$folder-0890.wav,$folder-0930.wav,usr/share/sonic-pi/samples/ambi_choir.flac,usr/share/sonic-pi/samples/elec_wood.flac]"
 
 mkdir -p "$out"
-# So many clips of each domain, by the hash of their ids, and those that are heard.
-"$python" - "$heldout" "$heard" >"$out/clips.jsonl" <<'END'
-import hashlib, json, sys
-from collections import Counter
+# 40 clips of each domain, those in the report among them.
+"$python" - "$heldout" "$heard" "$out/clips.jsonl" <<'END'
+import sys
 from pathlib import Path
 
-manifest, heard = Path(sys.argv[1]), sys.argv[2].strip("[]").split(",")
-clips = [json.loads(line) for line in manifest.read_text("utf-8").splitlines()]
-order = sorted(clips, key=lambda clip: (clip["id"] not in heard, hashlib.sha256(clip["id"].encode()).hexdigest()))
-taken = Counter()
-for clip in order:
-    taken[clip["domain"]] += 1
-    if taken[clip["domain"]] <= 40:
-        print(json.dumps(clip | {"path": str((manifest.parent / clip["path"]).resolve())}, ensure_ascii=False))
+from moss_train.data.pack.list_formats import write_manifest
+from recipes.debian_audio.mixture import choose_by_hash, read_manifest
+
+manifest, heard, out = Path(sys.argv[1]), sys.argv[2].strip("[]").split(","), Path(sys.argv[3])
+clips = [clip | {"path": str((manifest.parent / clip["path"]).resolve())} for clip in read_manifest(manifest)]
+chosen = []
+for domain in ("speech", "music", "sound"):
+    members = [clip for clip in clips if clip["domain"] == domain]
+    first = [clip for clip in members if clip["id"] in heard]
+    others = [clip for clip in members if clip["id"] not in heard]
+    chosen += first + choose_by_hash(others, 40 - len(first))
+write_manifest(out, chosen)
 END
 
 evaluate() { # model, name, further options

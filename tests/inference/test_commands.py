@@ -56,39 +56,41 @@ def test_no_model_is_loaded_when_no_input_is_audio(folder, capsys, monkeypatch, 
     assert "cannot load a tokenizer" in capsys.readouterr().err
 
 
-def test_clips_are_brought_to_one_level(folder, monkeypatch, tmp_path, capsys):
-    """The codes are those of `model.encode(loudness=)`, and other codes than without it, in the same folder or not."""
+@pytest.mark.parametrize(
+    ("option", "ending", "encode"),
+    [
+        ("loudness=-40", "-40dB", lambda model, audio: model.encode(audio, loudness=-40)),
+        ("peak=0.7", "-peak0.7", lambda model, audio: model.encode(audio * (0.7 / audio.abs().max()))),
+    ],
+)
+def test_clips_are_brought_to_one_level(folder, monkeypatch, tmp_path, capsys, option, ending, encode):
+    """The codes are those of the model at that level, and do not mix in one folder with those at another."""
     monkeypatch.chdir(folder)
     arguments = ["encode", "model=model", "input=in put/two.flac", "device=cpu", f"out={tmp_path / 'level'}"]
-    assert main([*arguments, "loudness=-40"]) == 0
+    assert main([*arguments, option]) == 0
     codes, info = read_codes(tmp_path / "level/two.safetensors")
     audio = read_audio("in put/two.flac", sampling_rate=16000)[0][None]
     model = MossAudioTokenizerModel.from_pretrained("model").eval()
-    assert torch.equal(codes, model.encode(audio, loudness=-40).audio_codes[:, 0])
+    assert torch.equal(codes, encode(model, audio).audio_codes[:, 0])
     assert not torch.equal(codes, model.encode(audio).audio_codes[:, 0])
-    assert info.fingerprint.endswith("-40dB")
+    assert info.fingerprint.endswith(ending)
     capsys.readouterr()
     assert main(arguments) == 2
     assert "was made with other weights or another level (model=model)" in capsys.readouterr().err
-    assert main([*arguments[:-1], f"out={tmp_path / 'new'}", "loudness=3"]) == 2
-    assert "loudness is a level in dB relative to full scale, from -100 to 0, got 3" in capsys.readouterr().err
 
 
-def test_clips_are_scaled_to_the_peak_of_training(folder, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["loudness=3"], "loudness is a level in dB relative to full scale, from -100 to 0, got 3"),
+        (["peak=0.7", "loudness=-20"], "peak=0.7 excludes loudness=-20"),
+    ],
+)
+def test_levels_that_cannot_be_are_refused(folder, monkeypatch, tmp_path, capsys, options, message):
     monkeypatch.chdir(folder)
-    arguments = ["encode", "model=model", "input=in put/two.flac", "device=cpu", f"out={tmp_path / 'peak'}"]
-    assert main([*arguments, "peak=0.7"]) == 0
-    codes, info = read_codes(tmp_path / "peak/two.safetensors")
-    audio = read_audio("in put/two.flac", sampling_rate=16000)[0][None]
-    model = MossAudioTokenizerModel.from_pretrained("model").eval()
-    assert torch.equal(codes, model.encode(audio * (0.7 / audio.abs().max())).audio_codes[:, 0])
-    assert not torch.equal(codes, model.encode(audio).audio_codes[:, 0])
-    assert info.fingerprint.endswith("-peak0.7")
-    capsys.readouterr()
-    assert main(arguments) == 2
-    assert "another level" in capsys.readouterr().err
-    assert main([*arguments, "peak=0.7", "loudness=-20"]) == 2
-    assert "peak=0.7 excludes loudness=-20" in capsys.readouterr().err
+    arguments = ["encode", "model=model", "input=in put/two.flac", "device=cpu", f"out={tmp_path / 'new'}"]
+    assert main([*arguments, *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["streaming=true", "chunk_duration=0.03", "batch_invariant=true"])
