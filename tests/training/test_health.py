@@ -71,6 +71,7 @@ def test_a_discriminator_that_loses_for_long_and_again_after_a_recovery(health):
     lines = warnings(health)
     assert len(lines) == 2
     assert all("cannot tell real from generated" in line for line in lines)
+    assert all("objective.discriminator_crop_seconds" in line for line in lines)
 
 
 def test_discriminators_are_not_checked_in_their_warm_up(health):
