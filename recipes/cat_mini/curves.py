@@ -1,6 +1,6 @@
-"""Plot a run's validation metrics against its updates.
+"""Plot validation metrics against updates, of one run or of several that continue each other.
 
-python recipes/cat_mini/curves.py out/voices recipes/cat_mini/curves.png
+python recipes/cat_mini/curves.py out/voices out/voices_more --out recipes/cat_mini/curves.png
 """
 
 import argparse
@@ -19,23 +19,27 @@ TEXT = {"text_lm_loss": "given the audio", "text_lm_loss_no_audio": "without"}
 
 
 def main() -> None:
-    """Read the run's validation.csv and metrics.csv and write the figure."""
+    """Read validation.csv and metrics.csv of every run and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories; each was started from the one before it")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write")
     parser.add_argument("--levels", nargs="+", type=int, default=[1, 4, 8, 16])
     arguments = parser.parse_args()
-    rows = read_rows(arguments.run / "validation.csv")[1:]  # without the row of the untrained model
+    rows: list[dict[str, str]] = []
+    stages: dict[str, float] = {}
+    for run in arguments.runs:
+        start = float(rows[-1]["update"]) if rows else 0.0
+        for row in read_rows(run / "metrics.csv"):
+            stages.setdefault(row["stage"], start + float(row["update"]))
+        validated = [row for row in read_rows(run / "validation.csv") if int(row["update"]) > 0]
+        rows += [row | {"update": str(start + float(row["update"]))} for row in validated]
     panels = [
         Panel(title, [curve(rows, f"{name}/{levels}", f"{levels}") for levels in arguments.levels], dots=True)
         for name, title in MEASURES.items()
     ]
     text = [curve(rows, column, name) for column, name in TEXT.items()]
     panels.append(Panel("cross entropy of the text LM (nats per byte)", text, dots=True))
-    stages: dict[str, float] = {}
-    for row in read_rows(arguments.run / "metrics.csv"):
-        stages.setdefault(row["stage"], float(row["update"]))
-    save_curves(panels, arguments.picture, "Held-out sentences of the three voices", stages)
+    save_curves(panels, arguments.out, "Held-out sentences of the three voices", stages)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
