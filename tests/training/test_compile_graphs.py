@@ -1,13 +1,14 @@
 """The graphs that torch.compile makes of four unlike stages, many clip lengths, an LM and all discriminators."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from moss_train.batch import Batch
 from moss_train.training import CatModule
-from moss_train.training.run.optimizations import choose_compile, compile_blocks
+from moss_train.training.run.optimizations import RECOMPILE_LIMIT, choose_compile, compile_blocks
 
 from .compiled_calls import CompiledCalls
 from .gradients import accumulate, network_errors
@@ -115,6 +116,36 @@ def test_a_limit_that_is_hit_is_said_aloud_once_and_the_run_goes_on(unlike, caps
     assert capsys.readouterr().err.count("trainer.compile: ") == 1
     errors = network_errors(found, expected)
     assert max(errors.values()) < 2e-2, errors
+
+
+def in_a_thread(function: Callable[[], None]) -> None:
+    """Call a function in a new thread, where autograd runs a backward pass on a GPU, and raise its error here."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_both_backward_passes_of_discriminators_run_in_a_thread_of_autograd(unlike):
+    """The assignment of an option of torch holds for its own thread only."""
+    compile_blocks(unlike, "aot_eager")
+    judge, audio = unlike.discriminators.discriminators[0], torch.randn(2, 1, 600, requires_grad=True)
+    score = judge(audio).logits.square().mean()
+    in_a_thread(lambda: score.backward(inputs=list(judge.parameters()), retain_graph=True))
+    in_a_thread(lambda: score.backward(inputs=[audio]))
+    assert audio.grad.norm() > 0
+    seen = []
+    in_a_thread(lambda: seen.append(torch._dynamo.config.recompile_limit))
+    assert seen[0] >= RECOMPILE_LIMIT
 
 
 def test_passes_without_gradients_make_no_graphs(unlike):

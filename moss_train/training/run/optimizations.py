@@ -77,7 +77,7 @@ def compile_part(part: nn.Module, backend: Callable[..., Any]) -> None:
             return compiled(*args, **kwargs)
         except FailOnRecompileLimitHit:
             # The warning comes once; from now on torch runs passes without a graph eagerly and does not try again.
-            torch._dynamo.config.fail_on_recompile_limit_hit = False
+            set_in_all_threads(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
             warn(
                 f"trainer.compile: {type(part).__name__} runs partly without compiled graphs from now on, right but "
                 f"slow: torch has made {torch._dynamo.config.recompile_limit} versions of it. TORCH_LOGS=recompiles "
@@ -100,11 +100,12 @@ def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
     """
     if backend not in (known := torch._dynamo.list_backends(exclude_tags=None)):
         raise UserError(f"trainer.compile={backend}: torch has the backends {', '.join(known)}")
+    options = torch._dynamo.config
     # The discriminators' graph serves two backward passes; a compiler that reuses its buffers allows only one.
-    torch._functorch.config.donated_buffer = False
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # raises an error, which `compile_part` catches
-    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.accumulated_recompile_limit = max(1024, torch._dynamo.config.accumulated_recompile_limit)
+    set_in_all_threads(torch._functorch.config, "donated_buffer", False)
+    set_in_all_threads(options, "fail_on_recompile_limit_hit", True)  # raises an error, which `compile_part` catches
+    set_in_all_threads(options, "recompile_limit", max(RECOMPILE_LIMIT, options.recompile_limit))
+    set_in_all_threads(options, "accumulated_recompile_limit", max(1024, options.accumulated_recompile_limit))
     for part in compiled_parts(module):
         # Loops over blocks of queries, and complex spectra, stay out of the graphs: each length would need its own.
         if isinstance(part, TransformerLayer):
@@ -112,6 +113,15 @@ def compile_blocks(module: CatModule, backend: str = "inductor") -> None:
         elif isinstance(part, ComplexSTFTDiscriminator):
             part.planes = torch.compiler.disable(part.planes)  # type: ignore[method-assign]
         compile_part(part, torch._dynamo.lookup_backend(backend))
+
+
+def set_in_all_threads(options: Any, name: str, value: object) -> None:
+    """Set an option of torch for this thread and as the default of all others.
+
+    An assignment alone holds for its own thread, but on a GPU backward passes run in threads of autograd.
+    """
+    setattr(options, name, value)
+    options._config[name].default = value
 
 
 def compiled_parts(module: CatModule) -> list[nn.Module]:
