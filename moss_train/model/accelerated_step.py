@@ -78,16 +78,19 @@ class GraphedStep:
 def capture(step: Callable[[Tensor, Tensor | None], Tensor], value: Tensor, num_frames: Tensor) -> CapturedGraph:
     """Warm up a step on copies of its inputs and capture it, without changing its state (see `GraphedStep`)."""
     inputs = (value.clone(), torch.zeros_like(num_frames))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # "thread_local": other threads of a server may allocate memory meanwhile, without an error in them or the capture.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = step(*inputs)
+    # The model's GPU need not be the current one. A capture on a stream of another GPU would be empty, and so would one
+    # on torch's default stream for captures, which belongs to the GPU of the first capture of the process.
+    with torch.cuda.device(value.device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": other threads of a server may allocate memory meanwhile, without an error there or here.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            output = step(*inputs)
     return CapturedGraph(graph, inputs, output)
 
 

@@ -1,7 +1,11 @@
 """Requirements for capturing a streaming step in a CUDA graph, checked without a GPU."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moss_train.model.accelerated_step import GraphedStep
@@ -59,6 +63,58 @@ def test_steps_without_a_graph_are_counted():
     runner = GraphedStep(lambda value, num_frames: value + num_frames, enabled=True)
     assert runner(torch.ones(1), torch.ones(1)).item() == 2
     assert (runner.num_eager, runner.num_replays) == (1, 0)
+
+
+class Gpus:
+    """Stands in for the parts of `torch.cuda` that know which of two GPUs is current, without a driver."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        self.captured: list[int] = []
+        for name in ("device", "stream", "current_stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "Stream", self.current_stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+
+    @contextmanager
+    def device(self, device):
+        before, self.current = self.current, torch.device(device).index
+        yield
+        self.current = before
+
+    def stream(self, stream):
+        return self.device(stream.device)
+
+    def current_stream(self, device=None):
+        index = self.current if device is None else torch.device(device).index
+        return SimpleNamespace(device=torch.device("cuda", index), wait_stream=lambda other: None)
+
+    @contextmanager
+    def graph(self, graph, stream=None, capture_error_mode="global"):
+        # torch's default stream is that of the first capture of the process: here one on GPU 0
+        with self.stream(stream or self.current_stream("cuda:0")):
+            self.captured.append(self.current)
+            yield
+
+
+def test_a_step_is_captured_on_the_gpu_of_its_model(monkeypatch):
+    """Else the graph is empty, and a replay returns the output of the capture again."""
+    gpus, seen = Gpus(monkeypatch), []
+    runner = GraphedStep(lambda value, num_frames: seen.append(gpus.current) or value, enabled=True)
+    with FakeTensorMode():
+        value = torch.zeros(2, 3, device="cuda:1")
+        runner(value, torch.zeros(2, dtype=torch.int64, device="cuda:1"))
+    assert (gpus.captured, seen, gpus.current) == ([1], [1, 1, 1], 0)
+    assert runner.num_replays == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_graphs_of_a_model_on_the_second_gpu_equal_eager_steps():
+    model = small_model(12).to("cuda:1")
+    graphed, eager = model.stream(2), model.stream(2, cuda_graphs=False)
+    for seed in range(10):
+        audio = inputs(2, seed)[0].to("cuda:1")
+        assert torch.equal(graphed.encode(audio)[0], eager.encode(audio)[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
