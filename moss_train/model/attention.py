@@ -146,10 +146,16 @@ def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -
 
 
 def has_window_kernel(query: Tensor) -> bool:
-    """Return whether torch has windowed FlashAttention for such tensors: half precision on CUDA."""
+    """Return whether torch has windowed FlashAttention for such tensors: half precision on a GPU from Ampere on."""
     if not HAS_WINDOW_KERNEL or not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and runs_flash_attention(query.device)
+
+
+@torch.compiler.assume_constant_result
+def runs_flash_attention(device: torch.device) -> bool:
+    """Return whether a GPU is recent enough for FlashAttention; True without any GPU, for tensors without data."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_properties(device).major >= 8
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:

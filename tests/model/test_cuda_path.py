@@ -3,6 +3,8 @@
 The host cannot read a value of such a tensor, so a step that passes never waits for the device.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -57,6 +59,16 @@ def test_fake_tensors_refuse_to_be_read(fake):
 def test_the_windowed_kernel_is_taken_where_it_exists(fake, dtype, head_dim, expected):
     assert has_window_kernel(empty(1, 50, 4, head_dim, dtype=dtype)) == expected
     assert not has_window_kernel(torch.empty(1, 50, 4, head_dim, dtype=dtype))
+
+
+@pytest.mark.skipif(not HAS_WINDOW_KERNEL, reason="this torch has no windowed kernel")
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_gpus_before_ampere_go_without_the_windowed_kernel(fake, monkeypatch, capability, expected):
+    """There FlashAttention raises an error."""
+    major, minor = capability
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major, minor=minor))
+    assert has_window_kernel(empty(1, 50, 4, 64, dtype=torch.float16)) == expected
 
 
 @pytest.mark.skipif(not HAS_WINDOW_KERNEL, reason="this torch has no windowed kernel")
