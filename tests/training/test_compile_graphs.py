@@ -1,5 +1,6 @@
 """The graphs that torch.compile makes of four unlike stages, many clip lengths, an LM and all discriminators."""
 
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 
@@ -162,3 +163,20 @@ def test_passes_without_gradients_make_no_graphs(unlike):
 )
 def test_the_backend_that_a_setting_means(wanted, accelerator, backend):
     assert choose_compile(wanted, accelerator) == backend
+
+
+def test_auto_goes_without_where_kernels_cannot_be_built(monkeypatch, capsys, tmp_path):
+    """Triton compiles against Python.h, which Debian has in a package of its own, with the compiler in CC if set."""
+    compiler = tmp_path / "gcc"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *_: {"include": str(tmp_path)})
+    assert choose_compile("auto", "cuda") is None
+    assert "python3-dev" in capsys.readouterr().err
+    (tmp_path / "Python.h").write_text("")
+    assert choose_compile("auto", "cuda") == "inductor"
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert choose_compile("auto", "cuda") is None
+    assert "C compiler" in capsys.readouterr().err

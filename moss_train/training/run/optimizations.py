@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,8 +146,19 @@ def choose_compile(wanted: bool | str, accelerator: str) -> str | None:
         return wanted
     if accelerator != "cuda":
         return None
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
-    if importlib.util.find_spec("triton") is None or not has_compiler:
-        warn("trainer.compile=auto: torch.compile needs triton and a C compiler (gcc); the run goes without, slower")
+    if missing := missing_for_kernels():
+        warn(f"trainer.compile=auto: torch.compile needs {missing}, which is not here; the run goes without, slower")
         return None
     return "inductor"
+
+
+def missing_for_kernels() -> str | None:
+    """Return what triton, which compiles a small C extension of Python, does not find on this machine."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton"
+    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        return "a C compiler (Debian, Ubuntu: apt install gcc)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as triton does, for Debian
+    if not Path(sysconfig.get_paths(scheme)["include"], "Python.h").exists():
+        return "Python.h (Debian, Ubuntu: apt install python3-dev)"
+    return None
