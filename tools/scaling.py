@@ -115,7 +115,6 @@ def run(config: FitConfig, scale: float, rate: float, seed: int, options: argpar
     train_in_memory(settings, module, [meter])
     clips = packed_clips(settings, options.heldout, module, options.clips, options.longest_seconds)
     levels = module.tokenizer.config.num_quantizers
-    module.tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")  # Lightning leaves it on the CPU
     report = depth_report(module.tokenizer.eval(), clips, [levels])
     found = {
         **key,

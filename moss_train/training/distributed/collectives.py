@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from moss_train.training.distributed.fsdp import is_sharded
@@ -21,6 +21,17 @@ from moss_train.training.distributed.fsdp import is_sharded
 Key = TypeVar("Key")
 BUCKET_BYTES = 64 * 2**20
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # bytes per weight -> integer dtype of the same size
+
+
+class OneProcessStrategy(SingleDeviceStrategy):
+    """Trains in one process on one device."""
+
+    def teardown(self) -> None:
+        """Tear down without moving weights and moments from a GPU to host memory, which may have less room."""
+        assert self.accelerator is not None
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
 
 
 class ManualDDPStrategy(DDPStrategy):

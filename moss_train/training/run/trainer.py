@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moss_train.config.fit_schema import TrainerConfig
 from moss_train.training.callbacks.checkpoint import DirectoryCheckpointIO
-from moss_train.training.distributed.collectives import ManualDDPStrategy
+from moss_train.training.distributed.collectives import ManualDDPStrategy, OneProcessStrategy
 from moss_train.training.distributed.fsdp import FSDP2Strategy
 from moss_train.utils.errors import UserError
 from moss_train.utils.workers import exit_with_parent
@@ -119,7 +119,7 @@ def build_trainer(
         elif "SLURM_NTASKS" in os.environ:
             plugins.append(LightningEnvironment())  # otherwise Lightning would wait for the other tasks of the job
     is_sharded, timeout = settings.strategy == "fsdp", timedelta(seconds=settings.timeout_seconds)
-    strategy: Strategy | str = "auto"  # one process needs nothing special
+    strategy: Strategy = OneProcessStrategy("cuda:0" if accelerator == "cuda" else "cpu")
     if (num_processes := devices * num_nodes) > 1:
         strategy = FSDP2Strategy(num_processes, timeout) if is_sharded else ManualDDPStrategy(timeout=timeout)
     elif is_sharded:
