@@ -5,7 +5,7 @@ Text encoders turn text into token ids inside the data workers; they are small a
 paths of the training machine from the configuration node of a text LM, `with_local_text` sets them on another machine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -201,18 +201,25 @@ class TextLM(nn.Module):
         nn.init.normal_(self.task_tags.weight, std=self.language_model.config.initializer_range)
 
     def forward(
-        self, states: Tensor, num_frames: Tensor, text_tokens: Tensor, text_lengths: Tensor, task_ids: Tensor
+        self,
+        states: Tensor,
+        num_frames: Sequence[int] | Tensor,
+        text_tokens: Tensor,
+        text_lengths: Sequence[int] | Tensor,
+        task_ids: Tensor,
     ) -> TextPrediction:
         """Return the cross entropy of each clip's text given its states; every clip must come with text.
 
         Args:
             states: [B, F, D] after the quantizer.
-            num_frames: [B] valid frames; best on the CPU, as `text_lengths`, because the host reads both.
+            num_frames: [B] valid frames; best as plain numbers, as `text_lengths`: the host reads both, and FSDP2 moves
+                every tensor to the GPU.
             text_tokens: [B, L] token ids, the end token last.
             text_lengths: [B], at least 1.
             task_ids: [B] index into TASKS.
         """
-        lengths = list(zip(num_frames.tolist(), text_lengths.tolist(), strict=True))
+        read = (x.tolist() if isinstance(x, Tensor) else x for x in (num_frames, text_lengths))
+        lengths = list(zip(*read, strict=True))
         tags = self.task_tags(task_ids)
         audio = self.projection(states.to(self.projection.weight.dtype)).to(tags.dtype)
         text = self.language_model.get_input_embeddings()(text_tokens).to(tags.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.utils import _to_kwargs
 
 from moss_train import load_config
 from moss_train.config.fit_schema import FitConfig
@@ -19,6 +20,7 @@ from moss_train.export.load import tokenizer_config
 from moss_train.model.transformer import ProjectedTransformer, TransformerLayer
 from moss_train.training import CatModule
 from moss_train.training.run.warm_start import plan_initialization
+from moss_train.training.step.update import zero_loss_through_text_lm
 from moss_train.utils.files import config_directory
 from tools.dataless import dataless, micro_batch, run_micro_batch
 
@@ -106,6 +108,25 @@ def test_a_micro_batch_of_every_stage_never_waits_for_the_gpu_and_has_the_right_
             assert ("LM layer" in seen) == (module.semantic is not None)
             assert ("judge" in seen) == stage.adversarial
             assert {name: kinds for name, kinds in seen.items() if kinds != {torch.float32}} == {}
+
+
+def test_the_text_lm_never_waits_for_the_gpu_under_fsdp(monkeypatch):
+    """FSDP2 moves all tensors among the inputs of a network to the GPU, those that the host reads as well."""
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **_: (torch.zeros_like(inputs),))
+    gpu, calls = torch.device("cuda", 0), []
+
+    def move(part: nn.Module, args: Any, kwargs: Any) -> Any:
+        calls.append(part)
+        moved_args, moved_kwargs = _to_kwargs(args, kwargs, gpu, False)
+        return moved_args[0], moved_kwargs[0]
+
+    with dataless():
+        module = shallow_module("cat_1b6")
+        module.semantic.register_forward_pre_hook(move, with_kwargs=True)
+        batch = micro_batch(module, 3, 2.5, 2, 9, "cuda")
+        run_micro_batch(module, batch, module.schedule.stages[0], lambda *_, **__: None)
+        zero_loss_through_text_lm(module.semantic, torch.zeros(2, 5, 768, device=gpu))
+    assert calls == [module.semantic] * 2
 
 
 def test_a_read_of_the_device_is_found(monkeypatch):

@@ -250,11 +250,11 @@ def text_lm_sums(module: CatModule, plan: ValidationPlan, clip: HeldOutClip, mad
         levels = torch.tensor([plan.levels[-1]], device=latent.device)
         states_of["other"] = module.tokenizer.quantizer(latent, levels).quantized
     tokens = module.semantic.text(clip.text or "-")
-    text, num_tokens = torch.tensor([tokens], device=full.device), torch.tensor([len(tokens)])
+    text = torch.tensor([tokens], device=full.device)
     task = torch.tensor([TASKS.index(clip.task)], device=full.device)
     sums = {"text_tokens": float(len(tokens))}
     for name, states in states_of.items():
-        prediction = module.semantic(states, torch.tensor([states.shape[1]]), text, num_tokens, task)
+        prediction = module.semantic(states, [states.shape[1]], text, [len(tokens)], task)
         sums |= {f"nats/{name}": prediction.loss_sum.item(), f"correct/{name}": float(prediction.num_correct.item())}
     if other is None:
         sums["nats/other"] = math.inf  # came from the clip's own states, only to keep in step with other ranks

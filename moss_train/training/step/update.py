@@ -302,9 +302,9 @@ def forward_backward(
         chosen = with_text.to(states.device, non_blocking=True)
         prediction = text_lm(
             states[chosen],
-            tokenizer.num_frames(host.audio_lengths[with_text]),
+            tokenizer.num_frames(host.audio_lengths[with_text]).tolist(),
             batch.text_tokens[chosen],
-            host.text_lengths[with_text],
+            host.text_lengths[with_text].tolist(),
             batch.task_ids[chosen],
         )
         inner_terms[SEMANTIC] = prediction.loss_sum / counts.text_tokens.clamp(min=1)
@@ -400,8 +400,8 @@ def zero_loss_through_text_lm(text_lm: TextLM, states: Tensor) -> Tensor:
     During the text LM's warm-up, callers pass detached states, because otherwise its gradients would be reduced in
     another order than on ranks that have text.
     """
-    one = torch.ones(1, dtype=torch.int64, device=states.device)
-    return 0.0 * text_lm(states[:1, :1], one, 0 * one[None], one, 0 * one).loss_sum
+    zero = torch.zeros(1, dtype=torch.int64, device=states.device)
+    return 0.0 * text_lm(states[:1, :1], [1], zero[None], [1], zero).loss_sum
 
 
 def add_up(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
