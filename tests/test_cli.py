@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import moss_train
@@ -310,6 +311,13 @@ def test_program_help_and_config(tmp_path):
         (PermissionError(13, "Permission denied", "/x"), 2, "moss_train doctor: /x: Permission denied"),
         (OSError("two\nlines"), 2, "moss_train doctor: two lines"),
         (UserError("change\n  this"), 2, "moss_train doctor: change this"),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"
+            ),
+            1,
+            "moss_train doctor: CUDA out of memory. Tried to allocate 2.00 GiB: use smaller batches",
+        ),
     ],
 )
 def test_errors_while_a_command_runs(error_line, monkeypatch, error, status, message):

@@ -51,8 +51,8 @@ def run_program() -> NoReturn:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status.
 
-    The status is 0 for success, 1 for failures that the command reports or a training that diverged, 2 for wrong input,
-    130 after Ctrl-C, and 143 if SIGTERM stopped a run after a checkpoint.
+    The status is 0 for success, 1 for failures that the command reports, a training that diverged or a full GPU, 2 for
+    wrong input, 130 after Ctrl-C, and 143 if SIGTERM stopped a run after a checkpoint.
 
     Any other exception is a bug in moss_train and passes through with its traceback.
     """
@@ -96,6 +96,16 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(printable(f"{PROGRAM} {command}: {message}" if command else f"{PROGRAM}: {message}"), file=sys.stderr)
         return status
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError) or "--traceback" in argv:
+            raise
+        message = ". ".join(" ".join(str(error).split()).split(". ")[:2])  # what was tried, without figures and advice
+        print(
+            printable(f"{PROGRAM} {command}: {message}: use smaller batches, shorter clips or a GPU with more memory"),
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
 
 
 def _run(argv: list[str], commands: dict[str, str]) -> int:
