@@ -15,7 +15,10 @@ def checkpoint(value: float) -> dict:
     return {"progress": {"update": 1, "position": 2}, "state_dict": {"w": torch.full((3,), value)}, "more": [1, (2.0,)]}
 
 
-def test_what_is_written_is_the_state_when_it_was_saved(tmp_path):
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_what_is_written_is_the_state_when_it_was_saved(tmp_path, monkeypatch, has_gpu):
+    """Also that of a run on the CPU of a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     writer, gate = DirectoryCheckpointIO(background=True), threading.Event()
     writer._threads.submit(gate.wait)
     content = checkpoint(1.0)

@@ -45,7 +45,9 @@ class DirectoryCheckpointIO(CheckpointIO):
         if self._threads is None:
             write_state(checkpoint, Path(path))
         else:
-            self._writing = self._threads.submit(write_state, snapshot(checkpoint), Path(path))
+            # In a run on a GPU, tensors on the host were gathered or copied for this checkpoint.
+            is_on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in checkpoint["state_dict"].values())
+            self._writing = self._threads.submit(write_state, snapshot(checkpoint, is_on_gpu), Path(path))
 
     def finish(self) -> None:
         """Wait until the last checkpoint is safely on disk. Raises OSError when it could not be written."""
@@ -79,17 +81,14 @@ def write_state(checkpoint: Mapping[str, Any], path: Path) -> None:
     write_checkpoint(path, write, info=checkpoint["progress"])
 
 
-def snapshot(state: Any) -> Any:
-    """Copy all tensors of a nested state to the host.
-
-    With a GPU, tensors that are already on the host were gathered or copied for this checkpoint; they are not copied.
-    """
+def snapshot(state: Any, keeps_host: bool) -> Any:
+    """Copy all tensors of a nested state to the host; with `keeps_host`, those that are there already are kept."""
     if isinstance(state, Tensor):
-        return state.detach().clone() if state.device.type == "cpu" and not torch.cuda.is_available() else state.cpu()
+        return state.detach().clone() if state.device.type == "cpu" and not keeps_host else state.cpu()
     if isinstance(state, Mapping):
-        return {key: snapshot(value) for key, value in state.items()}
+        return {key: snapshot(value, keeps_host) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(map(snapshot, state))
+        return type(state)(snapshot(value, keeps_host) for value in state)
     return state
 
 
