@@ -66,7 +66,8 @@ def compile_part(part: nn.Module, backend: Callable[..., Any]) -> None:
     """Compile a part's training passes with dynamic shapes; its names and its other passes do not change.
 
     Streaming and validation run eagerly: a pass without gradients, or over a chunk of a stream, would need graphs of
-    its own. Hooks, including those of FSDP, stay outside the graph.
+    its own. The part's own hooks, including those of FSDP, stay outside the graph. Where FSDP gathers linear layers in
+    bfloat16, their hooks split it into several.
     """
     eager = part.forward
     always = isinstance(part, Discriminator)  # also without gradients, for updates that do not train discriminators
