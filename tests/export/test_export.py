@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from moss_train.audio.io import read_audio
+from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
 from moss_train.export import load_tokenizer, write
@@ -210,6 +210,13 @@ def test_sixteen_bit_weights_state_how_many_codes_change(model_folder, tmp_path,
     exact = load_tokenizer(model_folder).encode(audio[None]).audio_codes
     rounded = MossAudioTokenizerModel.from_pretrained(tmp_path / "out").eval().encode(audio[None]).audio_codes
     assert float(found[1]) == pytest.approx(100 * float((exact != rounded).float().mean()), abs=0.05)
+
+
+def test_heldout_audio_without_samples_is_one_line(model_folder, tmp_path, capsys):
+    write_audio(tmp_path / "empty.wav", torch.zeros(1, 0), 16000)
+    arguments = [f"checkpoint={model_folder}", f"out={tmp_path / 'out'}", f"heldout={tmp_path}", "dtype=bfloat16"]
+    assert main(["export", *arguments]) == 2
+    assert "empty.wav has no samples" in capsys.readouterr().err
 
 
 def test_vectors_tell_this_model_from_another(model_folder, tmp_path, capsys):
