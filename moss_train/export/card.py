@@ -151,7 +151,8 @@ def evaluation_rows(folder: str | Path) -> list[dict[str, Any]]:
             for name in (key.removesuffix("_clips") for key in row if key.endswith("_clips")):
                 if int(row[f"{name}_clips"]) and row[name]:
                     where = {"domain": row["domain"], "levels": int(row["num_quantizers"]), "bps": float(row["bps"])}
-                    measured.append({**where, "metric": present_column(name), "value": float(row[name])})
+                    metric = present_column(name).removesuffix("_errors")  # as wer_errors, whose value is a rate
+                    measured.append({**where, "metric": metric, "value": float(row[name])})
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"evaluation={folder} has no table.csv that `evaluate` wrote ({error})") from error
     if not measured:

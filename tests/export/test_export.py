@@ -136,8 +136,9 @@ def front_matter(folder: Path) -> dict:
 
 def test_the_card_says_what_it_was_told_and_what_was_measured(model_folder, tmp_path):
     (tmp_path / "evaluation").mkdir()
-    header = "domain,system,num_quantizers,bps,clips,failed,stoi,stoi_low,stoi_high,stoi_clips,pesq,pesq_clips"
-    rows = ["speech,mine,4,1400,2,0,0.7512,0.7,0.8,2,,0", "speech,original,,,2,0,1.0,1,1,2,,0"]
+    header = "domain,system,num_quantizers,bps,clips,failed,stoi,stoi_low,stoi_high,stoi_clips,pesq,pesq_clips,"
+    header += "wer_errors,wer_errors_clips"
+    rows = ["speech,mine,4,1400,2,0,0.7512,0.7,0.8,2,,0,0.1,2", "speech,original,,,2,0,1.0,1,1,2,,0,0.05,2"]
     (tmp_path / "evaluation" / "table.csv").write_text("\n".join([header, *rows]) + "\n")
     told = ["licence=CC-BY-4.0", "language=[en,de]", "data='two voices | read: aloud'", "level_db=-23"]
     out = tmp_path / "out"
@@ -146,8 +147,8 @@ def test_the_card_says_what_it_was_told_and_what_was_measured(model_folder, tmp_
     facts = front_matter(out)
     assert (facts["license"], facts["language"]) == ("cc-by-4.0", ["en", "de"])
     assert (facts["library_name"], facts["pipeline_tag"]) == ("transformers", "feature-extraction")
-    (result,) = facts["model-index"][0]["results"]
-    assert result["metrics"] == [{"type": "stoi", "value": 0.7512}]
+    found = [metric for result in facts["model-index"][0]["results"] for metric in result["metrics"]]
+    assert found == [{"type": "stoi", "value": 0.7512}, {"type": "wer", "value": 0.1}]
     card = (out / "README.md").read_text()
     assert "two voices \\| read: aloud" in card
     assert "about -23 dB RMS" in card
