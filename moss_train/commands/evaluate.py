@@ -29,7 +29,7 @@ from moss_train.export.onnx_runtime import SETTINGS_FILE, Tokenizer
 from moss_train.inference.batching import choose_device, use_precision
 from moss_train.utils.checkpoint import read_payload
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import printable
+from moss_train.utils.files import file_lock, printable
 
 
 def cut_clips(clips: Sequence[ListedClip], seconds: float) -> Iterator[ListedClip]:
@@ -104,25 +104,27 @@ def run(config: EvaluateConfig) -> int:
         missing["text_model"] = "the model is no run or checkpoint with a text LM"
     # Everything that a row depends on besides the clip.
     descriptions = {name: metric.description for name, metric in all_metrics.items()}
-    results = Results(out, {**target.identity, "metrics": descriptions, "resampler": RESAMPLER})
-    rows = evaluate(
-        target.clips,
-        target.reconstructor,
-        metrics,
-        results,
-        num_workers=config.num_workers,
-        keep_audio_of=report_ids,
-    )
-    evaluation = Evaluation(
-        tuple(rows),
-        all_conditions(target.reconstructor.conditions, rows),
-        all_metrics,
-        missing,
-        results,
-        PROFILES[config.profile],
-        target.codec,
-    )
-    print(printable(write_outputs(evaluation, config.missing_values, config.seed, config.compare)))
+    out.mkdir(parents=True, exist_ok=True)
+    with file_lock(out, str(out), 0.0):  # the one that ends last would write the rows without those of the other
+        results = Results(out, {**target.identity, "metrics": descriptions, "resampler": RESAMPLER})
+        rows = evaluate(
+            target.clips,
+            target.reconstructor,
+            metrics,
+            results,
+            num_workers=config.num_workers,
+            keep_audio_of=report_ids,
+        )
+        evaluation = Evaluation(
+            tuple(rows),
+            all_conditions(target.reconstructor.conditions, rows),
+            all_metrics,
+            missing,
+            results,
+            PROFILES[config.profile],
+            target.codec,
+        )
+        print(printable(write_outputs(evaluation, config.missing_values, config.seed, config.compare)))
     failed = [row for row in rows if row.failure is not None]
     for row in failed[:20]:
         print(printable(f"moss_train evaluate: skipped: {row.failure}"), file=sys.stderr)

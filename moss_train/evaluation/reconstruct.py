@@ -286,7 +286,7 @@ class PairReconstructor:
 def _find(folder: Path, clip: ListedClip) -> Path:
     """The file of a clip in a folder. Raises UserError when there is none."""
     name = clip.id.removeprefix(f"{clip.domain}/")
-    for suffix in (".flac", ".wav"):
+    for suffix in (".flac", ".wav", ".FLAC", ".WAV"):
         if (path := folder / f"{name}{suffix}").is_file():
             return path
     raise UserError(f"{folder} has no {name}.flac or {name}.wav")

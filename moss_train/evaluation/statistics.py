@@ -93,39 +93,45 @@ def _numerator_and_denominator(values: Mapping[str, float], column: Column) -> t
     return values[column.key], 1.0 if column.denominator is None else values[column.denominator]
 
 
-def bootstrap(pairs: np.ndarray, seed: int) -> ConfidenceInterval:
-    """Return the quotient of the column sums of [clips, 2] with the percentile interval of 1000 resamples of the clips.
+def bootstrap(sums: np.ndarray, seed: int) -> ConfidenceInterval:
+    """Return the quotient of two sums over clips with the percentile interval of 1000 resamples of the clips.
 
     With ones in the second column it is a mean. Draws depend on the seed and the number of clips only, so two columns
     over the same clips are resampled alike.
+
+    Args:
+        sums: [clips, 2] numerators and denominators, or [clips, 4]: the quotient of the last two is subtracted.
     """
-    mean = float(pairs[:, 0].sum() / pairs[:, 1].sum())
-    count = len(pairs)
+    count = len(sums)
     generator = np.random.default_rng([seed, count])
-    totals = np.empty((NUM_RESAMPLES, 2))
+    totals = np.empty((NUM_RESAMPLES, sums.shape[1]))
     for index in range(NUM_RESAMPLES):
-        totals[index] = pairs[generator.integers(count, size=count)].sum(0)
-    totals = totals[totals[:, 1] > 0]
-    low, high = np.percentile(totals[:, 0] / totals[:, 1], [2.5, 97.5])
-    return ConfidenceInterval(mean, float(low), float(high), count)
+        totals[index] = sums[generator.integers(count, size=count)].sum(0)
+    totals = np.concatenate((sums.sum(0, keepdims=True), totals[(totals[:, 1::2] > 0).all(1)]))
+    quotients = totals[:, ::2] / totals[:, 1::2]
+    values = quotients[:, 0] - quotients[:, 1:].sum(1)
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return ConfidenceInterval(float(values[0]), float(low), float(high), count)
 
 
 def paired_difference(
     rows: Sequence[ClipRow], others: Sequence[ClipRow], conditions: tuple[Condition, Condition], column: Column
 ) -> ConfidenceInterval | None:
-    """Return the mean of (first - second) over clips with both values, with its interval; None if there are none.
+    """Return first minus second over the clips with both values, with its interval; None if there are none.
 
-    conditions: of the first and of the second rows. Quotients of sums are compared clip by clip.
+    It is the difference of the values that a table of these clips shows: of means, or of quotients of sums.
+
+    conditions: of the first and of the second rows.
     """
-    first: dict[str, float] = {}
-    second: dict[str, float] = {}
-    for values, part, condition in ((first, rows, conditions[0]), (second, others, conditions[1])):
+    first: dict[str, tuple[float, float]] = {}
+    second: dict[str, tuple[float, float]] = {}
+    for pairs, part, condition in ((first, rows, conditions[0]), (second, others, conditions[1])):
         for row in part:
             entry = _entry(row, condition)
             pair = _numerator_and_denominator(entry.values, column) if entry is not None else None
-            if pair is not None and pair[1] > 0:
-                values[row.clip] = pair[0] / pair[1]
-    common = sorted(first.keys() & second.keys())
-    if not common:
+            if pair is not None:
+                pairs[row.clip] = pair
+    sums = np.array([first[clip] + second[clip] for clip in sorted(first.keys() & second.keys())])
+    if not len(sums) or not (sums[:, 1::2].sum(0) > 0).all():
         return None
-    return bootstrap(np.array([(first[clip] - second[clip], 1.0) for clip in common]), seed=0)
+    return bootstrap(sums, seed=0)

@@ -151,7 +151,8 @@ def evaluation_rows(folder: str | Path) -> list[dict[str, Any]]:
             for name in (key.removesuffix("_clips") for key in row if key.endswith("_clips")):
                 if int(row[f"{name}_clips"]) and row[name]:
                     where = {"domain": row["domain"], "levels": int(row["num_quantizers"]), "bps": float(row["bps"])}
-                    measured.append({**where, "metric": present_column(name), "value": float(row[name])})
+                    metric = present_column(name).removesuffix("_errors")  # as wer_errors, whose value is a rate
+                    measured.append({**where, "metric": metric, "value": float(row[name])})
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"evaluation={folder} has no table.csv that `evaluate` wrote ({error})") from error
     if not measured:
@@ -163,9 +164,9 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
     """Return the README of an exported folder, with the metadata that the Hub reads."""
     config = model.config
     bitrate = config.frame_rate * (config.quantizer_kwargs["codebook_size"] - 1).bit_length()
-    level = "not recorded"
+    level = level_fact(info)
     if info.level_db is not None:
-        level = f"about {info.level_db:g} dB RMS relative to full scale; `encode(..., loudness=...)` sets it"
+        level += "; `encode(..., loudness=...)` sets it"
     own = {
         "bitrate": f"{bitrate:g} bit/s per level, {bitrate * config.num_quantizers:g} bit/s in all",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
@@ -175,10 +176,7 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
     if info.training:
         sections += "\n## Training\n\n" + fact_table(info.training) + "\n"
     measured = [] if info.evaluation is None else evaluation_rows(info.evaluation)
-    if measured:
-        rows = [(m["domain"], m["levels"], f"{m['bps']:g}", m["metric"], f"{m['value']:.4g}") for m in measured]
-        lines = markdown_table(("domain", "levels", "bit/s", "metric", "value"), rows)
-        sections += "\n".join(["\n## Evaluation\n", *lines, ""])
+    sections += evaluation_section(measured)
     usage = []
     if model.part != "decoder":
         usage.append("codes = model.encode(samples.T[None]).audio_codes  # [levels, batch, frames]")
@@ -196,6 +194,19 @@ def model_card(name: str, model: MossAudioTokenizerModel, info: CardInfo) -> str
         sections=sections,
     )
     return f"---\n{metadata(name, info, measured)}---\n{body}"
+
+
+def evaluation_section(measured: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section of a card with the values of `evaluation_rows`; "" when there are none."""
+    if not measured:
+        return ""
+    rows = [(m["domain"], m["levels"], f"{m['bps']:g}", m["metric"], f"{m['value']:.4g}") for m in measured]
+    return "\n".join(["\n## Evaluation\n", *markdown_table(("domain", "levels", "bit/s", "metric", "value"), rows), ""])
+
+
+def level_fact(info: CardInfo) -> str:
+    """Return the level of the training data in words."""
+    return "not recorded" if info.level_db is None else f"about {info.level_db:g} dB RMS relative to full scale"
 
 
 def model_facts(config: MossAudioTokenizerConfig, info: CardInfo, own: Mapping[str, str]) -> dict[str, str]:

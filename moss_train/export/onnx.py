@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from moss_train.export.card import CardInfo, fact_table, metadata, model_facts
+from moss_train.export.card import (
+    CardInfo,
+    evaluation_rows,
+    evaluation_section,
+    fact_table,
+    level_fact,
+    metadata,
+    model_facts,
+)
 from moss_train.export.load import load_tokenizer
 from moss_train.export.onnx_runtime import SETTINGS_FILE, VECTORS_FILE, Tokenizer
 from moss_train.export.write import audio_beyond_window, check_target, codes_of, compare_codes, new_folder, read_clips
@@ -36,21 +44,17 @@ from runtime import Tokenizer
 
 tokenizer = Tokenizer("{name}")
 samples, rate = soundfile.read("speech.wav", dtype="float32", always_2d=True)  # at {sampling_rate} Hz
-codes = tokenizer.encode(samples.T[None])  # [levels, batch, frames]; a started frame counts
-restored = tokenizer.decode(codes[:8])  # [batch, channels, frames * {output_hop}]; any prefix of the levels
-stream = tokenizer.stream()
-codes = stream.encode(samples[:1000].T[None])  # of any number of samples; stream.flush() ends a clip
-heard = stream.decode(codes)  # equal to decoding the whole
+{usage}
 ```
 
 ## Graphs
 
-One call of `encoder.onnx` takes audio [batch, {channels}, frames * {hop}] of 1 to {chunk_frames} whole frames to
+{half}One call of `encoder.onnx` takes audio [batch, {channels}, frames * {hop}] of 1 to {chunk_frames} whole frames to
 `codes` [{levels}, batch, frames]; `decoder.onnx` takes codes to `audio`, and -1 stands for a level that is not given.
 Further inputs are the `position` of every stream in frames and, for every layer, rings of keys and values, all zero at
 the start; the output `next_x` is the input `x` of the next call. A position of zero starts a stream anew, whatever its
 rings hold.
-"""
+{evaluation}"""
 
 
 def export_onnx(
@@ -101,7 +105,7 @@ def export_onnx(
             described += f"; {differ} from torch"
         elif equal is not None:
             described += f"; {1 - equal:.2%} of the codes of known audio differ from torch"
-        card = onnx_card(target.name, model, info or CardInfo(), described, chunk_frames)
+        card = onnx_card(target.name, model, info or CardInfo(), described, chunk_frames, part)
         (folder / "README.md").write_text(card, "utf-8")
     return target
 
@@ -175,18 +179,38 @@ def write_vectors(model: MossAudioTokenizerModel, folder: Path, part: str | None
     return equal
 
 
-def onnx_card(name: str, model: MossAudioTokenizerModel, info: CardInfo, weights: str, chunk_frames: int) -> str:
+def onnx_card(
+    name: str, model: MossAudioTokenizerModel, info: CardInfo, weights: str, chunk_frames: int, part: str | None
+) -> str:
     """Return the README of a folder of graphs."""
     config = model.config
+    measured = [] if info.evaluation is None else evaluation_rows(info.evaluation)
+    usage = []
+    if part != "decoder":
+        usage.append("codes = tokenizer.encode(samples.T[None])  # [levels, batch, frames]; a started frame counts")
+    if part != "encoder":
+        shape = f"[batch, channels, frames * {config.upsample_rate}]"
+        usage.append(f"restored = tokenizer.decode(codes[:8])  # {shape}; any prefix of the levels")
+    usage.append("stream = tokenizer.stream()")
+    if part != "decoder":
+        usage.append(
+            "codes = stream.encode(samples[:1000].T[None])  # any number of samples; stream.flush() ends a clip"
+        )
+    if part != "encoder":
+        usage.append("heard = stream.decode(codes)  # equal to decoding the whole")
     body = CARD.format(
         name=name,
-        facts=fact_table(model_facts(config, info, {"weights": weights})),
+        facts=fact_table(
+            model_facts(config, info, {"weights": weights, "level of the training data": level_fact(info)})
+        ),
+        usage="\n".join(usage),
+        half="" if part is None else f"This folder holds the {part} only. ",
+        evaluation=evaluation_section(measured),
         sampling_rate=config.sampling_rate,
         hop=config.downsample_rate,
-        output_hop=config.upsample_rate,
         channels=config.number_channels,
         chunk_frames=chunk_frames,
         levels=config.num_quantizers,
     )
-    front = metadata(name, info, []).replace('"transformers"', '"onnx"', 1)
+    front = metadata(name, info, measured).replace('"transformers"', '"onnx"', 1)
     return f"---\n{front}---\n{body}"

@@ -143,7 +143,7 @@ class Stream:
         return np.concatenate([empty, *self._run("decoder", "codes", every, 1)], axis=2)
 
     def reset(self, items: Any = None) -> None:
-        """Restart the streams in `items` (bool [B]), or all; samples of their partial frames do not count."""
+        """Restart the streams in `items` (bool [B]), or all; those restarted within a frame begin it with silence."""
         chosen = np.full(self.batch_size, True) if items is None else np.asarray(items, bool)
         self._pending = self._pending[:, :, :0] if chosen.all() else self._pending * ~chosen[:, None, None]
         for state in self._states.values():

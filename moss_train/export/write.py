@@ -125,7 +125,7 @@ def read_clips(heldout: str | Path, config: MossAudioTokenizerConfig, limit: int
     """Read up to `limit` audio files [C, T] of a folder, or one file, at the model's rate and channels.
 
     Raises:
-        UserError: there is no audio at `heldout`.
+        UserError: there is no audio at `heldout`, or a file has no samples.
     """
     path = Path(heldout)
     suffixes = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
@@ -133,7 +133,11 @@ def read_clips(heldout: str | Path, config: MossAudioTokenizerConfig, limit: int
     if not files:
         raise UserError(f"heldout={heldout} has no audio files")
     rate, channels = config.sampling_rate, config.number_channels
-    return [read_audio(file, sampling_rate=rate, num_channels=channels)[0] for file in files]
+    clips = [read_audio(file, sampling_rate=rate, num_channels=channels)[0] for file in files]
+    for file, clip in zip(files, clips, strict=True):
+        if not clip.shape[1]:
+            raise UserError(f"heldout={heldout}: {file} has no samples")
+    return clips
 
 
 def check_target(out: str | Path) -> Path:

@@ -38,21 +38,29 @@ class Decoder:
     def read(self, work: Work) -> Codes:
         """Read codes [n, frames] and their metadata. Raises UserError when they do not fit the model."""
         codes, info = read_codes(work.source)
-        self.check_format(work.source, info.sampling_rate, info.num_channels)
+        self.check_format(work.source, info.sampling_rate, info.num_channels, len(codes))
+        return self.check(f"{work.source}", codes, info.num_samples), info
+
+    def check(self, name: str, codes: Tensor, num_samples: int) -> Tensor:
+        """Return the levels [n, frames] to use of the codes [N, frames] of a clip, which `name` calls in errors.
+
+        Raises UserError for codes out of range and for a number of frames that does not fit the number of samples.
+        """
         try:
             self.model.check_codes(codes[:, None])
         except ValueError as error:
-            raise UserError(f"{work.source}: {error}") from error
-        if codes.shape[1] != self.model.num_frames(info.num_samples):
-            raise UserError(f"{work.source} has {codes.shape[1]} frames, which does not fit {info.num_samples} samples")
-        wanted = codes.shape[0] if self.num_quantizers is None else self.num_quantizers
-        if wanted > codes.shape[0]:
-            raise UserError(f"{work.source} has {codes.shape[0]} levels, fewer than num_quantizers={wanted}")
-        return codes[:wanted], info
+            raise UserError(f"{name}: {error}") from error
+        if codes.shape[1] != self.model.num_frames(num_samples):
+            raise UserError(f"{name} has {codes.shape[1]} frames, which does not fit {num_samples} samples")
+        return codes[: self.num_quantizers]
 
-    def check_format(self, place: Path, sampling_rate: int, num_channels: int) -> None:
-        """Raise UserError unless the codes of a file or folder stand for audio of the model's rate and channels."""
+    def check_format(self, place: Path, sampling_rate: int, num_channels: int, num_levels: int) -> None:
+        """Raise UserError unless the codes of a file or folder have the model's rate, channels and enough levels."""
         config = self.model.config
+        if num_levels > config.num_quantizers:
+            raise UserError(f"{place} has {num_levels} levels, the model has {config.num_quantizers}")
+        if (self.num_quantizers or 0) > num_levels:
+            raise UserError(f"{place} has {num_levels} levels, fewer than num_quantizers={self.num_quantizers}")
         if (sampling_rate, num_channels) != (config.sampling_rate, config.number_channels):
             raise UserError(
                 f"{place} holds codes of {sampling_rate} Hz with {num_channels} channels, the model has codes of "

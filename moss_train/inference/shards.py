@@ -1,6 +1,8 @@
 """Encode packed shards to shards of codes, and decode them to audio files."""
 
 import json
+import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -65,6 +67,10 @@ def encode_shards(options: EncodeConfig, devices: Sequence[torch.device]) -> Rep
             )
         todo = [number for number, shard in enumerate(index.shards) if not (folder / shard.file).exists()]
         report = Report(0, len(index.shards) - len(todo), [])
+        for number in sorted(set(range(len(index.shards))) - set(todo)):
+            file, num_clips = index.shards[number].file, index.shards[number].num_clips
+            for clip in sorted(set(range(num_clips)) - stored_clips(folder / file)):
+                report.failures.append((source_folder / file, f"clip {clip} was skipped before the interruption"))
         with progress("encoding", total=sum(index.shards[number].num_clips for number in todo)) as bar:
             if options.executor == "local" and len(devices) == 1:
                 for number in todo:
@@ -130,6 +136,12 @@ def encode_shard(
     return report.failures
 
 
+def stored_clips(path: Path) -> set[int]:
+    """Return which clips of a shard of audio, numbered from 0, are in its finished shard of codes."""
+    with tarfile.open(path, "r:") as tar:
+        return {int(Path(name).stem) for name in tar.getnames()}
+
+
 def encode_in_processes(
     options: EncodeConfig, todo: list[int], devices: Sequence[torch.device], folder: Path
 ) -> Iterator[tuple[int, list[tuple[Path, str]]]]:
@@ -170,32 +182,28 @@ def decode_shards(decoder: Decoder, folder: Path, out: Path, suffix: str, batch_
     Raises UserError when the codes do not fit the model or two ids make the same file name.
     """
     shards = CodeShards(folder)
-    decoder.check_format(folder, shards.source.sampling_rate, shards.source.num_channels)
-    if (decoder.num_quantizers or 0) > shards.source.num_levels:
-        num_levels, wanted = shards.source.num_levels, decoder.num_quantizers
-        raise UserError(f"{folder} has {num_levels} levels, fewer than num_quantizers={wanted}")
-    report = Report(0, 0, [])
-    rows = range(len(shards))
-    seconds = [int(shards.arrays["num_frames"][row]) / shards.source.frame_rate for row in rows]
+    source, num_samples = shards.source, shards.arrays["num_samples"]
+    decoder.check_format(folder, source.sampling_rate, source.num_channels, source.num_levels)
     ids = []
-    for row in rows:
+    for row in range(len(shards)):
         try:
             ids.append(str(shards.labels(row)["id"]))
         except (UserError, KeyError, TypeError):
             ids.append(f"row {row} of {len(shards)}")  # reading it will fail again, and then it is reported
-    places = targets_of(ids, suffix)
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
-        raise UserError(f"{folder}: two clips would become {out / twice}")
-    with progress("decoding", total=len(rows)) as bar:
-        for outcomes in read_ahead(group_by_length(rows, seconds, batch_seconds), shards.read):
-            todo = []
-            for row, (codes, labels) in report.successes(outcomes, lambda row: folder):
-                target = out / places[row]
-                if target.exists():
-                    report.num_present += 1
-                else:
-                    todo.append((target, codes[: decoder.num_quantizers], labels["num_samples"]))
-            decode_group(decoder, todo, report)
-            bar.advance(len(outcomes))
+    targets = [out / place for place in targets_of(ids, suffix)]
+    if twice := next((target for target, count in Counter(targets).items() if count > 1), None):
+        raise UserError(f"{folder}: two clips would become {twice}")
+    todo = [row for row, target in enumerate(targets) if not target.exists()]
+    seconds = (shards.arrays["num_frames"][todo] / source.frame_rate).tolist()
+    report = Report(0, len(shards) - len(todo), [])
+
+    def read(row: int) -> Tensor:
+        """Read the codes [n, frames] of one clip."""
+        return decoder.check(f"clip {row}", shards.read(row)[0], int(num_samples[row]))
+
+    with progress("decoding", total=len(todo)) as bar:
+        for outcomes in read_ahead(group_by_length(todo, seconds, batch_seconds), read):
+            clips = report.successes(outcomes, lambda row: folder)
+            decode_group(decoder, [(targets[row], codes, int(num_samples[row])) for row, codes in clips], report)
+            bar.advance(len(outcomes), note=f"{len(report.failures)} failed" if report.failures else None)
     return report

@@ -197,7 +197,7 @@ def build(models: dict[str, MossAudioTokenizerModel]) -> gr.Blocks:
             seen[f"{label}: {name}, {len(result.codes)} levels"] = resample(result.audio, result.sampling_rate, rate)
         return *outputs, spectrograms(seen, rate)
 
-    with gr.Blocks(title="Audio tokenizer", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="Audio tokenizer", analytics_enabled=False, delete_cache=(600, 3000)) as page:
         gr.Markdown(
             f"# Audio tokenizer\nRecord or upload up to {MAX_SECONDS:g} seconds and {MAX_BYTES >> 20} MiB (WAV, FLAC, "
             "MP3, Ogg); the model turns it into codes and back."

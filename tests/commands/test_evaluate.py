@@ -9,6 +9,7 @@ import pytest
 
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
+from moss_train.utils.files import file_lock
 from tests.model.small_models import save_one_stage_model
 
 PAIRS = Path(__file__).parents[1] / "data" / "metrics"
@@ -173,6 +174,14 @@ def test_wrong_options_are_one_line(folder, capsys, monkeypatch, arguments, mess
     assert text.splitlines()[-1].startswith(f"moss_train evaluate: {message}")
     assert "Traceback" not in text
     assert not Path("nothing").exists()
+
+
+def test_two_evaluations_cannot_write_to_one_folder(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("shared").mkdir()
+    with file_lock(Path("shared"), "shared", 0.0):
+        assert main(["evaluate", "model=small", "data=good.jsonl", "out=shared", "metrics=[si_sdr]"]) == 2
+    assert "shared is in use by another process" in capsys.readouterr().err
 
 
 def test_a_metric_that_is_missing_is_a_footnote(folder, capsys, monkeypatch):

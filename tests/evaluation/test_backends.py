@@ -8,7 +8,7 @@ import torch
 from moss_train.audio.io import read_audio
 from moss_train.evaluation.codecs.base import CatCodec
 from moss_train.evaluation.metrics.asr import ErrorRates, choose_backend, words
-from moss_train.evaluation.metrics.base import Pair
+from moss_train.evaluation.metrics.base import MetricError, Pair
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
 from moss_train.evaluation.metrics.signal import Dnsmos
 from moss_train.evaluation.metrics.speaker import SpeakerVerifier, WavLMSimilarity, load_weights, map_weight_name
@@ -225,6 +225,9 @@ def test_whisper_through_transformers(tmp_path, pair):
     values = rates.score(pair)
     assert values["wer_words"] == len(TEXT.split())
     assert values == rates.score(pair)
+    longer = Pair(*(recording(kind).repeat(1, 31) for kind in ("gt_audios", "syn_audios")), RATE, {"text": TEXT})
+    with pytest.raises(MetricError, match="longer than 30 seconds"):
+        rates.score(longer)
 
 
 def write_byte_vocabulary(folder: Path) -> tuple[str, str]:

@@ -339,6 +339,7 @@ def test_pairs_that_lack_a_side_are_failures_of_that_pair(tmp_path):
     for side in ("reference", "reconstruction"):
         (tmp_path / side).mkdir()
         write_audio(tmp_path / side / "a.wav", torch.ones(1, 8000).cumsum(1).sin(), 16_000)
+    (tmp_path / "reference" / "a.wav").rename(tmp_path / "reference" / "a.WAV")
     write_audio(tmp_path / "reference" / "b.flac", torch.ones(1, 8000).cumsum(1).sin(), 16_000)
     reconstructor = PairReconstructor(find_pairs(tmp_path, "sound", None), "sound")
     rows = evaluate(reconstructor.clips(), reconstructor, METRICS, Results(tmp_path / "out", {}))

@@ -3,6 +3,7 @@
 import csv
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from moss_train.evaluation.metrics.base import Column
 from moss_train.evaluation.metrics.codes import codebook_usage, count_codes, effective_bitrate
 from moss_train.evaluation.reconstruct import Condition
-from moss_train.evaluation.report.tables import Table, codebook_csv, comma_separated, markdown
+from moss_train.evaluation.report.html import bitrate_plot
+from moss_train.evaluation.report.tables import Difference, Table, codebook_csv, comma_separated, markdown
 from moss_train.evaluation.results import ClipRow, ConditionRow
 from moss_train.evaluation.statistics import bootstrap, paired_difference, summarize
 
@@ -78,6 +80,27 @@ def test_paired_differences_remove_what_the_clips_have_in_common():
     assert paired_difference(first, [], (DEEP, DEEP), SCORE) is None
 
 
+def test_the_difference_of_error_rates_is_that_of_the_table():
+    """The one word that the first gets wrong counts as one of 101 words, not as half of the clips."""
+    first = [row("long", errors=10.0, words=100.0), row("short", errors=1.0, words=1.0)]
+    second = [row("long", errors=12.0, words=100.0), row("short", errors=0.0, words=1.0)]
+    rates = [summarize(rows, [DEEP], [RATE])[0].estimates["errors"].mean for rows in (first, second)]
+    difference = paired_difference(first, second, (DEEP, DEEP), RATE)
+    assert difference is not None
+    assert difference.mean == pytest.approx(rates[0] - rates[1])
+    assert difference.mean == pytest.approx(-1 / 101)
+    assert (difference.low, difference.high) == (pytest.approx(-0.02), pytest.approx(1.0))
+
+
+@pytest.mark.parametrize(("num_clips", "is_sure"), [(2, False), (5, False), (6, True)])
+def test_a_few_clips_of_one_sign_are_no_evidence(num_clips, is_sure):
+    first = [row(str(index), score=index + 1.0) for index in range(num_clips)]
+    second = [row(str(index), score=float(index)) for index in range(num_clips)]
+    estimate = paired_difference(first, second, (DEEP, DEEP), SCORE)
+    assert estimate is not None
+    assert Difference("Score", True, DEEP, SHALLOW, estimate).is_sure == is_sure
+
+
 def test_codebook_use_of_known_distributions():
     codes = torch.stack([torch.arange(16).repeat(1000), torch.zeros(16_000, dtype=torch.int64)])
     uniform, constant = codebook_usage(count_codes([codes[:, :7000], codes[:, 7000:]], [16, 16]))
@@ -112,6 +135,20 @@ def test_markdown_shows_means_and_the_direction(table):
     assert lines[2] == "| domain | system | levels | bps | eff. bps | Score ↑ | WER ↓ | RTF | valid/total |"
     assert lines[4] == "| speech | x | 8 | 800 | 512 | 1.50 | – | 0.250 | 2/2 |"
     assert lines[-1] == "- a note"
+
+
+def test_a_plot_of_several_systems_has_a_line_for_each():
+    first, second = (replace(DEEP, system=name, bitrate=800.0) for name in ("first", "second"))
+    rows = summarize(
+        [ClipRow("a", "speech", "k", 1.0, (ConditionRow(first, {"score": 1.0}), ConditionRow(second, {"score": 2.0})))],
+        [first, second],
+        [SCORE],
+    )
+    plot = bitrate_plot(SCORE, rows)
+    assert plot is not None
+    assert "speech, first" in plot
+    assert "speech, second" in plot
+    assert "speech, first" not in bitrate_plot(SCORE, rows[:1])
 
 
 def test_csv_has_every_value(table):

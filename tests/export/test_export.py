@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from moss_train.audio.io import read_audio
+from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
 from moss_train.export import load_tokenizer, write
@@ -136,8 +136,9 @@ def front_matter(folder: Path) -> dict:
 
 def test_the_card_says_what_it_was_told_and_what_was_measured(model_folder, tmp_path):
     (tmp_path / "evaluation").mkdir()
-    header = "domain,system,num_quantizers,bps,clips,failed,stoi,stoi_low,stoi_high,stoi_clips,pesq,pesq_clips"
-    rows = ["speech,mine,4,1400,2,0,0.7512,0.7,0.8,2,,0", "speech,original,,,2,0,1.0,1,1,2,,0"]
+    header = "domain,system,num_quantizers,bps,clips,failed,stoi,stoi_low,stoi_high,stoi_clips,pesq,pesq_clips,"
+    header += "wer_errors,wer_errors_clips"
+    rows = ["speech,mine,4,1400,2,0,0.7512,0.7,0.8,2,,0,0.1,2", "speech,original,,,2,0,1.0,1,1,2,,0,0.05,2"]
     (tmp_path / "evaluation" / "table.csv").write_text("\n".join([header, *rows]) + "\n")
     told = ["licence=CC-BY-4.0", "language=[en,de]", "data='two voices | read: aloud'", "level_db=-23"]
     out = tmp_path / "out"
@@ -146,8 +147,8 @@ def test_the_card_says_what_it_was_told_and_what_was_measured(model_folder, tmp_
     facts = front_matter(out)
     assert (facts["license"], facts["language"]) == ("cc-by-4.0", ["en", "de"])
     assert (facts["library_name"], facts["pipeline_tag"]) == ("transformers", "feature-extraction")
-    (result,) = facts["model-index"][0]["results"]
-    assert result["metrics"] == [{"type": "stoi", "value": 0.7512}]
+    found = [metric for result in facts["model-index"][0]["results"] for metric in result["metrics"]]
+    assert found == [{"type": "stoi", "value": 0.7512}, {"type": "wer", "value": 0.1}]
     card = (out / "README.md").read_text()
     assert "two voices \\| read: aloud" in card
     assert "about -23 dB RMS" in card
@@ -210,6 +211,13 @@ def test_sixteen_bit_weights_state_how_many_codes_change(model_folder, tmp_path,
     exact = load_tokenizer(model_folder).encode(audio[None]).audio_codes
     rounded = MossAudioTokenizerModel.from_pretrained(tmp_path / "out").eval().encode(audio[None]).audio_codes
     assert float(found[1]) == pytest.approx(100 * float((exact != rounded).float().mean()), abs=0.05)
+
+
+def test_heldout_audio_without_samples_is_one_line(model_folder, tmp_path, capsys):
+    write_audio(tmp_path / "empty.wav", torch.zeros(1, 0), 16000)
+    arguments = [f"checkpoint={model_folder}", f"out={tmp_path / 'out'}", f"heldout={tmp_path}", "dtype=bfloat16"]
+    assert main(["export", *arguments]) == 2
+    assert "empty.wav has no samples" in capsys.readouterr().err
 
 
 def test_vectors_tell_this_model_from_another(model_folder, tmp_path, capsys):

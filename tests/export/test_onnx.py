@@ -251,6 +251,21 @@ def test_the_folder_works_without_torch_and_checks_itself(exported):
     assert "samples[:1000]" in card
 
 
+def test_the_card_says_what_it_was_told_and_only_what_the_folder_can_do(exported, tmp_path):
+    (tmp_path / "table.csv").write_text("domain,num_quantizers,bps,stoi,stoi_clips\nspeech,4,20,0.7512,2\n")
+    arguments = [f"checkpoint={exported.parent / 'model'}", "format=onnx", f"evaluation={tmp_path}", "level_db=-23"]
+    assert main(["export", *arguments, f"out={tmp_path / 'whole'}"]) == 0
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "| speech | 4 | 20 | stoi | 0.7512 |" in card
+    assert '{"type": "stoi", "value": 0.7512}' in card
+    assert "| level of the training data | about -23 dB RMS relative to full scale |" in card
+    assert main(["export", *arguments, f"out={tmp_path / 'half'}", "part=decoder"]) == 0
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert "holds the decoder only" in card
+    assert "tokenizer.decode(" in card
+    assert ".encode(" not in card
+
+
 @pytest.mark.parametrize(("part", "other"), [("encoder", "decoder"), ("decoder", "encoder")])
 def test_half_a_model_refuses_the_other_half(part, other, tmp_path):
     write_graphs(small_model(), tmp_path, part=part)

@@ -133,6 +133,48 @@ def test_bad_clips_are_named_and_left_out(packed: Path, model: Path, tmp_path: P
     assert len(CodeShards(tmp_path / "out")) == len(ShardIndex.load(copy)) - 1
 
 
+def test_clips_skipped_before_an_interruption_are_reported_at_the_end(
+    packed: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    location = ShardIndex.load(copy).locate(1)
+    with Path(location.shard).open("r+b") as file:
+        file.seek(location.audio_offset + location.audio_size // 2)
+        file.write(b"\x00\xff" * 8)
+    original = shards_module.write_code_shard
+
+    def write_and_stop(path: Path, clips: list) -> None:
+        original(path, clips)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards_module, "write_code_shard", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        encode_shards(options(model, copy, tmp_path / "out"), [CPU])
+    monkeypatch.undo()
+    report = encode_shards(options(model, copy, tmp_path / "out"), [CPU])
+    assert report.num_present == 1
+    assert report.failures == [(Path(location.shard), "clip 1 was skipped before the interruption")]
+    assert len(CodeShards(tmp_path / "out")) == len(ShardIndex.load(copy)) - 1
+
+
+def test_codes_that_do_not_fit_the_model_are_named_and_passed_over(
+    model: Path, codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(codes, tmp_path / "copy"))
+    shards = CodeShards(copy)
+    offset, size = (int(shards.arrays[f"codes_{name}"][3]) for name in ("offset", "size"))
+    with (copy / shards.shards[int(shards.arrays["shard"][3])].file).open("r+b") as file:
+        file.seek(offset + size - 2)
+        file.write((30_000).to_bytes(2, "little"))
+    out = tmp_path / "audio"
+    assert main(["decode", f"model={model}", f"input={copy}", f"out={out}", "device=cpu"]) == 1
+    assert "clip 3: codes must lie in 0..31, got 0..30000" in capsys.readouterr().err
+    assert len(list(out.rglob("*.wav"))) == len(shards) - 1
+    save_one_stage_model(tmp_path / "smaller", num_quantizers=2)
+    assert main(["decode", f"model={tmp_path / 'smaller'}", f"input={codes}", f"out={out}", "device=cpu"]) == 2
+    assert "has 3 levels, the model has 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "path"),
     [

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torchaudio.functional import edit_distance
 
-from moss_train.evaluation.metrics.base import Column, Metric, Pair, missing_package
+from moss_train.evaluation.metrics.base import Column, Metric, MetricError, Pair, missing_package
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import package_version, read_json
 
@@ -55,13 +55,19 @@ class ErrorRates(Metric):
         return f"there is no {self.model}" if self.model is not None and not Path(self.model).exists() else None
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; empty for a language that the recogniser does not support."""
+        """See `Metric`; empty for a language that the recogniser does not support.
+
+        MetricError for more than 30 s with transformers, whose Whisper drops the rest.
+        """
         language = pair.labels.get("language", "en").split("-")[0].lower()
         if self.model is None and language != "en":
             return {}
+        waveforms = pair.at(SAMPLING_RATE)
+        if self.backend == "whisper" and len(waveforms[0]) > 30 * SAMPLING_RATE:
+            raise MetricError("longer than 30 seconds: use recognition=faster_whisper, which hears all of it")
         original, output = (
             words(_transcribe(self.backend, self.model, audio.numpy().tobytes(), language), language, self.model)
-            for audio in pair.at(SAMPLING_RATE)
+            for audio in waveforms
         )
         values = {"dwer_errors": edit_distance(output, original), "dwer_words": len(original)}
         if "text" in pair.labels:

@@ -21,6 +21,7 @@ SCALES = ((2048, 150), (512, 80))
 
 FLOOR = 1e-5
 SAMPLING_RATE = 16_000  # Hz, of all metrics but the spectral distances
+LONGEST_PESQ_SECONDS = 40
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,11 @@ class Stoi(Metric):
 
 @dataclass(frozen=True)
 class Pesq(Metric):
-    """Perceptual evaluation of speech quality, ITU-T P.862 narrow band and P.862.2 wide band, both at 16 kHz."""
+    """Perceptual evaluation of speech quality, ITU-T P.862 narrow band and P.862.2 wide band, both at 16 kHz.
+
+    The reference program of P.862 has room for 49 utterances, between pauses of 0.2 s; more silently give wrong values
+    or end the process. Read speech has up to one per second, so longer clips have no value.
+    """
 
     columns = (
         Column("pesq_nb", "PESQ-NB", True, is_speech_only=True),
@@ -114,10 +119,12 @@ class Pesq(Metric):
         return missing_package("pesq", "it compiles, with gcc and the headers of Python: pip install pesq")
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError where P.862 finds no utterance or less than a quarter of a second."""
+        """See `Metric`; MetricError where P.862 finds no utterance or less than 0.25 s, and for more than 40 s."""
         from pesq import PesqError, pesq
 
         wanted, got = pair.at(SAMPLING_RATE)
+        if len(wanted) > LONGEST_PESQ_SECONDS * SAMPLING_RATE:
+            raise MetricError(f"PESQ: longer than {LONGEST_PESQ_SECONDS} seconds (cut with clip_seconds)")
         if not got.any():
             raise MetricError("the reconstruction is silent")
         try:

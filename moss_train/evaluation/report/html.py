@@ -14,7 +14,7 @@ from moss_train.audio.io import read_audio
 from moss_train.evaluation.metrics.base import Column, missing_package
 from moss_train.evaluation.metrics.codes import CodebookUsage
 from moss_train.evaluation.reconstruct import ANCHORS, RESAMPLE_ONLY
-from moss_train.evaluation.report.tables import Comparison, Difference, Table, table_cells
+from moss_train.evaluation.report.tables import SURE, Comparison, Difference, Table, table_cells
 from moss_train.evaluation.results import AUDIO_FOLDER, ClipRow, file_name
 from moss_train.evaluation.statistics import ALL_DOMAINS, ConfidenceInterval, SummaryRow
 from moss_train.plotting import new_figure, save_spectrograms
@@ -40,7 +40,9 @@ PUBLISHED_COLUMNS = {
 def bitrate_plot(
     column: Column, rows: Sequence[SummaryRow], others: Sequence[tuple[str, Sequence[SummaryRow]]] = ()
 ) -> str | None:
-    """Plot a column over the bitrate as SVG, a line per domain with its intervals; None if no row has a bitrate.
+    """Plot a column over the bitrate as SVG, with intervals; None if no row has a bitrate.
+
+    There is a line per domain, and per system where there are several, as in `pairs=`.
 
     others: (name, rows) of other evaluations, dashed. The published values of the same measure are grey: they come from
     other recordings. Needs matplotlib.
@@ -50,12 +52,12 @@ def bitrate_plot(
         return None
     figure = new_figure(*PANEL_INCHES)
     axes = figure.subplots()
-    colors = {domain: f"C{index}" for index, domain in enumerate(own)}
-    lines = [(domain, points, domain, "-o") for domain, points in own.items()]
-    for name, theirs in others:
-        lines += [(domain, points, f"{domain}, {name}", "--s") for domain, points in _lines(column, theirs).items()]
-    for domain, points, label, style in lines:
-        color = colors.get(domain, "black")
+    colors = {name: f"C{index}" for index, name in enumerate(own)}
+    lines = [(name, points, name, "-o") for name, points in own.items()]
+    for other, theirs in others:
+        lines += [(name, points, f"{name}, {other}", "--s") for name, points in _lines(column, theirs).items()]
+    for name, points, label, style in lines:
+        color = colors.get(name, "black")
         bitrates = [row.condition.bitrate or 0.0 for row in points]
         values = [row.estimates[key] for row in points]
         axes.plot(bitrates, [value.mean for value in values], style, color=color, label=label, markersize=4)
@@ -97,12 +99,17 @@ def usage_plot(levels: Sequence[CodebookUsage]) -> str:
 
 
 def _lines(column: Column, rows: Sequence[SummaryRow]) -> dict[str, list[SummaryRow]]:
-    """Return the rows with a bitrate and a value, by domain, without those of all domains together."""
+    """Return the rows with a bitrate and a value, by domain, or by domain and system if there are several systems.
+
+    Those of all domains together are left out.
+    """
     lines: dict[str, list[SummaryRow]] = {}
+    several = len({row.condition.system for row in rows if row.condition.bitrate is not None}) > 1
     for row in rows:
         if row.condition.bitrate is not None and column.key in row.estimates and row.domain != ALL_DOMAINS:
-            lines.setdefault(row.domain, []).append(row)
-    return {domain: sorted(points, key=lambda row: row.condition.bitrate or 0) for domain, points in lines.items()}
+            name = f"{row.domain}, {row.condition.system}" if several else row.domain
+            lines.setdefault(name, []).append(row)
+    return {name: sorted(points, key=lambda row: row.condition.bitrate or 0) for name, points in lines.items()}
 
 
 def _svg(figure: "Figure") -> str:
@@ -183,7 +190,7 @@ def _wide(header: Sequence[str], body: Sequence[str]) -> str:
 
 
 def _comparison(comparison: Comparison) -> str:
-    """Return a table: a line per pair of conditions, a column per measure, significant differences coloured."""
+    """Return a table: a line per pair of conditions, a column per measure, differences that are sure coloured."""
     titles = list(dict.fromkeys(item.column for item in comparison.differences))
     lines: dict[str, dict[str, Difference]] = {}
     for item in comparison.differences:
@@ -197,12 +204,12 @@ def _comparison(comparison: Comparison) -> str:
                 continue
             value, is_higher_better = found[title].estimate, found[title].is_higher_better
             is_better = value.mean > 0 if is_higher_better else value.mean < 0
-            kind = ("better" if is_better else "worse") if value.low > 0 or value.high < 0 else "open"
+            kind = ("better" if is_better else "worse") if found[title].is_sure else "open"
             cells.append(f'<td class="{kind}"{_interval(value, 3)}>{value.mean:+.3f}</td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     notes = "".join(f"<li>{html.escape(f'{name}: {reason}')}</li>" for name, reason in comparison.skipped.items())
     skipped = f"<p>Not compared:</p><ul>{notes}</ul>" if notes else ""
-    legend = '<p class="notes">Mean differences, clip by clip; coloured where the 95 % interval does not contain 0.</p>'
+    legend = f'<p class="notes">Differences over the clips that both have; coloured where {SURE}.</p>'
     return f"<h2>Against {html.escape(comparison.other)}</h2>{_wide(['difference', *titles], body)}{legend}{skipped}"
 
 

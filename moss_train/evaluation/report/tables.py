@@ -15,6 +15,9 @@ from moss_train.evaluation.statistics import ConfidenceInterval, SummaryRow, pai
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import markdown_table, read_json
 
+FEWEST_CLIPS = 6  # with the same sign by chance in 2 * 0.5 ** 6 = 3 % of all cases
+SURE = f"the interval does not contain 0 and rests on at least {FEWEST_CLIPS} clips"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -108,6 +111,12 @@ class Difference:
     second: Condition
     estimate: ConfidenceInterval
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval excludes 0, of enough clips: of fewer, all have the same sign too often by chance."""
+        value = self.estimate
+        return value.num_clips >= FEWEST_CLIPS and (value.low > 0 or value.high < 0)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -119,19 +128,17 @@ class Comparison:
     summary: tuple[SummaryRow, ...]  # the other's rows, for the plots
 
     def markdown(self) -> str:
-        """Return a table with one line per difference; an interval without 0 is marked."""
+        """Return a table with one line per difference; those that are sure are marked."""
         rows = []
         for item in self.differences:
             value = item.estimate
-            sure = " *" if value.low > 0 or value.high < 0 else ""
+            sure = " *" if item.is_sure else ""
             interval = f"{value.low:+.3f} to {value.high:+.3f}"
             difference = f"{value.mean:+.3f}{sure}"
             rows.append((item.first.label, item.second.label, item.column, difference, interval, value.num_clips))
         lines = markdown_table(("this", "other", "measure", "difference", "95 %", "clips"), rows)
         notes = [f"- {name} is not compared: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(
-            ["", f"## Against {self.other}", "", *lines, "", "- * the interval does not contain 0", *notes, ""]
-        )
+        return "\n".join(["", f"## Against {self.other}", "", *lines, "", f"- * {SURE}", *notes, ""])
 
 
 def load_evaluation(folder: Path) -> OtherEvaluation:
