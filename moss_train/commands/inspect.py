@@ -1,6 +1,7 @@
 """`inspect`: report what is in packed folders, and which clips should be dropped."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,8 +38,12 @@ def run(config: InspectConfig) -> int:
     out.mkdir(parents=True, exist_ok=True)
     clips = [clip for inspection in inspections for clip in inspection.clips]
     bad = find_clips_to_drop(clips, config)
+    counts = Counter(clip.id for clip in clips)
+    shared = {name for name in bad if counts[name] > 1}  # an id would drop the clips of all folders
     with (out / "drop.jsonl").open("w", encoding="utf-8") as file:
         for name, reason in bad.items():
+            if name in shared:
+                continue
             file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
     with (out / "clips.jsonl").open("w", encoding="utf-8") as file:
         for inspection in inspections:
@@ -52,6 +57,9 @@ def run(config: InspectConfig) -> int:
     for problem in problems:
         print(printable(problem))
     print(printable(f"inspect: {pluralize(len(clips), 'clip')}, {len(bad)} to drop, see {out / 'report.html'}"))
+    if shared:
+        names = pluralize(len(shared), "id")
+        print(f"{names} of them not in drop.jsonl, because several folders have such clips: inspect each by itself")
     return 1 if problems else 0
 
 

@@ -129,7 +129,6 @@ def find_clips_to_drop(clips: Sequence[ClipFacts], limits: InspectConfig) -> dic
     """Return id -> reason for the clips that should be dropped; of identical recordings the first is kept."""
     bad: dict[str, str] = {}
     seen: dict[str, str] = {}
-    ids = Counter(clip.id for clip in clips)
     for clip in clips:
         if clip.error:
             reason = f"unreadable: {clip.error}"
@@ -141,8 +140,6 @@ def find_clips_to_drop(clips: Sequence[ClipFacts], limits: InspectConfig) -> dic
             reason = f"text: {clip.num_characters} characters in {clip.seconds:.2f} s"
         elif clip.digest in seen:
             reason = f"duplicate of {seen[clip.digest]}"
-        elif ids[clip.id] > 1:
-            reason = "duplicate id"
         else:
             seen[clip.digest] = clip.id
             continue

@@ -10,15 +10,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from moss_train.data.pack.list_formats import write_manifest
-from moss_train.data.pack.manifest import list_clips
+from moss_train.data.pack.list_formats import iterate_utterances, write_manifest
 
 
 def clips(folder: Path) -> Iterator[dict]:
-    """Yield every utterance. A recording's folder names its speaker."""
-    for clip in list_clips(folder, "speech").clips:
-        labels = {"domain": "speech", "language": "zh", "speaker": f"aishell2-{clip.path.parent.name}"}
-        yield {"path": str(clip.path.resolve()), "id": clip.id, "text": clip.text} | labels
+    """Yield every utterance, also those without a file, which `pack` counts. A recording's folder names its speaker."""
+    for _, entry in iterate_utterances(folder):
+        path = folder.resolve() / entry["path"]
+        labels = {"domain": "speech", "language": "zh", "speaker": f"aishell2-{path.parent.name}"}
+        yield {"path": str(path), "id": entry["id"], "text": entry.get("text")} | labels
 
 
 if __name__ == "__main__":

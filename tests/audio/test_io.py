@@ -1,14 +1,17 @@
 """Reading and writing files: exact round trips, conversions, and errors for every kind of damage that name the file."""
 
 import io
+import math
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 
-from moss_train.audio.io import audio_info, read_audio, resample, to_pcm16, write_audio
+from moss_train.audio.io import _resample_one_by_one, audio_info, read_audio, resample, to_pcm16, write_audio
 from moss_train.utils.errors import UserError
 
 RECORDINGS = Path(__file__).parents[2] / "recipes" / "quickstart" / "audio"
@@ -46,6 +49,37 @@ def test_a_part_equals_the_same_part_of_the_whole(recording: Path) -> None:
 @pytest.mark.parametrize(("length", "to_rate", "expected"), [(24000, 48000, 48000), (1001, 16000, 668), (1, 8000, 1)])
 def test_resampled_length_is_rounded_up(length: int, to_rate: int, expected: int) -> None:
     assert resample(torch.zeros(2, length), 24000, to_rate).shape == (2, expected)
+
+
+def test_resampled_length_is_exact_for_long_audio() -> None:
+    for length in (44100 * 60 + 1, 44100 * 60 + 24, 44100 * 720 + 1):
+        resampled = resample(torch.ones(1, length), 44100, 24000)
+        assert resampled.shape == (1, -(-length * 24000 // 44100))
+        assert resampled[0, -20:-10].mean() == pytest.approx(1.0, abs=0.02)
+
+
+def test_no_audio_stays_no_audio() -> None:
+    assert resample(torch.zeros(2, 0), 44100, 24000).shape == (2, 0)
+
+
+@pytest.mark.parametrize(("rate", "frequency"), [(44101, 1000.0), (7999, 300.0), (767_999, 5000.0)])
+def test_rates_without_a_common_divisor_need_little_memory(rate: int, frequency: float) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tone = 0.5 * torch.sin(2 * math.pi * frequency * torch.arange(rate, dtype=torch.float64) / rate).float()
+    resampled = resample(torch.stack([tone, -tone]), rate, 24000)
+    expected = 0.5 * torch.sin(2 * math.pi * frequency * torch.arange(24000, dtype=torch.float64) / 24000).float()
+    assert resampled.shape == (2, 24000)
+    assert torch.equal(resampled[0], -resampled[1])
+    assert (resampled[0] - expected)[100:-100].abs().max() < 2e-3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # kilobytes
+
+
+def test_a_filter_for_each_sample_is_the_filter_bank(recording: Path) -> None:
+    audio, _ = read_audio(recording)
+    for old, new in ((147, 80), (80, 147), (2, 1), (3, 2)):
+        wanted = torchaudio.functional.resample(audio, old, new)
+        found = _resample_one_by_one(audio, old, new, wanted.shape[-1])
+        assert torch.allclose(found, wanted, atol=2e-5)
 
 
 def test_resampling_there_and_back_keeps_speech(recording: Path) -> None:

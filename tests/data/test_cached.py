@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from moss_train.audio.io import read_audio, write_audio
 from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import list_clips
 from moss_train.data.pack.on_the_fly import pack_cached, split
@@ -67,3 +68,28 @@ def test_one_damaged_file_is_named_and_nothing_is_left(folder, tmp_path):
     assert list((tmp_path / "cache").rglob("*.tar")) == []
     packed = prepare(folder, tmp_path / "cache", max_invalid_fraction=0.5)
     assert len(ShardIndex.load(packed.train)) + len(ShardIndex.load(packed.heldout)) == 7
+
+
+def test_held_out_clips_that_are_too_short_leave_the_others_to_learn_from(folder, tmp_path, capsys):
+    heldout, _ = split(list_clips(folder, "sound"), 0.02)
+    (path,) = (clip.path for clip in heldout.clips)
+    audio, rate = read_audio(path)
+    write_audio(path, audio[:, : rate // 50], rate)
+    for _ in range(2):
+        packed = prepare(folder, tmp_path / "cache")
+        assert (len(ShardIndex.load(packed.train)), packed.heldout) == (7, None)
+        printed = capsys.readouterr().err
+        assert "nothing is held out: " in printed
+        assert "7 files to learn from, 0 held out" in printed
+
+
+def test_the_limit_for_unusable_files_is_a_fraction_of_all_files(folder, tmp_path):
+    heldout, _ = split(list_clips(folder, "sound"), 0.25)
+    heldout.clips[0].path.write_bytes(b"not audio")
+    options = PackConfig(folder, tmp_path / "cache", "sound", max_invalid_fraction=0.125)
+    packed = pack_cached(options, heldout_fraction=0.25)
+    assert (len(ShardIndex.load(packed.train)), len(ShardIndex.load(packed.heldout))) == (6, 1)
+    heldout.clips[0].path.unlink()
+    (folder / "gone.flac").symlink_to(folder / "nowhere.flac")
+    packed = pack_cached(options, heldout_fraction=0.25)  # the link is one of eight, and not of the two held out
+    assert (len(ShardIndex.load(packed.train)), len(ShardIndex.load(packed.heldout))) == (5, 2)

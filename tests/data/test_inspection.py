@@ -1,14 +1,18 @@
 """Measurements and findings of `inspect`, tested on clips made for this and against torchaudio's loudness."""
 
+import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchaudio.functional
 
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.audio.loudness import bandwidth, loudness, power_spectrum
+from moss_train.commands import inspect as inspect_command
+from moss_train.commands import pack as pack_command
 from moss_train.config.schema import InspectConfig
 from moss_train.data.inspect import ends_abruptly, find_clips_to_drop, inspect_folder, summarize
 from recipes.quickstart.baselines import low_pass
@@ -58,8 +62,6 @@ def make_bad_corpus(folder: Path, recordings: Path) -> dict[str, str]:
 
 
 def test_bad_clips_are_found_and_named(tmp_path: Path, pack_config, recordings: Path) -> None:
-    from moss_train.commands import pack as pack_command
-
     expected = make_bad_corpus(tmp_path / "in", recordings)
     config = pack_config(input=tmp_path / "in" / "m.jsonl", out=tmp_path / "out", domain="speech")
     assert pack_command.run(config) == 0
@@ -70,6 +72,22 @@ def test_bad_clips_are_found_and_named(tmp_path: Path, pack_config, recordings: 
     assert all(bad[name].startswith(reason) for name, reason in expected.items())
     hours = summarize(found.clips)
     assert hours["language"]["en"] == pytest.approx(hours["domain"]["speech"]) == hours["task"]["asr"]
+
+
+def test_clips_of_two_folders_with_the_same_id_are_not_confused(tmp_path: Path, pack_config, capsys) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name, level in (("both", 0.1), ("silent in a", 0.0 if folder == "a" else 0.1)):
+            audio = torch.from_numpy(rng.normal(0, level, (1, 24000)).astype(np.float32))
+            write_audio(tmp_path / folder / f"{name}.wav", audio, 24000)
+        write_audio(tmp_path / folder / f"only in {folder}.wav", torch.zeros(1, 24000), 24000)
+        assert pack_command.run(pack_config(input=tmp_path / folder, out=tmp_path / f"{folder}.shards")) == 0
+    shards = [str(tmp_path / "a.shards"), str(tmp_path / "b.shards")]
+    assert inspect_command.run(InspectConfig(shards, str(tmp_path / "report"), num_workers=1)) == 0
+    lines = (tmp_path / "report" / "drop.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["only in a.wav", "only in b.wav"]
+    assert "1 id of them not in drop.jsonl" in capsys.readouterr().out
 
 
 def test_a_cut_end_is_noticed(recordings: Path) -> None:

@@ -19,6 +19,7 @@ import soundfile
 from moss_train import load_config
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.commands import pack as pack_command
+from moss_train.utils.errors import UserError
 from moss_train.utils.files import sha256_of
 from tests.data.packed_clips import iterate_clips
 from tests.local_server import serving
@@ -128,6 +129,11 @@ def test_aishell2(tmp_path: Path, place: Callable, prepare: Callable, pack_confi
     assert "1 clips" in prepare("aishell2", part, tmp_path / "train.jsonl")
     (labels,) = packed_labels(tmp_path / "train.jsonl", tmp_path, pack_config).values()
     assert (labels["text"], labels["language"], labels["speaker"]) == ("厨房用品", "zh", "aishell2-C0001")
+    with (part / "wav.scp").open("a") as file:
+        file.write("IC0001W0002\twav/C0001/IC0001W0002.wav\n")
+    assert "2 clips" in prepare("aishell2", part, tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"no such file: .*IC0001W0002\.wav"):
+        pack_command.run(pack_config(input=tmp_path / "train.jsonl", out=tmp_path / "missing"))
 
 
 def test_audioset(tmp_path: Path, place: Callable, prepare: Callable, pack_config: Callable) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -99,6 +100,25 @@ def test_the_cache_stays_within_its_size(served, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(remote.CACHE_GB_VARIABLE, str(sizes[-1] / 2e9))
     with pytest.raises(UserError, match=r"a shard has .* bytes, more than MOSS_TRAIN_CACHE_GB"):
         list(iterate_clips([url], sampling_rate=24000, num_channels=1))
+
+
+def test_what_killed_processes_left_in_the_cache_is_counted_and_then_deleted(
+    served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _, _ = served
+    one, two = list(ShardIndex.load(url).shards)[:2]
+    monkeypatch.setenv(remote.CACHE_GB_VARIABLE, str((one.bytes + two.bytes + 999) / 1e9))
+    os.close(remote.open_shard(f"{url}/{one.file}", one.bytes, one.sha256))
+    (kept,) = (tmp_path / "cache").rglob("*.tar")
+    left = kept.with_name(f".{kept.name}.part-1")
+    left.write_bytes(bytes(1000))
+    os.utime(left, (time.time() - 7200,) * 2)
+    growing = kept.with_name(f".{kept.name}.part-2")
+    growing.write_bytes(bytes(1000))
+    os.close(remote.open_shard(f"{url}/{two.file}", two.bytes, two.sha256))
+    assert not left.exists()
+    assert growing.exists()
+    assert not kept.exists()  # there was no room beside what another process is fetching
 
 
 @pytest.mark.parametrize("size", ["much", "0", "-1", "nan", "inf"])

@@ -190,6 +190,25 @@ def test_filters_count_what_they_leave_out(
         pack_command.run(config.replace(max_seconds=0))
 
 
+def test_what_the_drop_list_names_is_left_out_whatever_else_is_wrong_with_it(
+    tmp_path: Path, pack_config: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "broken.wav").write_bytes(b"not audio")
+    (folder / "link.wav").symlink_to(folder / "nowhere.wav")
+    for name, seconds in (("good", 1.0), ("long", 5.0), ("part", 2.0), ("short", 0.05)):
+        write_audio(folder / f"{name}.wav", torch.full((1, round(24000 * seconds)), 0.1), 24000)
+    dropped = ["broken.wav", "link.wav", "long.wav", "part.wav#1.000", "short.wav", "typed wrongly"]
+    (tmp_path / "drop.jsonl").write_text("".join(json.dumps({"id": name}) + "\n" for name in dropped))
+    options = {"segment_seconds": 1.0, "drop": str(tmp_path / "drop.jsonl")}
+    assert pack_command.run(pack_config(input=folder, out=tmp_path / "out", **options)) == 0
+    assert list(clips_of(tmp_path / "out")) == ["good.wav", "part.wav#0.000"]
+    text = capsys.readouterr().out
+    assert "skipped: 5 clips named in the drop list" in text
+    assert "1 ids are not in" in text
+
+
 def test_the_index_of_the_parts_is_that_of_ordinary_clips(tmp_path: Path, pack_config: Callable, speech) -> None:
     config = pack_config(input=speech[0].parent, out=tmp_path / "out", segment_seconds=2.0)
     assert pack_command.run(config) == 0

@@ -147,6 +147,42 @@ def test_nemo_manifests_mean_what_they_mean_there(tmp_path: Path) -> None:
     assert listed.read()[0].shape == (1, 12000)  # only this part, because the text belongs to it
 
 
+def test_parts_of_one_file_need_no_ids_of_their_own(tmp_path: Path) -> None:
+    wav(tmp_path / "a.wav")
+    parts = [{"audio_filepath": "a.wav", "offset": start, "duration": 0.25} for start in (0, 0.25, 0.5, 0.5)]
+    found = list_clips(manifest(tmp_path, *parts, name="train.json"), "speech")
+    assert [clip.id for clip in found.clips] == ["a.wav", "a.wav@0.250", "a.wav@0.500"]
+    assert [bad.fault for bad in found.invalid] == [Fault.REPEATED_ID]
+
+
+def test_a_column_called_row_is_no_row_of_a_saved_dataset(tmp_path: Path) -> None:
+    wav(tmp_path / "a.wav")
+    (tmp_path / "clips.csv").write_text("row,path\n7,a.wav\n")
+    (clip,) = list_clips(tmp_path / "clips.csv", "speech").clips
+    assert isinstance(preprocess_clip(clip, PackConfig("in", "out")), EncodedClip)
+
+
+@pytest.mark.parametrize("end", ["-1", "-1.0", ""])
+def test_a_part_in_a_table_may_end_with_its_recording(tmp_path: Path, end: str) -> None:
+    wav(tmp_path / "a.wav")
+    (tmp_path / "clips.csv").write_text(f"path,start_seconds,end_seconds\na.wav,0.25,{end}\n")
+    outcome = preprocess_clip(list_clips(tmp_path / "clips.csv", "speech").clips[0], PackConfig("in", "out"))
+    assert isinstance(outcome, EncodedClip)
+    assert outcome.num_samples == 18000
+
+
+def test_a_quotation_mark_that_opens_a_cell_of_a_tsv_swallows_no_line(tmp_path: Path) -> None:
+    texts = ['"open', "plain", 'he said "no', '"Hi," she said', 'closed "', '"all of it"', '"he said ""yes"""']
+    for number in range(len(texts)):
+        wav(tmp_path / f"{number}.wav")
+    rows = ["path\ttext\tlanguage", *(f"{number}.wav\t{text}\ten" for number, text in enumerate(texts))]
+    (tmp_path / "clips.tsv").write_text("\r\n".join(rows), encoding="utf-8")
+    found = list_clips(tmp_path / "clips.tsv", "speech")
+    assert [clip.text for clip in found.clips] == [*texts[:5], "all of it", 'he said "yes"']
+    assert {clip.language for clip in found.clips} == {"en"}
+    assert not found.invalid
+
+
 def test_manifests_come_compressed_and_as_lists(tmp_path: Path) -> None:
     wav(tmp_path / "a.wav")
     with gzip.open(tmp_path / "clips.jsonl.gz", "wt") as file:
@@ -170,10 +206,11 @@ def test_half_a_character_is_a_bad_line_and_a_strange_name_is_none(tmp_path: Pat
     name = os.fsdecode(b"caf\xe9.wav")
     wav(tmp_path / name)
     lines = {"path": "a.wav", "text": "bad \ud800"}, {"path": "a.wav", "id": "ok"}, {"path": name}
+    lines += ({"path": "a.wav", "id": "licence", "licence": "\ud800"},)
     source = manifest(tmp_path, *lines, {"path": "a\ud800.wav"}, {"path": "x" * 300 + ".wav"}, {"path": "a\0.wav"})
     found = list_clips(source, "speech")
     assert [clip.id for clip in found.clips] == ["ok", "caf\\xe9.wav"]
-    assert [bad.fault for bad in found.invalid] == [Fault.LINE, Fault.FILE, Fault.FILE, Fault.FILE]
+    assert [bad.fault for bad in found.invalid] == [Fault.LINE, Fault.LINE, Fault.FILE, Fault.FILE, Fault.FILE]
     report = pack(found, PackConfig("in", tmp_path / "out", max_invalid_fraction=1.0, num_workers=1))
     assert report.index["num_samples"] == 2
 

@@ -15,6 +15,7 @@ from moss_train.utils.errors import UserError
 from moss_train.utils.files import parse_json, read_json
 
 KEYS = ("path", "id", "domain", "text", "task", "language", "speaker")
+LICENCE_KEYS = ("licence", "license")
 TIMES = ("start_seconds", "end_seconds")
 _MAX_LINE_BYTES = 2**22
 NEMO_KEYS = ("audio_filepath", "offset", "duration")
@@ -55,7 +56,8 @@ def _bounded_lines(file: BinaryIO, manifest: Path) -> Iterator[bytes]:
 def iterate_table(manifest: Path, delimiter: str) -> Entries:
     """Yield the rows of a table with a header; empty cells are left out."""
     with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
+        lines = _with_balanced_quotes(file) if delimiter == "\t" else file
+        rows = csv.DictReader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
         if rows.fieldnames is not None:
             rows.fieldnames = [name.strip() for name in rows.fieldnames]
         while True:
@@ -80,14 +82,35 @@ def iterate_table(manifest: Path, delimiter: str) -> Entries:
                 yield where, error
 
 
+def _with_balanced_quotes(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a TSV file; where a quotation mark opens a cell and does not end it, all of them are text.
+
+    Many TSV files, such as Common Voice's, do not quote their cells; a text that begins with a quotation mark would
+    otherwise swallow the lines after it.
+    """
+    for line in lines:
+        try:
+            list(csv.reader([line], delimiter="\t", strict=True, skipinitialspace=True))
+        except csv.Error:
+            cells = (cell.replace('"', '""') for cell in line.rstrip("\r\n").split("\t"))
+            line = "\t".join(f'"{cell}"' for cell in cells) + "\n"
+        yield line
+
+
 def _with_our_keys(entry: dict, where: str) -> dict[str, Any]:
-    """Return an entry in which NeMo's keys `audio_filepath`, `offset` and `duration` are replaced by path and times."""
+    """Return an entry in which NeMo's keys `audio_filepath`, `offset` and `duration` are replaced by path and times.
+
+    An end of -1, as in Kaldi, means the end of the recording. The key `row` is only for saved datasets.
+    """
     entry = {("path" if key == "audio_filepath" else key): value for key, value in entry.items()}
     start, seconds = entry.pop("offset", None), entry.pop("duration", None)
     if start is not None:
         entry.setdefault("start_seconds", start)
     if seconds is not None and "end_seconds" not in entry:
         entry["end_seconds"] = _number(entry.get("start_seconds") or 0, where) + _number(seconds, where)
+    if str(entry.get("end_seconds")) in ("-1", "-1.0"):
+        del entry["end_seconds"]
+    entry.pop("row", None)
     return entry
 
 
@@ -111,14 +134,11 @@ def _parse_line(line: bytes, where: str) -> dict:
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         found = f", this one has {', '.join(map(repr, entry))}" if isinstance(entry, dict) and entry else ""
         raise UserError(f"{where}: every line has to be a JSON object with a 'path'{found}")
-    for key in KEYS:
-        if entry.get(key) is not None and not isinstance(entry[key], str):
+    for key in (*KEYS, *LICENCE_KEYS):
+        if key in KEYS and entry.get(key) is not None and not isinstance(entry[key], str):
             raise UserError(f"{where}: {key!r} has to be a string, got {entry[key]!r}")
         if key != "path" and isinstance(entry.get(key), str) and _SURROGATE.search(entry[key]):
             raise UserError(f"{where}: {key!r} is not valid Unicode ({entry[key]!r})")
-    entry.pop("row", None)
-    if entry.get("end_seconds") == -1:  # Kaldi's value for the end of the recording
-        entry["end_seconds"] = None
     return entry | {key: _number(entry[key], where) for key in TIMES if entry.get(key) is not None}
 
 

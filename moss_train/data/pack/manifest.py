@@ -11,6 +11,7 @@ from moss_train.batch import TASKS
 from moss_train.data.pack.list_formats import (
     JSON_SUFFIXES,
     KEYS,
+    LICENCE_KEYS,
     MANIFEST_SUFFIXES,
     NEMO_KEYS,
     TABLE_SUFFIXES,
@@ -35,7 +36,6 @@ AUDIO_SUFFIXES = frozenset(
 
 RESERVED_DOMAINS = ("all", "update")
 
-_LICENCE_KEYS = ("licence", "license")
 _MAX_LABEL_BYTES = 2**17  # of one clip; readers of shards accept eight times as much
 
 
@@ -70,6 +70,12 @@ class SourceList:
     ignored: dict[str, int] = field(default_factory=dict)  # suffixes or manifest keys without effect, with counts
     invalid: tuple[InvalidSample, ...] = ()  # lines that are not clips, and folder entries that are not ordinary files
     key: str = "input"  # configuration key that the source was given with
+    whole: int | None = None  # clips and invalid ones of the list that this is a part of, if it is one
+
+    @property
+    def total(self) -> int:
+        """Number of clips and invalid ones of the whole list: the limit of `max_invalid_fraction` applies to it."""
+        return len(self.clips) + len(self.invalid) if self.whole is None else self.whole
 
 
 def list_clips(source: Path, domain: str, key: str = "input") -> SourceList:
@@ -235,6 +241,8 @@ def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
             if isinstance(entry, UserError):
                 raise entry
             clip = _clip_from_entry(entry, folder, domain, where)
+            if clip.id in places and clip.start_seconds and not entry.get("id"):  # another part of the same file
+                clip = replace(clip, id=f"{clip.id}@{clip.start_seconds:.3f}")
             if clip.id in places:
                 raise SampleError(
                     Fault.REPEATED_ID,
@@ -245,7 +253,7 @@ def _list_entries(source: Path, entries: Entries, domain: str) -> SourceList:
             continue
         places[clip.id] = f"line {where.rpartition(':')[2]}" if ":" in where else where
         clips.append(clip)
-        for key in set(entry) - {*KEYS, *_LICENCE_KEYS, *TIMES, *NEMO_KEYS, "row"}:
+        for key in set(entry) - {*KEYS, *LICENCE_KEYS, *TIMES, *NEMO_KEYS, "row"}:
             ignored[key] = ignored.get(key, 0) + 1
     if not clips:
         raise UserError(
@@ -272,7 +280,7 @@ def _clip_from_entry(entry: dict, folder: Path, domain: str, where: str) -> Sour
         raise SampleError(Fault.FILE, f"{where}: no such file: {str(path)!r} ({error})") from error
     if reason is not None:
         raise SampleError(Fault.SPECIAL_FILE, f"{where}: no such file: {path} is {reason}")
-    licences = (entry.get(key) for key in _LICENCE_KEYS)  # not a string in some lists by other programs
+    licences = (entry.get(key) for key in LICENCE_KEYS)  # not a string in some lists by other programs
     return SourceClip(
         path=path,
         id=entry.get("id") or _readable(Path(entry["path"])),

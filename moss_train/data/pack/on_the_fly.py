@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moss_train.config.schema import PackConfig
 from moss_train.data.pack.manifest import SourceList, list_clips
-from moss_train.data.pack.pack import content_settings, pack
+from moss_train.data.pack.pack import NothingToPackError, content_settings, pack
 from moss_train.data.pack.preprocess import SILENT
 from moss_train.data.shards.index import INDEX_FILE
 from moss_train.utils.files import file_lock, pluralize, printable
@@ -63,7 +63,14 @@ def pack_cached(options: PackConfig, heldout_fraction: float, key: str = "input"
             folder.mkdir(parents=True, exist_ok=True)
             with progress(f"packing {target.name}", total=len(part.clips)) as bar:
                 to_target = options.replace(out=str(target))
-                report = pack(part, to_target, on_clip=lambda seconds, bar=bar: bar.advance())  # type: ignore[misc]
+                try:
+                    report = pack(part, to_target, on_clip=lambda seconds, bar=bar: bar.advance())  # type: ignore[misc]
+                except NothingToPackError as error:
+                    if part is train:
+                        raise
+                    print(printable(f"nothing is held out: {error}"), file=sys.stderr)
+                    found = replace(found, heldout=None)
+                    continue
             kinds = [f"{count} {kind}" for kind, count in sorted(report.skipped.items())]
             if report.invalid:
                 reasons = "; ".join(bad.reason for bad in report.invalid[:NUM_SHOWN])
@@ -74,7 +81,8 @@ def pack_cached(options: PackConfig, heldout_fraction: float, key: str = "input"
                 print(f"{pluralize(number, 'clip')} {remark}", file=sys.stderr)
             if part is train and report.remarks.get(SILENT) == report.index["num_samples"]:
                 (folder / SILENT_FILE).touch()
-    count = f"{pluralize(len(train.clips), 'file')} to learn from, {len(heldout.clips)} held out"
+    num_heldout = len(heldout.clips) if found.heldout is not None else 0
+    count = f"{pluralize(len(train.clips), 'file')} to learn from, {num_heldout} held out"
     done = "packed into" if todo else "found packed in"
     print(printable(f"{options.input}: {count}, {done} {folder}"), file=sys.stderr)
     return found
@@ -99,11 +107,13 @@ def listing_key(sources: SourceList, options: PackConfig, heldout_fraction: floa
 def split(sources: SourceList, heldout_fraction: float) -> tuple[SourceList, SourceList]:
     """Split the clips into (held out, training); which ones are held out depends on their ids alone.
 
-    The number of clips held out is rounded up; of a single clip, nothing is held out.
+    The number of clips held out is rounded up; of a single clip, nothing is held out. What was skipped while listing
+    stays with the training clips.
     """
     count = math.ceil(heldout_fraction * len(sources.clips)) if len(sources.clips) > 1 else 0
     order = sorted(sources.clips, key=lambda clip: hashlib.sha256(clip.id.encode()).digest())
     chosen = {clip.id for clip in order[:count]}
     heldout = tuple(clip for clip in sources.clips if clip.id in chosen)
     train = tuple(clip for clip in sources.clips if clip.id not in chosen)
-    return replace(sources, clips=heldout), replace(sources, clips=train)
+    total = sources.total
+    return replace(sources, clips=heldout, invalid=(), whole=total), replace(sources, clips=train, whole=total)

@@ -32,6 +32,10 @@ CLIPS_PER_PROCESS = 200
 Outcome = EncodedClip | SkippedClip
 
 
+class NothingToPackError(UserError):
+    """No clip of the input can be used, or all are left out."""
+
+
 @dataclass(frozen=True)
 class PackReport:
     """What was packed and what was not."""
@@ -70,10 +74,12 @@ def pack(
         todo, num_resumed = packer.resume()
         for _ in range(len(sources.clips) - len(todo)):
             on_clip(0.0)
-        clips = (sources.clips[number] for number in todo)
+        clips = (sources.clips[number] for number in todo if sources.clips[number].id not in drop)
         results = map_ordered(preprocess_clip, clips, options)
         try:
-            for number, (clip, result) in zip(todo, results, strict=True):
+            for number in todo:
+                clip = sources.clips[number]
+                result = SkippedClip("dropped") if clip.id in drop else next(results)[1]
                 outcomes: Iterable[Outcome]
                 if isinstance(result, tuple):
                     outcomes = (outcome for _, outcome in map_ordered(preprocess_segment, result, clip, options))
@@ -92,8 +98,8 @@ class _Packer:
     """Sorts clips into one open shard per domain, and indexes and records every shard as it is closed."""
 
     def __init__(self, folder: Path, sources: SourceList, options: PackConfig, drop: frozenset[str]) -> None:
-        self.skipped: Counter[str] = Counter()
-        self.invalid: list[InvalidSample] = list(sources.invalid)
+        self.invalid: list[InvalidSample] = [bad for bad in sources.invalid if bad.name not in drop]
+        self.skipped: Counter[str] = +Counter(dropped=len(sources.invalid) - len(self.invalid))
         self.remarks: Counter[str] = Counter()
         self._folder, self._sources, self._options, self._drop = folder, sources, options, drop
         self._settings = content_settings(options) | {"drop": sorted(drop)}
@@ -131,7 +137,7 @@ class _Packer:
                 inputs.bad.append([clip.id, outcome.reason, str(outcome.fault)])
                 self._check_share()
                 continue
-            if isinstance(outcome, SkippedClip) or {outcome.id, clip.id} & self._drop:
+            if isinstance(outcome, SkippedClip) or outcome.id in self._drop:
                 kind = outcome.kind if isinstance(outcome, SkippedClip) else "dropped"
                 self.skipped[kind] += 1
                 inputs.left_out[kind] += 1
@@ -156,7 +162,7 @@ class _Packer:
         if not self._num_shards:
             minimum = f"min_seconds={self._options.min_seconds}"
             others = "".join(f", {count} {kind}" for kind, count in self.skipped.items() if kind != "too short")
-            raise UserError(
+            raise NothingToPackError(
                 f"{self._sources.key}={self._sources.source}: nothing to pack, {self.skipped['too short']} clips are "
                 f"shorter than {minimum}{others} and {len(self.invalid)} could not be read"
             )
@@ -169,7 +175,7 @@ class _Packer:
 
     def _check_share(self) -> None:
         """Raise UserError when too many files and lines are bad."""
-        share, total = self._options.max_invalid_fraction, len(self._sources.clips) + len(self._sources.invalid)
+        share, total = self._options.max_invalid_fraction, self._sources.total
         if len(self.invalid) <= share * total:
             return
         if share == 0:

@@ -27,7 +27,9 @@ CACHE_GB_VARIABLE = "MOSS_TRAIN_CACHE_GB"
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 1.0  # doubled after every attempt
 SILENCE_SECONDS = 60.0  # a connection that delivers nothing for this long is given up
+ABANDONED_SECONDS = 3600.0  # a partly fetched file that has not grown for this long is of a process that was killed
 
+_PART = ".part-"  # in the names of files that are being fetched
 _SCHEME = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -114,14 +116,18 @@ def _evict_until_fits(size: int) -> None:
         raise UserError(f"{CACHE_GB_VARIABLE}={text} has to be a number of gigabytes above 0")
     if size > limit:
         raise OSError(errno.ENOSPC, f"a shard has {size:,} bytes, more than {CACHE_GB_VARIABLE} allows ({limit:,})")
-    files = []
-    for path in _cache().glob("*/*.tar"):
+    files, total = [], 0
+    for path in (*_cache().glob("*/*.tar"), *_cache().glob(f"*/.*{_PART}*")):
         try:
             status = path.stat()
+            if _PART not in path.name:
+                files.append((status.st_mtime_ns, status.st_size, path))
+            elif time.time() - status.st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+                continue
         except OSError:
             continue  # another process was faster
-        files.append((status.st_mtime_ns, status.st_size, path))
-    total = sum(length for _, length, _ in files)
+        total += status.st_size
     for _, length, path in sorted(files):
         if total + size <= limit:
             return
@@ -132,7 +138,7 @@ def _evict_until_fits(size: int) -> None:
 
 def _fetch(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
     """Fetch a file, complete and checked or not at all, in up to ATTEMPTS attempts. Raises OSError naming the URL."""
-    temporary = path.with_name(f".{path.name}.part-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{_PART}{os.getpid()}")
     try:
         for attempt in range(1, ATTEMPTS + 1):
             try:
