@@ -90,11 +90,33 @@ def test_only_a_few_files_stay_open(tmp_path: Path) -> None:
     files = ShardFiles(capacity=2)
     for name in "abca":
         (tmp_path / name).write_text(name)
-        assert os.pread(files.descriptor(location_of(tmp_path / name)), 9, 0) == name.encode()
+        assert files.open(location_of(tmp_path / name)).read(9, 0) == name.encode()
     assert sum(times_open(tmp_path / name) for name in "abc") == 2
-    assert pickle.loads(pickle.dumps(files)).descriptor(location_of(tmp_path / "a")) >= 0
+    assert pickle.loads(pickle.dumps(files)).open(location_of(tmp_path / "a")).read(9, 0) == b"a"
     files.close()
     assert sum(times_open(tmp_path / name) for name in "abc") == 0
+
+
+def test_a_shard_that_is_being_read_stays_open(tmp_path: Path) -> None:
+    """Its descriptor would belong to one of the others, whose bytes would be taken for its own."""
+    for name in "abc":
+        (tmp_path / name).write_text(name * 3)
+    files = ShardFiles(capacity=1)
+    read = [files.open(location_of(tmp_path / name)) for name in "abc"]
+    assert [shard.read(9, 0) for shard in read] == [b"aaa", b"bbb", b"ccc"]
+    del read
+    assert [times_open(tmp_path / name) for name in "abc"] == [0, 0, 1]
+
+
+def test_many_threads_read_the_right_shards(tmp_path: Path) -> None:
+    locations = []
+    for number in range(12):
+        (tmp_path / f"{number}").write_text(f"{number}" * 5)
+        locations.append(location_of(tmp_path / f"{number}"))
+    files = ShardFiles(capacity=2)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: files.read(locations[number % 12], 0, 99), range(2000)))
+    assert found == [f"{number % 12}".encode() * 5 for number in range(2000)]
 
 
 def times_open(path: Path) -> int:

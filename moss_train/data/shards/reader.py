@@ -5,6 +5,7 @@ import os
 import tarfile
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -32,12 +33,30 @@ class _Span:
     content: bytes
 
 
+class OpenShard:
+    """A file descriptor that is closed once nobody refers to it any more.
+
+    A shard that `ShardFiles` drops may still be read by another thread; a closed descriptor would fail there or, worse,
+    be that of another shard by then.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Return `size` bytes; fewer if the shard ends. Raises OSError."""
+        return os.pread(self.descriptor, size, offset)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 class ShardFiles:
     """Keeps the last few shards open; reads by offset, so threads, and processes after a fork, may share them."""
 
     def __init__(self, capacity: int = 64) -> None:
         self._capacity = capacity
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
+        self._shards: OrderedDict[str, OpenShard] = OrderedDict()
         self._span: _Span | None = None
         self._given_up: dict[str, tuple[float, tuple]] = {}  # remote shard -> time of next try, arguments of the error
 
@@ -45,7 +64,7 @@ class ShardFiles:
         """Return `size` bytes of a clip or its headers; fewer if the shard ends. Raises OSError or SampleError."""
         span = self._span
         if span is None or span.location is not location:
-            return os.pread(self.descriptor(location), size, offset)
+            return self.open(location).read(size, offset)
         return span.content[offset - span.begin : offset - span.begin + size]
 
     def open_audio(self, location: ClipLocation) -> BinaryIO:
@@ -53,7 +72,7 @@ class ShardFiles:
         name = f"{location.shard} at byte {location.audio_offset}"
         if self.fetch(location) is not None:
             return NamedBytes(self.read(location, location.audio_offset, location.audio_size), name)
-        member = _Member(self.descriptor(location), location.audio_offset, location.audio_size, name)
+        member = _Member(self.open(location), location.audio_offset, location.audio_size, name)
         return io.BufferedReader(member, 2**18)
 
     def fetch(self, location: ClipLocation) -> "_Span | None":
@@ -65,58 +84,52 @@ class ShardFiles:
         end = max(location.audio_offset + location.audio_size, location.json_offset + location.json_size)
         self._span = span = None
         if begin >= 0 and end - begin <= SPAN_BYTES:
-            self._span = span = _Span(location, begin, os.pread(self.descriptor(location), end - begin, begin))
+            self._span = span = _Span(location, begin, self.open(location).read(end - begin, begin))
         return span
 
-    def descriptor(self, location: ClipLocation) -> int:
-        """Return a file descriptor of a clip's shard. Raises OSError, or SampleError for a shard of the wrong size."""
+    def open(self, location: ClipLocation) -> OpenShard:
+        """Return a clip's shard, open. Raises OSError, or SampleError for a shard of the wrong size."""
         path = location.shard
-        descriptor = self._descriptors.get(path)
-        if descriptor is None:
+        shard = self._shards.get(path)
+        if shard is None:
             remote = is_remote(path)
             if not remote:
-                opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                found = os.fstat(opened).st_size
+                shard = OpenShard(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                found = os.fstat(shard.descriptor).st_size
                 if found != location.shard_bytes:
-                    os.close(opened)
                     raise SampleError(Fault.INDEX, f"{path} has {found} bytes, the index says {location.shard_bytes}")
             elif time.monotonic() < self._given_up.get(path, (0.0, ()))[0]:
                 raise OSError(*self._given_up[path][1])  # no new attempt for each of its clips
             else:
                 try:
-                    opened = open_shard(path, location.shard_bytes, location.shard_sha256)
+                    shard = OpenShard(open_shard(path, location.shard_bytes, location.shard_sha256))
                 except OSError as error:
                     self._given_up[path] = (time.monotonic() + GIVEN_UP_SECONDS, error.args)
                     raise
-            descriptor = self._descriptors.setdefault(path, opened)
-            if descriptor != opened:
-                os.close(opened)  # another thread was faster
-            if len(self._descriptors) > (min(self._capacity, _OPEN_REMOTE) if remote else self._capacity):
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(path)
-        return descriptor
+            shard = self._shards.setdefault(path, shard)  # of several threads that open it, one stays
+            if len(self._shards) > (min(self._capacity, _OPEN_REMOTE) if remote else self._capacity):
+                self._shards.popitem(last=False)
+        with suppress(KeyError):  # another thread has dropped it
+            self._shards.move_to_end(path)
+        return shard
 
     def close(self) -> None:
-        """Close every file."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        """Close every file that nobody is reading from."""
+        self._shards.clear()
 
     def __getstate__(self) -> dict:
-        return {"_capacity": self._capacity, "_descriptors": OrderedDict(), "_span": None, "_given_up": {}}
-
-    def __del__(self) -> None:
-        self.close()
+        return {"_capacity": self._capacity, "_shards": OrderedDict(), "_span": None, "_given_up": {}}
 
 
 class _Member(PartFile):
     """One member of a tar as a file object."""
 
-    def __init__(self, descriptor: int, offset: int, size: int, name: str) -> None:
-        self._descriptor, self._offset, self._size = descriptor, offset, size
+    def __init__(self, shard: OpenShard, offset: int, size: int, name: str) -> None:
+        self._shard, self._offset, self._size = shard, offset, size
         self.name = name
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self._size - self._position)]
-        count = os.preadv(self._descriptor, [view], self._offset + self._position)
+        count = os.preadv(self._shard.descriptor, [view], self._offset + self._position)
         self._position += count
         return count
