@@ -53,6 +53,14 @@ def test_discriminators_learn_every_nth_update_and_judge_along_a_ramp():
 
 
 @pytest.mark.parametrize(
+    ("updates", "warmup", "is_long"), [(6000, 2000, True), (6001, 2000, False), (0, 2000, False), (5, 9, True)]
+)
+def test_a_warmup_of_a_third_of_a_stage_is_long(updates, warmup, is_long):
+    stages = [STAGES[1], {"name": "decay", "updates": updates, "batch_seconds": 1.0, "warmup_updates": warmup}]
+    assert list(Schedule.from_config(stages).long_warmups) == ["stages.1"] * is_long
+
+
+@pytest.mark.parametrize(
     ("change", "path"),
     [
         ({"batch_seconds": 0}, "batch_seconds"),

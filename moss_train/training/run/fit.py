@@ -39,7 +39,7 @@ from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import Schedule
 from moss_train.utils.checkpoint import list_checkpoints, resume_checkpoint
 from moss_train.utils.errors import UserError
-from moss_train.utils.files import atomic_write, file_lock, printable, read_json, read_yaml
+from moss_train.utils.files import atomic_write, file_lock, pluralize, printable, read_json, read_yaml, warn
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
@@ -104,6 +104,12 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     trainer = build_trainer(config.trainer, accelerator, [preemption, *callbacks], config.checkpoint.background)
     shards = trainer.world_size if config.trainer.strategy == "fsdp" else 1
     check_memory(replace(size, shards=shards), trainer.strategy.root_device, trainer.num_devices)
+    if trainer.is_global_zero:
+        for path, stage in schedule.long_warmups.items():
+            warn(
+                f"{path} ({stage.name}): the learning rate rises for {min(stage.warmup_updates, stage.updates):,} of "
+                f"{pluralize(stage.updates, 'update')}; set {path}.warmup_updates if that is not meant"
+            )
     directory.mkdir(parents=True, exist_ok=True)
     patience = LAUNCHED_LOCK_TIMEOUT_SECONDS if started_processes() else LOCK_TIMEOUT_SECONDS
     with file_lock(directory / LOCK_FILE, str(directory), patience) if trainer.is_global_zero else nullcontext():

@@ -103,6 +103,18 @@ class Schedule:
         """Whether any stage needs discriminators."""
         return any(stage.adversarial for stage in self.stages)
 
+    @property
+    def long_warmups(self) -> dict[str, Stage]:
+        """Stages, by their config path, whose warm-up takes a third of their updates or more.
+
+        The default of 2,000 updates is meant for long stages; in a short one the rate may never reach its peak.
+        """
+        return {
+            f"stages.{number}": stage
+            for number, stage in enumerate(self.stages)
+            if stage.updates and 3 * stage.warmup_updates >= stage.updates
+        }
+
     def at(self, update: int) -> ScheduleState:
         """Return the stage of update number `update` (from 0); the end of the run belongs to the last stage."""
         for stage in self.stages[:-1]:
