@@ -84,7 +84,9 @@ class CatModule(lightning.LightningModule):
             raise ValueError("a stage is adversarial, but there are no discriminators")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.tokenizer = MossAudioTokenizerModel(tokenizer_config(tokenizer))
+            config = tokenizer_config(tokenizer)
+            config.compute_dtype = None  # meant for inference; the trainer sets the precision of training
+            self.tokenizer = MossAudioTokenizerModel(config)
             latent_dim = self.tokenizer.config.quantizer_kwargs["output_dim"]
             self.semantic = build(semantic, path="semantic", latent_dim=latent_dim) if semantic else None
             built = [build(node, path=f"discriminators[{i}]") for i, node in enumerate(discriminators)]

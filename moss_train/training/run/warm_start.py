@@ -171,7 +171,7 @@ def initialize(module: CatModule, init_plan: InitPlan) -> dict[str, WeightReport
     """
     assert init_plan.source is not None
     weights = init_plan.source.load()
-    old, new = init_plan.source.tokenizer, module.tokenizer.config
+    old, new = init_plan.source.tokenizer, init_plan.tokenizer_config
     made = resampled_projections(old, new, weights["tokenizer"])
     reports = {"tokenizer": load_matching_weights(module.tokenizer, weights["tokenizer"], made)}
     for name in NETWORKS:
