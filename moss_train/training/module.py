@@ -94,6 +94,11 @@ class CatModule(lightning.LightningModule):
         self.objective = Objective(self.tokenizer.output_sampling_rate, **rename_keys(ObjectiveConfig, objective or {}))
         for stage in self.schedule.stages:
             self.objective.stage_weights(stage)  # raises for unknown terms
+        if self.schedule.adversarial and not self.objective.trains_discriminators:
+            raise ValueError(
+                "a stage is adversarial, but objective.losses has none that trains the discriminators, as "
+                "LeastSquaresLoss does"
+            )
         self.update = 0
         self.position = 0
         self.consecutive_skipped = 0

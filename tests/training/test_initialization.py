@@ -114,6 +114,12 @@ def test_networks_that_init_does_not_bring_are_new_and_have_a_warm_up(small_conf
     assert [(stage.semantic_warmup_updates, stage.discriminator_warmup_updates) for stage in stages] == [(3, 0), (0, 3)]
 
 
+def test_a_stage_without_updates_has_no_warm_up(small_config, exported):
+    config = small_config(f"init={exported}", "tokenizer=null", "new_module_warmup_updates=3", "stages.0.updates=0")
+    stages = CatModule(**plan_initialization(config).arguments).schedule.stages
+    assert [(stage.semantic_warmup_updates, stage.discriminator_warmup_updates) for stage in stages] == [(0, 0), (3, 3)]
+
+
 @pytest.mark.parametrize("compute_dtype", ["bf16", "fp16"])
 def test_the_precision_of_training_is_not_that_of_inference(finetune_config, exported, tmp_path, compute_dtype):
     """In float16 without a loss scale, gradients would be zero or not finite."""
