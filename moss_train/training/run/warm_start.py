@@ -50,6 +50,11 @@ class InitPlan:
         """Architecture of the tokenizer; `plan_initialization` has reported any error in it."""
         return tokenizer_config(self.arguments["tokenizer"])
 
+    @property
+    def num_kept_levels(self) -> int | None:
+        """Number of levels of the quantizer of `init`; None without `init`, or when resuming."""
+        return None if self.source is None else self.source.tokenizer.num_quantizers
+
 
 def plan_initialization(config: FitConfig, directory: Path | None = None) -> InitPlan:
     """Decide on the architecture of a `fit` configuration; nothing is built yet.
