@@ -84,7 +84,9 @@ class CatModule(lightning.LightningModule):
             raise ValueError("a stage is adversarial, but there are no discriminators")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.tokenizer = MossAudioTokenizerModel(tokenizer_config(tokenizer))
+            config = tokenizer_config(tokenizer)
+            config.compute_dtype = None  # meant for inference; the trainer sets the precision of training
+            self.tokenizer = MossAudioTokenizerModel(config)
             latent_dim = self.tokenizer.config.quantizer_kwargs["output_dim"]
             self.semantic = build(semantic, path="semantic", latent_dim=latent_dim) if semantic else None
             built = [build(node, path=f"discriminators[{i}]") for i, node in enumerate(discriminators)]
@@ -92,6 +94,11 @@ class CatModule(lightning.LightningModule):
         self.objective = Objective(self.tokenizer.output_sampling_rate, **rename_keys(ObjectiveConfig, objective or {}))
         for stage in self.schedule.stages:
             self.objective.stage_weights(stage)  # raises for unknown terms
+        if self.schedule.adversarial and not self.objective.trains_discriminators:
+            raise ValueError(
+                "a stage is adversarial, but objective.losses has none that trains the discriminators, as "
+                "LeastSquaresLoss does"
+            )
         self.update = 0
         self.position = 0
         self.consecutive_skipped = 0

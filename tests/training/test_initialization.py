@@ -114,6 +114,27 @@ def test_networks_that_init_does_not_bring_are_new_and_have_a_warm_up(small_conf
     assert [(stage.semantic_warmup_updates, stage.discriminator_warmup_updates) for stage in stages] == [(3, 0), (0, 3)]
 
 
+def test_a_stage_without_updates_has_no_warm_up(small_config, exported):
+    config = small_config(f"init={exported}", "tokenizer=null", "new_module_warmup_updates=3", "stages.0.updates=0")
+    stages = CatModule(**plan_initialization(config).arguments).schedule.stages
+    assert [(stage.semantic_warmup_updates, stage.discriminator_warmup_updates) for stage in stages] == [(0, 0), (3, 3)]
+
+
+@pytest.mark.parametrize("compute_dtype", ["bf16", "fp16"])
+def test_the_precision_of_training_is_not_that_of_inference(finetune_config, exported, tmp_path, compute_dtype):
+    """In float16 without a loss scale, gradients would be zero or not finite."""
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    options = json.loads((folder / "config.json").read_text()) | {"compute_dtype": compute_dtype}
+    (folder / "config.json").write_text(json.dumps(options))
+    plain, half = (begin(finetune_config(f"init={path}"))[0] for path in (exported, folder))
+    audio = torch.randn(1, 1, 1920, generator=torch.Generator().manual_seed(0))
+    latents = [module.tokenizer.encode_latent(audio) for module in (plain, half)]
+    assert torch.equal(*latents)
+    assert torch.equal(*(module.tokenizer.decode_latent(latents[0]) for module in (plain, half)))
+    assert half.hparams["tokenizer"]["compute_dtype"] == compute_dtype  # an export of the run has it again
+
+
 def test_weights_are_named_where_only_some_of_a_network_were_kept(capsys):
     source = ModelSource("x", None, {}, dict)
     names = tuple(f"layer.{number}" for number in range(324))

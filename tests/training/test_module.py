@@ -125,6 +125,12 @@ def test_an_adversarial_stage_needs_discriminators(small_config):
         CatModule(**plan_initialization(small_config()).arguments | {"discriminators": []})
 
 
+def test_an_adversarial_stage_needs_a_loss_that_trains_them(small_config):
+    config = small_config("objective.losses.adversarial=null")
+    with pytest.raises(ValueError, match=r"objective\.losses has none that trains the discriminators"):
+        CatModule(**plan_initialization(config).arguments)
+
+
 def test_unknown_arguments_name_their_place(small_config):
     with pytest.raises(UserError, match=r"discriminators\[0\].*num_periods"):
         CatModule(**plan_initialization(small_config("+discriminators.0.num_periods=3")).arguments)

@@ -14,7 +14,7 @@ from moss_train.data.shards import remote
 from moss_train.data.shards.index import ShardIndex
 from moss_train.data.stream.stream import AudioStream, ClipFormat
 from moss_train.export.load import load_tokenizer
-from moss_train.model.quantizer import ResidualLFQ
+from moss_train.model.quantizer import ResidualLFQ, apply_pointwise
 from moss_train.training.callbacks.quantizer import read_clips
 from moss_train.training.loggers.base import read_table
 from moss_train.training.step.quantizer_start import fit_quantizer, pass_unquantized
@@ -55,6 +55,38 @@ def test_what_is_left_is_what_the_quantizer_leaves(quantizer, latents):
 
 def output_weight(quantizer: ResidualLFQ) -> torch.Tensor:
     return quantizer.output_proj.weight[:, :, 0].detach()
+
+
+def test_levels_of_a_model_stay_and_added_ones_take_what_they_leave(quantizer, latents):
+    fit_quantizer(quantizer, latents[:, :24].flip(1))  # to something else, so that much is left
+    kept = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    with torch.no_grad():
+        for level in quantizer.quantizers[2:]:
+            level.codebook.weight.normal_()
+    left = fit_quantizer(quantizer, latents, num_kept=2)
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(value, kept[name]) or name.startswith(("quantizers.2.", "quantizers.3."))
+    assert left[3] < left[2] < 0.5 * left[1]
+    hidden = apply_pointwise(quantizer.input_proj, latents[None])[0]
+    codes = quantizer(latents[None]).codes
+    decoded = sum(level.decode(codes[number])[0] for number, level in enumerate(quantizer.quantizers))
+    assert ((hidden - decoded).var(0).sum() / hidden.var(0).sum()).item() == pytest.approx(left[3], rel=1e-3)
+
+
+def test_levels_that_are_added_to_init_are_fitted_at_the_start(small_overrides, tmp_path, capfd):
+    old, new = tmp_path / "old", tmp_path / "new"
+    common = "batch_seconds: 2.0, learning_rate: 1.0e-9, final_learning_rate: 1.0e-9, adversarial: false"
+    short = [*small_overrides, f"stages=[{{name: one, updates: 1, {common}}}]"]
+    assert main(["fit", *short, f"run_dir={old}"]) == 0
+    more = ["tokenizer=null", "+tokenizer.num_quantizers=6"]
+    assert main(["fit", *short, *more, f"init={old}", f"run_dir={new}"]) == 0
+    assert "levels 5 to 6 fitted" in capfd.readouterr().err
+    levels = load_tokenizer(new).quantizer.quantizers
+    for before, after in zip(load_tokenizer(old).quantizer.quantizers, levels, strict=False):
+        torch.testing.assert_close(after.codebook.weight, before.codebook.weight)
+    weights = [level.out_proj.weight[..., 0] for level in levels[4:]]  # principal directions are orthogonal
+    for gram in (weight.T @ weight for weight in weights):
+        torch.testing.assert_close(gram, torch.eye(8) * gram[0, 0], atol=1e-4 * gram[0, 0].item(), rtol=0)
 
 
 def test_a_fit_depends_on_latents_and_seed_alone(quantizer, latents):

@@ -9,6 +9,7 @@ import torch
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
+from moss_train.training import CatModule
 from moss_train.training.loggers.base import read_table
 from moss_train.training.run.warm_start import plan_initialization
 from moss_train.utils.errors import UserError
@@ -76,3 +77,11 @@ def test_its_weight_follows_the_channels_unless_it_is_given(small_config, overri
 def test_a_mono_tokenizer_cannot_have_it(small_config):
     with pytest.raises(UserError, match=r"objective\.weights\.mid_side=1\.0 needs two channels, the tokenizer has 1"):
         plan_initialization(small_config("objective.weights.mid_side=1.0"))
+    with pytest.raises(UserError, match=r"stages\.1\.weights\.mid_side=0\.5 needs two channels, the tokenizer has 1"):
+        plan_initialization(small_config("+stages.1.weights.mid_side=0.5"))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_it_can_be_taken_away(small_config, channels):
+    config = small_config("objective.losses.mid_side=null", f"+tokenizer.number_channels={channels}")
+    assert "mid_side" not in CatModule(**plan_initialization(config).arguments).objective.names

@@ -43,6 +43,7 @@ def build_callbacks(
     num_quantizers: int,
     codebook_size: int,
     objective: Objective,
+    num_kept_levels: int | None,
 ) -> list[Callback]:
     """Return the callbacks of a run in their order: an update is logged before its checkpoint is written.
 
@@ -50,6 +51,7 @@ def build_callbacks(
         held_out: packed folders to validate on if `validation.data` is not set.
         last: update at which the run ends.
         objective: objective of the run, for the names of its losses.
+        num_kept_levels: number of levels that come from `init`, None without it.
 
     Raises:
         UserError: a setting is invalid.
@@ -91,7 +93,7 @@ def build_callbacks(
         StartupMessages(notices),
         RunRecords(directory),
         UpdateMetrics(run_log, clock, Utilization(config), counter, stream.domains, config.logging.window_updates),
-        QuantizerFit(stream),
+        QuantizerFit(stream, num_kept_levels),
         *validation,
         *build_own(config, "callbacks", Callback),
         checkpoints,

@@ -1,4 +1,4 @@
-"""Fit the quantizer to training clips after a stage without it."""
+"""Fit the quantizer to training clips: after a stage without it, or levels that are added to those of `init`."""
 
 import sys
 from contextlib import suppress
@@ -12,7 +12,7 @@ from torch import Tensor
 from moss_train.data.stream.sample_reader import SampleReader
 from moss_train.data.stream.stream import AudioStream
 from moss_train.training.distributed.collectives import broadcast_from_rank0, gather_over_ranks
-from moss_train.training.module import cat_module
+from moss_train.training.module import CatModule, cat_module
 from moss_train.training.step.quantizer_start import fit_quantizer
 from moss_train.utils.errors import SampleError, UserError
 
@@ -26,17 +26,33 @@ MAX_FIT_CLIPS = 100_000
 class QuantizerFit(Callback):
     """Fits the quantizer's levels at the end of a stage that does not quantize, before validation and checkpoint.
 
+    Levels that `init` does not have are fitted at the start of the run, unless such a stage follows.
     All ranks fit them to the same clips, the first ones of the training stream, and then copy the result of rank 0.
+
+    Args:
+        num_kept: number of levels that come from `init`; None if the run does not start from a model.
     """
 
-    def __init__(self, stream: AudioStream) -> None:
+    def __init__(self, stream: AudioStream, num_kept: int | None = None) -> None:
         self.stream = stream
+        self.num_kept = num_kept
 
-    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cat_module(pl_module)
+        has_new = self.num_kept is not None and self.num_kept < module.tokenizer.config.num_quantizers
+        if module.update == 0 and has_new and not module.schedule.quantizer_fits:
+            self._fit(trainer, module, self.num_kept or 0)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         module = cat_module(pl_module)
-        if module.update not in module.schedule.quantizer_fits:
-            return
+        if module.update in module.schedule.quantizer_fits:
+            self._fit(trainer, module, 0)
+            if module.average is not None:
+                module.average.start(module.tokenizer)
+
+    @torch.no_grad()
+    def _fit(self, trainer: Trainer, module: CatModule, num_kept: int) -> None:
+        """Fit all levels but the first `num_kept`."""
         tokenizer = module.tokenizer
         seconds = min(FIT_SECONDS, sum(self.stream.available_seconds.values()))
         least = FRAMES_PER_CODE * tokenizer.config.quantizer_kwargs["codebook_size"]
@@ -44,13 +60,12 @@ class QuantizerFit(Callback):
         # A clip that one rank cannot read is left out on all: each forward pass of a sharded model is a collective.
         common = sorted(set.intersection(*map(set, gather_over_ranks(list(clips)))))
         latents = [tokenizer.encode_latent(clips[position][None].to(module.device))[0] for position in common]
-        left = fit_quantizer(tokenizer.quantizer, torch.cat(latents))[-1]
+        left = fit_quantizer(tokenizer.quantizer, torch.cat(latents), num_kept=num_kept)[-1]
         for tensor in (*tokenizer.quantizer.parameters(), *tokenizer.quantizer.buffers()):
             broadcast_from_rank0(tensor.data)
-        if module.average is not None:
-            module.average.start(tokenizer)
         if trainer.is_global_zero:
-            print(f"quantizer fitted, {left:.0%} of the latent's variance is left after all levels", file=sys.stderr)
+            fitted = f"levels {num_kept + 1} to {tokenizer.config.num_quantizers}" if num_kept else "quantizer"
+            print(f"{fitted} fitted, {left:.0%} of the latent's variance is left after all levels", file=sys.stderr)
 
 
 def read_clips(stream: AudioStream, num_frames: int) -> dict[int, Tensor]:

@@ -99,7 +99,7 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
     quantizer = init_plan.tokenizer_config.quantizer_kwargs
     sizes = quantizer["num_quantizers"], quantizer["codebook_size"]
     objective = Objective(stream.clip_format.stored_rate, **init_plan.arguments["objective"])
-    callbacks = build_callbacks(config, held_out, last, stream, *sizes, objective)
+    callbacks = build_callbacks(config, held_out, last, stream, *sizes, objective, init_plan.num_kept_levels)
     preemption = PreemptionHandler()
     trainer = build_trainer(config.trainer, accelerator, [preemption, *callbacks], config.checkpoint.background)
     shards = trainer.world_size if config.trainer.strategy == "fsdp" else 1

@@ -50,6 +50,11 @@ class InitPlan:
         """Architecture of the tokenizer; `plan_initialization` has reported any error in it."""
         return tokenizer_config(self.arguments["tokenizer"])
 
+    @property
+    def num_kept_levels(self) -> int | None:
+        """Number of levels of the quantizer of `init`; None without `init`, or when resuming."""
+        return None if self.source is None else self.source.tokenizer.num_quantizers
+
 
 def plan_initialization(config: FitConfig, directory: Path | None = None) -> InitPlan:
     """Decide on the architecture of a `fit` configuration; nothing is built yet.
@@ -110,24 +115,29 @@ def complete_arguments(
 
     A mid/side weight of null becomes 1 for stereo and 0 otherwise. The run's `trainable` applies to stages that do not
     name their own parts. New networks get a warm-up of at least `new_module_warmup_updates`, during which they learn
-    without influence on the others: discriminators in the first adversarial stage, the text LM in the first stage.
+    without influence on the others: discriminators in the first adversarial stage, the text LM in the first stage, not
+    counting stages without updates.
 
     Raises:
-        UserError: a mid/side weight is set, but there are not two channels.
+        UserError: a mid/side weight is set, in the objective or in a stage, but there are not two channels.
     """
     channels = tokenizer_config(tokenizer).number_channels
     discriminators = []
     for node in networks["discriminators"] or ():  # for mono, nodes do not state the number of channels
         others = {key: value for key, value in node.items() if key != "num_channels"}
         discriminators.append(others if channels == 1 else {**others, "num_channels": channels})
-    weight = config.objective.weights["mid_side"]
-    if weight and channels != 2:
-        raise UserError(f"objective.weights.mid_side={weight} needs two channels, the tokenizer has {channels}")
-    weights = {**config.objective.weights, "mid_side": float(channels == 2) if weight is None else weight}
+    weights = dict(config.objective.weights)  # without those of losses that are taken away
+    if "mid_side" in weights and weights["mid_side"] is None:
+        weights["mid_side"] = float(channels == 2)
+    places = {f"stages.{number}.weights": stage.weights for number, stage in enumerate(config.stages)}
+    for place, given in ({"objective.weights": weights} | places).items():
+        if given.get("mid_side") and channels != 2:
+            raise UserError(f"{place}.mid_side={given['mid_side']} needs two channels, the tokenizer has {channels}")
     stages = [stage.to_plain() | {"trainable": stage.trainable or config.trainable} for stage in config.stages]
+    used = [stage for stage in stages if stage["updates"]]
     warmups = {
-        "discriminators": ("discriminator_warmup_updates", [stage for stage in stages if stage.get("adversarial")]),
-        "semantic": ("semantic_warmup_updates", stages),
+        "discriminators": ("discriminator_warmup_updates", [stage for stage in used if stage["adversarial"]]),
+        "semantic": ("semantic_warmup_updates", used),
     }
     for name in new:
         key, concerned = warmups[name]
@@ -171,7 +181,7 @@ def initialize(module: CatModule, init_plan: InitPlan) -> dict[str, WeightReport
     """
     assert init_plan.source is not None
     weights = init_plan.source.load()
-    old, new = init_plan.source.tokenizer, module.tokenizer.config
+    old, new = init_plan.source.tokenizer, init_plan.tokenizer_config
     made = resampled_projections(old, new, weights["tokenizer"])
     reports = {"tokenizer": load_matching_weights(module.tokenizer, weights["tokenizer"], made)}
     for name in NETWORKS:

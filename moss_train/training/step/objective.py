@@ -196,6 +196,11 @@ class Objective(nn.Module):
         """Terms that are computed from the decoder's output."""
         return (*self._names(AudioLoss), *self._names(AdversarialLoss))
 
+    @property
+    def trains_discriminators(self) -> bool:
+        """Whether a loss trains the discriminators; an adversarial stage needs one."""
+        return any(hasattr(loss, "discriminator_loss") for loss in self.losses.values())
+
     def stage_weights(self, stage: Stage) -> dict[str, float]:
         """Return the weight of every term in a stage."""
         return with_weights(self.weights, stage.weights)
@@ -266,8 +271,6 @@ class Objective(nn.Module):
     ) -> Tensor:
         """Compute the discriminators' own loss, to be differentiated with respect to their parameters only."""
         losses: list[Any] = [loss for loss in self.losses.values() if hasattr(loss, "discriminator_loss")]
-        if not losses:
-            raise ValueError("objective.losses has none that trains the discriminators, as LeastSquaresLoss does")
         return torch.stack([loss.discriminator_loss(real, generated, counts.clips) for loss in losses]).sum()
 
     def crop(self, audio: Tensor, batch: Batch) -> Tensor:

@@ -1,9 +1,10 @@
-"""Fit the residual quantizer to data after the tokenizer has trained without it.
+"""Fit levels of the residual quantizer to data, after the tokenizer has trained without them.
 
 A residual quantizer with random projections and codebooks destroys most of the latent: for hundreds of updates the
 decoder gets no fine detail, such as the phase of a voice. A stage with `quantize: false` therefore trains encoder and
 decoder on the continuous latent. Before the next stage, every level is fitted: it projects onto the principal
-directions of the residual that the earlier levels leave, and its codebook comes from a spherical k-means there.
+directions of the residual that the earlier levels leave, and its codebook comes from a spherical k-means there. Levels
+that are added to a trained model are fitted to what its own levels leave; random ones would spoil its audio.
 """
 
 import torch
@@ -28,16 +29,17 @@ def pass_unquantized(quantizer: ResidualLFQ, latent: Tensor) -> QuantizerOutput:
 
 
 @torch.no_grad()
-def fit_quantizer(quantizer: ResidualLFQ, latents: Tensor, seed: int = 0) -> list[float]:
-    """Fit every level to latents and return the share of their variance that is left after each level.
+def fit_quantizer(quantizer: ResidualLFQ, latents: Tensor, seed: int = 0, num_kept: int = 0) -> list[float]:
+    """Fit levels to latents and return the share of their variance that is left after each level.
 
-    On the first level, codewords are about as long as after the usual initialisation (a root mean square of 1 per
-    dimension). Later levels use the same scale, so their codewords shrink along with the residual, and a later level is
-    no more sensitive than the first.
+    On the first fitted level, codewords are about as long as after the usual initialisation (a root mean square of 1
+    per dimension). Later levels use the same scale, so their codewords shrink along with the residual, and a later
+    level is no more sensitive than the first.
 
     Args:
         latents: [M, D], inputs of the quantizer; M is at least the codebook size.
         seed: seed for the k-means.
+        num_kept: number of first levels that stay as they are.
 
     Raises:
         ValueError: there are fewer latents than codes in a level.
@@ -51,7 +53,12 @@ def fit_quantizer(quantizer: ResidualLFQ, latents: Tensor, seed: int = 0) -> lis
     total = (rest - rest.mean(0)).square().sum()
     scale: Tensor | None = None
     left = []
-    for level in levels:
+    for number, level in enumerate(levels):
+        if number < num_kept:
+            codes = level.search(rest[None].float().to(level.codebook.weight.device))[1]
+            rest = rest - level.decode(codes)[0].cpu().double()
+            left.append(((rest - rest.mean(0)).square().sum() / total.clamp(min=1e-30)).item())
+            continue
         mean = rest.mean(0)
         values, vectors = torch.linalg.eigh((rest - mean).T @ (rest - mean) / len(rest))
         directions = vectors[:, -level.codebook.embedding_dim :]
