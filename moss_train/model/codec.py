@@ -100,6 +100,11 @@ class LatentCodec(PreTrainedModel):
             raise ValueError(f"this model has no {name}: it was loaded or exported with part={self.part!r}")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of encoder and decoder; the quantizer, all that half a model has before them, is float32."""
+        return next((self.decoder if self.part == "decoder" else self.encoder).parameters()).dtype
+
+    @property
     def execution_device(self) -> torch.device:
         """Return the device that computes; accelerate may keep the weights elsewhere."""
         device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
