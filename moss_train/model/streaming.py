@@ -1,6 +1,7 @@
 """Streaming encode and decode in chunks of any size, equal to the offline result."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,14 @@ from .argument_checks import check_audio, check_codes, check_samples
 from .codec import LatentCodec, MossAudioTokenizerDecoderOutput, block_frames
 from .kv_cache import StageState
 from .quantizer import FoldedQuantizer
+
+
+def without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a method without gradients, and outside of the caller's inference mode.
+
+    The state of a stream would otherwise be inference tensors, which no later call outside of that mode may change.
+    """
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class StreamGroup:
@@ -133,7 +142,7 @@ class MossAudioTokenizerStream:
             self.groups.append(group)
         self._pending = [self._no_samples() for _ in range(batch_size)]
 
-    @torch.no_grad()
+    @without_gradients
     def encode(self, chunk: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take any number of samples and return the codes of the frames they complete.
 
@@ -162,7 +171,7 @@ class MossAudioTokenizerStream:
         ready = [samples[:, : n * hop] for samples, n in zip(arrived, frames, strict=True)]
         return self._encode_frames(pad_rows(ready), frames)
 
-    @torch.no_grad()
+    @without_gradients
     def flush(self) -> tuple[Tensor, Tensor]:
         """Encode the remaining samples of a partial frame, zero-padded; returns the same as `encode`.
 
@@ -173,7 +182,7 @@ class MossAudioTokenizerStream:
         self._pending = [self._no_samples() for _ in ready]
         return self._encode_frames(pad_rows(ready), [x.shape[1] // hop for x in ready])
 
-    @torch.no_grad()
+    @without_gradients
     def decode(self, codes: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the audio of the next frames of codes.
 
