@@ -113,7 +113,8 @@ class MossAudioTokenizerStream:
     Args:
         num_quantizers: levels to encode, all by default.
         chunk_frames: code frames per call that the buffers are sized for; others give the same result, only slower.
-        cuda_graphs: on CUDA, replay captured graphs, one per shape of the input (see `GraphedStep`).
+        cuda_graphs: on CUDA, replay captured graphs, one per shape of the input (see `GraphedStep`), if all weights are
+            on one GPU.
         batch_invariant: make an item's results independent, to the last bit, of the other items and their number: each
             is computed alone and unpadded, without the speed-up of batching. (They still depend on the chunk sizes.)
     """
@@ -134,7 +135,8 @@ class MossAudioTokenizerStream:
         self.batch_size = batch_size
         self.num_quantizers = model.check_num_quantizers(num_quantizers)
         size = 1 if batch_invariant else batch_size
-        quantizer = FoldedQuantizer(model.quantizer)
+        cuda_graphs = cuda_graphs and {weight.device for weight in model.parameters()} == {model.execution_device}
+        quantizer = FoldedQuantizer(model.quantizer, model.execution_device)
         self.groups: list[StreamGroup] = []
         for _ in range(batch_size // size):
             first = self.groups[0] if self.groups else None
