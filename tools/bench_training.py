@@ -307,6 +307,7 @@ def updates_of(config: FitConfig, case: Case, module: CatModule, options: argpar
         micro_batch_seconds=config.data.micro_batch_seconds,
         max_text_tokens=config.data.max_text_tokens,
         num_workers=config.data.num_workers,
+        pin_memory=torch.cuda.is_available(),
     )
 
 

@@ -57,6 +57,7 @@ def train_in_memory(config: FitConfig, module: CatModule, callbacks: Sequence[Ca
         micro_batch_seconds=config.data.micro_batch_seconds,
         max_text_tokens=config.data.max_text_tokens,
         num_workers=config.data.num_workers,
+        pin_memory=accelerator == "cuda",
     )
     trainer.fit(module, loader)
 

@@ -113,6 +113,7 @@ class MultiheadAttention(nn.Module):
         rotate_in_place(qkv[:, :, : 2 * heads], rotation)
         parts = []
         for step in chunk.steps:
+            step = step.to(ring.device)
             seen = step.write(ring, qkv[:, :, heads:])
             queries = qkv[:, step.start : step.stop, :heads].transpose(1, 2).to(ring.dtype)
             parts.append(F.scaled_dot_product_attention(queries, seen[:, :heads], seen[:, heads:], attn_mask=step.mask))

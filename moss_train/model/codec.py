@@ -100,6 +100,11 @@ class LatentCodec(PreTrainedModel):
             raise ValueError(f"this model has no {name}: it was loaded or exported with part={self.part!r}")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of encoder and decoder; the quantizer, all that half a model has before them, is float32."""
+        return next((self.decoder if self.part == "decoder" else self.encoder).parameters()).dtype
+
+    @property
     def execution_device(self) -> torch.device:
         """Return the device that computes; accelerate may keep the weights elsewhere."""
         device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
@@ -257,7 +262,7 @@ def encode_chunked(
     batch, frames = audio.shape[0], codec.num_frames(audio.shape[2])
     block = block_frames(codec, chunk, frames)
     states = codec.new_states("encoder", batch, block) if block < frames else None
-    quantizer = FoldedQuantizer(codec.quantizer)
+    quantizer = FoldedQuantizer(codec.quantizer, codec.execution_device)
     codes = torch.empty(num_quantizers, batch, frames, dtype=torch.int64, device=audio.device)
     latent = torch.empty(0)
     for start in range(0, frames, block):
@@ -298,7 +303,7 @@ def decode_chunked(codec: LatentCodec, codes: Tensor, chunk: int | None) -> Tens
     batch, frames, hop = codes.shape[1], codes.shape[2], codec.config.upsample_rate
     block = block_frames(codec, chunk, frames)
     states = codec.new_states("decoder", batch, block) if block < frames else None
-    quantizer = FoldedQuantizer(codec.quantizer)
+    quantizer = FoldedQuantizer(codec.quantizer, codec.execution_device)
     audio = torch.empty(batch, codec.config.number_channels, 0, dtype=codec.dtype, device=codes.device)
     for start in range(0, frames, block):
         stop = min(start + block, frames)

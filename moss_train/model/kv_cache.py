@@ -56,7 +56,7 @@ class StageState:
 
     def reset(self, items: Tensor) -> None:
         """Restart the streams of the given batch items (bool [B])."""
-        self.position.masked_fill_(items, 0)
+        self.position.masked_fill_(items.to(self.position.device), 0)
         if items.device.type == "cpu" and bool(items.all()):
             self.num_written = 0
 
@@ -65,7 +65,7 @@ class StageState:
 class StreamStep:
     """Frames `start` to `stop` of a chunk: the slots that they are written to and those that they attend to.
 
-    All layers of a stage share it.
+    All layers of a stage share it, and layers on another GPU a copy.
 
     Attributes:
         slots: [B * frames] index into the flattened [B * (capacity + 1)] slots.
@@ -77,6 +77,12 @@ class StreamStep:
     stop: int
     slots: Tensor
     mask: Tensor
+
+    def to(self, device: torch.device) -> "StreamStep":
+        """Return the step on a device."""
+        if self.slots.device == device:
+            return self
+        return StreamStep(self.start, self.stop, self.slots.to(device), self.mask.to(device))
 
     def write(self, ring: Tensor, frames: Tensor) -> Tensor:
         """Write the step's part of a chunk [B, T, 2 * H, D] into a ring; returns the slots [B, 2 * H, slots, D]."""
@@ -96,7 +102,7 @@ class StreamChunk:
     def __init__(self, state: StageState, frames: int, num_frames: Tensor | None) -> None:
         self.state = state
         self.frames = frames
-        self.num_frames = num_frames
+        self.num_frames = None if num_frames is None else num_frames.to(state.position.device)
         self.offsets = torch.arange(frames, device=state.position.device)
         self.positions = state.position[:, None] + self.offsets
         starts = range(0, frames, state.longest_step)

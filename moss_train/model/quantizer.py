@@ -200,13 +200,19 @@ class LevelWeights(NamedTuple):
 
 
 class FoldedQuantizer:
-    """A copy of the quantizer's current weights (see `LevelWeights`), for many calls without gradients."""
+    """A copy of the quantizer's current weights (see `LevelWeights`), for many calls without gradients.
 
-    def __init__(self, quantizer: ResidualLFQ) -> None:
+    Args:
+        device: where it computes, by default where the weights are. A model on several GPUs has its inputs elsewhere.
+    """
+
+    def __init__(self, quantizer: ResidualLFQ, device: torch.device | None = None) -> None:
         rows = cast(LFQ, quantizer.quantizers[0]).codebook  # its device is read after `fetched` has loaded its weight
         with torch.no_grad(), fetched(quantizer), torch.autocast(rows.weight.device.type, enabled=False):
-            self.project_in, self.project_out = folded(quantizer.input_proj), folded(quantizer.output_proj)
-            self.weights = LevelWeights.of(quantizer)
+            device = rows.weight.device if device is None else device
+            self.project_in = folded(quantizer.input_proj).to(device)
+            self.project_out = folded(quantizer.output_proj).to(device)
+            self.weights = LevelWeights._make(weight.to(device) for weight in LevelWeights.of(quantizer))
             self.directions = self.weights.directions()
 
     @torch.no_grad()
@@ -215,7 +221,7 @@ class FoldedQuantizer:
         weights = self.weights
         width = num_quantizers * weights.rows.shape[2]
         with torch.autocast(latent.device.type, enabled=False):
-            residual = self.project_in(latent.float()).flatten(0, 1)
+            residual = self.project_in(latent.to(weights.rows.device, torch.float32)).flatten(0, 1)
             first = F.linear(residual, weights.in_weight[:width], weights.in_bias[:width])
             codes, _ = weights.search(first, num_quantizers, self.directions)
         return codes.unflatten(1, latent.shape[:2])
@@ -260,6 +266,10 @@ class FoldedProjection(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         return x if self.weight is None else F.linear(x, self.weight, self.bias)
+
+    def to(self, device: torch.device) -> "FoldedProjection":
+        """Return the map on a device."""
+        return FoldedProjection._make(None if part is None else part.to(device) for part in self)
 
 
 class PointwiseConv1d(nn.Conv1d):

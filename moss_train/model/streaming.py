@@ -1,6 +1,7 @@
 """Streaming encode and decode in chunks of any size, equal to the offline result."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,14 @@ from .argument_checks import check_audio, check_codes, check_samples
 from .codec import LatentCodec, MossAudioTokenizerDecoderOutput, block_frames
 from .kv_cache import StageState
 from .quantizer import FoldedQuantizer
+
+
+def without_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a method without gradients, and outside of the caller's inference mode.
+
+    The state of a stream would otherwise be inference tensors, which no later call outside of that mode may change.
+    """
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class StreamGroup:
@@ -104,7 +113,8 @@ class MossAudioTokenizerStream:
     Args:
         num_quantizers: levels to encode, all by default.
         chunk_frames: code frames per call that the buffers are sized for; others give the same result, only slower.
-        cuda_graphs: on CUDA, replay captured graphs, one per shape of the input (see `GraphedStep`).
+        cuda_graphs: on CUDA, replay captured graphs, one per shape of the input (see `GraphedStep`), if all weights are
+            on one GPU.
         batch_invariant: make an item's results independent, to the last bit, of the other items and their number: each
             is computed alone and unpadded, without the speed-up of batching. (They still depend on the chunk sizes.)
     """
@@ -125,7 +135,8 @@ class MossAudioTokenizerStream:
         self.batch_size = batch_size
         self.num_quantizers = model.check_num_quantizers(num_quantizers)
         size = 1 if batch_invariant else batch_size
-        quantizer = FoldedQuantizer(model.quantizer)
+        cuda_graphs = cuda_graphs and {weight.device for weight in model.parameters()} == {model.execution_device}
+        quantizer = FoldedQuantizer(model.quantizer, model.execution_device)
         self.groups: list[StreamGroup] = []
         for _ in range(batch_size // size):
             first = self.groups[0] if self.groups else None
@@ -133,7 +144,7 @@ class MossAudioTokenizerStream:
             self.groups.append(group)
         self._pending = [self._no_samples() for _ in range(batch_size)]
 
-    @torch.no_grad()
+    @without_gradients
     def encode(self, chunk: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take any number of samples and return the codes of the frames they complete.
 
@@ -162,7 +173,7 @@ class MossAudioTokenizerStream:
         ready = [samples[:, : n * hop] for samples, n in zip(arrived, frames, strict=True)]
         return self._encode_frames(pad_rows(ready), frames)
 
-    @torch.no_grad()
+    @without_gradients
     def flush(self) -> tuple[Tensor, Tensor]:
         """Encode the remaining samples of a partial frame, zero-padded; returns the same as `encode`.
 
@@ -173,7 +184,7 @@ class MossAudioTokenizerStream:
         self._pending = [self._no_samples() for _ in ready]
         return self._encode_frames(pad_rows(ready), [x.shape[1] // hop for x in ready])
 
-    @torch.no_grad()
+    @without_gradients
     def decode(self, codes: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the audio of the next frames of codes.
 

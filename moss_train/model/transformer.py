@@ -147,7 +147,7 @@ class ProjectedTransformer(nn.Module):
         heads, weight = self.transformer.num_heads, next(self.transformer.parameters())
         device = device_of(self.transformer)
         shape = (batch_size, self.window + longest_step, 2 * heads, self.d_model // heads)
-        rings = [weight.new_zeros(shape, dtype=dtype, device=device) for _ in layers]
+        rings = [weight.new_zeros(shape, dtype=dtype, device=device_of(layer)) for layer in layers]
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         linears = LinearOps()
         if dtype is not None and dtype != weight.dtype and not torch.is_grad_enabled():

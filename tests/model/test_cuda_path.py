@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moss_train.model import MossAudioTokenizerModel
@@ -14,7 +15,7 @@ from moss_train.model.attention import HAS_WINDOW_KERNEL, flash_attention, has_w
 from moss_train.model.kv_cache import StreamChunk
 from moss_train.model.quantizer import ResidualLFQ
 
-from .small_models import HOP, small_config
+from .small_models import HOP, small_config, small_model
 
 
 @pytest.fixture
@@ -99,6 +100,37 @@ def test_a_streaming_step_never_waits_for_the_device(fake, dtype, frames):
             audio = group._decode_step(codes, num_frames)
     assert (codes.shape, codes.dtype) == ((4, 2, frames), torch.int64)
     assert (audio.shape, audio.dtype) == ((2, 1, frames * HOP), dtype)
+
+
+WITHIN_A_STAGE = {
+    **dict.fromkeys(("encoder", "quantizer", "decoder.0.input_proj", "decoder.0.transformer.layers.0"), "cuda:0"),
+    **dict.fromkeys(("decoder.0.transformer.layers.1", "decoder.0.output_proj", "decoder.2", "decoder.4"), "cuda:1"),
+}
+
+
+@pytest.mark.parametrize(
+    "device_map", [{"encoder": "cuda:0", "quantizer": "cuda:1", "decoder": "cuda:1"}, WITHIN_A_STAGE]
+)
+def test_a_model_may_be_split_over_two_gpus(monkeypatch, device_map):
+    """As `device_map="auto"` does where there are several."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    monkeypatch.setattr(hooks, "set_module_tensor_to_device", lambda *args, **kwargs: None)  # they are there already
+    with FakeTensorMode(), torch.no_grad():
+        model = small_model(3)
+        for place, device in device_map.items():
+            for module in model.get_submodule(place).modules():
+                for name, weight in module._parameters.items():
+                    module._parameters[name] = None if weight is None else nn.Parameter(weight.to(device))
+        devices = {"": "cuda:0", **device_map}
+        hooks.attach_align_device_hook_on_blocks(model, devices, offload=dict.fromkeys(device_map, False))
+        audio, codes = empty(1, 1, 6 * HOP, dtype=torch.float32), empty(4, 1, 6, dtype=torch.int64)
+        assert model.encode(audio).audio_codes.shape == codes.shape
+        assert model.decode(codes).audio.shape == audio.shape
+        assert model(audio).audio.shape == audio.shape
+        stream = model.stream()
+        assert not stream.groups[0].encode_step.enabled  # a graph records the work of one GPU
+        assert stream.encode(audio)[0].shape == codes.shape
+        assert stream.decode(codes)[0].shape == audio.shape
 
 
 def test_shapes_of_a_step_do_not_depend_on_what_the_host_counted(fake):

@@ -117,6 +117,20 @@ def test_bfloat16_model_runs_and_stays_near_float32():
     assert relative_error(rounded.decode(codes).audio.float(), exact.decode(codes).audio) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_half_a_model_in_half_precision_computes_as_in_the_whole(part, dtype):
+    whole, half = (MossAudioTokenizerModel.from_pretrained(TINY, dtype=dtype, part=p).eval() for p in (None, part))
+    assert half.dtype == whole.dtype == dtype
+    audio = torch.randn(1, 1, 9600, generator=torch.Generator().manual_seed(1)) * 0.1
+    codes = whole.encode(audio).audio_codes
+    if part == "encoder":
+        assert torch.equal(half.encode(audio).audio_codes, codes)
+    else:
+        assert torch.equal(half.decode(codes).audio, whole.decode(codes).audio)
+        assert half.stream().decode(codes)[0].dtype == dtype
+
+
 def cached_repository(cache):
     """Return the folder of the only revision of owner/name in a hub cache."""
     snapshot = cache / "models--owner--name" / "snapshots" / ("0" * 40)

@@ -51,6 +51,19 @@ def test_chunk_duration_equals_the_whole(case, frames):
     assert relative_error(streamed.audio, decoded) < TOLERANCE
 
 
+def test_calls_in_and_out_of_inference_mode_share_a_stream(case):
+    model, audio, encoded, decoded = case
+    hop, codes, parts = model.config.downsample_rate, [], []
+    with torch.inference_mode():
+        stream = model.stream(batch_size=2)
+    for number, (piece, part) in enumerate(zip(audio.split(5 * hop, 2), encoded.audio_codes.split(5, 2), strict=True)):
+        with torch.inference_mode(number % 2 == 0):
+            codes += [stream.encode(piece[..., : 3 * hop + 1])[0], stream.encode(piece[..., 3 * hop + 1 :])[0]]
+            parts.append(stream.decode(part)[0])
+    assert num_real_differences(model, encoded.encoder_hidden_states, torch.cat(codes, 2), encoded.audio_codes) == 0
+    assert relative_error(torch.cat(parts, dim=2), decoded) < TOLERANCE
+
+
 def test_masked_batch_in_chunks():
     model = small_model(4)
     audio, mask = noise(2, 1, 700), torch.arange(700) < torch.tensor([[700], [333]])

@@ -1,11 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 from lightning import LightningModule
 
 from moss_train.config.fit_schema import TrainerConfig
+from moss_train.training.callbacks.checkpoint import write_state
 from moss_train.training.cost import hardware as resources
 from moss_train.training.cost.hardware import StateSize, check_memory
+from moss_train.training.run.fit import open_stream, train
 from moss_train.training.run.trainer import build_trainer
+from moss_train.training.run.warm_start import plan_initialization
 from moss_train.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -38,3 +43,19 @@ def test_the_end_of_a_run_moves_neither_weights_nor_moments():
     trainer.strategy.teardown()
     assert module.layer.weight.is_meta
     assert optimizer.state[module.layer.weight]["exp_avg"].is_meta
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_uses_nothing_of_the_gpu(monkeypatch, tmp_path, small_config):
+    """Pinned memory would take a CUDA context, and a mapping would keep the disk space of a deleted checkpoint."""
+    write_state({"state_dict": {"w": torch.ones(9)}, "progress": {"update": 1, "position": 2}}, tmp_path / "saved")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    trainer = build_trainer(TrainerConfig(), "cpu", [])
+    weight = trainer.strategy.checkpoint_io.load_checkpoint(tmp_path / "saved")["state_dict"]["w"]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text("utf-8"), weight
+    loaders = []
+    monkeypatch.setattr(trainer, "fit", lambda module, loader, **_: loaders.append(loader))
+    config = small_config("trainer.accelerator=cpu")
+    plan = plan_initialization(config)
+    stream = open_stream(config, plan.tokenizer_config)
+    train(config, None, plan, stream, trainer, range(1))
+    assert not loaders[0].pin_memory

@@ -126,6 +126,19 @@ def test_two_processes_have_the_scores_of_one(launcher, validated, watched, tmp_
             assert float(pair[0][name]) == pytest.approx(float(value), rel=1e-5), name
 
 
+def test_metrics_are_computed_in_float32_in_a_run_in_bfloat16(validated, tmp_path):
+    """Autocast would resample the audio for them in bfloat16, which numpy does not know."""
+    overrides = [
+        "validation.metrics=[stoi]",
+        "validation.metrics_clips=4",
+        "trainer.precision=bf16-mixed",
+        "max_updates=1",
+    ]
+    assert main(["fit", *validated, *overrides, f"run_dir={tmp_path}"]) == 0
+    (row,) = scores_of(tmp_path)
+    assert 0 < float(row["all/stoi/4"]) < 1, row
+
+
 def test_scores_by_hand():
     sums = {"clips": 2.0, "clips/a": 2.0, "clips/b": 0.0, "mel_distance/1": 6.0, "mel_distance/4": 4.0}
     sums |= {"mel_distance/a/1": 6.0, "mel_distance/a/4": 4.0, "mel_distance/b/1": 0.0, "mel_distance/b/4": 0.0}

@@ -90,13 +90,15 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     max_text_tokens: int | None = None,
+    pin_memory: bool = False,
 ) -> DataLoader[UpdateBatch]:
     """Make the loader of one rank: one UpdateBatch for every (update, batch_seconds) of `updates`, in order.
 
     The items are the same to the last bit for any number of workers (at most one per core is started), and the ranks
     together get the same clips for any world size. An update whose clips on this rank are all unreadable has no
     micro-batches. Clips with text are used whole but without their text if there is no text encoder, or if the text has
-    more than `max_text_tokens` tokens. Raises UserError when a clip is longer than `micro_batch_seconds`.
+    more than `max_text_tokens` tokens. `pin_memory` is for training on a GPU. Raises UserError when a clip is longer
+    than `micro_batch_seconds`.
     """
     check_longest(stream, micro_batch_seconds)
     longest_update = max((seconds for _, seconds in updates), default=0.0) / world_size
@@ -111,7 +113,7 @@ def make_loader(
         prefetch_factor=prefetch if num_workers else None,
         worker_init_fn=init_loader_worker,
         timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
     )
 
 

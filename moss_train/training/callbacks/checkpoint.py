@@ -33,10 +33,13 @@ class DirectoryCheckpointIO(CheckpointIO):
     Args:
         background: whether a thread writes a copy of the state, in host memory, while the training continues; one
             checkpoint at a time. An error is raised when the next checkpoint is saved, or by `finish`.
+        memory_map: whether a checkpoint that is loaded is a mapping of its file, which the ranks of a machine share.
+            For GPUs only: on a CPU the optimizer would keep the mapping of a file that is deleted later.
     """
 
-    def __init__(self, background: bool = False) -> None:
+    def __init__(self, background: bool = False, memory_map: bool = False) -> None:
         self.background = background
+        self.memory_map = memory_map
         self._threads = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._writing: Future[None] | None = None
 
@@ -61,10 +64,7 @@ class DirectoryCheckpointIO(CheckpointIO):
         map_location: Callable | None = None,
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        # Memory-mapped, so that the ranks of a machine share one copy. Not on a CPU, where the optimizer would keep the
-        # mapping of a file that is deleted later.
-        mmap = torch.cuda.is_available()
-        return read_payload(Path(path), map_location=map_location or "cpu", mmap=mmap)
+        return read_payload(Path(path), map_location=map_location or "cpu", mmap=self.memory_map)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         raise UserError(f"{path}: checkpoints are removed by their retention, not through Lightning")

@@ -220,7 +220,8 @@ def validate(module: CatModule, plan: ValidationPlan) -> dict[str, float]:
                 for count, audio in made.audio.items()
             ]
             labels = {"domain": clip.domain} | ({} if clip.text is None else {"text": clip.text})
-            values = score_reconstructions(pairs, plan.metrics, labels)
+            with torch.autocast(module.device.type, enabled=False):  # metrics are no part of the model
+                values = score_reconstructions(pairs, plan.metrics, labels)
             rows.append((place, ClipRow(clip.id, clip.domain, clip.id, clip.target.shape[-1] / rate, values)))
     total = read_by_name(sum_by_name({"": sums}, module.device), {"": sums})[""]
     row = scores(total, sum_over_ranks(counts).cpu(), plan.levels)

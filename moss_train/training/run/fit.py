@@ -161,6 +161,7 @@ def train(
         num_workers=config.data.num_workers,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
+        pin_memory=trainer.strategy.root_device.type == "cuda",
     )
     try:
         trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))

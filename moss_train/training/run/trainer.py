@@ -112,7 +112,7 @@ def build_trainer(
     # The second warning is about Lightning's own code, the third about a run without any updates left to do.
     for text in ("does not have many workers", "LeafSpec", "across ranks is zero"):
         warnings.filterwarnings("ignore", message=f".*{text}.*")
-    plugins: list[Any] = [DirectoryCheckpointIO(background_checkpoints)]
+    plugins: list[Any] = [DirectoryCheckpointIO(background_checkpoints, memory_map=accelerator == "cuda")]
     if not TorchElasticEnvironment.detect():
         if is_srun_used():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's requeue would save its own checkpoint
