@@ -22,11 +22,10 @@ fi
 "$python" -m moss_train fit experiment=finetune init="$init" run_dir="$out/run" \
     tokenizer.output_sampling_rate=48000 'trainable=[decoder]' semantic=null \
     data.train="$out/train" data.peak=0.7 data.crop_seconds=0.96 data.micro_batch_seconds=12 data.num_workers=1 \
-    'discriminators.0.channels=[8,16,32,64,64]' 'discriminators.1.window_lengths=[2048]' discriminators.1.channels=4 \
-    objective.discriminator_crop_seconds=0.24 objective.quantizer_dropout=0.5 objective.weights.relative_error=100 \
-    'objective.losses.relative_error={floor_rms: 6.3e-3}' 'ema={decay: 0.99}' new_module_warmup_updates=20 \
-    'stages=[{name: reconstruction, updates: 350, batch_seconds: 5.76, learning_rate: 1.0e-3, final_learning_rate: 5.0e-4, warmup_updates: 20},{name: adversarial, updates: 250, batch_seconds: 3.84, adversarial: true, learning_rate: 5.0e-4, final_learning_rate: 1.0e-4, discriminator_learning_rate: 5.0e-4, warmup_updates: 20, weights: {adversarial: 40, feature: 160}}]' \
-    validation.data="$voices/heldout.jsonl" validation.max_clips=6 validation.every_updates=350 \
-    validation.samples_every_updates=600 validation.samples_clips=2 checkpoint.every_updates=50 \
+    'discriminators=[]' objective.quantizer_dropout=0.5 objective.weights.relative_error=3 \
+    'objective.losses.relative_error={floor_rms: 6.3e-3}' 'ema={decay: 0.99}' \
+    'stages=[{name: decoder, updates: 1200, batch_seconds: 5.76, learning_rate: 1.0e-3, final_learning_rate: 2.0e-5, warmup_updates: 20}]' \
+    validation.data="$voices/heldout.jsonl" validation.max_clips=6 validation.every_updates=400 \
+    validation.samples_every_updates=1200 validation.samples_clips=2 checkpoint.every_updates=50 \
     trainer.accelerator=cpu trainer.num_threads=1 wandb=null "${@:3}"
 "$python" recipes/output_48khz/measure.py "$out/run" "$voices/heldout.jsonl" --init "$init" --every "${MEASURE_EVERY:-1}"
