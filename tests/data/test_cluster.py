@@ -13,7 +13,7 @@ HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
 @pytest.mark.processes
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed")
 def test_ray_makes_the_same_bytes(packed: Path, recordings: Path, pack_config: Callable, tmp_path: Path) -> None:
     config = pack_config(input=recordings / "train.jsonl", out=tmp_path / "out", shard_bytes=300_000, executor="ray")

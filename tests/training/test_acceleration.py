@@ -113,7 +113,7 @@ def test_compiled_parts_give_the_same_gradients_under_the_same_names(module, upd
     assert max(errors.values()) < 1e-4, errors
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the CPU compiler of torch.compile needs gcc")
 def test_a_compiled_block_is_the_block(module):
     block = module.tokenizer.encoder[1].transformer.layers[0]
