@@ -256,7 +256,8 @@ def _escaped(value: Any) -> Any:
 def _index(place: list[Any], part: str, path: str) -> int:
     if not part.isdigit() or int(part) >= len(place):
         parent = path.rpartition(".")[0]
-        raise ConfigError("unknown_key", path, None, f"{parent} has the entries 0 to {len(place) - 1} (see --cfg job)")
+        found = f"has the entries 0 to {len(place) - 1} (see --cfg job)" if place else "is an empty list"
+        raise ConfigError("unknown_key", path, None, f"{parent} {found}")
     return int(part)
 
 
