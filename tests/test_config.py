@@ -170,6 +170,9 @@ def test_a_wrong_value_is_refused_with_its_path(command, overrides, expected):
         ("tokenizer.stages.0.dmodel", "did you mean tokenizer.stages.0.d_model?"),
         ("crop_seconds", "did you mean data.crop_seconds?"),
         ("callbacks.0", "callbacks is an empty list"),
+        ("stages.²", "the keys of stages are 0"),
+        ("warmup_updates", "did you mean stages.0.warmup_updates?"),
+        ("gain_db", "did you mean data.gain_db?"),
         ("objetive.weights.semantic", "did you mean objective.weights.semantic?"),
     ],
 )
