@@ -60,7 +60,7 @@ def hint_inside(hint: Any, key: str) -> Any:
                 inner = tuple(name.partition(".")[2] for name in keys if name.startswith(f"{key}."))
                 found = Annotated[dict[str, Any] | None, Texts(inner)] if inner else Any
                 found = str | None if key in keys else found
-        elif get_origin(kind) is list and key.isdigit():
+        elif get_origin(kind) is list and key.isdecimal():
             found = get_args(kind)[0]
     return found
 
@@ -76,7 +76,7 @@ def split(text: str, separator: str, most: int = -1) -> list[str]:
     for place, letter in enumerate(text):
         if quote:
             quote = "" if letter == quote and text[place - 1] != "\\" else quote
-        elif letter in "'\"" and not part.strip():
+        elif letter in "'\"" and (not part.strip() or part.rstrip().endswith((":", ",", "[", "{"))):
             quote = letter
         elif letter in _CLOSING and (closers or not part.strip() or part.rstrip().endswith(":")):
             closers.append(_CLOSING[letter])
@@ -139,6 +139,7 @@ def join_repeated(schema: type[Section], assignments: list[tuple[str, str, str]]
         items = [kind for kind in alternatives(find_hint(schema, key))[0] if get_origin(kind) is list]
         takes_texts = items and str in alternatives(get_args(items[0])[0])[0]
         if sign == "~" or not takes_texts or text.startswith("["):
+            joined.pop(key, None)  # what is typed later counts more, and begins anew
             result.append((key, sign, text))
         elif key in joined:
             joined[key].append(text)
@@ -212,7 +213,7 @@ def assign(
             place = place[_index(place, part, path)]
             continue
         if place.get(part) is None:  # what is null becomes a mapping
-            if following.isdigit():
+            if following.isdecimal():
                 raise ConfigError("value", f"{path}.{following}", None, "in a list, which is empty here")
             place[part] = {}
         if not isinstance(place[part], dict | list):
@@ -254,9 +255,10 @@ def _escaped(value: Any) -> Any:
 
 
 def _index(place: list[Any], part: str, path: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
+    if not part.isdecimal() or int(part) >= len(place):
         parent = path.rpartition(".")[0]
-        raise ConfigError("unknown_key", path, None, f"{parent} has the entries 0 to {len(place) - 1} (see --cfg job)")
+        found = f"has the entries 0 to {len(place) - 1} (see --cfg job)" if place else "is an empty list"
+        raise ConfigError("unknown_key", path, None, f"{parent} {found}")
     return int(part)
 
 
@@ -282,7 +284,7 @@ def _check_keys(schema: type[Section], path: str, value: dict[str, Any]) -> None
 
 def dotted_keys(hint: Any, like: str = "", prefix: str = "") -> list[str]:
     """List every dotted key of a schema, parents first; list entries have the number found in the key `like`, or 0."""
-    number = next((part for part in like.split(".") if part.isdigit()), "0")
+    number = next((part for part in like.split(".") if part.isdecimal()), "0")
     keys: list[str] = []
     for kind in alternatives(hint)[0]:
         if is_section(kind):
@@ -301,7 +303,10 @@ def _set_keys(values: Any, prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """Suggest a sibling of a similar name, the same name elsewhere, a similar key anywhere, or list the siblings."""
+    """Suggest a sibling of a similar name, the same name elsewhere, a similar key anywhere, or list the siblings.
+
+    For a key without dots the same name elsewhere comes first: its section was left out.
+    """
     from difflib import get_close_matches
 
     parent, _, last = key.rpartition(".")
@@ -311,10 +316,12 @@ def _nearest(key: str, known: list[str]) -> str:
     # In a mapping with free keys, such as objective.weights, no keys are known.
     parents = get_close_matches(parent, known, n=1, cutoff=0.8) if parent and not siblings else []
     free = [name for name in parents if name != parent and not any(other.startswith(f"{name}.") for other in known)]
+    elsewhere = get_close_matches(key, [name for name in known if name.rpartition(".")[2] == last], n=1, cutoff=0.0)
     candidates = [
+        *(elsewhere if not parent else []),
         *(prefix + name for name in get_close_matches(last, siblings, n=1)),
         *(f"{name}.{last}" for name in free),
-        *get_close_matches(key, [name for name in known if name.rpartition(".")[2] == last], n=1, cutoff=0.0),
+        *elsewhere,
         *(get_close_matches(key, known, n=1, cutoff=0.7) if not siblings else []),
     ]
     if candidates:

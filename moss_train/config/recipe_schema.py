@@ -205,7 +205,7 @@ class StageConfig(Section):
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: cosine, or the peak with a decay at the end
     decay_fraction: AboveZero = 0.2  # length of that decay, as a fraction of the updates
     trainable: list[Part] | None = None  # parts that are trained; null: those of the run (trainable)
-    weights: dict[str, float] = field(default_factory=dict)  # loss weights that differ in this stage
+    weights: dict[str, NonNegativeFloat] = field(default_factory=dict)  # loss weights that differ in this stage
     quantize: bool = True  # false: trains with the continuous latent; afterwards the levels are fitted to data
 
     def check(self) -> None:

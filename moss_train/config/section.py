@@ -38,7 +38,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class HomeExpanded:
-    """Mark text as a path, in which a leading ~ becomes the home folder."""
+    """Mark text as a path: a leading ~ becomes the home folder, and it must not be empty.
+
+    An empty path would be the current directory: with an unset shell variable, `data.path=$AUDIO` would pack all of it.
+    """
 
 
 def at_least(least: float) -> Rule:
@@ -201,6 +204,9 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         value = convert(inner, value, path)
         for extra in extras:
             if isinstance(extra, HomeExpanded):
+                if not value:
+                    expected = "is empty: give a path, or . for the current directory (is a shell variable not set?)"
+                    raise ConfigError("conflict", path, value, expected)
                 value = os.path.expanduser(value)
             if isinstance(extra, Rule) and value is not None and not extra.holds(value):
                 raise ConfigError("value", path, value, describe(hint))

@@ -1,5 +1,8 @@
 import errno
+import os
 import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -80,3 +83,20 @@ def test_a_disk_that_fills_up_is_an_error_that_names_the_table_and_loses_no_row(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [row["update"] for row in read_table(path)] == ["1", "2", "3"]
+
+
+WRITE_ROW = """
+import sys
+from pathlib import Path
+from moss_train.training.loggers.base import CsvWriter
+writer = CsvWriter(Path(sys.argv[1]), ("update", "stage"))
+writer.start(0)
+writer.write("metrics", {"update": 1, "stage": chr(0xe9)})
+writer.close()
+"""
+
+
+def test_a_table_is_utf_8_whatever_the_locale(tmp_path):
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", WRITE_ROW, str(tmp_path / "metrics.csv")], env=ascii_only, check=True)
+    assert read_table(tmp_path / "metrics.csv") == [{"update": "1", "stage": "\xe9"}]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moss_train.audio.io import read_audio
+from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
 from moss_train.data.clips import list_sources
 from moss_train.data.stream.stream import ClipFormat
@@ -104,6 +104,17 @@ def test_samples_come_with_the_first_validation_that_is_due(validated, tmp_path)
     assert main(["fit", *overrides, f"run_dir={tmp_path}"]) == 0  # validation after every second update
     folders = sorted(path.name for path in (tmp_path / "samples").glob("update-*"))
     assert folders == ["update-00000000", "update-00000004", "update-00000006", "update-00000008"]  # 8 is the last
+
+
+def test_the_originals_are_those_of_the_clips_of_the_last_start(validated, tmp_path):
+    overrides = [*validated, "validation.samples_every_updates=2", f"run_dir={tmp_path / 'run'}"]
+    for seconds, updates in ((1.0, 1), (2.0, 2)):  # other clips under the same name
+        (tmp_path / f"{seconds}").mkdir()
+        write_audio(tmp_path / f"{seconds}" / "clip.flac", torch.full((1, round(24000 * seconds)), 0.1), 24000)
+        further = [f"validation.data={tmp_path / f'{seconds}'}", f"max_updates={updates}"]
+        assert main(["fit", *overrides, *further]) == 0
+        original, _ = read_audio(tmp_path / "run" / "samples" / "original" / "1-clip.flac")
+        assert original.shape[1] == 24000 * seconds
 
 
 def test_a_resumed_run_has_the_same_validations(validated, watched, tmp_path):

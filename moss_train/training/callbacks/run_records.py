@@ -104,7 +104,7 @@ class RunRecords(Callback):
             "sample_ids": [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids],
         }
         # A single appending write, because all ranks write to this file.
-        with (self.directory / SKIPPED_FILE).open("a") as file:
+        with (self.directory / SKIPPED_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 

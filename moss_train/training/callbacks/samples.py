@@ -51,6 +51,7 @@ class AudioSampleWriter:
         self.every_updates = every_updates
         self.validation_updates = validation_updates
         self.draws = find_spec("matplotlib") is not None
+        self.originals: set[Path] = set()  # written since this start: a resumed run may have other clips
 
     def make(self, module: CatModule, is_main: bool) -> list[ClipSample]:
         """Write and return the samples of this update; an empty list when none are due.
@@ -90,9 +91,10 @@ class AudioSampleWriter:
         paths = {key: folder / f"{name}.{key}.flac" for key in audio}
         paths[ORIGINAL] = self.directory / ORIGINAL / f"{name}.flac"
         for key, path in paths.items():
-            if key != ORIGINAL or not path.exists():
+            if path not in self.originals:
                 with atomic_write(path) as temporary:
                     write_audio(temporary, audio[key].nan_to_num().clamp(-1, 1), self.sampling_rate)
+        self.originals.add(paths[ORIGINAL])
         picture = folder / f"{name}.png" if self.draws else None
         if picture is not None:
             with atomic_write(picture) as temporary:

@@ -94,11 +94,11 @@ class CsvWriter(Writer):
         """Open the file and drop rows of updates that are about to be repeated."""
         known = next((list(row) for row in iterate_table(self.path)), [])
         columns = [*known, *(name for name in self.columns if name not in known)]
-        with atomic_write(self.path) as path, path.open("w", newline="") as file:
+        with atomic_write(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(row for row in iterate_table(self.path) if int(row["update"]) <= update)
-        self.file = self.path.open("a", newline="")
+        self.file = self.path.open("a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, columns, restval="")
 
     def write(self, table: str, row: Row) -> None:
