@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .configuration_moss_audio_tokenizer import MossAudioTokenizerConfig
-from .waveforms import as_tensor, level_db, silence_beyond
+from .waveforms import as_tensor, check_floating, level_db, silence_beyond
 
 FAR_DB = 12.0  # largest deviation from the level of the training data without a warning
 LARGEST_PEAK = 10.0  # of a waveform in -1..1 with some overshoot; 16-bit integers go far beyond it
@@ -30,9 +30,7 @@ def check_audio(config: MossAudioTokenizerConfig, values: Any) -> Tensor:
         values: tensor, array or lists: [B, C, T]; [B, T] or [T] for one channel; [C, T] for several.
     """
     audio, channels = as_tensor(values, "waveforms"), config.number_channels
-    if not audio.is_floating_point():
-        kind = str(audio.dtype).removeprefix("torch.")
-        raise ValueError(f"expected floating-point audio in -1..1, got {kind} (divide 16-bit samples by 32768)")
+    check_floating(audio)
     if channels == 1 and audio.ndim == 1:
         return audio[None, None]
     if channels == 1 and audio.ndim == 2:
@@ -99,16 +97,18 @@ def valid_lengths(mask: Any, batch: int, longest: int, device: torch.device) -> 
 
 
 def check_codes(config: MossAudioTokenizerConfig, values: Any) -> Tensor:
-    """Return integer codes [n, B, frames] of this model as a tensor; raise ValueError for anything else."""
+    """Return integer codes [n, B, frames] of this model as an int64 tensor; raise ValueError for anything else."""
     codes = as_tensor(values, "codes")
     levels, size = config.num_quantizers, config.quantizer_kwargs["codebook_size"]
-    if codes.ndim == 3 and codes.shape[0] > levels >= codes.shape[1] and not codes.is_floating_point():
+    is_integer = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
+    if codes.ndim == 3 and codes.shape[0] > levels >= codes.shape[1] and is_integer:
         raise ValueError(
             f"expected codes [levels, batch, frames] of at most {levels} levels, got {tuple(codes.shape)}; "
             "codes [batch, levels, frames] need transpose(0, 1)"
         )
-    if codes.ndim != 3 or not 1 <= codes.shape[0] <= levels or codes.is_floating_point():
+    if codes.ndim != 3 or not 1 <= codes.shape[0] <= levels or not codes.shape[1] or not is_integer:
         raise ValueError(f"expected integer codes [1..{levels}, B, frames], got {codes.dtype} {tuple(codes.shape)}")
+    codes = codes.to(torch.int64)  # torch has no minimum of uint16, in which codes are often stored
     if codes.numel() and can_read(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:
         raise ValueError(f"codes must lie in 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
     return codes

@@ -264,7 +264,7 @@ def encode_chunked(
     states = codec.new_states("encoder", batch, block) if block < frames else None
     quantizer = FoldedQuantizer(codec.quantizer, codec.execution_device)
     codes = torch.empty(num_quantizers, batch, frames, dtype=torch.int64, device=audio.device)
-    latent = torch.empty(0)
+    latent = audio.new_empty(batch, 0, codec.config.quantizer_kwargs["input_dim"], dtype=codec.dtype)
     for start in range(0, frames, block):
         part = slice(start, min(start + block, frames))
         encoded = codec.encode_latent(complete_frames(audio, lengths, part, codec.config.downsample_rate), states)

@@ -17,7 +17,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
     empty configuration (which transformers builds internally) has no stages and is refused by the model.
 
     Args:
-        sampling_rate: of the encoder's waveform, in Hz.
+        sampling_rate: of the encoder's waveform, in Hz; by default `sample_rate`, its other name, or 24000.
         downsample_rate: samples of one channel per frame of codes; must equal the product of the patch sizes, divided
             by `number_channels` when channels are interleaved.
         causal_transformer_context_duration: attention window in seconds, for entries without `context_duration`.
@@ -40,7 +40,7 @@ class MossAudioTokenizerConfig(PretrainedConfig):
 
     def __init__(
         self,
-        sampling_rate: int = 24000,
+        sampling_rate: int | None = None,
         downsample_rate: int = 1920,
         causal_transformer_context_duration: float = 10.0,
         encoder_kwargs: Sequence[Mapping[str, Any]] = (),
@@ -50,7 +50,8 @@ class MossAudioTokenizerConfig(PretrainedConfig):
         output_sampling_rate: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.sampling_rate = kwargs["sample_rate"] = as_whole("sampling_rate", sampling_rate)
+        rate = kwargs.get("sample_rate", 24000) if sampling_rate is None else sampling_rate
+        self.sampling_rate = kwargs["sample_rate"] = as_whole("sampling_rate", rate)
         self.downsample_rate = as_whole("downsample_rate", downsample_rate)
         self.causal_transformer_context_duration = causal_transformer_context_duration
         self.encoder_kwargs = as_entries("encoder_kwargs", encoder_kwargs)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from .quantizer import ResidualLFQ
 from .streaming import ContinuousDecoder, MossAudioTokenizerStream
 from .transformer import initialize_weights
 from .waveforms import as_tensor, pad_together, set_level
+
+if TYPE_CHECKING:  # found by `save_pretrained`, which copies the file; at run time it would import all pipelines
+    from .pipeline_moss_audio_tokenizer import MossAudioTokenizerPipeline  # noqa: F401
 
 __all__ = [
     "ContinuousDecoder",
@@ -106,11 +109,13 @@ class MossAudioTokenizerModel(LatentCodec):
         used = torch.full((audio.shape[0],), levels, device=audio.device)
         quantizer_output = self.quantizer(self.encode_latent(audio), used)
         reconstruction = self.decode_latent(quantizer_output.quantized)
+        frames = self.num_frames(lengths)
+        codes = quantizer_output.codes[:levels]
         output = MossAudioTokenizerOutput(
             audio=reconstruction[..., : num_samples * ratio],
             audio_lengths=lengths * ratio,
-            audio_codes=quantizer_output.codes[:levels],
-            audio_codes_lengths=self.num_frames(lengths),
+            audio_codes=codes * (torch.arange(codes.shape[2], device=codes.device) < frames[:, None]),
+            audio_codes_lengths=frames,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -178,7 +183,7 @@ class MossAudioTokenizerModel(LatentCodec):
         self.check_part("decoder")
         codes = as_tensor(audio_codes, "codes")
         codes = check_codes(self.config, codes[:, None] if codes.ndim == 2 else codes)
-        codes = codes[: self.check_num_quantizers(num_quantizers)].to(self.execution_device, torch.int64)
+        codes = codes[: self.check_num_quantizers(num_quantizers)].to(self.execution_device)
         frames = valid_lengths(padding_mask, codes.shape[1], codes.shape[2], codes.device)
         if batch_invariant:
             clips = [codes[:, item : item + 1, :count] for item, count in enumerate(frames.tolist())]
@@ -247,7 +252,7 @@ class MossAudioTokenizerModel(LatentCodec):
         """Return checked audio [B, C, T] on the model's device, and how many samples of each item are real."""
         self.check_part("encoder")
         audio = check_audio(self.config, values)
-        if audio.shape[2] == 0:
+        if audio.numel() == 0:
             raise ValueError("the audio has no samples")
         lengths = valid_lengths(padding_mask, audio.shape[0], audio.shape[2], audio.device)
         check_samples(self.config, audio, lengths, self.warned)

@@ -31,12 +31,16 @@ class MossAudioTokenizerPipeline(Pipeline):
         if isinstance(clip, str):
             raise ValueError(f"{clip!r} is a path: read the file first, for example with soundfile.read")
         extract: Any = self.feature_extractor
-        return extract(clip, sampling_rate=rate, loudness=loudness)
+        features = extract(clip, sampling_rate=rate, loudness=loudness)
+        # [1, T, C]: transformers pads the second dimension when it joins clips to a batch (`batch_size`).
+        return features | {"input_values": features["input_values"].transpose(1, 2)}
 
     def _forward(self, inputs: Any, **options: Any) -> Any:  # type: ignore[override]
         model: Any = self.model
-        return model.encode(**inputs, **options)
+        output = model.encode(inputs["input_values"].transpose(1, 2), inputs["padding_mask"], **options)
+        # transformers splits a batch at the first dimension.
+        return {"codes": output.audio_codes.transpose(0, 1), "lengths": output.audio_codes_lengths}
 
     def postprocess(self, output: Any) -> Tensor:  # type: ignore[override]
         """Return the codes [levels, frames] of one clip."""
-        return output.audio_codes[:, 0, : int(output.audio_codes_lengths[0])]
+        return output["codes"][0, :, : int(output["lengths"][0])]

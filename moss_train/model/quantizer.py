@@ -169,9 +169,9 @@ class LevelWeights(NamedTuple):
         level = torch.arange(len(self.coupling), device=self.coupling.device) // self.rows.shape[2]
         return level[:, None] < level
 
-    @torch.no_grad()
+    # Not under `torch.no_grad`: a decorated method of a tuple would stop torch.compile with fullgraph=True.
     def search(self, first: Tensor, num_quantizers: int, directions: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """Choose a row of every level, one after the other.
+        """Choose a row of every level, one after the other, without gradients.
 
         Args:
             first: [M, n * d], latents of the first n levels before the rows of earlier levels are subtracted.
@@ -181,9 +181,9 @@ class LevelWeights(NamedTuple):
         Returns:
             Codes [n, M], latents [M, n * d].
         """
-        dim, codes, latents = self.rows.shape[2], [], first.clone()
+        dim, codes, latents = self.rows.shape[2], [], first.detach().clone()
         directions = directions or self.directions()
-        rows, coupling = self.rows.unbind(), self.coupling.split(dim)
+        rows, coupling = self.rows.detach().unbind(), self.coupling.detach().split(dim)
         width = num_quantizers * dim
         for level, end in enumerate(range(dim, width + 1, dim)):
             # The nearest of several unit vectors has the largest inner product; the latent's length does not matter.
@@ -193,10 +193,9 @@ class LevelWeights(NamedTuple):
                 latents[:, end:].addmm_(row, coupling[level][:, end:width], alpha=-1)
         return torch.stack(codes), latents
 
-    @torch.no_grad()
     def directions(self) -> tuple[Tensor, ...]:
-        """Return the rows normalised to length one, [d, V] per level."""
-        return F.normalize(self.rows, dim=-1).transpose(1, 2).contiguous().unbind()
+        """Return the rows normalised to length one, [d, V] per level, without gradients."""
+        return F.normalize(self.rows.detach(), dim=-1).transpose(1, 2).contiguous().unbind()
 
 
 class FoldedQuantizer:

@@ -196,7 +196,7 @@ class MossAudioTokenizerStream:
             Audio [B, C, F * upsample_rate] and the number of valid samples of each item, [B] int64.
         """
         self.model.check_part("decoder")
-        codes = check_codes(self.model.config, codes).to(self.model.execution_device, torch.int64)
+        codes = check_codes(self.model.config, codes).to(self.model.execution_device)
         counts = self._counts(codes.shape[1], codes.shape[2], lengths)
         hop = self.model.config.upsample_rate
         parts = []

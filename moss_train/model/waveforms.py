@@ -34,6 +34,13 @@ def as_tensor(values: Any, name: str) -> Tensor:
         ) from error
 
 
+def check_floating(audio: Tensor) -> None:
+    """Raise ValueError unless samples are floating-point numbers."""
+    if not audio.is_floating_point():
+        kind = str(audio.dtype).removeprefix("torch.")
+        raise ValueError(f"expected floating-point audio in -1..1, got {kind} (divide 16-bit samples by 32768)")
+
+
 def pad_together(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack tensors [X, T] of different T into [B, X, T], zero-padded at the end, and a mask [B, T] of valid steps."""
     if not clips or any(clip.ndim != 2 or clip.shape[0] != clips[0].shape[0] for clip in clips):
@@ -72,6 +79,8 @@ def set_level(audio: Tensor, level: float, lengths: Tensor | None = None) -> Ten
     """
     if not -100 <= level <= 0:
         raise ValueError(f"loudness is a level in dB relative to full scale, from -100 to 0, got {level}")
+    if not audio.numel():
+        return audio
     gain_db = (level - level_db(audio, lengths)).clamp(max=LARGEST_GAIN_DB)
     gain = 10 ** (gain_db / 20)
     peak = silence_beyond(audio.float(), lengths).abs().amax(dim=(1, 2))

@@ -51,6 +51,9 @@ def check_other_classes(source: str, model: torch.nn.Module) -> None:
     assert encoded.audio_codes_lengths[1] == -(-len(clips[1]) // model.config.downsample_rate)
     extractor = pipeline("feature-extraction", model=source, trust_remote_code=True)
     check_codes(extractor(clips[0]), codes[:, 0])
+    for found, number in zip(extractor(clips, batch_size=2), (0, 1), strict=True):
+        frames = encoded.audio_codes_lengths[number]
+        check_codes(found, encoded.audio_codes[:, number, :frames], 0.99)
     if hasattr(transformers, "AutoModelForAudioTokenization"):
         tokenizer = transformers.AutoModelForAudioTokenization.from_pretrained(source, trust_remote_code=True)
         check_codes(tokenizer.eval().encode(audio).audio_codes, codes)
@@ -82,5 +85,7 @@ model.save_pretrained(out)
 again = load(out)
 check_codes(again.encode(audio).audio_codes, codes)
 check_audio(again.decode(codes).audio)
+AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True).save_pretrained(out)
+check_other_classes(out, again)
 
 print(transformers.__version__)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from moss_train.model import MossAudioTokenizerModel
+from moss_train.model.feature_extraction_moss_audio_tokenizer import MossAudioTokenizerFeatureExtractor
+from moss_train.model.pipeline_moss_audio_tokenizer import MossAudioTokenizerPipeline
 from moss_train.model.waveforms import level_db, set_level
 
-from .small_models import HOP, small_model
+from .small_models import HOP, RATE, small_model
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +221,76 @@ def test_exported_as_one_graph(model):
     expected = model(audio)
     exported = torch.export.export(model, (audio,), strict=False)
     torch.testing.assert_close(exported.module()(audio).audio, expected.audio)
+
+
+def test_a_clip_without_samples_can_be_in_a_batch(model):
+    clips = [noise(1, 5 * HOP), noise(1, 0)]
+    expected = model.encode(clips[0]).audio_codes
+    for batch_invariant in (False, True):
+        encoded = model.batch_encode(clips, batch_invariant=batch_invariant)
+        assert encoded.audio_codes_lengths.tolist() == [5, 0]
+        assert torch.equal(encoded.audio_codes[:, :1], expected)
+        assert not encoded.audio_codes[:, 1].any()
+    features = MossAudioTokenizerFeatureExtractor(1, RATE)(clips, loudness=-20.0)
+    assert level_db(features["input_values"][:1]).item() == pytest.approx(-20)
+    assert features["padding_mask"].sum(dim=1).tolist() == [5 * HOP, 0]
+
+
+def test_a_batch_without_clips_is_refused(model):
+    for call in (model.encode, model):
+        with pytest.raises(ValueError, match="the audio has no samples"):
+            call(torch.zeros(0, 1, 5 * HOP))
+    with pytest.raises(ValueError, match="expected integer codes"):
+        model.decode(torch.zeros(4, 0, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.uint32, np.uint64])
+def test_codes_may_be_of_every_integer_type(model, dtype):
+    codes = model.encode(noise(1, 1, 5 * HOP)).audio_codes
+    stored = codes.numpy().astype(dtype)
+    expected = model.decode(codes).audio
+    assert torch.equal(model.decode(stored).audio, expected)
+    assert torch.equal(model.batch_decode([stored[:, 0]]).audio, expected)
+    torch.testing.assert_close(model.stream().decode(stored)[0], expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"codes must lie in 0\.\.31, got 32"):
+        model.decode(np.full((4, 1, 2), 32, dtype))
+
+
+def test_a_mask_is_not_taken_for_codes(model):
+    with pytest.raises(ValueError, match=r"expected integer codes .* got torch\.bool"):
+        model.decode(torch.ones(4, 1, 5, dtype=torch.bool))
+
+
+def test_forward_has_the_codes_of_encode(model):
+    audio, mask = noise(2, 1, 10 * HOP), torch.ones(2, 10 * HOP, dtype=torch.bool)
+    mask[1, 3 * HOP + 1 :] = False
+    output, encoded = model(audio, mask), model.encode(audio, mask)
+    assert torch.equal(output.audio_codes, encoded.audio_codes)
+    assert not output.audio_codes[:, 1, 4:].any()
+    assert torch.equal(output.audio_codes_lengths, encoded.audio_codes_lengths)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_pipeline_gives_each_clip_of_a_batch_its_own_codes(channels):
+    model = small_model(3, number_channels=channels)
+    extract = MossAudioTokenizerFeatureExtractor(channels, RATE)
+    encode = MossAudioTokenizerPipeline(model, feature_extractor=extract, task="feature-extraction")
+    clips = [noise(channels, frames * HOP, seed=frames).numpy() for frames in (6, 6, 3)]
+    expected = [model.encode(clip[None]).audio_codes[:, 0] for clip in clips]
+    for batch_size in (1, 2, 3):
+        for codes, wanted in zip(encode(clips, batch_size=batch_size), expected, strict=True):
+            assert torch.equal(codes, wanted)
+    assert torch.equal(encode(clips[0], num_quantizers=2), expected[0][:2])
+
+
+def test_the_feature_extractor_refuses_what_it_would_not_do():
+    extract, clip = MossAudioTokenizerFeatureExtractor(1, RATE), noise(5 * HOP).numpy()
+    for options in ({"max_length": 9}, {"truncation": True}, {"padding": "max_length"}, {"sample_rate": 8000}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"there is no {name}={options[name]!r}"):
+            extract(clip, **options)
+    plain = extract(clip)
+    usual = extract(clip, padding=True, truncation=False, max_length=None, return_attention_mask=True)
+    assert torch.equal(usual["input_values"], plain["input_values"])
+    with pytest.raises(ValueError, match=r"expected floating-point audio in -1\.\.1, got int16"):
+        extract((clip * 32767).astype(np.int16))

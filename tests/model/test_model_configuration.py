@@ -95,6 +95,13 @@ def test_configuration_survives_saving(tmp_path):
     assert loaded.enable_channel_interleave is True
 
 
+def test_the_rate_may_be_given_by_its_other_name_alone():
+    data = small_config().to_dict()
+    del data["sampling_rate"]
+    config = MossAudioTokenizerConfig(**data)
+    assert (config.sampling_rate, config.output_sampling_rate, config.frame_rate) == (RATE, RATE, RATE / 16)
+
+
 def changed_stage(index, **changes):
     return [{**stage, **changes} if number == index else stage for number, stage in enumerate(STAGES)]
 
