@@ -114,7 +114,7 @@ class MossAudioTokenizerModel(LatentCodec):
         output = MossAudioTokenizerOutput(
             audio=reconstruction[..., : num_samples * ratio],
             audio_lengths=lengths * ratio,
-            audio_codes=codes * (torch.arange(codes.shape[2], device=codes.device) < frames[:, None]),
+            audio_codes=codes * (torch.arange(codes.shape[2], device=codes.device) < frames[:, None].to(codes.device)),
             audio_codes_lengths=frames,
         )
         return output if return_dict is not False else output.to_tuple()
