@@ -139,9 +139,9 @@ def in_a_thread(function: Callable[[], None]) -> None:
 def test_both_backward_passes_of_discriminators_run_in_a_thread_of_autograd(unlike):
     """The assignment of an option of torch holds for its own thread only."""
     compile_blocks(unlike, "aot_eager")
-    judge, audio = unlike.discriminators.discriminators[0], torch.randn(2, 1, 600, requires_grad=True)
-    score = judge(audio).logits.square().mean()
-    in_a_thread(lambda: score.backward(inputs=list(judge.parameters()), retain_graph=True))
+    discriminator, audio = unlike.discriminators.discriminators[0], torch.randn(2, 1, 600, requires_grad=True)
+    score = discriminator(audio).logits.square().mean()
+    in_a_thread(lambda: score.backward(inputs=list(discriminator.parameters()), retain_graph=True))
     in_a_thread(lambda: score.backward(inputs=[audio]))
     assert audio.grad.norm() > 0
     seen = []
