@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Add the optional packages of `evaluate` that are not in requirements.lock to .venv: PESQ, a recogniser, packages of other
-# codecs; 0.4 GB, hash-checked, each without its own dependencies, because some of these no longer build.
+# Add the optional packages of `evaluate` that are not in requirements.lock to .venv: PESQ, a recogniser, DistillMOS, packages
+# of other codecs; 0.4 GB, hash-checked, each without its own dependencies, because some of these no longer build.
 # Packages that cannot be installed are named and left out: `evaluate` then says so in a footnote. Repeated calls take no time.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"

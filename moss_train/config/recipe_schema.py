@@ -100,6 +100,8 @@ class ObjectiveConfig(Section):
 
     quantizer_dropout: Fraction = 1.0
     discriminator_crop_seconds: Positive = 1.0
+    discriminator_pre_emphasis: Fraction = 0.0
+    discriminator_unit_rms: bool = False
     adversarial_reduction: Literal["mean", "sum"] = "mean"
     feature_reduction: Literal["relative_mean", "absolute_sum"] = "relative_mean"
     balance: dict[str, NonNegativeFloat] | None = None

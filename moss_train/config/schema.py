@@ -23,7 +23,17 @@ from moss_train.utils.errors import ConfigError, UserError
 from moss_train.utils.hub import check_model_name, is_path_like
 
 EvaluationMetric = Literal[
-    "text_model", "stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "speaker", "recognition", "dnsmos"
+    "text_model",
+    "stoi",
+    "pesq",
+    "spectral",
+    "si_sdr",
+    "pitch",
+    "buzz",
+    "speaker",
+    "recognition",
+    "dnsmos",
+    "distillmos",
 ]
 Codec = Literal[
     "encodec", "dac", "mimi", "higgs", "xcodec2", "speechtokenizer", "bigcodec", "qwen3_tts", "mimo", "xy_tokenizer"
@@ -121,7 +131,7 @@ class EvaluateConfig(Section):
     seed: NonNegative = 0
     profile: Literal["official", "dac24k", "full48k"] = "official"
     metrics: list[EvaluationMetric | Node] = field(
-        default_factory=lambda: [name for name in get_args(EvaluationMetric) if name != "dnsmos"]
+        default_factory=lambda: [name for name in get_args(EvaluationMetric) if "mos" not in name]
     )
     speaker_model: PathText | None = None
     recognition: Literal["auto", "faster_whisper", "whisper"] = "auto"

@@ -20,8 +20,18 @@ from pathlib import Path
 from moss_train.data.pack.list_formats import write_manifest
 
 PEAK = 0.7  # the peak level that cat_mini was trained at
-METRICS = ["stoi", "pesq", "spectral", "pitch", "buzz"]
-COLUMNS = ["stoi", "pesq_nb", "mel_loss", "pitch", "buzz", "speaker_similarity", "wer_errors", "cer_errors"]
+METRICS = ["stoi", "pesq", "spectral", "pitch", "buzz", "distillmos"]
+COLUMNS = {
+    "STOI": "stoi",
+    "PESQ-NB": "pesq_nb",
+    "Mel-Loss": "mel_loss",
+    "pitch": "pitch",
+    "buzz (dB)": "buzz",
+    "DistillMOS": "distillmos",
+    "same speaker": "speaker_similarity",
+    "WER": "wer_errors",
+    "CER": "cer_errors",
+}
 HERE = Path(__file__).parent
 
 
@@ -33,11 +43,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--levels", nargs="+", type=int, default=[1, 4, 8, 16])
     arguments = parser.parse_args()
-    print(
-        "| voice | levels | bit/s | STOI | PESQ-NB | Mel-Loss | pitch | buzz (dB) | same speaker | WER | CER |\n"
-        + "|---" * 11
-        + "|"
-    )
+    print("| " + " | ".join(["voice", "levels", "bit/s", *COLUMNS]) + " |\n" + "|---" * (3 + len(COLUMNS)) + "|")
     for speaker, language in split_by_speaker(arguments.manifest, arguments.out).items():
         evaluate(arguments.model, arguments.out, speaker, language, arguments.levels)
         print_rows(arguments.out / f"evaluation-{speaker}" / "table.csv", f"{speaker.capitalize()} ({language})")
@@ -74,7 +80,7 @@ def print_rows(table: Path, voice: str) -> None:
     """Print one line per number of levels, and the anchors (the original resampled, another clip)."""
     with table.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
-            values = " | ".join(f"{float(row[name]):.3f}" if row.get(name) else "" for name in COLUMNS)
+            values = " | ".join(f"{float(row[name]):.3f}" if row.get(name) else "" for name in COLUMNS.values())
             bps = f"{float(row['bps']):,.0f}" if row["bps"] else ""
             print(f"| {voice} | {row['num_quantizers'] or row['system']} | {bps} | {values} |", flush=True)
 

@@ -1,4 +1,4 @@
-"""Speaker similarity, speech recognition and DNSMOS; tests of uninstalled packages are skipped."""
+"""Speaker similarity, speech recognition and predicted MOS; tests of uninstalled packages are skipped."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from moss_train.evaluation.codecs.base import CatCodec
 from moss_train.evaluation.metrics.asr import ErrorRates, choose_backend, words
 from moss_train.evaluation.metrics.base import MetricError, Pair
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
-from moss_train.evaluation.metrics.signal import Dnsmos
+from moss_train.evaluation.metrics.predicted_mos import DistillMos, Dnsmos
 from moss_train.evaluation.metrics.speaker import SpeakerVerifier, WavLMSimilarity, load_weights, map_weight_name
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.semantic import ByteText, TextLM
@@ -290,3 +290,15 @@ def test_dnsmos_prefers_the_original(pair):
         pytest.skip(str(Dnsmos().missing()))
     values = Dnsmos().score(pair)
     assert 1 < values["dnsmos"] < values["dnsmos_original"] < 5
+
+
+def test_distillmos_gives_the_scores_of_its_package_and_prefers_the_original(pair, capsys):
+    metric = DistillMos()
+    if metric.missing():
+        pytest.skip(str(metric.missing()))
+    values = metric.score(pair)
+    assert values == {
+        "distillmos": pytest.approx(3.050, abs=0.01),
+        "distillmos_original": pytest.approx(4.242, abs=0.01),
+    }
+    assert capsys.readouterr().out == ""

@@ -1,3 +1,4 @@
+import math
 import re
 from dataclasses import replace
 
@@ -196,3 +197,19 @@ def test_a_loss_that_is_taken_away_has_no_term():
 def test_weights_that_would_not_count_are_refused(override, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config("fit", ["experiment=cat_1b6", override])
+
+
+def test_discriminators_get_crops_that_are_emphasised_and_scaled_by_the_recording():
+    batch = make_batch([4800, 2400], [0.25, 0.5])
+    raw = Objective(RATE, discriminator_crop_seconds=0.05)
+    crop, output = raw.crop(batch.reference, batch), 0.5 * batch.reference
+    assert torch.equal(raw.discriminator_input(batch.reference, batch), crop)
+    prepared = Objective(
+        RATE, discriminator_crop_seconds=0.05, discriminator_pre_emphasis=0.97, discriminator_unit_rms=True
+    )
+    emphasised = crop.clone()
+    emphasised[..., 1:] -= 0.97 * crop[..., :-1]
+    rms = torch.tensor([math.sqrt(clip.square().mean()) for clip in emphasised])
+    real = prepared.discriminator_input(batch.reference, batch)
+    torch.testing.assert_close(real, emphasised / (rms + 1e-3)[:, None, None])
+    torch.testing.assert_close(prepared.discriminator_input(output, batch), 0.5 * real)

@@ -7,7 +7,8 @@ from moss_train.config.build import build
 from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, columns_of
 from moss_train.evaluation.metrics.pitch import PatchRateBuzz, PitchAccuracy
-from moss_train.evaluation.metrics.signal import PROFILES, Dnsmos, signal_metrics
+from moss_train.evaluation.metrics.predicted_mos import DistillMos, Dnsmos
+from moss_train.evaluation.metrics.signal import PROFILES, signal_metrics
 from moss_train.evaluation.metrics.speaker import WavLMSimilarity
 from moss_train.utils.errors import UserError
 
@@ -42,6 +43,7 @@ def build_metrics(
         "buzz": PatchRateBuzz(),
         "recognition": choose_backend(recognition, recognition_model),
         "dnsmos": Dnsmos(),
+        "distillmos": DistillMos(),
     }
     metrics = {name: metric for name, metric in known.items() if name in wanted}
     for number, node in enumerate(wanted):

@@ -1,13 +1,8 @@
-"""Metrics of waveforms: mel, STFT and SI-SDR distances, STOI and PESQ, and DNSMOS (arXiv 2010.15258).
-
-DNSMOS predicts speech quality without a reference, with the networks of the speechmos package.
-"""
+"""Metrics of waveforms: mel, STFT and SI-SDR distances, STOI and PESQ."""
 
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 from auraloss.time import SISDRLoss
 from torch import Tensor
@@ -178,35 +173,3 @@ class SiSdr(Metric):
 def signal_metrics(profile: Profile) -> dict[str, Metric]:
     """Return the metrics that need no model: STOI, PESQ, the spectral distances and SI-SDR."""
     return {"stoi": Stoi(), "pesq": Pesq(), "spectral": SpectralDistances(profile), "si_sdr": SiSdr()}
-
-
-@dataclass(frozen=True)
-class Dnsmos(Metric):
-    """Overall quality, 1 to 5, of the reconstruction and of the original."""
-
-    columns = (
-        Column("dnsmos", "DNSMOS", True, is_speech_only=True),
-        Column("dnsmos_original", "DNSMOS orig.", True, is_speech_only=True, is_plotted=False),
-    )
-    description = f"speechmos {package_version('speechmos')}, 16 kHz"
-
-    def missing(self) -> str | None:
-        reasons = (missing_package(name) for name in ("speechmos", "onnxruntime", "librosa"))
-        return next((reason for reason in reasons if reason is not None), None)
-
-    def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError for clips whose samples are all equal."""
-        wanted, got = (audio.clamp(-1, 1).numpy().tobytes() for audio in pair.at(SAMPLING_RATE))
-        try:
-            values = [_overall(samples) for samples in (got, wanted)]
-        except (ValueError, ZeroDivisionError) as error:
-            raise MetricError(f"DNSMOS: {error}") from error
-        return dict(zip(("dnsmos", "dnsmos_original"), values, strict=True))
-
-
-@lru_cache(maxsize=16)
-def _overall(samples: bytes) -> float:
-    """Return the overall quality of float32 samples; cached, because one original has many reconstructions."""
-    from speechmos import dnsmos
-
-    return float(dnsmos.run(np.frombuffer(samples, np.float32), SAMPLING_RATE)["ovrl_mos"])

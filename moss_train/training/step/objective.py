@@ -27,6 +27,7 @@ from moss_train.training.step.schedule import ScheduleState, Stage
 
 REFERENCE = "reconstruction"
 SMALLEST_NORM = 1e-12  # a term with a smaller gradient norm counts as having no gradient
+RMS_FLOOR = 1e-3  # added to the RMS of a crop, so that the noise of pauses is not scaled up to the level of speech
 
 
 class GradientBalancer:
@@ -136,6 +137,8 @@ class Objective(nn.Module):
         sampling_rate: sampling rate of the decoder's output in Hz.
         weights: weights by term, where they differ from WEIGHTS; they override the `weight` of a loss's node.
         discriminator_crop_seconds: length of the random crop of each clip that the discriminators get.
+        discriminator_pre_emphasis: coefficient a of the filter x[t] - a x[t-1] applied to these crops; 0 is none.
+        discriminator_unit_rms: divide these crops, recorded and generated, by the RMS of the recorded one.
         quantizer_dropout: share of clips that use a random prefix of the levels (1.0 in the paper); the others use all.
         adversarial_reduction: reduction of the LSGAN losses over sub-discriminators, "mean" (the paper) or "sum"
             (public code).
@@ -156,6 +159,8 @@ class Objective(nn.Module):
         sampling_rate: int,
         weights: Mapping[str, float] | None = None,
         discriminator_crop_seconds: float = 1.0,
+        discriminator_pre_emphasis: float = 0.0,
+        discriminator_unit_rms: bool = False,
         quantizer_dropout: float = 1.0,
         adversarial_reduction: AdversarialReduction = "mean",
         feature_reduction: FeatureReduction = "relative_mean",
@@ -181,6 +186,7 @@ class Objective(nn.Module):
         self.weights = with_weights(known | own, given)
         self.quantizer_dropout = quantizer_dropout
         self.crop_length = round(discriminator_crop_seconds * sampling_rate)
+        self.pre_emphasis, self.unit_rms = discriminator_pre_emphasis, discriminator_unit_rms
         self.balancer = None if balance is None else GradientBalancer(balance, self.output_names)
 
     def _names(self, kind: type[nn.Module]) -> tuple[str, ...]:
@@ -285,6 +291,24 @@ class Objective(nn.Module):
         valid = index < batch.reference_lengths[:, None]
         index = index.clamp(max=audio.shape[2] - 1)[:, None].expand(-1, audio.shape[1], -1)
         return audio.gather(2, index) * valid[:, None]
+
+    def discriminator_input(self, audio: Tensor, batch: Batch) -> Tensor:
+        """Crop, pre-emphasise and scale the recording or its reconstruction for the discriminators.
+
+        audio [B, C, T] -> [B, C, crop_length]. Without both, most of what discriminators get is the strong sound below
+        1 kHz at a level far below that of their initial weights, and they learn slowly.
+        """
+        crop = self._emphasized_crop(audio, batch)
+        if not self.unit_rms:
+            return crop
+        recorded = crop if audio is batch.reference else self._emphasized_crop(batch.reference, batch)
+        return crop / (recorded.square().mean((1, 2), keepdim=True).sqrt() + RMS_FLOOR)
+
+    def _emphasized_crop(self, audio: Tensor, batch: Batch) -> Tensor:
+        crop = self.crop(audio, batch)
+        if not self.pre_emphasis:
+            return crop
+        return torch.cat((crop[..., :1], crop[..., 1:] - self.pre_emphasis * crop[..., :-1]), dim=-1)
 
 
 def build_loss(name: str, node: Mapping[str, Any], sampling_rate: int) -> nn.Module:

@@ -316,9 +316,9 @@ def forward_backward(
     if discriminators is not None and (schedule_state.adversarial_loss_active or schedule_state.discriminators_learn):
         discriminators.requires_grad_(schedule_state.discriminators_learn)
         with torch.set_grad_enabled(schedule_state.discriminators_learn):
-            real = discriminators(objective.crop(batch.reference, batch))
+            real = discriminators(objective.discriminator_input(batch.reference, batch))
         generated = discriminators(
-            objective.crop(output if schedule_state.adversarial_loss_active else output.detach(), batch)
+            objective.discriminator_input(output if schedule_state.adversarial_loss_active else output.detach(), batch)
         )
         observed |= mean_scores(real, generated, counts.clips)
         if schedule_state.discriminators_learn:
