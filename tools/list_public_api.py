@@ -40,7 +40,19 @@ from moss_train.training.step.objective import Objective
 ROOT = Path(__file__).parents[1]
 LIST = ROOT / "tests/public_api.txt"
 WITH_METHODS = ("MossAudioTokenizerModel", "MossAudioTokenizerConfig")
-METRICS = ("stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "speaker", "recognition", "dnsmos", "distillmos")
+METRICS = (
+    "stoi",
+    "pesq",
+    "spectral",
+    "si_sdr",
+    "pitch",
+    "buzz",
+    "pulses",
+    "speaker",
+    "recognition",
+    "dnsmos",
+    "distillmos",
+)
 
 
 def public_api() -> str:

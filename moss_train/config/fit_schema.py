@@ -34,7 +34,9 @@ from moss_train.config.section import (
 from moss_train.utils.errors import ConfigError
 
 Network = Literal["semantic", "discriminators"]
-ValidationMetric = Literal["stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "recognition", "dnsmos", "distillmos"]
+ValidationMetric = Literal[
+    "stoi", "pesq", "spectral", "si_sdr", "pitch", "buzz", "pulses", "recognition", "dnsmos", "distillmos"
+]
 
 
 class LoggingConfig(Section):

@@ -30,6 +30,7 @@ EvaluationMetric = Literal[
     "si_sdr",
     "pitch",
     "buzz",
+    "pulses",
     "speaker",
     "recognition",
     "dnsmos",

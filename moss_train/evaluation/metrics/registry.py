@@ -8,6 +8,7 @@ from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, columns_of
 from moss_train.evaluation.metrics.pitch import PatchRateBuzz, PitchAccuracy
 from moss_train.evaluation.metrics.predicted_mos import DistillMos, Dnsmos
+from moss_train.evaluation.metrics.pulses import VoicePulses
 from moss_train.evaluation.metrics.signal import PROFILES, signal_metrics
 from moss_train.evaluation.metrics.speaker import WavLMSimilarity
 from moss_train.utils.errors import UserError
@@ -41,6 +42,7 @@ def build_metrics(
         **signal_metrics(PROFILES[profile]),
         "pitch": PitchAccuracy(),
         "buzz": PatchRateBuzz(),
+        "pulses": VoicePulses(),
         "recognition": choose_backend(recognition, recognition_model),
         "dnsmos": Dnsmos(),
         "distillmos": DistillMos(),
