@@ -270,10 +270,6 @@ def test_the_card_says_what_it_was_told_and_only_what_the_folder_can_do(exported
 def test_the_card_of_int8_weights_promises_no_equal_streams(exported, tmp_path):
     model = exported.parent / "model"
     assert main(["export", f"checkpoint={model}", f"out={tmp_path / 'int8'}", "format=onnx", "weights=int8"]) == 0
-    audio = known_audio(small_model().sampling_rate, 1, 1.0).float()[:1].numpy()
-    tokenizer = Tokenizer(tmp_path / "int8")
-    together = tokenizer.encode(np.concatenate((audio, 0.1 * audio)))[:, 1:]
-    assert (together != tokenizer.encode(0.1 * audio)).any()
     for folder, is_exact in ((exported, True), (tmp_path / "int8", False)):
         card = (folder / "README.md").read_text()
         assert ("equal to decoding the whole" in card) == is_exact
