@@ -37,6 +37,7 @@ def run(config: ExportConfig) -> int:
         data=config.data or "",
         level_db=config.level_db,
         evaluation=config.evaluation,
+        repository=config.push or "",
     )
     if info.evaluation is not None:
         evaluation_rows(info.evaluation)

@@ -32,10 +32,10 @@ def run(config: InspectConfig) -> int:
     folders, out = config.shards, Path(config.out)
     if (out / "index.json").exists():
         raise UserError(f"out={out} is a folder of shards; give another one for the report")
+    out.mkdir(parents=True, exist_ok=True)  # before the clips are read, which can take hours
     num_workers = config.num_workers or num_cores()
     with progress("inspecting") as bar:
         inspections = [inspect_folder(folder, num_workers, bar.advance) for folder in folders]
-    out.mkdir(parents=True, exist_ok=True)
     clips = [clip for inspection in inspections for clip in inspection.clips]
     bad = find_clips_to_drop(clips, config)
     counts = Counter(clip.id for clip in clips)

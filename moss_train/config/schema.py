@@ -182,7 +182,7 @@ class ExportConfig(Section):
     licence: str | None = None
     language: list[str] = field(default_factory=list)
     data: str | None = None
-    level_db: float | None = None
+    level_db: Annotated[float, within(-100, 0)] | None = None
     evaluation: PathText | None = None
     heldout: PathText | None = None
     push: str | None = None

@@ -52,6 +52,7 @@ class CardInfo:
         data: what the model was trained on, in a sentence.
         level_db: RMS level of the training data in dB relative to full scale.
         evaluation: a folder that `evaluate` wrote.
+        repository: name on the Hugging Face Hub that the folder is uploaded to.
     """
 
     licence: str = ""
@@ -59,6 +60,7 @@ class CardInfo:
     data: str = ""
     level_db: float | None = None
     evaluation: str | None = None
+    repository: str = ""
     precision: str = ""  # of the weights, where it is not float32
     training: Mapping[str, str] = field(default_factory=dict)
 

@@ -54,7 +54,12 @@ samples, rate = soundfile.read("speech.wav", dtype="float32", always_2d=True)  #
 Further inputs are the `position` of every stream in frames and, for every layer, rings of keys and values, all zero at
 the start; the output `next_x` is the input `x` of the next call. A position of zero starts a stream anew, whatever its
 rings hold.
-{evaluation}"""
+{int8}{evaluation}"""
+
+INT8 = """
+The scale of the 8-bit products is that of all samples of a call. So codes and audio depend on how a clip is cut into
+chunks and on the other clips of its batch: for the same codes each time, encode whole clips one by one.
+"""
 
 
 def export_onnx(
@@ -183,7 +188,7 @@ def onnx_card(
     name: str, model: MossAudioTokenizerModel, info: CardInfo, weights: str, chunk_frames: int, part: str | None
 ) -> str:
     """Return the README of a folder of graphs."""
-    config = model.config
+    config, is_int8 = model.config, weights.startswith("int8")
     measured = [] if info.evaluation is None else evaluation_rows(info.evaluation)
     usage = []
     if part != "decoder":
@@ -197,7 +202,8 @@ def onnx_card(
             "codes = stream.encode(samples[:1000].T[None])  # any number of samples; stream.flush() ends a clip"
         )
     if part != "encoder":
-        usage.append("heard = stream.decode(codes)  # equal to decoding the whole")
+        likeness = "close" if is_int8 else "equal"
+        usage.append(f"heard = stream.decode(codes)  # {likeness} to decoding the whole")
     body = CARD.format(
         name=name,
         facts=fact_table(
@@ -205,6 +211,7 @@ def onnx_card(
         ),
         usage="\n".join(usage),
         half="" if part is None else f"This folder holds the {part} only. ",
+        int8=INT8 if is_int8 else "",
         evaluation=evaluation_section(measured),
         sampling_rate=config.sampling_rate,
         hop=config.downsample_rate,

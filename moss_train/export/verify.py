@@ -22,7 +22,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         checks = compare(arguments.folder, arguments.codes)
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # those of safetensors share no other base
         print(
             f"cannot verify {arguments.folder}: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr
         )
@@ -49,7 +49,11 @@ def compare(folder: Path, codes_file: Path | None) -> list[tuple[str, bool]]:
         checks.append((f"{name} has its checksum", found == wanted))
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(str(folder), trust_remote_code=True).eval()
+    try:
+        model = AutoModel.from_pretrained(str(folder), trust_remote_code=True).eval()
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return [*checks, (f"the model can be loaded ({reason})", False)]
     with torch.no_grad():
         if model.part != "decoder":
             codes = model.encode(vectors["audio"].float() / 32768).audio_codes

@@ -87,7 +87,7 @@ def export(
     elif dtype != "float32":
         info = replace(info, precision=f"{dtype}; the codes were not compared with float32")
     with new_folder(target) as folder:
-        write_folder(model, folder, target.name, info)
+        write_folder(model, folder, info.repository or target.name, info)
         write_test_vectors(model, complete, folder)
         if training is not None:
             write_training_state(folder / STATE_FOLDER, training.nodes, training.load())

@@ -3,8 +3,8 @@
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -15,7 +15,14 @@ from moss_train.audio.io import resample
 from moss_train.config.schema import EncodeConfig
 from moss_train.data.pack.pack import check_target
 from moss_train.data.pack.resume import JOURNAL_FILE, resumable_directory
-from moss_train.data.shards.codes import CodedClip, CodeShards, CodesSource, write_code_index, write_code_shard
+from moss_train.data.shards.codes import (
+    CodedClip,
+    CodeShards,
+    CodesSource,
+    is_code_folder,
+    write_code_index,
+    write_code_shard,
+)
 from moss_train.data.shards.index import ARRAYS_FILE, ShardIndex
 from moss_train.data.stream.sample_reader import ClipReader
 from moss_train.inference.batching import group_by_length, load_model, read_ahead
@@ -31,13 +38,15 @@ from moss_train.utils.workers import num_cores, ray_pool, worker_pool
 def encode_shards(options: EncodeConfig, devices: Sequence[torch.device]) -> Report:
     """Encode a packed folder into a folder of codes of the same shards, one process per device, or on a Ray cluster.
 
-    The folder appears when it is complete; after a kill the next call continues after the finished shards. Clips that
-    cannot be read are reported and skipped. Raises UserError if `out` is something else or was started with other
-    weights or options, or the model does not fit the audio.
+    The folder appears when it is complete; after a kill the next call continues after the finished shards, and with a
+    complete folder there is nothing left to do. Clips that cannot be read are reported and skipped. Raises UserError if
+    `out` is something else or was made or started with other weights or options, or the model does not fit the audio.
     """
     assert options.shards is not None
     source_folder, target = Path(options.shards), Path(options.out)
-    check_target(target, overwrite=False)
+    is_complete = is_code_folder(target)
+    if not is_complete:
+        check_target(target, overwrite=None)
     index = ShardIndex.load(source_folder)
     encoder = make_encoder(options, devices[0] if len(devices) == 1 else torch.device("cpu"))
     config = encoder.model.config
@@ -57,6 +66,15 @@ def encode_shards(options: EncodeConfig, devices: Sequence[torch.device]) -> Rep
         num_channels=channels,
         audio_sha256=sha256_of(source_folder / ARRAYS_FILE),
     )
+    if is_complete:
+        made_with = CodeShards(target).source
+        if replace(made_with, model=source.model) != source:  # one model may have several names
+            raise UserError(
+                f"out={target} was made with another model (model={made_with.model}), other options or other audio; "
+                "choose another out="
+            )
+        skipped = missing_clips(index, range(len(index.shards)), target, "was skipped before")
+        return Report(0, len(index.shards), skipped)
     with resumable_directory(target) as folder:
         journal, content = folder / JOURNAL_FILE, json.dumps(asdict(source), sort_keys=True)
         if not journal.exists():
@@ -66,11 +84,9 @@ def encode_shards(options: EncodeConfig, devices: Sequence[torch.device]) -> Rep
                 f"{folder} was begun with another model, other options or other audio; remove it to begin anew"
             )
         todo = [number for number, shard in enumerate(index.shards) if not (folder / shard.file).exists()]
-        report = Report(0, len(index.shards) - len(todo), [])
-        for number in sorted(set(range(len(index.shards))) - set(todo)):
-            file, num_clips = index.shards[number].file, index.shards[number].num_clips
-            for clip in sorted(set(range(num_clips)) - stored_clips(folder / file)):
-                report.failures.append((source_folder / file, f"clip {clip} was skipped before the interruption"))
+        finished = sorted(set(range(len(index.shards))) - set(todo))
+        skipped = missing_clips(index, finished, folder, "was skipped before the interruption")
+        report = Report(0, len(finished), skipped)
         with progress("encoding", total=sum(index.shards[number].num_clips for number in todo)) as bar:
             if options.executor == "local" and len(devices) == 1:
                 for number in todo:
@@ -134,6 +150,16 @@ def encode_shard(
         on_clips(len(outcomes))
     write_code_shard(folder / shard.file, [clips[row] for row in sorted(clips)])
     return report.failures
+
+
+def missing_clips(index: ShardIndex, numbers: Iterable[int], folder: Path, reason: str) -> list[tuple[Path, str]]:
+    """Return (shard, reason) of the clips of shards of audio that their finished shards of codes in `folder` lack."""
+    missing = []
+    for number in numbers:
+        shard = index.shards[number]
+        clips = sorted(set(range(shard.num_clips)) - stored_clips(folder / shard.file))
+        missing += [(index.folder / shard.file, f"clip {clip} {reason}") for clip in clips]
+    return missing
 
 
 def stored_clips(path: Path) -> set[int]:

@@ -51,3 +51,11 @@ def test_damage_is_in_the_exit_status_and_on_the_page(packed: Path, tmp_path: Pa
 def test_the_report_does_not_go_into_the_shards(packed: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["inspect", f"shards={packed}", f"out={packed}"]) == 2
     assert "is a folder of shards" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_clip_is_read(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["inspect", f"shards={packed}", f"out={tmp_path / 'file'}"]) == 2
+    assert capsys.readouterr().err == f"moss_train inspect: {tmp_path / 'file'}: File exists\n"  # no line of progress

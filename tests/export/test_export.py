@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from moss_train.audio.io import read_audio, write_audio
 from moss_train.cli.main import main
 from moss_train.commands import pack as pack_command
-from moss_train.export import load_tokenizer, write
+from moss_train.export import load_tokenizer, verify, write
 from moss_train.export.card import data_licences, licence_of_data
 from moss_train.export.verify import compare
 from moss_train.model import MossAudioTokenizerConfig, MossAudioTokenizerModel
@@ -97,6 +97,7 @@ def test_half_precision_weights_keep_the_quantizer(model_folder, tmp_path):
     [
         (["out=."], "out=. exists already"),
         (["out=new", "dtype=int4"], "dtype=int4 has to be one of float32, bfloat16, float16"),
+        (["out=new", "level_db=23"], "level_db=23 has to be a number from -100 to 0, or null"),
         (["out=new", "part=middle"], "part=middle has to be one of encoder, decoder, or null"),
         (["out=new", "licence='do what you want'"], "is not an identifier"),
         (["out=new", "evaluation=empty"], "evaluation=empty has no table.csv"),
@@ -236,6 +237,25 @@ def test_vectors_tell_this_model_from_another(model_folder, tmp_path, capsys):
     assert [passed for _, passed in compare(out, None)][:2] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("file", "status", "message"),
+    [
+        ("model.safetensors", 1, "FAILED: the model can be loaded"),
+        ("test_vectors/vectors.safetensors", 2, "cannot verify"),
+    ],
+)
+def test_a_damaged_export_is_verified_without_a_traceback(
+    model_folder, tmp_path, monkeypatch, capsys, file, status, message
+):
+    out = tmp_path / "out"
+    assert main(["export", f"checkpoint={model_folder}", f"out={out}"]) == 0
+    (out / file).write_bytes((out / file).read_bytes()[:200])  # an interrupted download
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(out)])
+    assert verify.main() == status
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """The parts of the Hub API that are needed to upload small files."""
 
@@ -302,6 +322,14 @@ def test_push_shows_what_goes_uploads_it_and_never_shows_the_token(hub, tmp_path
     shown = capsys.readouterr()
     assert "2 files" in shown.err
     assert "hf_secret" not in shown.out + shown.err
+
+
+def test_the_card_of_a_repository_loads_it_by_its_name(hub, model_folder, tmp_path):
+    out = tmp_path / "here"
+    assert main(["export", f"checkpoint={model_folder}", f"out={out}", "push=owner/there", "licence=cc0-1.0"]) == 0
+    card = (out / "README.md").read_text()
+    assert 'AutoModel.from_pretrained("owner/there", trust_remote_code=True)' in card
+    assert 'pipeline("feature-extraction", model="owner/there", trust_remote_code=True)' in card
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from moss_train import load_config
 from moss_train.cli.main import main
 from moss_train.evaluation.results import read_rows
+from moss_train.export import onnx_runtime
 from moss_train.export.onnx import write_graphs
 from moss_train.export.onnx_runtime import Tokenizer
 from moss_train.export.write import known_audio
@@ -266,6 +267,15 @@ def test_the_card_says_what_it_was_told_and_only_what_the_folder_can_do(exported
     assert ".encode(" not in card
 
 
+def test_the_card_of_int8_weights_promises_no_equal_streams(exported, tmp_path):
+    model = exported.parent / "model"
+    assert main(["export", f"checkpoint={model}", f"out={tmp_path / 'int8'}", "format=onnx", "weights=int8"]) == 0
+    for folder, is_exact in ((exported, True), (tmp_path / "int8", False)):
+        card = (folder / "README.md").read_text()
+        assert ("equal to decoding the whole" in card) == is_exact
+        assert ("depend on how a clip is cut into" in " ".join(card.split())) != is_exact
+
+
 @pytest.mark.parametrize(("part", "other"), [("encoder", "decoder"), ("decoder", "encoder")])
 def test_half_a_model_refuses_the_other_half(part, other, tmp_path):
     write_graphs(small_model(), tmp_path, part=part)
@@ -287,6 +297,17 @@ def test_a_damaged_folder_is_named(exported, tmp_path):
     (folder / "codec.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no complete ONNX export: codec\.json"):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize("size", [0, 300])
+def test_damaged_test_vectors_are_one_line(exported, tmp_path, monkeypatch, capsys, size):
+    folder = Path(shutil.copytree(exported, tmp_path / "damaged"))
+    (folder / "test_vectors.npz").write_bytes((folder / "test_vectors.npz").read_bytes()[:size])
+    monkeypatch.setattr(sys, "argv", ["runtime.py", str(folder)])
+    assert onnx_runtime.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cannot check {folder}: ")
+    assert error.count("\n") == 1
 
 
 def test_a_missing_package_is_named(exported, monkeypatch, tmp_path, capsys):

@@ -270,3 +270,6 @@ def test_choose_device():
         choose_device("gpu")
     with pytest.raises(UserError, match=r"device=cuda:99 is not there"):
         choose_device("cuda:99")
+    for name in ("mps", "xpu", "meta"):  # devices to torch, which then cannot use them
+        with pytest.raises(UserError, match=f"device={name} is not supported"):
+            choose_device(name)

@@ -121,6 +121,39 @@ def test_decode_gives_back_every_clip(packed: Path, model: Path, codes: Path, tm
     assert (again.num_written, again.num_present) == (0, len(CodeShards(codes)))
 
 
+def test_several_folders_of_codes_are_decoded(
+    model: Path, codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = Path(shutil.copytree(codes, tmp_path / "other"))
+    out = tmp_path / "audio"
+    assert main(["decode", f"model={model}", f"input=[{codes},{other}]", f"out={out}", "device=cpu"]) == 0
+    assert f"decode: {2 * len(CodeShards(codes))} files written" in capsys.readouterr().out
+    for name, _, labels in CodeShards(codes):
+        for folder in ("train", "other"):
+            audio, _ = read_audio((out / folder / name).with_suffix(".wav"))
+            assert audio.shape[1] == labels["num_samples"]
+    same = Path(shutil.copytree(codes, tmp_path / "copy" / "train"))
+    assert main(["decode", f"model={model}", f"input=[{codes},{same}]", f"out={out}", "device=cpu"]) == 2
+    assert f"two folders of codes would become {out / 'train'}" in capsys.readouterr().err
+
+
+def test_encoding_again_has_nothing_to_do(
+    packed: Path, model: Path, codes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before, num_shards = bytes_of(codes), len(ShardIndex.load(packed).shards)
+    arguments = ["encode", f"shards={packed}", f"out={codes}", "device=cpu"]
+    assert main([*arguments, f"model={model}/."]) == 0  # another name of the same model
+    assert f"encode: 0 shards written to {codes}, {num_shards} already there" in capsys.readouterr().out
+    assert bytes_of(codes) == before
+    assert main([*arguments, f"model={model}", "num_quantizers=2"]) == 2
+    assert "was made with another model" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("not codes")
+    assert main(["encode", f"shards={packed}", f"out={tmp_path}", f"model={model}"]) == 2
+    error = capsys.readouterr().err
+    assert "exists and is not empty; give another folder" in error
+    assert "overwrite" not in error  # `encode` has no such key
+
+
 def test_bad_clips_are_named_and_left_out(packed: Path, model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(packed, tmp_path / "copy"))
     location = ShardIndex.load(copy).locate(5)
@@ -130,6 +163,8 @@ def test_bad_clips_are_named_and_left_out(packed: Path, model: Path, tmp_path: P
     report = encode_shards(options(model, copy, tmp_path / "out"), [CPU])
     assert len(report.failures) == 1
     assert "damaged" in report.failures[0][1]
+    again = encode_shards(options(model, copy, tmp_path / "out"), [CPU])
+    assert again.failures == [(Path(location.shard), "clip 5 was skipped before")]
     assert len(CodeShards(tmp_path / "out")) == len(ShardIndex.load(copy)) - 1
 
 

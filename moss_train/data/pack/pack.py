@@ -207,8 +207,11 @@ def content_settings(options: PackConfig) -> dict[str, Any]:
     return settings | {"resampler": RESAMPLER, "format": FORMAT_VERSION}
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise UserError unless the target is missing, an empty folder or, with `overwrite`, an earlier result."""
+def check_target(target: Path, overwrite: bool | None) -> None:
+    """Raise UserError unless the target is missing, an empty folder or, with `overwrite`, an earlier result.
+
+    `overwrite` is None for a command that has no such option.
+    """
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
@@ -216,6 +219,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"out={target} exists and is not empty; give another folder or overwrite=true")
+        advice = "" if overwrite is None else " or overwrite=true"
+        raise UserError(f"out={target} exists and is not empty; give another folder{advice}")
     if not (target / INDEX_FILE).is_file():
         raise UserError(f"out={target} is not a folder of packed shards; overwrite=true does not replace it")
