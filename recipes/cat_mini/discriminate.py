@@ -96,8 +96,9 @@ def learn(
                 real, generated = inputs(objective, heldout, random.Random(2))
                 means = [fmean(x.logits.mean().item() for x in discriminators(clips)) for clips in (real, generated)]
             scores.append((update, *means))
-        real, generated = inputs(objective, chance.sample(train, clips_per_update), chance)
-        loss = discriminator_loss(discriminators(real), discriminators(generated), torch.tensor(len(real)))
+        crops = inputs(objective, chance.sample(train, clips_per_update), chance)
+        real_logits, generated_logits = ([output.logits for output in discriminators(clips)] for clips in crops)
+        loss = discriminator_loss(real_logits, generated_logits, clips_per_update)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
