@@ -324,6 +324,12 @@ def test_distillmos_scores_a_long_clip_as_its_package_does_but_part_by_part(pair
     assert shapes == [(1, 122_880)] * 3
 
 
+def test_distillmos_of_a_silent_recording_has_no_value():
+    silence = torch.zeros(1, RATE)
+    with pytest.raises(MetricError, match="the reference is silent"):
+        DistillMos().score(Pair(silence, silence + 0.1, RATE))
+
+
 def test_distillmos_says_which_of_its_two_packages_is_missing(monkeypatch):
     monkeypatch.setattr(base, "find_spec", lambda name: None if name == "xls_r_sqa" else "found")
     assert DistillMos().missing() == "package xls_r_sqa is not installed"

@@ -70,7 +70,12 @@ class DistillMos(Metric):
         return next((reason for reason in reasons if reason is not None), None)
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; the network pads clips below 7.68 s with zeros and averages over parts of longer ones."""
+        """See `Metric`; the network pads clips below 7.68 s with zeros and averages over parts of longer ones.
+
+        MetricError for a silent reference, to which the network gives about 2.
+        """
+        if not pair.at(SAMPLING_RATE)[0].any():
+            raise MetricError("the reference is silent")
         wanted, got = (audio.clamp(-1, 1).numpy().tobytes() for audio in pair.at(SAMPLING_RATE))
         values = [_distillmos(samples) for samples in (got, wanted)]
         return dict(zip(("distillmos", "distillmos_original"), values, strict=True))
