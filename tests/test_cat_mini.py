@@ -3,16 +3,20 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moss_train.audio.io import read_audio
+from moss_train.audio.io import read_audio, write_audio
 from moss_train.config.build import allow_package
+from moss_train.discriminators import DiscriminatorSet, MultiPeriodDiscriminator
 from moss_train.evaluation.metrics.base import Pair
 from moss_train.evaluation.metrics.registry import build_metrics
 from moss_train.losses.reconstruction import multi_scale_mel_distance
 from moss_train.model import MossAudioTokenizerModel
+from moss_train.training.step.objective import Objective
+from recipes.cat_mini import discriminate
 from tools.short_runs import depth_report
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -90,3 +94,30 @@ def test_speaker_similarity_is_a_metric_of_a_package_beside_the_model(monkeypatc
     else:
         audio = torch.randn(32000, generator=torch.Generator().manual_seed(0)) * 0.1
         assert metric.score(Pair(audio, audio, 16000, {}))["speaker_similarity"] == pytest.approx(1, abs=1e-5)
+
+
+class Quieter:
+    """Returns half the amplitude of a clip as its reconstruction."""
+
+    sampling_rate = 24_000
+
+    def encode(self, audio, num_quantizers, return_dict):
+        return SimpleNamespace(audio_codes=audio)
+
+    def decode(self, codes, return_dict):
+        return SimpleNamespace(audio=0.5 * codes)
+
+
+def test_discriminators_are_measured_on_lists_of_a_few_clips_too(tmp_path):
+    noise = torch.randn(2, 24_000, generator=torch.Generator().manual_seed(0)).clamp(-3, 3) / 4
+    for number, samples in enumerate(noise):
+        write_audio(tmp_path / f"{number}.flac", samples[None], 24_000)
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text("".join(json.dumps({"path": f"{number}.flac"}) + "\n" for number in range(2)))
+    pairs = discriminate.make_pairs(Quieter(), manifest, 240)
+    assert len(pairs) == 2
+    assert all(torch.equal(restored, 0.5 * audio) for audio, restored in pairs)
+    objective = Objective(24_000, discriminator_crop_seconds=0.05)
+    discriminators = DiscriminatorSet([MultiPeriodDiscriminator(periods=(2,), channels=(2, 2))])
+    scores = discriminate.learn(discriminators, objective, pairs, pairs, updates=3)
+    assert [update for update, *_ in scores] == [0, 3]

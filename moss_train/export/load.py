@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -32,12 +32,14 @@ class ModelSource:
         tokenizer: its architecture.
         nodes: by name (`semantic`, `discriminators`) what builds the other networks; empty for a released folder.
         load: reads the weights of `tokenizer` and of every network of `nodes`, on the CPU.
+        objective: arguments of the objective that the networks were trained with; empty for a folder.
     """
 
     path: str
     tokenizer: MossAudioTokenizerConfig
     nodes: Mapping[str, Any]
     load: Callable[[], Weights]
+    objective: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_source(path: str | Path) -> ModelSource:
@@ -55,7 +57,8 @@ def open_source(path: str | Path) -> ModelSource:
             weights = {name: weights_under(f"{name}.", content["state_dict"]) for name in ("tokenizer", *nodes)}
             return weights | {"tokenizer": weights["tokenizer"] | moving_average(content)}  # as `load_tokenizer`
 
-        return ModelSource(str(checkpoint), tokenizer_config(parameters["tokenizer"]), nodes, load)
+        objective = parameters.get("objective") or {}
+        return ModelSource(str(checkpoint), tokenizer_config(parameters["tokenizer"]), nodes, load, objective)
     config = from_folder(MossAudioTokenizerConfig, path)
     folder = Path(path) / STATE_FOLDER
     nodes, weights = read_training_state(folder) if folder.is_dir() else ({}, {})

@@ -65,9 +65,10 @@ def build(wide: bool) -> DiscriminatorSet:
 
 @torch.inference_mode()
 def make_pairs(model: MossAudioTokenizerModel, manifest: Path, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Return `count` random recordings [1, T] and their reconstructions from 4, 8 or 16 levels."""
+    """Return at most `count` random recordings [1, T] and their reconstructions from 4, 8 or 16 levels."""
     chance = random.Random(0)
-    entries = chance.sample([json.loads(line) for line in manifest.read_text("utf-8").splitlines()], count)
+    entries = [json.loads(line) for line in manifest.read_text("utf-8").splitlines()]
+    entries = chance.sample(entries, min(count, len(entries)))
     pairs = []
     for entry in entries:
         audio, _ = read_audio(manifest.parent / entry["path"], sampling_rate=model.sampling_rate, num_channels=1)
@@ -88,14 +89,16 @@ def learn(
     """Train and return (update, mean score of recordings, mean score of reconstructions) on held-out clips."""
     optimizer = torch.optim.AdamW(discriminators.parameters(), lr=1e-3, betas=(0.8, 0.99))
     chance, scores = random.Random(1), []
+    clips_per_update = min(CLIPS_PER_UPDATE, len(train))
     for update in range(updates + 1):
-        if update % REPORT_EVERY == 0:
+        if update % REPORT_EVERY == 0 or update == updates:
             with torch.no_grad():
                 real, generated = inputs(objective, heldout, random.Random(2))
                 means = [fmean(x.logits.mean().item() for x in discriminators(clips)) for clips in (real, generated)]
             scores.append((update, *means))
-        real, generated = inputs(objective, chance.sample(train, CLIPS_PER_UPDATE), chance)
-        loss = discriminator_loss(discriminators(real), discriminators(generated), torch.tensor(len(real)))
+        crops = inputs(objective, chance.sample(train, clips_per_update), chance)
+        real_logits, generated_logits = ([output.logits for output in discriminators(clips)] for clips in crops)
+        loss = discriminator_loss(real_logits, generated_logits, clips_per_update)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)

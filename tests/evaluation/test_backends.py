@@ -7,6 +7,7 @@ import torch
 
 from moss_train.audio.io import read_audio
 from moss_train.evaluation.codecs.base import CatCodec
+from moss_train.evaluation.metrics import base, predicted_mos
 from moss_train.evaluation.metrics.asr import ErrorRates, choose_backend, words
 from moss_train.evaluation.metrics.base import MetricError, Pair
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
@@ -302,3 +303,33 @@ def test_distillmos_gives_the_scores_of_its_package_and_prefers_the_original(pai
         "distillmos_original": pytest.approx(4.242, abs=0.01),
     }
     assert capsys.readouterr().out == ""
+
+
+def test_distillmos_scores_a_long_clip_as_its_package_does_but_part_by_part(pair, monkeypatch):
+    if DistillMos().missing():
+        pytest.skip(str(DistillMos().missing()))
+    network = predicted_mos._load_distillmos()
+    reference = torch.cat([audio[None] for audio in (*pair.at(RATE), *pair.at(RATE))], dim=1)[:, :139_000]
+    with torch.inference_mode():
+        expected = float(network(reference))
+    shapes = []
+
+    def network_of_one_part(audio: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(audio.shape))
+        return network(audio)
+
+    monkeypatch.setattr(predicted_mos, "_load_distillmos", lambda: network_of_one_part)
+    value = DistillMos().score(Pair(reference, reference, RATE))["distillmos"]
+    assert value == pytest.approx(expected, abs=1e-4)
+    assert shapes == [(1, 122_880)] * 3
+
+
+def test_distillmos_of_a_silent_recording_has_no_value():
+    silence = torch.zeros(1, RATE)
+    with pytest.raises(MetricError, match="the reference is silent"):
+        DistillMos().score(Pair(silence, silence + 0.1, RATE))
+
+
+def test_distillmos_says_which_of_its_two_packages_is_missing(monkeypatch):
+    monkeypatch.setattr(base, "find_spec", lambda name: None if name == "xls_r_sqa" else "found")
+    assert DistillMos().missing() == "package xls_r_sqa is not installed"

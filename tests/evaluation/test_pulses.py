@@ -38,7 +38,13 @@ def test_noise_in_place_of_a_pulse_train_has_lost_its_pulses():
     train[::80] = 0.5  # 200 Hz
     noise = 0.1 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
     assert -16 < pulses(train, noise) < -8
-    assert pulses(train, torch.zeros(RATE)) < -60
+
+
+@pytest.mark.parametrize("hertz", [None, 500.0])
+def test_a_reconstruction_without_sound_in_the_band_has_no_value(hertz):
+    degraded = torch.zeros(RATE) if hertz is None else modulated(0.8, carrier=hertz)
+    with pytest.raises(MetricError, match="reconstruction is silent from 2000 to 6000 Hz"):
+        pulses(modulated(0.8), degraded)
 
 
 @pytest.mark.parametrize("audio", [torch.zeros(RATE), torch.ones(RATE // 20)])

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_a_run_brings_all_its_networks_with_their_architecture(small_config, sou
         assert (report.resampled, report.new, report.unused) == ((), (), ())
         assert_taken(getattr(module, name), weights[name], report.loaded)
     assert [stage.discriminator_warmup_updates for stage in module.schedule.stages] == [0, 1]
+
+
+def test_discriminators_that_were_trained_on_other_input_are_named(small_config, source):
+    other = (f"init={source}", "tokenizer=null", "objective.discriminator_pre_emphasis=0.97")
+    message = "trained with objective.discriminator_pre_emphasis=0.0 and now get input with 0.97"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        plan_initialization(small_config(*other))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_initialization(small_config(*other[:2]))
+        plan_initialization(small_config(*other, "restore=[semantic]"))
 
 
 def test_an_export_with_training_state_brings_them_too(small_config, source, tmp_path):

@@ -17,13 +17,15 @@ BAND = (2000.0, 6000.0)  # Hz
 PULSE_RATES = (80.0, 400.0)  # Hz
 FRAME = RATE // 10  # 0.1 s, samples
 QUIETEST = 0.02  # frames of the reference with a smaller share of the energy of its loudest frame are left out
+SILENCE = 1e-6  # share of the reference's energy below which a reconstruction counts as silent
 
 
 @dataclass(frozen=True)
 class VoicePulses(Metric):
     """Fluctuation of the envelope of a band at the rates of the voice, relative to the reference, in dB.
 
-    0 is right; noise with the spectrum of speech, which changes every 25 ms, has about -4.
+    0 is right; noise with the spectrum of speech, which changes every 25 ms, has about -4, smoother envelopes less.
+    Pulses at a wrong rate count, too, such as one patch that is repeated: see the metrics pitch and buzz.
 
     Args:
         band: lower and upper limit in Hz.
@@ -37,7 +39,7 @@ class VoicePulses(Metric):
         return "envelope of {:g} to {:g} Hz at {:g} to {:g} Hz".format(*self.band, *PULSE_RATES)
 
     def score(self, pair: Pair) -> dict[str, float]:
-        """See `Metric`; MetricError for audio shorter than a frame or a reference without sound in the band."""
+        """See `Metric`; MetricError for audio shorter than a frame, and if one of the two has no sound in the band."""
         wanted, got = pair.at(RATE)
         if len(wanted) < FRAME:
             raise MetricError(f"shorter than {FRAME / RATE} seconds")
@@ -46,6 +48,8 @@ class VoicePulses(Metric):
         if not power.any():
             raise MetricError(f"the reference is silent from {self.band[0]:g} to {self.band[1]:g} Hz")
         loud = power >= QUIETEST * power.max()
+        if degraded[loud].square().mean() <= SILENCE * power[loud].mean():
+            raise MetricError(f"the reconstruction is silent from {self.band[0]:g} to {self.band[1]:g} Hz")
         return {"pulses": 10 * (fluctuation(degraded[loud]) / fluctuation(reference[loud])).log10().item()}
 
 

@@ -97,9 +97,10 @@ class HealthMonitor(Writer):
             "discriminators lose",
             margin < self.limits.min_discriminator_margin,
             f"update {update}: the discriminators cannot tell real from generated audio (mean margin {margin:.2f} "
-            f"over {count} updates), so their losses only add noise: set "
-            "objective.discriminator_unit_rms=true and objective.discriminator_pre_emphasis=0.97, give them more "
-            "channels or a longer objective.discriminator_crop_seconds, or raise discriminator_learning_rate",
+            f"over {count} updates), so their losses only add noise: unless it is "
+            "set already, train with objective.discriminator_unit_rms=true objective.discriminator_pre_emphasis=0.97, "
+            "or give them more channels or a longer objective.discriminator_crop_seconds, or raise "
+            "discriminator_learning_rate",
         )
 
     def _check_shares(self, update: int) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moss_train.config.fit_schema import FitConfig
+from moss_train.config.recipe_schema import ObjectiveConfig
 from moss_train.config.section import to_plain
 from moss_train.export.load import NETWORKS, ModelSource, open_source, tokenizer_config
 from moss_train.training.module import CatModule
@@ -105,7 +106,24 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
             networks[name] = source.nodes[name]
         elif networks[name]:
             new.append(name)
+    is_restored = networks["discriminators"] and "discriminators" not in new
+    if is_restored and any(stage.adversarial for stage in config.stages):
+        warn_of_other_input(source, config)
     return InitPlan(complete_arguments(config, tokenizer, networks, new), source, tuple(new))
+
+
+def warn_of_other_input(source: ModelSource, config: FitConfig) -> None:
+    """Warn if the restored discriminators were trained on crops that were prepared in another way."""
+    defaults = ObjectiveConfig().to_plain()
+    configured = config.objective.to_plain()
+    for key in ("discriminator_pre_emphasis", "discriminator_unit_rms"):
+        theirs = source.objective.get(key, defaults[key])  # runs of older versions do not state it
+        if source.objective and theirs != configured[key]:
+            warnings.warn(
+                f"the discriminators of init={source.path} were trained with objective.{key}={theirs} and now get "
+                f"input with {configured[key]}: set it as it was, or train new ones with restore=[semantic]",
+                stacklevel=3,
+            )
 
 
 def complete_arguments(
