@@ -352,9 +352,12 @@ def shape_differences(arguments: dict[str, Any], weights: Mapping[str, torch.Ten
     is_pretrained = semantic is not None and semantic.get("pretrained") is not None
     with torch.device("meta"):
         module = CatModule(**arguments | ({"semantic": None} if is_pretrained else {}))
-    old, new = ({name: tuple(weight.shape) for name, weight in part.items()} for part in (weights, module.state_dict()))
-    if is_pretrained and any(name.startswith("semantic.") for name in old):
-        old = {name: shape for name, shape in old.items() if not name.startswith("semantic.")}
+    old: dict[str, Any] = {name: tuple(weight.shape) for name, weight in weights.items()}
+    new: dict[str, Any] = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    if is_pretrained:
+        others = {name: shape for name, shape in old.items() if not name.startswith("semantic.")}
+        old = others if len(others) == len(old) else others | {"semantic": "pretrained"}
+        new = new | {"semantic": "pretrained"}
     return diff_config(old, new)
 
 
