@@ -156,7 +156,8 @@ def test_a_run_that_stops_at_the_fit_goes_on_exactly(small_overrides, recordings
 
 def test_levels_are_fitted_when_a_run_resumes_beyond_the_stage_without_them(small_overrides, stages, tmp_path, capfd):
     slow = stages.replace("learning_rate: 1.0e-3", "learning_rate: 1.0e-9, final_learning_rate: 1.0e-9")
-    command = ["fit", *small_overrides, slow, f"run_dir={tmp_path}", "ema={decay: 0.9}", "stages.0.updates=4"]
+    command = ["fit", *small_overrides, slow, f"run_dir={tmp_path}", "ema={decay: 0.9}", "stages.1.updates=3"]
+    command += ["stages.0.updates=4"]
     assert main([*command, "max_updates=3"]) == 0
     assert main([*command[:-1], "stages.0.updates=2", "allow_config_changes=true", "max_updates=4"]) == 0
     assert capfd.readouterr().err.count("quantizer fitted") == 1
