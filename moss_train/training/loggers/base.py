@@ -97,7 +97,7 @@ class CsvWriter(Writer):
         with atomic_write(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
-            writer.writerows(row for row in iterate_table(self.path) if 0 < int(row["update"]) <= update)
+            writer.writerows(row for row in iterate_table(self.path) if update and int(row["update"]) <= update)
         self.file = self.path.open("a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, columns, restval="")
 
