@@ -186,6 +186,7 @@ class BestCheckpoint:
     update: int
     metric: str
     value: float
+    clips: str = ""  # digest of the clips of the validation; in records of older versions empty
 
 
 def record_best(directory: Path, best: BestCheckpoint) -> None:

@@ -197,6 +197,23 @@ def test_a_resumed_run_does_not_need_its_init(small_config, source, tmp_path):
     assert fit(config.replace(max_updates=2)).update == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("discriminators.0.channels=[3, 5]", "discriminators[0].channels[0]: 2 -> 3"),
+        ("semantic=null", "semantic: "),
+        ("restore=[semantic]", "restore: "),
+        ("+tokenizer.num_quantizers=3", "tokenizer: "),
+    ],
+)
+def test_a_run_with_init_keeps_its_networks_too(small_config, source, change, named):
+    begun = [f"init={source}", "tokenizer=null", "max_updates=0"]
+    fit(small_config(*begun))
+    with pytest.raises(UserError, match=re.escape(f"its networks cannot change any more: {named}")):
+        fit(small_config(*begun, change, "allow_config_changes=true"))
+    fit(small_config(*begun, "objective.weights.feature=3", "allow_config_changes=true"))
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_with_init_again(small_config, source):
     config = small_config(f"init={source}", "tokenizer=null", "max_updates=0")
     directory = fit(config).directory

@@ -79,7 +79,10 @@ def test_levels_that_are_added_to_init_are_fitted_at_the_start(small_overrides, 
     short = [*small_overrides, f"stages=[{{name: one, updates: 1, {common}}}]"]
     assert main(["fit", *short, f"run_dir={old}"]) == 0
     more = ["tokenizer=null", "+tokenizer.num_quantizers=6"]
-    assert main(["fit", *short, *more, f"init={old}", f"run_dir={new}"]) == 0
+    command = ["fit", *short, *more, f"init={old}", f"run_dir={new}"]
+    assert main([*command, "max_updates=0"]) == 0  # its checkpoint is that of a run killed before its first update
+    assert "fitted" not in capfd.readouterr().err
+    assert main(command) == 0
     assert "levels 5 to 6 fitted" in capfd.readouterr().err
     levels = load_tokenizer(new).quantizer.quantizers
     for before, after in zip(load_tokenizer(old).quantizer.quantizers, levels, strict=False):
@@ -149,6 +152,20 @@ def test_a_run_that_stops_at_the_fit_goes_on_exactly(small_overrides, recordings
     assert min(commitment[2:]) > 0
     before, after = (load_tokenizer(path).quantizer for path in list_checkpoints(whole / "checkpoints")[1:3])  # 1, 2
     assert not torch.equal(before.quantizers[0].codebook.weight, after.quantizers[0].codebook.weight)
+
+
+def test_levels_are_fitted_when_a_run_resumes_beyond_the_stage_without_them(small_overrides, stages, tmp_path, capfd):
+    slow = stages.replace("learning_rate: 1.0e-3", "learning_rate: 1.0e-9, final_learning_rate: 1.0e-9")
+    command = ["fit", *small_overrides, slow, f"run_dir={tmp_path}", "ema={decay: 0.9}", "stages.1.updates=3"]
+    command += ["stages.0.updates=4"]
+    assert main([*command, "max_updates=3"]) == 0
+    assert main([*command[:-1], "stages.0.updates=2", "allow_config_changes=true", "max_updates=4"]) == 0
+    assert capfd.readouterr().err.count("quantizer fitted") == 1
+    averaged = load_tokenizer(tmp_path).quantizer.quantizers  # it started again from the fitted levels
+    gram = averaged[0].out_proj.weight[..., 0].T @ averaged[0].out_proj.weight[..., 0]
+    torch.testing.assert_close(gram, torch.eye(8) * gram[0, 0], atol=1e-4 * gram[0, 0].item(), rtol=0)
+    assert main([*command[:-1], "stages.0.updates=2", "max_updates=5"]) == 0  # they stay as they are now
+    assert "quantizer fitted" not in capfd.readouterr().err
 
 
 def test_levels_are_fitted_to_the_start_of_the_stream(packed):

@@ -67,6 +67,24 @@ def test_a_changed_configuration_is_refused_with_its_path_and_values(whole, smal
     assert "objective.weights.semantic: 20.0 -> 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("discriminators.0.channels=[3, 4]", "discriminators.0.layers.0.bias: (2,) -> (3,)"),
+        ("semantic=null", "semantic."),
+        ("tokenizer.quantizer.num_quantizers=3", "tokenizer.quantizer.quantizers.3."),
+    ],
+)
+def test_a_run_that_has_begun_keeps_its_networks(whole, small_overrides, capsys, change, named):
+    before = (whole / "config.yaml").read_text("utf-8")
+    assert main(["fit", *small_overrides, f"run_dir={whole}", change, "allow_config_changes=true"]) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert f"start another run from its weights: init={whole}" in error
+    assert (whole / "config.yaml").read_text("utf-8") == before
+    assert main(["fit", *small_overrides, f"run_dir={whole}"]) == 0  # as the message says
+
+
 def test_the_module_loads_from_its_checkpoint_alone_and_encodes_like_the_tokenizer(whole):
     path = list_checkpoints(whole / "checkpoints")[-1] / CHECKPOINT_FILE
     module = CatModule.load_from_checkpoint(path, map_location="cpu").eval()

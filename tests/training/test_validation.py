@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from moss_train.data.clips import list_sources
 from moss_train.data.stream.stream import ClipFormat
 from moss_train.export.load import load_tokenizer
 from moss_train.losses import multi_scale_mel_distance
+from moss_train.training import CatModule
+from moss_train.training.callbacks import validation
 from moss_train.training.callbacks.validation_data import depths, load_held_out, scores
 from moss_train.training.loggers.base import read_table
-from moss_train.utils.checkpoint import best_checkpoint, list_checkpoints, read_best
+from moss_train.utils.checkpoint import best_checkpoint, list_checkpoints, read_best, record_best
 
 from ..faults.harness import assert_same_run
 from .runs import column, wait_for_end
@@ -117,12 +120,43 @@ def test_the_originals_are_those_of_the_clips_of_the_last_start(validated, tmp_p
         assert original.shape[1] == 24000 * seconds
 
 
+def test_a_score_on_other_clips_is_no_reason_to_keep_a_checkpoint_as_the_best(validated, tmp_path):
+    run = tmp_path / "run"
+    overrides = [*validated, f"run_dir={run}", "validation.samples_clips=null", "validation.metrics=[]"]
+    found = []
+    for name, updates in (("one", 2), ("one", 4), ("other", 6)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_audio(tmp_path / name / f"{name}.flac", torch.full((1, 24000), 0.1), 24000)
+        assert main(["fit", *overrides, f"validation.data={tmp_path / name}", f"max_updates={updates}"]) == 0
+        found.append(read_best(run / "checkpoints"))
+        record_best(run / "checkpoints", replace(found[-1], value=0.5))  # as if these clips were easy
+    assert found[1] == replace(found[0], value=0.5)
+    score = float(read_table(run / "validation.csv")[-1]["mel_distance"])
+    assert (found[2].update, found[2].value) == (6, score)
+
+
 def test_a_resumed_run_has_the_same_validations(validated, watched, tmp_path):
     overrides = [*validated, f"run_dir={tmp_path}"]
     assert main(["fit", *overrides, "max_updates=5"]) == 0
     assert main(["fit", *overrides]) == 0
     assert scores_of(tmp_path) == scores_of(watched)
     assert read_best(tmp_path / "checkpoints") == read_best(watched / "checkpoints")
+
+
+def test_a_kill_during_or_after_a_validation_neither_loses_nor_repeats_it(validated, tmp_path, monkeypatch):
+    command = ["fit", *validated, "validation.every_updates=3", "validation.max_clips=1", f"run_dir={tmp_path}"]
+    command += ["validation.metrics=[]", "validation.samples_clips=null"]
+    with monkeypatch.context() as patch:  # after the first validation, before the first update
+        patch.setattr(CatModule, "training_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(command)
+    with monkeypatch.context() as patch:  # during the last validation
+        real = validation.validate
+        patch.setattr(validation, "validate", lambda module, plan: real(module, plan) if module.update < 8 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(command)
+    assert main(command) == 0
+    assert column(read_table(tmp_path / "validation.csv"), "update") == [0, 3, 6, 8]
 
 
 def test_two_processes_have_the_scores_of_one(launcher, validated, watched, tmp_path):

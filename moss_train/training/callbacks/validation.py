@@ -1,5 +1,7 @@
 """Validate on held-out audio every n updates, without changing the training."""
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +73,12 @@ class ValidationPlan:
         return tuple(sorted({clip.domain for clip in self.clips}))
 
     @property
+    def digest(self) -> str:
+        """Digest of what scores are computed on: they can only be compared if it is the same."""
+        clips = [(clip.id, clip.domain, tuple(clip.target.shape)) for clip in self.clips]
+        return hashlib.sha256(json.dumps([clips, self.metrics_clips]).encode()).hexdigest()[:16]
+
+    @property
     def higher(self) -> frozenset[str]:
         """Columns of additional metrics for which higher is better."""
         better = [column.key for column in columns_of(self.metrics) if column.is_higher_better]
@@ -127,15 +135,18 @@ class Validation(Callback):
         update = cat_module(pl_module).update
         if (monitor := self.plan.monitor) is not None:
             best = trainer.strategy.broadcast(read_best(self.checkpoints.directory))
-            # A recorded best checkpoint may belong to updates that are about to be repeated.
-            self.best = best if best is not None and best.metric == monitor and best.update <= update else None
+            # A recorded best checkpoint may belong to updates that are about to be repeated, or to other clips.
+            is_comparable = best is not None and best.metric == monitor and best.clips in ("", self.plan.digest)
+            self.best = best if best is not None and is_comparable and best.update <= update else None
         if update == 0:
             self._validate(trainer, pl_module)
         else:
             self.done_update = update
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if cat_module(pl_module).update % self.plan.every_updates == 0:
+        module = cat_module(pl_module)
+        # At the end of the run, too, before its last checkpoint: a run that has that checkpoint is not continued.
+        if module.update % self.plan.every_updates == 0 or module.update == module.schedule.updates:
             self._validate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,7 +177,7 @@ class Validation(Callback):
         if self.best is not None and (value <= self.best.value if is_higher_better else value >= self.best.value):
             return
         self.checkpoints.save_now(trainer, pl_module)
-        self.best = BestCheckpoint(checkpoint_name(module.update), module.update, monitor, value)
+        self.best = BestCheckpoint(checkpoint_name(module.update), module.update, monitor, value, self.plan.digest)
         if trainer.is_global_zero:
             record_best(self.checkpoints.directory, self.best)
 

@@ -91,13 +91,13 @@ class CsvWriter(Writer):
         self.columns = tuple(columns)
 
     def start(self, update: int) -> None:
-        """Open the file and drop rows of updates that are about to be repeated."""
+        """Open the file and drop rows of updates that are about to be repeated; from update 0, these are all rows."""
         known = next((list(row) for row in iterate_table(self.path)), [])
         columns = [*known, *(name for name in self.columns if name not in known)]
         with atomic_write(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
-            writer.writerows(row for row in iterate_table(self.path) if int(row["update"]) <= update)
+            writer.writerows(row for row in iterate_table(self.path) if update and int(row["update"]) <= update)
         self.file = self.path.open("a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, columns, restval="")
 

@@ -19,6 +19,7 @@ from moss_train.config.section import known_keys
 from moss_train.data.pack.on_the_fly import PackedSource, pack_cached
 from moss_train.data.stream.loader import check_longest, make_loader
 from moss_train.data.stream.stream import AudioStream, ClipFormat
+from moss_train.export.load import NETWORKS
 from moss_train.training.callbacks.build import KEYS as CALLBACK_KEYS
 from moss_train.training.callbacks.build import build_callbacks
 from moss_train.training.callbacks.checkpoint import read_progress
@@ -28,6 +29,7 @@ from moss_train.training.run.optimizations import apply_optimizations
 from moss_train.training.run.preemption import PreemptionHandler, exit_after_preemption
 from moss_train.training.run.trainer import build_trainer, choose_accelerator, start_processes, started_processes
 from moss_train.training.run.warm_start import (
+    RECORD_FILE,
     InitPlan,
     initialize,
     plan_initialization,
@@ -37,7 +39,7 @@ from moss_train.training.run.warm_start import (
 )
 from moss_train.training.step.objective import Objective
 from moss_train.training.step.schedule import Schedule
-from moss_train.utils.checkpoint import list_checkpoints, resume_checkpoint
+from moss_train.utils.checkpoint import list_checkpoints, read_payload, resume_checkpoint
 from moss_train.utils.errors import UserError
 from moss_train.utils.files import atomic_write, file_lock, pluralize, printable, read_json, read_yaml, warn
 
@@ -118,6 +120,7 @@ def fit(config: FitConfig | Mapping[str, Any]) -> RunResult:
             checkpoint = resume_checkpoint(directory / "checkpoints")
             if checkpoint is not None:
                 check_unchanged(config, directory)
+                check_networks(config, init_plan.arguments, directory, checkpoint)
             elif (directory / METRICS_FILE).exists():
                 raise UserError(
                     f"{directory} has a {METRICS_FILE} but no checkpoints any more: put them back, or move the "
@@ -314,6 +317,48 @@ def check_unchanged(config: FitConfig, directory: Path) -> None:
             f"{directory} was started with another configuration: {named}{further}. Use another name=, or "
             f"allow_config_changes=true to continue with the new values; the old ones are in {path}"
         )
+
+
+def check_networks(config: FitConfig, arguments: dict[str, Any], directory: Path, checkpoint: Path) -> None:
+    """Raise UserError when `allow_config_changes` would give a run that has begun other networks.
+
+    The networks of a run with `init` are those of its record, whatever the configuration says; those of other runs
+    have to fit the weights of the checkpoint.
+    """
+    path = directory / CONFIG_FILE
+    if not config.allow_config_changes or not path.exists():
+        return
+    if (directory / RECORD_FILE).exists():
+        begun = FitConfig.parse(known_keys(FitConfig, read_config(path))).to_plain()
+        changes = [diff_config(begun[key], config.to_plain()[key], key) for key in ("tokenizer", "restore", *NETWORKS)]
+        problems = [change for lines in changes for change in lines]
+    else:
+        problems = shape_differences(arguments, read_payload(checkpoint, mmap=True)["state_dict"])
+    if problems:
+        named = "; ".join(problems[:NAMED_CHANGES])
+        further = f"; and {len(problems) - NAMED_CHANGES} more" if len(problems) > NAMED_CHANGES else ""
+        raise UserError(
+            f"{directory} has begun, and its networks cannot change any more: {named}{further}. Restore the old values "
+            f"(in {path}), or start another run from its weights: init={directory} tokenizer=null name=<another>"
+        )
+
+
+def shape_differences(arguments: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the weights in which a module with these arguments differs from a checkpoint, as `name: old -> new`.
+
+    Pretrained weights of a text LM are not read, so only its presence is compared.
+    """
+    semantic = arguments["semantic"]
+    is_pretrained = semantic is not None and semantic.get("pretrained") is not None
+    with torch.device("meta"):
+        module = CatModule(**arguments | ({"semantic": None} if is_pretrained else {}))
+    old: dict[str, Any] = {name: tuple(weight.shape) for name, weight in weights.items()}
+    new: dict[str, Any] = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    if is_pretrained:
+        others = {name: shape for name, shape in old.items() if not name.startswith("semantic.")}
+        old = others if len(others) == len(old) else others | {"semantic": "pretrained"}
+        new = new | {"semantic": "pretrained"}
+    return diff_config(old, new)
 
 
 def read_config(path: Path) -> dict[str, Any]:

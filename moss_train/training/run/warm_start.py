@@ -40,21 +40,18 @@ class InitPlan:
         arguments: arguments of `CatModule`, plain data.
         source: model to load weights from; None when training from scratch or resuming from a checkpoint.
         new_networks: networks that `init` does not have, or that `restore` leaves out.
+        num_kept_levels: number of levels of the quantizer that come from `init`; None without `init`.
     """
 
     arguments: dict[str, Any]
     source: ModelSource | None = None
     new_networks: tuple[str, ...] = ()
+    num_kept_levels: int | None = None
 
     @property
     def tokenizer_config(self) -> Any:
         """Architecture of the tokenizer; `plan_initialization` has reported any error in it."""
         return tokenizer_config(self.arguments["tokenizer"])
-
-    @property
-    def num_kept_levels(self) -> int | None:
-        """Number of levels of the quantizer of `init`; None without `init`, or when resuming."""
-        return None if self.source is None else self.source.tokenizer.num_quantizers
 
 
 def plan_initialization(config: FitConfig, directory: Path | None = None) -> InitPlan:
@@ -86,8 +83,10 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
     if directory is not None and has_begun and (directory / RECORD_FILE).exists():
         record = read_json(directory / RECORD_FILE)
         networks = {name: record[name] for name in NETWORKS}
+        new = record.get("new_networks", record.get("fresh"))
         return InitPlan(
-            complete_arguments(config, record["tokenizer"], networks, record.get("new_networks", record.get("fresh")))
+            complete_arguments(config, record["tokenizer"], networks, new),
+            num_kept_levels=record.get("num_kept_levels"),
         )
     changes = {} if config.tokenizer is None else config.tokenizer.to_plain()
     source = open_source(config.init)
@@ -109,7 +108,8 @@ def plan_initialization(config: FitConfig, directory: Path | None = None) -> Ini
     is_restored = networks["discriminators"] and "discriminators" not in new
     if is_restored and any(stage.adversarial for stage in config.stages):
         warn_of_other_input(source, config)
-    return InitPlan(complete_arguments(config, tokenizer, networks, new), source, tuple(new))
+    arguments = complete_arguments(config, tokenizer, networks, new)
+    return InitPlan(arguments, source, tuple(new), source.tokenizer.num_quantizers)
 
 
 def warn_of_other_input(source: ModelSource, config: FitConfig) -> None:
@@ -224,6 +224,7 @@ def store_record(directory: Path, init_plan: InitPlan, reports: Mapping[str, Wei
         "init": None if init_plan.source is None else init_plan.source.path,
         **{name: plain(init_plan.arguments[name]) for name in names},
         "new_networks": list(init_plan.new_networks),
+        "num_kept_levels": init_plan.num_kept_levels,
         "weights": {name: asdict(report) for name, report in reports.items()},
     }
     with atomic_write(directory / RECORD_FILE) as path:
