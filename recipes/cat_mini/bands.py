@@ -21,8 +21,8 @@ from torch import Tensor
 
 from moss_train.audio.io import read_audio
 from moss_train.evaluation.metrics.base import Pair
-from moss_train.evaluation.metrics.predicted_mos import DistillMos
-from moss_train.evaluation.metrics.pulses import VoicePulses
+from moss_train.evaluation.metrics.pitch import VoicePulses
+from moss_train.evaluation.metrics.signal import DistillMos
 from moss_train.model import MossAudioTokenizerModel
 
 PEAK = 0.7  # the peak level that cat_mini was trained at

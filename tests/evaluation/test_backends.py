@@ -7,11 +7,11 @@ import torch
 
 from moss_train.audio.io import read_audio
 from moss_train.evaluation.codecs.base import CatCodec
-from moss_train.evaluation.metrics import base, predicted_mos
+from moss_train.evaluation.metrics import base, signal
 from moss_train.evaluation.metrics.asr import ErrorRates, choose_backend, words
 from moss_train.evaluation.metrics.base import MetricError, Pair
 from moss_train.evaluation.metrics.codes import TextCrossEntropy, text_lm_of_checkpoint
-from moss_train.evaluation.metrics.predicted_mos import DistillMos, Dnsmos
+from moss_train.evaluation.metrics.signal import DistillMos, Dnsmos
 from moss_train.evaluation.metrics.speaker import SpeakerVerifier, WavLMSimilarity, load_weights, map_weight_name
 from moss_train.model import MossAudioTokenizerModel
 from moss_train.semantic import ByteText, TextLM
@@ -308,7 +308,7 @@ def test_distillmos_gives_the_scores_of_its_package_and_prefers_the_original(pai
 def test_distillmos_scores_a_long_clip_as_its_package_does_but_part_by_part(pair, monkeypatch):
     if DistillMos().missing():
         pytest.skip(str(DistillMos().missing()))
-    network = predicted_mos._load_distillmos()
+    network = signal._load_distillmos()
     reference = torch.cat([audio[None] for audio in (*pair.at(RATE), *pair.at(RATE))], dim=1)[:, :139_000]
     with torch.inference_mode():
         expected = float(network(reference))
@@ -318,7 +318,7 @@ def test_distillmos_scores_a_long_clip_as_its_package_does_but_part_by_part(pair
         shapes.append(tuple(audio.shape))
         return network(audio)
 
-    monkeypatch.setattr(predicted_mos, "_load_distillmos", lambda: network_of_one_part)
+    monkeypatch.setattr(signal, "_load_distillmos", lambda: network_of_one_part)
     value = DistillMos().score(Pair(reference, reference, RATE))["distillmos"]
     assert value == pytest.approx(expected, abs=1e-4)
     assert shapes == [(1, 122_880)] * 3

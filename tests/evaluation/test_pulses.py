@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moss_train.evaluation.metrics.base import MetricError, Pair
-from moss_train.evaluation.metrics.pulses import RATE, VoicePulses
+from moss_train.evaluation.metrics.pitch import RATE, VoicePulses
 
 TIME = torch.arange(RATE, dtype=torch.float64) / RATE
 

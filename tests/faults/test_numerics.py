@@ -228,8 +228,13 @@ def test_what_diverges_stops_with_one_line_and_sound_checkpoints(make_fit) -> No
 
 
 def test_losses_are_those_of_the_golden_file(make_fit) -> None:
-    """24 updates through both stages; two threads or missing vector instructions change the seventh digit."""
-    fit = make_fit("golden", "stages.0.updates=12", "stages.1.updates=12", *EVERYTHING[-2:])
+    """24 updates through both stages; two threads or missing vector instructions change the seventh digit.
+
+    The discriminators get crops as they are. At unit RMS, the noise of an untrained tokenizer in a pause is a hundred
+    times too loud, and such losses would not be comparable to three digits.
+    """
+    crops = ("objective.discriminator_unit_rms=false", "objective.discriminator_pre_emphasis=0")
+    fit = make_fit("golden", "stages.0.updates=12", "stages.1.updates=12", *EVERYTHING[-2:], *crops)
     fit.finish()
     path = Path(__file__).with_name("golden_losses.csv")
     names, *lines = path.read_text().splitlines()

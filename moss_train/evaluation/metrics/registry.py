@@ -6,10 +6,8 @@ from typing import Any
 from moss_train.config.build import build
 from moss_train.evaluation.metrics.asr import choose_backend
 from moss_train.evaluation.metrics.base import Metric, columns_of
-from moss_train.evaluation.metrics.pitch import PatchRateBuzz, PitchAccuracy
-from moss_train.evaluation.metrics.predicted_mos import DistillMos, Dnsmos
-from moss_train.evaluation.metrics.pulses import VoicePulses
-from moss_train.evaluation.metrics.signal import PROFILES, signal_metrics
+from moss_train.evaluation.metrics.pitch import PatchRateBuzz, PitchAccuracy, VoicePulses
+from moss_train.evaluation.metrics.signal import PROFILES, DistillMos, Dnsmos, signal_metrics
 from moss_train.evaluation.metrics.speaker import WavLMSimilarity
 from moss_train.utils.errors import UserError
 

@@ -296,7 +296,8 @@ class Objective(nn.Module):
         """Crop, pre-emphasise and scale the recording or its reconstruction for the discriminators.
 
         audio [B, C, T] -> [B, C, crop_length]. Without both, most of what discriminators get is the strong sound below
-        1 kHz at a level far below that of their initial weights, and they learn slowly.
+        1 kHz at a level far below that of their initial weights, and they learn slowly. A reconstruction that is loud
+        where the recording is silent becomes very large, so the tokenizer should have learned pauses before.
         """
         crop = self._emphasized_crop(audio, batch)
         if not self.unit_rms:
