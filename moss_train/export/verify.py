@@ -60,9 +60,9 @@ def compare(folder: Path, codes_file: Path | None) -> list[tuple[str, bool]]:
             checks.append(same_codes(codes, expected, tolerances["codes"]))
         if "decoded" in vectors:
             audio = model.decode(expected[:, :1]).audio.float()[:, :1]
-            error = float((audio - vectors["decoded"]).abs().max() / vectors["decoded"].abs().max())
-            text = f"decoded audio differs by {error:.1e} of its peak, at most {tolerances['audio']:g} is allowed"
-            checks.append((text, error <= tolerances["audio"]))
+            difference = float((audio - vectors["decoded"]).abs().max() / vectors["decoded"].abs().max())
+            text = f"decoded audio differs by {difference:.1e} of its peak, at most {tolerances['audio']:g} is allowed"
+            checks.append((text, difference <= tolerances["audio"]))
     return checks
 
 
