@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -26,7 +26,7 @@ import moss_train
 from moss_train.cli.help import find_commands
 from moss_train.config.fit_schema import FitConfig
 from moss_train.config.overrides import dotted_keys
-from moss_train.config.schema import COMMANDS
+from moss_train.config.schema import COMMANDS, EvaluationMetric
 from moss_train.evaluation.metrics.base import columns_of
 from moss_train.evaluation.metrics.codes import CodebookUsage, codebook_columns
 from moss_train.evaluation.metrics.registry import build_metrics
@@ -40,19 +40,7 @@ from moss_train.training.step.objective import Objective
 ROOT = Path(__file__).parents[1]
 LIST = ROOT / "tests/public_api.txt"
 WITH_METHODS = ("MossAudioTokenizerModel", "MossAudioTokenizerConfig")
-METRICS = (
-    "stoi",
-    "pesq",
-    "spectral",
-    "si_sdr",
-    "pitch",
-    "buzz",
-    "pulses",
-    "speaker",
-    "recognition",
-    "dnsmos",
-    "distillmos",
-)
+METRICS = tuple(name for name in get_args(EvaluationMetric) if name != "text_model")
 
 
 def public_api() -> str:

@@ -1,6 +1,7 @@
 """Show in which frequencies a reconstruction sounds unnatural: level, match and pitch pulses by band.
 
     python recipes/cat_mini/bands.py recipes/cat_mini data/cc0_voices/heldout.jsonl
+    python recipes/cat_mini/bands.py noise data/cc0_voices/heldout.jsonl    # noise in place of a model's output
 
 - level: energy of the reconstruction over that of the recording, in dB.
 - correlation: of the two waveforms in the band; 1 if the phase is preserved.
@@ -27,6 +28,7 @@ from moss_train.model import MossAudioTokenizerModel
 
 PEAK = 0.7  # the peak level that cat_mini was trained at
 EVERY = 5  # every fifth clip of the manifest is measured
+NOISE_RATE = 24000  # Hz
 EDGES = (0, 500, 1000, 2000, 4000, 6000, 8000)  # Hz
 
 
@@ -34,15 +36,19 @@ EDGES = (0, 500, 1000, 2000, 4000, 6000, 8000)  # Hz
 def main(folder: str, manifest: Path) -> None:
     """Print one line per band, as means over clips."""
     torch.set_num_threads(1)
-    model = MossAudioTokenizerModel.from_pretrained(folder).eval()
-    rate = model.sampling_rate
+    torch.manual_seed(0)
+    model = None if folder == "noise" else MossAudioTokenizerModel.from_pretrained(folder).eval()
+    rate = NOISE_RATE if model is None else model.sampling_rate
     mos = None if DistillMos().missing() else DistillMos()
     rows: dict[tuple[int, int], list[dict[str, float]]] = {band: [] for band in pairwise(EDGES)}
     for entry in map(json.loads, manifest.read_text("utf-8").splitlines()[::EVERY]):
         audio, _ = read_audio(manifest.parent / entry["path"], sampling_rate=rate, num_channels=1)
         audio = audio * (PEAK / audio.abs().max())
-        codes = model.encode(audio[None], return_dict=True).audio_codes
-        restored = model.decode(codes, return_dict=True).audio[0, :, : audio.shape[1]]
+        if model is None:
+            restored = noise_like(audio)
+        else:
+            codes = model.encode(audio[None], return_dict=True).audio_codes
+            restored = model.decode(codes, return_dict=True).audio[0, :, : audio.shape[1]]
         for (low, high), values in rows.items():
             real, got = (band_pass(clip, rate, low, high) for clip in (audio, restored))
             row = {
@@ -67,6 +73,17 @@ def band_pass(clip: Tensor, rate: int, low: float, high: float) -> Tensor:
     spectrum = torch.fft.rfft(clip)
     frequency = torch.fft.rfftfreq(clip.shape[-1], 1 / rate)
     return torch.fft.irfft(spectrum * ((frequency >= low) & (frequency < high)), n=clip.shape[-1])
+
+
+def noise_like(audio: Tensor) -> Tensor:
+    """Return noise with the spectrum of a clip [1, T], averaged over 25 ms: windows of 20 ms, five frames at a time."""
+    length = NOISE_RATE // 50
+    window = torch.hann_window(length)
+    spectrum = torch.stft(audio, length, length // 4, window=window, return_complex=True)
+    power = torch.nn.functional.avg_pool1d(spectrum.abs().square(), 5, 1, 2, count_include_pad=False)
+    noise = torch.stft(torch.randn_like(audio), length, length // 4, window=window, return_complex=True)
+    noise = noise * (power / noise.abs().square().mean()).sqrt()
+    return torch.istft(noise, length, length // 4, window=window, length=audio.shape[1])
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ SILENCE = 1e-6  # share of the reference's energy below which a reconstruction c
 class VoicePulses(Metric):
     """Fluctuation of the envelope of a band at the rates of the voice, relative to the reference, in dB.
 
-    0 is right; noise with the spectrum of speech, which changes every 25 ms, has about -4, smoother envelopes less.
+    0 is right; noise with the spectrum of speech, which changes every 25 ms, has -2 to -4, smoother envelopes less.
     Pulses at a wrong rate count, too, such as one patch that is repeated: see the metrics pitch and buzz.
 
     Args:
